@@ -1,0 +1,33 @@
+"""fastdiff makes diffusers pipelines fast without changing what they draw.
+
+>>> import fastdiff
+>>> pipe = fastdiff.compile(pipe)      # in place; the same object comes back
+>>> print(fastdiff.report(pipe))       # what runs fast, what runs eagerly, and why
+>>> fastdiff.restore(pipe)             # as if nothing had happened
+
+Names are resolved when they are first used, so that ``fastdiff --help`` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff.compiler import Options, compile, report, restore
+    from fastdiff.demo import load_demo
+
+__version__ = "0.1.0"
+__all__ = ["Options", "__version__", "compile", "load_demo", "report", "restore"]
+
+_HOME = {
+    "Options": "fastdiff.compiler",
+    "compile": "fastdiff.compiler",
+    "load_demo": "fastdiff.demo",
+    "report": "fastdiff.compiler",
+    "restore": "fastdiff.compiler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
