@@ -1,0 +1,134 @@
+// fastdiff._C: the CPU kernels behind plain integers. No torch headers, so one build serves every
+// torch: tensors arrive as addresses (0 for none), sizes and strides in elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace fastdiff;
+
+namespace {
+
+template <size_t N>
+using Ints = std::array<int64_t, N>;
+
+const void* in(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+void* out(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// The instruction sets that this build holds and this processor runs, best first.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(FASTDIFF_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    found.push_back(&kernels_avx512());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(&kernels_avx2());
+#endif
+  found.push_back(&kernels_baseline());
+  return found;
+}
+
+const Kernels* chosen = available().front();
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : available()) names.emplace_back(kernels->isa);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const Kernels* kernels : available())
+    if (name == kernels->isa) {
+      chosen = kernels;
+      return;
+    }
+  std::string valid;
+  for (const std::string& isa : isas()) valid += (valid.empty() ? "" : ", ") + isa;
+  throw std::invalid_argument("instruction set '" + name + "' is not available here; there are: " +
+                              valid);
+}
+
+void run_conv(int dtype, const Ints<2>& x, const Ints<2>& ld, const Ints<2>& channels,
+              const Ints<3>& shape, const Ints<2>& enlarged, const Ints<3>& window,
+              const Ints<2>& out_shape, const Ints<3>& weight, uintptr_t bias, const Ints<2>& row,
+              const Ints<2>& residual, int act, const Ints<2>& output) {
+  const Conv p{dtype,          {in(x[0]), in(x[1])},
+               {ld[0], ld[1]}, {channels[0], channels[1]},
+               shape[0],       shape[1],
+               shape[2],       enlarged[0],
+               enlarged[1],    window[0],
+               window[1],      window[2],
+               out_shape[0],   out_shape[1],
+               in(weight[0]),  weight[1],
+               weight[2],      in(bias),
+               in(row[0]),     row[1],
+               in(residual[0]), residual[1],
+               act,            out(output[0]),
+               output[1]};
+  py::gil_scoped_release unlocked;
+  chosen->conv(p);
+}
+
+void run_attention(int dtype, const Ints<4>& q, const Ints<4>& k, const Ints<4>& v,
+                   const Ints<5>& mask, const Ints<5>& sizes, float scale, uintptr_t output) {
+  Attention p{};
+  p.dtype = dtype;
+  p.q = in(q[0]);
+  p.k = in(k[0]);
+  p.v = in(v[0]);
+  p.mask = in(mask[0]);
+  for (int i = 0; i < 3; ++i) {
+    p.q_stride[i] = q[i + 1];
+    p.k_stride[i] = k[i + 1];
+    p.v_stride[i] = v[i + 1];
+  }
+  for (int i = 0; i < 4; ++i) p.mask_stride[i] = mask[i + 1];
+  p.batch = sizes[0];
+  p.heads = sizes[1];
+  p.queries = sizes[2];
+  p.keys = sizes[3];
+  p.width = sizes[4];
+  p.scale = scale;
+  p.out = out(output);
+  py::gil_scoped_release unlocked;
+  chosen->attention(p);
+}
+
+void run_group_norm(int dtype, uintptr_t x, uintptr_t row, uintptr_t residual, uintptr_t weight,
+                    uintptr_t bias, const Ints<4>& sizes, float eps, bool silu, uintptr_t y,
+                    uintptr_t total) {
+  const GroupNorm p{dtype,    in(x),    in(row),  in(residual), in(weight), in(bias), sizes[0],
+                    sizes[1], sizes[2], sizes[3], eps,          silu,       out(y),   out(total)};
+  py::gil_scoped_release unlocked;
+  chosen->group_norm(p);
+}
+
+void run_layer_norm(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t rows,
+                    int64_t width, float eps, uintptr_t y) {
+  const LayerNorm p{dtype, in(x), in(weight), in(bias), rows, width, eps, out(y)};
+  py::gil_scoped_release unlocked;
+  chosen->layer_norm(p);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fastdiff; see csrc/kernels.h for what each argument means.";
+  m.def("isa", [] { return std::string(chosen->isa); }, "The instruction set in use.");
+  m.def("isas", &isas, "Instruction sets that this build holds and this processor runs.");
+  m.def("set_isa", &set_isa, "Use another of isas(); for tests.");
+  m.def("threads", &num_threads, "Threads a kernel called now would use.");
+  m.def("thread_runtime", [] { return std::string(thread_runtime()); });
+  m.def("conv", &run_conv);
+  m.def("attention", &run_attention);
+  m.def("group_norm", &run_group_norm);
+  m.def("layer_norm", &run_layer_norm);
+}

@@ -1,0 +1,202 @@
+// Convolution and linear layers: `gemm.h` with rows gathered from a channels-last picture.
+#pragma once
+#include <vector>
+
+#include "gemm.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace FASTDIFF_ISA {
+
+using fastdiff::Conv;
+
+constexpr int64_t kChunk = 384;            // inner steps summed at once: 96 KiB of B, well in L2
+constexpr int64_t kSerialBelow = 1 << 15;  // multiply-adds; waking a thread costs about as much
+
+// Columns [begin, begin + columns) of the output, and where their weights are.
+template <typename T>
+struct Panel {
+  int64_t begin, columns;
+  int vectors;             // of B: twice the output's with GEGLU (value columns, then gate columns)
+  const T* b[kMaxVectors];
+  int64_t ld_b;
+};
+
+// The last columns, when they do not fill a vector, are copied to a zero-padded [inner, W] panel.
+template <typename T>
+static std::vector<Panel<T>> split_columns(const Conv& p, int64_t inner, std::vector<T>& padded) {
+  const auto* w = static_cast<const T*>(p.w);
+  const int halves = p.act == fastdiff::kGeglu ? 2 : 1;
+  const int64_t width = p.n / halves;
+  std::vector<Panel<T>> panels;
+  int64_t begin = 0;
+  while (width - begin >= W) {
+    const int wanted = panel_vectors((width - begin) / W * halves);
+    const int vectors = halves == 2 ? wanted / 2 * 2 : wanted;
+    Panel<T> panel{begin, vectors / halves * W, vectors, {}, p.ld_w};
+    for (int v = 0; v < vectors; ++v)
+      panel.b[v] = w + v / (vectors / halves) * width + begin + v % (vectors / halves) * W;
+    panels.push_back(panel);
+    begin += panel.columns;
+  }
+  if (const int64_t rest = width - begin; rest > 0) {
+    padded.assign(inner * halves * W, T{});
+    for (int64_t k = 0; k < inner; ++k)
+      for (int h = 0; h < halves; ++h)
+        std::memcpy(&padded[(k * halves + h) * W], w + k * p.ld_w + h * width + begin,
+                    rest * sizeof(T));
+    Panel<T> panel{begin, rest, halves, {padded.data(), padded.data() + W}, halves * W};
+    panels.push_back(panel);
+  }
+  return panels;
+}
+
+// float32 rows for the inner loop: x itself, or a converted copy.
+static const float* as_float(const float* x, int64_t*, int64_t, int64_t, std::vector<float>&) {
+  return x;
+}
+static const float* as_float(const bf16* x, int64_t* ld, int64_t pixels, int64_t channels,
+                             std::vector<float>& copy) {
+  copy.resize(pixels * channels + W);
+  fastdiff::parallel_for(pixels, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      int64_t c = 0;
+      for (; c + W <= channels; c += W) store(&copy[i * channels + c], load(x + i * *ld + c));
+      for (; c < channels; ++c) copy[i * channels + c] = load1(x + i * *ld + c);
+    }
+  });
+  *ld = channels;
+  return copy.data();
+}
+
+// Which source row (or column) the nearest-neighbour enlargement shows at each position; the
+// arithmetic is float32 because torch's is, and they must agree on every pixel.
+static std::vector<int64_t> nearest(int64_t from, int64_t to) {
+  std::vector<int64_t> source(to);
+  const float scale = static_cast<float>(from) / static_cast<float>(to);
+  for (int64_t i = 0; i < to; ++i) {
+    const auto at = static_cast<int64_t>(static_cast<float>(i) * scale);
+    source[i] = at < from ? at : from - 1;
+  }
+  return source;
+}
+
+// A slice of the inner dimension: channels [first, first + length) of source `x` under one tap.
+struct Slice {
+  int source;
+  int64_t tap_y, tap_x, first, length, b_row;
+};
+
+static std::vector<Slice> split_inner(const Conv& p) {
+  std::vector<Slice> slices;
+  int64_t b_row = 0;
+  for (int64_t y = 0; y < p.kernel; ++y)
+    for (int64_t x = 0; x < p.kernel; ++x)
+      for (int source = 0; source < 2; ++source)
+        for (int64_t c = 0; c < p.channels[source]; c += kChunk) {
+          const int64_t length = std::min(kChunk, p.channels[source] - c);
+          slices.push_back({source, y, x, c, length, b_row});
+          b_row += length;
+        }
+  return slices;
+}
+
+template <typename T>
+struct Epilogue {
+  const Conv& p;
+
+  void operator()(const Panel<T>& panel, int64_t pixel, int64_t picture, const float* sums) const {
+    const auto* bias = static_cast<const T*>(p.bias);
+    const auto* row = static_cast<const T*>(p.row);
+    const auto* residual = static_cast<const T*>(p.residual);
+    auto* out = static_cast<T*>(p.out) + pixel * p.ld_out + panel.begin;
+    const bool gated = p.act == fastdiff::kGeglu;
+    for (int64_t c = 0; c < panel.columns; c += W) {
+      const int n = static_cast<int>(std::min<int64_t>(W, panel.columns - c));
+      const int64_t column = panel.begin + c;
+      vf value = load(sums + c);
+      if (bias) value += load_some(bias + column, n);
+      if (row) value += load_some(row + picture * p.ld_row + column, n);
+      if (gated) {
+        vf gate = load(sums + panel.vectors / 2 * W + c);
+        if (bias) gate += load_some(bias + p.n / 2 + column, n);
+        value *= gelu(gate);
+      } else if (p.act == fastdiff::kSilu) {
+        value = silu(value);
+      }
+      if (residual) value += load_some(residual + pixel * p.ld_residual + column, n);
+      if (n == W) store(out + c, value);
+      else store_some(out + c, value, n);
+    }
+  }
+};
+
+template <typename T>
+static void conv(const Conv& p) {
+  const int64_t area = p.out_height * p.out_width, pixels = p.batch * area;
+  const int64_t inner = p.kernel * p.kernel * (p.channels[0] + p.channels[1]);
+  std::vector<float> copies[2];
+  const float* x[2] = {};
+  int64_t ld[2] = {p.ld[0], p.ld[1]};
+  for (int i = 0; i < 2; ++i)
+    if (p.channels[i])
+      x[i] = as_float(static_cast<const T*>(p.x[i]), &ld[i], p.batch * p.height * p.width,
+                      p.channels[i], copies[i]);
+  std::vector<T> padded;
+  const auto panels = split_columns<T>(p, inner, padded);
+  const auto slices = split_inner(p);
+  const auto rows = nearest(p.height, p.up_height), columns = nearest(p.width, p.up_width);
+  const std::vector<float> zeros(kChunk, 0.0f);
+  const Epilogue<T> finish{p};
+
+  // Panels are split among the threads first (each reads only its weights), rows if need be.
+  const int64_t threads = fastdiff::num_threads(), count = panels.size();
+  const int64_t cuts = count % threads ? threads : 1;
+  const auto body = [&](int64_t first_task, int64_t last_task) {
+    std::vector<float> sums;
+    std::vector<Segment> segments(slices.size());
+    for (int64_t task = first_task; task < last_task; ++task) {
+      const Panel<T>& panel = panels[task / cuts];
+      const int tall = rows_of(panel.vectors), wide = panel.vectors * W;
+      const int64_t blocks = (pixels + tall - 1) / tall, cut = task % cuts;
+      const int64_t first = blocks * cut / cuts, last = blocks * (cut + 1) / cuts;
+      sums.resize(std::max<int64_t>(1, last - first) * tall * wide);
+      for (size_t begin = 0, end; begin < slices.size(); begin = end) {
+        int64_t length = slices[begin].length;
+        for (end = begin + 1; end < slices.size() && length + slices[end].length <= kChunk; ++end)
+          length += slices[end].length;
+        const int used = static_cast<int>(end - begin);
+        for (int64_t block = first; block < last; ++block) {
+          for (int r = 0; r < tall; ++r) {
+            const int64_t pixel = block * tall + r, within = pixel % area;
+            const int64_t picture = pixel / area * p.height * p.width;
+            const int64_t top = within / p.out_width * p.stride - p.pad;
+            const int64_t left = within % p.out_width * p.stride - p.pad;
+            for (int s = 0; s < used; ++s) {
+              const Slice& slice = slices[begin + s];
+              const int64_t at_y = top + slice.tap_y, at_x = left + slice.tap_x;
+              const bool inside = pixel < pixels && at_y >= 0 && at_y < p.up_height && at_x >= 0 &&
+                                  at_x < p.up_width;
+              segments[s].a[r] =
+                  inside ? x[slice.source] +
+                               (picture + rows[at_y] * p.width + columns[at_x]) * ld[slice.source] +
+                               slice.first
+                         : zeros.data();
+              segments[s].length = slice.length;
+              segments[s].b_row = slice.b_row;
+            }
+          }
+          float* block_sums = &sums[(block - first) * tall * wide];
+          tile(panel.vectors, segments.data(), used, panel.b, panel.ld_b, block_sums, begin > 0);
+          if (end == slices.size())
+            for (int r = 0; r < tall && block * tall + r < pixels; ++r)
+              finish(panel, block * tall + r, (block * tall + r) / area, block_sums + r * wide);
+        }
+      }
+    }
+  };
+  if (pixels * inner * p.n < kSerialBelow) body(0, count * cuts);
+  else fastdiff::parallel_for(count * cuts, body);
+}
+
+}  // namespace FASTDIFF_ISA

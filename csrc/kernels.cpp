@@ -1,0 +1,36 @@
+// Compiled once per instruction set (see CMakeLists.txt): FASTDIFF_ISA names it and its namespace.
+#include <algorithm>
+
+#include "attention.h"
+#include "conv.h"
+#include "norm.h"
+
+#define FASTDIFF_JOIN_(a, b) a##b
+#define FASTDIFF_JOIN(a, b) FASTDIFF_JOIN_(a, b)
+#define FASTDIFF_TEXT_(a) #a
+#define FASTDIFF_TEXT(a) FASTDIFF_TEXT_(a)
+
+namespace FASTDIFF_ISA {
+
+template <typename Args, void (*in_float)(const Args&), void (*in_bf16)(const Args&)>
+static void by_dtype(const Args& args) {
+  args.dtype == fastdiff::kBFloat16 ? in_bf16(args) : in_float(args);
+}
+
+}  // namespace FASTDIFF_ISA
+
+namespace fastdiff {
+
+const Kernels& FASTDIFF_JOIN(kernels_, FASTDIFF_ISA)() {
+  using namespace FASTDIFF_ISA;
+  static const Kernels kernels{
+      FASTDIFF_TEXT(FASTDIFF_ISA),
+      by_dtype<Conv, conv<float>, conv<bf16>>,
+      by_dtype<Attention, attention<float>, attention<bf16>>,
+      by_dtype<GroupNorm, group_norm<float>, group_norm<bf16>>,
+      by_dtype<LayerNorm, layer_norm<float>, layer_norm<bf16>>,
+  };
+  return kernels;
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,78 @@
+// The CPU kernels: their arguments, and the table of them that each instruction set fills.
+// Addresses come as pointers, strides and leading dimensions in elements. `Dtype` names what the
+// tensors hold; arithmetic is float32 throughout.
+#pragma once
+#include <cstdint>
+
+namespace fastdiff {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+enum Activation : int { kNone = 0, kSilu = 1, kGeglu = 2 };
+
+// out[b, y, x, n] = act(sum over taps and channels of in * w + bias + row) + residual
+// A linear layer is the case kernel = 1, height = 1, width = rows.
+struct Conv {
+  int dtype;
+  const void* x[2];      // channels-last pictures whose channels are concatenated; x[1] may be null
+  int64_t ld[2];         // elements from one pixel to the next
+  int64_t channels[2];
+  int64_t batch, height, width;  // of x
+  int64_t up_height, up_width;   // x is first enlarged to this size (nearest neighbour)
+  int64_t kernel, stride, pad;   // square window; pad counts at the top and left
+  int64_t out_height, out_width;
+  const void* w;   // [kernel, kernel, channels, n] with n contiguous
+  int64_t ld_w;    // elements from one input channel to the next
+  int64_t n;       // columns of w; with kGeglu the output has n / 2
+  const void* bias;      // [n] or null
+  const void* row;       // [batch, n] or null
+  int64_t ld_row;
+  const void* residual;  // [pixels, n] or null
+  int64_t ld_residual;
+  int act;
+  void* out;
+  int64_t ld_out;
+};
+
+// out[b, i, h] = softmax(scale * q[b, i, h] . k[b, :, h] + mask) . v[b, :, h]
+struct Attention {
+  int dtype;
+  const void *q, *k, *v, *mask;  // mask may be null
+  int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, token, head
+  int64_t mask_stride[4];                         // batch, head, query, key; 0 where it repeats
+  int64_t batch, heads, queries, keys, width;
+  float scale;
+  void* out;  // [batch, queries, heads, width]
+};
+
+// y = act((t - mean) / sqrt(var + eps) * weight + bias), t = x + row + residual
+struct GroupNorm {
+  int dtype;
+  const void *x, *row, *residual, *weight, *bias;  // row and residual may be null
+  int64_t batch, pixels, channels, groups;
+  float eps;
+  int silu;
+  void *y, *total;  // total receives t when there is a residual, else null
+};
+
+// y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension
+struct LayerNorm {
+  int dtype;
+  const void *x, *weight, *bias;
+  int64_t rows, width;
+  float eps;
+  void* y;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*conv)(const Conv&);
+  void (*attention)(const Attention&);
+  void (*group_norm)(const GroupNorm&);
+  void (*layer_norm)(const LayerNorm&);
+};
+
+const Kernels& kernels_baseline();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace fastdiff

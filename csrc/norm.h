@@ -1,0 +1,170 @@
+// GroupNorm (+ SiLU) over channels-last pictures, and LayerNorm.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace FASTDIFF_ISA {
+
+using fastdiff::GroupNorm;
+using fastdiff::LayerNorm;
+
+struct Moments {
+  double count, mean, m2;
+};
+
+// Chan's rule: the moments of two samples together, without ever subtracting large squares.
+static inline Moments merge(const Moments& a, const Moments& b) {
+  const double count = a.count + b.count, delta = b.mean - a.mean;
+  if (count == 0) return a;
+  return {count, a.mean + delta * b.count / count,
+          a.m2 + b.m2 + delta * delta * a.count * b.count / count};
+}
+
+// Adds f(c, vector index, elements) over the channels in vectors, the last one partial.
+template <typename F>
+static inline void each_vector(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) f(c, W);
+  if (c < channels) f(c, static_cast<int>(channels - c));
+}
+
+template <typename T>
+static inline vf load_n(const T* p, int n) {
+  return n == W ? load(p) : load_some(p, n);
+}
+
+// x + row + residual at one pixel's channels [c, c + n)
+template <typename T>
+static inline vf summed(const GroupNorm& p, int64_t picture, int64_t at, int64_t c, int n) {
+  vf v = load_n(static_cast<const T*>(p.x) + at + c, n);
+  if (p.row) v += load_n(static_cast<const T*>(p.row) + picture * p.channels + c, n);
+  if (p.residual) v += load_n(static_cast<const T*>(p.residual) + at + c, n);
+  return v;
+}
+
+template <typename T>
+static void group_norm(const GroupNorm& p) {
+  const int64_t C = p.channels, padded = (C + W - 1) / W * W, per_group = C / p.groups;
+  // Slabs of pixels that fit L2 (256 KiB), and enough of them for every thread.
+  const int64_t fits = std::max<int64_t>(1, (1 << 16) / C);
+  const int64_t wanted = (fastdiff::num_threads() + p.batch - 1) / p.batch;
+  const int64_t slabs = std::clamp<int64_t>((p.pixels + fits - 1) / fits, std::min(wanted, p.pixels),
+                                            p.pixels);
+  std::vector<Moments> moments(p.batch * slabs * p.groups);
+
+  fastdiff::parallel_for(p.batch * slabs, [&](int64_t first, int64_t last) {
+    std::vector<float> totals(padded), squares(padded), centres(padded);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t picture = task / slabs, slab = task % slabs;
+      const int64_t begin = p.pixels * slab / slabs, end = p.pixels * (slab + 1) / slabs;
+      const double count = static_cast<double>((end - begin) * per_group);
+      std::fill(totals.begin(), totals.end(), 0.0f);
+      for (int64_t i = begin; i < end; ++i)
+        each_vector(C, [&](int64_t c, int n) {
+          store(&totals[c], load(&totals[c]) + summed<T>(p, picture, (picture * p.pixels + i) * C, c, n));
+        });
+      Moments* groups = &moments[task * p.groups];
+      for (int64_t g = 0; g < p.groups; ++g) {
+        double total = 0;
+        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) total += totals[c];
+        groups[g] = {count, total / count, 0};
+        std::fill_n(&centres[g * per_group], per_group, static_cast<float>(groups[g].mean));
+      }
+      // Around a float close to the mean: what that float misses comes back from the first sum.
+      std::fill(totals.begin(), totals.end(), 0.0f);
+      std::fill(squares.begin(), squares.end(), 0.0f);
+      for (int64_t i = begin; i < end; ++i)
+        each_vector(C, [&](int64_t c, int n) {
+          const vf d = summed<T>(p, picture, (picture * p.pixels + i) * C, c, n) - load(&centres[c]);
+          store(&totals[c], load(&totals[c]) + d);
+          store(&squares[c], load(&squares[c]) + d * d);
+        });
+      for (int64_t g = 0; g < p.groups; ++g) {
+        double total = 0, square = 0;
+        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+          total += totals[c];
+          square += squares[c];
+        }
+        groups[g].mean = static_cast<double>(centres[g * per_group]) + total / count;
+        groups[g].m2 = square - total * total / count;
+      }
+    }
+  });
+
+  // (t - centre) * scale + shift, with the centre a float near the mean and the rest in the shift
+  std::vector<float> centres(p.batch * padded), scales(p.batch * padded), shifts(p.batch * padded);
+  for (int64_t picture = 0; picture < p.batch; ++picture)
+    for (int64_t g = 0; g < p.groups; ++g) {
+      Moments all{0, 0, 0};
+      for (int64_t slab = 0; slab < slabs; ++slab)
+        all = merge(all, moments[(picture * slabs + slab) * p.groups + g]);
+      const double rstd = 1.0 / std::sqrt(std::max(all.m2, 0.0) / all.count + p.eps);
+      const auto centre = static_cast<float>(all.mean);
+      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+        const double weight = load1(static_cast<const T*>(p.weight) + c);
+        const int64_t at = picture * padded + c;
+        centres[at] = centre;
+        scales[at] = static_cast<float>(rstd * weight);
+        shifts[at] = static_cast<float>(load1(static_cast<const T*>(p.bias) + c) +
+                                        (centre - all.mean) * rstd * weight);
+      }
+    }
+
+  fastdiff::parallel_for(p.batch * slabs, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t picture = task / slabs, slab = task % slabs, at_c = picture * padded;
+      for (int64_t i = p.pixels * slab / slabs; i < p.pixels * (slab + 1) / slabs; ++i) {
+        const int64_t at = (picture * p.pixels + i) * C;
+        each_vector(C, [&](int64_t c, int n) {
+          const vf t = summed<T>(p, picture, at, c, n);
+          vf y = (t - load(&centres[at_c + c])) * load(&scales[at_c + c]) + load(&shifts[at_c + c]);
+          if (p.silu) y = silu(y);
+          auto put = [&](void* to, vf v) {
+            if (n == W) store(static_cast<T*>(to) + at + c, v);
+            else store_some(static_cast<T*>(to) + at + c, v, n);
+          };
+          put(p.y, y);
+          if (p.total) put(p.total, t);
+        });
+      }
+    }
+  });
+}
+
+template <typename T>
+static void layer_norm(const LayerNorm& p) {
+  const int64_t D = p.width;
+  fastdiff::parallel_for(p.rows, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const T* x = static_cast<const T*>(p.x) + i * D;
+      T* y = static_cast<T*>(p.y) + i * D;
+      vf total = {};
+      each_vector(D, [&](int64_t c, int n) { total += load_n(x + c, n); });
+      const float mean = sum(total) / static_cast<float>(D);
+      vf square = {}, rest = {};
+      each_vector(D, [&](int64_t c, int n) {
+        vf d = load_n(x + c, n) - mean;
+        for (int j = n; j < W; ++j) d[j] = 0;
+        square += d * d;
+        rest += d;
+      });
+      const float correction = sum(rest) / static_cast<float>(D);
+      const float variance = sum(square) / static_cast<float>(D) - correction * correction;
+      const float rstd = 1.0f / std::sqrt(variance + p.eps);
+      each_vector(D, [&](int64_t c, int n) {
+        const vf d = load_n(x + c, n) - mean - correction;
+        const vf v = d * rstd * load_n(static_cast<const T*>(p.weight) + c, n) +
+                     load_n(static_cast<const T*>(p.bias) + c, n);
+        if (n == W) store(y + c, v);
+        else store_some(y + c, v, n);
+      });
+    }
+  });
+}
+
+}  // namespace FASTDIFF_ISA

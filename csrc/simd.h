@@ -1,0 +1,120 @@
+// Vectors of floats as wide as the instruction set this file is compiled for, and the few
+// functions on them. Included once per instruction set, inside the namespace FASTDIFF_ISA.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace FASTDIFF_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_unaligned __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+static inline vf splat(float value) { return value - vf{}; }
+
+static inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+static inline vf load(const bf16* p) {
+  const vh half = *reinterpret_cast<const vh_unaligned*>(p);
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+static inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+static inline void store(bf16* p, vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const vu kept = v == v ? rounded : (vu)(splat(0) == splat(0)) & 0x7fc0;
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(kept, vh);
+}
+
+static inline float load1(const float* p) { return *p; }
+static inline float load1(const bf16* p) {
+  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The first n < W elements; the rest is zero, nothing beyond them is read or written.
+template <typename T>
+static inline vf load_some(const T* p, int n) {
+  T whole[W] = {};
+  std::memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+template <typename T>
+static inline void store_some(T* p, vf v, int n) {
+  T whole[W];
+  store(whole, v);
+  std::memcpy(p, whole, n * sizeof(T));
+}
+
+static inline float sum(vf v) {
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+static inline float largest(vf v) {
+  float most = v[0];
+  for (int i = 1; i < W; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+// e^x: x = n ln2 + r with |r| <= ln2 / 2, a degree-6 fit of e^r (relative error 2e-9), then 2^n by
+// the exponent bits. 0 below -87.3; NaN stays NaN.
+static inline vf exp(vf x) {
+  const vf top = splat(88.3f), bottom = splat(-87.3f);
+  vf y = x > top ? top : x;
+  y = y < bottom ? bottom : y;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vf shifted = y * 1.44269504f + magic;
+  const vf n = shifted - magic;
+  vf r = n * -0.693359375f + y;
+  r = n * 2.12194440e-4f + r;
+  vf p = splat(0.0013828241f);
+  p = p * r + 0.0083755896f;
+  p = p * r + 0.0416684257f;
+  p = p * r + 0.1666641106f;
+  p = p * r + 0.4999999098f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vf power = (vf)(((vi)shifted + (127 - 0x4b400000)) << 23);
+  return x < bottom ? vf{} : p * power;
+}
+
+static inline vf silu(vf x) { return x / (1.0f + exp(-x)); }
+
+// x * Phi(x), the exact (erf) GELU. With z = |x| / sqrt(2) and t = 1 / (1 + 0.4 z),
+// erfc(z) = exp(-z^2) t P(t); P is our fit of erfcx on z in [0, 10], relative error 9e-9.
+static inline vf gelu(vf x) {
+  const vf z = (x < 0.0f ? -x : x) * 0.70710678f;
+  const vf t = 1.0f / (1.0f + 0.4f * z);
+  vf p = splat(-0.030429895967245102f);
+  p = p * t + 0.20237118005752563f;
+  p = p * t - 0.5086156129837036f;
+  p = p * t + 0.5598930716514587f;
+  p = p * t - 0.29419630765914917f;
+  p = p * t + 0.2770496606826782f;
+  p = p * t + 0.1280595362186432f;
+  p = p * t + 0.21524423360824585f;
+  p = p * t + 0.2249155044555664f;
+  p = p * t + 0.22570866346359253f;
+  const vf tail = 0.5f * (exp(-z * z) * (t * p));  // Phi(-|x|)
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+}  // namespace FASTDIFF_ISA

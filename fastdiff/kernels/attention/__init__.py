@@ -1,0 +1,96 @@
+"""softmax(q kᵀ) v for self- and cross-attention, and the table of who computes it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdiff.kernels.attention import cpu
+from fastdiff.kernels.attention.spec import SPEC
+from fastdiff.kernels.dispatch import implementation, register
+
+_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.attention.gpu")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of the table: it applies where every bound holds; the first such row decides."""
+
+    why: str
+    run: str
+    widths: tuple[int, ...] = ()
+    max_keys: int | None = None
+
+
+CUDA_CHOICES = (
+    Choice("text: K and V stay on chip; SDPA tiles pad 77 keys to 128", "triton", max_keys=320),
+    Choice("SDPA pads 40 to 64, 80 to 96 or 128, 160 to 192 or 256", "triton", widths=(40, 80, 160)),
+    Choice("powers of two: cuDNN's and FlashAttention's home ground, until measured", "sdpa"),
+)
+"""Who computes attention on an NVIDIA GPU. Reasons are published facts; no row is measured yet."""
+
+
+def choose(width: int, keys: int) -> Choice:
+    """The first row of `CUDA_CHOICES` for heads `width` wide and `keys` keys."""
+    return next(
+        choice
+        for choice in CUDA_CHOICES
+        if (not choice.widths or width in choice.widths)
+        and (choice.max_keys is None or keys <= choice.max_keys)
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v, each head by itself; scores and softmax in float32.
+
+    Args:
+        q: [B, Lq, H, K]; k, v: [B, Lk, H, K]; any strides whose last is 1 (slices of one packed
+            projection need no copy).
+        mask: additive, broadcastable to [B, H, Lq, Lk], in q's dtype.
+        scale: default 1 / sqrt(K).
+        impl: "auto" (the CPU kernel, or what `CUDA_CHOICES` says), "cpu", "triton", "sdpa" or
+            "reference". What is asked for by name runs or raises.
+
+    Returns:
+        [B, Lq, H, K], contiguous, in q's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown `impl`.
+
+    Dao et al., FlashAttention (2022).
+    """
+    if k.shape != v.shape or q.shape[2:] != k.shape[2:] or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; expected"
+            " [B, Lq, H, K] and twice [B, Lk, H, K]"
+        )
+    if impl == "auto" and q.is_cuda:
+        impl = choose(q.shape[3], k.shape[1]).run
+    if impl == "sdpa":
+        return _sdpa(q, k, v, mask, scale)
+    if impl in ("auto", "triton" if q.is_cuda else "cpu"):
+        out: Tensor = _op(q, k, v, mask, scale)
+        return out
+    named: Tensor = implementation("attention", impl)(q, k, v, mask, scale)
+    return named
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel(order, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return out.transpose(1, 2).contiguous()

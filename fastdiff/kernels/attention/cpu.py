@@ -1,0 +1,36 @@
+"""`attention` on a CPU."""
+
+import math
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    dtype = NATIVE_DTYPES.get(q.dtype)
+    if NATIVE is None or dtype is None or (mask is not None and mask.dtype != q.dtype):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).contiguous()
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    batch, queries, heads, width = q.shape
+    keys = k.shape[1]
+    out = q.new_empty(q.shape)
+    mask_at = (0, 0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, keys)
+        mask_at = (mask.data_ptr(), *mask.stride())
+    NATIVE.attention(
+        dtype,
+        (q.data_ptr(), *q.stride()[:3]),
+        (k.data_ptr(), *k.stride()[:3]),
+        (v.data_ptr(), *v.stride()[:3]),
+        mask_at,
+        (batch, heads, queries, keys, width),
+        1.0 / math.sqrt(width) if scale is None else scale,
+        out.data_ptr(),
+    )
+    return out

@@ -1,0 +1,82 @@
+"""Contract of `attention`: torch only."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.contract import Case, KernelSpec
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = torch.matmul(q * scale, k.transpose(-1, -2))
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2).contiguous()
+
+
+def inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    B, Lq, Lk, H, K = case.B, case.Lq, case.Lk, case.H, case.K
+    spread = case.get("spread", 1.0)  # > 1 makes the softmax peaky
+    if Lq == Lk and not case.get("separate"):  # self-attention: slices of one packed projection
+        q, k, v = normal(B, Lq, 3, H, K).unbind(2)
+        q = q * spread if spread != 1.0 else q
+    else:  # cross-attention: K and V are columns of a wider buffer that holds every layer's
+        q = normal(B, Lq, H, K) * spread
+        packed = normal(B, Lk, 2, H * K + 16)[..., : H * K]
+        k, v = (t.unflatten(-1, (H, K)) for t in packed.unbind(2))
+    mask = None
+    if case.get("mask"):
+        keep = torch.rand(B, 1, 1, Lk, generator=generator, device=device) > 0.3
+        keep[..., 0] = True
+        mask = torch.where(keep, 0.0, -10000.0).to(dtype)
+    return {"q": q, "k": k, "v": v, "mask": mask, "scale": case.get("scale")}
+
+
+CASES = (
+    # self-attention of SD1.5 (40, 80, 160 wide heads), SD2.1 and SDXL (64), one head of the VAE
+    Case("sd15-64-self", B=1, Lq=1024, Lk=1024, H=2, K=40),
+    Case("sd15-32-self", B=2, Lq=1024, Lk=1024, H=1, K=80),
+    Case("sd15-16-self", B=2, Lq=256, Lk=256, H=8, K=160),
+    Case("sd15-8-self", B=2, Lq=64, Lk=64, H=8, K=160),
+    Case("sdxl-64-self", B=1, Lq=4096, Lk=4096, H=1, K=64),
+    Case("wide-96", B=1, Lq=577, Lk=577, H=2, K=96),
+    Case("wide-128", B=1, Lq=333, Lk=333, H=2, K=128),
+    Case("vae-mid", B=1, Lq=256, Lk=256, H=1, K=512),
+    # cross-attention: text of 77 to 308 tokens
+    Case("sd15-64-cross", B=2, Lq=1024, Lk=77, H=2, K=40),
+    Case("sd15-16-cross", B=2, Lq=256, Lk=77, H=4, K=160),
+    Case("sdxl-32-cross", B=2, Lq=1024, Lk=77, H=4, K=64),
+    Case("long-prompt", B=1, Lq=256, Lk=308, H=2, K=64),
+    Case("two-chunks-masked", B=2, Lq=100, Lk=154, H=2, K=80, mask=True),
+    # the demo pipeline
+    Case("demo-self", B=2, Lq=256, Lk=256, H=2, K=32),
+    Case("demo-cross", B=2, Lq=256, Lk=24, H=2, K=32),
+    # nasty
+    Case("odd", B=3, Lq=45, Lk=77, H=5, K=40, mask=True),
+    Case("odd-self", B=1, Lq=561, Lk=561, H=1, K=80),
+    Case("one-key", B=2, Lq=17, Lk=1, H=3, K=64),
+    Case("one-query", B=2, Lq=1, Lk=130, H=2, K=96, separate=True),
+    Case("peaky", B=1, Lq=128, Lk=200, H=2, K=64, spread=30.0),
+    Case("scaled", B=1, Lq=64, Lk=64, H=2, K=40, scale=0.05),
+)
+
+SPEC = KernelSpec(
+    name="attention",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask=None, float? scale=None) -> Tensor",
+    reference=reference,
+    inputs=inputs,
+    cases=CASES,
+    bytes=lambda c, size: size * c.B * c.H * c.K * (2 * c.Lq + 2 * c.Lk),
+    flops=lambda c: 4 * c.B * c.H * c.Lq * c.Lk * c.K,
+)

@@ -1,0 +1,79 @@
+"""Registers each kernel once as a torch op and finds its implementations.
+
+`fastdiff::<name>` runs on CPU tensors through `cpu.py`, on CUDA tensors through `gpu.py` (imported
+on the first CUDA call, so that triton stays optional) and on fake tensors through the reference.
+An explicit `implementation(name, which)` that cannot run raises; nothing falls back silently.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastdiff.kernels.contract import KernelSpec
+
+
+def _load_native() -> ModuleType | None:
+    try:
+        return import_module("fastdiff._C")
+    except ModuleNotFoundError:  # built without a compiler; any other ImportError is shown
+        return None
+
+
+NATIVE: Any = _load_native()
+"""The C++ kernels (`csrc/`), or None where the package was installed without a compiler."""
+
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered kernel: its contract, its torch op and its implementations by name."""
+
+    spec: KernelSpec
+    op: Any
+    implementations: dict[str, Callable[[], Callable[..., Any]]]
+
+
+KERNELS: dict[str, Kernel] = {}
+_LIBRARY = torch.library.Library("fastdiff", "DEF")
+
+
+def register(spec: KernelSpec, cpu: Callable[..., Any], gpu: str | None = None) -> Any:
+    """Define `fastdiff::<spec.name>`; returns the op's overload.
+
+    `cpu` runs CPU tensors. `gpu` names the module whose `run` is the Triton implementation; None
+    means that the reference (a library call such as a cuDNN convolution) runs on CUDA tensors.
+    """
+
+    def triton() -> Callable[..., Any]:
+        run: Callable[..., Any] = import_module(gpu or "").run
+        return run
+
+    def on_cuda(*args: Any, **kwargs: Any) -> Any:
+        return triton()(*args, **kwargs)
+
+    _LIBRARY.define(spec.name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(spec.name, cpu, "CPU")
+    _LIBRARY.impl(spec.name, on_cuda if gpu else spec.reference, "CUDA")
+    torch.library.register_fake(
+        f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY
+    )
+    implementations = {"reference": lambda: spec.reference, "cpu": lambda: cpu}
+    if gpu:
+        implementations["triton"] = triton
+    op = getattr(torch.ops.fastdiff, spec.name).default
+    KERNELS[spec.name] = Kernel(spec, op, implementations)
+    return op
+
+
+def implementation(name: str, which: str) -> Callable[..., Any]:
+    """The implementation `which` ("reference", "cpu", "triton") of a kernel, or ValueError."""
+    kernel = KERNELS[name]
+    if which not in kernel.implementations:
+        valid = ", ".join(kernel.implementations)
+        raise ValueError(f"{name} has no implementation {which!r}; it has: {valid}")
+    return kernel.implementations[which]()

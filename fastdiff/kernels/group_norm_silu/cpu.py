@@ -1,0 +1,41 @@
+"""`group_norm_silu` on a CPU."""
+
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.group_norm_silu.spec import reference
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    row: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    dtype = NATIVE_DTYPES.get(x.dtype)
+    if NATIVE is None or dtype is None:
+        return reference(x, weight, bias, groups, eps, silu, row, residual)
+    x = x.contiguous()
+    row = None if row is None else row.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    batch, height, width, channels = x.shape
+    y = x.new_empty(x.shape)
+    total = x.new_empty(0 if residual is None else x.shape)
+    NATIVE.group_norm(
+        dtype,
+        x.data_ptr(),
+        0 if row is None else row.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        (batch, height * width, channels, groups),
+        eps,
+        silu,
+        y.data_ptr(),
+        0 if residual is None else total.data_ptr(),
+    )
+    return y, total

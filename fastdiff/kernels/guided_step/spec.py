@@ -1,0 +1,119 @@
+"""Contract of `guided_step`: torch only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.contract import Case, KernelSpec
+
+GUIDANCE, RESCALE, SAMPLE, NOISE, NEXT_SCALE, HISTORY = range(6)
+"""Columns of a table row; from HISTORY on: b_0..b_M of the outputs, then c_1..c_M of the samples,
+where M is the depth of the history."""
+
+
+def reference(
+    model_output: Tensor,
+    sample: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    depth, batch = history.shape[1], sample.shape[0]
+    index = int(step)
+    row = table[index]
+    output = model_output.to(sample.dtype)
+    if model_output.shape[0] == 2 * batch:
+        unconditional, text = output.chunk(2)
+        output = unconditional + row[GUIDANCE] * (text - unconditional)
+        over = tuple(range(1, output.ndim))
+        rescaled = output * (text.std(over, keepdim=True) / output.std(over, keepdim=True))
+        output = torch.where(
+            row[RESCALE] != 0, row[RESCALE] * rescaled + (1 - row[RESCALE]) * output, output
+        )
+    b, c = row[HISTORY : HISTORY + depth + 1], row[HISTORY + depth + 1 :]
+    result = row[SAMPLE] * sample + b[0] * output
+    for h in range(1, depth + 1):
+        slot = (index - h) % depth
+        # a zero coefficient must hide what the history does not hold yet
+        result = result + torch.where(b[h] != 0, b[h] * history[0, slot], 0.0)
+        result = result + torch.where(c[h - 1] != 0, c[h - 1] * history[1, slot], 0.0)
+    if noise is not None:
+        result = result + row[NOISE] * noise
+    if depth:
+        history[0, index % depth] = output
+        history[1, index % depth] = sample
+    sample.copy_(result)
+    following = (row[NEXT_SCALE] * result).to(model_output.dtype)
+    return torch.cat([following] * (model_output.shape[0] // batch))
+
+
+def fake(
+    model_output: Tensor,
+    sample: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The reference reads the step on the host; a fake may not."""
+    return torch.empty_like(model_output)
+
+
+def inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    shape = (case.B, case.Y, case.X, case.C)
+    rows, depth = 5, case.depth
+    table = normal(rows, HISTORY + 1 + 2 * depth)
+    table[:, GUIDANCE] = 7.5
+    table[:, RESCALE] = case.get("rescale", 0.0)
+    history = normal(2, depth, *shape)
+    if case.get("fresh"):  # the first step: nothing in the history yet, its coefficients are zero
+        table[:, HISTORY + 1 :] = 0
+        history.fill_(float("nan"))
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "model_output": normal(case.copies * case.B, *shape[1:]).to(dtype),
+        "sample": (normal(*shape) * case.get("spread", 1.0)).to(state),
+        "history": history.to(state),
+        "table": table.to(state),
+        "step": torch.tensor([case.get("step", 3)], device=device),
+        "noise": normal(*shape).to(state) if case.get("noise") else None,
+    }
+
+
+def _elements(case: Case) -> int:
+    return int(case.B * case.Y * case.X * case.C)
+
+
+CASES = (
+    Case("sd15-cfg", B=1, Y=64, X=64, C=4, copies=2, depth=0),
+    Case("sdxl-cfg-multistep", B=1, Y=128, X=128, C=4, copies=2, depth=3),
+    Case("sdxl-ancestral", B=2, Y=64, X=64, C=4, copies=2, depth=0, noise=True, spread=14.6),
+    Case("lcm-no-guidance", B=1, Y=64, X=64, C=4, copies=1, depth=0, noise=True),
+    Case("rescaled", B=2, Y=64, X=64, C=4, copies=2, depth=1, rescale=0.7),
+    Case("demo", B=1, Y=16, X=16, C=4, copies=2, depth=1),
+    Case("first-step", B=2, Y=16, X=16, C=4, copies=2, depth=2, fresh=True, step=0),
+    Case("odd", B=3, Y=33, X=17, C=5, copies=2, depth=2, rescale=0.3, noise=True),
+    Case("tiny", B=1, Y=1, X=3, C=4, copies=1, depth=1, step=4),
+)
+
+SPEC = KernelSpec(
+    name="guided_step",
+    schema=(
+        "(Tensor model_output, Tensor(a!) sample, Tensor(b!) history, Tensor table, Tensor step,"
+        " Tensor? noise=None) -> Tensor"
+    ),
+    reference=reference,
+    fake=fake,
+    inputs=inputs,
+    cases=CASES,
+    bytes=lambda c, size: _elements(c) * (2 * size * c.copies + 4 * (2 + 4 * bool(c.depth))),
+    flops=lambda c: _elements(c) * (8 + 4 * c.depth),
+    mutates=("sample", "history"),
+)

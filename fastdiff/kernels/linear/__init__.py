@@ -1,0 +1,39 @@
+"""Matrix product with its activation and residual in the epilogue."""
+
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import register
+from fastdiff.kernels.linear import cpu
+from fastdiff.kernels.linear.spec import ACTIVATIONS, SPEC
+
+_op = register(SPEC, cpu=cpu.run)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(x weightᵀ + bias) + residual.
+
+    Args:
+        x: [..., D], float32 or bfloat16 for our own loop, any float for torch's.
+        weight: [N, D] as in `torch.nn.Linear`, of any strides. On a CPU our own loop runs when its
+            columns lie side by side (`weight.stride(0) == 1`, see `models.borrow`).
+        bias: [N].
+        act: "none", "silu" or "geglu" (value · gelu(gate), exact erf; the first N/2 columns are the
+            value, the others the gate, as diffusers stores them).
+        residual: of the output's shape, contiguous, added last.
+
+    Returns:
+        [..., N] ([..., N/2] with "geglu"), contiguous, in x's dtype; sums are float32.
+
+    Raises:
+        ValueError: `act` is none of the three.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"linear: act is {act!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    y: Tensor = _op(x, weight, bias, act, residual)
+    return y

@@ -1,0 +1,40 @@
+"""`linear` on a CPU: our own loop on borrowed weights, else torch's."""
+
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.linear.spec import ACTIVATIONS, reference
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    dtype = NATIVE_DTYPES.get(x.dtype)
+    if NATIVE is None or dtype is None or weight.stride(0) != 1:
+        return reference(x, weight, bias, act, residual)
+    x = x.contiguous()
+    columns, inner = weight.shape
+    rows = x.numel() // inner
+    wide = columns // 2 if act == "geglu" else columns
+    out = x.new_empty((*x.shape[:-1], wide))
+    NATIVE.conv(
+        dtype,
+        (x.data_ptr(), 0),
+        (inner, 0),
+        (inner, 0),
+        (1, 1, rows),
+        (1, rows),
+        (1, 1, 0),
+        (1, rows),
+        (weight.data_ptr(), weight.stride(1), columns),
+        bias.data_ptr() if bias is not None else 0,
+        (0, 0),
+        (residual.data_ptr(), wide) if residual is not None else (0, 0),
+        ACTIVATIONS[act],
+        (out.data_ptr(), wide),
+    )
+    return out
