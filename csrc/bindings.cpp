@@ -56,23 +56,13 @@ void set_isa(const std::string& name) {
                               valid);
 }
 
-void run_conv(int dtype, const Ints<2>& x, const Ints<2>& ld, const Ints<2>& channels,
-              const Ints<3>& shape, const Ints<2>& enlarged, const Ints<3>& window,
-              const Ints<2>& out_shape, const Ints<3>& weight, uintptr_t bias, const Ints<2>& row,
-              const Ints<2>& residual, int act, const Ints<2>& output) {
-  const Conv p{dtype,          {in(x[0]), in(x[1])},
-               {ld[0], ld[1]}, {channels[0], channels[1]},
-               shape[0],       shape[1],
-               shape[2],       enlarged[0],
-               enlarged[1],    window[0],
-               window[1],      window[2],
-               out_shape[0],   out_shape[1],
-               in(weight[0]),  weight[1],
-               weight[2],      in(bias),
-               in(row[0]),     row[1],
-               in(residual[0]), residual[1],
-               act,            out(output[0]),
-               output[1]};
+void run_conv(int dtype, uintptr_t x, const Ints<4>& shape, const Ints<2>& enlarged,
+              const Ints<3>& window, const Ints<2>& out_shape, const Ints<3>& weight,
+              uintptr_t bias, uintptr_t residual, int act, uintptr_t output) {
+  const Conv p{dtype,        in(x),        shape[0],      shape[1],   shape[2],
+               shape[3],     enlarged[0],  enlarged[1],   window[0],  window[1],
+               window[2],    out_shape[0], out_shape[1],  in(weight[0]), weight[1],
+               weight[2],    in(bias),     in(residual),  act,        out(output)};
   py::gil_scoped_release unlocked;
   chosen->conv(p);
 }
@@ -102,11 +92,12 @@ void run_attention(int dtype, const Ints<4>& q, const Ints<4>& k, const Ints<4>&
   chosen->attention(p);
 }
 
-void run_group_norm(int dtype, uintptr_t x, uintptr_t row, uintptr_t residual, uintptr_t weight,
-                    uintptr_t bias, const Ints<4>& sizes, float eps, bool silu, uintptr_t y,
-                    uintptr_t total) {
-  const GroupNorm p{dtype,    in(x),    in(row),  in(residual), in(weight), in(bias), sizes[0],
-                    sizes[1], sizes[2], sizes[3], eps,          silu,       out(y),   out(total)};
+void run_group_norm(int dtype, uintptr_t x, const Ints<2>& row, uintptr_t residual,
+                    uintptr_t weight, uintptr_t bias, const Ints<4>& sizes, float eps, bool silu,
+                    uintptr_t y, uintptr_t total) {
+  const GroupNorm p{dtype,    in(x),    in(row[0]), in(residual), in(weight),
+                    in(bias), row[1],   sizes[0],   sizes[1],     sizes[2],
+                    sizes[3], eps,      silu,       out(y),       out(total)};
   py::gil_scoped_release unlocked;
   chosen->group_norm(p);
 }

@@ -52,20 +52,12 @@ static std::vector<Panel<T>> split_columns(const Conv& p, int64_t inner, std::ve
 }
 
 // float32 rows for the inner loop: x itself, or a converted copy.
-static const float* as_float(const float* x, int64_t*, int64_t, int64_t, std::vector<float>&) {
-  return x;
-}
-static const float* as_float(const bf16* x, int64_t* ld, int64_t pixels, int64_t channels,
-                             std::vector<float>& copy) {
-  copy.resize(pixels * channels + W);
-  fastdiff::parallel_for(pixels, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      int64_t c = 0;
-      for (; c + W <= channels; c += W) store(&copy[i * channels + c], load(x + i * *ld + c));
-      for (; c < channels; ++c) copy[i * channels + c] = load1(x + i * *ld + c);
-    }
-  });
-  *ld = channels;
+static const float* as_float(const float* x, int64_t, std::vector<float>&) { return x; }
+static const float* as_float(const bf16* x, int64_t count, std::vector<float>& copy) {
+  copy.resize(count);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(&copy[i], load(x + i));
+  for (; i < count; ++i) copy[i] = load1(x + i);
   return copy.data();
 }
 
@@ -81,9 +73,8 @@ static std::vector<int64_t> nearest(int64_t from, int64_t to) {
   return source;
 }
 
-// A slice of the inner dimension: channels [first, first + length) of source `x` under one tap.
+// A slice of the inner dimension: channels [first, first + length) under one tap.
 struct Slice {
-  int source;
   int64_t tap_y, tap_x, first, length, b_row;
 };
 
@@ -92,12 +83,11 @@ static std::vector<Slice> split_inner(const Conv& p) {
   int64_t b_row = 0;
   for (int64_t y = 0; y < p.kernel; ++y)
     for (int64_t x = 0; x < p.kernel; ++x)
-      for (int source = 0; source < 2; ++source)
-        for (int64_t c = 0; c < p.channels[source]; c += kChunk) {
-          const int64_t length = std::min(kChunk, p.channels[source] - c);
-          slices.push_back({source, y, x, c, length, b_row});
-          b_row += length;
-        }
+      for (int64_t c = 0; c < p.channels; c += kChunk) {
+        const int64_t length = std::min(kChunk, p.channels - c);
+        slices.push_back({y, x, c, length, b_row});
+        b_row += length;
+      }
   return slices;
 }
 
@@ -105,18 +95,17 @@ template <typename T>
 struct Epilogue {
   const Conv& p;
 
-  void operator()(const Panel<T>& panel, int64_t pixel, int64_t picture, const float* sums) const {
-    const auto* bias = static_cast<const T*>(p.bias);
-    const auto* row = static_cast<const T*>(p.row);
-    const auto* residual = static_cast<const T*>(p.residual);
-    auto* out = static_cast<T*>(p.out) + pixel * p.ld_out + panel.begin;
+  void operator()(const Panel<T>& panel, int64_t pixel, const float* sums) const {
     const bool gated = p.act == fastdiff::kGeglu;
+    const int64_t at = pixel * (gated ? p.n / 2 : p.n) + panel.begin;
+    const auto* bias = static_cast<const T*>(p.bias);
+    const auto* residual = static_cast<const T*>(p.residual);
+    auto* out = static_cast<T*>(p.out) + at;
     for (int64_t c = 0; c < panel.columns; c += W) {
       const int n = static_cast<int>(std::min<int64_t>(W, panel.columns - c));
       const int64_t column = panel.begin + c;
       vf value = load(sums + c);
       if (bias) value += load_some(bias + column, n);
-      if (row) value += load_some(row + picture * p.ld_row + column, n);
       if (gated) {
         vf gate = load(sums + panel.vectors / 2 * W + c);
         if (bias) gate += load_some(bias + p.n / 2 + column, n);
@@ -124,7 +113,7 @@ struct Epilogue {
       } else if (p.act == fastdiff::kSilu) {
         value = silu(value);
       }
-      if (residual) value += load_some(residual + pixel * p.ld_residual + column, n);
+      if (residual) value += load_some(residual + at + c, n);
       if (n == W) store(out + c, value);
       else store_some(out + c, value, n);
     }
@@ -134,14 +123,10 @@ struct Epilogue {
 template <typename T>
 static void conv(const Conv& p) {
   const int64_t area = p.out_height * p.out_width, pixels = p.batch * area;
-  const int64_t inner = p.kernel * p.kernel * (p.channels[0] + p.channels[1]);
-  std::vector<float> copies[2];
-  const float* x[2] = {};
-  int64_t ld[2] = {p.ld[0], p.ld[1]};
-  for (int i = 0; i < 2; ++i)
-    if (p.channels[i])
-      x[i] = as_float(static_cast<const T*>(p.x[i]), &ld[i], p.batch * p.height * p.width,
-                      p.channels[i], copies[i]);
+  const int64_t inner = p.kernel * p.kernel * p.channels;
+  std::vector<float> copy;
+  const float* x = as_float(static_cast<const T*>(p.x), p.batch * p.height * p.width * p.channels,
+                            copy);
   std::vector<T> padded;
   const auto panels = split_columns<T>(p, inner, padded);
   const auto slices = split_inner(p);
@@ -178,8 +163,7 @@ static void conv(const Conv& p) {
               const bool inside = pixel < pixels && at_y >= 0 && at_y < p.up_height && at_x >= 0 &&
                                   at_x < p.up_width;
               segments[s].a[r] =
-                  inside ? x[slice.source] +
-                               (picture + rows[at_y] * p.width + columns[at_x]) * ld[slice.source] +
+                  inside ? x + (picture + rows[at_y] * p.width + columns[at_x]) * p.channels +
                                slice.first
                          : zeros.data();
               segments[s].length = slice.length;
@@ -190,7 +174,7 @@ static void conv(const Conv& p) {
           tile(panel.vectors, segments.data(), used, panel.b, panel.ld_b, block_sums, begin > 0);
           if (end == slices.size())
             for (int r = 0; r < tall && block * tall + r < pixels; ++r)
-              finish(panel, block * tall + r, (block * tall + r) / area, block_sums + r * wide);
+              finish(panel, block * tall + r, block_sums + r * wide);
         }
       }
     }

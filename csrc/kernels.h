@@ -9,28 +9,22 @@ namespace fastdiff {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 enum Activation : int { kNone = 0, kSilu = 1, kGeglu = 2 };
 
-// out[b, y, x, n] = act(sum over taps and channels of in * w + bias + row) + residual
+// out[b, y, x, n] = act(sum over taps and channels of x * w + bias) + residual
 // A linear layer is the case kernel = 1, height = 1, width = rows.
 struct Conv {
   int dtype;
-  const void* x[2];      // channels-last pictures whose channels are concatenated; x[1] may be null
-  int64_t ld[2];         // elements from one pixel to the next
-  int64_t channels[2];
-  int64_t batch, height, width;  // of x
-  int64_t up_height, up_width;   // x is first enlarged to this size (nearest neighbour)
-  int64_t kernel, stride, pad;   // square window; pad counts at the top and left
+  const void* x;  // [batch, height, width, channels]
+  int64_t batch, height, width, channels;
+  int64_t up_height, up_width;  // x is first enlarged to this size (nearest neighbour)
+  int64_t kernel, stride, pad;  // square window; pad counts at the top and left
   int64_t out_height, out_width;
-  const void* w;   // [kernel, kernel, channels, n] with n contiguous
-  int64_t ld_w;    // elements from one input channel to the next
-  int64_t n;       // columns of w; with kGeglu the output has n / 2
+  const void* w;         // [kernel, kernel, channels, n] with n contiguous
+  int64_t ld_w;          // elements from one input channel to the next
+  int64_t n;             // columns of w; with kGeglu the output has n / 2
   const void* bias;      // [n] or null
-  const void* row;       // [batch, n] or null
-  int64_t ld_row;
-  const void* residual;  // [pixels, n] or null
-  int64_t ld_residual;
+  const void* residual;  // like out, or null
   int act;
-  void* out;
-  int64_t ld_out;
+  void* out;             // contiguous
 };
 
 // out[b, i, h] = softmax(scale * q[b, i, h] . k[b, :, h] + mask) . v[b, :, h]
@@ -48,6 +42,7 @@ struct Attention {
 struct GroupNorm {
   int dtype;
   const void *x, *row, *residual, *weight, *bias;  // row and residual may be null
+  int64_t ld_row;  // elements from one picture's row to the next; 0 where all share one
   int64_t batch, pixels, channels, groups;
   float eps;
   int silu;

@@ -42,7 +42,7 @@ static inline vf load_n(const T* p, int n) {
 template <typename T>
 static inline vf summed(const GroupNorm& p, int64_t picture, int64_t at, int64_t c, int n) {
   vf v = load_n(static_cast<const T*>(p.x) + at + c, n);
-  if (p.row) v += load_n(static_cast<const T*>(p.row) + picture * p.channels + c, n);
+  if (p.row) v += load_n(static_cast<const T*>(p.row) + picture * p.ld_row + c, n);
   if (p.residual) v += load_n(static_cast<const T*>(p.residual) + at + c, n);
   return v;
 }

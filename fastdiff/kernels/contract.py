@@ -59,7 +59,7 @@ class KernelSpec:
     """Least DRAM traffic of a case in bytes, given the element size."""
     flops: Callable[[Case], int]
     fake: Callable[..., Any] | None = None
-    """Shapes and strides of the outputs for tracing; None means that the reference can be traced."""
+    """Shapes and strides of the outputs for tracing; None: the reference can be traced."""
     mutates: tuple[str, ...] = ()
     """Arguments written in place; the contract compares them like outputs."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -97,10 +97,10 @@ FP_FUSION = True
 
 
 def architecture(tensor: Tensor) -> int:
-    """Compute capability of a tensor's device as 80, 86, 89, 90, 100, 120; 90 for CPU tensors,
-    which Triton kernels take only under its interpreter."""
+    """Compute capability of a tensor's device as 80, 86, 89, 90, 100, 120; 0 for CPU tensors, which
+    Triton kernels take only under its interpreter."""
     if tensor.device.type != "cuda":
-        return 90
+        return 0
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
 
@@ -154,14 +154,15 @@ def poisoned_memory() -> Iterator[None]:
     """Within it `torch.empty` is filled with NaN, so that a read before a write is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
 
 
 def verify(

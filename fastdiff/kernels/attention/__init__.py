@@ -25,7 +25,9 @@ class Choice:
 
 CUDA_CHOICES = (
     Choice("text: K and V stay on chip; SDPA tiles pad 77 keys to 128", "triton", max_keys=320),
-    Choice("SDPA pads 40 to 64, 80 to 96 or 128, 160 to 192 or 256", "triton", widths=(40, 80, 160)),
+    Choice(
+        "SDPA pads 40 to 64, 80 to 96 or 128, 160 to 192 or 256", "triton", widths=(40, 80, 160)
+    ),
     Choice("powers of two: cuDNN's and FlashAttention's home ground, until measured", "sdpa"),
 )
 """Who computes attention on an NVIDIA GPU. Reasons are published facts; no row is measured yet."""

@@ -14,12 +14,14 @@ def run(
     dtype = NATIVE_DTYPES.get(q.dtype)
     if NATIVE is None or dtype is None or (mask is not None and mask.dtype != q.dtype):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).contiguous()
+        return (
+            F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).contiguous()
+        )
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
     out = q.new_empty(q.shape)
-    mask_at = (0, 0, 0, 0, 0)
+    mask_at: tuple[int, ...] = (0, 0, 0, 0, 0)
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask_at = (mask.data_ptr(), *mask.stride())

@@ -18,24 +18,20 @@ def conv2d(
     stride: int = 1,
     padding: Sequence[int] = (1, 1),
     size: Sequence[int] | None = None,
-    second: Tensor | None = None,
-    row: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """conv(enlarge([x, second])) + bias + row + residual, channels last.
+    """conv(enlarge(x)) + bias + residual, channels last.
 
     Args:
         x: [B, Y, X, C], float32 or bfloat16 for our own loop, any float for torch's.
-        weight: [N, C + C2, k, k] as in `torch.nn.Conv2d`, of any strides. On a CPU our own loop
-            runs when the memory is [k, k, C + C2, N] (see `models.borrow`); on a GPU cuDNN runs,
+        weight: [N, C, k, k] as in `torch.nn.Conv2d`, of any strides. On a CPU our own loop
+            runs when the memory is [k, k, C, N] (see `models.borrow`); on a GPU cuDNN runs,
             fastest when the memory is channels-last.
         bias: [N].
         stride: of the window.
         padding: zeros (before, after), in pixels, on both axes.
         size: (rows, columns) to which the picture is first enlarged, nearest neighbour.
-        second: [B, Y, X, C2], concatenated to x's channels without being copied there (CPU).
-        row: [B, N], added to every pixel of a picture (the projected time embedding).
-        residual: of the output's shape, added last.
+        residual: of the output's shape, contiguous, added last.
 
     Returns:
         [B, Y', X', N], contiguous, in x's dtype; sums are float32.
@@ -43,5 +39,5 @@ def conv2d(
     The CPU loop exists because oneDNN either reorders the weights at every call or keeps a packed
     second copy of the model; reading them where they are costs neither.
     """
-    y: Tensor = _op(x, weight, bias, stride, padding, size, second, row, residual)
+    y: Tensor = _op(x, weight, bias, stride, padding, size, residual)
     return y

@@ -16,39 +16,30 @@ def run(
     stride: int = 1,
     padding: Sequence[int] = (1, 1),
     size: Sequence[int] | None = None,
-    second: Tensor | None = None,
-    row: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     dtype = NATIVE_DTYPES.get(x.dtype)
     if NATIVE is None or dtype is None or not _packed(weight):
-        return reference(x, weight, bias, stride, padding, size, second, row, residual)
+        return reference(x, weight, bias, stride, padding, size, residual)
     x = x.contiguous()
-    batch, height, width, channels = x.shape
+    batch, height, width, _ = x.shape
     columns, kernel, ld = weight.shape[0], weight.shape[2], weight.stride(1)
     up_height, up_width = size if size is not None else (height, width)
     border = padding[0] + padding[1] - kernel
     out_height, out_width = (up_height + border) // stride + 1, (up_width + border) // stride + 1
-    extra = 0
-    if second is not None:
-        second = second.contiguous()
-        extra = second.shape[3]
     out = x.new_empty((batch, out_height, out_width, columns))
     NATIVE.conv(
         dtype,
-        (x.data_ptr(), second.data_ptr() if second is not None else 0),
-        (channels, extra),
-        (channels, extra),
-        (batch, height, width),
+        x.data_ptr(),
+        x.shape,
         (up_height, up_width),
         (kernel, stride, padding[0]),
         (out_height, out_width),
         (weight.data_ptr(), ld, columns),
-        bias.data_ptr() if bias is not None else 0,
-        (row.data_ptr(), row.stride(0)) if row is not None else (0, 0),
-        (residual.data_ptr(), columns) if residual is not None else (0, 0),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         0,
-        (out.data_ptr(), columns),
+        out.data_ptr(),
     )
     return out
 

@@ -17,19 +17,15 @@ def reference(
     stride: int = 1,
     padding: Sequence[int] = (1, 1),
     size: Sequence[int] | None = None,
-    second: Tensor | None = None,
-    row: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    picture = (x if second is None else torch.cat([x, second], dim=-1)).permute(0, 3, 1, 2)
+    picture = x.permute(0, 3, 1, 2)
     if size is not None:
         picture = F.interpolate(picture, size=list(size), mode="nearest")
     before, after = padding
     if before != after:
         picture, before = F.pad(picture, (before, after, before, after)), 0
     y = F.conv2d(picture, weight, bias, stride, before).permute(0, 2, 3, 1)
-    if row is not None:
-        y = y + row[:, None, None, :]
     if residual is not None:
         y = y + residual
     return y.contiguous()
@@ -42,10 +38,10 @@ def inputs(
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     B, Y, X, C, N = case.B, case.Y, case.X, case.C, case.N
-    kernel, stride, second = case.get("kernel", 3), case.get("stride", 1), case.get("second", 0)
+    kernel, stride = case.get("kernel", 3), case.get("stride", 1)
     before, after = padding = case.get("padding", (kernel // 2, kernel // 2))
     size = case.get("size")
-    weight = normal(kernel, kernel, C + second, N) / (kernel * (C + second) ** 0.5)
+    weight = normal(kernel, kernel, C, N) / (kernel * C**0.5)
     weight = weight.permute(3, 2, 0, 1)  # [N, C, kernel, kernel] as `models.borrow` lays it out
     y, x = (
         (extent + before + after - kernel) // stride + 1 for extent in (size if size else (Y, X))
@@ -57,33 +53,30 @@ def inputs(
         "stride": stride,
         "padding": list(padding),
         "size": list(size) if size else None,
-        "second": normal(B, Y, X, second) if second else None,
-        "row": normal(B, N) if case.get("row") else None,
         "residual": normal(B, y, x, N) if case.get("residual") else None,
     }
 
 
 def _traffic(case: Case, size: int) -> int:
-    kernel, inner = case.get("kernel", 3), case.C + case.get("second", 0)
-    pixels = case.B * case.Y * case.X
-    return int(size * (pixels * (inner + case.N) + kernel * kernel * inner * case.N))
+    pixels, taps = case.B * case.Y * case.X, case.get("kernel", 3) ** 2
+    return int(size * (pixels * (case.C + case.N) + taps * case.C * case.N))
 
 
 CASES = (
-    Case("demo-16", B=2, Y=16, X=16, C=64, N=64, row=True),
-    Case("demo-16-cat", B=2, Y=16, X=16, C=96, second=64, N=64),
+    Case("demo-16", B=2, Y=16, X=16, C=64, N=64),
+    Case("demo-16-cat", B=2, Y=16, X=16, C=160, N=64),
     Case("demo-8-residual", B=2, Y=8, X=8, C=96, N=96, residual=True),
-    Case("demo-4", B=2, Y=4, X=4, C=192, N=96, row=True, residual=True),
+    Case("demo-4", B=2, Y=4, X=4, C=192, N=96, residual=True),
     Case("demo-down", B=2, Y=16, X=16, C=64, N=64, stride=2),
     Case("demo-up", B=2, Y=8, X=8, C=96, N=96, size=(16, 16)),
     Case("demo-in", B=2, Y=16, X=16, C=4, N=64),
     Case("demo-out", B=2, Y=16, X=16, C=64, N=4),
     Case("sd15-16", B=2, Y=16, X=16, C=320, N=640),
-    Case("sd15-8-shortcut", B=2, Y=8, X=8, C=320, second=320, N=320, kernel=1),
+    Case("sd15-8-shortcut", B=2, Y=8, X=8, C=640, N=320, kernel=1),
     Case("vae-out", B=1, Y=32, X=32, C=48, N=3),
     Case("vae-encoder-down", B=1, Y=17, X=24, C=32, N=48, stride=2, padding=(0, 1)),
     # nasty: odd sizes, columns that fill no vector, an enlargement that is not a factor of two
-    Case("odd", B=3, Y=9, X=5, C=33, N=37, row=True, residual=True),
+    Case("odd", B=3, Y=9, X=5, C=33, N=37, residual=True),
     Case("odd-down", B=1, Y=33, X=17, C=40, N=24, stride=2, bias=False),
     Case("odd-up", B=1, Y=9, X=5, C=20, N=20, size=(17, 9)),
     Case("one-pixel", B=1, Y=1, X=1, C=16, N=48),
@@ -94,13 +87,11 @@ SPEC = KernelSpec(
     name="conv2d",
     schema=(
         "(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int[] padding=[1, 1],"
-        " int[]? size=None, Tensor? second=None, Tensor? row=None, Tensor? residual=None) -> Tensor"
+        " int[]? size=None, Tensor? residual=None) -> Tensor"
     ),
     reference=reference,
     inputs=inputs,
     cases=CASES,
     bytes=_traffic,
-    flops=lambda c: (
-        2 * c.B * c.Y * c.X * c.N * (c.C + c.get("second", 0)) * c.get("kernel", 3) ** 2
-    ),
+    flops=lambda c: 2 * c.B * c.Y * c.X * c.N * c.C * c.get("kernel", 3) ** 2,
 )

@@ -55,7 +55,8 @@ def group_norm_silu(
         groups: divides C; neither needs to be a power of two.
         eps: added to the variance.
         silu: False leaves the activation out.
-        row: [B, C], added to every pixel before the statistics (the projected time embedding).
+        row: [B, C] of any batch stride, added to every pixel before the statistics (the projected
+            time embedding).
         residual: like x, added before the statistics.
 
     Returns:
@@ -67,6 +68,8 @@ def group_norm_silu(
     Wu & He, Group Normalization (2018); Chan et al. (1979) for combining partial moments.
     """
     if x.shape[-1] % groups:
-        raise ValueError(f"group_norm_silu: {x.shape[-1]} channels do not split into {groups} groups")
+        raise ValueError(
+            f"group_norm_silu: {x.shape[-1]} channels do not split into {groups} groups"
+        )
     y, total = _op(x, weight, bias, groups, eps, silu, row, residual)
     return y if residual is None else (y, total)

@@ -20,7 +20,6 @@ def run(
     if NATIVE is None or dtype is None:
         return reference(x, weight, bias, groups, eps, silu, row, residual)
     x = x.contiguous()
-    row = None if row is None else row.contiguous()
     residual = None if residual is None else residual.contiguous()
     batch, height, width, channels = x.shape
     y = x.new_empty(x.shape)
@@ -28,7 +27,7 @@ def run(
     NATIVE.group_norm(
         dtype,
         x.data_ptr(),
-        0 if row is None else row.data_ptr(),
+        (0, 0) if row is None else (row.data_ptr(), row.stride(0)),
         0 if residual is None else residual.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),

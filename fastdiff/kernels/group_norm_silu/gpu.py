@@ -1,9 +1,9 @@
 """Triton implementation of `group_norm_silu`: once over memory where a group fits in registers.
 
-Otherwise two kernels: partial statistics of each slab of rows, then their combination and the
+Else two kernels: partial statistics of each slab of rows, then their combination and the
 normalisation, in reverse order so that what the first kernel read last is still in L2.
-A program handles whole groups of one sample as tiles [rows, groups, width]; a width that is no power
-of two is two tiles (10 = 8 + 2), not one padded tile. Statistics are in fp32, their squares taken
+A program handles whole groups of one sample as tiles [rows, groups, width]; a width that is no
+power of two is two tiles (10 = 8 + 2), not one padded tile. Statistics are in fp32, squares taken
 around a pivot near the mean, never as E[x^2] - E[x]^2.
 """
 
@@ -72,7 +72,7 @@ def _combine(mean, square, count, all_count):
 
 @triton.jit
 def _one_pass_kernel(
-    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, L, C, sum_ptr, out_ptr,
+    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, L, C, row_stride, sum_ptr, out_ptr,
     EPS: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def _one_pass_kernel(
     base = sample * L * C + first
     x_ptr += base
     if row_ptr is not None:
-        row_ptr += sample * C + first
+        row_ptr += sample * row_stride + first
     if residual_ptr is not None:
         residual_ptr += base
         sum_ptr += base
@@ -94,7 +94,7 @@ def _one_pass_kernel(
         place1 = _place(rows, L, C, W, P0, P1, N)
         total1 = _read(x_ptr, row_ptr, residual_ptr, sum_ptr, place1)
         pivot += _per_group(total1)
-    count = L.to(tl.float32) * W
+    count = 1.0 * L * W
     pivot /= count
     centred = tl.where(place0[3], total0 - pivot[None, :, None], 0.0)
     shift = _per_group(centred)
@@ -137,7 +137,7 @@ def _slab_part(
 
 @triton.jit
 def _statistics_kernel(
-    x_ptr, row_ptr, residual_ptr, L, C, G, slab_rows, sum_ptr, statistics_ptr,
+    x_ptr, row_ptr, residual_ptr, L, C, row_stride, G, slab_rows, sum_ptr, statistics_ptr,
     W: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of a slab's groups: statistics [B, slabs, parts, 2, G]."""
@@ -149,7 +149,7 @@ def _statistics_kernel(
     base = (sample * L + start) * C + first
     x_ptr += base
     if row_ptr is not None:
-        row_ptr += sample * C + first
+        row_ptr += sample * row_stride + first
     if residual_ptr is not None:
         residual_ptr += base
         sum_ptr += base
@@ -168,7 +168,7 @@ def _statistics_kernel(
 
 @triton.jit
 def _apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, row_ptr, statistics_ptr, L, C, G, slab_rows, out_ptr,
+    x_ptr, weight_ptr, bias_ptr, row_ptr, statistics_ptr, L, C, row_stride, G, slab_rows, out_ptr,
     EPS: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     N: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +185,7 @@ def _apply_kernel(
     pointers = statistics_ptr + index[:, None] * 2 * G + tl.arange(0, N)[None, :]
     mean = tl.load(pointers, mask=(slab < slabs)[:, None], other=0.0)[:, :, None]
     square = tl.load(pointers + G, mask=(slab < slabs)[:, None], other=0.0)[:, :, None]
-    all_count = L.to(tl.float32) * W
+    all_count = 1.0 * L * W  # L = 1 is a constant
     pivot, shift, square_sum = _combine(
         mean, square, count.to(tl.float32)[:, None, None], all_count
     )
@@ -198,7 +198,7 @@ def _apply_kernel(
     weight_ptr += first
     bias_ptr += first
     if row_ptr is not None:
-        row_ptr += sample * C + first
+        row_ptr += sample * row_stride + first
     for back in range(0, length, ROWS):
         rows = (length - 1) // ROWS * ROWS - back + tl.arange(0, ROWS)
         place = _place(rows, length, C, W, 0, P0, N)
@@ -220,32 +220,40 @@ class LaunchConfig:
     num_warps: int
 
 
-ONE_PASS_WARPS = (  # (most elements of a tile, warps): 8 to 80 fp32 values a thread
+ONE_PASS_WARPS = (  # (most elements of a tile, warps): 32 to 64 fp32 values a thread
     (1024, 1),
     (4096, 4),
     (16384, 8),
-    (40960, 16),  # 32^2 rows of 40 channels: 80 of the 128 registers a thread may have
+    (20480, 16),  # 32^2 rows of 20 channels; 40960 spill at 16 warps and at 32
 )
-SEGMENT_BYTES = 64  # two sectors: a row's part of a program is read and written whole
+SEGMENT_BYTES = (64, 32)  # a row's part of a program, two sectors or at least one
 SLAB_TILE = 4096  # elements of a tile of the two slab kernels, 8 warps
-SLAB_PROGRAMS = 512  # about four for each SM of the largest GPU
+INTERPRETED_TILE = 65536  # the interpreter's time is for each operation, whatever its size
+SLAB_PROGRAMS = 4  # for each SM
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # of the largest GPU of its kind
 MOST_SLABS = 512  # each program of the second kernel reads the statistics of all of them
 
 
-def pick(B: int, L: int, W: int, G: int, size: int) -> LaunchConfig:
-    """Launch of a sample of L pixels in G groups of W channels of `size` bytes; every
-    architecture has the same 64 Ki registers, so none is asked for."""
+def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
+    """Launch of B samples of L pixels in G groups of W channels of `size` bytes."""
     width = sum(power_parts(W))
     divisors = [n for n in (1, 2, 4, 8, 16, 32) if G % n == 0]
-    wide = [n for n in divisors if n * W * size >= SEGMENT_BYTES]
-    groups = wide[0] if wide else divisors[-1]
-    rows = triton.next_power_of_2(L)
-    for most, num_warps in ONE_PASS_WARPS:
-        if rows * groups * width <= most:
-            return LaunchConfig(groups, rows, 0, num_warps)
-    rows = max(1, SLAB_TILE // triton.next_power_of_2(groups * width))
+    choices = [
+        next((n for n in divisors if n * W * size >= segment), divisors[-1])
+        for segment in SEGMENT_BYTES
+    ]
+    for groups in choices:
+        rows = triton.next_power_of_2(L)
+        for most, num_warps in ONE_PASS_WARPS:
+            if rows * groups * width <= most:
+                return LaunchConfig(groups, rows, 0, num_warps)
+    groups = choices[0]
+    tile = SLAB_TILE if arch else INTERPRETED_TILE
+    rows = max(1, tile // triton.next_power_of_2(groups * width))
     blocks = B * (G // groups)
-    slabs = min(MOST_SLABS, triton.cdiv(SLAB_PROGRAMS, blocks), triton.cdiv(L, rows))
+    slabs = min(
+        MOST_SLABS, triton.cdiv(SLAB_PROGRAMS * SMS.get(arch, 16), blocks), triton.cdiv(L, rows)
+    )
     return LaunchConfig(groups, rows, slabs, 8)
 
 
@@ -263,14 +271,14 @@ def plan(
     """The launches for x [B, Y, X, C] and what they write: the result and the sum (or empty)."""
     B, Y, X, C = x.shape
     L, W = Y * X, C // groups
-    for name, tensor in (("x", x), ("residual", residual), ("row", row)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"group_norm_silu: {name} has strides {tensor.stride()}; expected a contiguous one"
-            )
+    if not x.is_contiguous() or not (residual is None or residual.is_contiguous()):
+        raise ValueError("group_norm_silu: x and residual must be contiguous [B, Y, X, C]")
+    if row is not None and row.stride(1) != 1:
+        raise ValueError(f"group_norm_silu: row has strides {row.stride()}; the last must be 1")
+    sizes = {"L": L, "C": C, "row_stride": 0 if row is None else row.stride(0)}
     out = torch.empty_like(x)
     total = torch.empty_like(x) if residual is not None else x.new_empty(0)
-    config = pick(B, L, W, groups, x.element_size())
+    config = pick(B, L, W, groups, x.element_size(), arch)
     P0, P1 = power_parts(W)
     tile: dict[str, Any] = {"W": W, "P0": P0, "P1": P1, "N": config.groups, "ROWS": config.rows}
     parameters = {"weight_ptr": weight, "bias_ptr": bias, "row_ptr": row}
@@ -278,14 +286,14 @@ def plan(
     finish: dict[str, Any] = {"EPS": eps, "SILU": silu} | tile
     blocks = groups // config.groups
     if not config.slabs:
-        arguments = {"x_ptr": x} | parameters | {"residual_ptr": residual, "L": L, "C": C}
+        arguments = {"x_ptr": x} | parameters | {"residual_ptr": residual} | sizes
         arguments |= written | {"out_ptr": out}
         launch = Launch(_one_pass_kernel, arguments, finish, (blocks, B), config.num_warps)
         return (launch,), (out, total)
     slab_rows = triton.cdiv(L, config.slabs)
     slabs = triton.cdiv(L, slab_rows)  # fewer than asked for rather than an empty one
     statistics = x.new_empty((B, slabs, 2 if P1 else 1, 2, groups), dtype=torch.float32)
-    sizes = {"L": L, "C": C, "G": groups, "slab_rows": slab_rows}
+    sizes |= {"G": groups, "slab_rows": slab_rows}
     grid = (slabs, blocks, B)
     first = {"x_ptr": x, "row_ptr": row, "residual_ptr": residual} | sizes | written
     first |= {"statistics_ptr": statistics}

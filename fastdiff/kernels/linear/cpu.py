@@ -23,18 +23,15 @@ def run(
     out = x.new_empty((*x.shape[:-1], wide))
     NATIVE.conv(
         dtype,
-        (x.data_ptr(), 0),
-        (inner, 0),
-        (inner, 0),
-        (1, 1, rows),
+        x.data_ptr(),
+        (1, 1, rows, inner),
         (1, rows),
         (1, 1, 0),
         (1, rows),
         (weight.data_ptr(), weight.stride(1), columns),
-        bias.data_ptr() if bias is not None else 0,
-        (0, 0),
-        (residual.data_ptr(), wide) if residual is not None else (0, 0),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         ACTIVATIONS[act],
-        (out.data_ptr(), wide),
+        out.data_ptr(),
     )
     return out

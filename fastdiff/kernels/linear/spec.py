@@ -40,7 +40,9 @@ def inputs(
         "weight": packed if case.get("packed", True) else packed.contiguous(),
         "bias": normal(N) if case.get("bias", True) else None,
         "act": act,
-        "residual": normal(case.B, L, N // (1 + (act == "geglu"))) if case.get("residual") else None,
+        "residual": normal(case.B, L, N // (1 + (act == "geglu")))
+        if case.get("residual")
+        else None,
     }
 
 

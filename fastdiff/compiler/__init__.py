@@ -1,0 +1,129 @@
+"""`fastdiff.compile`, `fastdiff.restore` and `fastdiff.report`."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastdiff.compiler.options import Options
+from fastdiff.compiler.slot import Slot, slot_of
+from fastdiff.errors import UserError
+
+__all__ = ["Options", "Report", "compile", "report", "restore"]
+
+T = TypeVar("T")
+_DEFAULT = Options()
+
+
+def compile(target: T, options: Options = _DEFAULT) -> T:
+    """Make a pipeline or model fast, in place, without changing what it draws.
+
+    Its networks run as compact networks on the same weights. The target stays the object and class
+    it was: `save_pretrained`, `state_dict`, schedulers, callbacks and LoRA loading work as before.
+    Where a call cannot be honoured it runs eagerly, with one warning, and `report` lists it.
+
+    Args:
+        target: a Stable Diffusion pipeline (see `compiler.adapters.PIPELINES`), a bare
+            UNet2DConditionModel or AutoencoderKL, on any device, in any dtype.
+        options: see `Options`.
+
+    Returns:
+        `target` itself. Compiling it again changes nothing.
+
+    Raises:
+        ValueError: the target is not known, `options.ignore` names no part of it, or nothing in it
+            can be made fast; the message says why.
+    """
+    slots = [
+        Slot(name, module, kind)
+        for name, (module, kind) in _parts(target, options).items()
+        if slot_of(module) is None
+    ]
+    for slot in slots:
+        if slot.module.__dict__.get("_compiled_call_impl") is not None:
+            raise UserError(
+                f"{slot.name} was compiled with torch.compile already; build the pipeline anew and"
+                " compile it with fastdiff alone"
+            )
+    for slot in slots:
+        slot.take()
+    if slots and all(slot.refused for slot in slots):
+        reasons = "; ".join(f"{slot.name}: {slot.refused}" for slot in slots)
+        raise UserError(f"nothing in this {type(target).__name__} can be made fast: {reasons}")
+    for slot in slots:
+        slot.module._compiled_call_impl = slot
+    return target
+
+
+def restore(target: T) -> T:
+    """Undo `compile`: eager calls, and parameters in contiguous memory of their own.
+
+    Returns:
+        `target` itself; eager outputs are bit for bit what they were before `compile`.
+    """
+    for module, _ in _parts(target).values():
+        slot = slot_of(module)
+        if slot is not None:
+            del module._compiled_call_impl
+            slot.release()
+    return target
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a pipeline: who runs it, and why it is not fastdiff where it is not."""
+
+    name: str
+    runs: str
+    """"fastdiff", "eager" (fastdiff would, but something stands in the way) or "diffusers"."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs fast and what does not; `str(report)` is a table."""
+
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        name = max(len(part.name) for part in self.parts)
+        runs = max(len(part.runs) for part in self.parts)
+        lines = (f"{p.name:{name}}  {p.runs:{runs}}  {p.why}".rstrip() for p in self.parts)
+        return "\n".join(lines)
+
+
+def report(target: Any) -> Report:
+    """List what runs on fastdiff, what runs eagerly, and why."""
+    from fastdiff.compiler.adapters import eager_parts
+
+    ours = [_part(name, slot_of(module)) for name, (module, _) in _parts(target).items()]
+    theirs = [Part(name, "diffusers", why) for name, why in eager_parts(target).items()]
+    return Report((*ours, *theirs))
+
+
+def _part(name: str, slot: Slot | None) -> Part:
+    if slot is None:
+        return Part(name, "eager", "not compiled")
+    notes = [f"{count} calls ran eagerly: {why}" for why, count in slot.eager.items()]
+    if slot.refused is not None:
+        return Part(name, "eager", "; ".join([slot.refused, *notes]))
+    return Part(name, "fastdiff", "; ".join([f"{slot.fast} calls", *notes]))
+
+
+def _parts(target: Any, options: Options = _DEFAULT) -> dict[str, Any]:
+    try:
+        from fastdiff.compiler.adapters import parts
+    except ModuleNotFoundError as missing:
+        raise ImportError(
+            f"fastdiff.compile needs {missing.name}: pip install 'fastdiff[diffusers]'"
+        ) from missing
+    try:
+        found = parts(target)
+    except ValueError as unknown:
+        raise UserError(str(unknown)) from None
+    names = {name.split(".")[0] for name in found}
+    for name in options.ignore:
+        if name not in names:
+            raise UserError(
+                f"Options.ignore names {name!r}; {type(target).__name__} has"
+                f" {', '.join(sorted(names))}"
+            )
+    return {name: part for name, part in found.items() if name.split(".")[0] not in options.ignore}

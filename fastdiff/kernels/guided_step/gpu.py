@@ -1,0 +1,183 @@
+"""Triton implementation of `guided_step`: one launch, whatever the scheduler.
+
+The step and its row of coefficients are read on the device, so the same launch can be replayed in a
+graph. Guidance rescale needs standard deviations over a sample: where the row asks for it, each
+program computes them over its whole sample (a few reads of L2) rather than wait for the others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.contract import Launch, architecture
+from fastdiff.kernels.guided_step import spec
+
+# a kernel may read globals only if they are constexpr
+GUIDANCE, RESCALE = tl.constexpr(spec.GUIDANCE), tl.constexpr(spec.RESCALE)
+SAMPLE, NOISE = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.NOISE)
+NEXT_SCALE, HISTORY = tl.constexpr(spec.NEXT_SCALE), tl.constexpr(spec.HISTORY)
+
+
+@triton.jit
+def _guided(output_ptr, copy, offsets, inside, guidance, COPIES: tl.constexpr):
+    """The guided output and its text half, both fp32 (the output itself without guidance)."""
+    output = tl.load(output_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if COPIES == 1:
+        return output, output
+    text = tl.load(output_ptr + copy + offsets, mask=inside, other=0.0).to(tl.float32)
+    return output + guidance * (text - output), text
+
+
+@triton.jit
+def _deviation_ratio(output_ptr, copy, E, guidance, REDUCE: tl.constexpr):
+    """std(text) / std(guided) over the E elements of a sample, each as two passes."""
+    guided_sum = tl.zeros((REDUCE,), tl.float32)
+    text_sum = tl.zeros((REDUCE,), tl.float32)
+    for start in range(0, E, REDUCE):
+        offsets = start + tl.arange(0, REDUCE)
+        guided, text = _guided(output_ptr, copy, offsets, offsets < E, guidance, 2)
+        guided_sum += guided
+        text_sum += text
+    guided_mean = tl.sum(guided_sum, 0) / E
+    text_mean = tl.sum(text_sum, 0) / E
+    guided_sum = tl.zeros((REDUCE,), tl.float32)
+    text_sum = tl.zeros((REDUCE,), tl.float32)
+    for start in range(0, E, REDUCE):
+        offsets = start + tl.arange(0, REDUCE)
+        inside = offsets < E
+        guided, text = _guided(output_ptr, copy, offsets, inside, guidance, 2)
+        guided = tl.where(inside, guided - guided_mean, 0.0)
+        text = tl.where(inside, text - text_mean, 0.0)
+        guided_sum += guided * guided
+        text_sum += text * text
+    return tl.sqrt_rn(tl.sum(text_sum, 0)) / tl.sqrt_rn(tl.sum(guided_sum, 0))
+
+
+@triton.jit
+def _guided_step_kernel(
+    output_ptr, table_ptr, step_ptr, noise_ptr, E, columns, sample_ptr, history_ptr, next_ptr,
+    COPIES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """A program updates BLOCK of the E elements of one sample."""
+    first = tl.program_id(1).to(tl.int64) * E
+    copy = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
+    step = tl.load(step_ptr).to(tl.int64)
+    row = table_ptr + step * columns
+    guidance = tl.load(row + GUIDANCE)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < E
+    output, _ = _guided(output_ptr + first, copy, offsets, inside, guidance, COPIES)
+    if COPIES == 2:
+        rescale = tl.load(row + RESCALE)
+        if rescale != 0:
+            ratio = _deviation_ratio(output_ptr + first, copy, E, guidance, REDUCE)
+            output = rescale * (output * ratio) + (1 - rescale) * output
+    own = first + offsets
+    sample = tl.load(sample_ptr + own, mask=inside, other=0.0)
+    result = tl.load(row + SAMPLE) * sample + tl.load(row + HISTORY) * output
+    for h in tl.static_range(1, DEPTH + 1):
+        slot = (step - h + DEPTH) % DEPTH
+        b = tl.load(row + HISTORY + h)
+        c = tl.load(row + HISTORY + DEPTH + h)
+        # a zero coefficient must hide what the history does not hold yet
+        outputs = history_ptr + slot * copy + own
+        result += b * tl.load(outputs, mask=tl.where(b != 0, inside, False), other=0.0)
+        result += c * tl.load(outputs + DEPTH * copy, mask=tl.where(c != 0, inside, False), other=0.0)
+    if noise_ptr is not None:
+        result += tl.load(row + NOISE) * tl.load(noise_ptr + own, mask=inside, other=0.0)
+    if DEPTH > 0:
+        slot = step % DEPTH
+        tl.store(history_ptr + slot * copy + own, output, mask=inside)
+        tl.store(history_ptr + (DEPTH + slot) * copy + own, sample, mask=inside)
+    tl.store(sample_ptr + own, result, mask=inside)
+    following = tl.load(row + NEXT_SCALE) * result
+    for c in tl.static_range(COPIES):
+        tl.store(next_ptr + c * copy + own, following, mask=inside)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Elements of a program, elements a pass of the reduction reads at once, warps."""
+
+    block: int
+    reduce: int
+    num_warps: int
+
+
+CONFIGS = (  # (elements of a sample up to, config): enough programs to hide the latency of L2
+    (4096, LaunchConfig(256, 2048, 4)),
+    (65536, LaunchConfig(1024, 4096, 4)),
+    (2**62, LaunchConfig(2048, 4096, 8)),
+)
+
+
+def pick(E: int) -> LaunchConfig:
+    """Launch for samples of E elements, on every architecture."""
+    return next(config for most, config in CONFIGS if most >= E)
+
+
+def plan(
+    arch: int,
+    model_output: Tensor,
+    sample: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None = None,
+) -> tuple[tuple[Launch, ...], Tensor]:
+    """The launch and the next input of the network; sample and history are written in place."""
+    for name, tensor in (("sample", sample), ("history", history), ("table", table)):
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"guided_step: {name} is {tensor.dtype}; the kernel takes float32")
+    if not all(t.is_contiguous() for t in (model_output, sample, history, table)):
+        raise ValueError("guided_step: all tensors must be contiguous")
+    batch, copies, depth = (
+        sample.shape[0],
+        model_output.shape[0] // sample.shape[0],
+        history.shape[1],
+    )
+    if copies not in (1, 2):
+        raise ValueError(f"guided_step: {copies} model outputs for each sample; expected 1 or 2")
+    following = torch.empty_like(model_output)
+    elements = sample.numel() // batch
+    config = pick(elements)
+    arguments = {
+        "output_ptr": model_output,
+        "table_ptr": table,
+        "step_ptr": step,
+        "noise_ptr": noise,
+        "E": elements,
+        "columns": table.shape[1],
+        "sample_ptr": sample,
+        "history_ptr": history,
+        "next_ptr": following,
+    }
+    constants = {
+        "COPIES": copies,
+        "DEPTH": depth,
+        "BLOCK": config.block,
+        "REDUCE": config.reduce,
+    }
+    grid = (triton.cdiv(elements, config.block), batch)
+    launch = Launch(_guided_step_kernel, arguments, constants, grid, config.num_warps)
+    return (launch,), following
+
+
+def run(
+    model_output: Tensor,
+    sample: Tensor,
+    history: Tensor,
+    table: Tensor,
+    step: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The op on CUDA tensors; on CPU tensors under Triton's interpreter."""
+    launches, following = plan(
+        architecture(sample), model_output, sample, history, table, step, noise
+    )
+    for launch in launches:
+        launch.start()
+    return following

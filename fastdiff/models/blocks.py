@@ -1,0 +1,282 @@
+"""The blocks that Stable Diffusion's U-Nets and autoencoders are made of, on borrowed weights.
+
+Pictures are channels-last tensors [B, Y, X, C]. A block is a frozen dataclass of weights, a
+`borrow_*` function that takes them from the diffusers module of the same structure (told by its
+attributes, so that diffusers need not be imported here) and a function that runs it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.kernels.attention import attention
+from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.group_norm_silu import group_norm_silu
+from fastdiff.kernels.layer_norm import layer_norm
+from fastdiff.kernels.linear import linear
+from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights
+
+PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise Unsupported(what) unless the condition holds."""
+    if not condition:
+        raise Unsupported(what)
+
+
+def group_norm(x: Tensor, norm: Norm, silu: bool, row: Tensor | None = None) -> Tensor:
+    return group_norm_silu(x, norm.weight, norm.bias, norm.groups, norm.eps, silu, row)
+
+
+@dataclass(frozen=True)
+class Resnet:
+    norm1: Norm
+    conv1: Weights
+    norm2: Norm
+    conv2: Weights
+    shortcut: Weights | None
+    row: slice | None
+    """This block's columns of the projected time embedding of all blocks."""
+
+    def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        row = None if rows is None or self.row is None else rows[:, self.row]
+        h = conv2d(group_norm(x, self.norm1, silu=True), self.conv1.weight, self.conv1.bias)
+        h = group_norm(h, self.norm2, silu=True, row=row)
+        skip = x if self.shortcut is None else linear(x, self.shortcut.weight, self.shortcut.bias)
+        return conv2d(h, self.conv2.weight, self.conv2.bias, residual=skip)
+
+
+def borrow_resnet(module: Any, loan: Loan, rows: "Columns | None" = None) -> Resnet:
+    """From a ResnetBlock2D; `rows` hands out columns of the packed time-embedding projection."""
+    kind = type(module).__name__
+    require(kind == "ResnetBlock2D", f"a {kind} where a ResnetBlock2D was expected")
+    require(module.time_embedding_norm in ("default", "group"), "scale-and-shift time embeddings")
+    require(module.upsample is None and module.downsample is None, "resampling inside a resnet")
+    require(module.output_scale_factor == 1.0, "an output_scale_factor other than 1")
+    require(not module.skip_time_act, "time embeddings without activation")
+    require(type(module.nonlinearity) is nn.SiLU, "an activation other than SiLU")
+    projected = module.time_emb_proj is not None
+    require(not projected or rows is not None, "a time embedding where none is given")
+    return Resnet(
+        norm1=loan.norm(module.norm1),
+        conv1=loan.conv(module.conv1),
+        norm2=loan.norm(module.norm2),
+        conv2=loan.conv(module.conv2),
+        shortcut=None if module.conv_shortcut is None else loan.linear(module.conv_shortcut),
+        row=rows.take(module.time_emb_proj) if rows is not None and projected else None,
+    )
+
+
+class Columns:
+    """Collects linear layers that read the same input, to be run as one matrix product."""
+
+    def __init__(self) -> None:
+        self.layers: list[nn.Module] = []
+        self._width = 0
+
+    def take(self, *layers: Any) -> slice:
+        start = self._width
+        self.layers += layers
+        self._width += sum(layer.weight.shape[0] for layer in layers)
+        return slice(start, self._width)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Self-attention, cross-attention, GEGLU; each behind a LayerNorm and around a residual."""
+
+    heads: int
+    norm1: Norm
+    qkv: Weights
+    out1: Weights
+    norm2: Norm
+    q: Weights
+    text: slice
+    """This block's columns (K, then V) of the projected text of all blocks."""
+    out2: Weights
+    norm3: Norm
+    geglu: Weights
+    ff: Weights
+
+    def __call__(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        split = (-1, (self.heads, x.shape[-1] // self.heads))
+        h = _layer_norm(x, self.norm1)
+        q, k, v = (
+            part.unflatten(*split)
+            for part in linear(h, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        )
+        h = attention(q, k, v).flatten(2)
+        x = linear(h, self.out1.weight, self.out1.bias, residual=x)
+        h = _layer_norm(x, self.norm2)
+        q = linear(h, self.q.weight, self.q.bias).unflatten(*split)
+        k, v = (part.unflatten(*split) for part in text[..., self.text].chunk(2, -1))
+        h = attention(q, k, v, mask).flatten(2)
+        x = linear(h, self.out2.weight, self.out2.bias, residual=x)
+        h = _layer_norm(x, self.norm3)
+        h = linear(h, self.geglu.weight, self.geglu.bias, act="geglu")
+        return linear(h, self.ff.weight, self.ff.bias, residual=x)
+
+
+def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def _check_attention(module: Any, loan: Loan) -> None:
+    processor = type(module.processor).__name__
+    require(processor in PLAIN_PROCESSORS, f"the attention processor {processor}")
+    require(module.spatial_norm is None, "spatial norms in attention")
+    require(module.norm_q is None and module.norm_k is None, "normalised queries and keys")
+    require(not module.norm_cross, "normalised text in cross-attention")
+    require(module.rescale_output_factor == 1.0, "a rescale_output_factor other than 1")
+    loan.watch(module, "processor")
+
+
+def borrow_block(module: Any, loan: Loan, text: Columns) -> Block:
+    """From a BasicTransformerBlock."""
+    kind = type(module).__name__
+    require(kind == "BasicTransformerBlock", f"a {kind} where a BasicTransformerBlock was expected")
+    require(module.norm_type == "layer_norm", f"transformer norms of type {module.norm_type}")
+    require(module.attn2 is not None, "a transformer block without cross-attention")
+    require(not module.only_cross_attention, "cross-attention in place of self-attention")
+    require(module.pos_embed is None, "positional embeddings in a transformer block")
+    require(getattr(module, "fuser", None) is None, "a gated (GLIGEN) transformer block")
+    require(type(module.ff.net[0]).__name__ == "GEGLU", "a feed-forward other than GEGLU")
+    own, cross = module.attn1, module.attn2
+    for part in (own, cross):
+        _check_attention(part, loan)
+        require(part.group_norm is None, "a group norm inside a transformer block's attention")
+    require(own.heads == cross.heads, "self- and cross-attention with different heads")
+    return Block(
+        heads=own.heads,
+        norm1=loan.norm(module.norm1),
+        qkv=loan.linear(own.to_q, own.to_k, own.to_v),
+        out1=loan.linear(own.to_out[0]),
+        norm2=loan.norm(module.norm2),
+        q=loan.linear(cross.to_q),
+        text=text.take(cross.to_k, cross.to_v),
+        out2=loan.linear(cross.to_out[0]),
+        norm3=loan.norm(module.norm3),
+        geglu=loan.linear(module.ff.net[0].proj),
+        ff=loan.linear(module.ff.net[2]),
+    )
+
+
+@dataclass(frozen=True)
+class Transformer:
+    norm: Norm
+    proj_in: Weights
+    blocks: tuple[Block, ...]
+    proj_out: Weights
+
+    def __call__(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        h = group_norm(x, self.norm, silu=False).flatten(1, 2)
+        h = linear(h, self.proj_in.weight, self.proj_in.bias)
+        for block in self.blocks:
+            h = block(h, text, mask)
+        return linear(
+            h.unflatten(1, x.shape[1:3]), self.proj_out.weight, self.proj_out.bias, residual=x
+        )
+
+
+def borrow_transformer(module: Any, loan: Loan, text: Columns) -> Transformer:
+    """From a Transformer2DModel over pictures, its projections linear or 1×1 convolutions."""
+    kind = type(module).__name__
+    require(kind == "Transformer2DModel", f"a {kind} where a Transformer2DModel was expected")
+    require(module.is_input_continuous, "a transformer over patches or codes")
+    return Transformer(
+        norm=loan.norm(module.norm),
+        proj_in=loan.linear(module.proj_in),
+        blocks=tuple(borrow_block(block, loan, text) for block in module.transformer_blocks),
+        proj_out=loan.linear(module.proj_out),
+    )
+
+
+@dataclass(frozen=True)
+class PictureAttention:
+    """The autoencoder's self-attention over all pixels."""
+
+    heads: int
+    norm: Norm
+    qkv: Weights
+    out: Weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        h = linear(group_norm(x, self.norm, silu=False), self.qkv.weight, self.qkv.bias)
+        split = (-1, (self.heads, x.shape[-1] // self.heads))
+        q, k, v = (part.unflatten(*split) for part in h.flatten(1, 2).chunk(3, -1))
+        h = attention(q, k, v).reshape(x.shape)
+        return linear(h, self.out.weight, self.out.bias, residual=x)
+
+
+def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
+    """From an Attention with a GroupNorm and a residual connection."""
+    _check_attention(module, loan)
+    require(module.residual_connection, "picture attention without its residual")
+    return PictureAttention(
+        heads=module.heads,
+        norm=loan.norm(module.group_norm),
+        qkv=loan.linear(module.to_q, module.to_k, module.to_v),
+        out=loan.linear(module.to_out[0]),
+    )
+
+
+@dataclass(frozen=True)
+class Down:
+    """Halve the picture: a convolution of stride 2, padded on all sides or only after."""
+
+    conv: Weights
+    padding: tuple[int, int]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=self.padding)
+
+
+@dataclass(frozen=True)
+class Up:
+    """Enlarge the picture to `size` (twice its own by default), then convolve."""
+
+    conv: Weights
+
+    def __call__(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        size = (2 * x.shape[1], 2 * x.shape[2]) if size is None else size
+        return conv2d(x, self.conv.weight, self.conv.bias, size=size)
+
+
+def borrow_down(module: Any, loan: Loan) -> Down:
+    require(type(module).__name__ == "Downsample2D", f"downsampling by {type(module).__name__}")
+    require(module.use_conv and module.norm is None, "downsampling without a plain convolution")
+    require(module.padding in (0, 1), f"downsampling padded by {module.padding}")
+    return Down(loan.conv(module.conv), (1, 1) if module.padding else (0, 1))
+
+
+def borrow_up(module: Any, loan: Loan) -> Up:
+    require(type(module).__name__ == "Upsample2D", f"upsampling by {type(module).__name__}")
+    require(
+        module.use_conv
+        and not module.use_conv_transpose
+        and module.interpolate
+        and module.norm is None,
+        "upsampling without a plain convolution",
+    )
+    return Up(loan.conv(module.conv if module.name == "conv" else module.Conv2d_0))
+
+
+def only(modules: Any) -> Any:
+    """The single element of a module list, or None where there is none."""
+    if modules is None or len(modules) == 0:
+        return None
+    require(len(modules) == 1, f"{len(modules)} resamplers in a row")
+    return modules[0]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, Y, X] -> contiguous [B, Y, X, C]."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """[B, Y, X, C] -> contiguous [B, C, Y, X], as diffusers expects it."""
+    return x.permute(0, 3, 1, 2).contiguous(memory_format=torch.contiguous_format)

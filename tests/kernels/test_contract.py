@@ -1,0 +1,96 @@
+"""Every kernel x CPU implementation x case x dtype, inside the error budget."""
+
+import pytest
+import torch
+
+from fastdiff.kernels import attention as _a  # noqa: F401
+from fastdiff.kernels import conv2d as _c  # noqa: F401
+from fastdiff.kernels import group_norm_silu as _g  # noqa: F401
+from fastdiff.kernels import guided_step as _s  # noqa: F401
+from fastdiff.kernels import layer_norm as _n  # noqa: F401
+from fastdiff.kernels import linear as _l  # noqa: F401
+from fastdiff.kernels.contract import Case, KernelSpec, max_error, poisoned_memory, verify
+from fastdiff.kernels.dispatch import KERNELS, NATIVE, implementation
+from fastdiff.kernels.linear.spec import SPEC as LINEAR
+
+ALL = [(kernel, case) for kernel in KERNELS.values() for case in kernel.spec.cases]
+IDS = [f"{kernel.spec.name}-{case.name}" for kernel, case in ALL]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=NATIVE.isas() if NATIVE else [None])
+def isa(request):
+    if request.param is None:
+        yield None
+        return
+    before = NATIVE.isa()
+    NATIVE.set_isa(request.param)
+    yield request.param
+    NATIVE.set_isa(before)
+
+
+@pytest.mark.parametrize(("kernel", "case"), ALL, ids=IDS)
+def test_cpu_is_inside_the_budget(kernel, case, isa):
+    for dtype in DTYPES:
+        verdicts = verify(kernel.spec, kernel.implementations["cpu"](), case, dtype)
+        assert all(v.passed for v in verdicts), (dtype, verdicts)
+
+
+@pytest.mark.parametrize(("kernel", "case"), ALL, ids=IDS)
+def test_op_is_well_defined(kernel, case):
+    """Schema, fake and strides agree with what the implementation does."""
+    inputs = kernel.spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
+    verdicts = torch.library.opcheck(
+        kernel.op, (), inputs, test_utils=("test_schema", "test_faketensor")
+    )
+    assert set(verdicts.values()) == {"SUCCESS"}
+
+
+def test_a_wrong_kernel_is_caught():
+    case = LINEAR.cases[0]
+
+    def slightly_wrong(x, weight, bias, act, residual):
+        return LINEAR.reference(x, weight, bias, act, residual) * (1 + 1e-5)
+
+    def reads_before_it_writes(x, weight, bias, act, residual):
+        out = torch.empty(*x.shape[:-1], weight.shape[0])
+        out[..., 1:] = LINEAR.reference(x, weight, bias, act, residual)[..., 1:]
+        return out
+
+    for wrong in (slightly_wrong, reads_before_it_writes):
+        assert not all(v.passed for v in verify(LINEAR, wrong, case, torch.float32))
+
+
+def test_poisoned_memory_is_nan_inside_only():
+    with poisoned_memory():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_max_error_counts_nan_and_infinity():
+    nan, inf = float("nan"), float("inf")
+    assert max_error(torch.tensor([1.0, nan]), torch.tensor([1.0, 2.0])) == inf
+    assert max_error(torch.tensor([inf, 1.0]), torch.tensor([inf, 1.5])) == 0.5
+    assert max_error(torch.tensor([inf]), torch.tensor([-inf])) == inf
+
+
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match=r"'cuda'.*reference, cpu, triton"):
+        implementation("attention", "cuda")
+
+
+def test_bytes_and_flops_by_hand():
+    specs = {name: kernel.spec for name, kernel in KERNELS.items()}
+    square = {"B": 1, "Y": 4, "X": 4, "C": 8, "G": 2}
+    expected = {
+        ("group_norm_silu", Case("c", **square)): (2 * 4 * 4 * 8 * 2, None),
+        ("attention", Case("c", B=1, Lq=8, Lk=4, H=2, K=16)): (
+            2 * (2 * 8 + 2 * 4) * 32,
+            4 * 2 * 8 * 4 * 16,
+        ),
+        ("linear", Case("c", B=1, L=2, D=3, N=5)): (2 * (2 * 8 + 15), 60),
+    }
+    for (name, case), (moved, flops) in expected.items():
+        spec: KernelSpec = specs[name]
+        assert spec.bytes(case, 2) == moved
+        assert flops is None or spec.flops(case) == flops
