@@ -1,0 +1,113 @@
+"""The embedded pipeline draws what it is told, loads in silence and fits in the wheel."""
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_log
+from safetensors.torch import load_file
+from transformers.utils import logging as transformers_log
+
+import fastdiff
+from fastdiff.demo import DEMO_FOLDER, PROMPTS
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Prompt → picture [64, 64, 3] in 0…255, each from seed 0."""
+    prompts = [*PROMPTS, "blue circle", "green heart"]
+    pipe = fastdiff.load_demo()
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(0) for _ in prompts]
+    pictures = pipe(prompts, num_inference_steps=12, guidance_scale=3.5, generator=seeds).images
+    return {p: np.asarray(picture, float) for p, picture in zip(prompts, pictures, strict=True)}
+
+
+def test_prompts_decide_the_colour(drawn):
+    red, blue, green = (
+        drawn[prompt][24:40, 24:40].mean((0, 1))
+        for prompt in ("red heart", "blue circle", "green heart")
+    )
+    assert red[0] > 180
+    assert red[0] > 2 * max(red[1], red[2])
+    assert blue[2] > 150
+    assert blue[2] > 1.5 * max(blue[0], blue[1])
+    assert green[1] > 120
+    assert green[1] > 1.2 * max(green[0], green[2])
+
+
+def test_prompts_decide_the_shape(drawn):
+    heart, circle = (drawn[prompt].min(2) < 200 for prompt in ("red heart", "blue circle"))
+    assert heart[44:].sum() < 0.8 * heart[:20].sum()  # a heart ends in a point
+    rows = np.arange(64) - 31.5
+    disc = rows[:, None] ** 2 + rows**2 < circle.sum() / np.pi
+    assert (disc & circle).sum() / (disc | circle).sum() > 0.9
+
+
+def test_pictures_stand_on_white(drawn):
+    for prompt, picture in drawn.items():
+        assert picture[:3, :3].mean() > 235, prompt
+        assert picture[-3:, -3:].mean() > 235, prompt
+        assert picture[16:56, 16:48].min() < 120, prompt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_those_on_disk_in_the_dtype_asked_for(dtype):
+    pipe = fastdiff.load_demo(dtype)
+    files = {
+        "unet": "diffusion_pytorch_model.safetensors",
+        "vae": "diffusion_pytorch_model.safetensors",
+        "text_encoder": "model.safetensors",
+    }
+    for part, file in files.items():
+        loaded = getattr(pipe, part).state_dict()
+        stored = load_file(DEMO_FOLDER / part / file)
+        missing = set(loaded) ^ {name if name in loaded else _bare(name) for name in stored}
+        assert not {name for name in missing if "position_ids" not in name}
+        for name, tensor in stored.items():
+            found = loaded[name if name in loaded else _bare(name)]
+            assert torch.equal(found, tensor.to(dtype)), (part, name)
+
+
+def _bare(name):
+    """transformers writes ``text_model.`` before the names of a CLIP text encoder; 5 drops it."""
+    return name.removeprefix("text_model.")
+
+
+def test_loads_in_silence_and_leaves_logging_as_it_was(capfd):
+    def state():
+        logs = (diffusers_log, transformers_log)
+        return [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+
+    diffusers_log.set_verbosity_info()
+    before = state()
+    try:
+        fastdiff.load_demo()
+        assert state() == before
+    finally:
+        diffusers_log.set_verbosity_warning()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fits_in_the_wheel_and_holds_no_pickle():
+    files = [
+        path
+        for path in DEMO_FOLDER.parent.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".py"
+    ]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
+
+
+def test_without_diffusers_the_error_names_the_extra(monkeypatch):
+    really = builtins.__import__
+
+    def without_diffusers(name, *rest, **options):
+        if name.split(".")[0] == "diffusers":
+            raise ImportError(f"No module named {name!r}")
+        return really(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_diffusers)
+    with pytest.raises(ImportError, match=r"pip install fastdiff\[diffusers\]"):
+        fastdiff.load_demo()

@@ -1,0 +1,127 @@
+"""``python -m tools.train_demo --minutes 120 --out FOLDER``: the demo's weights, from a font."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor, nn
+
+from tools.train_demo import data, loop, networks
+
+AUTOENCODER_SHARE = 0.3  # of the minutes; the rest trains U-Net and text encoder
+TICKS_PER_SHEET = 10
+SHEET = (  # the last four are colour and object pairs that training never shows
+    "red heart", "grinning face", "dog face", "pizza", "blue circle", "sunflower", "rocket",
+    "smiling face with sunglasses", "penguin", "green frog", "rainbow", "soccer ball",
+    "purple star", "blue apple", "green balloon", "purple car",
+)  # fmt: skip
+
+
+def train_autoencoder(
+    made: networks.Networks, images: Tensor, minutes: float, out: Path, seed: int
+) -> tuple[loop.Row, ...]:
+    """Phase one; ends by shifting and scaling the latents to zero mean and unit deviation."""
+
+    def watch(rows: tuple[loop.Row, ...]) -> None:
+        print_row("autoencoder", rows[-1])
+        if len(rows) % TICKS_PER_SHEET == 0:
+            some = images[:: len(images) // 8][:8]
+            pairs = torch.cat([some, networks.reconstruct(made.vae, some)[0]]).cpu()
+            arrays = pairs.permute(0, 2, 3, 1).numpy()
+            labels = ["picture"] * len(some) + ["reconstruction"] * len(some)
+            networks.write_sheet(
+                out / "autoencoder.png", [Image.fromarray(a) for a in arrays], labels
+            )
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return networks.autoencoder_loss(made.vae, images, generator, batch=16)
+
+    phase = loop.Phase("autoencoder", made.vae, loss, lr=2e-3)
+    # Once the U-Net has begun its latents must stay, even if a resumed run is given more minutes.
+    begun = (out / "unet.safetensors").exists()
+    rows = loop.train(phase, loop.steps(1) if begun else loop.minutes(minutes), out, seed, watch)
+    networks.fold_statistics(made.vae, networks.encode(made.vae, images))
+    print(f"autoencoder: {networks.reconstruct(made.vae, images)[1]:.1f} dB mean", flush=True)
+    return rows
+
+
+def train_unet(
+    made: networks.Networks,
+    latents: Tensor,
+    captions: Tensor,
+    batch: int,
+    minutes: float,
+    out: Path,
+    seed: int,
+) -> tuple[loop.Row, ...]:
+    """Phase two: U-Net and text encoder together, on latents that do not change any more."""
+
+    def watch(rows: tuple[loop.Row, ...]) -> None:
+        print_row("unet", rows[-1])
+        if len(rows) % TICKS_PER_SHEET == 0:
+            networks.write_sheet(out / "sheet.png", networks.draw(made, SHEET), SHEET)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return networks.diffusion_loss(made, latents, captions, generator, batch)
+
+    both = nn.ModuleDict({"unet": made.unet, "text_encoder": made.text_encoder})
+    phase = loop.Phase("unet", both, loss, lr=1e-3)
+    return loop.train(phase, loop.minutes(minutes), out, seed, watch)
+
+
+def print_row(phase: str, row: loop.Row) -> None:
+    print(
+        f"{phase:<11} step {row.step:>6}  {row.seconds / 60:6.1f} min  "
+        f"loss {row.loss:.4f}  lr {row.lr:.1e}",
+        flush=True,
+    )
+
+
+command = typer.Typer(add_completion=False)
+
+
+@command.command()
+def main(
+    out: Annotated[Path, typer.Option(help="folder for checkpoints, sheets and the pipeline")],
+    minutes: Annotated[float, typer.Option(min=0.1, help="of training, both phases")] = 120,
+    font: Annotated[Path | None, typer.Option(help="Noto Color Emoji; else ask fontconfig")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoints")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="of the U-Net; 256 suits a GPU")] = 48,
+    seed: Annotated[int, typer.Option(help="of the first weights and every draw")] = 0,
+) -> None:
+    """Train the demo pipeline from the Noto Color Emoji font; kill it when you like."""
+    if not resume and list(out.glob("*.safetensors")):
+        raise typer.BadParameter(f"{out} holds checkpoints: add --resume or choose another --out")
+    try:
+        pictures = data.pictures(data.read_glyphs(data.find_font(font)))
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error}: pip install fastdiff[train]") from error
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(pictures)} pictures, {device}, {torch.get_num_threads()} threads", flush=True)
+
+    made = networks.untrained(seed, torch.device(device))
+    images = pictures.images.to(device)
+    first = train_autoencoder(made, images, AUTOENCODER_SHARE * minutes, out, seed)
+    latents = networks.encode(made.vae, images)
+    captions = data.captions(pictures.names, made.tokenizer)
+    rest = (1 - AUTOENCODER_SHARE) * minutes
+    second = train_unet(made, latents, captions, batch, rest, out, seed)
+
+    networks.write_sheet(out / "sheet.png", networks.draw(made, SHEET), SHEET)
+    networks.write_folder(made, out / "pipeline")
+    curves = {"autoencoder": [asdict(r) for r in first], "unet": [asdict(r) for r in second]}
+    (out / "curves.json").write_text(json.dumps(curves, indent=1))
+    print(f"wrote {out / 'pipeline'} and {out / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    command()
