@@ -1,0 +1,69 @@
+"""The ways to run a pipeline that a bench compares: a name and a function that prepares a copy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastdiff.errors import UserError
+
+
+class Unavailable(Exception):
+    """This backend cannot run on this machine; the message says why and lands in its row."""
+
+
+def eager(pipe: Any) -> None:
+    """As diffusers runs it: the baseline."""
+
+
+def channels_last(pipe: Any) -> None:
+    """Eager with the convolutions' weights and activations as NHWC."""
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+
+
+def inductor(pipe: Any) -> None:
+    """torch.compile of the U-Net and of the VAE's decoder; max-autotune on a GPU."""
+    on_gpu = pipe.device.type == "cuda"
+    if not on_gpu:
+        _need_compiler()
+    mode = "max-autotune" if on_gpu else "default"
+    pipe.unet.compile(mode=mode)
+    pipe.vae.decoder.compile(mode=mode)
+
+
+def fastdiff(pipe: Any) -> None:
+    """`fastdiff.compile` with its defaults: lossless."""
+    from fastdiff.compiler import compile
+
+    try:
+        compile(pipe)
+    except UserError as error:
+        raise Unavailable(str(error)) from error
+
+
+BACKENDS: dict[str, Callable[[Any], None]] = {
+    "eager": eager,
+    "channels_last": channels_last,
+    "inductor": inductor,
+    "fastdiff": fastdiff,
+}
+
+
+def choose(names: str) -> tuple[str, ...]:
+    """The backends of a comma-separated list, eager first: every ratio is to it."""
+    asked = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in BACKENDS]
+    if unknown or not asked:
+        got = repr(unknown[0]) if unknown else "empty"
+        raise UserError(f"--backends is {got}; choose from {', '.join(BACKENDS)}")
+    return tuple(dict.fromkeys(["eager", *asked]))
+
+
+def _need_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise Unavailable("torch.compile needs a C++ compiler and found none") from error

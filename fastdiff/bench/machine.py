@@ -1,0 +1,109 @@
+"""What a number was measured on. No host name, no path: a result file may be published."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fastdiff
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "triton",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and threads in use, memory in bytes, and the GPU where there is one."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "os": platform.system() + " " + platform.machine(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        facts["gpu"] = {
+            "name": gpu.name,
+            "arch": f"sm_{gpu.major}{gpu.minor}",
+            "memory_bytes": gpu.total_memory,
+            "driver": driver(),
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def versions() -> dict[str, str | None]:
+    """Of fastdiff, Python and every package that can change a number; None if not installed."""
+    found: dict[str, str | None] = {
+        "fastdiff": fastdiff.__version__,
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this checkout, "-dirty" if edited; None for an installed package."""
+    root = Path(fastdiff.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    return _ask("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*")
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version."""
+    return _ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it, else the architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def native() -> dict[str, str | None]:
+    """The C++ kernels: the SIMD level they chose, or why there are none and what to do."""
+    try:
+        from fastdiff import _C
+    except ModuleNotFoundError:
+        return {
+            "isa": None,
+            "note": "not built, so CPU kernels run as plain torch, slower; "
+            "install a C++ compiler, then pip install fastdiff again",
+        }
+    except ImportError as error:
+        return {"isa": None, "note": f"built, but does not load: {error}"}
+    return {"isa": _C.isa(), "note": None}
+
+
+def _ask(*command: str) -> str | None:
+    """A command's first line of output; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (done.stdout.strip().splitlines() or [None])[0]  # type: ignore[list-item]

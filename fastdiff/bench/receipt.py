@@ -1,0 +1,150 @@
+"""The receipt beside the speed: is it the same picture, and how far from float64 is a step?
+
+Two gates, both against the same network in float64 rather than against eager, because eager
+rounds too:
+
+- one U-Net step, the one rule of every kernel here:
+  max|y - ref| <= 2 (max|eager - ref| + eps(dtype) max|ref|), where eager's error is the larger
+  of its two memory formats: both are PyTorch's own, and on two Zen cores NHWC rounds the demo's
+  step three times as coarsely as NCHW;
+- the whole picture, whose rounding errors a sampler amplifies:
+  rms(y - ref) <= max(4 rms(eager - ref), 0.001), the latter a quarter of an 8-bit step.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.metrics import structural_similarity
+
+from fastdiff.bench.timing import Request, draw
+
+_ssim: Any = structural_similarity  # untyped
+STEP_FACTOR, PICTURE_FACTOR, PICTURE_FLOOR = 2.0, 4.0, 1e-3
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """How a backend's picture and step compare; passed only if both gates are green.
+
+    psnr_db (inf where equal), ssim, max_abs: picture in [0, 1] against eager's at the same noise.
+    err_*: max-abs of one U-Net step against float64, eager's in the worse of its memory formats;
+    budget: what err_vs_fp64 may be. picture_rms_*: the picture against float64.
+    """
+
+    psnr_db: float
+    ssim: float
+    max_abs: float
+    err_vs_fp64: float
+    err_eager_vs_fp64: float
+    budget: float
+    picture_rms_vs_fp64: float
+    picture_rms_eager_vs_fp64: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """The arguments of one call of a U-Net, as the pipeline made it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What eager and float64 made of the request; all float64 on the CPU.
+
+    picture*: [H, W, 3] in [0, 1]; output*: [2B, C, H/f, W/f] of the middle step, eager's as NCHW
+    and as NHWC.
+    """
+
+    step: Step
+    picture: torch.Tensor
+    picture_eager: torch.Tensor
+    output: torch.Tensor
+    outputs_eager: tuple[torch.Tensor, torch.Tensor]
+    eps: float
+
+
+def find_truth(pipe: Any, request: Request) -> Truth:
+    """Draw with the eager `pipe` and with a float64 copy of it, which is freed on return."""
+    calls: list[Step] = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(Step(args, kwargs)), with_kwargs=True
+    )
+    try:
+        picture_eager = draw(pipe, request).image
+    finally:
+        hook.remove()
+    step = calls[len(calls) // 2]
+    nhwc = copy.deepcopy(pipe.unet).to(memory_format=torch.channels_last)
+    outputs_eager = run_step(pipe.unet, step), run_step(nhwc, step)
+    del nhwc
+    exact = copy.deepcopy(pipe).to(torch.float64)
+    return Truth(
+        step=step,
+        picture=draw(exact, request).image,
+        picture_eager=picture_eager,
+        output=run_step(exact.unet, Step(_double(step.args), _double(step.kwargs))),
+        outputs_eager=outputs_eager,
+        eps=torch.finfo(pipe.unet.dtype).eps,
+    )
+
+
+def run_step(unet: Any, step: Step) -> torch.Tensor:
+    """The U-Net's output for one recorded call, float64 on the CPU."""
+    with torch.no_grad():
+        output: torch.Tensor = unet(*step.args, **step.kwargs)[0]
+    return output.double().cpu()
+
+
+def check(picture: torch.Tensor, output: torch.Tensor, truth: Truth) -> Receipt:
+    """The receipt of a backend that made `picture` and `output` of truth's request and step.
+
+    picture: [H, W, 3] in [0, 1]; output: [2B, C, H/f, W/f]; both float64. NaN never passes.
+    """
+    err = _max_abs(output, truth.output)
+    err_eager = max(_max_abs(eager, truth.output) for eager in truth.outputs_eager)
+    budget = STEP_FACTOR * (err_eager + truth.eps * float(truth.output.abs().max()))
+    rms, rms_eager = _rms(picture, truth.picture), _rms(truth.picture_eager, truth.picture)
+    ours, eager = picture.numpy(), truth.picture_eager.numpy()
+    return Receipt(
+        psnr_db=psnr(ours, eager),
+        ssim=float(_ssim(ours, eager, channel_axis=-1, data_range=1.0)),
+        max_abs=_max_abs(picture, truth.picture_eager),
+        err_vs_fp64=err,
+        err_eager_vs_fp64=err_eager,
+        budget=budget,
+        picture_rms_vs_fp64=rms,
+        picture_rms_eager_vs_fp64=rms_eager,
+        passed=err <= budget and rms <= max(PICTURE_FACTOR * rms_eager, PICTURE_FLOOR),
+    )
+
+
+def psnr(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Peak signal to noise in dB of pictures in [0, 1]; inf where equal, nan where either is."""
+    mse = float(np.mean((a - b) ** 2))
+    return float("inf") if mse == 0 else float(-10 * np.log10(mse))
+
+
+def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).square().mean().sqrt())
+
+
+def _double(value: Any) -> Any:
+    """`value` with every floating tensor in it as float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_double(item) for item in value)
+    return value

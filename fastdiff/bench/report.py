@@ -1,0 +1,104 @@
+"""The bench's table, on stdout."""
+
+import math
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastdiff.bench.results import Result, Row
+from fastdiff.bench.stats import Ratio
+
+PIPED_WIDTH = 140
+COLUMNS = (
+    "backend",
+    "steps/s",
+    "images/s",
+    "× eager [95%]",
+    "peak MiB",
+    "prepare s",
+    "PSNR dB",
+    "SSIM",
+    "max |Δ|",
+    "step err / budget",
+)
+
+
+def show(result: Result) -> None:
+    """Print the table and, below it, all that a number needs to be believed."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    table = Table(*COLUMNS, title=result.rows[0].case, title_justify="left", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    for row in result.rows:
+        table.add_row(*_cells(row), style="red" if row.failed else "")
+    console.print(table)
+    for row in result.rows:
+        if row.failed:
+            line = f"{row.backend}: FAILED its receipt, so its speed is not told. {_why(row)}"
+            console.print(Text(line, style="bold red"))
+        if row.unavailable:
+            console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
+    for line in _footer(result):
+        console.print(Text(line, style="dim"))
+
+
+def _cells(row: Row) -> list[str]:
+    receipt = row.receipt
+    if receipt is None:
+        return [row.backend] + ["–"] * (len(COLUMNS) - 1)
+    mib = None if row.peak_mem_bytes is None else row.peak_mem_bytes / 2**20
+    return [
+        row.backend,
+        _number(row.steps_per_s, ".2f"),
+        _number(row.images_per_s, ".3f"),
+        _ratio(row.ratio_vs_eager),
+        _number(mib, ".0f"),
+        _number(row.prepare_s, ".1f"),
+        _number(receipt.psnr_db, ".1f"),
+        _number(receipt.ssim, ".5f"),
+        _number(receipt.max_abs, ".1e"),
+        f"{_number(receipt.err_vs_fp64, '.1e')} / {_number(receipt.budget, '.1e')}",
+    ]
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    return "–" if ratio is None else f"{ratio.median:.2f} [{ratio.lo:.2f}, {ratio.hi:.2f}]"
+
+
+def _number(value: float | None, spec: str) -> str:
+    if value is None:
+        return "–"
+    return "same" if value == math.inf else format(value, spec)
+
+
+def _why(row: Row) -> str:
+    receipt = row.receipt
+    assert receipt is not None
+    return (
+        f"One step is {receipt.err_vs_fp64:.2e} from float64 (budget {receipt.budget:.2e}, eager "
+        f"{receipt.err_eager_vs_fp64:.2e}), the picture {receipt.picture_rms_vs_fp64:.2e} rms "
+        f"(eager {receipt.picture_rms_eager_vs_fp64:.2e})."
+    )
+
+
+def _footer(result: Result) -> list[str]:
+    machine, versions = result.machine, result.versions
+    gpu: dict[str, Any] | None = machine["gpu"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if gpu:
+        where = f"{gpu['name']} (driver {gpu['driver']}, CUDA {gpu['cuda']}), {where}"
+    names = ("fastdiff", "python", "torch", "diffusers", "transformers", "triton")
+    rounds = max(len(row.samples_ms) for row in result.rows)
+    return [
+        f"{rounds} interleaved rounds; steps/s with text encoding, images/s with the VAE too",
+        where,
+        ", ".join(f"{name} {versions[name] or '–'}" for name in names)
+        + f", commit {result.commit or '–'}",
+        result.command,
+    ]

@@ -1,0 +1,95 @@
+"""What a bench hands back, and its file: schema `fastdiff.bench/1`."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdiff.bench.receipt import Receipt
+from fastdiff.bench.stats import Ratio
+from fastdiff.errors import UserError
+
+SCHEMA = "fastdiff.bench/1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on one case.
+
+    Speeds and samples are None and empty where the receipt failed or the backend could not run
+    (`unavailable` says why). ratio_vs_eager: of steps; image_ratio_vs_eager: with the VAE too.
+    samples_ms: per step; image_samples_ms: per image; element i is round i. peak_mem_bytes: see
+    `memory`. prepare_s: seconds by which a second picture is later than it is from a warm
+    pipeline, that is preparing and the first call, less a warm call.
+    """
+
+    case: str
+    backend: str
+    unavailable: str | None = None
+    steps_per_s: float | None = None
+    images_per_s: float | None = None
+    ratio_vs_eager: Ratio | None = None
+    image_ratio_vs_eager: Ratio | None = None
+    samples_ms: tuple[float, ...] = ()
+    image_samples_ms: tuple[float, ...] = ()
+    receipt: Receipt | None = None
+    peak_mem_bytes: int | None = None
+    prepare_s: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.receipt is not None and not self.receipt.passed
+
+
+@dataclass(frozen=True)
+class Result:
+    """All rows and where they come from."""
+
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None
+    command: str
+    rows: tuple[Row, ...]
+
+
+def to_json(result: Result) -> str:
+    """The result as schema `fastdiff.bench/1`; infinities and NaN as null."""
+    document = _finite({"schema": SCHEMA, **asdict(result)})
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then rename it: all of it or nothing."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp's files are for their owner alone
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise UserError unless `path` can become a file; before an hour of work, not after."""
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file name")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: the folder {path.parent} cannot be written to")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,118 @@
+"""From a pipeline and a list of backends to rows: prepare and check each, then race them."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastdiff.bench.backends import BACKENDS, Unavailable
+from fastdiff.bench.memory import Baseline, baseline, peak_bytes
+from fastdiff.bench.receipt import Truth, check, find_truth, run_step
+from fastdiff.bench.results import Row
+from fastdiff.bench.stats import speedup
+from fastdiff.bench.timing import Drawing, Request, draw, interleave
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to draw and how often. `device` as torch names it; sides in pixels."""
+
+    case: str
+    backends: tuple[str, ...]
+    device: str
+    steps: int
+    height: int
+    width: int
+    rounds: int
+    seed: int
+    prompt: str
+
+
+def bench(
+    pipe: Any, settings: Settings, log: Callable[[str], None] = lambda line: None
+) -> list[Row]:
+    """One row per backend of `settings`, in that order.
+
+    `pipe` is on the CPU and becomes the eager baseline on `settings.device`. A backend is timed
+    only if its receipt is green; `log` hears what is under way.
+    """
+    device = torch.device(settings.device)
+    before = baseline(device)
+    pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
+        pipe.vae.to(torch.float32)  # SDXL's own VAE overflows in float16
+    request = _request(pipe, settings)
+    log("reference: eager and float64")
+    truth = find_truth(pipe, request)
+    rows: dict[str, Row] = {}
+    racers: dict[str, Callable[[], Drawing]] = {}
+    for name in settings.backends:
+        log(f"{name}: preparing and checking")
+        if name != "eager":
+            before = baseline(device)
+        contender = pipe if name == "eager" else copy.deepcopy(pipe)
+        row = Row(settings.case, name)
+        try:
+            rows[name] = _prepare(row, contender, request, truth, before)
+        except Unavailable as reason:
+            rows[name] = replace(row, unavailable=str(reason))
+            continue
+        if not rows[name].failed:
+            racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
+    drawings = interleave(
+        racers,
+        settings.rounds,
+        settings.seed,
+        lambda done: log(f"timing: round {done} of {settings.rounds}"),
+    )
+    for name in racers:
+        rows[name] = _with_speed(rows[name], drawings[name], drawings["eager"])
+    return list(rows.values())
+
+
+def _request(pipe: Any, settings: Settings) -> Request:
+    factor = pipe.vae_scale_factor
+    shape = (1, pipe.unet.config.in_channels, settings.height // factor, settings.width // factor)
+    return Request(
+        prompt=settings.prompt,
+        steps=settings.steps,
+        height=settings.height,
+        width=settings.width,
+        latents=torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed)),
+        seed=settings.seed,
+    )
+
+
+def _prepare(row: Row, pipe: Any, request: Request, truth: Truth, before: Baseline) -> Row:
+    """Prepare `pipe` for the row's backend, draw with it until it is warm, check what it drew."""
+    start = time.perf_counter()
+    BACKENDS[row.backend](pipe)
+    draw(pipe, request)
+    cold_s = time.perf_counter() - start
+    start = time.perf_counter()
+    drawing = draw(pipe, request)
+    warm_s = time.perf_counter() - start
+    return replace(
+        row,
+        receipt=check(drawing.image, run_step(pipe.unet, truth.step), truth),
+        peak_mem_bytes=peak_bytes(pipe, before, lambda: draw(pipe, request)),
+        prepare_s=max(0.0, cold_s - warm_s),
+    )
+
+
+def _with_speed(row: Row, drawings: list[Drawing], eager: list[Drawing]) -> Row:
+    steps, images = ([getattr(d, field) for d in drawings] for field in ("step_ms", "image_ms"))
+    return replace(
+        row,
+        steps_per_s=1e3 / median(steps),
+        images_per_s=1e3 / median(images),
+        ratio_vs_eager=speedup([d.step_ms for d in eager], steps),
+        image_ratio_vs_eager=speedup([d.image_ms for d in eager], images),
+        samples_ms=tuple(steps),
+        image_samples_ms=tuple(images),
+    )

@@ -1,0 +1,107 @@
+"""Drawing one picture with a stopwatch, and taking turns in random order."""
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+GUIDANCE_SCALE = 4.0  # above 1, so that every step runs the batch of two that users run
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every backend draws. `latents` [1, C, H/f, W/f] float32: the same noise for all."""
+
+    prompt: str
+    steps: int
+    height: int
+    width: int
+    latents: torch.Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture, [H, W, 3] in [0, 1], and what it took.
+
+    step_ms: the pipeline up to its latents, over the number of steps; encoding the prompt is in
+    it. image_ms: that and the VAE.
+    """
+
+    image: torch.Tensor
+    step_ms: float
+    image_ms: float
+
+
+def draw(pipe: Any, request: Request) -> Drawing:
+    """Draw and time one picture. What is timed is what the receipt looks at."""
+    device = pipe.device
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    latents = request.latents.to(device, pipe.unet.dtype)
+    start = clock(device)
+    latents = pipe(
+        request.prompt,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.steps,
+        guidance_scale=GUIDANCE_SCALE,
+        generator=generator,
+        latents=latents,
+        output_type="latent",
+    ).images
+    denoised = clock(device)
+    vae = pipe.vae
+    with torch.no_grad():
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        image = vae.decode(scaled, return_dict=False)[0]
+    end = clock(device)
+    picture = (image[0].double() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu()
+    return Drawing(picture, 1e3 * (denoised - start) / request.steps, 1e3 * (end - start))
+
+
+def clock(device: torch.device) -> float:
+    """Seconds on a monotonic clock, once everything queued on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], T]],
+    rounds: int,
+    seed: int,
+    after_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, list[T]]:
+    """Run everything once a round, in an order drawn anew each round; results by name and round.
+
+    A slow minute then slows all alike: sequential blocks on a busy machine cry wolf in one
+    comparison of five.
+    """
+    results: dict[str, list[T]] = {name: [] for name in runs}
+    order = list(runs)
+    shuffle = random.Random(seed).shuffle
+    with _no_gc():
+        for done in range(1, rounds + 1):
+            shuffle(order)
+            for name in order:
+                results[name].append(runs[name]())
+            after_round(done)
+    return results
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

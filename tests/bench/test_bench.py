@@ -1,0 +1,102 @@
+"""`fastdiff bench` from its arguments to its exit code: honest rows, and silence about liars."""
+
+import json
+import math
+
+import pytest
+
+from fastdiff.bench.backends import BACKENDS, Unavailable, choose
+from fastdiff.cli import main
+from fastdiff.errors import UserError
+
+RECEIPT = {"psnr_db", "ssim", "max_abs", "err_vs_fp64", "err_eager_vs_fp64", "passed"}
+
+
+def run_bench(tmp_path, backends, *more):
+    """Exit code and document of a bench of the demo pipeline, 2 steps and 2 rounds."""
+    path = tmp_path / "bench.json"
+    short = ("--steps", "2", "--rounds", "2", "--device", "cpu", "--json", str(path))
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--backends", backends, *short, *more])
+    return caught.value.code, json.loads(path.read_text())
+
+
+def bad_step(pipe):
+    pipe.unet.conv_out.bias.data += 1e-4
+
+
+def bad_picture(pipe):
+    pipe.vae.decoder.conv_out.bias.data += 0.05
+
+
+def bad_nan(pipe):
+    pipe.vae.decoder.conv_out.bias.data *= math.nan
+
+
+def missing(pipe):
+    raise Unavailable("this machine has no such engine")
+
+
+def test_rows_follow_the_schema(tmp_path, capsys):
+    code, document = run_bench(tmp_path, "channels_last,fastdiff", "--seed", "3")
+    out, err = capsys.readouterr()
+    assert code == 0, out
+    assert document["schema"] == "fastdiff.bench/1"
+    assert {"cpu", "cores", "threads", "memory_bytes", "gpu"} <= set(document["machine"])
+    assert {"fastdiff", "torch", "diffusers"} <= set(document["versions"])
+    assert "--seed 3" in document["command"]
+    assert [row["backend"] for row in document["rows"]] == ["eager", "channels_last", "fastdiff"]
+    for row in document["rows"]:
+        assert set(row["receipt"]) >= RECEIPT
+        assert row["receipt"]["passed"] is True
+        assert len(row["samples_ms"]) == len(row["image_samples_ms"]) == 2
+        assert row["steps_per_s"] == pytest.approx(2e3 / sum(row["samples_ms"]))
+        assert row["images_per_s"] == pytest.approx(2e3 / sum(row["image_samples_ms"]))
+        ratio = row["ratio_vs_eager"]
+        assert ratio["lo"] <= ratio["median"] <= ratio["hi"]
+        assert row["peak_mem_bytes"] > 20e6  # 6 million float32 weights are held at least
+        assert row["prepare_s"] >= 0
+        assert row["backend"] in out
+    eager = document["rows"][0]
+    assert (eager["ratio_vs_eager"]["lo"], eager["ratio_vs_eager"]["hi"]) == (1.0, 1.0)
+    assert eager["receipt"]["psnr_db"] is None  # infinite: it is itself
+    assert "round 2 of 2" in err
+    assert "round 2 of 2" not in out
+
+
+def test_liars_are_red_and_untold_and_the_absent_say_why(tmp_path, capsys, monkeypatch):
+    broken = ("bad_step", "bad_picture", "bad_nan")
+    for backend in (bad_step, bad_picture, bad_nan, missing):
+        monkeypatch.setitem(BACKENDS, backend.__name__, backend)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    code, document = run_bench(tmp_path, ",".join((*broken, "missing")))
+    out = capsys.readouterr().out
+    assert code == 1
+    rows = {row["backend"]: row for row in document["rows"]}
+    for name in broken:
+        assert rows[name]["receipt"]["passed"] is False
+        assert rows[name]["samples_ms"] == rows[name]["image_samples_ms"] == []
+        for speed in ("steps_per_s", "images_per_s", "ratio_vs_eager", "image_ratio_vs_eager"):
+            assert rows[name][speed] is None
+        assert f"\x1b[1;31m{name}: FAILED" in out
+        cells = next(line for line in out.splitlines() if name in line)
+        assert cells.count("–") == 3  # steps/s, images/s, ratio
+    assert rows["eager"]["steps_per_s"] > 0
+    assert rows["missing"]["unavailable"] == "this machine has no such engine"
+    assert rows["missing"]["receipt"] is None
+    assert "missing: not run: this machine has no such engine" in out
+
+
+def test_only_a_failed_receipt_fails_the_bench(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "missing", missing)
+    assert run_bench(tmp_path, "missing", "--steps", "1")[0] == 0
+
+
+def test_backends_are_chosen_by_name_and_eager_comes_first():
+    assert choose("channels_last, eager") == ("eager", "channels_last")
+    assert choose("inductor") == ("eager", "inductor")
+    for bad in ("eager,warp", ""):
+        with pytest.raises(UserError, match="choose from eager, channels_last, inductor, fastdiff"):
+            choose(bad)

@@ -1,0 +1,77 @@
+"""A demo folder damaged in every way we check for: one sentence each, before a weight is read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastdiff.bench.pipelines import check_folder, check_size, load
+from fastdiff.demo import DEMO_FOLDER
+from fastdiff.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def edit_index(folder, **values):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def shard(folder):
+    index = {"weight_map": {"a": "part-1.safetensors", "b": WEIGHTS}}
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+DAMAGE = {
+    "it has no model_index.json": lambda f: (f / "model_index.json").unlink(),
+    "is no readable JSON": lambda f: (f / "model_index.json").write_text("{"),
+    "holds a JSON list, not an object": lambda f: (f / "model_index.json").write_text("[]"),
+    "holds a FluxPipeline; supported are Stable": lambda f: edit_index(
+        f, _class_name="FluxPipeline"
+    ),
+    "unet comes from my_code": lambda f: edit_index(f, unet=["my_code", "Net"]),
+    "unet/config.json is missing": lambda f: shutil.rmtree(f / "unet"),
+    "tokenizer_config.json is missing": lambda f: (f / "tokenizer/tokenizer_config.json").unlink(),
+    "scheduler_config.json is missing": lambda f: shutil.rmtree(f / "scheduler"),
+    "vae has no .safetensors file": lambda f: (f / "vae" / WEIGHTS).unlink(),
+    "only pickled weights": lambda f: (f / "vae" / WEIGHTS).rename(f / "vae/pytorch_model.bin"),
+    "part-1.safetensors is missing": shard,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(DEMO_FOLDER, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_named(folder, message):
+    DAMAGE[message](folder)
+    with pytest.raises(UserError, match=message) as caught:
+        check_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_folder_passes_and_loads_what_it_holds(folder, demo):
+    check_folder(folder)
+    pipe = load(folder, torch.float32, "cpu")
+    assert type(pipe) is type(demo)
+    for name, weight in demo.unet.state_dict().items():
+        assert torch.equal(pipe.unet.state_dict()[name], weight)
+
+
+def test_weights_cut_short_are_one_sentence(folder):
+    path = folder / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load(folder, torch.float32, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes(demo):
+    assert check_size(demo, None, None) == (64, 64)
+    assert check_size(demo, 72, None) == (72, 64)
+    for bad in (0, -8, 4, 70):
+        with pytest.raises(UserError, match="--width is .* multiple of 8"):
+            check_size(demo, None, bad)

@@ -1,0 +1,45 @@
+"""Turns are fair, and what is timed is the pipeline's own picture."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.bench.timing import GUIDANCE_SCALE, draw, interleave
+
+
+def test_everyone_runs_once_a_round_in_changing_order():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
+    done = []
+    results = interleave(runs, rounds=20, seed=0, after_round=done.append)
+    orders = [tuple(calls[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) == 6  # all permutations turn up
+    assert done == list(range(1, 21))
+    assert all(calls[call - 1] == name for name in "abc" for call in results[name])
+
+
+def test_the_collector_rests_while_timing_and_wakes_after_an_error():
+    seen = []
+    interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=1, seed=0)
+    assert seen == [False]
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        interleave({"a": lambda: 1 / 0}, rounds=1, seed=0)
+    assert gc.isenabled()
+
+
+def test_the_picture_is_the_one_the_pipeline_draws_by_itself(demo, request_):
+    drawing = draw(demo, request_)
+    expected = demo(
+        request_.prompt,
+        num_inference_steps=request_.steps,
+        guidance_scale=GUIDANCE_SCALE,
+        latents=request_.latents.clone(),
+        output_type="np",
+    ).images[0]
+    assert drawing.image.dtype == torch.float64
+    np.testing.assert_allclose(drawing.image.numpy(), expected, atol=1e-6)
+    assert 0 < request_.steps * drawing.step_ms < drawing.image_ms

@@ -1,0 +1,159 @@
+"""The command line: bad input is one red sentence and exit 2, data goes to stdout."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.cli import main
+from fastdiff.demo import load_demo
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code
+
+
+BAD = {
+    "--steps is 0": ("bench", "--steps", "0"),
+    "--rounds is 1": ("bench", "--rounds", "1"),
+    "--backends is 'warp'; choose from eager": ("bench", "--backends", "warp"),
+    "--preset is 'sd9'; choose one of sd15": ("bench", "--preset", "sd9"),
+    "--scale is 3": ("bench", "--preset", "tiny", "--scale", "3"),
+    "--scale goes with --preset": ("bench", "--scale", "0.5"),
+    "give one of them": ("bench", "{tmp}", "--preset", "tiny"),
+    "is no folder": ("bench", "{tmp}/nothing"),
+    "has no model_index.json": ("bench", "{tmp}"),
+    "--height is 70": ("bench", "--height", "70"),
+    "--dtype is 'int8'": ("bench", "--dtype", "int8"),
+    "--device is 'toaster'": ("bench", "--device", "toaster"),
+    "{tmp}/no does not exist": ("bench", "--json", "{tmp}/no/x.json"),
+}
+OUT = ("--out", "{tmp}/x.png")
+BAD_GENERATE = {
+    "--steps is 0": (*OUT, "--steps", "0"),
+    "has no model_index.json": (*OUT, "--pipe", "{tmp}"),
+    "is no folder": (*OUT, "--pipe", "{tmp}/nothing"),
+    "--width is 12": (*OUT, "--width", "12"),
+    "--dtype is 'int8'": (*OUT, "--dtype", "int8"),
+    "{tmp}/no does not exist": ("--out", "{tmp}/no/x.png"),
+    "Pillow writes no .xyz file": ("--out", "{tmp}/x.xyz"),
+}
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        *BAD.items(),
+        *((message, ("generate", "sun", *more)) for message, more in BAD_GENERATE.items()),
+    ],
+)
+def test_bad_input(tmp_path, capsys, message, arguments):
+    code = run(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("fastdiff: ")
+    assert err.count("\n") == 1
+    assert message.replace("{tmp}", str(tmp_path)) in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_exit_2_too(capsys):
+    assert run("bench", "--warp") == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_an_error_is_red_unless_no_color(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    run("bench", "--steps", "0")
+    assert "\x1b[31m" in capsys.readouterr().err
+    monkeypatch.setenv("NO_COLOR", "1")
+    run("bench", "--steps", "0")
+    assert "\x1b[31m" not in capsys.readouterr().err
+
+
+def test_generate_writes_the_picture_that_diffusers_draws(tmp_path, capsys):
+    path = tmp_path / "heart.png"
+    shared = ("--steps", "3", "--seed", "5", "--device", "cpu", "--eager")
+    assert run("generate", "red heart", "--out", path, "--negative-prompt", "blue", *shared) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{path}\n"
+    pipe = load_demo()
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "red heart",
+        negative_prompt="blue",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+    assert [item.name for item in tmp_path.iterdir()] == ["heart.png"]
+
+
+def test_generate_compiled_draws_the_same_picture(tmp_path):
+    pictures = []
+    for more in ((), ("--eager",)):
+        path = tmp_path / f"{len(more)}.png"
+        arguments = ("--steps", "4", "--device", "cpu", "--out", path, *more)
+        assert run("generate", "sunflower", *arguments) == 0
+        pictures.append(np.asarray(Image.open(path)).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # a rounding of the 8-bit levels
+
+
+def test_env_is_lines_or_json(capsys):
+    assert run("env") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("- ") and ": " in line for line in lines)
+    assert f"- torch: {torch.__version__}" in lines
+    assert run("env", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert {"fastdiff", "python", "diffusers", "cpu", "fastdiff._C", "commit"} <= set(facts)
+
+
+def test_inspect_prints_the_table_it_is_given(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Row:
+        kernel: str
+        arch: int
+        registers: int
+
+    module = ModuleType("fastdiff.kernels.inspect")
+    module.SHARED_LIMIT = {90: 227, 120: 99}
+    module.table = lambda archs: [Row("attention", arch, 96) for arch in archs]
+    monkeypatch.setitem(sys.modules, "fastdiff.kernels.inspect", module)
+    assert run("inspect", "--arch", "90", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == [{"kernel": "attention", "arch": 90, "registers": 96}]
+    assert run("inspect", "--arch", "120") == 0
+    assert "120" in capsys.readouterr().out
+    assert run("inspect", "--arch", "75") == 2
+    assert "--arch is 75; choose from 90, 120" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, fastdiff.cli; heavy = {'torch', 'diffusers', 'numpy', 'scipy', 'PIL'}; "
+        "sys.exit(f'imported: {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdiff", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("bench", "generate", "env", "inspect"))
