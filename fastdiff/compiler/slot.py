@@ -41,7 +41,6 @@ class Slot:
     """Calls that ran eagerly since compile, by reason."""
     fast: int = 0
     """Calls that ran on the compact network since compile."""
-    _state: tuple[int, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reason = self._obstacle(args)
@@ -63,15 +62,13 @@ class Slot:
     def take(self) -> None:
         """Borrow the module's weights as it is now; on refusal leave it as it was."""
         self.release()
-        loan = Loan(self.module)
         try:
-            self.network = self.kind.borrow(self.module, loan)
+            self.kind.borrow(self.module, Loan(self.module, rehearsal=True))
         except Unsupported as unsupported:
-            loan.end()
             self.refused = str(unsupported)
-            self._state = _state(self.module)
         else:
-            self.loan, self.refused = loan, None
+            self.refused, self.loan = None, Loan(self.module)
+            self.network = self.kind.borrow(self.module, self.loan)
 
     def release(self) -> None:
         """Give the weights back."""
@@ -93,21 +90,11 @@ class Slot:
             return "it is being traced"
         if torch.is_autocast_enabled(next(module.parameters()).device.type):
             return "autocast is on"
-        changed = _state(module) != self._state if self.loan is None else not self.loan.intact()
-        if changed:
+        if self.loan is None or not self.loan.intact():
             self.take()
         if self.loan is None:
             return self.refused
         return "a hook wraps one of its modules" if self.loan.hooked() else None
-
-
-def _state(module: nn.Module) -> tuple[int, ...]:
-    """Which modules and memory the module is made of now."""
-    return (
-        *(id(child) for child in module.modules()),
-        *(id(getattr(child, "processor", None)) for child in module.modules()),
-        *(parameter.data_ptr() for parameter in module.parameters()),
-    )
 
 
 def slot_of(module: Any) -> Slot | None:

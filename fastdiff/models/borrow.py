@@ -36,9 +36,13 @@ class Norm:
 
 
 class Loan:
-    """The parameters of `root` that are lent to the runtime, and what must hold while they are."""
+    """The parameters of `root` that are lent to the runtime, and what must hold while they are.
 
-    def __init__(self, root: nn.Module) -> None:
+    A rehearsal raises Unsupported where the loan would and moves nothing.
+    """
+
+    def __init__(self, root: nn.Module, rehearsal: bool = False) -> None:
+        self._rehearsal = rehearsal
         self._lent: list[tuple[Tensor, int]] = []
         self._watched: list[tuple[dict[str, Any], str, Any]] = []
         self._homes = {
@@ -62,7 +66,7 @@ class Loan:
         for layer in layers:
             pointwise = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1)
             if type(layer) is not nn.Linear and not pointwise:
-                raise Unsupported(f"a {type(layer).__name__} where a Linear was expected")
+                raise Unsupported(f"a {_name(layer)} where a Linear was expected")
         weights: list[Any] = [layer.weight for layer in layers]
         rows, inner = [w.shape[0] for w in weights], weights[0].shape[1]
         if self._input_major:
@@ -84,7 +88,7 @@ class Loan:
     def conv(self, layer: nn.Module) -> Weights:
         """Lend a square convolution without groups or dilation."""
         if type(layer) is not nn.Conv2d:
-            raise Unsupported(f"a {type(layer).__name__} where a Conv2d was expected")
+            raise Unsupported(f"a {_name(layer)} where a Conv2d was expected")
         height, width = layer.kernel_size
         if height != width or layer.groups != 1 or layer.dilation != (1, 1):
             raise Unsupported(f"{layer}: only square windows without groups or dilation")
@@ -101,9 +105,7 @@ class Loan:
     def norm(self, layer: nn.Module) -> Norm:
         """Use a GroupNorm or LayerNorm where its parameters are."""
         if type(layer) not in (nn.GroupNorm, nn.LayerNorm):
-            raise Unsupported(
-                f"a {type(layer).__name__} where a GroupNorm or LayerNorm was expected"
-            )
+            raise Unsupported(f"a {_name(layer)} where a GroupNorm or LayerNorm was expected")
         parts: Any = layer
         if parts.weight is None or parts.bias is None:
             raise Unsupported(f"{type(layer).__name__} without weight and bias")
@@ -136,7 +138,8 @@ class Loan:
         self._watched.clear()
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        device = "meta" if self._rehearsal else self.device
+        return torch.empty(shape, dtype=self.dtype, device=device)
 
     def _lend(self, layer: nn.Module, name: str, parameter: Tensor, view: Tensor) -> None:
         if parameter.dtype != self.dtype or parameter.device != self.device:
@@ -144,6 +147,8 @@ class Loan:
                 f"weights of {parameter.dtype} on {parameter.device} beside {self.dtype} on"
                 f" {self.device}"
             )
+        if self._rehearsal:
+            return
         view.copy_(parameter.detach())
         parameter.data = view
         self._keep(layer, name, parameter)
@@ -156,3 +161,10 @@ class Loan:
         home = self._homes.get(id(layer))
         if home is not None and name == "weight":
             self._watched.append((*home, layer))
+
+
+def _name(layer: nn.Module) -> str:
+    """With its package where that is not torch: a LoRA's layer is called Linear, too."""
+    kind = type(layer)
+    package = kind.__module__.split(".")[0]
+    return kind.__name__ if package == "torch" else f"{package} {kind.__name__}"
