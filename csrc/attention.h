@@ -1,8 +1,10 @@
 // Attention without a score matrix: blocks of queries against chunks of keys, softmax on the way.
-// Both products are `gemm.h`: K is transposed once so that keys are its columns.
+//
+// Scores are kept transposed, [keys, queries]: their product reads K's rows where they are (they are
+// rows of A in `gemm.h`), a vector holds W queries, so the softmax needs no sums across a vector,
+// and the second product reads V's rows where they are (they are rows of B).
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -14,116 +16,164 @@ namespace FASTDIFF_ISA {
 
 using fastdiff::Attention;
 
-constexpr int64_t kKeys = 256;    // keys in a chunk: a block of scores stays in L1
-constexpr int64_t kQueries = 24;  // queries in a block: a multiple of every tile height
-constexpr int64_t kInner = 128;   // inner steps summed at once, for the rounding errors' sake
+constexpr int64_t kKeys = 192;   // keys in a chunk: its scores stay in L1
+constexpr int64_t kInner = 128;  // inner steps summed at once, for the rounding errors' sake
+constexpr int kQueryVectors = 2;
+constexpr int64_t kQueries = kQueryVectors * W;
 
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// A head's rows in float32 with `ld` between them: the tensor itself, or a converted copy of it.
+struct Rows32 {
+  const float* data;
+  int64_t ld;
+};
 
-// c[rows, columns] (+)= a[rows, inner] . b[inner, columns]; rows up to kQueries, ld_a and ld_c in
-// floats, columns a multiple of W.
-static void small_gemm(const float* a, int64_t ld_a, int64_t inner, const float* b, int64_t ld_b,
-                       int64_t columns, float* c, int64_t ld_c, bool accumulate) {
-  float sums[kTileSums * W];
-  for (int64_t n = 0; n < columns;) {
-    const int vectors = panel_vectors((columns - n) / W), tall = rows_of(vectors);
-    const float* b_columns[kMaxVectors];
-    for (int v = 0; v < vectors; ++v) b_columns[v] = b + n + v * W;
-    for (int64_t first = 0; first < kQueries; first += tall) {
-      if (accumulate)
-        for (int r = 0; r < tall; ++r)
-          std::memcpy(sums + r * vectors * W, c + (first + r) * ld_c + n, vectors * W * 4);
-      for (int64_t k = 0; k < inner; k += kInner) {
-        Segment segment{{}, std::min(kInner, inner - k), k};
-        for (int r = 0; r < tall; ++r) segment.a[r] = a + (first + r) * ld_a + k;
-        tile(vectors, &segment, 1, b_columns, ld_b, sums, accumulate || k > 0);
-      }
-      for (int r = 0; r < tall; ++r)
-        std::memcpy(c + (first + r) * ld_c + n, sums + r * vectors * W, vectors * W * 4);
+static Rows32 rows32(const float* p, int64_t ld, int64_t, int64_t, std::vector<float>&) {
+  return {p, ld};
+}
+static Rows32 rows32(const bf16* p, int64_t ld, int64_t rows, int64_t width,
+                     std::vector<float>& copy) {
+  copy.resize(rows * width);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < width; c += W) {
+      const int n = static_cast<int>(std::min<int64_t>(W, width - c));
+      store_n(&copy[i * width + c], load_n(p + i * ld + c, n), n);
     }
-    n += vectors * W;
+  return {copy.data(), width};
+}
+
+// scores[j, i] = k[j] . q[:, i] for keys [0, keys), W * kQueryVectors queries
+static void score(Rows32 k, int64_t keys, int64_t width, const float* q, float* scores) {
+  constexpr int tall = Rows<kQueryVectors>;
+  const float* columns[kQueryVectors];
+  for (int v = 0; v < kQueryVectors; ++v) columns[v] = q + v * W;
+  float sums[tall * kQueries];
+  for (int64_t first = 0; first < keys; first += tall) {
+    for (int64_t d = 0; d < width; d += kInner) {
+      Segment segment{{}, std::min(kInner, width - d), d};
+      for (int r = 0; r < tall; ++r)
+        segment.a[r] = k.data + std::min(first + r, keys - 1) * k.ld + d;
+      tile<kQueryVectors>(&segment, 1, columns, kQueries, sums, d > 0, 1);
+    }
+    const int64_t valid = std::min<int64_t>(tall, keys - first);
+    std::memcpy(scores + first * kQueries, sums, valid * kQueries * sizeof(float));
   }
 }
 
+// out[i, d] (+)= sum over j of weights[j, i] v[j, d]
+static void weigh(const float* weights, Rows32 v, int64_t keys, int64_t width, float* out,
+                  int64_t ld_out, bool accumulate) {
+  float sums[kTileSums * W];
+  for (int64_t d = 0; d < width;) {
+    const int vectors = panel_vectors((width - d) / W), tall = rows_of(vectors);
+    const float* columns[kMaxVectors];
+    for (int i = 0; i < vectors; ++i) columns[i] = v.data + d + i * W;
+    for (int64_t first = 0; first < kQueries; first += tall) {
+      const int64_t valid = std::min<int64_t>(tall, kQueries - first);
+      Segment segment{{}, keys, 0};
+      for (int r = 0; r < tall; ++r) segment.a[r] = weights + std::min(first + r, kQueries - 1);
+      for (int r = 0; r < valid && accumulate; ++r)
+        std::memcpy(sums + r * vectors * W, out + (first + r) * ld_out + d, vectors * W * 4);
+      tile(vectors, &segment, 1, columns, v.ld, sums, accumulate, kQueries);
+      for (int r = 0; r < valid; ++r)
+        std::memcpy(out + (first + r) * ld_out + d, sums + r * vectors * W, vectors * W * 4);
+    }
+    d += vectors * W;
+  }
+}
+
+// Softmax over a chunk of keys as they come: turns scores into weights relative to the largest
+// score so far, and says by how much what was summed before must shrink. A lane is a query.
+struct Softmax {
+  vf top[kQueryVectors], total[kQueryVectors];
+
+  Softmax() {
+    for (int v = 0; v < kQueryVectors; ++v) {
+      top[v] = splat(-std::numeric_limits<float>::infinity());
+      total[v] = vf{};
+    }
+  }
+
+  void operator()(float* scores, int64_t keys, float* shrink) {
+    const vf lowest = splat(-std::numeric_limits<float>::max());
+    for (int v = 0; v < kQueryVectors; ++v) {
+      vf now = top[v];
+      for (int64_t j = 0; j < keys; ++j) now = max(now, load(scores + j * kQueries + v * W));
+      const vf base = max(now, lowest);  // finite even where every key so far is masked out
+      const vf factor = exp(top[v] - base);
+      vf sum = {};
+      for (int64_t j = 0; j < keys; ++j) {
+        float* at = scores + j * kQueries + v * W;
+        const vf weight = exp(load(at) - base);
+        store(at, weight);
+        sum += weight;
+      }
+      total[v] = total[v] * factor + sum;
+      top[v] = now;
+      store(shrink + v * W, factor);
+    }
+  }
+};
+
 template <typename T>
 static void attention(const Attention& p) {
-  const int64_t keys = round_up(p.keys, W), width = round_up(p.width, W);
-  const int64_t pairs = p.batch * p.heads;
-  // K transposed to [width, keys] and V as [keys, width], float32, zero-padded, for every head
-  std::vector<float> k_columns(pairs * p.width * keys), v_rows(pairs * p.keys * width);
-  fastdiff::parallel_for(pairs, [&](int64_t first, int64_t last) {
-    for (int64_t pair = first; pair < last; ++pair) {
-      const int64_t b = pair / p.heads, h = pair % p.heads;
-      const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + h * p.k_stride[2];
-      const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + h * p.v_stride[2];
-      float* columns = &k_columns[pair * p.width * keys];
-      float* rows = &v_rows[pair * p.keys * width];
-      for (int64_t j = 0; j < p.keys; ++j)
-        for (int64_t d = 0; d < p.width; ++d) {
-          columns[d * keys + j] = load1(k + j * p.k_stride[1] + d);
-          rows[j * width + d] = load1(v + j * p.v_stride[1] + d);
-        }
-    }
-  });
-
+  const int64_t padded = (p.width + W - 1) / W * W;
   const int64_t blocks = (p.queries + kQueries - 1) / kQueries;
-  const float minus_infinity = -std::numeric_limits<float>::infinity();
-  fastdiff::parallel_for(pairs * blocks, [&](int64_t first, int64_t last) {
-    std::vector<float> q(kQueries * p.width), scores(kQueries * kKeys), out(kQueries * width);
-    float top[kQueries], total[kQueries];
+  fastdiff::parallel_for(p.batch * p.heads * blocks, [&](int64_t first, int64_t last) {
+    std::vector<float> q(p.width * kQueries), scores(kKeys * kQueries), out(kQueries * padded);
+    std::vector<float> k_copy, v_copy, v_padded;
+    Rows32 k{}, v{};
+    int64_t ready = -1;  // the head that k and v are of
     for (int64_t task = first; task < last; ++task) {
       const int64_t pair = task / blocks, b = pair / p.heads, h = pair % p.heads;
+      if (pair != ready) {
+        const auto head = [&](const void* tensor, const int64_t* stride) {
+          return static_cast<const T*>(tensor) + b * stride[0] + h * stride[2];
+        };
+        k = rows32(head(p.k, p.k_stride), p.k_stride[1], p.keys, p.width, k_copy);
+        v = rows32(head(p.v, p.v_stride), p.v_stride[1], p.keys, p.width, v_copy);
+        if (padded != p.width) {  // B is read in whole vectors
+          v_padded.assign(p.keys * padded, 0.0f);
+          for (int64_t j = 0; j < p.keys; ++j)
+            std::memcpy(&v_padded[j * padded], v.data + j * v.ld, p.width * sizeof(float));
+          v = {v_padded.data(), padded};
+        }
+        ready = pair;
+      }
       const int64_t begin = task % blocks * kQueries;
       const int64_t count = std::min(kQueries, p.queries - begin);
-      const T* q_from = static_cast<const T*>(p.q) + b * p.q_stride[0] + h * p.q_stride[2];
-      std::fill(q.begin(), q.end(), 0.0f);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < p.width; ++d)
-          q[i * p.width + d] = load1(q_from + (begin + i) * p.q_stride[1] + d) * p.scale;
-      std::fill(out.begin(), out.end(), 0.0f);
-      std::fill(top, top + kQueries, minus_infinity);
-      std::fill(total, total + kQueries, 0.0f);
-      for (int64_t from = 0; from < p.keys; from += kKeys) {
-        const int64_t chunk = std::min(kKeys, p.keys - from), padded = round_up(chunk, W);
-        small_gemm(q.data(), p.width, p.width, &k_columns[pair * p.width * keys + from], keys,
-                   padded, scores.data(), kKeys, false);
-        for (int64_t i = 0; i < count; ++i) {
-          float* row = &scores[i * kKeys];
-          if (p.mask) {
-            const T* mask = static_cast<const T*>(p.mask) + b * p.mask_stride[0] +
-                            h * p.mask_stride[1] + (begin + i) * p.mask_stride[2];
-            for (int64_t j = 0; j < chunk; ++j) row[j] += load1(mask + (from + j) * p.mask_stride[3]);
-          }
-          for (int64_t j = chunk; j < padded; ++j) row[j] = minus_infinity;
-          vf most = load(row);
-          for (int64_t j = W; j < padded; j += W) most = max(most, load(row + j));
-          const float now = std::max(top[i], largest(most));
-          const float base = now == minus_infinity ? 0.0f : now;  // every key so far is masked out
-          const float shrink = top[i] == minus_infinity ? 0.0f : std::exp(top[i] - base);
-          vf sums = {};
-          for (int64_t j = 0; j < padded; j += W) {
-            const vf e = exp(load(row + j) - base);
-            store(row + j, e);
-            sums += e;
-          }
-          total[i] = total[i] * shrink + sum(sums);
-          top[i] = now;
-          if (from > 0)
-            for (int64_t d = 0; d < width; d += W)
-              store(&out[i * width + d], load(&out[i * width + d]) * shrink);
-        }
-        small_gemm(scores.data(), kKeys, chunk, &v_rows[(pair * p.keys + from) * width], width,
-                   width, out.data(), width, from > 0);
+      const T* q_rows = static_cast<const T*>(p.q) + b * p.q_stride[0] + h * p.q_stride[2];
+      for (int64_t i = 0; i < kQueries; ++i) {
+        const T* row = q_rows + (begin + std::min(i, count - 1)) * p.q_stride[1];
+        for (int64_t d = 0; d < p.width; ++d) q[d * kQueries + i] = load1(row + d) * p.scale;
       }
+      Softmax softmax;
+      float shrink[kQueries];
+      for (int64_t from = 0; from < p.keys; from += kKeys) {
+        const int64_t keys = std::min(kKeys, p.keys - from);
+        score({k.data + from * k.ld, k.ld}, keys, p.width, q.data(), scores.data());
+        if (p.mask) {
+          const T* mask = static_cast<const T*>(p.mask) + b * p.mask_stride[0] +
+                          h * p.mask_stride[1] + begin * p.mask_stride[2] +
+                          from * p.mask_stride[3];
+          for (int64_t j = 0; j < keys; ++j)
+            for (int64_t i = 0; i < count; ++i)
+              scores[j * kQueries + i] += load1(mask + i * p.mask_stride[2] + j * p.mask_stride[3]);
+        }
+        softmax(scores.data(), keys, shrink);
+        if (from > 0)
+          for (int64_t i = 0; i < kQueries; ++i)
+            for (int64_t d = 0; d < padded; d += W)
+              store(&out[i * padded + d], load(&out[i * padded + d]) * shrink[i]);
+        weigh(scores.data(), {v.data + from * v.ld, v.ld}, keys, padded, out.data(), padded,
+              from > 0);
+      }
+      float total[kQueries];
+      for (int i = 0; i < kQueryVectors; ++i) store(total + i * W, softmax.total[i]);
       for (int64_t i = 0; i < count; ++i) {
         T* to = static_cast<T*>(p.out) + ((b * p.queries + begin + i) * p.heads + h) * p.width;
-        const float scale = 1.0f / total[i];
-        for (int64_t d = 0; d < p.width; d += W) {
-          const vf value = load(&out[i * width + d]) * scale;
-          const int n = static_cast<int>(std::min<int64_t>(W, p.width - d));
-          if (n == W) store(to + d, value);
-          else store_some(to + d, value, n);
-        }
+        for (int64_t d = 0; d < p.width; d += W)
+          store_n(to + d, load(&out[i * padded + d]) * (1.0f / total[i]),
+                  static_cast<int>(std::min<int64_t>(W, p.width - d)));
       }
     }
   });

@@ -1,5 +1,6 @@
 // Convolution and linear layers: `gemm.h` with rows gathered from a channels-last picture.
 #pragma once
+#include <span>
 #include <vector>
 
 #include "gemm.h"
@@ -11,6 +12,7 @@ namespace FASTDIFF_ISA {
 using fastdiff::Conv;
 
 constexpr int64_t kChunk = 384;            // inner steps summed at once: 96 KiB of B, well in L2
+constexpr int64_t kBlocks = 64;            // row blocks that share a pass over the chunks of B
 constexpr int64_t kSerialBelow = 1 << 15;  // multiply-adds; waking a thread costs about as much
 
 // Columns [begin, begin + columns) of the output, and where their weights are.
@@ -105,24 +107,48 @@ struct Epilogue {
       const int n = static_cast<int>(std::min<int64_t>(W, panel.columns - c));
       const int64_t column = panel.begin + c;
       vf value = load(sums + c);
-      if (bias) value += load_some(bias + column, n);
+      if (bias) value += load_n(bias + column, n);
       if (gated) {
         vf gate = load(sums + panel.vectors / 2 * W + c);
-        if (bias) gate += load_some(bias + p.n / 2 + column, n);
+        if (bias) gate += load_n(bias + p.n / 2 + column, n);
         value *= gelu(gate);
       } else if (p.act == fastdiff::kSilu) {
         value = silu(value);
       }
-      if (residual) value += load_some(residual + at + c, n);
-      if (n == W) store(out + c, value);
-      else store_some(out + c, value, n);
+      if (residual) value += load_n(residual + at + c, n);
+      store_n(out + c, value, n);
     }
   }
 };
 
+// Points the rows of each segment at the pixels that output pixels [first, first + count) see
+// through the slice's tap; at zeros where the window leaves the picture or no pixel is left.
+static void gather(const Conv& p, const float* x, int64_t first, int count,
+                   std::span<const Slice> slices, const std::vector<int64_t>& rows,
+                   const std::vector<int64_t>& columns, const float* zeros, Segment* segments) {
+  const int64_t area = p.out_height * p.out_width;
+  for (int r = 0; r < count; ++r) {
+    const int64_t pixel = first + r, within = pixel % area;
+    const int64_t picture = pixel / area * p.height * p.width;
+    const int64_t top = within / p.out_width * p.stride - p.pad;
+    const int64_t left = within % p.out_width * p.stride - p.pad;
+    for (size_t s = 0; s < slices.size(); ++s) {
+      const int64_t y = top + slices[s].tap_y, x_at = left + slices[s].tap_x;
+      const bool inside = pixel < p.batch * area && y >= 0 && y < p.up_height && x_at >= 0 &&
+                          x_at < p.up_width;
+      const int64_t source = inside ? picture + rows[y] * p.width + columns[x_at] : 0;
+      segments[s].a[r] = inside ? x + source * p.channels + slices[s].first : zeros;
+    }
+  }
+  for (size_t s = 0; s < slices.size(); ++s) {
+    segments[s].length = slices[s].length;
+    segments[s].b_row = slices[s].b_row;
+  }
+}
+
 template <typename T>
 static void conv(const Conv& p) {
-  const int64_t area = p.out_height * p.out_width, pixels = p.batch * area;
+  const int64_t pixels = p.batch * p.out_height * p.out_width;
   const int64_t inner = p.kernel * p.kernel * p.channels;
   std::vector<float> copy;
   const float* x = as_float(static_cast<const T*>(p.x), p.batch * p.height * p.width * p.channels,
@@ -138,43 +164,29 @@ static void conv(const Conv& p) {
   const int64_t threads = fastdiff::num_threads(), count = panels.size();
   const int64_t cuts = count % threads ? threads : 1;
   const auto body = [&](int64_t first_task, int64_t last_task) {
-    std::vector<float> sums;
+    std::vector<float> sums(std::min(kBlocks, pixels) * kTileSums * W);
     std::vector<Segment> segments(slices.size());
     for (int64_t task = first_task; task < last_task; ++task) {
       const Panel<T>& panel = panels[task / cuts];
       const int tall = rows_of(panel.vectors), wide = panel.vectors * W;
       const int64_t blocks = (pixels + tall - 1) / tall, cut = task % cuts;
-      const int64_t first = blocks * cut / cuts, last = blocks * (cut + 1) / cuts;
-      sums.resize(std::max<int64_t>(1, last - first) * tall * wide);
-      for (size_t begin = 0, end; begin < slices.size(); begin = end) {
-        int64_t length = slices[begin].length;
-        for (end = begin + 1; end < slices.size() && length + slices[end].length <= kChunk; ++end)
-          length += slices[end].length;
-        const int used = static_cast<int>(end - begin);
-        for (int64_t block = first; block < last; ++block) {
-          for (int r = 0; r < tall; ++r) {
-            const int64_t pixel = block * tall + r, within = pixel % area;
-            const int64_t picture = pixel / area * p.height * p.width;
-            const int64_t top = within / p.out_width * p.stride - p.pad;
-            const int64_t left = within % p.out_width * p.stride - p.pad;
-            for (int s = 0; s < used; ++s) {
-              const Slice& slice = slices[begin + s];
-              const int64_t at_y = top + slice.tap_y, at_x = left + slice.tap_x;
-              const bool inside = pixel < pixels && at_y >= 0 && at_y < p.up_height && at_x >= 0 &&
-                                  at_x < p.up_width;
-              segments[s].a[r] =
-                  inside ? x + (picture + rows[at_y] * p.width + columns[at_x]) * p.channels +
-                               slice.first
-                         : zeros.data();
-              segments[s].length = slice.length;
-              segments[s].b_row = slice.b_row;
-            }
+      const int64_t stop = blocks * (cut + 1) / cuts;
+      for (int64_t first = blocks * cut / cuts; first < stop; first += kBlocks) {
+        const int64_t last = std::min(first + kBlocks, stop);
+        for (size_t begin = 0, end; begin < slices.size(); begin = end) {
+          int64_t length = slices[begin].length;
+          for (end = begin + 1; end < slices.size() && length + slices[end].length <= kChunk; ++end)
+            length += slices[end].length;
+          const std::span<const Slice> chunk(&slices[begin], end - begin);
+          for (int64_t block = first; block < last; ++block) {
+            gather(p, x, block * tall, tall, chunk, rows, columns, zeros.data(), segments.data());
+            float* to = &sums[(block - first) * tall * wide];
+            tile(panel.vectors, segments.data(), static_cast<int>(chunk.size()), panel.b,
+                 panel.ld_b, to, begin > 0);
+            if (end == slices.size())
+              for (int r = 0; r < tall && block * tall + r < pixels; ++r)
+                finish(panel, block * tall + r, to + r * wide);
           }
-          float* block_sums = &sums[(block - first) * tall * wide];
-          tile(panel.vectors, segments.data(), used, panel.b, panel.ld_b, block_sums, begin > 0);
-          if (end == slices.size())
-            for (int r = 0; r < tall && block * tall + r < pixels; ++r)
-              finish(panel, block * tall + r, block_sums + r * wide);
         }
       }
     }

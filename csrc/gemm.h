@@ -19,7 +19,7 @@ template <int V>
 constexpr int Rows = kTileSums / V > 12 ? 12 : kTileSums / V;
 constexpr int kMaxRows = 12;
 
-// A run of the inner dimension: `length` steps along every row, against consecutive rows of B.
+// A run of the inner dimension: `length` steps along every row of A, against consecutive rows of B.
 struct Segment {
   const float* a[kMaxRows];
   int64_t length;
@@ -28,9 +28,10 @@ struct Segment {
 
 // sums (+)= a . b over all segments. The caller cuts a long inner dimension into several calls:
 // each starts from zero, so rounding errors grow with the cut, not with the whole.
+// `step` is what a step along a row of A adds to its address: 1, or more where A is transposed.
 template <int V, typename T>
-static void tile(const Segment* segments, int count, const T* const* b, int64_t ld_b,
-                 float* sums /* [Rows][V * W] */, bool accumulate) {
+static inline void tile(const Segment* segments, int count, const T* const* b, int64_t ld_b,
+                        float* sums /* [Rows][V * W] */, bool accumulate, int64_t step) {
   constexpr int R = Rows<V>;
   vf acc[R][V];
 #pragma GCC unroll 16
@@ -49,7 +50,7 @@ static void tile(const Segment* segments, int count, const T* const* b, int64_t 
       for (int v = 0; v < V; ++v) value[v] = load(column[v] + k * ld_b);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const vf scalar = splat(a[r][k]);
+        const vf scalar = splat(a[r][k * step]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
       }
@@ -70,14 +71,14 @@ static inline int rows_of(int vectors) {
 }
 
 template <typename T>
-static void tile(int vectors, const Segment* segments, int count, const T* const* b, int64_t ld_b,
-                 float* sums, bool accumulate) {
+static inline void tile(int vectors, const Segment* segments, int count, const T* const* b,
+                        int64_t ld_b, float* sums, bool accumulate, int64_t step = 1) {
   switch (vectors) {
-    case 1: return tile<1>(segments, count, b, ld_b, sums, accumulate);
-    case 2: return tile<2>(segments, count, b, ld_b, sums, accumulate);
+    case 1: return tile<1>(segments, count, b, ld_b, sums, accumulate, step);
+    case 2: return tile<2>(segments, count, b, ld_b, sums, accumulate, step);
 #if defined(__AVX512F__)
-    case 3: return tile<3>(segments, count, b, ld_b, sums, accumulate);
-    case 4: return tile<4>(segments, count, b, ld_b, sums, accumulate);
+    case 3: return tile<3>(segments, count, b, ld_b, sums, accumulate, step);
+    case 4: return tile<4>(segments, count, b, ld_b, sums, accumulate, step);
 #endif
   }
 }

@@ -33,11 +33,6 @@ static inline void each_vector(int64_t channels, const F& f) {
   if (c < channels) f(c, static_cast<int>(channels - c));
 }
 
-template <typename T>
-static inline vf load_n(const T* p, int n) {
-  return n == W ? load(p) : load_some(p, n);
-}
-
 // x + row + residual at one pixel's channels [c, c + n)
 template <typename T>
 static inline vf summed(const GroupNorm& p, int64_t picture, int64_t at, int64_t c, int n) {
@@ -124,12 +119,8 @@ static void group_norm(const GroupNorm& p) {
           const vf t = summed<T>(p, picture, at, c, n);
           vf y = (t - load(&centres[at_c + c])) * load(&scales[at_c + c]) + load(&shifts[at_c + c]);
           if (p.silu) y = silu(y);
-          auto put = [&](void* to, vf v) {
-            if (n == W) store(static_cast<T*>(to) + at + c, v);
-            else store_some(static_cast<T*>(to) + at + c, v, n);
-          };
-          put(p.y, y);
-          if (p.total) put(p.total, t);
+          store_n(static_cast<T*>(p.y) + at + c, y, n);
+          if (p.total) store_n(static_cast<T*>(p.total) + at + c, t, n);
         });
       }
     }
@@ -158,10 +149,10 @@ static void layer_norm(const LayerNorm& p) {
       const float rstd = 1.0f / std::sqrt(variance + p.eps);
       each_vector(D, [&](int64_t c, int n) {
         const vf d = load_n(x + c, n) - mean - correction;
-        const vf v = d * rstd * load_n(static_cast<const T*>(p.weight) + c, n) +
-                     load_n(static_cast<const T*>(p.bias) + c, n);
-        if (n == W) store(y + c, v);
-        else store_some(y + c, v, n);
+        store_n(y + c,
+                d * rstd * load_n(static_cast<const T*>(p.weight) + c, n) +
+                    load_n(static_cast<const T*>(p.bias) + c, n),
+                n);
       });
     }
   });

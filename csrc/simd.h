@@ -48,15 +48,17 @@ static inline float load1(const bf16* p) {
   return value;
 }
 
-// The first n < W elements; the rest is zero, nothing beyond them is read or written.
+// The first n <= W elements; the rest is zero, nothing beyond them is read or written.
 template <typename T>
-static inline vf load_some(const T* p, int n) {
+static inline vf load_n(const T* p, int n) {
+  if (n == W) return load(p);
   T whole[W] = {};
   std::memcpy(whole, p, n * sizeof(T));
   return load(whole);
 }
 template <typename T>
-static inline void store_some(T* p, vf v, int n) {
+static inline void store_n(T* p, vf v, int n) {
+  if (n == W) return store(p, v);
   T whole[W];
   store(whole, v);
   std::memcpy(p, whole, n * sizeof(T));
@@ -66,11 +68,6 @@ static inline float sum(vf v) {
   float total = 0;
   for (int i = 0; i < W; ++i) total += v[i];
   return total;
-}
-static inline float largest(vf v) {
-  float most = v[0];
-  for (int i = 1; i < W; ++i) most = v[i] > most ? v[i] : most;
-  return most;
 }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 
