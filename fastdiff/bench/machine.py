@@ -88,16 +88,16 @@ def cpu_model() -> str:
 def native() -> dict[str, str | None]:
     """The C++ kernels: the SIMD level they chose, or why there are none and what to do."""
     try:
-        from fastdiff import _C
-    except ModuleNotFoundError:
+        from fastdiff.kernels.dispatch import NATIVE
+    except ImportError as error:
+        return {"isa": None, "note": f"built, but does not load: {error}"}
+    if NATIVE is None:
         return {
             "isa": None,
             "note": "not built, so CPU kernels run as plain torch, slower; "
             "install a C++ compiler, then pip install fastdiff again",
         }
-    except ImportError as error:
-        return {"isa": None, "note": f"built, but does not load: {error}"}
-    return {"isa": _C.isa(), "note": None}
+    return {"isa": f"{NATIVE.isa()}, threads: {NATIVE.thread_runtime()}", "note": None}
 
 
 def _ask(*command: str) -> str | None:

@@ -40,7 +40,7 @@ def parts(target: Any) -> dict[str, tuple[nn.Module, Kind]]:
         ValueError: `target` is neither a known pipeline nor a known model.
     """
     if isinstance(target, UNet2DConditionModel):
-        return {"unet": (target, UNET)}
+        return _unet(target)
     if isinstance(target, AutoencoderKL):
         return _autoencoder(target)
     if type(target).__name__ not in PIPELINES:
@@ -48,9 +48,13 @@ def parts(target: Any) -> dict[str, tuple[nn.Module, Kind]]:
             f"fastdiff does not know {type(target).__name__}; it accelerates"
             f" {', '.join(PIPELINES)}, UNet2DConditionModel and AutoencoderKL"
         )
-    return {"unet": (target.unet, UNET)} | (
+    return _unet(target.unet) | (
         _autoencoder(target.vae) if isinstance(target.vae, AutoencoderKL) else {}
     )
+
+
+def _unet(unet: nn.Module) -> dict[str, tuple[nn.Module, Kind]]:
+    return {"unet": (unet, UNET)}
 
 
 def _autoencoder(vae: Any) -> dict[str, tuple[nn.Module, Kind]]:

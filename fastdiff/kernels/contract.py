@@ -70,13 +70,13 @@ class Launch:
     """One start of a Triton kernel: what the launcher starts is what `inspect` compiles.
 
     Each `gpu.py` has `plan(arch, **op_arguments) -> (launches, outputs)`; it looks only at shapes,
-    strides and dtypes, so fake tensors will do, and `run` starts what it returns.
+    strides and dtypes, so fake tensors will do, and `run = Launcher(plan)` starts what it returns.
     """
 
     kernel: Any
-    arguments: dict[str, Tensor | int | None]
+    arguments: Mapping[str, Tensor | int | None]
     """Run-time arguments in kernel order: inputs, integers, outputs; None where one is absent."""
-    constants: dict[str, int | float | bool]
+    constants: Mapping[str, int | float | bool]
     """The kernel's constexpr arguments; every float is one of them."""
     grid: tuple[int, ...]
     num_warps: int
@@ -90,6 +90,20 @@ class Launch:
             num_stages=self.num_stages,
             enable_fp_fusion=FP_FUSION,
         )
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The Triton implementation of an op: starts what `plan(arch, **op_arguments)` returns."""
+
+    plan: Callable[..., tuple[tuple[Launch, ...], Any]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The op's own arguments, the first one a CUDA tensor (CPU: under the interpreter)."""
+        launches, outputs = self.plan(architecture((*args, *kwargs.values())[0]), *args, **kwargs)
+        for launch in launches:
+            launch.start()
+        return outputs
 
 
 FP_FUSION = True

@@ -59,9 +59,7 @@ def register(spec: KernelSpec, cpu: Callable[..., Any], gpu: str | None = None) 
     _LIBRARY.define(spec.name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(spec.name, cpu, "CPU")
     _LIBRARY.impl(spec.name, on_cuda if gpu else spec.reference, "CUDA")
-    torch.library.register_fake(
-        f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY
-    )
+    torch.library.register_fake(f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY)
     implementations = {"reference": lambda: spec.reference, "cpu": lambda: cpu}
     if gpu:
         implementations["triton"] = triton

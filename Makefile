@@ -1,0 +1,32 @@
+# make bench · make test · make lint: each works alone on a fresh clone.
+
+PYTHON ?= python3
+# Plain `torch` may bring several GB of CUDA libraries: without an NVIDIA GPU one version that has
+# a CPU build is taken; with one, the torch that PYTHON already has, or the newest.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
+BIN := .venv/bin
+
+.PHONY: bench test slow-test lint clean
+
+bench: .venv/ready
+	$(BIN)/fastdiff bench
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+slow-test: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	test -d .venv || $(PYTHON) -m venv $(if $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes),--system-site-packages) .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist

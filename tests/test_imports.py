@@ -1,0 +1,91 @@
+"""The house: who may import whom, which package is optional where, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastdiff"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# package -> packages of ours that it may import
+MAY_IMPORT = {
+    "kernels": set(),
+    "models": {"kernels"},
+    "runtime": {"kernels", "models"},
+    "compiler": {"kernels", "models", "runtime"},
+    "demo": set(),
+    "bench": {"kernels", "models", "runtime", "compiler", "demo"},
+    "export": {"kernels", "models", "runtime", "compiler"},
+}
+# optional package -> the only files that may import it
+OPTIONAL = {
+    "triton": ("kernels/*/gpu.py", "kernels/inspect.py"),
+    "diffusers": ("compiler/adapters.py", "demo/*.py", "bench/presets.py", "bench/pipelines.py"),
+    "transformers": ("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
+    "tensorrt": ("export/trt.py",),
+    "tensorrt_rtx": ("export/trt.py",),
+    "onnx": ("export/*.py",),
+    "onnxruntime": ("export/*.py",),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_dependency_direction(path):
+    own = path.relative_to(PACKAGE).parts[0]
+    if own not in MAY_IMPORT:  # top-level modules tie the packages together
+        return
+    allowed = MAY_IMPORT[own] | {own, "errors", "__version__"}
+    ours = {name.split(".")[1] for name in imported(path) if name.startswith("fastdiff.")}
+    assert ours <= allowed, f"imports {ours - allowed}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_optional_packages_stay_in_their_files(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    for package in roots & OPTIONAL.keys():
+        relative = path.relative_to(PACKAGE)
+        assert any(relative.match(pattern) for pattern in OPTIONAL[package]), package
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_networks_run_where_no_optional_package_is_installed():
+    """In a fresh process that refuses them, kernels and models import and compute."""
+    script = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {set(OPTIONAL)!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch, fastdiff, fastdiff.models
+from fastdiff.kernels.attention import attention
+q = torch.randn(1, 5, 2, 40)
+want = torch.softmax(torch.einsum("bihk,bjhk->bhij", q, q) / 40**0.5, -1)
+torch.testing.assert_close(attention(q, q, q), torch.einsum("bhij,bjhk->bihk", want, q))
+try:
+    fastdiff.compile(torch.nn.Linear(1, 1))
+except ImportError as error:
+    assert "pip install 'fastdiff[diffusers]'" in str(error), error
+else:
+    raise SystemExit("compile ran without diffusers")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
