@@ -1,7 +1,7 @@
-"""What the Triton kernels become on each NVIDIA architecture, found by compiling them: no GPU needed.
+"""What the Triton kernels become on each NVIDIA architecture, found by compiling without a GPU.
 
-`table()` compiles every launch of every kernel's cases and reads registers, spills and shared memory
-from the cubin with the `cuobjdump` of Triton's own wheel. Nothing here says how fast a kernel is.
+`table()` compiles every launch of every kernel's cases and reads registers, spills and shared
+memory with the `cuobjdump` of Triton's own wheel. Nothing here says how fast a kernel is.
 """
 
 import re
@@ -104,13 +104,13 @@ def _launches(
     for kernel in KERNELS.values():
         if "triton" not in kernel.implementations:
             continue
-        plan = import_module(kernel.implementations["triton"]().__module__).plan
+        launcher: Any = kernel.implementations["triton"]()
         for case in kernel.spec.cases:
             for dtype in dtypes:
                 with FakeTensorMode():
                     generator = torch.Generator()
                     inputs = kernel.spec.inputs(case, dtype, torch.device("cpu"), generator)
-                    launches, _ = plan(arch, **inputs)
+                    launches, _ = launcher.plan(arch, **inputs)
                 for launch in launches:
                     yield kernel.spec, case, dtype, launch
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import Launch, architecture, power_parts
+from fastdiff.kernels.contract import Launch, Launcher, power_parts
 
 
 @triton.jit
@@ -220,40 +220,29 @@ class LaunchConfig:
     num_warps: int
 
 
-ONE_PASS_WARPS = (  # (most elements of a tile, warps): 32 to 64 fp32 values a thread
-    (1024, 1),
-    (4096, 4),
-    (16384, 8),
-    (20480, 16),  # 32^2 rows of 20 channels; 40960 spill at 16 warps and at 32
-)
-SEGMENT_BYTES = (64, 32)  # a row's part of a program, two sectors or at least one
+ONE_PASS_WARPS = {1024: 1, 4096: 4, 16384: 8, 20480: 16}
+"""Warps by the most elements of a tile, 32 to 64 fp32 values a thread: 32^2 rows of 20 channels are
+the last that fit; 40960 elements spill at 16 warps and at 32."""
+SEGMENTS = (64, 32)  # bytes of a row in a program: two sectors, at least one
 SLAB_TILE = 4096  # elements of a tile of the two slab kernels, 8 warps
-INTERPRETED_TILE = 65536  # the interpreter's time is for each operation, whatever its size
-SLAB_PROGRAMS = 4  # for each SM
-SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # of the largest GPU of its kind
+INTERPRETED_TILE = 65536  # the interpreter takes its time for an operation, not for its size
 MOST_SLABS = 512  # each program of the second kernel reads the statistics of all of them
+SLAB_PROGRAMS = 528  # four for each SM of an H100; the interpreter's are 64
 
 
 def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
     """Launch of B samples of L pixels in G groups of W channels of `size` bytes."""
-    width = sum(power_parts(W))
     divisors = [n for n in (1, 2, 4, 8, 16, 32) if G % n == 0]
-    choices = [
-        next((n for n in divisors if n * W * size >= segment), divisors[-1])
-        for segment in SEGMENT_BYTES
-    ]
-    for groups in choices:
-        rows = triton.next_power_of_2(L)
-        for most, num_warps in ONE_PASS_WARPS:
+    wide = [next((n for n in divisors if n * W * size >= s), divisors[-1]) for s in SEGMENTS]
+    width, rows = sum(power_parts(W)), triton.next_power_of_2(L)
+    for groups in wide:
+        for most, num_warps in ONE_PASS_WARPS.items():
             if rows * groups * width <= most:
                 return LaunchConfig(groups, rows, 0, num_warps)
-    groups = choices[0]
-    tile = SLAB_TILE if arch else INTERPRETED_TILE
+    groups = wide[0]
+    tile, programs = (SLAB_TILE, SLAB_PROGRAMS) if arch else (INTERPRETED_TILE, 64)
     rows = max(1, tile // triton.next_power_of_2(groups * width))
-    blocks = B * (G // groups)
-    slabs = min(
-        MOST_SLABS, triton.cdiv(SLAB_PROGRAMS * SMS.get(arch, 16), blocks), triton.cdiv(L, rows)
-    )
+    slabs = min(MOST_SLABS, triton.cdiv(programs, B * (G // groups)), triton.cdiv(L, rows))
     return LaunchConfig(groups, rows, slabs, 8)
 
 
@@ -297,31 +286,13 @@ def plan(
     grid = (slabs, blocks, B)
     first = {"x_ptr": x, "row_ptr": row, "residual_ptr": residual} | sizes | written
     first |= {"statistics_ptr": statistics}
+    second = {"x_ptr": x} | parameters | {"statistics_ptr": statistics} | sizes | {"out_ptr": out}
     if residual is not None:  # the sum holds the row already
-        second = {"x_ptr": total} | parameters | {"row_ptr": None}
-    else:
-        second = {"x_ptr": x} | parameters
-    second |= {"statistics_ptr": statistics} | sizes | {"out_ptr": out}
+        second |= {"x_ptr": total, "row_ptr": None}
     finish |= {"SLABS": triton.next_power_of_2(slabs)}
-    launches = (
-        Launch(_statistics_kernel, first, tile, grid, config.num_warps),
-        Launch(_apply_kernel, second, finish, grid, config.num_warps),
-    )
-    return launches, (out, total)
+    statistics_launch = Launch(_statistics_kernel, first, tile, grid, config.num_warps)
+    apply_launch = Launch(_apply_kernel, second, finish, grid, config.num_warps)
+    return (statistics_launch, apply_launch), (out, total)
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    row: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The op on CUDA tensors; on CPU tensors under Triton's interpreter."""
-    launches, outputs = plan(architecture(x), x, weight, bias, groups, eps, silu, row, residual)
-    for launch in launches:
-        launch.start()
-    return outputs
+run = Launcher(plan)

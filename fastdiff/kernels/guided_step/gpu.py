@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import Launch, architecture
+from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.guided_step import spec
 
 # a kernel may read globals only if they are constexpr
@@ -85,7 +85,9 @@ def _guided_step_kernel(
         # a zero coefficient must hide what the history does not hold yet
         outputs = history_ptr + slot * copy + own
         result += b * tl.load(outputs, mask=tl.where(b != 0, inside, False), other=0.0)
-        result += c * tl.load(outputs + DEPTH * copy, mask=tl.where(c != 0, inside, False), other=0.0)
+        result += c * tl.load(
+            outputs + DEPTH * copy, mask=tl.where(c != 0, inside, False), other=0.0
+        )
     if noise_ptr is not None:
         result += tl.load(row + NOISE) * tl.load(noise_ptr + own, mask=inside, other=0.0)
     if DEPTH > 0:
@@ -166,18 +168,4 @@ def plan(
     return (launch,), following
 
 
-def run(
-    model_output: Tensor,
-    sample: Tensor,
-    history: Tensor,
-    table: Tensor,
-    step: Tensor,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """The op on CUDA tensors; on CPU tensors under Triton's interpreter."""
-    launches, following = plan(
-        architecture(sample), model_output, sample, history, table, step, noise
-    )
-    for launch in launches:
-        launch.start()
-    return following
+run = Launcher(plan)
