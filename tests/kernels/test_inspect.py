@@ -1,0 +1,75 @@
+"""The kernels compile for NVIDIA's architectures, fit them, spill nothing and use their dots.
+
+The tests' own process has the kernels for Triton's interpreter, so another one compiles them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastdiff.kernels.inspect import SHARED_LIMIT, table
+
+MAIN_CASES = (
+    "sd15-64",
+    "sd15-16",
+    "sd15-32-attn",
+    "vae-top",
+    "sd15-64-self",
+    "sd15-16-self",
+    "sdxl-64-self",
+    "sd15-64-cross",
+    "sdxl-32-cross",
+    "sdxl-cfg-multistep",
+)
+ARCHS = (80, 90, 120)
+SCRIPT = """
+import dataclasses, json, sys
+from fastdiff.kernels.inspect import table
+rows = table(json.loads(sys.argv[1]), cases=json.loads(sys.argv[2]))
+json.dump([dataclasses.asdict(row) | {"fits": row.fits} for row in rows], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(ARCHS), json.dumps(MAIN_CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_main_case_compiles_everywhere(rows):
+    for arch in ARCHS:
+        compiled = {row["case"] for row in rows if row["arch"] == arch}
+        assert compiled == set(MAIN_CASES), arch
+
+
+def test_launches_fit_and_do_not_spill(rows):
+    bad = [row for row in rows if not row["fits"] or row["spills"] or row["registers"] > 255]
+    assert not bad
+
+
+def test_attention_uses_the_matrix_instructions_of_its_architecture(rows):
+    used = {(row["arch"], row["mma"]) for row in rows if row["op"] == "attention"}
+    assert used == {(80, "mma.sync"), (90, "wgmma"), (120, "mma.sync")}
+
+
+def test_loads_of_40_wide_heads_are_pipelined(rows):
+    """Without known alignment they are 2 bytes wide, too small for asynchronous copies."""
+    row = next(r for r in rows if r["case"] == "sd15-64-self" and r["arch"] == 90)
+    keys_and_values = 2 * 64 * 48 * 2
+    assert row["shared"] >= row["num_stages"] * keys_and_values
+
+
+def test_unknown_architecture_is_named():
+    with pytest.raises(ValueError, match=r"unknown architectures \[75\]; known: "):
+        table([75])
+
+
+def test_interpreted_kernels_cannot_be_compiled():
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        table(list(SHARED_LIMIT)[:1])

@@ -1,0 +1,118 @@
+"""Every Triton kernel, under Triton's interpreter, inside the error budget of every case."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+import fastdiff.kernels
+from fastdiff.kernels.attention.spec import reference as attention
+from fastdiff.kernels.contract import judge, power_parts, verify
+from fastdiff.kernels.dispatch import KERNELS, implementation
+
+for module in iter_modules(fastdiff.kernels.__path__):
+    if module.ispkg:
+        import_module(f"fastdiff.kernels.{module.name}")
+TRITON = {name: k.spec for name, k in KERNELS.items() if "triton" in k.implementations}
+
+
+def _runs(name, dtype):
+    """The interpreter multiplies the raw bits of bfloat16 in `tl.dot`: attention cannot run."""
+    return not (name == "attention" and dtype == torch.bfloat16)
+
+
+CASES = [
+    pytest.param(name, case, dtype, id=f"{name}-{case.name}-{str(dtype).removeprefix('torch.')}")
+    for name, spec in TRITON.items()
+    for case in spec.cases
+    for dtype in spec.dtypes
+    if _runs(name, dtype)
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _patched_once():
+    """The interpreter patches triton.language again at each call of a device function, which is
+    nine tenths of its time; here once for each set of modules that a kernel's file sees."""
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(function):
+        modules = {getattr(value, "__name__", "") for value in function.__globals__.values()}
+        key = frozenset(modules & {"triton.language", "triton.language.core"})
+        if key not in patched:
+            patched.add(key)
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
+    yield
+    interpreter._patch_lang = patch
+
+
+@pytest.mark.parametrize(("name", "case", "dtype"), CASES)
+def test_case_is_within_its_budget(name, case, dtype):
+    for verdict in verify(TRITON[name], implementation(name, "triton"), case, dtype):
+        assert verdict.passed, verdict
+
+
+def test_group_norm_far_mean_is_exact_where_eager_is_not():
+    """Eager's own error makes the budget of this case wide: hold the kernel to the truth itself."""
+    spec = TRITON["group_norm_silu"]
+    case = next(case for case in spec.cases if case.name == "far-mean")
+    verdict = verify(spec, implementation("group_norm_silu", "triton"), case, torch.float32)[0]
+    assert verdict.error < 1e-3, verdict
+
+
+@pytest.mark.parametrize("Lk", [7, 77, 300, 400])  # short keys, two parts, several flash blocks
+def test_attention_masks_of_every_shape(Lk):
+    run = implementation("attention", "triton")
+    q = torch.randn(2, 19, 3, 40)
+    k, v = torch.randn(2, 2, Lk, 3, 40).unbind(0)
+    for shape in ((2, 3, 19, Lk), (1, 1, 19, Lk), (2, 1, 1, Lk), (1, 3, 1, Lk), (Lk,)):
+        mask = torch.where(torch.rand(shape) > 0.5, 0.0, float("-inf"))
+        mask[..., -1] = 0.0  # the first flash blocks may be masked as a whole, a row may not
+        mask[..., : Lk // 2] = float("-inf")
+        for dtype in (torch.float32, torch.float16):  # only fp16 stays on chip
+            inputs = [tensor.to(dtype) for tensor in (q, k, v, mask)]
+            exact = attention(*(tensor.double() for tensor in inputs))
+            verdict = judge(f"mask {shape}", run(*inputs), attention(*inputs), exact)
+            assert verdict.passed, verdict
+
+
+def test_attention_row_without_any_key_is_nan_as_in_the_reference():
+    q, k, v = torch.randn(3, 1, 20, 1, 32).unbind(0)
+    mask = torch.zeros(1, 1, 20, 20)
+    mask[..., 3, :] = float("-inf")
+    got = implementation("attention", "triton")(q, k, v, mask)
+    assert got.isnan().all(-1).flatten().tolist() == [i == 3 for i in range(20)]
+
+
+def test_group_norm_row_of_any_stride():
+    """A row that is a slice of a wider projection, in a sum with a residual."""
+    spec = TRITON["group_norm_silu"]
+    x, residual = torch.randn(2, 2, 5, 3, 24).unbind(0)
+    row = torch.randn(2, 100)[:, 7:31]
+    weight, bias = torch.randn(2, 24).unbind(0)
+    inputs = (x, weight, bias, 4, 1e-5, True, row, residual)
+    got = implementation("group_norm_silu", "triton")(*inputs)
+    for ours, reference in zip(got, spec.reference(*inputs), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_guided_step_refuses_float64_state():
+    spec = TRITON["guided_step"]
+    case = spec.cases[0]
+    inputs = spec.inputs(case, torch.float64, torch.device("cpu"), torch.Generator())
+    with pytest.raises(ValueError, match=r"sample is torch\.float64"):
+        implementation("guided_step", "triton")(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("width", "least", "parts"),
+    [(40, 1, (32, 8)), (40, 16, (32, 16)), (64, 16, (64, 0)), (30, 1, (32, 0)), (77, 16, (64, 16)),
+     (160, 16, (128, 32)), (1, 1, (1, 0)), (8, 16, (16, 0)), (10, 1, (8, 2)), (308, 16, (256, 64))],
+)  # fmt: skip
+def test_power_parts(width, least, parts):
+    assert power_parts(width, least) == parts
