@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -109,6 +110,24 @@ void run_layer_norm(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, in
   chosen->layer_norm(p);
 }
 
+// Rows of two tensors side by side; counts: rows, bytes of a row of each.
+void run_concat(uintptr_t first, uintptr_t second, const Ints<3>& counts, uintptr_t output) {
+  const auto [rows, left, right] = counts;
+  const auto* a = static_cast<const char*>(in(first));
+  const auto* b = static_cast<const char*>(in(second));
+  auto* to = static_cast<char*>(out(output));
+  py::gil_scoped_release unlocked;
+  const auto copy = [&, left = left, right = right](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(to + i * (left + right), a + i * left, left);
+      std::memcpy(to + i * (left + right) + left, b + i * right, right);
+    }
+  };
+  constexpr int64_t kSerialBelow = 1 << 18;  // bytes that one core copies while another wakes up
+  if (rows * (left + right) < kSerialBelow) copy(0, rows);
+  else parallel_for(rows, copy);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -122,4 +141,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &run_attention);
   m.def("group_norm", &run_group_norm);
   m.def("layer_norm", &run_layer_norm);
+  m.def("concat", &run_concat);
 }

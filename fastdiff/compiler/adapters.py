@@ -1,6 +1,7 @@
 """What fastdiff knows about diffusers: which pipelines, which components, how they are called."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,15 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from fastdiff.compiler.slot import Kind
-from fastdiff.models import UNet, Unsupported, borrow_decoder, borrow_encoder, borrow_unet
+from fastdiff.models import (
+    Loan,
+    UNet,
+    Unsupported,
+    borrow_decoder,
+    borrow_encoder,
+    borrow_unet,
+)
+from fastdiff.runtime.tape import Tapes
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -53,7 +62,7 @@ def parts(target: Any) -> dict[str, tuple[nn.Module, Kind]]:
     )
 
 
-def _unet(unet: nn.Module) -> dict[str, tuple[nn.Module, Kind]]:
+def _unet(unet: Any) -> dict[str, tuple[nn.Module, Kind]]:
     return {"unet": (unet, UNET)}
 
 
@@ -74,8 +83,21 @@ def eager_parts(target: Any) -> dict[str, str]:
     return {path: why for path, why in EAGER_PARTS.items() if has(path)}
 
 
+@dataclass(frozen=True)
+class StepUNet:
+    """The compact U-Net, and its per-step part with a tape for every shape."""
+
+    network: UNet
+    predict: Tapes
+
+
+def borrow_step_unet(module: nn.Module, loan: Loan) -> StepUNet:
+    network = borrow_unet(module, loan)
+    return StepUNet(network, Tapes(network.predict))
+
+
 def call_unet(
-    network: UNet,
+    unet: StepUNet,
     sample: Tensor,
     timestep: Tensor | float | int,
     encoder_hidden_states: Tensor,
@@ -92,6 +114,7 @@ def call_unet(
     **unknown: Any,
 ) -> UNet2DConditionOutput | tuple[Tensor]:
     """`UNet2DConditionModel.forward` on the compact network."""
+    network = unet.network
     refused = {
         "class_labels": class_labels,
         "attention_mask": attention_mask,
@@ -131,6 +154,7 @@ def call_unet(
         text_mask=mask,
         down_residuals=down_block_additional_residuals,
         mid_residual=mid_block_additional_residual,
+        predict=unet.predict,
     )
     return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -149,6 +173,6 @@ def call_coder(network: Any, sample: Tensor, latent_embeds: Tensor | None = None
     return result
 
 
-UNET = Kind(borrow_unet, call_unet)
+UNET = Kind(borrow_step_unet, call_unet)
 DECODER = Kind(borrow_decoder, call_coder)
 ENCODER = Kind(borrow_encoder, call_coder)

@@ -5,10 +5,12 @@ on the first CUDA call, so that triton stays optional) and on fake tensors throu
 An explicit `implementation(name, which)` that cannot run raises; nothing falls back silently.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,15 +18,46 @@ import torch
 from fastdiff.kernels.contract import KernelSpec
 
 
-def _load_native() -> ModuleType | None:
+def _load_native() -> SimpleNamespace | None:
     try:
-        return import_module("fastdiff._C")
+        module = import_module("fastdiff._C")
     except ModuleNotFoundError:  # built without a compiler; any other ImportError is shown
         return None
+    return SimpleNamespace(**vars(module))
 
 
 NATIVE: Any = _load_native()
 """The C++ kernels (`csrc/`), or None where the package was installed without a compiler."""
+
+Call = tuple[Callable[..., None], tuple[Any, ...]]
+"""A call of a C++ kernel: the function and the addresses, sizes and options it was given."""
+
+_RECORDING = threading.Lock()
+_KERNEL_NAMES = ("conv", "attention", "group_norm", "layer_norm", "concat")
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """The C++ kernels that this thread calls within it, in order; they run all the same."""
+    calls: list[Call] = []
+    owner = threading.get_ident()
+
+    def noting(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            if threading.get_ident() == owner:
+                calls.append((function, args))
+            function(*args)
+
+        return call
+
+    with _RECORDING:
+        plain = {name: getattr(NATIVE, name) for name in _KERNEL_NAMES}
+        vars(NATIVE).update({name: noting(function) for name, function in plain.items()})
+        try:
+            yield calls
+        finally:
+            vars(NATIVE).update(plain)
+
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 

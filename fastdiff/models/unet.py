@@ -1,7 +1,7 @@
 """The denoising U-Net of SD1.x, SD2.x and SDXL on borrowed weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdiff.kernels.concat import concat
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.linear import linear
 from fastdiff.models.blocks import (
@@ -110,6 +111,7 @@ class UNet:
         text_mask: Tensor | None = None,
         down_residuals: Sequence[Tensor] | None = None,
         mid_residual: Tensor | None = None,
+        predict: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """The network's prediction for noisy latents.
 
@@ -121,13 +123,38 @@ class UNet:
             timestep_cond: [B, D''] guidance embedding of distilled models (LCM).
             text_mask: [B, 1, 1, T], added to the scores of cross-attention.
             down_residuals, mid_residual: ControlNet's, channels first.
+            predict: stands for `self.predict` where neither mask nor residuals are given.
 
         Returns:
             [B, C, Y, X], contiguous.
         """
         rows = self.time_rows(timestep, sample, text_embeds, time_ids, timestep_cond)
-        text = linear(encoder_hidden_states, self.text.weight, self.text.bias)
-        x = conv2d(channels_last(sample), self.conv_in.weight, self.conv_in.bias)
+        text = self.text_rows(encoder_hidden_states)
+        x = channels_last(sample)
+        if predict is not None and text_mask is None and down_residuals is None:
+            return channels_first(predict(x, rows, text))
+        down = None if down_residuals is None else [channels_last(r) for r in down_residuals]
+        mid = None if mid_residual is None else channels_last(mid_residual)
+        return channels_first(self.predict(x, rows, text, text_mask, down, mid))
+
+    def predict(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        """The part that every step repeats, channels last throughout.
+
+        Args:
+            x: [B, Y, X, C] noisy latents.
+            rows: [B, …] of `time_rows`; [1, …] where all pictures share a timestep.
+            text: [B, T, …] of `text_rows`.
+        """
+        x = conv2d(x, self.conv_in.weight, self.conv_in.bias)
+        rows = rows.expand(x.shape[0], -1)
         skips = [x]
         for stage in self.downs:
             for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
@@ -138,7 +165,7 @@ class UNet:
                 x = stage.down(x)
                 skips.append(x)
         if down_residuals is not None:
-            skips = [s + channels_last(r) for s, r in zip(skips, down_residuals, strict=True)]
+            skips = [s + r for s, r in zip(skips, down_residuals, strict=True)]
         if self.mid is not None:
             x = self.mid.resnets[0](x, rows)
             for transformer, resnet in zip(
@@ -147,15 +174,19 @@ class UNet:
                 x = x if transformer is None else transformer(x, text, text_mask)
                 x = resnet(x, rows)
         if mid_residual is not None:
-            x = x + channels_last(mid_residual)
+            x = x + mid_residual
         for stage in self.ups:
             for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
-                x = resnet(torch.cat([x, skips.pop()], dim=-1), rows)
+                x = resnet(concat(x, skips.pop()), rows)
                 x = x if transformer is None else transformer(x, text, text_mask)
             if stage.up is not None:  # to the size of the skips it meets next, odd ones too
                 x = stage.up(x, (skips[-1].shape[1], skips[-1].shape[2]))
         x = group_norm(x, self.norm_out, silu=True)
-        return channels_first(conv2d(x, self.conv_out.weight, self.conv_out.bias))
+        return conv2d(x, self.conv_out.weight, self.conv_out.bias)
+
+    def text_rows(self, encoder_hidden_states: Tensor) -> Tensor:
+        """Keys and values of every cross-attention: [B, T, all their widths]."""
+        return linear(encoder_hidden_states, self.text.weight, self.text.bias)
 
     def time_rows(
         self,
@@ -165,8 +196,7 @@ class UNet:
         time_ids: Tensor | None,
         timestep_cond: Tensor | None,
     ) -> Tensor:
-        """Every resnet's projection of the time embedding: [B, all their channels]."""
-        batch = sample.shape[0]
+        """Every resnet's projection of the time embedding: [B or 1, all their channels]."""
         embedding = self.time(self.sinusoid(timestep).to(sample.dtype), timestep_cond)
         if self.added is not None and self.added_sinusoid is not None:
             assert text_embeds is not None
@@ -174,8 +204,7 @@ class UNet:
             sizes = self.added_sinusoid(time_ids.flatten()).reshape(len(text_embeds), -1)
             added = torch.cat([text_embeds, sizes], dim=-1).to(sample.dtype)
             embedding = embedding + self.added(added)
-        rows = linear(F.silu(embedding), self.rows.weight, self.rows.bias)
-        return rows.expand(batch, -1)
+        return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
 
 
 def borrow_unet(module: Any, loan: Loan) -> UNet:

@@ -1,0 +1,1 @@
+"""The denoising loop: schedulers as tables, what does not change hoisted, the loop itself."""

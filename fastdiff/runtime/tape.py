@@ -1,0 +1,121 @@
+"""A network on a CPU as one straight run of kernel calls on buffers that are already there.
+
+What a CUDA graph is to a GPU: the first call for a shape notes every kernel with the addresses it
+was given, later calls copy the inputs in and run the notes. On small pictures a third of a step is
+otherwise Python finding out again what it found out the step before.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff.kernels.dispatch import KERNELS, NATIVE, Call, recording
+
+TAPE_BYTES = 64 << 20
+"""A tape keeps its activations. Where they are larger, Python's share of a step is small anyway."""
+TAPES = 8
+"""Shapes remembered per network; the one unused for longest goes first."""
+
+
+class _NotTapeable(Exception):
+    """Something other than our C++ kernels computes here, or the activations are too large."""
+
+
+@dataclass(frozen=True)
+class _Tape:
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    calls: list[Call]
+    memory: list[Tensor]
+    """Everything the calls read or write by address: it must outlive them."""
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        for kernel, arguments in self.calls:
+            kernel(*arguments)
+        return self.output.clone()
+
+
+class Tapes:
+    """`function` with a tape for every shape it is called with.
+
+    It must be a pure function of its tensors and of weights that stay where they are. Calls that
+    cannot be taped, and those of a second thread meanwhile, run `function` itself.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self._tapes: OrderedDict[Any, _Tape | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if NATIVE is None or inputs[0].device.type != "cpu":
+            return self.function(*inputs)
+        if not self._lock.acquire(blocking=False):
+            return self.function(*inputs)
+        try:
+            key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+            if key not in self._tapes:
+                self._tapes[key] = _record(self.function, inputs)
+                while len(self._tapes) > TAPES:
+                    self._tapes.popitem(last=False)
+            self._tapes.move_to_end(key)
+            tape = self._tapes[key]
+            return self.function(*inputs) if tape is None else tape(*inputs)
+        finally:
+            self._lock.release()
+
+
+def _record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Tape | None:
+    own = tuple(tensor.contiguous().clone() for tensor in inputs)
+    try:
+        with recording() as calls, _Memory() as memory:
+            output = function(*own)
+    except _NotTapeable:
+        return None
+    return _Tape(own, output, calls, memory.kept)
+
+
+class _Memory(TorchDispatchMode):
+    """Keeps what is computed within it; raises where a tape of our kernels would miss an op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+        self._bytes = 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if op.namespace == "fastdiff":
+            name = op._schema.name.removeprefix("fastdiff::")
+            with self:  # a copy that an implementation makes for itself would be missed, too
+                return KERNELS[name].implementations["cpu"]()(*args, **kwargs)
+        result = op(*args, **kwargs)
+        if op in _FRESH_MEMORY:
+            self.kept.append(result)
+            self._bytes += result.nbytes
+            if self._bytes > TAPE_BYTES:
+                raise _NotTapeable(f"more than {TAPE_BYTES} bytes of activations")
+        elif not _is_view(op):
+            raise _NotTapeable(f"{op} is none of our kernels")
+        return result
+
+
+_FRESH_MEMORY = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.new_empty.default,
+}
+
+
+def _is_view(op: Any) -> bool:
+    aliases = [returned.alias_info for returned in op._schema.returns]
+    return all(alias is not None and not alias.is_write for alias in aliases)

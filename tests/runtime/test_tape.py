@@ -1,0 +1,123 @@
+"""A taped network gives bit for bit what the network gives, and notices when it cannot."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.kernels.dispatch import NATIVE
+from fastdiff.kernels.linear import linear
+from fastdiff.models import Loan, borrow_unet
+from fastdiff.runtime import tape
+from fastdiff.runtime.tape import Tapes
+
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="tapes hold C++ kernels; none are built")
+
+
+@pytest.fixture
+def network(demo):
+    unet = copy.deepcopy(demo.unet)
+    return borrow_unet(unet, Loan(unet))
+
+
+def inputs_for(network, rows=16, columns=16, batch=2):
+    with torch.no_grad():
+        sample = torch.randn(batch, 4, rows, columns)
+        time = network.time_rows(torch.tensor([7]), sample, None, None, None)
+        text = network.text_rows(torch.randn(batch, 24, 128))
+    return sample.permute(0, 2, 3, 1).contiguous(), time, text
+
+
+@torch.no_grad()
+def test_equal_bit_for_bit_whatever_came_before(network):
+    tapes = Tapes(network.predict)
+    shapes = [(16, 16), (12, 20), (16, 16), (9, 5), (12, 20), (16, 16)]
+    for rows, columns in shapes:
+        given = inputs_for(network, rows, columns)
+        kept = [tensor.clone() for tensor in given]
+        first, second = tapes(*given), tapes(*given)
+        assert torch.equal(first, network.predict(*given))
+        assert torch.equal(first, second)
+        assert first.data_ptr() != second.data_ptr()  # an output is never overwritten later
+        assert all(map(torch.equal, given, kept))
+    assert len(tapes._tapes) == 3
+    assert None not in tapes._tapes.values()
+
+
+@torch.no_grad()
+def test_weight_edits_are_seen(network):
+    tapes = Tapes(network.predict)
+    given = inputs_for(network)
+    before = tapes(*given)
+    network.conv_out.weight.mul_(2.0)
+    after = tapes(*given)
+    assert torch.equal(after, network.predict(*given))
+    assert not torch.equal(before, after)
+
+
+@torch.no_grad()
+def test_the_oldest_shape_goes_first(network, monkeypatch):
+    monkeypatch.setattr(tape, "TAPES", 2)
+    tapes = Tapes(network.predict)
+    first, second, third = (inputs_for(network, rows, 8) for rows in (8, 12, 16))
+    for given in (first, second, first, third):
+        tapes(*given)
+    heights = [key[0][0][1] for key in tapes._tapes]
+    assert heights == [8, 16]
+
+
+@torch.no_grad()
+def test_what_is_not_all_kernels_is_not_taped():
+    weight = torch.randn(8, 8).t()
+    calls = []
+
+    def with_an_op_between(x):
+        calls.append(x)
+        return linear(linear(x, weight).exp(), weight)
+
+    def with_a_copy_inside_a_kernel(x):
+        return linear(x.transpose(0, 1), weight)
+
+    for function in (with_an_op_between, with_a_copy_inside_a_kernel):
+        tapes = Tapes(function)
+        for _ in range(3):
+            x = torch.randn(8, 8)
+            assert torch.equal(tapes(x), function(x))
+        assert list(tapes._tapes.values()) == [None]
+    assert len(calls) == 7  # once to try, then three taped and three plain
+
+
+@torch.no_grad()
+def test_large_activations_are_not_kept(network, monkeypatch):
+    monkeypatch.setattr(tape, "TAPE_BYTES", 1 << 20)
+    tapes = Tapes(network.predict)
+    given = inputs_for(network)
+    assert torch.equal(tapes(*given), network.predict(*given))
+    assert list(tapes._tapes.values()) == [None]
+
+
+def test_two_threads_share_a_pipeline(demo):
+    """Both get the picture that each would have got alone."""
+    pipe = fastdiff.compile(copy.deepcopy(demo))
+    text = torch.randn(2, 24, 128)
+    samples = [torch.randn(2, 4, 16, 16) for _ in range(2)]
+    with torch.no_grad():
+        alone = [pipe.unet(sample, 7, text)[0] for sample in samples]
+    wrong = []
+
+    def work(sample, expected):
+        with torch.no_grad():
+            for _ in range(30):
+                if not torch.equal(pipe.unet(sample, 7, text)[0], expected):
+                    wrong.append(sample)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(samples, alone, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
