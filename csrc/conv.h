@@ -11,7 +11,8 @@ namespace FASTDIFF_ISA {
 
 using fastdiff::Conv;
 
-constexpr int64_t kChunk = 384;            // inner steps summed at once: 96 KiB of B, well in L2
+constexpr int64_t kChunk = 384;            // inner steps between passes over the rows: 96 KiB of B
+constexpr int64_t kSlice = 128;            // inner steps summed at once, for the rounding errors
 constexpr int64_t kBlocks = 64;            // row blocks that share a pass over the chunks of B
 constexpr int64_t kSerialBelow = 1 << 15;  // multiply-adds; waking a thread costs about as much
 
@@ -85,8 +86,8 @@ static std::vector<Slice> split_inner(const Conv& p) {
   int64_t b_row = 0;
   for (int64_t y = 0; y < p.kernel; ++y)
     for (int64_t x = 0; x < p.kernel; ++x)
-      for (int64_t c = 0; c < p.channels; c += kChunk) {
-        const int64_t length = std::min(kChunk, p.channels - c);
+      for (int64_t c = 0; c < p.channels; c += kSlice) {
+        const int64_t length = std::min(kSlice, p.channels - c);
         slices.push_back({y, x, c, length, b_row});
         b_row += length;
       }
@@ -157,7 +158,7 @@ static void conv(const Conv& p) {
   const auto panels = split_columns<T>(p, inner, padded);
   const auto slices = split_inner(p);
   const auto rows = nearest(p.height, p.up_height), columns = nearest(p.width, p.up_width);
-  const std::vector<float> zeros(kChunk, 0.0f);
+  const std::vector<float> zeros(kSlice, 0.0f);
   const Epilogue<T> finish{p};
 
   // Panels are split among the threads first (each reads only its weights), rows if need be.

@@ -26,24 +26,20 @@ struct Segment {
   int64_t b_row;
 };
 
-// sums (+)= a . b over all segments. The caller cuts a long inner dimension into several calls:
-// each starts from zero, so rounding errors grow with the cut, not with the whole.
+// sums (+)= a . b over all segments. Each segment is summed from zero, so that rounding errors grow
+// with the length of a segment, not with the inner dimension.
 // `step` is what a step along a row of A adds to its address: 1, or more where A is transposed.
 template <int V, typename T>
 static inline void tile(const Segment* segments, int count, const T* const* b, int64_t ld_b,
                         float* sums /* [Rows][V * W] */, bool accumulate, int64_t step) {
   constexpr int R = Rows<V>;
-  vf acc[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = vf{};
   for (int s = 0; s < count; ++s) {
     const Segment& segment = segments[s];
     const float* a[R];
     for (int r = 0; r < R; ++r) a[r] = segment.a[r];
     const T* column[V];
     for (int v = 0; v < V; ++v) column[v] = b[v] + segment.b_row * ld_b;
+    vf acc[R][V] = {};
     for (int64_t k = 0; k < segment.length; ++k) {
       vf value[V];
 #pragma GCC unroll 4
@@ -55,14 +51,14 @@ static inline void tile(const Segment* segments, int count, const T* const* b, i
         for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
       }
     }
-  }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* to = sums + (r * V + v) * W;
-      store(to, accumulate ? load(to) + acc[r][v] : acc[r][v]);
-    }
+      for (int v = 0; v < V; ++v) {
+        float* to = sums + (r * V + v) * W;
+        store(to, accumulate || s > 0 ? load(to) + acc[r][v] : acc[r][v]);
+      }
+  }
 }
 
 static inline int rows_of(int vectors) {

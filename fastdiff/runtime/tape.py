@@ -105,7 +105,7 @@ class _Memory(TorchDispatchMode):
             self._bytes += result.nbytes
             if self._bytes > TAPE_BYTES:
                 raise _NotTapeable(f"more than {TAPE_BYTES} bytes of activations")
-        elif not _is_view(op):
+        elif not _is_view(result, args[0]):
             raise _NotTapeable(f"{op} is none of our kernels")
         return result
 
@@ -116,6 +116,11 @@ _FRESH_MEMORY = {
 }
 
 
-def _is_view(op: Any) -> bool:
-    aliases = [returned.alias_info for returned in op._schema.returns]
-    return all(alias is not None and not alias.is_write for alias in aliases)
+def _is_view(result: Any, source: Any) -> bool:
+    """Whether all of `result` is memory of `source`; a schema may promise it and copy all the same."""
+    results = result if isinstance(result, (list, tuple)) else (result,)
+    return isinstance(source, Tensor) and all(
+        isinstance(part, Tensor)
+        and part.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+        for part in results
+    )
