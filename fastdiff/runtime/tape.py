@@ -117,7 +117,7 @@ _FRESH_MEMORY = {
 
 
 def _is_view(result: Any, source: Any) -> bool:
-    """Whether all of `result` is memory of `source`; a schema may promise it and copy all the same."""
+    """Whether all of `result` is memory of `source`; schemas promise it and copy all the same."""
     results = result if isinstance(result, (list, tuple)) else (result,)
     return isinstance(source, Tensor) and all(
         isinstance(part, Tensor)
