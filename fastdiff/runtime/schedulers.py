@@ -55,6 +55,8 @@ class Table:
     """[n] d."""
     draws: tuple[bool, ...]
     """Whether the scheduler draws noise in a step, used or not: generators must keep in step."""
+    noise_dtype: torch.dtype | None
+    """What the noise is drawn in, whatever the network's dtype; None: in the network's dtype."""
     residual: float
     """Largest deviation of a step from the recurrence, relative to its coefficients."""
 
@@ -124,6 +126,7 @@ class _Run:
     inputs: list[Tensor]
     noises: list[int | None]
     """Which noise vector each step drew."""
+    noise_dtypes: set[torch.dtype]
 
 
 def _run(scheduler: Any, step_options: Mapping[str, Any], vectors: Tensor, noises: Tensor) -> _Run:
@@ -132,7 +135,7 @@ def _run(scheduler: Any, step_options: Mapping[str, Any], vectors: Tensor, noise
     options = dict(step_options)
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = None
-    run = _Run([vectors[0]], [], [])
+    run = _Run([vectors[0]], [], [], set())
     with torch.no_grad(), _Noise(noises) as noise:
         for i, timestep in enumerate(scheduler.timesteps):
             sample = run.samples[-1][:, None, None, None]  # an axis is a picture of one pixel
@@ -145,6 +148,7 @@ def _run(scheduler: Any, step_options: Mapping[str, Any], vectors: Tensor, noise
                 raise NotLinear(f"step {i} draws noise {noise.drawn - before} times")
             run.noises.append(before if noise.drawn > before else None)
             run.samples.append(moved.to(torch.float64).flatten())
+    run.noise_dtypes.update(noise.dtypes)
     return run
 
 
@@ -154,6 +158,7 @@ class _Noise(TorchFunctionMode):
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()
         self._vectors, self.drawn = vectors, 0
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -161,6 +166,7 @@ class _Noise(TorchFunctionMode):
         if function is not torch.randn:
             return function(*args, **(kwargs or {}))
         self.drawn += 1
+        self.dtypes.add((kwargs or {}).get("dtype") or torch.get_default_dtype())
         return self._vectors[min(self.drawn, len(self._vectors)) - 1][:, None, None, None]
 
 
@@ -206,6 +212,7 @@ def _fit(timesteps: Tensor, run: _Run, axes: Tensor) -> Table:
         past_samples=torch.from_numpy(c[:, :depth].copy()),
         noises=torch.from_numpy(d),
         draws=tuple(n is not None for n in run.noises),
+        noise_dtype=next(iter(run.noise_dtypes - {torch.float64}), None),
         residual=worst,
     )
 
