@@ -1,4 +1,4 @@
-# make bench · make test · make lint: each works alone on a fresh clone.
+# make bench · make test · make lint · make gpu: each works alone on a fresh clone.
 
 PYTHON ?= python3
 # Plain `torch` may bring several GB of CUDA libraries: without an NVIDIA GPU one version that has
@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 BIN := .venv/bin
 
-.PHONY: bench test slow-test lint clean
+.PHONY: bench test slow-test lint gpu clean
 
 bench: .venv/ready
 	$(BIN)/fastdiff bench
@@ -21,6 +21,9 @@ lint: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+gpu: .venv/ready
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu
 
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -d .venv || $(PYTHON) -m venv $(if $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes),--system-site-packages) .venv

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 
+_LARGE = 32 << 20
+"""Bytes of a stack whose sources wait on the host while it is made: SDXL's text projections are an
+eighth of its weights, which must not be on a GPU twice."""
+
 
 class Unsupported(ValueError):
     """A module that this runtime does not compute; the message says what about it."""
@@ -69,6 +73,11 @@ class Loan:
                 raise Unsupported(f"a {_name(layer)} where a Linear was expected")
         weights: list[Any] = [layer.weight for layer in layers]
         rows, inner = [w.shape[0] for w in weights], weights[0].shape[1]
+        large = sum(parameter.nbytes for parameter in weights) > _LARGE
+        for parameter in weights:
+            self._check(parameter)
+            if large and not self._rehearsal:
+                parameter.data = parameter.detach().cpu()  # leaves the GPU before the stack comes
         if self._input_major:
             stacked = self._empty(inner, sum(rows)).t()
         else:
@@ -97,6 +106,7 @@ class Loan:
             memory = self._empty(height, width, inner, out).permute(3, 2, 0, 1)
         else:
             memory = self._empty(out, height, width, inner).permute(0, 3, 1, 2)
+        self._check(layer.weight)
         self._lend(layer, "weight", layer.weight, memory)
         if layer.bias is not None:
             self._keep(layer, "bias", layer.bias)
@@ -142,20 +152,21 @@ class Loan:
         return torch.empty(shape, dtype=self.dtype, device=device)
 
     def _lend(self, layer: nn.Module, name: str, parameter: Tensor, view: Tensor) -> None:
-        if parameter.dtype != self.dtype or parameter.device != self.device:
-            raise Unsupported(
-                f"weights of {parameter.dtype} on {parameter.device} beside {self.dtype} on"
-                f" {self.device}"
-            )
         if self._rehearsal:
             return
         view.copy_(parameter.detach())
         parameter.data = view
         self._keep(layer, name, parameter)
 
+    def _check(self, parameter: Tensor) -> None:
+        if parameter.dtype != self.dtype or parameter.device != self.device:
+            raise Unsupported(
+                f"weights of {parameter.dtype} on {parameter.device} beside {self.dtype} on"
+                f" {self.device}"
+            )
+
     def _keep(self, layer: nn.Module, name: str, parameter: Tensor) -> None:
-        if parameter.dtype != self.dtype:
-            raise Unsupported(f"weights of {parameter.dtype} beside {self.dtype}")
+        self._check(parameter)
         self._lent.append((parameter, parameter.data_ptr()))
         self._watched.append((layer._parameters, name, parameter))
         home = self._homes.get(id(layer))

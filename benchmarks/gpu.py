@@ -1,0 +1,182 @@
+"""Everything worth measuring while a GPU is at hand, in one run: `make gpu`.
+
+First whether each Triton kernel computes the right thing on real silicon, then its time against
+plain torch and against torch's best attention, each with its fraction of the roofline; then whole
+pipelines through `fastdiff bench`. Raw samples go to OUT/*.json, a short table to the terminal.
+
+    python benchmarks/gpu.py --out OUT [--only verify,kernels,sd15,sdxl] [--dry-run]
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastdiff.kernels
+from fastdiff.bench.machine import commit, machine, versions
+from fastdiff.bench.results import write_file
+from fastdiff.bench.timing import clock
+from fastdiff.kernels.contract import Case, KernelSpec, verify
+from fastdiff.kernels.dispatch import KERNELS, Kernel
+
+PARTS = ("verify", "kernels", "sd15", "sdxl")
+PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # an H200's measured bf16 matrix rate and copy bandwidth
+LAUNCHES, REPLAYS, L2_BYTES = 16, 21, 128 << 20
+PIPELINES = {
+    "sd15": ["--preset", "sd15", "--steps", "20", "--rounds", "9"],
+    "sdxl": ["--preset", "sdxl", "--steps", "20", "--rounds", "7"],
+}
+
+
+def kernels_with_triton() -> list[Kernel]:
+    for module in iter_modules(fastdiff.kernels.__path__):
+        if module.ispkg:
+            import_module(f"fastdiff.kernels.{module.name}")
+    return [kernel for kernel in KERNELS.values() if "triton" in kernel.implementations]
+
+
+def check_all(device: str, which: str) -> list[dict]:
+    rows = []
+    for kernel in kernels_with_triton():
+        for case, dtype in itertools.product(kernel.spec.cases, kernel.spec.dtypes):
+            row = {"kernel": kernel.spec.name, "case": case.name, "dtype": str(dtype)}
+            try:
+                verdicts = verify(kernel.spec, kernel.implementations[which](), case, dtype, device)
+                row["errors"] = [(v.output, v.error, v.allowed) for v in verdicts]
+                row["passed"] = all(v.passed for v in verdicts)
+            except Exception as error:  # one kernel that does not launch must not end the run
+                row |= {"passed": False, "exception": repr(error)}
+            rows.append(row)
+            if not row["passed"]:
+                print("FAILED", row)
+    print(f"verify: {sum(r['passed'] for r in rows)} of {len(rows)} inside the budget")
+    return rows
+
+
+def samples_us(run: Callable[[], object], device: str) -> list[float]:
+    """Microseconds a call: on a GPU launches in one CUDA graph, L2 cold before each replay."""
+    if device == "cpu":
+        times = []
+        for _ in range(REPLAYS):
+            start = clock(torch.device(device))
+            run()
+            times.append(1e6 * (clock(torch.device(device)) - start))
+        return times
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(LAUNCHES):
+            run()
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
+    times = []
+    for _ in range(REPLAYS):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / LAUNCHES)
+    return times
+
+
+def rivals(spec: KernelSpec, inputs: dict) -> dict[str, Callable[[], object]]:
+    runs: dict[str, Callable[[], object]] = {"eager": lambda: spec.reference(**inputs)}
+    if spec.name != "attention":
+        return runs
+    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+    for backend in (
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    ):
+
+        def run(backend: SDPBackend = backend) -> object:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    q, k, v, inputs["mask"], scale=inputs["scale"]
+                )
+
+        runs[f"sdpa {backend.name.removesuffix('_ATTENTION').lower()}"] = run
+    return runs
+
+
+def time_case(kernel: Kernel, case: Case, device: str, which: str) -> dict:
+    spec, dtype = kernel.spec, torch.float32 if device == "cpu" else torch.float16
+    inputs = spec.inputs(case, dtype, torch.device(device), torch.Generator(device))
+    ours = kernel.implementations[which]()
+    times = {}
+    for name, run in ({"ours": lambda: ours(**inputs)} | rivals(spec, inputs)).items():
+        try:
+            times[name] = samples_us(run, device)
+        except Exception as error:  # a backend that does not take this shape is a result, too
+            times[name] = repr(error)
+    floor_us = 1e6 * max(
+        spec.flops(case) / PEAK_FLOPS, spec.bytes(case, dtype.itemsize) / PEAK_BYTES
+    )
+    return {"kernel": spec.name, "case": case.name, "floor_us": floor_us, "samples_us": times}
+
+
+def time_all(device: str, which: str) -> list[dict]:
+    rows = []
+    for kernel in kernels_with_triton():
+        for case in kernel.spec.cases:
+            with torch.no_grad():
+                row = time_case(kernel, case, device, which)
+            rows.append(row)
+            times = {k: median(v) for k, v in row["samples_us"].items() if isinstance(v, list)}
+            shown = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
+            share = row["floor_us"] / times["ours"] if "ours" in times else 0.0
+            print(f"{row['kernel']:16} {row['case']:18} {shown} us  roofline {share:.0%}")
+    return rows
+
+
+def bench(part: str, out: Path, dry_run: bool) -> None:
+    options = PIPELINES[part]
+    if dry_run:
+        options = [*options[:2], "--scale", "0.13", "--steps", "2", "--rounds", "2"]
+        options += ["--backends", "eager,fastdiff"]
+    file = str(out / f"{part}.json")
+    subprocess.run([sys.executable, "-m", "fastdiff", "bench", *options, "--json", file])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
+    parser.add_argument("--dry-run", action="store_true", help="the CPU kernels, small pipelines")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only names {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("there is no NVIDIA GPU here; --dry-run tries the script on the CPU")
+    device, which = ("cpu", "cpu") if options.dry_run else ("cuda", "triton")
+    options.out.mkdir(parents=True, exist_ok=True)
+    facts = {"machine": machine(), "versions": versions(), "commit": commit()}
+    for part, collect in {"verify": check_all, "kernels": time_all}.items():
+        if part in parts:
+            result = json.dumps(facts | {"rows": collect(device, which)}, indent=1)
+            write_file(
+                options.out / f"{part}.json", lambda path, text=result: path.write_text(text)
+            )
+    for part in PIPELINES:
+        if part in parts:
+            bench(part, options.out, options.dry_run)
+
+
+if __name__ == "__main__":
+    main()
