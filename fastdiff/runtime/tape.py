@@ -5,13 +5,17 @@ was given, later calls copy the inputs in and run the notes. On small pictures a
 otherwise Python finding out again what it found out the step before.
 """
 
+import math
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,8 +36,8 @@ class _Tape:
     inputs: tuple[Tensor, ...]
     output: Tensor
     calls: list[Call]
-    memory: list[Tensor]
-    """Everything the calls read or write by address: it must outlive them."""
+    memory: list[NDArray[np.uint8]]
+    """What the calls read and write by address: it must outlive them."""
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):
@@ -80,16 +84,20 @@ def _record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Tap
             output = function(*own)
     except _NotTapeable:
         return None
-    return _Tape(own, output, calls, memory.kept)
+    return _Tape(own, output, calls, memory.blocks)
 
 
 class _Memory(TorchDispatchMode):
-    """Keeps what is computed within it; raises where a tape of our kernels would miss an op."""
+    """Gives out memory that the tape owns; raises where a tape of our kernels would miss an op.
+
+    A block is given out again once nothing refers to what it held: the order of calls that made
+    that safe is the order in which the tape runs them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[Tensor] = []
-        self._bytes = 0
+        self.blocks: list[NDArray[np.uint8]] = []
+        self._free: list[NDArray[np.uint8]] = []
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -99,21 +107,33 @@ class _Memory(TorchDispatchMode):
             name = op._schema.name.removeprefix("fastdiff::")
             with self:  # a copy that an implementation makes for itself would be missed, too
                 return KERNELS[name].implementations["cpu"]()(*args, **kwargs)
+        if op is torch.ops.aten.new_empty.default:
+            return self._new(*args)
         result = op(*args, **kwargs)
-        if op in _FRESH_MEMORY:
-            self.kept.append(result)
-            self._bytes += result.nbytes
-            if self._bytes > TAPE_BYTES:
-                raise _NotTapeable(f"more than {TAPE_BYTES} bytes of activations")
-        elif not _is_view(result, args[0]):
+        if not _is_view(result, args[0]):
             raise _NotTapeable(f"{op} is none of our kernels")
         return result
 
+    def _new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        size = math.prod(shape) * like.element_size()
+        fitting = [(block.nbytes, i) for i, block in enumerate(self._free) if size <= block.nbytes]
+        if fitting:
+            block = self._free.pop(min(fitting)[1])
+        else:
+            block = _aligned(size)
+            self.blocks.append(block)
+            if sum(b.nbytes for b in self.blocks) > TAPE_BYTES:
+                raise _NotTapeable(f"more than {TAPE_BYTES} bytes of activations")
+        part = block[:size]
+        weakref.finalize(part, self._free.append, block)  # when the last view of the tensor goes
+        return torch.from_numpy(part).view(like.dtype).view(*shape)
 
-_FRESH_MEMORY = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.new_empty.default,
-}
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """Uninitialised bytes that begin a cache line."""
+    raw = np.empty(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
 
 
 def _is_view(result: Any, source: Any) -> bool:
