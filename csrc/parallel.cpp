@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <exception>
 
 namespace fastdiff {
 namespace {
@@ -39,13 +40,19 @@ struct Region {
   int64_t tasks;
   int64_t parts;
   std::atomic<int64_t> next{0};  // the runtime may start fewer threads than asked for
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;  // an exception (no memory) must not cross the C runtime
 };
 
 void work(void* argument) {
   auto* region = static_cast<Region*>(argument);
   for (int64_t i; (i = region->next.fetch_add(1)) < region->parts;) {
-    region->body(region->context, region->tasks * i / region->parts,
-                 region->tasks * (i + 1) / region->parts);
+    try {
+      region->body(region->context, region->tasks * i / region->parts,
+                   region->tasks * (i + 1) / region->parts);
+    } catch (...) {
+      if (!region->failed.exchange(true)) region->failure = std::current_exception();
+    }
   }
 }
 
@@ -67,6 +74,7 @@ void run_parallel(int64_t tasks, Body body, void* context) {
   }
   Region region{body, context, tasks, parts};
   runtime().parallel(work, &region, static_cast<unsigned>(parts), 0);
+  if (region.failure) std::rethrow_exception(region.failure);
 }
 
 }  // namespace fastdiff

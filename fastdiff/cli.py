@@ -22,7 +22,7 @@ app = typer.Typer(
 
 Folder = Annotated[Path | None, typer.Argument(help="A diffusers pipeline; the demo if absent.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same picture.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2**63 - 1)]
 Side = Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if absent.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 on a CPU, else fp16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")]
@@ -58,7 +58,7 @@ def bench(
 
     from fastdiff.bench.backends import choose
     from fastdiff.bench.machine import commit, machine, versions
-    from fastdiff.bench.pipelines import check_device, check_dtype, check_size
+    from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.report import show
     from fastdiff.bench.results import Result, check_writable, to_json, write_file
     from fastdiff.bench.run import Settings
@@ -75,6 +75,7 @@ def bench(
         pipe, case = build(preset, scale, torch_dtype, device), f"{preset} scale {scale:g}"
     else:
         pipe, case = _load(folder, torch_dtype, "cpu"), folder.name if folder else "demo"
+    check_steps(pipe, steps)
     height, width = check_size(pipe, height, width)
     kind = str(torch_dtype).removeprefix("torch.")
     settings = Settings(
@@ -120,16 +121,18 @@ def generate(
     _at_least("--steps", steps, 1)
     from PIL import Image
 
-    from fastdiff.bench.pipelines import check_device, check_dtype, check_size
+    from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.results import check_writable, write_file
 
     check_writable(out, "--out")
-    if out.suffix.lower() not in Image.registered_extensions():
+    Image.init()
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise UserError(
             f"--out {out}: Pillow writes no {out.suffix or 'suffix-less'} file; use .png"
         )
     device = check_device(device)
     painter = _load(pipe, check_dtype(dtype, device), device)
+    check_steps(painter, steps)
     height, width = check_size(painter, height, width)
     if guidance_scale is None:
         guidance_scale = 7.5 if pipe else 4.0  # diffusers' own default; the demo's best

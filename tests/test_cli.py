@@ -39,6 +39,8 @@ BAD = {
 OUT = ("--out", "{tmp}/x.png")
 BAD_GENERATE = {
     "--steps is 0": (*OUT, "--steps", "0"),
+    "--steps is 2000": (*OUT, "--steps", "2000"),
+    ".psd": (*OUT[:-1], "a.psd"),
     "has no model_index.json": (*OUT, "--pipe", "{tmp}"),
     "is no folder": (*OUT, "--pipe", "{tmp}/nothing"),
     "--width is 12": (*OUT, "--width", "12"),

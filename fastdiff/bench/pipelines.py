@@ -70,6 +70,13 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
     return height, width
 
 
+def check_steps(pipe: Any, steps: int) -> None:
+    """UserError where the scheduler was trained on fewer steps than are asked for."""
+    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
+    if most is not None and steps > most:
+        raise UserError(f"--steps is {steps}; this scheduler has {most} steps at most")
+
+
 def check_device(device: str | None) -> str:
     """`device`, or the fastest at hand where None; UserError where torch cannot use it."""
     if device is None:

@@ -133,13 +133,18 @@ def call_unet(
         raise Unsupported(f"it was given {', '.join(added)} in added_cond_kwargs")
     if network.added is not None and (text_embeds is None or time_ids is None):
         raise Unsupported("text_embeds or time_ids are missing in added_cond_kwargs")
+    if timestep_cond is not None and network.time.condition is None:
+        raise Unsupported("it was given timestep_cond, for which it has no projection")
     weight = network.conv_in.weight
-    for name, value in {"sample": sample, "encoder_hidden_states": encoder_hidden_states}.items():
-        if value.dtype != weight.dtype or value.device != weight.device:
-            raise Unsupported(
-                f"{name} is {value.dtype} on {value.device}, the weights are {weight.dtype} on"
-                f" {weight.device}"
-            )
+    _fits("sample", sample, weight, channels=weight.shape[1], dim=4)
+    _fits("encoder_hidden_states", encoder_hidden_states, weight, network.text.weight.shape[1], 3)
+    if sample.numel() == 0 or encoder_hidden_states.numel() == 0:
+        raise Unsupported("it was given an empty tensor")
+    if timestep_cond is not None and network.time.condition is not None:
+        _fits("timestep_cond", timestep_cond, weight, network.time.condition.weight.shape[1], 2)
+    for residual in (*(down_block_additional_residuals or ()), mid_block_additional_residual):
+        if residual is not None:
+            _fits("a ControlNet residual", residual, weight, residual.shape[1], 4)
     mask = None
     if encoder_attention_mask is not None:
         mask = (1 - encoder_attention_mask.to(sample.dtype)) * -10000.0
@@ -164,13 +169,26 @@ def call_coder(network: Any, sample: Tensor, latent_embeds: Tensor | None = None
     if latent_embeds is not None:
         raise Unsupported("it was given latent_embeds")
     weight = network.conv_in.weight
-    if sample.dtype != weight.dtype or sample.device != weight.device:
-        raise Unsupported(
-            f"the sample is {sample.dtype} on {sample.device}, the weights are {weight.dtype} on"
-            f" {weight.device}"
-        )
+    _fits("sample", sample, weight, channels=weight.shape[1], dim=4)
+    if sample.numel() == 0:
+        raise Unsupported("it was given an empty tensor")
     result: Tensor = network(sample)
     return result
+
+
+def _fits(name: str, tensor: Tensor, weight: Tensor, channels: int, dim: int) -> None:
+    """Raise Unsupported where diffusers itself would refuse the tensor, or convert it."""
+    at = 1 if dim == 4 else -1
+    if tensor.ndim != dim or tensor.shape[at] != channels:
+        raise Unsupported(
+            f"{name} has the shape {list(tensor.shape)}; expected {channels} channels in {dim}"
+            " dimensions"
+        )
+    if tensor.dtype != weight.dtype or tensor.device != weight.device:
+        raise Unsupported(
+            f"{name} is {tensor.dtype} on {tensor.device}, the weights are {weight.dtype} on"
+            f" {weight.device}"
+        )
 
 
 UNET = Kind(borrow_step_unet, call_unet)

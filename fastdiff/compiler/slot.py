@@ -4,6 +4,7 @@ The slot sits where `nn.Module.compile()` puts a compiled call (`_compiled_call_
 stays the object, class and state_dict it was, and a deepcopy or pickle of it is plain diffusers.
 """
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_leaves
 
 from fastdiff.models.borrow import Loan, Unsupported
 
@@ -41,12 +44,16 @@ class Slot:
     """Calls that ran eagerly since compile, by reason."""
     fast: int = 0
     """Calls that ran on the compact network since compile."""
+    _taking: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reason = self._obstacle(args)
+        reason = self._obstacle(tree_leaves((args, kwargs)))
+        network = None if reason else self._ready()
+        if reason is None and network is None:
+            reason = self.refused
         if reason is None:
             try:
-                result = self.kind.call(self.network, *args, **kwargs)
+                result = self.kind.call(network, *args, **kwargs)
             except Unsupported as unsupported:
                 reason = str(unsupported)
             else:
@@ -62,39 +69,52 @@ class Slot:
     def take(self) -> None:
         """Borrow the module's weights as it is now; on refusal leave it as it was."""
         self.release()
-        try:
-            self.kind.borrow(self.module, Loan(self.module, rehearsal=True))
-        except Unsupported as unsupported:
-            self.refused = str(unsupported)
-        else:
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                self.kind.borrow(self.module, Loan(self.module, rehearsal=True))
+            except Unsupported as unsupported:
+                self.refused = str(unsupported)
+                return
             self.refused, self.loan = None, Loan(self.module)
-            self.network = self.kind.borrow(self.module, self.loan)
+            try:
+                self.network = self.kind.borrow(self.module, self.loan)
+            except BaseException:
+                self.release()
+                raise
 
     def release(self) -> None:
         """Give the weights back."""
-        if self.loan is not None:
-            self.loan.end()
-        self.network = self.loan = None
+        loan, self.loan, self.network = self.loan, None, None
+        if loan is not None:
+            loan.end()
 
-    def _obstacle(self, args: tuple[Any, ...]) -> str | None:
-        """What, apart from the arguments' meaning, keeps this call from the compact network."""
-        module = self.module
-        if module.training:
-            return "the module is in training mode"
+    def _ready(self) -> Any:
+        """The network on the module as it is now, or None where that is refused."""
+        with self._taking:
+            if self.loan is None or self.loan.hooked() or not self.loan.intact():
+                self.take()
+            return self.network
+
+    def _obstacle(self, leaves: list[Any]) -> str | None:
+        """What in how the module is called, rather than in what it is, asks for an eager call."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and (
-            next(module.parameters()).requires_grad
-            or any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            any(parameter.requires_grad for parameter in self.module.parameters())
+            or any(tensor.requires_grad for tensor in tensors)
         ):
             return "gradients are enabled; call it under torch.no_grad()"
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return "it is being traced"
-        if torch.is_autocast_enabled(next(module.parameters()).device.type):
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_dispatch_stack() > 0
+            or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
+        ):
+            return "it is traced or counted"
+        if tensors and torch.is_autocast_enabled(tensors[0].device.type):
             return "autocast is on"
-        if self.loan is None or not self.loan.intact():
-            self.take()
-        if self.loan is None:
-            return self.refused
-        return "a hook wraps one of its modules" if self.loan.hooked() else None
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return "global forward hooks are set"
+        return None
 
 
 def slot_of(module: Any) -> Slot | None:

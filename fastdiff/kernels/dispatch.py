@@ -62,6 +62,23 @@ def recording() -> Iterator[list[Call]]:
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
+def expects(
+    what: str, tensor: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]
+) -> None:
+    """Raise ValueError unless `tensor` (or None) can be read by its address alone: like `like` in
+    dtype and device, of this shape, its elements side by side (a row's, where there are rows)."""
+    if tensor is None:
+        return
+    beside = tensor.is_contiguous() if tensor.ndim != 2 else tensor.stride(1) == 1
+    if tensor.dtype != like.dtype or tensor.device != like.device or tensor.shape != shape:
+        raise ValueError(
+            f"{what} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected"
+            f" {like.dtype} {list(shape)} on {like.device}"
+        )
+    if not beside:
+        raise ValueError(f"{what} has strides {tensor.stride()}; make it contiguous")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A registered kernel: its contract, its torch op and its implementations by name."""

@@ -16,7 +16,7 @@ from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.layer_norm import layer_norm
 from fastdiff.kernels.linear import linear
-from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights
+from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights, kind
 
 PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
 
@@ -25,6 +25,11 @@ def require(condition: bool, what: str) -> None:
     """Raise Unsupported(what) unless the condition holds."""
     if not condition:
         raise Unsupported(what)
+
+
+def expect(module: Any, *names: str) -> None:
+    """Raise Unsupported unless the module is one of diffusers' own classes of these names."""
+    require(kind(module) in names, f"a {kind(module)} where a {' or '.join(names)} was expected")
 
 
 def group_norm(x: Tensor, norm: Norm, silu: bool, row: Tensor | None = None) -> Tensor:
@@ -51,8 +56,7 @@ class Resnet:
 
 def borrow_resnet(module: Any, loan: Loan, rows: "Columns | None" = None) -> Resnet:
     """From a ResnetBlock2D; `rows` hands out columns of the packed time-embedding projection."""
-    kind = type(module).__name__
-    require(kind == "ResnetBlock2D", f"a {kind} where a ResnetBlock2D was expected")
+    expect(module, "ResnetBlock2D")
     require(module.time_embedding_norm in ("default", "group"), "scale-and-shift time embeddings")
     require(module.upsample is None and module.downsample is None, "resampling inside a resnet")
     require(module.output_scale_factor == 1.0, "an output_scale_factor other than 1")
@@ -124,29 +128,27 @@ def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def _check_attention(module: Any, loan: Loan) -> None:
-    processor = type(module.processor).__name__
+def _check_attention(module: Any) -> None:
+    processor = kind(module.processor)
     require(processor in PLAIN_PROCESSORS, f"the attention processor {processor}")
     require(module.spatial_norm is None, "spatial norms in attention")
     require(module.norm_q is None and module.norm_k is None, "normalised queries and keys")
     require(not module.norm_cross, "normalised text in cross-attention")
     require(module.rescale_output_factor == 1.0, "a rescale_output_factor other than 1")
-    loan.watch(module, "processor")
 
 
 def borrow_block(module: Any, loan: Loan, text: Columns) -> Block:
     """From a BasicTransformerBlock."""
-    kind = type(module).__name__
-    require(kind == "BasicTransformerBlock", f"a {kind} where a BasicTransformerBlock was expected")
+    expect(module, "BasicTransformerBlock")
     require(module.norm_type == "layer_norm", f"transformer norms of type {module.norm_type}")
     require(module.attn2 is not None, "a transformer block without cross-attention")
     require(not module.only_cross_attention, "cross-attention in place of self-attention")
     require(module.pos_embed is None, "positional embeddings in a transformer block")
     require(getattr(module, "fuser", None) is None, "a gated (GLIGEN) transformer block")
-    require(type(module.ff.net[0]).__name__ == "GEGLU", "a feed-forward other than GEGLU")
+    expect(module.ff.net[0], "GEGLU")
     own, cross = module.attn1, module.attn2
     for part in (own, cross):
-        _check_attention(part, loan)
+        _check_attention(part)
         require(part.group_norm is None, "a group norm inside a transformer block's attention")
     require(own.heads == cross.heads, "self- and cross-attention with different heads")
     return Block(
@@ -183,8 +185,7 @@ class Transformer:
 
 def borrow_transformer(module: Any, loan: Loan, text: Columns) -> Transformer:
     """From a Transformer2DModel over pictures, its projections linear or 1×1 convolutions."""
-    kind = type(module).__name__
-    require(kind == "Transformer2DModel", f"a {kind} where a Transformer2DModel was expected")
+    expect(module, "Transformer2DModel")
     require(module.is_input_continuous, "a transformer over patches or codes")
     return Transformer(
         norm=loan.norm(module.norm),
@@ -213,7 +214,7 @@ class PictureAttention:
 
 def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
     """From an Attention with a GroupNorm and a residual connection."""
-    _check_attention(module, loan)
+    _check_attention(module)
     require(module.residual_connection, "picture attention without its residual")
     return PictureAttention(
         heads=module.heads,
@@ -246,14 +247,15 @@ class Up:
 
 
 def borrow_down(module: Any, loan: Loan) -> Down:
-    require(type(module).__name__ == "Downsample2D", f"downsampling by {type(module).__name__}")
+    expect(module, "Downsample2D")
     require(module.use_conv and module.norm is None, "downsampling without a plain convolution")
     require(module.padding in (0, 1), f"downsampling padded by {module.padding}")
-    return Down(loan.conv(module.conv), (1, 1) if module.padding else (0, 1))
+    weights = loan.conv(module.conv, stride=2, padding=module.padding)
+    return Down(weights, (1, 1) if module.padding else (0, 1))
 
 
 def borrow_up(module: Any, loan: Loan) -> Up:
-    require(type(module).__name__ == "Upsample2D", f"upsampling by {type(module).__name__}")
+    expect(module, "Upsample2D")
     require(
         module.use_conv
         and not module.use_conv_transpose

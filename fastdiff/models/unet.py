@@ -24,6 +24,7 @@ from fastdiff.models.blocks import (
     borrow_up,
     channels_first,
     channels_last,
+    expect,
     group_norm,
     only,
     require,
@@ -31,9 +32,9 @@ from fastdiff.models.blocks import (
 from fastdiff.models.borrow import Loan, Norm, Weights
 
 _BLOCKS = {
-    "down": {"DownBlock2D", "CrossAttnDownBlock2D"},
-    "mid": {"UNetMidBlock2DCrossAttn"},
-    "up": {"UpBlock2D", "CrossAttnUpBlock2D"},
+    "down": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "mid": ("UNetMidBlock2DCrossAttn",),
+    "up": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 _FREEU = ("s1", "s2", "b1", "b2")
 
@@ -213,11 +214,8 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
     rows, text = Columns(), Columns()
 
     def stage(block: Any, part: str) -> Stage:
-        kind = type(block).__name__
-        require(kind in _BLOCKS[part], f"a {part} block of type {kind}")
-        for name in _FREEU:
-            require(getattr(block, name, None) is None, "FreeU")
-            loan.watch(block, name)
+        expect(block, *_BLOCKS[part])
+        require(all(getattr(block, name, None) is None for name in _FREEU), "FreeU")
         resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in block.resnets)
         attentions = getattr(block, "attentions", None) or [None] * len(resnets)
         down, up = (only(getattr(block, name, None)) for name in ("downsamplers", "upsamplers"))

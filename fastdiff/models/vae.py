@@ -17,6 +17,7 @@ from fastdiff.models.blocks import (
     borrow_up,
     channels_first,
     channels_last,
+    expect,
     group_norm,
     only,
     require,
@@ -119,8 +120,7 @@ def _check(module: Any) -> None:
 
 
 def _stage(block: Any, expected: str, loan: Loan) -> Stage:
-    kind = type(block).__name__
-    require(kind == expected, f"an autoencoder block of type {kind}")
+    expect(block, expected)
     down, up = (only(getattr(block, name, None)) for name in ("downsamplers", "upsamplers"))
     resample: Down | Up | None = None
     if down is not None:
@@ -131,8 +131,7 @@ def _stage(block: Any, expected: str, loan: Loan) -> Stage:
 
 
 def _middle(block: Any, loan: Loan) -> Middle:
-    kind = type(block).__name__
-    require(kind == "UNetMidBlock2D", f"a middle block of type {kind}")
+    expect(block, "UNetMidBlock2D")
     resnets = [borrow_resnet(resnet, loan) for resnet in block.resnets]
     attentions = [a if a is None else borrow_picture_attention(a, loan) for a in block.attentions]
     return Middle(resnets[0], tuple(zip(attentions, resnets[1:], strict=True)))

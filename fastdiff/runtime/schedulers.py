@@ -10,8 +10,8 @@ A scheduler that is not linear (thresholding, clipping) leaves a residual and is
 """
 
 import copy
+import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,11 +102,14 @@ _TABLES: dict[str, Table] = {}
 
 
 def _key(scheduler: Any, step_options: Mapping[str, Any]) -> str:
-    own = [scheduler.timesteps.tolist(), getattr(scheduler, "begin_index", None)]
-    sigmas = getattr(scheduler, "sigmas", None)
-    own.append(sigmas.tolist() if isinstance(sigmas, Tensor) else None)
-    config = dict(scheduler.config)
-    return json.dumps([type(scheduler).__name__, config, own, dict(step_options)], default=str)
+    """All that a scheduler's steps depend on: its class, options and every table it keeps."""
+    digest = hashlib.sha256(repr((type(scheduler), dict(step_options))).encode())
+    for name, value in sorted(vars(scheduler).items()):
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().numpy()
+        data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+        digest.update(name.encode() + b"=" + data)
+    return digest.hexdigest()
 
 
 def _probe(scheduler: Any, step_options: Mapping[str, Any]) -> Table:
@@ -132,6 +135,8 @@ class _Run:
 def _run(scheduler: Any, step_options: Mapping[str, Any], vectors: Tensor, noises: Tensor) -> _Run:
     """Run a copy of the scheduler: `vectors` [1 + n, A] are the first sample and the outputs."""
     scheduler = copy.deepcopy(scheduler)
+    if hasattr(scheduler, "_step_index"):
+        scheduler._step_index = None  # from its beginning, wherever it stands
     options = dict(step_options)
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = None
@@ -181,20 +186,20 @@ def _fit(timesteps: Tensor, run: _Run, axes: Tensor) -> Table:
     worst = 0.0
     for i in range(count):
         drawn = run.noises[i]
-        best: tuple[float, int, int, NDArray[np.float64]] | None = None
+        fits = []
         for depth in range(min(MAX_DEPTH, i) + 1):
             for older in (0, depth) if depth else (0,):
                 basis = [x[i], *outputs[i - depth : i + 1][::-1], *x[i - older : i][::-1]]
                 if drawn is not None:
                     basis.append(noises[drawn])
                 solution, residual = _solve(basis, x[i + 1])
-                if best is None or residual < 0.01 * best[0]:
-                    best = residual, depth, older, solution
-            assert best is not None
-            if best[0] <= EXACT:
+                fits.append((residual, depth, older, solution))
+            if min(fit[0] for fit in fits) <= EXACT:
                 break
-        assert best is not None
-        residual, depth, older, solution = best
+        # the shallowest that is exact; else the shallowest that a cast to float32 explains: what is
+        # left then is rounding, and deeper fits would fit that
+        bound = EXACT if min(fit[0] for fit in fits) <= EXACT else ALLOWED
+        residual, depth, older, solution = next((f for f in fits if f[0] <= bound), fits[-1])
         worst = max(worst, residual)
         a[i], b[i, : depth + 1] = solution[0], solution[1 : depth + 2]
         c[i, :older] = solution[depth + 2 : depth + 2 + older]

@@ -78,10 +78,12 @@ class Tapes:
 
 
 def _record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Tape | None:
-    own = tuple(tensor.contiguous().clone() for tensor in inputs)
     try:
-        with recording() as calls, _Memory() as memory:
-            output = function(*own)
+        # a tape made under inference_mode must serve calls outside of it, too
+        with torch.inference_mode(False), torch.no_grad():
+            own = tuple(torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in inputs)
+            with recording() as calls, _Memory() as memory:
+                output = function(*own)
     except _NotTapeable:
         return None
     return _Tape(own, output, calls, memory.blocks)

@@ -1,21 +1,22 @@
 """Every kernel x CPU implementation x case x dtype, inside the error budget."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 import pytest
 import torch
 
-from fastdiff.kernels import attention as _a  # noqa: F401
-from fastdiff.kernels import conv2d as _c  # noqa: F401
-from fastdiff.kernels import group_norm_silu as _g  # noqa: F401
-from fastdiff.kernels import guided_step as _s  # noqa: F401
-from fastdiff.kernels import layer_norm as _n  # noqa: F401
-from fastdiff.kernels import linear as _l  # noqa: F401
+import fastdiff.kernels
 from fastdiff.kernels.contract import Case, KernelSpec, max_error, poisoned_memory, verify
 from fastdiff.kernels.dispatch import KERNELS, NATIVE, implementation
 from fastdiff.kernels.linear.spec import SPEC as LINEAR
 
+for module in iter_modules(fastdiff.kernels.__path__):
+    if module.ispkg:
+        import_module(f"fastdiff.kernels.{module.name}")
+
 ALL = [(kernel, case) for kernel in KERNELS.values() for case in kernel.spec.cases]
 IDS = [f"{kernel.spec.name}-{case.name}" for kernel, case in ALL]
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(params=NATIVE.isas() if NATIVE else [None])
@@ -31,7 +32,7 @@ def isa(request):
 
 @pytest.mark.parametrize(("kernel", "case"), ALL, ids=IDS)
 def test_cpu_is_inside_the_budget(kernel, case, isa):
-    for dtype in DTYPES:
+    for dtype in kernel.spec.dtypes:
         verdicts = verify(kernel.spec, kernel.implementations["cpu"](), case, dtype)
         assert all(v.passed for v in verdicts), (dtype, verdicts)
 

@@ -21,9 +21,12 @@ class Choice:
     run: str
     widths: tuple[int, ...] = ()
     max_keys: int | None = None
+    over: int = 0
+    """Applies to heads wider than this."""
 
 
 CUDA_CHOICES = (
+    Choice("wider than our kernel's tiles: the autoencoder of some models", "sdpa", over=512),
     Choice("text: K and V stay on chip; SDPA tiles pad 77 keys to 128", "triton", max_keys=320),
     Choice(
         "SDPA pads 40 to 64, 80 to 96 or 128, 160 to 192 or 256", "triton", widths=(40, 80, 160)
@@ -38,7 +41,8 @@ def choose(width: int, keys: int) -> Choice:
     return next(
         choice
         for choice in CUDA_CHOICES
-        if (not choice.widths or width in choice.widths)
+        if width > choice.over
+        and (not choice.widths or width in choice.widths)
         and (choice.max_keys is None or keys <= choice.max_keys)
     )
 

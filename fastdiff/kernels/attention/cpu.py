@@ -5,14 +5,15 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     dtype = NATIVE_DTYPES.get(q.dtype)
-    if NATIVE is None or dtype is None or (mask is not None and mask.dtype != q.dtype):
+    plain = mask is None or mask.dtype == q.dtype
+    if NATIVE is None or dtype is None or not plain or q.numel() == 0 or k.numel() == 0:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return (
             F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).contiguous()
@@ -20,6 +21,8 @@ def run(
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
+    for name, tensor in {"k": k, "v": v}.items():
+        expects(f"attention: {name}", tensor[0, 0, 0], q, (width,))
     out = q.new_empty(q.shape)
     mask_at: tuple[int, ...] = (0, 0, 0, 0, 0)
     if mask is not None:

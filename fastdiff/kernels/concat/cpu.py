@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastdiff.kernels.concat.spec import reference
-from fastdiff.kernels.dispatch import NATIVE
+from fastdiff.kernels.dispatch import NATIVE, expects
 
 
 def run(first: Tensor, second: Tensor) -> Tensor:
@@ -11,6 +11,7 @@ def run(first: Tensor, second: Tensor) -> Tensor:
         return reference(first, second)
     first, second = first.contiguous(), second.contiguous()
     pixels, left, right = first.shape[:-1], first.shape[-1], second.shape[-1]
+    expects("concat: second", second, first, (*pixels, right))
     out = first.new_empty((*pixels, left + right))
     size = first.element_size()
     NATIVE.concat(

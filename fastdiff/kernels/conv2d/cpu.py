@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.conv2d.spec import reference
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
 
 
 def run(
@@ -19,7 +19,7 @@ def run(
     residual: Tensor | None = None,
 ) -> Tensor:
     dtype = NATIVE_DTYPES.get(x.dtype)
-    if NATIVE is None or dtype is None or not _packed(weight):
+    if NATIVE is None or dtype is None or not _packed(weight) or x.numel() == 0:
         return reference(x, weight, bias, stride, padding, size, residual)
     x = x.contiguous()
     batch, height, width, _ = x.shape
@@ -27,6 +27,9 @@ def run(
     up_height, up_width = size if size is not None else (height, width)
     border = padding[0] + padding[1] - kernel
     out_height, out_width = (up_height + border) // stride + 1, (up_width + border) // stride + 1
+    expects("conv2d: x", x, weight, (batch, height, width, weight.shape[1]))
+    expects("conv2d: bias", bias, x, (columns,))
+    expects("conv2d: residual", residual, x, (batch, out_height, out_width, columns))
     out = x.new_empty((batch, out_height, out_width, columns))
     NATIVE.conv(
         dtype,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
 from fastdiff.kernels.group_norm_silu.spec import reference
 
 
@@ -17,11 +17,15 @@ def run(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = NATIVE_DTYPES.get(x.dtype)
-    if NATIVE is None or dtype is None:
+    if NATIVE is None or dtype is None or x.numel() == 0:
         return reference(x, weight, bias, groups, eps, silu, row, residual)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     batch, height, width, channels = x.shape
+    for name, part in {"weight": weight, "bias": bias}.items():
+        expects(f"group_norm_silu: {name}", part, x, (channels,))
+    expects("group_norm_silu: row", row, x, (batch, channels))
+    expects("group_norm_silu: residual", residual, x, tuple(x.shape))
     y = x.new_empty(x.shape)
     total = x.new_empty(0 if residual is None else x.shape)
     NATIVE.group_norm(

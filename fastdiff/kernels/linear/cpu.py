@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
 from fastdiff.kernels.linear.spec import ACTIVATIONS, reference
 
 
@@ -14,12 +14,15 @@ def run(
     residual: Tensor | None = None,
 ) -> Tensor:
     dtype = NATIVE_DTYPES.get(x.dtype)
-    if NATIVE is None or dtype is None or weight.stride(0) != 1:
+    if NATIVE is None or dtype is None or weight.stride(0) != 1 or x.numel() == 0:
         return reference(x, weight, bias, act, residual)
     x = x.contiguous()
     columns, inner = weight.shape
     rows = x.numel() // inner
     wide = columns // 2 if act == "geglu" else columns
+    expects("linear: x", x, weight, (*x.shape[:-1], inner))
+    expects("linear: bias", bias, x, (columns,))
+    expects("linear: residual", residual, x, (*x.shape[:-1], wide))
     out = x.new_empty((*x.shape[:-1], wide))
     NATIVE.conv(
         dtype,
