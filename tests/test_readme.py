@@ -63,6 +63,7 @@ def test_table_is_the_committed_result():
     result = json.loads((ROOT / RESULT[1]).read_text())
     lines = [line for line in RESULT[2].splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(result["rows"])
+    assert "dirty" not in result["commit"], "measured on something that is no commit"
     for line, row in zip(lines, result["rows"], strict=True):
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
         ratio, receipt = row["ratio_vs_eager"], row["receipt"]

@@ -148,6 +148,30 @@ def test_what_clips_is_refused(name, options):
             probe(scheduler)
 
 
+def test_depth_is_the_schedulers_own():
+    """Rounding is not fitted by a deeper history."""
+    depths = {
+        ("EulerDiscreteScheduler", "epsilon"): 0,
+        ("EulerDiscreteScheduler", "v_prediction"): 0,
+        ("EulerDiscreteScheduler", "sample"): 0,
+        ("DPMSolverMultistepScheduler", "epsilon"): 1,
+        ("DPMSolverMultistepScheduler", "v_prediction"): 1,
+        ("LMSDiscreteScheduler", "epsilon"): 3,
+    }
+    for (name, prediction), depth in depths.items():
+        scheduler = getattr(diffusers, name)(**BETAS, prediction_type=prediction)
+        scheduler.set_timesteps(25)
+        assert probe(scheduler).depth == depth, (name, prediction)
+
+
+def test_another_table_inside_is_another_scheduler():
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False)
+    scheduler.set_timesteps(5)
+    before = probe(scheduler)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.3
+    assert not torch.equal(probe(scheduler).outputs, before.outputs)
+
+
 def test_probing_leaves_the_scheduler_as_it_was():
     scheduler = diffusers.UniPCMultistepScheduler(**BETAS)
     scheduler.set_timesteps(8)
