@@ -2,7 +2,9 @@
 //
 // A second pool on the same cores costs more than it gives: libgomp's idle workers spin for
 // milliseconds after each region, so two pools take turns stealing the cores from each other.
-// We therefore link against no OpenMP at all and call the runtime that libtorch_cpu has loaded.
+// Measured on two cores, ms for a step of the demo: one pool 7.1, no threads of ours 13.3, a pool
+// of our own beside torch's 20. So we link against no OpenMP at all and call the runtime that
+// libtorch_cpu has loaded.
 #pragma once
 #include <cstdint>
 
