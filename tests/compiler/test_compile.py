@@ -21,6 +21,7 @@ from peft import LoraConfig
 from PIL import Image
 
 import fastdiff
+from fastdiff.bench.presets import build
 from fastdiff.errors import UserError
 
 SMALL = {
@@ -110,6 +111,17 @@ def test_pipelines_that_start_from_a_picture(pipeline, pipe):
     assert psnr(before, draw(other, **options)) >= 60
     assert runs(other)["vae.encoder"] == "fastdiff"
     assert not any("eagerly" in part.why for part in fastdiff.report(other).parts)
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sd21", "sdxl"])
+def test_real_architectures(preset):
+    """The published block structures, scaled down, with random weights, whole pictures."""
+    pipe = build(preset, 0.13, torch.float32, "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    before = draw(pipe, num_inference_steps=3)
+    fastdiff.compile(pipe)
+    assert psnr(before, draw(pipe, num_inference_steps=3)) >= 60
+    assert not any("eagerly" in part.why for part in fastdiff.report(pipe).parts)
 
 
 def test_compile_twice_is_compile_once(pipe):
