@@ -86,7 +86,8 @@ class Slot:
         """Give the weights back."""
         loan, self.loan, self.network = self.loan, None, None
         if loan is not None:
-            loan.end()
+            with torch.inference_mode(False), torch.no_grad():
+                loan.end()
 
     def _ready(self) -> Any:
         """The network on the module as it is now, or None where that is refused."""

@@ -158,6 +158,7 @@ def test_inference_mode_and_no_grad_take_turns(unet):
         second = call(unet)
     with torch.inference_mode():
         third = call(unet)
+        fastdiff.restore(unet)
     assert not any(parameter.is_inference() for parameter in unet.parameters())
     for got in (first, second, third):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
