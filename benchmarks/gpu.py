@@ -13,21 +13,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from statistics import median
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fastdiff.kernels
 from fastdiff.bench.machine import commit, machine, versions
 from fastdiff.bench.results import write_file
 from fastdiff.bench.timing import clock
 from fastdiff.kernels.contract import Case, KernelSpec, verify
-from fastdiff.kernels.dispatch import KERNELS, Kernel
+from fastdiff.kernels.dispatch import Kernel, all_kernels
 
 PARTS = ("verify", "kernels", "sd15", "sdxl")
 PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # an H200's measured bf16 matrix rate and copy bandwidth
@@ -39,10 +36,7 @@ PIPELINES = {
 
 
 def kernels_with_triton() -> list[Kernel]:
-    for module in iter_modules(fastdiff.kernels.__path__):
-        if module.ispkg:
-            import_module(f"fastdiff.kernels.{module.name}")
-    return [kernel for kernel in KERNELS.values() if "triton" in kernel.implementations]
+    return [kernel for kernel in all_kernels().values() if "triton" in kernel.implementations]
 
 
 def check_all(device: str, which: str) -> list[dict]:

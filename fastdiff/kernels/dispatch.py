@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +118,14 @@ def register(spec: KernelSpec, cpu: Callable[..., Any], gpu: str | None = None) 
     op = getattr(torch.ops.fastdiff, spec.name).default
     KERNELS[spec.name] = Kernel(spec, op, implementations)
     return op
+
+
+def all_kernels() -> dict[str, Kernel]:
+    """Every kernel by name: `KERNELS` once each kernel's folder has been imported."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.ispkg:
+            import_module(f"fastdiff.kernels.{module.name}")
+    return KERNELS
 
 
 def implementation(name: str, which: str) -> Callable[..., Any]:

@@ -9,9 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -22,9 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-import fastdiff.kernels
 from fastdiff.kernels.contract import FP_FUSION, Case, KernelSpec, Launch
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.dispatch import all_kernels
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory a block may use, in KiB, by architecture (CUDA C programming guide)."""
@@ -98,10 +95,7 @@ def _launches(
     arch: int, dtypes: tuple[torch.dtype, ...]
 ) -> Iterator[tuple[KernelSpec, Case, torch.dtype, Launch]]:
     """Plans of every case, made on fake tensors."""
-    for module in iter_modules(fastdiff.kernels.__path__):
-        if module.ispkg:
-            import_module(f"fastdiff.kernels.{module.name}")
-    for kernel in KERNELS.values():
+    for kernel in all_kernels().values():
         if "triton" not in kernel.implementations:
             continue
         launcher: Any = kernel.implementations["triton"]()

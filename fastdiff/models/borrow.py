@@ -31,7 +31,6 @@ _READ = (
     "skip_time_act",
     "flip_sin_to_cos",
     "downscale_freq_shift",
-    "num_upsamplers",
     "training",
     *("s1", "s2", "b1", "b2"),  # FreeU
 )

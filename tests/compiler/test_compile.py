@@ -24,25 +24,10 @@ import fastdiff
 from fastdiff.bench.presets import build
 from fastdiff.errors import UserError
 
-SMALL = {
-    "block_out_channels": (32, 64),
-    "attention_head_dim": 4,
-    "cross_attention_dim": 24,
-    "norm_num_groups": 8,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-
 
 @pytest.fixture
 def pipe(demo):
     return copy.deepcopy(demo)
-
-
-@pytest.fixture
-def unet():
-    torch.manual_seed(3)
-    return UNet2DConditionModel(**SMALL).eval()
 
 
 @pytest.fixture
@@ -322,7 +307,7 @@ def test_ignore_leaves_a_component_alone(pipe):
         fastdiff.compile(pipe, fastdiff.Options(ignore=("transformer",)))
 
 
-def test_what_is_not_known_is_refused(unet):
+def test_what_is_not_known_is_refused(unet, small):
     from diffusers import DDPMScheduler, UNet2DModel
 
     stranger = DDPMPipeline(
@@ -336,7 +321,7 @@ def test_what_is_not_known_is_refused(unet):
     )
     with pytest.raises(UserError, match="does not know DDPMPipeline"):
         fastdiff.compile(stranger)
-    odd = UNet2DConditionModel(**(SMALL | {"act_fn": "gelu"})).eval()
+    odd = UNet2DConditionModel(**(small | {"act_fn": "gelu"})).eval()
     with pytest.raises(UserError, match="nothing in this UNet2DConditionModel.*SiLU"):
         fastdiff.compile(odd)
     assert "_compiled_call_impl" not in vars(odd)

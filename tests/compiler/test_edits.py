@@ -13,15 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff
 
-SMALL = {
-    "block_out_channels": (32, 64),
-    "attention_head_dim": 4,
-    "cross_attention_dim": 24,
-    "norm_num_groups": 8,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-
 
 class AttnProcessor2_0(Plain):
     """Somebody's own processor under diffusers' name."""
@@ -83,12 +74,6 @@ EDITS = {
 }
 
 
-@pytest.fixture
-def unet():
-    torch.manual_seed(3)
-    return UNet2DConditionModel(**SMALL).eval()
-
-
 def call(unet, sample=None, text=None, **options):
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 24, generator=generator)
@@ -117,8 +102,8 @@ def test_edits(unet, edit, when):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", [1, 5])
-def test_other_windows(kernel):
-    unet = UNet2DConditionModel(**SMALL, conv_in_kernel=kernel, conv_out_kernel=kernel).eval()
+def test_other_windows(kernel, small):
+    unet = UNet2DConditionModel(**small, conv_in_kernel=kernel, conv_out_kernel=kernel).eval()
     with pytest.raises(ValueError, match="a plain 3×3 convolution"):
         fastdiff.compile(unet)
     assert call(unet).shape == (2, 4, 8, 8)

@@ -1,21 +1,13 @@
 """Every kernel x CPU implementation x case x dtype, inside the error budget."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
 import pytest
 import torch
 
-import fastdiff.kernels
 from fastdiff.kernels.contract import Case, KernelSpec, max_error, poisoned_memory, verify
-from fastdiff.kernels.dispatch import KERNELS, NATIVE, implementation
+from fastdiff.kernels.dispatch import KERNELS, NATIVE, all_kernels, implementation
 from fastdiff.kernels.linear.spec import SPEC as LINEAR
 
-for module in iter_modules(fastdiff.kernels.__path__):
-    if module.ispkg:
-        import_module(f"fastdiff.kernels.{module.name}")
-
-ALL = [(kernel, case) for kernel in KERNELS.values() for case in kernel.spec.cases]
+ALL = [(kernel, case) for kernel in all_kernels().values() for case in kernel.spec.cases]
 IDS = [f"{kernel.spec.name}-{case.name}" for kernel, case in ALL]
 
 

@@ -1,21 +1,14 @@
 """Every Triton kernel, under Triton's interpreter, inside the error budget of every case."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
 import pytest
 import torch
 from triton.runtime import interpreter
 
-import fastdiff.kernels
 from fastdiff.kernels.attention.spec import reference as attention
 from fastdiff.kernels.contract import judge, power_parts, verify
-from fastdiff.kernels.dispatch import KERNELS, implementation
+from fastdiff.kernels.dispatch import all_kernels, implementation
 
-for module in iter_modules(fastdiff.kernels.__path__):
-    if module.ispkg:
-        import_module(f"fastdiff.kernels.{module.name}")
-TRITON = {name: k.spec for name, k in KERNELS.items() if "triton" in k.implementations}
+TRITON = {name: k.spec for name, k in all_kernels().items() if "triton" in k.implementations}
 
 
 def _runs(name, dtype):
