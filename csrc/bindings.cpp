@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "kernels.h"
@@ -58,15 +60,70 @@ void set_isa(const std::string& name) {
                               valid);
 }
 
+// Rows of two tensors side by side; left and right are the bytes of a row of each. The second has
+// that many rows and then begins anew.
+struct Concat {
+  const char *first, *second;
+  int64_t rows, left, right, second_rows;
+  char* out;
+};
+
+void execute(const Conv& p) { chosen->conv(p); }
+void execute(const Attention& p) { chosen->attention(p); }
+void execute(const GroupNorm& p) { chosen->group_norm(p); }
+void execute(const LayerNorm& p) { chosen->layer_norm(p); }
+void execute(const GuidedStep& p) { chosen->guided_step(p); }
+void execute(const Concat& p) {
+  const auto copy = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      char* to = p.out + i * (p.left + p.right);
+      std::memcpy(to, p.first + i * p.left, p.left);
+      std::memcpy(to + p.left, p.second + i % p.second_rows * p.right, p.right);
+    }
+  };
+  constexpr int64_t kSerialBelow = 1 << 18;  // bytes that one core copies while another wakes up
+  if (p.rows * (p.left + p.right) < kSerialBelow) copy(0, p.rows);
+  else parallel_for(p.rows, copy);
+}
+
+// The kernels that a thread called between start and stop, to be run again on the same addresses.
+class Tape {
+ public:
+  void start() {
+    if (current) throw std::runtime_error("this thread records a tape already");
+    current = this;
+  }
+  void stop() { current = nullptr; }
+  void run() const {
+    for (const auto& call : calls_) std::visit([](const auto& p) { execute(p); }, call);
+  }
+  size_t size() const { return calls_.size(); }
+  template <typename P>
+  static void note(const P& p) {
+    if (current) current->calls_.emplace_back(p);
+  }
+
+ private:
+  static thread_local Tape* current;
+  std::vector<std::variant<Conv, Attention, GroupNorm, LayerNorm, GuidedStep, Concat>> calls_;
+};
+thread_local Tape* Tape::current = nullptr;
+
+template <typename P>
+void run(const P& p) {
+  Tape::note(p);
+  py::gil_scoped_release unlocked;
+  execute(p);
+}
+
 void run_conv(int dtype, uintptr_t x, const Ints<4>& shape, const Ints<2>& enlarged,
               const Ints<3>& window, const Ints<2>& out_shape, const Ints<3>& weight,
-              uintptr_t bias, uintptr_t residual, int act, uintptr_t output) {
+              uintptr_t bias, std::pair<uintptr_t, int64_t> residual, int act, uintptr_t output) {
   const Conv p{dtype,        in(x),        shape[0],      shape[1],   shape[2],
                shape[3],     enlarged[0],  enlarged[1],   window[0],  window[1],
                window[2],    out_shape[0], out_shape[1],  in(weight[0]), weight[1],
-               weight[2],    in(bias),     in(residual),  act,        out(output)};
-  py::gil_scoped_release unlocked;
-  chosen->conv(p);
+               weight[2],    in(bias),     in(residual.first), residual.second, act, out(output)};
+  run(p);
 }
 
 void run_attention(int dtype, const Ints<4>& q, const Ints<4>& k, const Ints<4>& v,
@@ -90,8 +147,7 @@ void run_attention(int dtype, const Ints<4>& q, const Ints<4>& k, const Ints<4>&
   p.width = sizes[4];
   p.scale = scale;
   p.out = out(output);
-  py::gil_scoped_release unlocked;
-  chosen->attention(p);
+  run(p);
 }
 
 void run_group_norm(int dtype, uintptr_t x, const Ints<2>& row, uintptr_t residual,
@@ -100,33 +156,34 @@ void run_group_norm(int dtype, uintptr_t x, const Ints<2>& row, uintptr_t residu
   const GroupNorm p{dtype,    in(x),    in(row[0]), in(residual), in(weight),
                     in(bias), row[1],   sizes[0],   sizes[1],     sizes[2],
                     sizes[3], eps,      silu,       out(y),       out(total)};
-  py::gil_scoped_release unlocked;
-  chosen->group_norm(p);
+  run(p);
 }
 
 void run_layer_norm(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t rows,
                     int64_t width, float eps, uintptr_t y) {
   const LayerNorm p{dtype, in(x), in(weight), in(bias), rows, width, eps, out(y)};
-  py::gil_scoped_release unlocked;
-  chosen->layer_norm(p);
+  run(p);
 }
 
-// Rows of two tensors side by side; counts: rows, bytes of a row of each.
-void run_concat(uintptr_t first, uintptr_t second, const Ints<3>& counts, uintptr_t output) {
-  const auto [rows, left, right] = counts;
-  const auto* a = static_cast<const char*>(in(first));
-  const auto* b = static_cast<const char*>(in(second));
-  auto* to = static_cast<char*>(out(output));
-  py::gil_scoped_release unlocked;
-  const auto copy = [&, left = left, right = right](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(to + i * (left + right), a + i * left, left);
-      std::memcpy(to + i * (left + right) + left, b + i * right, right);
-    }
-  };
-  constexpr int64_t kSerialBelow = 1 << 18;  // bytes that one core copies while another wakes up
-  if (rows * (left + right) < kSerialBelow) copy(0, rows);
-  else parallel_for(rows, copy);
+void run_guided_step(int dtype, uintptr_t output, uintptr_t table, uintptr_t step, uintptr_t noise,
+                     const Ints<5>& sizes, uintptr_t sample, uintptr_t history, uintptr_t next) {
+  const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
+  const GuidedStep p{dtype,
+                     in(output),
+                     floats(table),
+                     static_cast<const int64_t*>(in(step)),
+                     floats(noise),
+                     sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                     floats(sample),
+                     floats(history),
+                     out(next)};
+  run(p);
+}
+
+// counts: rows, bytes of a row of each, rows of the second
+void run_concat(uintptr_t first, uintptr_t second, const Ints<4>& counts, uintptr_t output) {
+  run(Concat{static_cast<const char*>(in(first)), static_cast<const char*>(in(second)), counts[0],
+             counts[1], counts[2], counts[3], static_cast<char*>(out(output))});
 }
 
 // Many "this attribute is still that object" at once: asked before every step of a network whose
@@ -177,7 +234,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &run_attention);
   m.def("group_norm", &run_group_norm);
   m.def("layer_norm", &run_layer_norm);
+  m.def("guided_step", &run_guided_step);
   m.def("concat", &run_concat);
+  py::class_<Tape>(m, "Tape")
+      .def(py::init<>())
+      .def("start", &Tape::start)
+      .def("stop", &Tape::stop)
+      .def("run", &Tape::run, py::call_guard<py::gil_scoped_release>())
+      .def("__len__", &Tape::size);
   py::class_<Watch>(m, "Watch")
       .def(py::init<std::vector<std::tuple<py::dict, py::object, py::object>>,
                     std::vector<py::object>, std::vector<py::dict>>())

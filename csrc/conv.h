@@ -100,9 +100,11 @@ struct Epilogue {
 
   void operator()(const Panel<T>& panel, int64_t pixel, const float* sums) const {
     const bool gated = p.act == fastdiff::kGeglu;
-    const int64_t at = pixel * (gated ? p.n / 2 : p.n) + panel.begin;
+    const int64_t wide = gated ? p.n / 2 : p.n, at = pixel * wide + panel.begin;
     const auto* bias = static_cast<const T*>(p.bias);
-    const auto* residual = static_cast<const T*>(p.residual);
+    const T* residual = nullptr;
+    if (p.residual)
+      residual = static_cast<const T*>(p.residual) + pixel % p.residual_pixels * wide + panel.begin;
     auto* out = static_cast<T*>(p.out) + at;
     for (int64_t c = 0; c < panel.columns; c += W) {
       const int n = static_cast<int>(std::min<int64_t>(W, panel.columns - c));
@@ -116,7 +118,7 @@ struct Epilogue {
       } else if (p.act == fastdiff::kSilu) {
         value = silu(value);
       }
-      if (residual) value += load_n(residual + at + c, n);
+      if (residual) value += load_n(residual + c, n);
       store_n(out + c, value, n);
     }
   }

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "conv.h"
 #include "norm.h"
+#include "step.h"
 
 #define FASTDIFF_JOIN_(a, b) a##b
 #define FASTDIFF_JOIN(a, b) FASTDIFF_JOIN_(a, b)
@@ -29,6 +30,7 @@ const Kernels& FASTDIFF_JOIN(kernels_, FASTDIFF_ISA)() {
       by_dtype<Attention, attention<float>, attention<bf16>>,
       by_dtype<GroupNorm, group_norm<float>, group_norm<bf16>>,
       by_dtype<LayerNorm, layer_norm<float>, layer_norm<bf16>>,
+      by_dtype<GuidedStep, guided_step<float>, guided_step<bf16>>,
   };
   return kernels;
 }

@@ -23,6 +23,7 @@ struct Conv {
   int64_t n;             // columns of w; with kGeglu the output has n / 2
   const void* bias;      // [n] or null
   const void* residual;  // like out, or null
+  int64_t residual_pixels;  // after this many pixels the residual begins anew
   int act;
   void* out;             // contiguous
 };
@@ -58,12 +59,25 @@ struct LayerNorm {
   void* y;
 };
 
+// One scheduler step on float32 state; see fastdiff/kernels/guided_step for the mathematics.
+struct GuidedStep {
+  int dtype;            // of output and next
+  const void* output;   // [copies, batch, elements], the unconditional copy first
+  const float* table;   // [steps, columns]
+  const int64_t* step;  // [1]
+  const float* noise;   // [batch, elements] or null
+  int64_t copies, batch, elements, columns, depth;
+  float *sample, *history;  // [batch, elements], [2, depth, batch, elements]: replaced
+  void* next;               // [batch, elements]
+};
+
 struct Kernels {
   const char* isa;
   void (*conv)(const Conv&);
   void (*attention)(const Attention&);
   void (*group_norm)(const GroupNorm&);
   void (*layer_norm)(const LayerNorm&);
+  void (*guided_step)(const GuidedStep&);
 };
 
 const Kernels& kernels_baseline();

@@ -48,6 +48,13 @@ static inline float load1(const bf16* p) {
   return value;
 }
 
+static inline void store1(float* p, float value) { *p = value; }
+static inline void store1(bf16* p, float value) {
+  bf16 whole[W];
+  store(whole, splat(value));
+  *p = whole[0];
+}
+
 // The first n <= W elements; the rest is zero, nothing beyond them is read or written.
 template <typename T>
 static inline vf load_n(const T* p, int n) {

@@ -202,8 +202,8 @@ def _outputs(
     spec: KernelSpec, run: Callable[..., Any], inputs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     returned = run(**inputs)
-    if isinstance(returned, Tensor):
-        returned = (returned,)
+    if not isinstance(returned, tuple):
+        returned = () if returned is None else (returned,)
     named = {f"output {i}": tensor for i, tensor in enumerate(returned)}
     return named | {name: inputs[name] for name in spec.mutates}
 

@@ -5,14 +5,13 @@ on the first CUDA call, so that triton stays optional) and on fake tensors throu
 An explicit `implementation(name, which)` that cannot run raises; nothing falls back silently.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,45 +19,72 @@ import torch
 from fastdiff.kernels.contract import KernelSpec
 
 
-def _load_native() -> SimpleNamespace | None:
+def _load_native() -> Any:
     try:
-        module = import_module("fastdiff._C")
+        return import_module("fastdiff._C")
     except ModuleNotFoundError:  # built without a compiler; any other ImportError is shown
         return None
-    return SimpleNamespace(**vars(module))
 
 
 NATIVE: Any = _load_native()
 """The C++ kernels (`csrc/`), or None where the package was installed without a compiler."""
 
-Call = tuple[Callable[..., None], tuple[Any, ...]]
-"""A call of a C++ kernel: the function and the addresses, sizes and options it was given."""
 
-_RECORDING = threading.Lock()
-_KERNEL_NAMES = ("conv", "attention", "group_norm", "layer_norm", "concat")
+@contextmanager
+def recording() -> Iterator[Any]:
+    """A tape of the C++ kernels that this thread calls within it; they run all the same.
+
+    `tape.run()` runs them again on the same addresses, without Python between them.
+    """
+    tape = NATIVE.Tape()
+    tape.start()
+    try:
+        yield tape
+    finally:
+        tape.stop()
+
+
+_CALLED: ContextVar[list[str] | None] = ContextVar("called", default=None)
+_NATIVE_KERNELS = ("conv", "attention", "group_norm", "layer_norm", "guided_step", "concat")
 
 
 @contextmanager
-def recording() -> Iterator[list[Call]]:
-    """The C++ kernels that this thread calls within it, in order; they run all the same."""
-    calls: list[Call] = []
-    owner = threading.get_ident()
+def counting() -> Iterator[list[str]]:
+    """Names of the C++ kernels that this thread calls within it. They compute nothing.
 
-    def noting(function: Callable[..., None]) -> Callable[..., None]:
+    Networks then run under a dispatch mode of the counter as they run without one, call by call.
+    """
+
+    def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any) -> None:
-            if threading.get_ident() == owner:
-                calls.append((function, args))
-            function(*args)
+            called = _CALLED.get()
+            if called is None:  # another thread
+                function(*args)
+            else:
+                called.append(name)
 
         return call
 
-    with _RECORDING:
-        plain = {name: getattr(NATIVE, name) for name in _KERNEL_NAMES}
-        vars(NATIVE).update({name: noting(function) for name, function in plain.items()})
-        try:
-            yield calls
-        finally:
-            vars(NATIVE).update(plain)
+    native = {} if NATIVE is None else vars(NATIVE)
+    plain = {name: native[name] for name in _NATIVE_KERNELS if name in native}
+    called: list[str] = []
+    token = _CALLED.set(called)
+    native.update({name: noting(name, function) for name, function in plain.items()})
+    try:
+        yield called
+    finally:
+        native.update(plain)
+        _CALLED.reset(token)
+
+
+def observed() -> bool:
+    """Whether a dispatch mode looks at this thread's calls: no recording may stand for them."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_counting() -> bool:
+    """Whether this thread is within `counting`: then nothing recorded may stand for calls."""
+    return _CALLED.get() is not None
 
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}

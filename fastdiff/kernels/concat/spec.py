@@ -9,17 +9,22 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 
 def reference(first: Tensor, second: Tensor) -> Tensor:
-    return torch.cat([first, second], dim=-1)
+    parts = first.reshape(-1, second.shape[0], *first.shape[1:])
+    both = torch.cat([parts, second.expand(len(parts), *second.shape)], dim=-1)
+    return both.view(*first.shape[:-1], -1)
 
 
 def inputs(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> dict[str, Any]:
-    def picture(channels: int) -> Tensor:
-        shape = (case.B, case.Y, case.X, channels)
+    def picture(batch: int, channels: int) -> Tensor:
+        shape = (batch, case.Y, case.X, channels)
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    return {"first": picture(case.C), "second": picture(case.C2)}
+    return {
+        "first": picture(case.B, case.C),
+        "second": picture(case.B // case.get("parts", 1), case.C2),
+    }
 
 
 SPEC = KernelSpec(
@@ -30,6 +35,7 @@ SPEC = KernelSpec(
     cases=(
         Case("demo-16", B=2, Y=16, X=16, C=96, C2=64),
         Case("sd15-16", B=2, Y=16, X=16, C=1280, C2=640),
+        Case("guided", B=4, Y=5, X=7, C=33, C2=3, parts=2),
         Case("odd", B=3, Y=5, X=7, C=33, C2=1),
     ),
     bytes=lambda c, size: size * 2 * c.B * c.Y * c.X * (c.C + c.C2),

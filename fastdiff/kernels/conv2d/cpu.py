@@ -40,7 +40,7 @@ def run(
         (out_height, out_width),
         (weight.data_ptr(), ld, columns),
         0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        (0 if residual is None else residual.data_ptr(), batch * out_height * out_width),
         0,
         out.data_ptr(),
     )

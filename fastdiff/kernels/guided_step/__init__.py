@@ -13,10 +13,11 @@ def guided_step(
     model_output: Tensor,
     sample: Tensor,
     history: Tensor,
+    following: Tensor,
     table: Tensor,
     step: Tensor,
     noise: Tensor | None = None,
-) -> Tensor:
+) -> None:
     """One step of any scheduler that is linear in the samples, outputs and noise.
 
     With g, φ, a, d, s, b_0..b_M, c_1..c_M the row `table[step]`:
@@ -24,22 +25,21 @@ def guided_step(
         ε  = ε_uncond + g (ε_text - ε_uncond)                   (two outputs a sample; else ε as is)
         ε ← φ ε · std(ε_text) / std(ε) + (1 - φ) ε              (φ ≠ 0; std over each sample)
         x' = a x + b_0 ε + Σ_h (b_h ε[i-h] + c_h x[i-h]) + d noise
-        next input = s x', repeated for every copy that the network is asked for
+        next input = s x'
 
     Args:
         model_output: [G·B, ...], G = 2 (unconditional first) or 1, the network's dtype.
         sample: [B, ...] float32 (float64 with the reference), replaced by x'.
         history: [2, M, B, ...] like sample: past outputs, past samples, in a ring (step % M);
             this step's are written into it. What a zero coefficient belongs to is never read.
-        table: [steps, 6 + 2M], see `spec` for its columns.
+        following: [B, ...] in model_output's dtype, replaced by the network's next input.
+        table: [steps, 6 + 2M] like sample, see `spec` for its columns.
         step: [1] int64 on the same device: the row, so that nothing is read back by the host.
         noise: [B, ...] like sample.
 
-    Returns:
-        Next input of the network, like model_output.
-
     Raises:
-        ValueError: the table's width does not belong to the history's depth.
+        ValueError: the table's width does not belong to the history's depth, or there are neither
+            one nor two outputs for each sample.
 
     Ho & Salimans, Classifier-Free Diffusion Guidance (2022); Lin et al. (2023) for φ.
     """
@@ -49,5 +49,7 @@ def guided_step(
             f"guided_step: a history of depth {history.shape[1]} needs a table of {width} columns,"
             f" got {table.shape[-1]}"
         )
-    following: Tensor = _op(model_output, sample, history, table, step, noise)
-    return following
+    copies = model_output.shape[0] / max(1, sample.shape[0])
+    if copies not in (1, 2):
+        raise ValueError(f"guided_step: {copies:g} model outputs for each sample; expected 1 or 2")
+    _op(model_output, sample, history, following, table, step, noise)

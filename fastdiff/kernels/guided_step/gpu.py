@@ -96,8 +96,7 @@ def _guided_step_kernel(
         tl.store(history_ptr + (DEPTH + slot) * copy + own, sample, mask=inside)
     tl.store(sample_ptr + own, result, mask=inside)
     following = tl.load(row + NEXT_SCALE) * result
-    for c in tl.static_range(COPIES):
-        tl.store(next_ptr + c * copy + own, following, mask=inside)
+    tl.store(next_ptr + own, following, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -126,24 +125,22 @@ def plan(
     model_output: Tensor,
     sample: Tensor,
     history: Tensor,
+    following: Tensor,
     table: Tensor,
     step: Tensor,
     noise: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], Tensor]:
-    """The launch and the next input of the network; sample and history are written in place."""
+) -> tuple[tuple[Launch, ...], None]:
+    """The launch; sample, history and the next input are written in place."""
     for name, tensor in (("sample", sample), ("history", history), ("table", table)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"guided_step: {name} is {tensor.dtype}; the kernel takes float32")
-    if not all(t.is_contiguous() for t in (model_output, sample, history, table)):
+    if not all(t.is_contiguous() for t in (model_output, sample, history, following, table)):
         raise ValueError("guided_step: all tensors must be contiguous")
     batch, copies, depth = (
         sample.shape[0],
         model_output.shape[0] // sample.shape[0],
         history.shape[1],
     )
-    if copies not in (1, 2):
-        raise ValueError(f"guided_step: {copies} model outputs for each sample; expected 1 or 2")
-    following = torch.empty_like(model_output)
     elements = sample.numel() // batch
     config = pick(elements)
     arguments = {
@@ -165,7 +162,7 @@ def plan(
     }
     grid = (triton.cdiv(elements, config.block), batch)
     launch = Launch(_guided_step_kernel, arguments, constants, grid, config.num_warps)
-    return (launch,), following
+    return (launch,), None
 
 
 run = Launcher(plan)

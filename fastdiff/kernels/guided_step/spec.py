@@ -16,10 +16,11 @@ def reference(
     model_output: Tensor,
     sample: Tensor,
     history: Tensor,
+    following: Tensor,
     table: Tensor,
     step: Tensor,
     noise: Tensor | None = None,
-) -> Tensor:
+) -> None:
     depth, batch = history.shape[1], sample.shape[0]
     index = int(step)
     row = table[index]
@@ -45,20 +46,11 @@ def reference(
         history[0, index % depth] = output
         history[1, index % depth] = sample
     sample.copy_(result)
-    following = (row[NEXT_SCALE] * result).to(model_output.dtype)
-    return torch.cat([following] * (model_output.shape[0] // batch))
+    following.copy_(row[NEXT_SCALE] * result)
 
 
-def fake(
-    model_output: Tensor,
-    sample: Tensor,
-    history: Tensor,
-    table: Tensor,
-    step: Tensor,
-    noise: Tensor | None = None,
-) -> Tensor:
+def fake(*args: Any, **kwargs: Any) -> None:
     """The reference reads the step on the host; a fake may not."""
-    return torch.empty_like(model_output)
 
 
 def inputs(
@@ -81,6 +73,7 @@ def inputs(
         "model_output": normal(case.copies * case.B, *shape[1:]).to(dtype),
         "sample": (normal(*shape) * case.get("spread", 1.0)).to(state),
         "history": history.to(state),
+        "following": torch.full(shape, float("nan"), dtype=dtype, device=device),
         "table": table.to(state),
         "step": torch.tensor([case.get("step", 3)], device=device),
         "noise": normal(*shape).to(state) if case.get("noise") else None,
@@ -106,14 +99,14 @@ CASES = (
 SPEC = KernelSpec(
     name="guided_step",
     schema=(
-        "(Tensor model_output, Tensor(a!) sample, Tensor(b!) history, Tensor table, Tensor step,"
-        " Tensor? noise=None) -> Tensor"
+        "(Tensor model_output, Tensor(a!) sample, Tensor(b!) history, Tensor(c!) following,"
+        " Tensor table, Tensor step, Tensor? noise=None) -> ()"
     ),
     reference=reference,
     fake=fake,
     inputs=inputs,
     cases=CASES,
-    bytes=lambda c, size: _elements(c) * (2 * size * c.copies + 4 * (2 + 4 * bool(c.depth))),
+    bytes=lambda c, size: _elements(c) * (size * (c.copies + 1) + 4 * (2 + 4 * bool(c.depth))),
     flops=lambda c: _elements(c) * (8 + 4 * c.depth),
-    mutates=("sample", "history"),
+    mutates=("sample", "history", "following"),
 )

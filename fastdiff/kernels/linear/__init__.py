@@ -25,7 +25,8 @@ def linear(
         bias: [N].
         act: "none", "silu" or "geglu" (value · gelu(gate), exact erf; the first N/2 columns are the
             value, the others the gate, as diffusers stores them).
-        residual: of the output's shape, contiguous, added last.
+        residual: of the output's shape, contiguous, added last; of half as many pictures where the
+            halves of guidance share it.
 
     Returns:
         [..., N] ([..., N/2] with "geglu"), contiguous, in x's dtype; sums are float32.

@@ -22,7 +22,11 @@ def run(
     wide = columns // 2 if act == "geglu" else columns
     expects("linear: x", x, weight, (*x.shape[:-1], inner))
     expects("linear: bias", bias, x, (columns,))
-    expects("linear: residual", residual, x, (*x.shape[:-1], wide))
+    residual_rows = rows
+    if residual is not None:
+        pictures = residual.shape[0] if residual.shape[0] * 2 == x.shape[0] else x.shape[0]
+        expects("linear: residual", residual, x, (pictures, *x.shape[1:-1], wide))
+        residual_rows = residual.numel() // wide
     out = x.new_empty((*x.shape[:-1], wide))
     NATIVE.conv(
         dtype,
@@ -33,7 +37,7 @@ def run(
         (1, rows),
         (weight.data_ptr(), weight.stride(1), columns),
         0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        (0 if residual is None else residual.data_ptr(), residual_rows),
         ACTIVATIONS[act],
         out.data_ptr(),
     )

@@ -24,7 +24,9 @@ def reference(
     elif act == "geglu":
         value, gate = y.chunk(2, dim=-1)
         y = value * F.gelu(gate)
-    return (y if residual is None else y + residual).contiguous()
+    if residual is not None:
+        y = (y.reshape(-1, *residual.shape) + residual).view(y.shape)
+    return y.contiguous()
 
 
 def inputs(
@@ -40,7 +42,7 @@ def inputs(
         "weight": packed if case.get("packed", True) else packed.contiguous(),
         "bias": normal(N) if case.get("bias", True) else None,
         "act": act,
-        "residual": normal(case.B, L, N // (1 + (act == "geglu")))
+        "residual": normal(case.B // case.get("parts", 1), L, N // (1 + (act == "geglu")))
         if case.get("residual")
         else None,
     }
@@ -57,6 +59,7 @@ CASES = (
     Case("odd", B=3, L=7, D=33, N=37, residual=True),
     Case("odd-geglu", B=1, L=5, D=31, N=82, act="geglu", residual=True),
     Case("columns", B=2, L=24, D=40, N=48, beside=32, bias=False),
+    Case("guided", B=4, L=9, D=33, N=37, residual=True, parts=2),
     Case("one-row", B=1, L=1, D=1, N=1),
     Case("unpacked", B=1, L=16, D=32, N=64, packed=False, act="geglu"),
 )

@@ -1,0 +1,104 @@
+// Everything after the network: guidance, scheduler step, history, the next input.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace FASTDIFF_ISA {
+
+using fastdiff::GuidedStep;
+
+constexpr int64_t kStepBlock = 512;  // elements whose double sums stay in L1
+
+// The guided output of elements [at, at + n) of one picture, and its text half.
+template <typename T>
+static inline void guided(const GuidedStep& p, double scale, int64_t at, int64_t n, double* output,
+                          double* text) {
+  const T* first = static_cast<const T*>(p.output) + at;
+  const T* second = first + (p.copies == 2 ? p.batch * p.elements : 0);
+  for (int64_t i = 0; i < n; ++i) {
+    const double plain = load1(first + i);
+    text[i] = load1(second + i);
+    output[i] = plain + scale * (text[i] - plain);
+  }
+}
+
+// std(text) / std(guided) over one picture, in two passes.
+template <typename T>
+static double deviation_ratio(const GuidedStep& p, double scale, int64_t picture) {
+  double output[kStepBlock], text[kStepBlock], sums[2] = {}, squares[2] = {};
+  const auto pass = [&](const auto& add) {
+    for (int64_t at = 0; at < p.elements; at += kStepBlock) {
+      const int64_t n = std::min(kStepBlock, p.elements - at);
+      guided<T>(p, scale, picture * p.elements + at, n, output, text);
+      for (int64_t i = 0; i < n; ++i) add(output[i], text[i]);
+    }
+  };
+  pass([&](double o, double t) { sums[0] += o, sums[1] += t; });
+  const double means[2] = {sums[0] / p.elements, sums[1] / p.elements};
+  pass([&](double o, double t) {
+    squares[0] += (o - means[0]) * (o - means[0]);
+    squares[1] += (t - means[1]) * (t - means[1]);
+  });
+  return std::sqrt(squares[1] / squares[0]);
+}
+
+template <typename T>
+static void guided_step(const GuidedStep& p) {
+  const int64_t all = p.batch * p.elements, step = *p.step, depth = p.depth;
+  const float* row = p.table + step * p.columns;
+  const double guidance = row[0], rescale = row[1], own = row[2], fresh = row[3], next = row[4];
+  const float *b = row + 5, *c = row + 5 + depth;  // c[h] for h >= 1
+
+  struct Term {
+    double factor;
+    const float* values;
+  };
+  std::vector<Term> terms;  // a zero factor hides what the history does not hold yet
+  for (int64_t h = 1; h <= depth; ++h) {
+    const int64_t slot = ((step - h) % depth + depth) % depth;
+    if (b[h] != 0) terms.push_back({b[h], p.history + slot * all});
+    if (c[h] != 0) terms.push_back({c[h], p.history + (depth + slot) * all});
+  }
+  if (p.noise) terms.push_back({fresh, p.noise});
+
+  std::vector<double> factors(p.batch, 1.0);
+  if (p.copies == 2 && rescale != 0)
+    for (int64_t picture = 0; picture < p.batch; ++picture)
+      factors[picture] = rescale * deviation_ratio<T>(p, guidance, picture) + (1 - rescale);
+
+  const int64_t blocks = (p.elements + kStepBlock - 1) / kStepBlock;
+  const auto run = [&](int64_t first, int64_t last) {
+    double output[kStepBlock], text[kStepBlock], result[kStepBlock];
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t picture = task / blocks, begin = task % blocks * kStepBlock;
+      const int64_t n = std::min(kStepBlock, p.elements - begin);
+      const int64_t at = picture * p.elements + begin;
+      guided<T>(p, guidance, at, n, output, text);
+      for (int64_t i = 0; i < n; ++i) output[i] *= factors[picture];
+      for (int64_t i = 0; i < n; ++i) result[i] = own * p.sample[at + i] + b[0] * output[i];
+      for (const Term& term : terms)
+        for (int64_t i = 0; i < n; ++i) result[i] += term.factor * term.values[at + i];
+      if (depth) {
+        const int64_t slot = step % depth;
+        float* outputs = p.history + slot * all + at;
+        for (int64_t i = 0; i < n; ++i) outputs[i] = static_cast<float>(output[i]);
+        std::copy_n(p.sample + at, n, p.history + (depth + slot) * all + at);
+      }
+      T* following = static_cast<T*>(p.next) + at;
+      for (int64_t i = 0; i < n; ++i) {
+        p.sample[at + i] = static_cast<float>(result[i]);
+        store1(following + i, static_cast<float>(next * result[i]));
+      }
+    }
+  };
+  constexpr int64_t kSerialBelow = 1 << 14;  // elements that one core steps while another wakes up
+  if (all < kSerialBelow) run(0, p.batch * blocks);
+  else fastdiff::parallel_for(p.batch * blocks, run);
+}
+
+}  // namespace FASTDIFF_ISA
