@@ -1,8 +1,10 @@
 """Tables against diffusers' own loop in float64, with a nonlinear network between the steps."""
 
 import copy
+import inspect
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -15,33 +17,40 @@ BETAS = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
-# name, options, relative error allowed: 1e-10 where the scheduler computes in float64, 2e-6 where
-# it casts to float32 inside its step
 SCHEDULERS = [
-    ("DDIMScheduler", {"clip_sample": False}, 1e-10),
-    ("DDPMScheduler", {"clip_sample": False}, 1e-10),
-    ("PNDMScheduler", {"skip_prk_steps": True}, 1e-10),
-    ("EulerDiscreteScheduler", {}, 2e-6),
-    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, 2e-6),
-    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, 2e-6),
-    ("EulerAncestralDiscreteScheduler", {}, 2e-6),
-    ("DPMSolverMultistepScheduler", {}, 2e-6),
-    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, 2e-6),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 2e-6),
-    ("DPMSolverMultistepScheduler", {"solver_order": 3}, 2e-6),
-    ("DPMSolverSinglestepScheduler", {"lower_order_final": True}, 1e-10),
-    ("UniPCMultistepScheduler", {}, 1e-10),
-    ("DEISMultistepScheduler", {}, 1e-10),
-    ("LMSDiscreteScheduler", {}, 1e-10),
-    ("HeunDiscreteScheduler", {}, 1e-10),
-    ("KDPM2DiscreteScheduler", {}, 1e-10),
-    ("KDPM2AncestralDiscreteScheduler", {}, 1e-10),
-    ("LCMScheduler", {}, 1e-10),
-    ("TCDScheduler", {}, 1e-10),
-    ("SASolverScheduler", {}, 1e-10),
+    ("DDIMScheduler", {}),
+    ("DDPMScheduler", {}),
+    ("PNDMScheduler", {}),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPMSolverSinglestepScheduler", {}),
+    ("UniPCMultistepScheduler", {}),
+    ("DEISMultistepScheduler", {}),
+    ("LMSDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {}),
+    ("KDPM2DiscreteScheduler", {}),
+    ("KDPM2AncestralDiscreteScheduler", {}),
+    ("LCMScheduler", {}),
+    ("TCDScheduler", {}),
+    ("SASolverScheduler", {}),
 ]
-FLOW = [("FlowMatchEulerDiscreteScheduler", {}), ("FlowMatchHeunDiscreteScheduler", {})]
-IDS = [name + ",".join(f"-{v}" for v in options.values()) for name, options, _ in SCHEDULERS]
+IDS = [name + ",".join(f"-{v}" for v in options.values()) for name, options in SCHEDULERS]
+FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+NAMES = sorted({name for name, _ in SCHEDULERS})
+ALWAYS = {"clip_sample": False, "skip_prk_steps": True, "lower_order_final": True}
+CASTING = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    *FLOW,
+)
+"""They cast to float32 inside their step: 2e-6 is allowed, 1e-10 everywhere else."""
 SHAPE = (2, 4, 3, 5)
 
 
@@ -51,19 +60,28 @@ def network(x, timestep):
     return torch.tanh(x * 0.7 - mixed) + 0.1 * torch.sin(timestep.double() * 0.01 + mixed)
 
 
-def own_loop(scheduler, generator):
-    """As every diffusers pipeline runs it."""
+def make(name, **options):
+    cls = getattr(diffusers, name)
+    takes = inspect.signature(cls.__init__).parameters
+    usual = {k: v for k, v in (BETAS | ALWAYS).items() if k in takes}
+    return cls(**(usual | options))
+
+
+def own_loop(scheduler, timesteps, options):
+    """As every diffusers pipeline runs it; the result and where it leaves the generator."""
+    scheduler, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(2)
     x = first_sample(scheduler)
-    takes = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
-    for t in scheduler.timesteps:
+    takes = inspect.signature(scheduler.step).parameters
+    options = options | ({"generator": generator} if "generator" in takes else {})
+    for t in timesteps:
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-        x = scheduler.step(network(scale(x, t), t), t, x, return_dict=False, **takes)[0]
-    return x
+        x = scheduler.step(network(scale(x, t), t), t, x, return_dict=False, **options)[0]
+    return x, generator.get_state()
 
 
-def table_loop(scheduler, generator):
+def table_loop(table, scheduler):
     """The same by `guided_step` on the probed table."""
-    table = probe(scheduler)
+    generator = torch.Generator().manual_seed(2)
     x = first_sample(scheduler).clone()
     history = torch.full((2, table.depth, *SHAPE), float("nan"), dtype=torch.float64)
     rows, following = table.rows(guidance_scale=1.0), table.scales[0] * x
@@ -73,8 +91,8 @@ def table_loop(scheduler, generator):
             dtype = table.noise_dtype or torch.float64
             noise = torch.randn(SHAPE, generator=generator, dtype=dtype).double()
         output = network(following, t)
-        following = guided_step(output, x, history, rows, torch.tensor([i]), noise)
-    return x
+        guided_step(output, x, history, following, rows, torch.tensor([i]), noise)
+    return x, generator.get_state()
 
 
 def first_sample(scheduler):
@@ -86,44 +104,190 @@ def relative_error(got, want):
     return float((got - want).abs().max() / want.abs().max())
 
 
+def assert_follows(scheduler, timesteps=None, **options):
+    """The table gives what the scheduler gives, and draws the noise that it draws."""
+    table = probe(scheduler, options, timesteps)
+    got, drawn = table_loop(table, scheduler)
+    want, own = own_loop(scheduler, table.timesteps, options)
+    allowed = 2e-6 if type(scheduler).__name__ in CASTING else 1e-10
+    assert relative_error(got, want) <= allowed
+    assert torch.equal(drawn, own)
+
+
+def assert_follows_or_cannot_run(scheduler, timesteps=None, **options):
+    """A table is refused only where diffusers' own loop raises or ends in NaN, too."""
+    try:
+        assert_follows(scheduler, timesteps, **options)
+    except NotLinear:
+        try:
+            want, _ = own_loop(scheduler, scheduler.timesteps, options)
+        except Exception:  # whatever it is
+            return
+        assert not want.isfinite().all(), "it runs, but was refused"
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("name", "options", "allowed"), SCHEDULERS, ids=IDS)
-def test_table_follows_the_scheduler(name, options, allowed, prediction):
-    config = {**BETAS, **options, "prediction_type": prediction}
-    scheduler = getattr(diffusers, name).from_config(config)
+@pytest.mark.parametrize(("name", "options"), SCHEDULERS, ids=IDS)
+def test_table_follows_the_scheduler(name, options, prediction):
+    scheduler = make(name, **options, prediction_type=prediction)
     for steps in (4, 25, 50):
         scheduler.set_timesteps(steps)
-        got = table_loop(scheduler, torch.Generator().manual_seed(2))
-        want = own_loop(copy.deepcopy(scheduler), torch.Generator().manual_seed(2))
-        assert relative_error(got, want) <= allowed, steps
+        assert_follows(scheduler)
 
 
-@pytest.mark.parametrize(("name", "options"), FLOW)
+OPTIONS = [
+    *({f"use_{kind}_sigmas": True} for kind in ("karras", "exponential", "beta")),
+    {"use_lu_lambdas": True},
+    *({"final_sigmas_type": kind} for kind in ("zero", "sigma_min")),
+    *({"timestep_spacing": kind} for kind in ("linspace", "leading", "trailing")),
+    {"timestep_spacing": "leading", "steps_offset": 1},
+    {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    {
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+    },
+    {"prediction_type": "sample"},
+    {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+    {"set_alpha_to_one": True},
+    {"set_alpha_to_one": False},
+    {"interpolation_type": "log_linear"},
+    {"timestep_type": "continuous", "use_karras_sigmas": True},
+    *({"variance_type": kind} for kind in ("fixed_large", "fixed_small_log", "learned_range")),
+    *({"solver_order": order} for order in (1, 2, 3)),
+    *({"solver_order": order, "solver_type": "bh1"} for order in (1, 2, 3)),
+    {"solver_order": 2, "solver_type": "heun"},
+    {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+    {"algorithm_type": "noise_prediction", "predictor_order": 3, "corrector_order": 3},
+    {"algorithm_type": "data_prediction", "predictor_order": 1, "corrector_order": 0},
+    {"predict_x0": False},
+    {"disable_corrector": [0, 1]},
+    {"lower_order_final": False},
+    {"euler_at_final": True},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_options(name):
+    """All that a scheduler knows of, with few enough steps to be all first and last ones."""
+    takes = inspect.signature(getattr(diffusers, name).__init__).parameters
+    for options in OPTIONS:
+        if not set(options) <= set(takes):
+            continue
+        try:
+            scheduler = make(name, **options)
+        except (ValueError, NotImplementedError):  # a value that only others know
+            continue
+        for steps in (1, 2, 3, 7):
+            try:
+                scheduler.set_timesteps(steps)
+            except ValueError:
+                continue
+            assert_follows_or_cannot_run(scheduler)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # shift_terminal, 1 step
+@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shift": 3.0},
+        {"use_dynamic_shifting": True},
+        {"shift_terminal": 0.1},
+        {"stochastic_sampling": True},
+        {"use_karras_sigmas": True},
+        {"use_beta_sigmas": True},
+    ],
+    ids=str,
+)
 def test_flow_matching(name, options):
-    scheduler = getattr(diffusers, name)(**options)
-    for steps in (4, 25):
-        scheduler.set_timesteps(steps)
-        got = table_loop(scheduler, torch.Generator())
-        want = own_loop(copy.deepcopy(scheduler), torch.Generator())
-        assert relative_error(got, want) <= 2e-6
+    if not set(options) <= set(inspect.signature(getattr(diffusers, name).__init__).parameters):
+        return
+    scheduler = make(name, **options)
+    for steps in (1, 4, 25):
+        scheduler.set_timesteps(steps, **({"mu": 0.7} if "use_dynamic_shifting" in options else {}))
+        assert_follows_or_cannot_run(scheduler)
 
 
-def test_timesteps_by_hand_and_a_start_in_the_middle():
-    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS)
+def takes_by_hand(what):
+    """Schedulers whose `set_timesteps` takes `what`."""
+    methods = {name: getattr(diffusers, name).set_timesteps for name in NAMES + FLOW}
+    return [name for name in methods if what in inspect.signature(methods[name]).parameters]
+
+
+@pytest.mark.parametrize("name", takes_by_hand("timesteps"))
+def test_timesteps_by_hand(name):
+    scheduler = make(name)
     scheduler.set_timesteps(timesteps=[900, 700, 420, 111, 7])
-    got = table_loop(scheduler, torch.Generator())
-    assert relative_error(got, own_loop(copy.deepcopy(scheduler), torch.Generator())) <= 2e-6
-    scheduler = diffusers.EulerDiscreteScheduler(**BETAS)
+    assert_follows(scheduler)
+
+
+@pytest.mark.parametrize("name", takes_by_hand("sigmas"))
+def test_sigmas_by_hand(name):
+    flow = "use_flow_sigmas" in inspect.signature(getattr(diffusers, name).__init__).parameters
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if flow else {}
+    scheduler = make(name, **options)
+    short = flow or name in FLOW
+    by_hand = [1.0, 0.8, 0.5, 0.2] if short else [14.1, 7.0, 3.0, 1.0, 0.3, 0.0]
+    scheduler.set_timesteps(sigmas=np.array(by_hand))
+    assert_follows(scheduler)
+
+
+@pytest.mark.parametrize("name", NAMES + FLOW)
+def test_a_part_of_the_timesteps(name):
+    """Image to image starts in the middle, `denoising_end` stops there: the pipeline's own list."""
+    scheduler = make(name)
     scheduler.set_timesteps(20)
-    whole = probe(scheduler)
-    scheduler.set_begin_index(12)  # as img2img does
-    scheduler.timesteps = scheduler.timesteps[12:]
-    part = probe(scheduler)
-    torch.testing.assert_close(part.rows(1.0), whole.rows(1.0)[12:], rtol=1e-6, atol=1e-9)
+    assert_follows(scheduler, scheduler.timesteps[:13])
+    for start in (12, 13):  # inside a step of an order-2 scheduler, too
+        scheduler.set_timesteps(20)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
+        assert_follows_or_cannot_run(scheduler, scheduler.timesteps[start:])
+
+
+@pytest.mark.parametrize("name", NAMES + FLOW)
+def test_a_scheduler_that_has_run(name):
+    """Half a run leaves a history behind; `set_timesteps`, again and again, clears it."""
+    scheduler = make(name)
+    scheduler.set_timesteps(16)
+    x = first_sample(scheduler)
+    for t in scheduler.timesteps[:5]:
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+        x = scheduler.step(network(scale(x, t), t), t, x, return_dict=False)[0]
+    try:
+        assert_follows(scheduler, scheduler.timesteps[5:])  # without a history it goes on
+    except NotLinear as error:
+        assert "in the middle of a run, call set_timesteps first" in str(error)  # noqa: PT017
+    for steps in (11, 11, 6):
+        scheduler.set_timesteps(steps)
+        assert_follows(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DDIMScheduler", {"eta": 0.3}),
+        ("DDIMScheduler", {"eta": 1.0, "use_clipped_model_output": True}),
+        ("TCDScheduler", {"eta": 0.0}),
+        ("TCDScheduler", {"eta": 1.0}),
+        ("EulerDiscreteScheduler", {"s_churn": 5.0}),
+        ("EulerDiscreteScheduler", {"s_churn": 40.0, "s_noise": 1.01, "s_tmin": 0.05, "s_tmax": 8}),
+        ("FlowMatchHeunDiscreteScheduler", {"s_churn": 40.0, "s_tmax": 0.8}),
+    ],
+    ids=str,
+)
+def test_step_options(name, options):
+    scheduler = make(name)
+    scheduler.set_timesteps(12)
+    assert_follows(scheduler, **options)
 
 
 def test_step_options_are_part_of_the_table():
-    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False)
+    scheduler = make("DDIMScheduler")
     scheduler.set_timesteps(10)
     plain, noisy = probe(scheduler), probe(scheduler, {"eta": 0.8})
     assert not any(plain.draws)
@@ -137,11 +301,15 @@ def test_step_options_are_part_of_the_table():
     [
         ("DDIMScheduler", {"clip_sample": True}),
         ("DDPMScheduler", {"clip_sample": True}),
+        ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 100.0}),
+        ("HeunDiscreteScheduler", {"clip_sample": True}),
+        ("LCMScheduler", {"clip_sample": True}),
+        ("UniPCMultistepScheduler", {"thresholding": True}),
         ("DPMSolverMultistepScheduler", {"thresholding": True}),
     ],
 )
 def test_what_clips_is_refused(name, options):
-    scheduler = getattr(diffusers, name).from_config(BETAS | options)
+    scheduler = make(name, **options)
     for steps in (4, 25):
         scheduler.set_timesteps(steps)
         with pytest.raises(NotLinear):
@@ -165,7 +333,7 @@ def test_depth_is_the_schedulers_own():
 
 
 def test_another_table_inside_is_another_scheduler():
-    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False)
+    scheduler = make("DDIMScheduler")
     scheduler.set_timesteps(5)
     before = probe(scheduler)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.3
@@ -173,9 +341,149 @@ def test_another_table_inside_is_another_scheduler():
 
 
 def test_probing_leaves_the_scheduler_as_it_was():
-    scheduler = diffusers.UniPCMultistepScheduler(**BETAS)
+    scheduler = make("UniPCMultistepScheduler")
     scheduler.set_timesteps(8)
     before = copy.deepcopy(vars(scheduler))
     probe(scheduler)
     assert before["_step_index"] == scheduler._step_index
     assert before["model_outputs"] == scheduler.model_outputs
+
+
+class InPlace(diffusers.DDIMScheduler):
+    def step(self, model_output, timestep, sample, **options):
+        moved = super().step(model_output, timestep, sample, **options)
+        model_output.zero_()
+        return (sample.copy_(moved[0]),)
+
+
+def test_a_step_may_work_in_place():
+    scheduler = InPlace(**BETAS, clip_sample=False)
+    scheduler.set_timesteps(9)
+    assert_follows(scheduler)
+
+
+class Overridden(diffusers.DDIMScheduler):
+    """Its step is `change` of the usual result."""
+
+    change = None
+
+    def step(self, model_output, timestep, sample, **options):
+        moved = super().step(model_output, timestep, sample, **options)[0]
+        return (type(self).change(moved, sample),)
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "a number of the whole batch": lambda moved, x: moved / x.norm(),
+        "a number of each sample": lambda moved, x: moved / x.std((1, 2, 3), keepdim=True),
+        "its neighbours": lambda moved, x: moved + 0.1 * x.roll(1, dims=-1),
+        "a mean over the sample": lambda moved, x: moved - 0.1 * x.mean(),
+        "an offset": lambda moved, x: moved + 1e-3,
+        "a branch": lambda moved, x: moved if x.abs().max() < 50 else moved / 2,
+        "a value": lambda moved, x: moved * (1 + float(x.flatten()[0])),
+        "an array": lambda moved, x: torch.from_numpy(moved.numpy() * 2),
+        "a wide clip": lambda moved, x: moved.clamp(-40, 40),
+        "its sign": lambda moved, x: moved.abs(),
+        "a power": lambda moved, x: moved + 1e-4 * moved**2,
+        "noise of its own": lambda moved, x: moved + torch.randn_like(moved),
+        "noise that nobody sees": lambda moved, x: moved + 0 * torch.rand(1),
+        "another shape": lambda moved, x: moved[:, :1],
+        "a division by zero": lambda moved, x: moved / 0,
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_what_is_not_linear_is_refused(change):
+    """Each in one sentence; and nobody else's random numbers are touched."""
+    scheduler = type("Overridden", (Overridden,), {"change": staticmethod(change[1])})(
+        **BETAS, clip_sample=False
+    )
+    scheduler.set_timesteps(6)
+    before = torch.get_rng_state()
+    with pytest.raises(NotLinear) as caught:
+        probe(scheduler)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert str(caught.value).startswith("Overridden: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_scaling_that_is_not_linear_is_refused():
+    class Clipping(diffusers.EulerDiscreteScheduler):
+        def scale_model_input(self, sample, timestep):
+            return super().scale_model_input(sample, timestep).clamp(-20, 20)
+
+    scheduler = Clipping(**BETAS)
+    scheduler.set_timesteps(6)
+    with pytest.raises(NotLinear, match="scale_model_input"):
+        probe(scheduler)
+
+
+def test_a_replaced_step_is_refused_and_not_run():
+    scheduler = make("EulerDiscreteScheduler")
+    scheduler.set_timesteps(6)
+    own = scheduler.step
+    scheduler.step = lambda *args, **options: own(*args, **options)
+    with pytest.raises(NotLinear, match="step was replaced"):
+        probe(scheduler)
+    assert scheduler._step_index is None
+
+
+def test_without_timesteps_there_is_no_table():
+    scheduler = make("EulerDiscreteScheduler")
+    scheduler.set_timesteps(6)
+    with pytest.raises(NotLinear, match="call set_timesteps first"):
+        probe(scheduler, timesteps=scheduler.timesteps[6:])
+
+
+def test_longer_histories_are_refused():
+    scheduler = make("PNDMScheduler", skip_prk_steps=False)  # Runge-Kutta: four calls to a step
+    scheduler.set_timesteps(20)
+    with pytest.raises(NotLinear, match="depth 3"):
+        probe(scheduler)
+
+
+def test_what_is_remembered_is_never_anothers():
+    """Functions and classes of the same name, tables inside lists and refusals."""
+    table = {}
+    for tau in (0.0, 0.5, 1.0):  # each function may lie where the last one lay
+        scheduler = make("SASolverScheduler", tau_func=lambda t, tau=tau: tau)
+        scheduler.set_timesteps(8)
+        table[tau] = probe(scheduler)
+        del scheduler
+    assert not table[0.0].noises.any()
+    assert 0 < float(table[0.5].noises.abs().max()) < float(table[1.0].noises.abs().max())
+
+    for factor in (2.0, 3.0):
+        change = {"change": staticmethod(lambda moved, x, factor=factor: factor * moved)}
+        scheduler = type("Overridden", (Overridden,), change)(**BETAS, clip_sample=False)
+        scheduler.set_timesteps(5)
+        assert_follows(scheduler)
+
+    class Listed(diffusers.DDIMScheduler):
+        def step(self, model_output, timestep, sample, **options):
+            moved = super().step(model_output, timestep, sample, **options)
+            return (moved[0] * self.factors[0],)
+
+    for factor in (1.0, 1.000000001):  # alike in print
+        scheduler = Listed(**BETAS, clip_sample=False)
+        scheduler.set_timesteps(5)
+        scheduler.factors = [torch.tensor(factor, dtype=torch.float64)]
+        assert_follows(scheduler)
+
+    scheduler = make("DDIMScheduler", clip_sample=True)
+    scheduler.set_timesteps(5)
+    for _ in range(2):
+        with pytest.raises(NotLinear, match="DDIMScheduler: "):
+            probe(scheduler)
+
+
+def test_a_default_device_elsewhere_changes_nothing():
+    scheduler = make("UniPCMultistepScheduler")
+    scheduler.set_timesteps(7)
+    with torch.device("meta"):
+        table = probe(scheduler)
+    assert table.outputs.device.type == "cpu"
+    assert (
+        relative_error(table_loop(table, scheduler)[0], own_loop(scheduler, table.timesteps, {})[0])
+        < 1e-10
+    )
