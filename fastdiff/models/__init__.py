@@ -1,15 +1,20 @@
 """Compact networks that run on the weights of the diffusers modules they were borrowed from."""
 
 from fastdiff.models.borrow import Loan, Unsupported
+from fastdiff.models.controlnet import ControlNet, borrow_controlnet
+from fastdiff.models.trunk import Trunk
 from fastdiff.models.unet import UNet, borrow_unet
 from fastdiff.models.vae import Decoder, Encoder, borrow_decoder, borrow_encoder
 
 __all__ = [
+    "ControlNet",
     "Decoder",
     "Encoder",
     "Loan",
+    "Trunk",
     "UNet",
     "Unsupported",
+    "borrow_controlnet",
     "borrow_decoder",
     "borrow_encoder",
     "borrow_unet",

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.kernels.attention import attention
+from fastdiff.kernels.concat import concat
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.group_norm_silu import group_norm_silu
-from fastdiff.kernels.layer_norm import layer_norm
 from fastdiff.kernels.linear import linear
 from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights, kind
 
-PLAIN_PROCESSORS = {"AttnProcessor", "AttnProcessor2_0"}
+PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
 
 def require(condition: bool, what: str) -> None:
@@ -47,7 +47,9 @@ class Resnet:
     """This block's columns of the projected time embedding of all blocks."""
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        row = None if rows is None or self.row is None else rows[:, self.row]
+        row = None
+        if rows is not None and self.row is not None:
+            row = rows[:, self.row].expand(x.shape[0], -1)
         h = conv2d(group_norm(x, self.norm1, silu=True), self.conv1.weight, self.conv1.bias)
         h = group_norm(h, self.norm2, silu=True, row=row)
         skip = x if self.shortcut is None else linear(x, self.shortcut.weight, self.shortcut.bias)
@@ -88,111 +90,14 @@ class Columns:
         return slice(start, self._width)
 
 
-@dataclass(frozen=True)
-class Block:
-    """Self-attention, cross-attention, GEGLU; each behind a LayerNorm and around a residual."""
-
-    heads: int
-    norm1: Norm
-    qkv: Weights
-    out1: Weights
-    norm2: Norm
-    q: Weights
-    text: slice
-    """This block's columns (K, then V) of the projected text of all blocks."""
-    out2: Weights
-    norm3: Norm
-    geglu: Weights
-    ff: Weights
-
-    def __call__(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        split = (-1, (self.heads, x.shape[-1] // self.heads))
-        h = _layer_norm(x, self.norm1)
-        q, k, v = (
-            part.unflatten(*split)
-            for part in linear(h, self.qkv.weight, self.qkv.bias).chunk(3, -1)
-        )
-        h = attention(q, k, v).flatten(2)
-        x = linear(h, self.out1.weight, self.out1.bias, residual=x)
-        h = _layer_norm(x, self.norm2)
-        q = linear(h, self.q.weight, self.q.bias).unflatten(*split)
-        k, v = (part.unflatten(*split) for part in text[..., self.text].chunk(2, -1))
-        h = attention(q, k, v, mask).flatten(2)
-        x = linear(h, self.out2.weight, self.out2.bias, residual=x)
-        h = _layer_norm(x, self.norm3)
-        h = linear(h, self.geglu.weight, self.geglu.bias, act="geglu")
-        return linear(h, self.ff.weight, self.ff.bias, residual=x)
-
-
-def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def _check_attention(module: Any) -> None:
+def check_attention(module: Any, *processors: str) -> None:
+    """Raise Unsupported unless it is a plain Attention with one of the `processors`."""
     processor = kind(module.processor)
-    require(processor in PLAIN_PROCESSORS, f"the attention processor {processor}")
+    require(processor in (processors or PLAIN_PROCESSORS), f"the attention processor {processor}")
     require(module.spatial_norm is None, "spatial norms in attention")
     require(module.norm_q is None and module.norm_k is None, "normalised queries and keys")
     require(not module.norm_cross, "normalised text in cross-attention")
     require(module.rescale_output_factor == 1.0, "a rescale_output_factor other than 1")
-
-
-def borrow_block(module: Any, loan: Loan, text: Columns) -> Block:
-    """From a BasicTransformerBlock."""
-    expect(module, "BasicTransformerBlock")
-    require(module.norm_type == "layer_norm", f"transformer norms of type {module.norm_type}")
-    require(module.attn2 is not None, "a transformer block without cross-attention")
-    require(not module.only_cross_attention, "cross-attention in place of self-attention")
-    require(module.pos_embed is None, "positional embeddings in a transformer block")
-    require(getattr(module, "fuser", None) is None, "a gated (GLIGEN) transformer block")
-    expect(module.ff.net[0], "GEGLU")
-    own, cross = module.attn1, module.attn2
-    for part in (own, cross):
-        _check_attention(part)
-        require(part.group_norm is None, "a group norm inside a transformer block's attention")
-    require(own.heads == cross.heads, "self- and cross-attention with different heads")
-    return Block(
-        heads=own.heads,
-        norm1=loan.norm(module.norm1),
-        qkv=loan.linear(own.to_q, own.to_k, own.to_v),
-        out1=loan.linear(own.to_out[0]),
-        norm2=loan.norm(module.norm2),
-        q=loan.linear(cross.to_q),
-        text=text.take(cross.to_k, cross.to_v),
-        out2=loan.linear(cross.to_out[0]),
-        norm3=loan.norm(module.norm3),
-        geglu=loan.linear(module.ff.net[0].proj),
-        ff=loan.linear(module.ff.net[2]),
-    )
-
-
-@dataclass(frozen=True)
-class Transformer:
-    norm: Norm
-    proj_in: Weights
-    blocks: tuple[Block, ...]
-    proj_out: Weights
-
-    def __call__(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        h = group_norm(x, self.norm, silu=False).flatten(1, 2)
-        h = linear(h, self.proj_in.weight, self.proj_in.bias)
-        for block in self.blocks:
-            h = block(h, text, mask)
-        return linear(
-            h.unflatten(1, x.shape[1:3]), self.proj_out.weight, self.proj_out.bias, residual=x
-        )
-
-
-def borrow_transformer(module: Any, loan: Loan, text: Columns) -> Transformer:
-    """From a Transformer2DModel over pictures, its projections linear or 1×1 convolutions."""
-    expect(module, "Transformer2DModel")
-    require(module.is_input_continuous, "a transformer over patches or codes")
-    return Transformer(
-        norm=loan.norm(module.norm),
-        proj_in=loan.linear(module.proj_in),
-        blocks=tuple(borrow_block(block, loan, text) for block in module.transformer_blocks),
-        proj_out=loan.linear(module.proj_out),
-    )
 
 
 @dataclass(frozen=True)
@@ -214,7 +119,7 @@ class PictureAttention:
 
 def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
     """From an Attention with a GroupNorm and a residual connection."""
-    _check_attention(module)
+    check_attention(module)
     require(module.residual_connection, "picture attention without its residual")
     return PictureAttention(
         heads=module.heads,
@@ -272,6 +177,14 @@ def only(modules: Any) -> Any:
         return None
     require(len(modules) == 1, f"{len(modules)} resamplers in a row")
     return modules[0]
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """x [B, ...] for a batch of B (as it is) or 2B (once for each half of guidance)."""
+    if x.shape[0] == batch:
+        return x
+    row = x.reshape(1, -1)
+    return concat(row, row).view(batch, *x.shape[1:])
 
 
 def channels_last(x: Tensor) -> Tensor:

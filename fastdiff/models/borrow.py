@@ -4,6 +4,7 @@ A lent parameter keeps its identity, shape, values and name; only its memory mov
 `save_pretrained` and edits in place go on working, and the kernels see those edits.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,37 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.models.lora import Merges, base_of, parts, without_adapters
+from fastdiff.models.watch import Unsupported, hooks, kind, watch
+
+__all__ = ["Loan", "Norm", "Unsupported", "Weights", "kind"]
 
 _LARGE = 32 << 20
 """Bytes of a stack whose sources wait on the host while it is made: SDXL's text projections are an
 eighth of its weights, which must not be on a GPU twice."""
-
-_READ = (
-    "eps",
-    "num_groups",
-    "padding",
-    "padding_mode",
-    "stride",
-    "heads",
-    "processor",
-    "output_scale_factor",
-    "rescale_output_factor",
-    "residual_connection",
-    "time_embedding_norm",
-    "skip_time_act",
-    "flip_sin_to_cos",
-    "downscale_freq_shift",
-    "training",
-    *("s1", "s2", "b1", "b2"),  # FreeU
-)
-"""Attributes of modules that a compact network depends on: each must stay the object it is."""
-
-_ABSENT = ("forward", "_conv_forward", "s1")
-"""Attributes that hooks, offloading, seamless tiling and FreeU would add to a module."""
-
-
-class Unsupported(ValueError):
-    """A module that this runtime does not compute; the message says what about it."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +48,31 @@ class _Lent:
     """Before it was lent."""
 
 
+_EPOCHS = itertools.count(1)
+
+
 class Loan:
     """The parameters of `root` that are lent to the runtime, and what must hold while they are.
 
-    A rehearsal raises Unsupported where the loan would and moves nothing.
+    Weights under LoRA adapters are not lent: the runtime has the effective weights in memory of its
+    own, which `refresh` writes. A rehearsal raises Unsupported where the loan would and moves
+    nothing.
     """
+
+    epoch: int
+    """Grows with every loan taken in this process, and when `refresh` has rewritten weights."""
 
     def __init__(self, root: nn.Module, rehearsal: bool = False) -> None:
         self._rehearsal = rehearsal
         self._lent: dict[int, _Lent] = {}
-        modules = list(root.modules())
+        self._seen: set[int] = set()
+        self._merges = Merges()
+        modules = without_adapters(root)
         drops = [m for m in modules if isinstance(m, nn.Dropout) and m.p > 0]
         if any(module.training for module in (root, *drops)):
             raise Unsupported("a module in training mode")
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        if self.hooked() or any({"forward", "_conv_forward"} & vars(m).keys() for m in modules):
-            raise Unsupported("a hook that wraps one of its modules")
-        self._watch = _watch(modules)
+        self._hooks, self._watch = hooks(modules), watch(modules)
+        self.epoch = next(_EPOCHS)
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
         # our CPU loop wants a row per input channel; GPU libraries a row per output channel
@@ -96,25 +82,27 @@ class Loan:
 
     def linear(self, *layers: nn.Module) -> Weights:
         """Lend linear layers (or 1×1 convolutions) of equal input width, stacked along N."""
-        for layer in layers:
-            if type(layer) is nn.Conv2d and layer.kernel_size == (1, 1):
-                _check_conv(layer, kernel=1, stride=1, padding=0)
-            elif type(layer) is not nn.Linear:
-                raise Unsupported(f"a {kind(layer)} where a Linear was expected")
-        weights: list[Any] = [layer.weight for layer in layers]
+        bases = [base_of(layer) for layer in layers]
+        for base in bases:
+            if type(base) is nn.Conv2d and base.kernel_size == (1, 1):
+                _check_conv(base, kernel=1, stride=1, padding=0)
+            elif type(base) is not nn.Linear:
+                raise Unsupported(f"a {kind(base)} where a Linear was expected")
+        weights: list[Any] = [base.weight for base in bases]
         rows, inner = [w.shape[0] for w in weights], weights[0].shape[1]
         if any(w.shape[1] != inner for w in weights):
             raise Unsupported("layers of different input widths that read the same input")
-        biases: list[Any] = [layer.bias for layer in layers]
+        biases: list[Any] = [base.bias for base in bases]
         if len({bias is None for bias in biases}) > 1:
             raise Unsupported("layers with and without a bias side by side")
         self._check(*weights, *(bias for bias in biases if bias is not None))
+        lent = [layer.weight for layer in layers if base_of(layer) is layer]
         if self._input_major:
-            stacked = self._place(weights, inner, sum(rows)).t()
+            stacked = self._place(lent, inner, sum(rows)).t()
         else:
-            stacked = self._place(weights, sum(rows), inner)
-        for parameter, view in zip(weights, stacked.split(rows), strict=True):
-            self._lend(parameter, view.view(*view.shape, *parameter.shape[2:]))
+            stacked = self._place(lent, sum(rows), inner)
+        for layer, weight, view in zip(layers, weights, stacked.split(rows), strict=True):
+            self._fill(layer, view.view(*view.shape, *weight.shape[2:]))
         if biases[0] is None:
             return Weights(stacked, None)
         joined = self._place(biases, sum(rows))
@@ -124,19 +112,21 @@ class Loan:
 
     def conv(self, layer: nn.Module, kernel: int = 3, stride: int = 1, padding: int = 1) -> Weights:
         """Lend a square, zero-padded convolution without groups or dilation."""
-        if type(layer) is not nn.Conv2d:
-            raise Unsupported(f"a {kind(layer)} where a Conv2d was expected")
-        _check_conv(layer, kernel, stride, padding)
-        self._check(layer.weight)
-        out, inner = layer.weight.shape[:2]
+        base = base_of(layer)
+        if type(base) is not nn.Conv2d:
+            raise Unsupported(f"a {kind(base)} where a Conv2d was expected")
+        _check_conv(base, kernel, stride, padding)
+        self._check(base.weight)
+        out, inner = base.weight.shape[:2]
+        lent = [base.weight] if base is layer else []
         if self._input_major:
-            memory = self._place([layer.weight], kernel, kernel, inner, out).permute(3, 2, 0, 1)
+            weight = self._place(lent, kernel, kernel, inner, out).permute(3, 2, 0, 1)
         else:
-            memory = self._place([layer.weight], out, kernel, kernel, inner).permute(0, 3, 1, 2)
-        self._lend(layer.weight, memory)
-        if layer.bias is not None:
-            self._keep(layer.bias)
-        return Weights(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+            weight = self._place(lent, out, kernel, kernel, inner).permute(0, 3, 1, 2)
+        self._fill(layer, weight)
+        if base.bias is not None:
+            self._keep(base.bias)
+        return Weights(weight, None if base.bias is None else base.bias.detach())
 
     def norm(self, layer: nn.Module) -> Norm:
         """Use a GroupNorm or LayerNorm where its parameters are."""
@@ -155,6 +145,21 @@ class Loan:
         return bool(self._watch.intact()) and all(
             lent.parameter.data_ptr() == lent.address for lent in self._lent.values()
         )
+
+    def refresh(self, scale: float = 1.0) -> None:
+        """Bring the effective weights under LoRA adapters up to date, in place.
+
+        To be called once the last weight is borrowed and before each use; takes microseconds where
+        nothing changed (on a GPU it waits for what is queued there).
+
+        Args:
+            scale: multiplies every active adapter, as diffusers' LoRA `scale` does.
+
+        Raises:
+            Unsupported: an adapter does now what the runtime cannot.
+        """
+        if self._merges.refresh(scale):
+            self.epoch = next(_EPOCHS)
 
     def hooked(self) -> bool:
         """Whether a forward hook would be passed over."""
@@ -189,9 +194,17 @@ class Loan:
             self._lent[id(source)] = _Lent(source, 0, _dense(source, stride))
         return memory
 
+    def _fill(self, layer: Any, view: Tensor) -> None:
+        """Make `view` a layer's weight: lend it, or with LoRA have the effective one kept there."""
+        if base_of(layer) is layer:
+            self._lend(layer.weight, view)
+        elif self._rehearsal:
+            parts(layer)
+        else:
+            self._merges.add(layer, view)
+
     def _lend(self, parameter: Tensor, view: Tensor) -> None:
         if self._rehearsal:
-            self._lent[id(parameter)] = _Lent(parameter, 0, ())
             return
         view.copy_(parameter.detach())
         parameter.data = view
@@ -213,15 +226,9 @@ class Loan:
                     f" {self.device}"
                 )
         identities = {id(parameter) for parameter in parameters}
-        if len(identities) < len(parameters) or identities & self._lent.keys():
+        if len(identities) < len(parameters) or identities & self._seen:
             raise Unsupported("a parameter that two layers share")
-
-
-def kind(thing: Any) -> str:
-    """Class name, with its package unless that is torch or diffusers: others reuse the names."""
-    package = type(thing).__module__.split(".")[0]
-    name = type(thing).__name__
-    return name if package in ("torch", "diffusers") else f"{package} {name}"
+        self._seen |= identities
 
 
 def _check_conv(layer: nn.Conv2d, kernel: int, stride: int, padding: int) -> None:
@@ -245,31 +252,3 @@ def _dense(parameter: Tensor, stride: tuple[int, ...]) -> tuple[int, ...]:
     last = former.ndim == 4 and former.is_contiguous(memory_format=torch.channels_last)
     plain = torch.empty(parameter.shape, device="meta").stride()
     return stride if last or former.is_contiguous() else plain
-
-
-class _SlowWatch:
-    """`fastdiff._C.Watch` where it was not built."""
-
-    def __init__(self, items: list[Any], objects: list[Any], dicts: list[Any]) -> None:
-        self._items, self._dicts = items, [(names, len(names)) for names in dicts]
-        self._types = [(thing, type(thing)) for thing in objects]
-
-    def intact(self) -> bool:
-        return (
-            all(names.get(key) is value for names, key, value in self._items)
-            and all(type(thing) is known for thing, known in self._types)
-            and all(len(names) == count for names, count in self._dicts)
-        )
-
-
-def _watch(modules: list[nn.Module]) -> Any:
-    """Note children, parameters and what is read of each module, and its class."""
-    items: list[tuple[dict[str, Any], str, Any]] = []
-    for module in modules:
-        names = vars(module)
-        items += [(names, name, names.get(name)) for name in _READ if name in names]
-        items += [(names, name, None) for name in _ABSENT if name not in names]
-        for kept in (module._modules, module._parameters):
-            items += [(kept, name, value) for name, value in kept.items()]
-    dicts = [kept for module in modules for kept in (module._modules, module._parameters)]
-    return (_SlowWatch if NATIVE is None else NATIVE.Watch)(items, modules, dicts)

@@ -143,8 +143,7 @@ def test_unet_with_controlnet_residuals_mask_and_lcm_condition(budget):
             text,
             timestep_cond=condition,
             text_mask=((1 - keep) * -10000.0)[:, None, None, :],
-            down_residuals=down,
-            mid_residual=middle,
+            controls=[*down, middle],
         )
 
     budget(run, Eager(), sample, torch.tensor(301), text)

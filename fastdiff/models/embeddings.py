@@ -1,0 +1,63 @@
+"""Time embeddings of diffusers' U-Nets: sinusoids, then two linear layers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff.kernels.linear import linear
+from fastdiff.models.blocks import require
+from fastdiff.models.borrow import Loan, Weights
+
+
+@dataclass(frozen=True)
+class Sinusoid:
+    """Timesteps [...] -> [..., width] as in Attention Is All You Need, float32."""
+
+    width: int
+    cosine_first: bool
+    shift: float
+
+    def __call__(self, timesteps: Tensor) -> Tensor:
+        half = self.width // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        frequencies = torch.exp(-math.log(10000.0) * steps / (half - self.shift))
+        angles = timesteps[..., None].float() * frequencies
+        parts = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
+        return F.pad(torch.cat(parts, dim=-1), (0, self.width % 2))
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Two linear layers with a SiLU between them, and the LCM condition added before."""
+
+    first: Weights
+    second: Weights
+    condition: Weights | None
+
+    def __call__(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if condition is not None and self.condition is not None:
+            x = linear(condition, self.condition.weight, self.condition.bias) + x
+        h = linear(x, self.first.weight, self.first.bias, act="silu")
+        return linear(h, self.second.weight, self.second.bias)
+
+
+def borrow_sinusoid(module: Any) -> Sinusoid:
+    """From a Timesteps."""
+    require(module.scale == 1, "scaled sinusoids")
+    return Sinusoid(module.num_channels, module.flip_sin_to_cos, module.downscale_freq_shift)
+
+
+def borrow_embedding(module: Any, loan: Loan) -> Embedding:
+    """From a TimestepEmbedding."""
+    require(type(module.act) is nn.SiLU, "an activation other than SiLU in the time embedding")
+    require(module.post_act is None, "an activation after the time embedding")
+    condition = module.cond_proj
+    return Embedding(
+        loan.linear(module.linear_1),
+        loan.linear(module.linear_2),
+        None if condition is None else loan.linear(condition),
+    )

@@ -1,0 +1,108 @@
+"""IP-Adapters: pictures as further tokens that every cross-attention reads beside the text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.linear import linear
+from fastdiff.models.blocks import Columns, expect, require
+from fastdiff.models.borrow import Loan, Weights, kind
+
+PROCESSOR = "IPAdapterAttnProcessor2_0"
+"""diffusers' attention processor of a cross-attention under IP-Adapters."""
+
+
+@dataclass(frozen=True)
+class IPAdapters:
+    """The IP-Adapters of one U-Net; scales are read from diffusers' processors at every use."""
+
+    projection: Any
+    """diffusers' MultiIPAdapterImageProjection: called, not borrowed."""
+    processors: tuple[Any, ...]
+    """One of every cross-attention, in the order of the columns."""
+    widths: tuple[int, ...]
+    """Columns of K, and as many of V, of every cross-attention: laid out as the text's."""
+    packed: tuple[Weights, ...]
+    """to_k_ip and to_v_ip of every cross-attention, by adapter."""
+
+    def rows(self, image_embeds: Any) -> tuple[Tensor, ...]:
+        """Keys and scaled values of every cross-attention, by adapter.
+
+        Args:
+            image_embeds: as `added_cond_kwargs["image_embeds"]`: of each adapter [B, N, ...], for N
+                pictures.
+
+        Returns:
+            [B, N·tokens, all columns] of each adapter; no tokens where all its scales are 0.
+
+        Raises:
+            Unsupported: scales or tokens that the runtime does not compute with.
+        """
+        pictures = self.projection(image_embeds)
+        return tuple(self._rows(i, tokens) for i, tokens in enumerate(pictures))
+
+    def _rows(self, adapter: int, tokens: Tensor) -> Tensor:
+        weight = self.packed[adapter].weight
+        require(
+            tokens.ndim == 4
+            and tokens.shape[-1] == weight.shape[1]
+            and (tokens.dtype, tokens.device) == (weight.dtype, weight.device),
+            f"an IP-Adapter's pictures are {tokens.dtype} {list(tokens.shape)} on {tokens.device}",
+        )
+        tokens = tokens.flatten(1, 2)
+        scales = self._scales(adapter)
+        if not any(scales):
+            return tokens.new_empty(tokens.shape[0], 0, weight.shape[0])
+        # attention is linear in V, so the scale may go there: then no recording holds it
+        factors = [(float(scale != 0), float(scale)) for scale in scales]
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        column = torch.repeat_interleave(
+            torch.tensor(factors, dtype=exact).flatten(),
+            torch.tensor(self.widths).repeat_interleave(2),
+        ).to(weight.device)
+        rows = (linear(tokens, weight) * column).to(weight.dtype)
+        return rows.masked_fill_(column == 0, 0)  # as diffusers skips a block, whatever is in it
+
+    def _scales(self, adapter: int) -> list[float]:
+        count = len(self.packed)
+        require(
+            all(len(processor.scale) == count for processor in self.processors),
+            "IP-Adapter scales of another number than adapters",
+        )
+        scales = [processor.scale[adapter] for processor in self.processors]
+        require(
+            all(isinstance(scale, int | float) for scale in scales),
+            "an IP-Adapter scale that is not a number (one for each mask)",
+        )
+        return scales
+
+
+def borrow_ip_adapters(projection: Any, attentions: Sequence[Any], loan: Loan) -> IPAdapters | None:
+    """From a U-Net's encoder_hid_proj and its cross-attentions; None where it has no IP-Adapter."""
+    processors = tuple(attention.processor for attention in attentions)
+    carried = [kind(processor) == PROCESSOR for processor in processors]
+    if projection is None:
+        require(not any(carried), "IP-Adapter processors without a projection (encoder_hid_proj)")
+        return None
+    expect(projection, "MultiIPAdapterImageProjection")
+    require(all(carried), "IP-Adapters in some of the cross-attentions only")
+    count = len(projection.image_projection_layers)
+    packed = [Columns() for _ in range(count)]
+    for attention, processor in zip(attentions, processors, strict=True):
+        require(
+            len(processor.to_k_ip) == len(processor.to_v_ip) == count,
+            "IP-Adapter processors of another number of adapters than their projection",
+        )
+        for columns, *layers in zip(packed, processor.to_k_ip, processor.to_v_ip, strict=True):
+            require(
+                all(layer.weight.shape[0] == attention.inner_dim for layer in layers),
+                "IP-Adapter keys and values of another width than the text's",
+            )
+            columns.take(*layers)
+    weights = tuple(loan.linear(*columns.layers) for columns in packed)
+    require(all(w.bias is None for w in weights), "IP-Adapter projections with a bias")
+    widths = tuple(attention.inner_dim for attention in attentions)
+    return IPAdapters(projection, processors, widths, weights)

@@ -1,0 +1,273 @@
+"""PEFT's LoRA layers: the weight that such a layer computes with, and whether it still is that.
+
+The layers are told by their class; peft is not imported. A LoRA layer holds the layer it stands for
+(`base_layer`) and, by adapter name, `lora_A` [r, D], `lora_B` [N, r] and `scaling`. Plain LoRA
+computes (W + Σ scaling·B·A)·x. That sum is what the runtime multiplies with; W stays where it is
+and the sum is always made from W, so that adapters which come and go leave nothing behind.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models.watch import Unsupported, hooks, watch
+
+_LAYERS = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.layer", "Conv2d")}
+_WINDOW = ("stride", "padding", "dilation", "padding_mode", "groups")
+_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters")
+"""Attributes of a LoRA layer that say which adapters count."""
+
+_PROBE = 64
+"""Leading values of every tensor that are compared at each use: PEFT's hotswap and fuse write
+whole tensors through `.data`, which changes neither address nor version. (Less than a whole tensor
+written through `.data` may go unseen; written in place or assigned, everything is seen.)"""
+
+_VERSION = operator.attrgetter("_version")
+
+
+def is_lora(layer: Any) -> bool:
+    """Whether it is PEFT's LoRA layer for a Linear or a Conv2d."""
+    return (type(layer).__module__, type(layer).__name__) in _LAYERS
+
+
+def base_of(layer: Any) -> Any:
+    """The layer that a LoRA layer stands for; any other layer itself."""
+    return layer.base_layer if is_lora(layer) else layer
+
+
+def without_adapters(root: nn.Module) -> list[nn.Module]:
+    """The modules of `root`, less what LoRA layers keep of their adapters."""
+    adapters = {
+        id(module)
+        for layer in root.modules()
+        if is_lora(layer)
+        for name, child in layer.named_children()
+        if name != "base_layer"
+        for module in child.modules()
+    }
+    return [module for module in root.modules() if id(module) not in adapters]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """scaling·B·A of one adapter, from the modules that hold B (`up`) and A (`down`)."""
+
+    name: str
+    down: Any
+    up: Any
+    dropout: nn.Module
+    scaling: Any
+    """A float, or a tensor [] once hotswapping was prepared, which stays on the CPU if it was."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        scaling = (self.scaling,) if isinstance(self.scaling, Tensor) else ()
+        return self.down.weight, self.up.weight, *scaling
+
+
+def parts(layer: Any) -> list[_Part]:
+    """What its adapters add to a LoRA layer's weight now, chosen as PEFT's own forward does.
+
+    Raises:
+        Unsupported: one of them does something other than adding scaling·B·A.
+    """
+    if layer._disable_adapters or layer.merged_adapters:
+        return []
+    names = layer._active_adapter
+    names = [names] if isinstance(names, str) else names
+    return [_part(layer, name) for name in names if name in layer.lora_A]
+
+
+def _part(layer: Any, name: str) -> _Part:
+    base, dropout = layer.base_layer, layer.lora_dropout[name]
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    part = _Part(name, down, up, dropout, layer.scaling[name])
+    if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
+        raise Unsupported(f"the adapter {name!r}, which is not plain LoRA (DoRA or the like)")
+    if type(down) is not type(base) or type(up) is not type(base):
+        raise Unsupported(f"the adapter {name!r} of other layers than a {type(base).__name__}'s")
+    if down.bias is not None or up.bias is not None:
+        raise Unsupported(f"the adapter {name!r} with a bias of its own (lora_bias)")
+    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
+        raise Unsupported(f"the adapter {name!r} with dropout in training mode; call eval()")
+    if not isinstance(dropout, nn.Dropout | nn.Identity):
+        raise Unsupported(f"the adapter {name!r} with a {type(dropout).__name__} for dropout")
+    window = _WINDOW if isinstance(base, nn.Conv2d) else ()
+    rows, rank = up.weight.flatten(1).shape
+    if (
+        any(getattr(down, key) != getattr(base, key) for key in window)
+        or (rank, *base.weight.shape[1:]) != down.weight.shape
+        or rows != base.weight.shape[0]
+    ):
+        raise Unsupported(f"the adapter {name!r} of another shape than its layer")
+    for tensor in (down.weight, up.weight):
+        if tensor.device != base.weight.device or not tensor.is_floating_point():
+            raise Unsupported(f"the adapter {name!r} of {tensor.dtype} on {tensor.device}")
+    hooks((down, up, dropout))
+    return part
+
+
+def _write(out: Tensor, base: Tensor, added: list[_Part], scale: float) -> None:
+    """out = base + scale·Σ scaling·B·A, summed in float32 or wider, rounded once."""
+    exact = torch.promote_types(base.dtype, torch.float32)
+    total = base.flatten(1).to(exact, copy=True)
+    for part in added:
+        up, down = (weight.to(exact).flatten(1) for weight in (part.up.weight, part.down.weight))
+        total.addmm_(up * (part.scaling if scale == 1 else part.scaling * scale), down)
+    out.copy_(total.view(base.shape))
+
+
+class Merges:
+    """Effective weights of LoRA layers in the runtime's memory, rewritten in place on a change."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Any, Tensor]] = []
+        self._recipes: list[Any] = []
+        self._noted: _Noted | None = None
+        self._scale = 1.0
+
+    def add(self, layer: nn.Module, out: Tensor) -> None:
+        """Let `out`, shaped like the layer's weight, hold its effective weight after `refresh`."""
+        self._layers.append((layer, out))
+        self._recipes.append(None)
+        self._noted = None
+
+    def refresh(self, scale: float = 1.0) -> bool:
+        """Bring every `out` up to date, all adapters scaled by `scale`; says whether any was not.
+
+        Raises:
+            Unsupported: an adapter does now what the runtime cannot.
+        """
+        if self._noted is not None and scale == self._scale and self._noted.holds():
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            return self._rewrite(scale)
+
+    def _rewrite(self, scale: float) -> bool:
+        unseen = self._noted is not None and not self._noted.values_hold()
+        added, rewritten = [], False
+        for i, (layer, out) in enumerate(self._layers):
+            if layer._disable_adapters and layer.merged_adapters:
+                layer.unmerge()  # as its own forward does then
+            base = layer.base_layer.weight
+            if base.dtype != out.dtype or base.device != out.device:
+                raise Unsupported(f"weights that moved to {base.dtype} on {base.device}")
+            added.append(parts(layer))
+            recipe = (*layer.merged_adapters, *_recipe(base, added[-1], scale))
+            if unseen or recipe != self._recipes[i]:
+                self._recipes[i] = None
+                _write(out, base, added[-1], scale)
+                self._recipes[i], rewritten = recipe, True
+        layers = [layer for layer, _ in self._layers]
+        self._scale, self._noted = scale, _note(layers, added)
+        return rewritten
+
+
+def _recipe(base: Tensor, added: list[_Part], scale: float) -> tuple[Any, ...]:
+    """Equal to the former one where the tensors and numbers are the same; see `_Noted`."""
+    tensors = [base, *(tensor for part in added for tensor in part.tensors)]
+    scalings = [p.scaling for p in added if not isinstance(p.scaling, Tensor)]
+    return (
+        *((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors),
+        *(scalings + [scale] if added else ()),
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What effective weights were made of, and cheap questions whether it still is that."""
+
+    watch: Any
+    names: list[tuple[list[str], tuple[str, ...]]]
+    """Lists of adapter names, which may be edited in place, with what they held."""
+    tensors: list[Tensor]
+    addresses: list[int]
+    """Of `tensors`; `probes` keep them from being given to others."""
+    versioned: list[Tensor]
+    versions: list[int]
+    probes: tuple[list[Any], list[Tensor]]
+    """The first values of `tensors`: of those on the CPU as memory, of others as views."""
+    values: tuple[bytes, Tensor | None]
+    """What `probes` held, one after another."""
+
+    def holds(self) -> bool:
+        return (
+            self.watch.intact()
+            and all(tuple(names) == before for names, before in self.names)
+            and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
+            and [*map(_VERSION, self.versioned)] == self.versions
+            and self.values_hold()
+        )
+
+    def values_hold(self) -> bool:
+        here, there = _read(self.probes)
+        if here != self.values[0]:
+            return False
+        return there is None or self.values[1] is None or torch.equal(there, self.values[1])
+
+
+def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
+    items: list[tuple[dict[str, Any], str, Any]] = []
+    dicts: list[dict[Any, Any]] = []
+    tensors: list[Tensor] = []
+    for layer, layer_parts in zip(layers, added, strict=True):
+        items += [(vars(layer), key, vars(layer).get(key)) for key in _STATE]
+        dicts.append(layer.lora_A._modules)  # an adapter may be active before it is there
+        tensors.append(layer.base_layer.weight)
+        for part in layer_parts:
+            items.append((layer.scaling, part.name, part.scaling))
+            for held, module in ((layer.lora_A, part.down), (layer.lora_B, part.up)):
+                items.append((held._modules, part.name, module))
+                items.append((module._parameters, "weight", module.weight))
+                items.append((vars(module), "forward", None))
+                dicts += hooks([module])
+            if isinstance(part.dropout, nn.Dropout):
+                names = vars(part.dropout)
+                items += [(names, key, names[key]) for key in ("p", "training")]
+            tensors += part.tensors
+    versioned = [tensor for tensor in tensors if not tensor.is_inference()]
+    firsts = [_first(tensor) for tensor in tensors]
+    probes = (
+        [first.view(torch.uint8).numpy().data for first in firsts if first.device.type == "cpu"],
+        [first for first in firsts if first.device.type != "cpu"],
+    )
+    return _Noted(
+        watch((), items, dicts),
+        [(names, tuple(names)) for names in _lists(layers)],
+        tensors,
+        [tensor.data_ptr() for tensor in tensors],
+        versioned,
+        [tensor._version for tensor in versioned],
+        probes,
+        _read(probes),
+    )
+
+
+def _lists(layers: list[Any]) -> Iterator[list[str]]:
+    """Every list of adapter names once: layers often share one."""
+    found = {
+        id(names): names
+        for layer in layers
+        for names in (layer._active_adapter, layer.merged_adapters)
+    }
+    return (names for names in found.values() if isinstance(names, list))
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """A view of the first values in a tensor's memory, which stays as long as the view."""
+    count = min(_PROBE, tensor.numel())
+    return tensor.detach().as_strided((count,), (1,), tensor.storage_offset())
+
+
+def _read(probes: tuple[list[Any], list[Tensor]]) -> tuple[bytes, Tensor | None]:
+    # asked before every step: bytes.join takes 30 ns a probe, torch.cat 400
+    here, there = probes
+    return b"".join(here), torch.cat(there) if there else None

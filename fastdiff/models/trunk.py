@@ -1,0 +1,189 @@
+"""What a U-Net has in common with its ControlNets: the embeddings, the down half and the middle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.linear import linear
+from fastdiff.models.blocks import (
+    Columns,
+    Down,
+    Resnet,
+    Up,
+    borrow_down,
+    borrow_resnet,
+    borrow_up,
+    expect,
+    only,
+    repeated,
+    require,
+)
+from fastdiff.models.borrow import Loan, Weights
+from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
+
+_BLOCKS = {
+    "down": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "mid": ("UNetMidBlock2DCrossAttn",),
+    "up": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+_FREEU = ("s1", "s2", "b1", "b2")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A block of the U-Net: resnets, each followed by a transformer or None, and a resampler."""
+
+    resnets: tuple[Resnet, ...]
+    transformers: tuple[Transformer | None, ...]
+    down: Down | None = None
+    up: Up | None = None
+
+
+@dataclass(frozen=True)
+class Trunk:
+    sinusoid: Sinusoid
+    time: Embedding
+    added_sinusoid: Sinusoid | None
+    added: Embedding | None
+    rows: Weights
+    """time_emb_proj of every resnet."""
+    text: Weights
+    """to_k and to_v of every cross-attention."""
+    conv_in: Weights
+    downs: tuple[Stage, ...]
+    mid: Stage | None
+
+    def down(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        text: Tensor,
+        images: Sequence[Tensor] = (),
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+        inner: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The down half and the middle, channels last; arguments as of `UNet.predict`.
+
+        Args:
+            condition: of the shape of conv_in's output, added to it.
+            inner: residuals of a T2I-Adapter.
+
+        Returns:
+            The middle's output, and what each layer of the down half hands to the up half.
+        """
+        inner = list(inner)
+        x = conv2d(x, self.conv_in.weight, self.conv_in.bias, residual=condition)
+        x = x if rows.shape[0] == 1 else repeated(x, rows.shape[0])
+        skips = [x]
+        for stage in self.downs:
+            for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
+                x = resnet(x, rows)
+                x = x if transformer is None else transformer(x, text, images, mask)
+                skips.append(x)
+            # diffusers adds before the resampler in a block with cross-attention, else after it
+            if inner and stage.transformers[-1] is not None:
+                x = skips[-1] = x + inner.pop(0)
+            if stage.down is not None:
+                x = stage.down(x)
+                skips.append(x)
+            if inner and stage.transformers[-1] is None:
+                x = skips[-1] = x + inner.pop(0)
+        if self.mid is not None:
+            x = self.mid.resnets[0](x, rows)
+            for transformer, resnet in zip(
+                self.mid.transformers, self.mid.resnets[1:], strict=True
+            ):
+                x = x if transformer is None else transformer(x, text, images, mask)
+                x = resnet(x, rows)
+            if inner and inner[0].shape == x.shape:
+                x = x + inner.pop(0)
+        return x, skips
+
+    @property
+    def skips(self) -> int:
+        """How many pictures the down half hands to the up half."""
+        return 1 + sum(len(s.resnets) + (s.down is not None) for s in self.downs)
+
+    def text_rows(self, encoder_hidden_states: Tensor) -> Tensor:
+        """Keys and values of every cross-attention: [B, T, all their widths]."""
+        return linear(encoder_hidden_states, self.text.weight, self.text.bias)
+
+    def time_rows(
+        self,
+        timestep: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Every resnet's projection of the time embedding: [..., all their channels].
+
+        `timestep` [...] and the conditions [B, ...] broadcast: [B] gives a row for each picture,
+        [S, 1] every picture's rows of S steps.
+        """
+        dtype = self.rows.weight.dtype
+        embedding = self.time(self.sinusoid(timestep).to(dtype), timestep_cond)
+        if self.added is not None and self.added_sinusoid is not None:
+            assert text_embeds is not None
+            assert time_ids is not None
+            sizes = self.added_sinusoid(time_ids.flatten()).reshape(len(text_embeds), -1)
+            added = torch.cat([text_embeds, sizes], dim=-1).to(dtype)
+            embedding = embedding + self.added(added)
+        return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
+
+
+def borrow_stage(block: Any, part: str, loan: Loan, rows: Columns, text: CrossColumns) -> Stage:
+    """From a block of the "down", "mid" or "up" part."""
+    expect(block, *_BLOCKS[part])
+    require(all(getattr(block, name, None) is None for name in _FREEU), "FreeU")
+    resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in block.resnets)
+    attentions = getattr(block, "attentions", None) or [None] * len(resnets)
+    down, up = (only(getattr(block, name, None)) for name in ("downsamplers", "upsamplers"))
+    return Stage(
+        resnets,
+        tuple(a if a is None else borrow_transformer(a, loan, text) for a in attentions),
+        down if down is None else borrow_down(down, loan),
+        up if up is None else borrow_up(up, loan),
+    )
+
+
+def borrow_trunk(
+    module: Any, loan: Loan, ups: Sequence[Any] = ()
+) -> tuple[dict[str, Any], tuple[Stage, ...], list[Any]]:
+    """From a UNet2DConditionModel or a ControlNetModel.
+
+    Returns:
+        The fields of its Trunk; the stages of the blocks `ups`; its cross-attentions in the order
+        of the text's columns.
+    """
+    config = module.config
+    require(
+        config.addition_embed_type in (None, "text_time"),
+        f"addition_embed_type {config.addition_embed_type!r}",
+    )
+    require(module.class_embedding is None, "class embeddings")
+    rows, text = Columns(), CrossColumns()
+    downs = tuple(borrow_stage(block, "down", loan, rows, text) for block in module.down_blocks)
+    middle = module.mid_block
+    mid = None if middle is None else borrow_stage(middle, "mid", loan, rows, text)
+    stages = tuple(borrow_stage(block, "up", loan, rows, text) for block in ups)
+    require(bool(text.layers), "a U-Net without cross-attention")
+    added = getattr(module, "add_embedding", None)
+    fields = {
+        "sinusoid": borrow_sinusoid(module.time_proj),
+        "time": borrow_embedding(module.time_embedding, loan),
+        "added_sinusoid": None if added is None else borrow_sinusoid(module.add_time_proj),
+        "added": None if added is None else borrow_embedding(added, loan),
+        "rows": loan.linear(*rows.layers),
+        "text": loan.linear(*text.layers),
+        "conv_in": loan.conv(module.conv_in),
+        "downs": downs,
+        "mid": mid,
+    }
+    return fields, stages, text.attentions

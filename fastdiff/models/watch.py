@@ -1,0 +1,99 @@
+"""Many "this is still the object it was" at once, asked before every step of a network."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from fastdiff.kernels.dispatch import NATIVE
+
+_READ = (
+    "eps",
+    "num_groups",
+    "padding",
+    "padding_mode",
+    "stride",
+    "heads",
+    "processor",
+    "output_scale_factor",
+    "rescale_output_factor",
+    "residual_connection",
+    "time_embedding_norm",
+    "skip_time_act",
+    "flip_sin_to_cos",
+    "downscale_freq_shift",
+    "training",
+    *("s1", "s2", "b1", "b2"),  # FreeU
+)
+"""Attributes of modules that a compact network depends on: each must stay the object it is."""
+
+_ABSENT = ("forward", "_conv_forward", "s1")
+"""Attributes that hooks, offloading, seamless tiling and FreeU would add to a module."""
+
+
+class Unsupported(ValueError):
+    """A module that this runtime does not compute; the message says what about it."""
+
+
+def kind(thing: Any) -> str:
+    """Class name, with its path unless it is torch's or diffusers': others reuse the names."""
+    path, name = type(thing).__module__, type(thing).__name__
+    return name if path.split(".")[0] in ("torch", "diffusers") else f"{path}.{name}"
+
+
+def watch(
+    modules: Sequence[nn.Module],
+    items: Iterable[tuple[dict[str, Any], str, Any]] = (),
+    dicts: Iterable[dict[Any, Any]] = (),
+) -> Any:
+    """Note class, children, parameters and what is read of each module.
+
+    Args:
+        items: further (dict, key, value) that must stay so; None also stands for a missing key.
+        dicts: further dicts that must keep their number of keys.
+
+    Returns:
+        An object whose `intact()` says whether all of that still holds.
+    """
+    items, dicts = list(items), list(dicts)
+    for module in modules:
+        names = vars(module)
+        items += [(names, name, names.get(name)) for name in _READ if name in names]
+        items += [(names, name, names.get(name)) for name in _ABSENT]
+        for kept in (module._modules, module._parameters):
+            items += [(kept, name, value) for name, value in kept.items()]
+            dicts.append(kept)
+    return (_SlowWatch if NATIVE is None else NATIVE.Watch)(items, list(modules), dicts)
+
+
+def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """The dicts in which forward hooks would be; raises Unsupported where there is one."""
+    modules = list(modules)
+    found: list[Any] = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+    if any(found) or any(map(_wrapped, modules)):
+        raise Unsupported("a hook that wraps one of its modules")
+    return found
+
+
+class _SlowWatch:
+    """`fastdiff._C.Watch` where it was not built."""
+
+    def __init__(self, items: list[Any], objects: list[Any], dicts: list[Any]) -> None:
+        self._items, self._dicts = items, [(names, len(names)) for names in dicts]
+        self._types = [(thing, type(thing)) for thing in objects]
+
+    def intact(self) -> bool:
+        return (
+            all(names.get(key) is value for names, key, value in self._items)
+            and all(type(thing) is known for thing, known in self._types)
+            and all(len(names) == count for names, count in self._dicts)
+        )
+
+
+def _wrapped(module: nn.Module) -> bool:
+    """Whether another function stands for the module's own; removed hooks leave its own behind."""
+    return any(
+        getattr(vars(module)[name], "__func__", None) is not getattr(type(module), name)
+        for name in ("forward", "_conv_forward")
+        if name in vars(module)
+    )
