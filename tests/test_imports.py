@@ -24,7 +24,10 @@ MAY_IMPORT = {
 # optional package -> the only files that may import it
 OPTIONAL = {
     "triton": ("kernels/*/gpu.py", "kernels/inspect.py"),
-    "diffusers": ("compiler/adapters.py", "demo/*.py", "bench/presets.py", "bench/pipelines.py"),
+    "diffusers": (
+        *("compiler/adapters.py", "compiler/pipelines.py", "compiler/denoise.py"),
+        *("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
+    ),
     "transformers": ("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
     "tensorrt": ("export/trt.py",),
     "tensorrt_rtx": ("export/trt.py",),

@@ -34,18 +34,19 @@ def inductor(pipe: Any) -> None:
 
 def fastdiff(pipe: Any) -> None:
     """`fastdiff.compile` with its defaults: lossless."""
-    from fastdiff.compiler import compile
+    _compile(pipe)
 
-    try:
-        compile(pipe)
-    except UserError as error:
-        raise Unavailable(str(error)) from error
+
+def networks(pipe: Any) -> None:
+    """fastdiff's networks in diffusers' own denoising loop: what the plan is measured against."""
+    _compile(pipe, ignore=("loop",))
 
 
 BACKENDS: dict[str, Callable[[Any], None]] = {
     "eager": eager,
     "channels_last": channels_last,
     "inductor": inductor,
+    "networks": networks,
     "fastdiff": fastdiff,
 }
 
@@ -58,6 +59,15 @@ def choose(names: str) -> tuple[str, ...]:
         got = repr(unknown[0]) if unknown else "empty"
         raise UserError(f"--backends is {got}; choose from {', '.join(BACKENDS)}")
     return tuple(dict.fromkeys(["eager", *asked]))
+
+
+def _compile(pipe: Any, ignore: tuple[str, ...] = ()) -> None:
+    from fastdiff.compiler import Options, compile
+
+    try:
+        compile(pipe, Options(ignore))
+    except UserError as error:
+        raise Unavailable(str(error)) from error
 
 
 def _need_compiler() -> None:

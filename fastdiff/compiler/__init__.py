@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastdiff.compiler.options import Options
+from fastdiff.compiler.options import LOOP, Options
 from fastdiff.compiler.slot import Slot, slot_of
 from fastdiff.errors import UserError
 
@@ -32,9 +32,12 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
         ValueError: the target is not known, `options.ignore` names no part of it, or nothing in it
             can be made fast; the message says why.
     """
+    parts = _parts(target, options)
+    from fastdiff.compiler.pipelines import take_loop
+
     slots = [
         Slot(name, module, kind)
-        for name, (module, kind) in _parts(target, options).items()
+        for name, (module, kind) in parts.items()
         if slot_of(module) is None
     ]
     for slot in slots:
@@ -50,6 +53,8 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
         raise UserError(f"nothing in this {type(target).__name__} can be made fast: {reasons}")
     for slot in slots:
         slot.module._compiled_call_impl = slot
+    if not {"unet", LOOP} & set(options.ignore):
+        take_loop(target)
     return target
 
 
@@ -59,11 +64,15 @@ def restore(target: T) -> T:
     Returns:
         `target` itself; eager outputs are bit for bit what they were before `compile`.
     """
-    for module, _ in _parts(target).values():
+    parts = _parts(target)
+    from fastdiff.compiler.pipelines import release_loop
+
+    for module, _ in parts.values():
         slot = slot_of(module)
         if slot is not None:
             del module._compiled_call_impl
             slot.release()
+    release_loop(target)
     return target
 
 
@@ -92,9 +101,19 @@ class Report:
 
 def report(target: Any) -> Report:
     """List what runs on fastdiff, what runs eagerly, and why."""
+    parts = _parts(target)
     from fastdiff.compiler.adapters import eager_parts
+    from fastdiff.compiler.pipelines import Loop, loop_of
 
-    ours = [_part(name, slot_of(module)) for name, (module, _) in _parts(target).items()]
+    def loop_part(loop: Loop | None) -> Part:
+        if loop is None:
+            return Part(LOOP, "diffusers", "a few numbers per step")
+        notes = [f"{count} ran in diffusers' own loop: {why}" for why, count in loop.own.items()]
+        return Part(LOOP, "fastdiff", "; ".join([f"{loop.planned} loops", *notes]))
+
+    ours = [_part(name, slot_of(module)) for name, (module, _) in parts.items()]
+    if hasattr(target, "scheduler"):
+        ours.append(loop_part(loop_of(target)))
     theirs = [Part(name, "diffusers", why) for name, why in eager_parts(target).items()]
     return Report((*ours, *theirs))
 
@@ -103,6 +122,7 @@ def _part(name: str, slot: Slot | None) -> Part:
     if slot is None:
         return Part(name, "eager", "not compiled")
     notes = [f"{count} calls ran eagerly: {why}" for why, count in slot.eager.items()]
+    notes += [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
     if slot.refused is not None:
         return Part(name, "eager", "; ".join([slot.refused, *notes]))
     return Part(name, "fastdiff", "; ".join([f"{slot.fast} calls", *notes]))
@@ -119,7 +139,7 @@ def _parts(target: Any, options: Options = _DEFAULT) -> dict[str, Any]:
         found = parts(target)
     except ValueError as unknown:
         raise UserError(str(unknown)) from None
-    names = {name.split(".")[0] for name in found}
+    names = {name.split(".")[0] for name in found} | {LOOP}
     for name in options.ignore:
         if name not in names:
             raise UserError(

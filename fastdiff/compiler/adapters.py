@@ -1,16 +1,27 @@
 """What fastdiff knows about diffusers: which pipelines, which components, how they are called."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    MultiControlNetModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from fastdiff.compiler.controlnets import borrow_step_controlnet, call_controlnet
+from fastdiff.compiler.fits import controls_of, fit_trunk, fits, inners_of
 from fastdiff.compiler.slot import Kind
 from fastdiff.models import (
+    Decoder,
+    Encoder,
     Loan,
     UNet,
     Unsupported,
@@ -18,15 +29,32 @@ from fastdiff.models import (
     borrow_encoder,
     borrow_unet,
 )
-from fastdiff.runtime.tape import Tapes
+from fastdiff.runtime.hoist import Conditions
+from fastdiff.runtime.loop import Plans
+from fastdiff.runtime.recordings import Recorded
 
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionAdapterPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableDiffusionXLAdapterPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
 )
 """Pipelines whose U-Net and autoencoder this runtime computes, inside their own denoising loop."""
 
@@ -35,7 +63,10 @@ EAGER_PARTS = {
     "text_encoder_2": "once per prompt",
     "image_encoder": "once per picture",
     "safety_checker": "once per picture",
-    "scheduler": "diffusers' own step, a few numbers per step",
+    "adapter": "once per picture",
+    "controlnet": "of a kind that fastdiff does not compute",
+    "controlnet.controlnet_cond_embedding": "small convolutions over the picture, in every step",
+    "unet.encoder_hid_proj": "projects an IP-Adapter's pictures to a few tokens",
     "vae.quant_conv": "a 1×1 convolution of a few channels",
     "vae.post_quant_conv": "a 1×1 convolution of a few channels",
 }
@@ -52,13 +83,17 @@ def parts(target: Any) -> dict[str, tuple[nn.Module, Kind]]:
         return _unet(target)
     if isinstance(target, AutoencoderKL):
         return _autoencoder(target)
+    if isinstance(target, ControlNetModel):
+        return _controlnets(target)
     if type(target).__name__ not in PIPELINES:
         raise ValueError(
             f"fastdiff does not know {type(target).__name__}; it accelerates"
-            f" {', '.join(PIPELINES)}, UNet2DConditionModel and AutoencoderKL"
+            f" {', '.join(PIPELINES)}, UNet2DConditionModel, ControlNetModel and AutoencoderKL"
         )
-    return _unet(target.unet) | (
-        _autoencoder(target.vae) if isinstance(target.vae, AutoencoderKL) else {}
+    return (
+        _unet(target.unet)
+        | _controlnets(getattr(target, "controlnet", None))
+        | (_autoencoder(target.vae) if isinstance(target.vae, AutoencoderKL) else {})
     )
 
 
@@ -66,34 +101,77 @@ def _unet(unet: Any) -> dict[str, tuple[nn.Module, Kind]]:
     return {"unet": (unet, UNET)}
 
 
+def _controlnets(net: Any) -> dict[str, tuple[nn.Module, Kind]]:
+    nets: dict[str, Any] = {"controlnet": net} if isinstance(net, ControlNetModel) else {}
+    if isinstance(net, MultiControlNetModel):  # one may be there more than once
+        once = {id(each): each for each in getattr(net, "nets", ())}
+        nets = {f"controlnet.{i}": each for i, each in enumerate(once.values())}
+    return {name: (each, CONTROLNET) for name, each in nets.items()}
+
+
 def _autoencoder(vae: Any) -> dict[str, tuple[nn.Module, Kind]]:
     # encoder and decoder, not the whole: slicing, tiling and the quant convolutions stay diffusers'
-    return {"vae.encoder": (vae.encoder, ENCODER), "vae.decoder": (vae.decoder, DECODER)}
+    return {"vae.encoder": (vae.encoder, CODER), "vae.decoder": (vae.decoder, CODER)}
 
 
 def eager_parts(target: Any) -> dict[str, str]:
     """Parts that `target` has and that stay with diffusers, with the reason."""
     components = {"vae": target} if isinstance(target, AutoencoderKL) else vars(target)
+    taken = {path.partition(".")[0] for path in parts(target)}
 
     def has(path: str) -> bool:
         component, _, part = path.partition(".")
         found = components.get(component) or getattr(target, component, None)
         return found is not None and (not part or getattr(found, part, None) is not None)
 
-    return {path: why for path, why in EAGER_PARTS.items() if has(path)}
+    return {path: why for path, why in EAGER_PARTS.items() if path not in taken and has(path)}
 
 
 @dataclass(frozen=True)
 class StepUNet:
-    """The compact U-Net, and its per-step part with a tape for every shape."""
+    """The compact U-Net, its per-step part recorded, and whole denoising loops with it."""
 
     network: UNet
-    predict: Tapes
+    plans: Plans
+    recorded: dict[tuple[int, int], Recorded] = field(default_factory=dict)
+    """By how many residuals of ControlNets and T2I-Adapters it is given."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.conv_in.weight.dtype
+
+    def predict(
+        self, *given: Tensor, text_mask: Tensor | None, controls: int, inners: int
+    ) -> Tensor:
+        """`UNet.predict`, recorded unless there is a mask."""
+        predict = self.network.predict
+        if text_mask is not None:
+            return predict(*given, text_mask=text_mask, controls=controls, inners=inners)
+        recorded = Recorded(partial(predict, controls=controls, inners=inners))
+        return self.recorded.setdefault((controls, inners), recorded)(*given)
 
 
 def borrow_step_unet(module: nn.Module, loan: Loan) -> StepUNet:
     network = borrow_unet(module, loan)
-    return StepUNet(network, Tapes(network.predict))
+    return StepUNet(network, Plans(network))
+
+
+@dataclass(frozen=True)
+class Coder:
+    """The compact decoder or encoder, recorded."""
+
+    network: Decoder | Encoder
+    run: Recorded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.conv_in.weight.dtype
+
+
+def borrow_coder(module: nn.Module, loan: Loan) -> Coder:
+    borrow = borrow_decoder if type(module).__name__ == "Decoder" else borrow_encoder
+    network = borrow(module, loan)
+    return Coder(network, Recorded(network))
 
 
 def call_unet(
@@ -115,36 +193,26 @@ def call_unet(
 ) -> UNet2DConditionOutput | tuple[Tensor]:
     """`UNet2DConditionModel.forward` on the compact network."""
     network = unet.network
+    lora_scale(cross_attention_kwargs)
     refused = {
         "class_labels": class_labels,
         "attention_mask": attention_mask,
-        "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
-        "cross_attention_kwargs": cross_attention_kwargs or None,
         **unknown,
     }
     for name, value in refused.items():
         if value is not None:
             raise Unsupported(f"it was given {name}")
-    if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
-        raise Unsupported("it was given ControlNet residuals in part")
     added = dict(added_cond_kwargs or {})
     text_embeds, time_ids = added.pop("text_embeds", None), added.pop("time_ids", None)
+    images = network.image_rows(added.pop("image_embeds", None))
     if added:
         raise Unsupported(f"it was given {', '.join(added)} in added_cond_kwargs")
-    if network.added is not None and (text_embeds is None or time_ids is None):
-        raise Unsupported("text_embeds or time_ids are missing in added_cond_kwargs")
-    if timestep_cond is not None and network.time.condition is None:
-        raise Unsupported("it was given timestep_cond, for which it has no projection")
-    weight = network.conv_in.weight
-    _fits("sample", sample, weight, channels=weight.shape[1], dim=4)
-    _fits("encoder_hidden_states", encoder_hidden_states, weight, network.text.weight.shape[1], 3)
-    if sample.numel() == 0 or encoder_hidden_states.numel() == 0:
-        raise Unsupported("it was given an empty tensor")
-    if timestep_cond is not None and network.time.condition is not None:
-        _fits("timestep_cond", timestep_cond, weight, network.time.condition.weight.shape[1], 2)
-    for residual in (*(down_block_additional_residuals or ()), mid_block_additional_residual):
-        if residual is not None:
-            _fits("a ControlNet residual", residual, weight, residual.shape[1], 4)
+    conditions = Conditions(encoder_hidden_states, text_embeds, time_ids, timestep_cond)
+    check_fit(network, sample, conditions, images)
+    controls = controls_of(
+        network, sample, down_block_additional_residuals, mid_block_additional_residual
+    )
+    inners = inners_of(network, sample, down_intrablock_additional_residuals)
     mask = None
     if encoder_attention_mask is not None:
         mask = (1 - encoder_attention_mask.to(sample.dtype)) * -10000.0
@@ -156,41 +224,53 @@ def call_unet(
         text_embeds=text_embeds,
         time_ids=time_ids,
         timestep_cond=timestep_cond,
+        images=images,
+        controls=controls,
+        inners=inners,
         text_mask=mask,
-        down_residuals=down_block_additional_residuals,
-        mid_residual=mid_block_additional_residual,
         predict=unet.predict,
     )
     return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
-def call_coder(network: Any, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+def lora_scale(cross_attention_kwargs: dict[str, Any] | None) -> float:
+    """What `cross_attention_kwargs` multiply LoRA adapters by; Unsupported for all else in them."""
+    others = dict(cross_attention_kwargs or {})
+    scale = others.pop("scale", 1.0)
+    if others:
+        raise Unsupported(f"it was given {', '.join(others)} in cross_attention_kwargs")
+    if not isinstance(scale, int | float) or scale == 0:
+        raise Unsupported(f"a LoRA scale of {scale!r}, at which diffusers resets the adapters")
+    return float(scale)
+
+
+def _scale_of_call(*_: Any, cross_attention_kwargs: Any = None, **__: Any) -> float:
+    # by position diffusers ignores the scale
+    return lora_scale(cross_attention_kwargs)
+
+
+def check_fit(
+    network: UNet, sample: Tensor, given: Conditions, images: Sequence[Tensor] = ()
+) -> None:
+    """Raise Unsupported where diffusers itself would refuse a tensor, or convert it."""
+    if network.ip_adapters is not None and not images:
+        raise Unsupported("image_embeds are missing in added_cond_kwargs, which IP-Adapters need")
+    if any(image.shape[0] != given.text.shape[0] for image in images):
+        raise Unsupported("it was given another number of image_embeds than of texts")
+    fit_trunk(network, sample, given)
+
+
+def call_coder(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
     """`Encoder.forward` and `Decoder.forward` of AutoencoderKL on the compact network."""
     if latent_embeds is not None:
         raise Unsupported("it was given latent_embeds")
-    weight = network.conv_in.weight
-    _fits("sample", sample, weight, channels=weight.shape[1], dim=4)
+    weight = coder.network.conv_in.weight
+    fits("sample", sample, weight, channels=weight.shape[1], dim=4)
     if sample.numel() == 0:
         raise Unsupported("it was given an empty tensor")
-    result: Tensor = network(sample)
-    return result
+    return coder.run(sample)
 
 
-def _fits(name: str, tensor: Tensor, weight: Tensor, channels: int, dim: int) -> None:
-    """Raise Unsupported where diffusers itself would refuse the tensor, or convert it."""
-    at = 1 if dim == 4 else -1
-    if tensor.ndim != dim or tensor.shape[at] != channels:
-        raise Unsupported(
-            f"{name} has the shape {list(tensor.shape)}; expected {channels} channels in {dim}"
-            " dimensions"
-        )
-    if tensor.dtype != weight.dtype or tensor.device != weight.device:
-        raise Unsupported(
-            f"{name} is {tensor.dtype} on {tensor.device}, the weights are {weight.dtype} on"
-            f" {weight.device}"
-        )
-
-
-UNET = Kind(borrow_step_unet, call_unet)
-DECODER = Kind(borrow_decoder, call_coder)
-ENCODER = Kind(borrow_encoder, call_coder)
+CONTROLNET = Kind(borrow_step_controlnet, partial(call_controlnet, output=ControlNetOutput))
+UNET = Kind(borrow_step_unet, call_unet, scale=_scale_of_call)
+CODER = Kind(borrow_coder, call_coder, guarded=True)

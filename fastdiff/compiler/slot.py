@@ -16,6 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_leaves
 
+from fastdiff.compiler.promotion import (
+    Promotion,
+    as_type,
+    first_overflow,
+    float32_copy,
+    overflowed,
+    version_of,
+)
+from fastdiff.kernels.dispatch import is_counting
 from fastdiff.models.borrow import Loan, Unsupported
 
 
@@ -27,6 +36,10 @@ class Kind:
     """(module, loan) -> network on borrowed weights; raises Unsupported."""
     call: Callable[..., Any]
     """(network, *the module's own arguments) -> the module's own output; raises Unsupported."""
+    guarded: bool = False
+    """Whether each output is looked at for overflow: worth a wait for what runs once an image."""
+    scale: Callable[..., float] = lambda *args, **kwargs: 1.0
+    """(*the module's own arguments) -> what this call multiplies the LoRA adapters by."""
 
 
 @dataclass
@@ -44,21 +57,21 @@ class Slot:
     """Calls that ran eagerly since compile, by reason."""
     fast: int = 0
     """Calls that ran on the compact network since compile."""
+    promotion: Promotion | None = None
+    """What stands in for the network since float16 overflowed."""
+    promoted: Counter[str] = field(default_factory=Counter)
+    """Promotions since compile, by the layer that overflowed."""
     _taking: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reason = self._obstacle(tree_leaves((args, kwargs)))
-        network = None if reason else self._ready()
-        if reason is None and network is None:
-            reason = self.refused
-        if reason is None:
-            try:
-                result = self.kind.call(network, *args, **kwargs)
-            except Unsupported as unsupported:
-                reason = str(unsupported)
-            else:
-                self.fast += 1
-                return result
+        try:
+            network = self.offer(args, kwargs, scale=self.kind.scale(*args, **kwargs))
+            result = self._guarded(network, args, kwargs)
+        except Unsupported as unsupported:
+            reason = str(unsupported)
+        else:
+            self.fast += 1
+            return result
         if reason not in self.eager:
             warnings.warn(
                 f"fastdiff: {self.name} runs eagerly: {reason}", RuntimeWarning, stacklevel=3
@@ -66,7 +79,63 @@ class Slot:
         self.eager[reason] += 1
         return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def take(self) -> None:
+    def __bool__(self) -> bool:
+        # peft and others take a true one for torch.compile's, after which hotswapping would be late
+        return False
+
+    def offer(self, *given: Any, scale: float = 1.0) -> Any:
+        """The network on the module as it is now, for a call with the tensors in `given`.
+
+        `scale` multiplies the module's LoRA adapters until the next offer.
+
+        Raises Unsupported where only the module's own call gives the same result.
+        """
+        reason = self._obstacle(tree_leaves(given))
+        network = None if reason else self._ready(scale)
+        if network is None:
+            raise Unsupported(reason or self.refused or "")
+        if self.promotion is not None:
+            if self.promotion.version == self.version:
+                return self.promotion.network
+            self.promotion = None
+        return network
+
+    def promote(self, where: str, scale: float = 1.0) -> None:
+        """Offer a float32 copy until the weights change, since float16 overflowed in `where`."""
+        module, version = float32_copy(self.module), self.version
+        with torch.inference_mode(False), torch.no_grad():
+            loan = Loan(module)
+            network = self.kind.borrow(module, loan)
+            loan.refresh(scale)
+        self.promotion = Promotion(network, module, where, version)
+        self.promoted[where] += 1
+
+    def _guarded(self, network: Any, args: Any, kwargs: Any) -> Any:
+        """The call, in float32 where float16 overflows."""
+        if self.promotion is None:
+            result = self.kind.call(network, *args, **kwargs)
+            watched = self.kind.guarded and network.dtype == torch.float16
+            if not watched or not overflowed(result) or overflowed((args, kwargs)):
+                return result
+            self.promote(
+                first_overflow(self.module, lambda: self.kind.call(network, *args, **kwargs))
+            )
+        assert self.promotion is not None
+        args, kwargs = as_type((args, kwargs), torch.float16, torch.float32)
+        result = self.kind.call(self.promotion.network, *args, **kwargs)
+        return as_type(result, torch.float32, torch.float16)
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of the weights that is made in sight of autograd."""
+        return self.epoch + version_of(self.module)
+
+    @property
+    def epoch(self) -> int:
+        """Grows when the weights were borrowed anew, or LoRA adapters merged anew in place."""
+        return 0 if self.loan is None else self.loan.epoch
+
+    def take(self, scale: float = 1.0) -> None:
         """Borrow the module's weights as it is now; on refusal leave it as it was."""
         self.release()
         with torch.inference_mode(False), torch.no_grad():
@@ -78,23 +147,34 @@ class Slot:
             self.refused, self.loan = None, Loan(self.module)
             try:
                 self.network = self.kind.borrow(self.module, self.loan)
+                self.loan.refresh(scale)
             except BaseException:
                 self.release()
                 raise
 
     def release(self) -> None:
         """Give the weights back."""
-        loan, self.loan, self.network = self.loan, None, None
+        loan, self.loan, self.network, self.promotion = self.loan, None, None, None
         if loan is not None:
             with torch.inference_mode(False), torch.no_grad():
                 loan.end()
 
-    def _ready(self) -> Any:
+    def _ready(self, scale: float) -> Any:
         """The network on the module as it is now, or None where that is refused."""
         with self._taking:
-            if self.loan is None or self.loan.hooked() or not self.loan.intact():
-                self.take()
+            if self.loan is None or not self._holds(self.loan, scale):
+                self.take(scale)
             return self.network
+
+    def _holds(self, loan: Loan, scale: float) -> bool:
+        """Whether the loan is good as it is, or after LoRA adapters were merged anew in place."""
+        if loan.hooked() or not loan.intact():
+            return False
+        try:
+            loan.refresh(scale)
+        except Unsupported:
+            return False
+        return True
 
     def _obstacle(self, leaves: list[Any]) -> str | None:
         """What in how the module is called, rather than in what it is, asks for an eager call."""
@@ -107,7 +187,7 @@ class Slot:
         if (
             torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
-            or torch._C._len_torch_dispatch_stack() > 0
+            or (torch._C._len_torch_dispatch_stack() > 0 and not is_counting())
             or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
         ):
             return "it is traced or counted"

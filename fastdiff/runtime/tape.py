@@ -6,9 +6,7 @@ otherwise Python finding out again what it found out the step before.
 """
 
 import math
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff.kernels.dispatch import KERNELS, NATIVE, Call, recording
+from fastdiff.kernels.dispatch import KERNELS, recording
 
 TAPE_BYTES = 64 << 20
 """A tape keeps its activations. Where they are larger, Python's share of a step is small anyway."""
-TAPES = 8
-"""Shapes remembered per network; the one unused for longest goes first."""
 
 
 class _NotTapeable(Exception):
@@ -32,61 +28,38 @@ class _NotTapeable(Exception):
 
 
 @dataclass(frozen=True)
-class _Tape:
-    inputs: tuple[Tensor, ...]
+class Tape:
+    """A `Recording` on a CPU."""
+
+    calls: Any
     output: Tensor
-    calls: list[Call]
+    buffers: Sequence[Any]
     memory: list[NDArray[np.uint8]]
-    """What the calls read and write by address: it must outlive them."""
+    """What the calls read and write by address: it and the buffers must outlive them."""
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        for kernel, arguments in self.calls:
-            kernel(*arguments)
-        return self.output.clone()
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.memory)
 
-
-class Tapes:
-    """`function` with a tape for every shape it is called with.
-
-    It must be a pure function of its tensors and of weights that stay where they are. Calls that
-    cannot be taped, and those of a second thread meanwhile, run `function` itself.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
-        self._tapes: OrderedDict[Any, _Tape | None] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if NATIVE is None or inputs[0].device.type != "cpu":
-            return self.function(*inputs)
-        if not self._lock.acquire(blocking=False):
-            return self.function(*inputs)
-        try:
-            key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
-            if key not in self._tapes:
-                self._tapes[key] = _record(self.function, inputs)
-                while len(self._tapes) > TAPES:
-                    self._tapes.popitem(last=False)
-            self._tapes.move_to_end(key)
-            tape = self._tapes[key]
-            return self.function(*inputs) if tape is None else tape(*inputs)
-        finally:
-            self._lock.release()
+    def run(self) -> Tensor:
+        self.calls.run()
+        return self.output
 
 
-def _record(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Tape | None:
+def record(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Tape | None:
+    """The C++ kernels of `function(*buffers)`; None where other things compute there, too."""
     try:
         # a tape made under inference_mode must serve calls outside of it, too
-        with torch.inference_mode(False), torch.no_grad():
-            own = tuple(torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in inputs)
-            with recording() as calls, _Memory() as memory:
-                output = function(*own)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            recording() as calls,
+            _Memory() as memory,
+        ):
+            output = function(*buffers)
     except _NotTapeable:
         return None
-    return _Tape(own, output, calls, memory.blocks)
+    return Tape(calls, output, buffers, memory.blocks)
 
 
 class _Memory(TorchDispatchMode):

@@ -98,5 +98,5 @@ def test_backends_are_chosen_by_name_and_eager_comes_first():
     assert choose("channels_last, eager") == ("eager", "channels_last")
     assert choose("inductor") == ("eager", "inductor")
     for bad in ("eager,warp", ""):
-        with pytest.raises(UserError, match="choose from eager, channels_last, inductor, fastdiff"):
+        with pytest.raises(UserError, match="choose from eager, channels_last, inductor, networks"):
             choose(bad)

@@ -1,8 +1,24 @@
-"""One small U-Net for all tests of compile."""
+"""One small U-Net, and tiny pipelines, for all tests of compile."""
 
+import copy
+import warnings
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+import fastdiff
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.demo import DEMO_FOLDER
 
 
 @pytest.fixture
@@ -21,3 +37,164 @@ def small():
 def unet(small):
     torch.manual_seed(3)
     return UNet2DConditionModel(**small).eval()
+
+
+def noisy(module, seed=0):
+    """Random weights under which every layer keeps its input's scale, zero convolutions too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1:
+            fan_in = weight.numel() // weight.shape[0]
+            torch.nn.init.normal_(weight, 0.0, fan_in**-0.5, generator)
+        else:
+            torch.nn.init.normal_(weight, float(not name.endswith("bias")), 0.1, generator)
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return CLIPTokenizer.from_pretrained(DEMO_FOLDER / "tokenizer", model_max_length=77)
+
+
+def text_encoder(cls, vocabulary):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
+    depth = {"num_hidden_layers": 3, "num_attention_heads": 2, "eos_token_id": vocabulary - 1}
+    return noisy(cls(CLIPTextConfig(vocab_size=vocabulary, **sizes, **depth)))
+
+
+@pytest.fixture
+def components(tokenizer):
+    """components(xl, dtype, unet={…}): a tiny pipeline's parts; a latent is 2×2 pixels."""
+
+    def make(xl=False, dtype=torch.float64, unet=None):
+        xl_config = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        }
+        config = {
+            "sample_size": 8,
+            "block_out_channels": (32, 64),
+            "attention_head_dim": 4,
+            "cross_attention_dim": 64 if xl else 32,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+        vae = AutoencoderKL(
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=8,
+            sample_size=16,
+            force_upcast=False,  # to float32, from float64 too
+        )
+        parts = {
+            "vae": noisy(vae).to(dtype),
+            "text_encoder": text_encoder(CLIPTextModel, len(tokenizer)).to(dtype),
+            "tokenizer": tokenizer,
+            "unet": noisy(
+                UNet2DConditionModel(**(config | (xl_config if xl else {}) | (unet or {})))
+            ).to(dtype),
+            "scheduler": DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
+        }
+        if xl:
+            second = text_encoder(CLIPTextModelWithProjection, len(tokenizer)).to(dtype)
+            return parts | {"text_encoder_2": second, "tokenizer_2": tokenizer}
+        return parts | {"safety_checker": None, "feature_extractor": None}
+
+    return make
+
+
+@pytest.fixture
+def hold():
+    """hold(pipe, **call): compile, and draw what diffusers' own loop draws from the same call.
+
+    `loop` is "plan" or a word of the reason why it was diffusers' own; no call may run eagerly.
+    """
+
+    def draw(pipe, call):
+        pipe.set_progress_bar_config(disable=True)
+        given = {name: copy.deepcopy(value) for name, value in call.items()}
+        given.setdefault("generator", torch.Generator().manual_seed(5))
+        options = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent"}
+        if "prompt_embeds" not in given:
+            options["prompt"] = "red heart"
+        options = {name: value for name, value in (options | given).items() if value is not None}
+        result = pipe(**options)
+        return result[0] if isinstance(result, tuple) else result.images
+
+    def run(pipe, loop, tolerance=1e-9, **call):
+        want = draw(pipe if slot_of(pipe.unet) is None else copy.deepcopy(pipe), call)
+        fastdiff.compile(pipe)
+        before = loop_of(pipe)
+        planned, own = (before.planned, Counter(before.own)) if before else (0, Counter())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            got = draw(pipe, call)
+        got, want = (np.stack([np.asarray(p, dtype="float64") for p in x]) for x in (got, want))
+        assert np.isfinite(want).all()
+        assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+        now = loop_of(pipe)
+        assert not any("eagerly" in part.why for part in fastdiff.report(pipe).parts)
+        if loop == "plan":
+            assert now.planned == planned + 1, now.own
+        elif loop == "diffusers":
+            assert now is None
+        else:
+            (reason,) = now.own - own
+            assert loop in reason
+        return got
+
+    return run
+
+
+@pytest.fixture
+def picture():
+    """picture(seed, channels, size): [1, channels, size, size] between 0 and 1, float64."""
+
+    def draw(seed=0, channels=3, size=16):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(1, channels, size, size, generator=generator, dtype=torch.float64)
+
+    return draw
+
+
+@pytest.fixture
+def mask():
+    """[1, 1, 16, 16]: the left half is to be drawn anew."""
+    return (torch.arange(16) < 8).double().expand(1, 1, 16, 16)
+
+
+@pytest.fixture
+def shaken():
+    """shaken(module): away from zero, so that zero convolutions say something; in float64."""
+
+    def shake(module, seed=7):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in module.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return module.double().eval()
+
+    return shake
+
+
+@pytest.fixture
+def controlnet(shaken):
+    """controlnet(unet, seed): a random ControlNet for it; a latent is 2×2 pixels."""
+
+    def make(unet, seed=7):
+        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32))
+        return shaken(net, seed)
+
+    return make

@@ -238,8 +238,8 @@ def test_what_cannot_be_honoured_runs_eagerly_and_is_listed(unet, call):
     def now(**options):
         return call(expected, **options)
 
-    given = {"cross_attention_kwargs": {"scale": 1.0}}
-    eagerly(unet, call, "cross_attention_kwargs", now(**given), **given)
+    given = {"cross_attention_kwargs": {"masks": None}}
+    eagerly(unet, call, "masks in cross_attention_kwargs", now(**given), **given)
     unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     eagerly(unet, call, "FreeU", now())
     unet.disable_freeu()
@@ -252,10 +252,10 @@ def test_what_cannot_be_honoured_runs_eagerly_and_is_listed(unet, call):
     eagerly(unet, call, "SlightlyOther", now())
     unet.set_attn_processor(AttnProcessor())
     unet.add_adapter(
-        LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False), "style"
+        LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False, use_dora=True), "style"
     )
-    eagerly(unet, call, "a peft Linear", now())
-    assert not torch.allclose(call(unet), call(plain), atol=1e-3)  # the LoRA does something
+    eagerly(unet, call, "'style', which is not plain LoRA", now())
+    assert not torch.allclose(call(unet), call(plain), atol=1e-3)  # the adapter does something
     unet.delete_adapters("style")
     unet.train()
     eagerly(unet, call, "training", now())

@@ -1,4 +1,4 @@
-"""A taped network gives bit for bit what the network gives, and notices when it cannot."""
+"""A recorded network gives bit for bit what the network gives, and notices when it cannot."""
 
 import copy
 import threading
@@ -10,8 +10,8 @@ import fastdiff
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.kernels.linear import linear
 from fastdiff.models import Loan, borrow_unet
-from fastdiff.runtime import tape
-from fastdiff.runtime.tape import Tapes
+from fastdiff.runtime import recordings, tape
+from fastdiff.runtime.recordings import Recorded
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="tapes hold C++ kernels; none are built")
 
@@ -25,14 +25,14 @@ def network(demo):
 def inputs_for(network, rows=16, columns=16, batch=2):
     with torch.no_grad():
         sample = torch.randn(batch, 4, rows, columns)
-        time = network.time_rows(torch.tensor([7]), sample, None, None, None)
+        time = network.time_rows(torch.tensor([7]))
         text = network.text_rows(torch.randn(batch, 24, 128))
     return sample.permute(0, 2, 3, 1).contiguous(), time, text
 
 
 @torch.no_grad()
 def test_equal_bit_for_bit_whatever_came_before(network):
-    tapes = Tapes(network.predict)
+    tapes = Recorded(network.predict)
     shapes = [(16, 16), (12, 20), (16, 16), (9, 5), (12, 20), (16, 16)]
     for rows, columns in shapes:
         given = inputs_for(network, rows, columns)
@@ -42,13 +42,13 @@ def test_equal_bit_for_bit_whatever_came_before(network):
         assert torch.equal(first, second)
         assert first.data_ptr() != second.data_ptr()  # an output is never overwritten later
         assert all(map(torch.equal, given, kept))
-    assert len(tapes._tapes) == 3
-    assert None not in tapes._tapes.values()
+    assert len(tapes._kept._values) == 3
+    assert None not in tapes._kept._values.values()
 
 
 @torch.no_grad()
 def test_weight_edits_are_seen(network):
-    tapes = Tapes(network.predict)
+    tapes = Recorded(network.predict)
     given = inputs_for(network)
     before = tapes(*given)
     network.conv_out.weight.mul_(2.0)
@@ -59,12 +59,12 @@ def test_weight_edits_are_seen(network):
 
 @torch.no_grad()
 def test_the_oldest_shape_goes_first(network, monkeypatch):
-    monkeypatch.setattr(tape, "TAPES", 2)
-    tapes = Tapes(network.predict)
+    monkeypatch.setattr(recordings, "SHAPES", 2)
+    tapes = Recorded(network.predict)
     first, second, third = (inputs_for(network, rows, 8) for rows in (8, 12, 16))
     for given in (first, second, first, third):
         tapes(*given)
-    heights = [key[0][0][1] for key in tapes._tapes]
+    heights = [key[0][0][1] for key in tapes._kept._values]
     assert heights == [8, 16]
 
 
@@ -81,21 +81,21 @@ def test_what_is_not_all_kernels_is_not_taped():
         return linear(x.transpose(0, 1), weight)
 
     for function in (with_an_op_between, with_a_copy_inside_a_kernel):
-        tapes = Tapes(function)
+        tapes = Recorded(function)
         for _ in range(3):
             x = torch.randn(8, 8)
             assert torch.equal(tapes(x), function(x))
-        assert list(tapes._tapes.values()) == [None]
+        assert list(tapes._kept._values.values()) == [None]
     assert len(calls) == 7  # once to try, then three taped and three plain
 
 
 @torch.no_grad()
 def test_large_activations_are_not_kept(network, monkeypatch):
     monkeypatch.setattr(tape, "TAPE_BYTES", 1 << 20)
-    tapes = Tapes(network.predict)
+    tapes = Recorded(network.predict)
     given = inputs_for(network)
     assert torch.equal(tapes(*given), network.predict(*given))
-    assert list(tapes._tapes.values()) == [None]
+    assert list(tapes._kept._values.values()) == [None]
 
 
 def test_two_threads_share_a_pipeline(demo):

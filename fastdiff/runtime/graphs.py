@@ -1,0 +1,96 @@
+"""CUDA graphs: a function's launches as one, on buffers whose addresses stay.
+
+All graphs of a device share one memory pool, so only one of them may run at a time: `in_turn`
+orders them across streams and threads without making the host wait.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WARM_UPS = 2
+"""Calls before a capture: the first compiles kernels, the second finds every choice made."""
+
+
+@dataclass
+class _Pool:
+    """What the graphs of one device share."""
+
+    handle: Any
+    last: torch.cuda.Event
+    """When the graph that was started last will be done with the pool."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+_POOLS: dict[torch.device, _Pool] = {}
+_MAKING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A `Recording` on a GPU."""
+
+    graph: Any
+    output: Tensor
+    buffers: Sequence[Any]
+    """They must outlive the graph."""
+    nbytes: int
+
+    def run(self) -> Tensor:
+        self.graph.replay()
+        return self.output
+
+
+def capture(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Graph | None:
+    """The launches of `function(*buffers)`; None, with a warning, where they cannot be captured."""
+    device = buffers[0].device
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+        side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                function(*buffers)
+        current.wait_stream(side)
+        before = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with in_turn(device), torch.cuda.graph(graph, pool=_pool(device).handle):
+                output = function(*buffers)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"fastdiff: this shape runs without a CUDA graph: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        grown = max(0, torch.cuda.memory_reserved(device) - before)
+    return Graph(graph, output, buffers, grown)
+
+
+@contextmanager
+def in_turn(device: torch.device) -> Iterator[None]:
+    """Within it graphs of `device` may run: after all that ran in earlier turns has finished."""
+    if device.type != "cuda":
+        yield
+        return
+    pool = _pool(device)
+    with pool.lock, torch.cuda.device(device):
+        torch.cuda.current_stream().wait_event(pool.last)
+        try:
+            yield
+        finally:
+            pool.last.record(torch.cuda.current_stream())
+
+
+def _pool(device: torch.device) -> _Pool:
+    with _MAKING:
+        if device not in _POOLS:
+            _POOLS[device] = _Pool(torch.cuda.graph_pool_handle(), torch.cuda.Event())
+        return _POOLS[device]

@@ -1,0 +1,43 @@
+"""What a denoising loop needs of the network's conditions, computed once per image."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdiff.models import UNet
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the network is told besides the latents. G: 2 with guidance (unconditional first)."""
+
+    text: Tensor
+    """[G·B, T, D] as the text encoder gives it."""
+    text_embeds: Tensor | None = None
+    """[G·B, D'] of SDXL."""
+    time_ids: Tensor | None = None
+    """[G·B, 6] of SDXL."""
+    timestep_cond: Tensor | None = None
+    """[B, D''] guidance embedding of distilled models; they run without guidance."""
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    text: Tensor
+    """[G·B, T, …] keys and values of every cross-attention: one matrix product."""
+    rows: Tensor
+    """[steps, n, …] time embedding as every resnet sees it, n = 1 where all pictures share it: one
+    matrix product for all steps."""
+
+
+def hoist(network: UNet, timesteps: Tensor, conditions: Conditions) -> Hoisted:
+    """Everything of `network` that does not depend on the latents, for `timesteps` [steps]."""
+    return Hoisted(
+        text=network.text_rows(conditions.text),
+        rows=network.time_rows(
+            timesteps.to(conditions.text.device)[:, None],
+            conditions.text_embeds,
+            conditions.time_ids,
+            conditions.timestep_cond,
+        ),
+    )

@@ -1,0 +1,118 @@
+"""Functions of tensors, recorded once per shape and then replayed: CUDA graphs, tapes on a CPU.
+
+A new shape costs a recording, never a compilation. What is recorded is kept by shape; what was
+unused for longest goes when there is too much of it.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import NATIVE, observed
+from fastdiff.runtime import graphs, tape
+
+SHAPES = 8
+"""Recordings kept per function."""
+BYTES = 2 << 30
+"""Memory of their own that the recordings of one function may keep; one that needs more is not
+worth it: where activations are that large, launches are not what takes the time."""
+
+Function = Callable[..., Tensor]
+T = TypeVar("T")
+
+
+class Recording(Protocol):
+    """A function's kernels on fixed buffers. Whoever runs it holds `graphs.in_turn`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it keeps."""
+        ...
+
+    def run(self) -> Tensor:
+        """Read the buffers, compute; returns the output's memory, which the next run overwrites."""
+        ...
+
+
+def record(function: Function, buffers: Sequence[Any]) -> Recording | None:
+    """`function(*buffers)` recorded; buffers are tensors (or None) on one device.
+
+    It must be a pure function of the buffers, of weights that stay where they are, and of what it
+    writes in place. Recording runs it, so state among the buffers must be set afterwards.
+
+    Returns:
+        None where it can only be called: on another device, under a counter, too large.
+    """
+    device = buffers[0].device.type
+    if device == "cuda":
+        graph = graphs.capture(function, buffers)
+        return None if graph is None or graph.nbytes > BYTES else graph
+    if device == "cpu" and NATIVE is not None:
+        return tape.record(function, buffers)
+    return None
+
+
+def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that calls in and outside of inference mode may write."""
+    with torch.inference_mode(False):
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+class Kept(Generic[T]):
+    """Values by key, each made once; the least recently used go first."""
+
+    def __init__(self, nbytes: Callable[[T], int]) -> None:
+        self._nbytes = nbytes
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._values:
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        while len(self._values) > 1 and self._too_much():
+            self._values.popitem(last=False)
+        return self._values[key]
+
+    def _too_much(self) -> bool:
+        return len(self._values) > SHAPES or sum(map(self._nbytes, self._values.values())) > BYTES
+
+
+class Recorded:
+    """`function(*tensors) -> tensor` with a recording for every shape it is called with.
+
+    Calls that cannot be recorded, and those of a second thread meanwhile, run `function` itself.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self._kept: Kept[tuple[tuple[Tensor, ...], Recording] | None] = Kept(
+            lambda made: 0 if made is None else made[1].nbytes
+        )
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if observed() or not self._lock.acquire(blocking=False):
+            return self.function(*inputs)
+        try:
+            key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+            made = self._kept.get(key, lambda: self._make(inputs))
+            if made is None:
+                return self.function(*inputs)
+            buffers, recording = made
+            with graphs.in_turn(inputs[0].device):
+                for own, given in zip(buffers, inputs, strict=True):
+                    own.copy_(given)
+                return recording.run().clone()
+        finally:
+            self._lock.release()
+
+    def _make(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Recording] | None:
+        buffers = tuple(buffer(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+        for own, given in zip(buffers, inputs, strict=True):
+            own.copy_(given)
+        recording = record(self.function, buffers)
+        return None if recording is None else (buffers, recording)
