@@ -4,8 +4,7 @@ import json as json_module
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,14 +25,16 @@ Seed = Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2
 Side = Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if absent.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 on a CPU, else fp16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")]
+Preset = Annotated[str | None, typer.Option(help="sd15, sd21, sdxl or tiny.")]
+Scale = Annotated[float, typer.Option(help="Preset's widths and picture, 0 to 1.")]
 
 
 @app.command()
 def bench(
     context: typer.Context,
     folder: Folder = None,
-    preset: Annotated[str | None, typer.Option(help="sd15, sd21, sdxl or tiny.")] = None,
-    scale: Annotated[float, typer.Option(help="Preset's widths and picture, 0 to 1.")] = 1.0,
+    preset: Preset = None,
+    scale: Scale = 1.0,
     backends: Annotated[
         str, typer.Option(help="Comma-separated; eager is always run.")
     ] = "eager,channels_last,inductor,fastdiff",
@@ -51,14 +52,10 @@ def bench(
     """Steps per second of each backend side by side, with the quality receipt."""
     _at_least("--steps", steps, 1)
     _at_least("--rounds", rounds, 2)
-    if folder and preset:
-        raise UserError(f"got the folder {folder} and --preset {preset}; give one of them")
-    if scale != 1.0 and not preset:
-        raise UserError("--scale goes with --preset; a folder's widths are what they are")
-
     from fastdiff.bench.backends import choose
     from fastdiff.bench.machine import commit, machine, versions
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+    from fastdiff.bench.progress import status
     from fastdiff.bench.report import show
     from fastdiff.bench.results import Result, check_writable, to_json, write_file
     from fastdiff.bench.run import Settings
@@ -69,12 +66,7 @@ def bench(
     names = choose(backends)
     device = check_device(device)
     torch_dtype = check_dtype(dtype, device)
-    if preset:
-        from fastdiff.bench.presets import build
-
-        pipe, case = build(preset, scale, torch_dtype, device), f"{preset} scale {scale:g}"
-    else:
-        pipe, case = _load(folder, torch_dtype, "cpu"), folder.name if folder else "demo"
+    pipe, case = _choose(folder, preset, scale, torch_dtype, device)
     check_steps(pipe, steps)
     height, width = check_size(pipe, height, width)
     kind = str(torch_dtype).removeprefix("torch.")
@@ -89,7 +81,7 @@ def bench(
         seed=seed,
         prompt="red heart",
     )
-    with _status() as log:
+    with status() as log:
         rows = tuple(run(pipe, settings, log))
     command = shlex.join(["fastdiff", *context.obj])
     result = Result(machine(), versions(), commit(), command, rows)
@@ -98,6 +90,49 @@ def bench(
     show(result)
     if any(row.failed for row in rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def count(
+    context: typer.Context,
+    folder: Folder = None,
+    preset: Preset = None,
+    scale: Scale = 1.0,
+    dtype: Dtype = None,
+    device: Device = None,
+    steps: Annotated[int, typer.Option(help="Of one picture; another has one less.")] = 5,
+    height: Side = None,
+    width: Side = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write fastdiff.counts/1 here.")
+    ] = None,
+) -> None:
+    """Launches, bytes and FLOPs per step and per image, eager and with fastdiff: no timing."""
+    _at_least("--steps", steps, 2)
+    from fastdiff.bench import counters
+    from fastdiff.bench.machine import commit, machine, versions
+    from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+    from fastdiff.bench.progress import status
+    from fastdiff.bench.report import show_counts
+    from fastdiff.bench.results import check_writable, write_file
+
+    if json_file:
+        check_writable(json_file, "--json")
+    device = check_device(device)
+    torch_dtype = check_dtype(dtype, device)
+    with status() as log:
+        log("loading")
+        pipe, case = _choose(folder, preset, scale, torch_dtype, device)
+        check_steps(pipe, steps)
+        height, width = check_size(pipe, height, width)
+        rows = tuple(counters.count_pipe(pipe.to(device), steps, height, width, log))
+    case = f"{case}, {str(torch_dtype).removeprefix('torch.')}, {device}, {width}×{height}"
+    command = shlex.join(["fastdiff", *context.obj])
+    result = counters.Result(case, machine(), versions(), commit(), command, rows)
+    if json_file:
+        text = counters.to_json(result)
+        write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+    show_counts(result)
 
 
 @app.command()
@@ -122,6 +157,7 @@ def generate(
     from PIL import Image
 
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+    from fastdiff.bench.progress import step_bar
     from fastdiff.bench.results import check_writable, write_file
 
     check_writable(out, "--out")
@@ -140,7 +176,7 @@ def generate(
         import fastdiff
 
         fastdiff.compile(painter)
-    painter.progress_bar = _step_bar
+    painter.progress_bar = step_bar
     import torch
 
     image = painter(
@@ -227,6 +263,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _choose(
+    folder: Path | None, preset: str | None, scale: float, dtype: Any, device: str
+) -> tuple[Any, str]:
+    """The pipeline of a folder (on the CPU) or a preset (on `device`), else the demo; its name."""
+    if folder and preset:
+        raise UserError(f"got the folder {folder} and --preset {preset}; give one of them")
+    if scale != 1.0 and not preset:
+        raise UserError("--scale goes with --preset; a folder's widths are what they are")
+    if not preset:
+        return _load(folder, dtype, "cpu"), folder.name if folder else "demo"
+    from fastdiff.bench.presets import build
+
+    return build(preset, scale, dtype, device), f"{preset} scale {scale:g}"
+
+
 def _load(folder: Path | None, dtype: Any, device: str) -> Any:
     """The pipeline in `folder`, or the demo."""
     from fastdiff.bench.pipelines import load
@@ -244,30 +295,3 @@ def _load(folder: Path | None, dtype: Any, device: str) -> Any:
 def _at_least(option: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"{option} is {value}; give at least {least}")
-
-
-@contextmanager
-def _status() -> Iterator[Any]:
-    """A function that shows one line on stderr: a spinner on a terminal, else plain lines."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield lambda line: console.print(line, markup=False)
-        return
-    with console.status("loading") as status:
-        yield status.update
-
-
-@contextmanager
-def _step_bar(iterable: None = None, total: int | None = None) -> Iterator[Any]:
-    """Stands in for a pipeline's `progress_bar`: the same calls, drawn by rich on stderr."""
-    from types import SimpleNamespace
-
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("denoising", total=total)
-        yield SimpleNamespace(update=lambda steps=1: progress.advance(task, steps))

@@ -1,4 +1,4 @@
-"""The bench's table, on stdout."""
+"""The tables of bench and counters, on stdout."""
 
 import math
 import sys
@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastdiff.bench import counters
 from fastdiff.bench.results import Result, Row
 from fastdiff.bench.stats import Ratio
+from fastdiff.bench.tally import KINDS, total
 
 PIPED_WIDTH = 140
 COLUMNS = (
@@ -45,6 +47,50 @@ def show(result: Result) -> None:
         if row.unavailable:
             console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
     for line in _footer(result):
+        console.print(Text(line, style="dim"))
+
+
+def show_counts(result: counters.Result) -> None:
+    """Print what a step and an image take, a line each per backend, and what the words mean."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    kinds = [
+        kind
+        for kind in KINDS
+        if any(kind in work for row in result.rows for work in (row.counts.step, row.counts.image))
+    ]
+    table = Table("backend", "per", title=result.case, title_justify="left", pad_edge=False)
+    on_gpu = any(row.counts.step_kernels is not None for row in result.rows)
+    gpu = ["GPU kernels"] if on_gpu else []
+    for name in ("launches", *gpu, "MB", "GFLOP", *kinds):
+        table.add_column(name, justify="right")
+    for row in result.rows:
+        counts = row.counts
+        for per, work, kernels in (
+            ("step", counts.step, counts.step_kernels),
+            ("image", counts.image, counts.image_kernels),
+        ):
+            all_kinds = total(work)
+            table.add_row(
+                row.backend,
+                per,
+                str(all_kinds.launches),
+                *([_number(kernels, "d")] if on_gpu else []),
+                f"{all_kinds.bytes / 1e6:.1f}",
+                f"{all_kinds.flops / 1e9:.2f}",
+                *(str(work[kind].launches) if kind in work else "0" for kind in kinds),
+            )
+    console.print(table)
+    names = ("fastdiff", "torch", "diffusers", "transformers")
+    for line in (
+        "step: an image of one step more, less the image; image: what its steps do not explain",
+        "launches: dispatched ops that compute or move data; MB: all they read and write;"
+        " GFLOP: products and convolutions",
+        ", ".join(f"{name} {result.versions[name] or '–'}" for name in names)
+        + f", commit {result.commit or '–'}",
+        result.command,
+    ):
         console.print(Text(line, style="dim"))
 
 

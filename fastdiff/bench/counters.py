@@ -1,0 +1,142 @@
+"""What an image costs in launches, bytes and FLOPs: counted, never timed, so the same every time.
+
+A launch is a dispatched op that computes or moves data; views and allocations are none. One of our
+kernels is one launch where it is C++ or Triton, and what it dispatches where it is plain torch.
+A step is what an image of one step more costs more: what is done once shows as zero per step.
+
+On a CPU large products, convolutions and our kernels are counted without being computed: their
+results are zeros of the right layout, so that a full-size network takes seconds. Pictures are void.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastdiff.bench.backends import BACKENDS
+from fastdiff.bench.tally import KINDS, Counter, Tally, Work, total
+from fastdiff.bench.timing import GUIDANCE_SCALE
+from fastdiff.kernels.dispatch import counting
+
+SCHEMA = "fastdiff.counts/1"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What every step repeats, and what an image takes beside its steps.
+
+    The latter is a remainder: where the first steps are cheaper than later ones (a scheduler that
+    has no history yet) it is too small by the difference, and can fall below zero.
+    """
+
+    step: Work
+    image: Work
+    step_kernels: int | None = None
+    """Kernels and copies that ran on the GPU; None on a CPU."""
+    image_kernels: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The counts of one way to run a pipeline."""
+
+    backend: str
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Result:
+    """All rows and where they come from.
+
+    Counts depend on the kind of device, on the versions and on whether the C++ kernels were built;
+    only `step_kernels` and `image_kernels` depend on the GPU.
+    """
+
+    case: str
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None
+    command: str
+    rows: tuple[Row, ...]
+
+
+def to_json(result: Result) -> str:
+    """The result as schema `fastdiff.counts/1`, with the totals per step and image."""
+    document = asdict(result)
+    for row, counted in zip(document["rows"], result.rows, strict=True):
+        for part in ("step", "image"):
+            row["counts"][f"{part}_total"] = asdict(total(getattr(counted.counts, part)))
+    return json.dumps({"schema": SCHEMA, **document}, indent=1) + "\n"
+
+
+def count_pipe(
+    pipe: Any, steps: int, height: int, width: int, log: Callable[[str], None] = lambda line: None
+) -> Iterator[Row]:
+    """Count a text-to-image pipeline up to its latents: eager, then compiled in place.
+
+    Guidance is on: a step runs the batch of two that users run. height and width: pixels. `log`
+    hears what is under way.
+    """
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(steps: int) -> None:
+        pipe(
+            "red heart",
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=torch.Generator("cpu").manual_seed(0),
+            output_type="latent",
+        )
+
+    for name in ("eager", "fastdiff"):
+        log(f"counting {name}")
+        BACKENDS[name](pipe)
+        yield Row(name, count(draw, steps, pipe.device))
+
+
+def count(draw: Callable[[int], object], steps: int, device: torch.device) -> Counts:
+    """Count `draw(steps - 1)` and `draw(steps)`: per step the difference, per image the rest.
+
+    Both run once before, uncounted: what is kept for the next image of the same kind is no cost of
+    an image. steps: at least 2. On a GPU they run twice more, the second time profiled.
+    """
+    both = (steps - 1, steps)
+    for n in both:
+        _work(draw, n, device)
+    short, long = (_work(draw, n, device) for n in both)
+    step = _less(long, short, 1)
+    image = _less(short, step, steps - 1)
+    if device.type != "cuda":
+        return Counts(step, image)
+    for n in both:
+        draw(n)  # recordings are made now, for nothing is recorded while it is counted
+    fewer, more = (_kernels(draw, n) for n in both)
+    return Counts(step, image, more - fewer, fewer - (steps - 1) * (more - fewer))
+
+
+def _work(draw: Callable[[int], object], steps: int, device: torch.device) -> Work:
+    with counting() as called, Counter(device, called) as counter:
+        draw(steps)
+    return dict(counter.work)
+
+
+def _less(work: Work, other: Work, times: int) -> Work:
+    """work - times · other, in the order of KINDS, without what is nothing."""
+    none = Tally()
+    rest = {kind: work.get(kind, none).plus(other.get(kind, none), -times) for kind in KINDS}
+    return {kind: tally for kind, tally in rest.items() if tally != none}
+
+
+def _kernels(draw: Callable[[int], object], steps: int) -> int:
+    """What a GPU ran, CUDA graphs' nodes each by itself: kernels, copies and fills."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        draw(steps)
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profiler.events() or ())

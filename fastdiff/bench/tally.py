@@ -1,0 +1,193 @@
+"""A dispatch mode that tallies what torch is asked to do: launches, bytes and FLOPs."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format as _layout
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from fastdiff.kernels.dispatch import KERNELS
+
+KINDS = ("attention", "conv", "linear", "norm", "pointwise", "copy", "step", "host read", "other")
+
+_aten = torch.ops.aten
+_FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table leaves the CPU's attention out
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ]
+}
+_KIND_OF = {
+    name: kind
+    for kind, names in {
+        "attention": "_softmax",
+        "conv": "convolution conv2d",
+        "linear": "mm addmm bmm baddbmm linear",
+        "norm": "native_group_norm native_layer_norm group_norm_silu layer_norm",
+        "copy": "cat concat clone copy_ _to_copy repeat index embedding upsample_nearest2d",
+        "step": "guided_step",
+        "host read": "_local_scalar_dense",
+    }.items()
+    for name in names.split()
+}
+COMPUTED = 1 << 20
+"""FLOPs up to which a product is computed on a CPU: a scheduler decides by the results of its own,
+and no network's steps are told apart by its outputs."""
+_OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_")
+"""Ops in place that do not read what they write."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Launches, bytes read and written by them, and the FLOPs of products and convolutions."""
+
+    launches: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+    def plus(self, other: "Tally", times: int = 1) -> "Tally":
+        return Tally(
+            self.launches + times * other.launches,
+            self.bytes + times * other.bytes,
+            self.flops + times * other.flops,
+        )
+
+
+Work = Mapping[str, Tally]
+"""By kind of op; kinds that do not occur are left out."""
+
+
+def total(work: Work) -> Tally:
+    return reduce(Tally.plus, work.values(), Tally())
+
+
+class Counter(TorchDispatchMode):
+    """Tallies the ops of this thread that run on `device`.
+
+    `called`: names of the C++ kernels called meanwhile, which `counting` leaves uncomputed.
+    """
+
+    def __init__(self, device: torch.device, called: list[str]) -> None:
+        super().__init__()
+        self.work: defaultdict[str, Tally] = defaultdict(Tally)
+        self._device = device.type
+        self._called = called
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if op.namespace == "fastdiff":
+            return self._ours(op, args, kwargs)
+        formula = _FORMULAS.get(op.overloadpacket)
+        if formula is None:
+            with self:  # under inference_mode ops arrive that are made of others
+                result = op.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            result, flops = op(*args, **kwargs), 0
+        else:
+            result, flops = self._product(op, formula, args, kwargs)
+        self._tally(op, args, kwargs, result, flops)
+        return result
+
+    def _product(self, op: Any, formula: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
+        """What `op` returns, or zeros of the same layout where computing it would take long."""
+        if self._device != "cpu":
+            result = op(*args, **kwargs)
+            return result, int(formula(*args, **kwargs, out_val=result))
+        shape = op(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+        if op is _aten.convolution.default and torch.channels_last in map(_layout, args[:2]):
+            shape = shape.contiguous(memory_format=torch.channels_last)  # forgotten without values
+        flops = int(formula(*args, **kwargs, out_val=shape))
+        return tree_map(_zeros, shape) if flops > COMPUTED else op(*args, **kwargs), flops
+
+    def _ours(self, op: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        kernel = KERNELS[op._schema.name.removeprefix("fastdiff::")]
+        if self._device == "cuda" and "triton" in kernel.implementations:
+            result = op(*args, **kwargs)
+        else:
+            before = len(self._called)
+            run = kernel.implementations["cpu" if self._device == "cpu" else "reference"]()
+            with self:  # what plain torch does in it counts by itself
+                result = run(*args, **kwargs)
+            if len(self._called) == before:
+                return result
+            for fresh in _fresh(args, kwargs, result):
+                fresh.zero_()
+        with FlopCounterMode(display=False) as counter:
+            kernel.spec.reference(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+        self._tally(op, args, kwargs, result, counter.get_total_flops())
+        return result
+
+    def _tally(self, op: Any, args: Any, kwargs: Any, result: Any, flops: int) -> None:
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        if not any(tensor.device.type == self._device for tensor in tensors):
+            return  # a scheduler's arithmetic on the host of a GPU
+        name = op._schema.name.partition("::")[2]
+        if name.startswith(("empty", "new_empty")) or torch.Tag.inplace_view in op.tags:
+            return
+        read, written = _moved(op, name, args, kwargs, result)
+        if written or name == "_local_scalar_dense":
+            kind = _kind(op, name)
+            self.work[kind] = self.work[kind].plus(Tally(1, read + written, flops))
+
+
+def _moved(op: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
+    """Bytes that an op reads and writes: its tensors, each once per argument."""
+    read, written = 0, sum(map(_bytes, _fresh(args, kwargs, result)))
+    for position, argument in enumerate(op._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        size = sum(_bytes(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        written += size if writes else 0
+        read += 0 if writes and (argument.is_out or name in _OVERWRITING) else size
+    return read, written
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the elements in memory: those of an expanded dimension lie there once."""
+    if tensor.numel() == 0:
+        return 0
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in pairs if stride) * tensor.element_size()
+
+
+def _fresh(args: Any, kwargs: Any, result: Any) -> list[Tensor]:
+    """The tensors of `result` that are no memory of an argument's; schemas do not always tell."""
+    given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    return [tensor for tensor in results if _storage(tensor) not in given]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _kind(op: Any, name: str) -> str:
+    if name in _KIND_OF:
+        return _KIND_OF[name]
+    if "attention" in name:
+        return "attention"
+    return "pointwise" if torch.Tag.pointwise in op.tags else "other"
+
+
+def _meta(value: Any) -> Any:
+    """A float tensor without its values; integers stay, for an index is looked at."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _zeros(shape: Any) -> Any:
+    """Zeros on the CPU, in the strides of a tensor that has no values."""
+    if not isinstance(shape, Tensor):
+        return shape
+    return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype).zero_()
