@@ -2,9 +2,10 @@
 
 First whether each Triton kernel computes the right thing on real silicon, then its time against
 plain torch and against torch's best attention, each with its fraction of the roofline; then whole
-pipelines through `fastdiff bench`. Raw samples go to OUT/*.json, a short table to the terminal.
+pipelines through `fastdiff bench`, their launches through `fastdiff count`, and what a new picture
+size and another LoRA cost. Raw samples go to OUT/*.json, a short table to the terminal.
 
-    python benchmarks/gpu.py --out OUT [--only verify,kernels,sd15,sdxl] [--dry-run]
+    python benchmarks/gpu.py --out OUT [--only verify,kernels,sd15,sdxl,count,changes] [--dry-run]
 """
 
 import argparse
@@ -20,13 +21,15 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdiff import compile
 from fastdiff.bench.machine import commit, machine, versions
+from fastdiff.bench.presets import build
 from fastdiff.bench.results import write_file
 from fastdiff.bench.timing import clock
 from fastdiff.kernels.contract import Case, KernelSpec, verify
 from fastdiff.kernels.dispatch import Kernel, all_kernels
 
-PARTS = ("verify", "kernels", "sd15", "sdxl")
+PARTS = ("verify", "kernels", "sd15", "sdxl", "count", "changes")
 PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # an H200's measured bf16 matrix rate and copy bandwidth
 LAUNCHES, REPLAYS, L2_BYTES = 16, 21, 128 << 20
 PIPELINES = {
@@ -139,12 +142,61 @@ def time_all(device: str, which: str) -> list[dict]:
 
 
 def bench(part: str, out: Path, dry_run: bool) -> None:
-    options = PIPELINES[part]
+    options = [*PIPELINES[part], "--backends", "eager,channels_last,inductor,networks,fastdiff"]
     if dry_run:
         options = [*options[:2], "--scale", "0.13", "--steps", "2", "--rounds", "2"]
-        options += ["--backends", "eager,fastdiff"]
+        options += ["--backends", "eager,networks,fastdiff"]
     file = str(out / f"{part}.json")
     subprocess.run([sys.executable, "-m", "fastdiff", "bench", *options, "--json", file])
+
+
+def count(out: Path, dry_run: bool) -> None:
+    options = ["--preset", "sd15", "--steps", "3", "--json", str(out / "count-sd15.json")]
+    options += ["--scale", "0.13"] if dry_run else []
+    subprocess.run([sys.executable, "-m", "fastdiff", "count", *options])
+
+
+def time_changes(device: str, dry_run: bool) -> list[dict]:
+    """Milliseconds that the first picture of a new size and a switch of LoRA adapters add."""
+    place = torch.device(device)
+    dtype = torch.float32 if dry_run else torch.float16
+    pipe = build("sd15", 0.13 if dry_run else 1.0, dtype, device)
+    pipe.set_progress_bar_config(disable=True)
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    rows = []
+
+    def timed(run: Callable[[], object]) -> float:
+        start = clock(place)
+        run()
+        return 1e3 * (clock(place) - start)
+
+    def draw(width: int) -> None:
+        pipe("red heart", height=side, width=width, num_inference_steps=4)
+
+    try:
+        from peft import LoraConfig
+
+        for name, rank in (("one", 4), ("two", 64)):
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+            pipe.unet.add_adapter(config, name)
+    except ImportError as missing:
+        rows.append({"change": "lora", "unavailable": str(missing)})
+    compile(pipe)
+    for _ in range(2):
+        draw(side)
+    for width in (side + 64, side + 128, side + 192):
+        first = timed(lambda width=width: draw(width))
+        again = [timed(lambda width=width: draw(width)) for _ in range(5)]
+        rows.append({"change": "new width", "first_ms": first, "again_ms": again})
+    slot = pipe.unet._compiled_call_impl
+    with torch.no_grad():
+        for name in ("one", "two", "one", "two") if len(rows) == 3 else ():
+            pipe.unet.set_adapters(name)
+            rows.append({"change": "lora", "switch_ms": timed(slot.offer)})
+    for row in rows:
+        print(row)
+    return rows
 
 
 def main() -> None:
@@ -161,15 +213,22 @@ def main() -> None:
     device, which = ("cpu", "cpu") if options.dry_run else ("cuda", "triton")
     options.out.mkdir(parents=True, exist_ok=True)
     facts = {"machine": machine(), "versions": versions(), "commit": commit()}
-    for part, collect in {"verify": check_all, "kernels": time_all}.items():
+    collectors = {
+        "verify": lambda: check_all(device, which),
+        "kernels": lambda: time_all(device, which),
+        "changes": lambda: time_changes(device, options.dry_run),
+    }
+    for part, collect in collectors.items():
         if part in parts:
-            result = json.dumps(facts | {"rows": collect(device, which)}, indent=1)
+            result = json.dumps(facts | {"rows": collect()}, indent=1)
             write_file(
                 options.out / f"{part}.json", lambda path, text=result: path.write_text(text)
             )
     for part in PIPELINES:
         if part in parts:
             bench(part, options.out, options.dry_run)
+    if "count" in parts:
+        count(options.out, options.dry_run)
 
 
 if __name__ == "__main__":
