@@ -60,7 +60,12 @@ def capture(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Graph | 
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with in_turn(device), torch.cuda.graph(graph, pool=_pool(device).handle):
+            with (
+                in_turn(device),
+                torch.cuda.graph(
+                    graph, pool=_pool(device).handle, capture_error_mode="thread_local"
+                ),
+            ):
                 output = function(*buffers)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]

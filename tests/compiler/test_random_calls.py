@@ -139,7 +139,7 @@ def live_bytes():
     storages = {
         thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
         for thing in gc.get_objects()
-        if isinstance(thing, torch.Tensor)
+        if issubclass(type(thing), torch.Tensor)
     }
     return sum(storages.values())
 
@@ -161,10 +161,11 @@ def test_random_calls(xl, calls):
         got, single, truth = draw(plan, call), draw(eager, call), draw(exact, call)
         verdict = judge("latents", got.float(), single, truth)
         assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
-        live.append(live_bytes())
-        resident.append(resident_bytes())
+        if at % 10 == 9:
+            live.append(live_bytes())
+            resident.append(resident_bytes())
     (loop,) = [part for part in fastdiff.report(plan).parts if part.name == "loop"]
     assert int(loop.why.split()[0]) >= 0.8 * calls, loop  # most of them ran as plans
     if calls == 200:
         for sizes in (live, resident):
-            assert median(sizes[150:]) <= 1.02 * median(sizes[50:100])
+            assert median(sizes[15:]) <= 1.02 * median(sizes[5:10])
