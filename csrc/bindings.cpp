@@ -230,12 +230,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, "Use another of isas(); for tests.");
   m.def("threads", &num_threads, "Threads a kernel called now would use.");
   m.def("thread_runtime", [] { return std::string(thread_runtime()); });
-  m.def("conv", &run_conv);
-  m.def("attention", &run_attention);
-  m.def("group_norm", &run_group_norm);
-  m.def("layer_norm", &run_layer_norm);
-  m.def("guided_step", &run_guided_step);
-  m.def("concat", &run_concat);
+  py::list kernels;
+  const auto kernel = [&](const char* name, auto function) {
+    m.def(name, function);
+    kernels.append(name);
+  };
+  kernel("conv", &run_conv);
+  kernel("attention", &run_attention);
+  kernel("group_norm", &run_group_norm);
+  kernel("layer_norm", &run_layer_norm);
+  kernel("guided_step", &run_guided_step);
+  kernel("concat", &run_concat);
+  m.attr("KERNELS") = kernels;
   py::class_<Tape>(m, "Tape")
       .def(py::init<>())
       .def("start", &Tape::start)

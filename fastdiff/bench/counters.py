@@ -18,7 +18,7 @@ import torch
 from fastdiff.bench.backends import BACKENDS
 from fastdiff.bench.tally import KINDS, Counter, Tally, Work, total
 from fastdiff.bench.timing import GUIDANCE_SCALE
-from fastdiff.kernels.dispatch import counting
+from fastdiff.kernels.observe import counting
 
 SCHEMA = "fastdiff.counts/1"
 

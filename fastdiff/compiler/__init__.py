@@ -61,6 +61,9 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
 def restore(target: T) -> T:
     """Undo `compile`: eager calls, and parameters in contiguous memory of their own.
 
+    A model that several pipelines share is eager in all of them afterwards. Restore before moving
+    a pipeline away for good: what the kernels' layout needs is given back at the next call only.
+
     Returns:
         `target` itself; eager outputs are bit for bit what they were before `compile`.
     """
@@ -71,7 +74,7 @@ def restore(target: T) -> T:
         slot = slot_of(module)
         if slot is not None:
             del module._compiled_call_impl
-            slot.release()
+            slot.end()
     release_loop(target)
     return target
 

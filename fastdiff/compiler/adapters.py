@@ -17,7 +17,15 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from fastdiff.compiler.controlnets import borrow_step_controlnet, call_controlnet
-from fastdiff.compiler.fits import controls_of, fit_trunk, fits, inners_of
+from fastdiff.compiler.fits import (
+    controls_of,
+    fit_images,
+    fit_trunk,
+    fits,
+    inners_of,
+    one_text_each,
+    refuse,
+)
 from fastdiff.compiler.slot import Kind
 from fastdiff.models import (
     Decoder,
@@ -29,6 +37,7 @@ from fastdiff.models import (
     borrow_encoder,
     borrow_unet,
 )
+from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.loop import Plans
 from fastdiff.runtime.recordings import Recorded
@@ -147,8 +156,10 @@ class StepUNet:
         predict = self.network.predict
         if text_mask is not None:
             return predict(*given, text_mask=text_mask, controls=controls, inners=inners)
-        recorded = Recorded(partial(predict, controls=controls, inners=inners))
-        return self.recorded.setdefault((controls, inners), recorded)(*given)
+        key = controls, inners
+        if key not in self.recorded:
+            self.recorded[key] = Recorded(partial(predict, controls=controls, inners=inners))
+        return self.recorded[key](*given)
 
 
 def borrow_step_unet(module: nn.Module, loan: Loan) -> StepUNet:
@@ -171,7 +182,7 @@ class Coder:
 def borrow_coder(module: nn.Module, loan: Loan) -> Coder:
     borrow = borrow_decoder if type(module).__name__ == "Decoder" else borrow_encoder
     network = borrow(module, loan)
-    return Coder(network, Recorded(network))
+    return Coder(network, Recorded(network.run))
 
 
 def call_unet(
@@ -194,27 +205,27 @@ def call_unet(
     """`UNet2DConditionModel.forward` on the compact network."""
     network = unet.network
     lora_scale(cross_attention_kwargs)
-    refused = {
-        "class_labels": class_labels,
-        "attention_mask": attention_mask,
-        **unknown,
-    }
-    for name, value in refused.items():
-        if value is not None:
-            raise Unsupported(f"it was given {name}")
+    refuse(class_labels=class_labels, attention_mask=attention_mask, **unknown)
     added = dict(added_cond_kwargs or {})
     text_embeds, time_ids = added.pop("text_embeds", None), added.pop("time_ids", None)
-    images = network.image_rows(added.pop("image_embeds", None))
+    image_embeds = added.pop("image_embeds", None)
     if added:
         raise Unsupported(f"it was given {', '.join(added)} in added_cond_kwargs")
-    conditions = Conditions(encoder_hidden_states, text_embeds, time_ids, timestep_cond)
-    check_fit(network, sample, conditions, images)
+    conditions = Conditions(
+        encoder_hidden_states, text_embeds, time_ids, timestep_cond, image_embeds
+    )
+    fit_trunk(network, sample, conditions)
+    images = network.image_rows(image_embeds)
+    fit_images(network, conditions, images)
+    one_text_each(encoder_hidden_states, sample)
     controls = controls_of(
         network, sample, down_block_additional_residuals, mid_block_additional_residual
     )
     inners = inners_of(network, sample, down_intrablock_additional_residuals)
     mask = None
     if encoder_attention_mask is not None:
+        if encoder_attention_mask.ndim != 2:
+            raise Unsupported(f"a text mask of {encoder_attention_mask.ndim} dimensions")
         mask = (1 - encoder_attention_mask.to(sample.dtype)) * -10000.0
         mask = mask[:, None, None, :]
     prediction = network(
@@ -249,17 +260,6 @@ def _scale_of_call(*_: Any, cross_attention_kwargs: Any = None, **__: Any) -> fl
     return lora_scale(cross_attention_kwargs)
 
 
-def check_fit(
-    network: UNet, sample: Tensor, given: Conditions, images: Sequence[Tensor] = ()
-) -> None:
-    """Raise Unsupported where diffusers itself would refuse a tensor, or convert it."""
-    if network.ip_adapters is not None and not images:
-        raise Unsupported("image_embeds are missing in added_cond_kwargs, which IP-Adapters need")
-    if any(image.shape[0] != given.text.shape[0] for image in images):
-        raise Unsupported("it was given another number of image_embeds than of texts")
-    fit_trunk(network, sample, given)
-
-
 def call_coder(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
     """`Encoder.forward` and `Decoder.forward` of AutoencoderKL on the compact network."""
     if latent_embeds is not None:
@@ -268,7 +268,7 @@ def call_coder(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None
     fits("sample", sample, weight, channels=weight.shape[1], dim=4)
     if sample.numel() == 0:
         raise Unsupported("it was given an empty tensor")
-    return coder.run(sample)
+    return channels_first(coder.run(channels_last(sample)))
 
 
 CONTROLNET = Kind(borrow_step_controlnet, partial(call_controlnet, output=ControlNetOutput))

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.compiler.fits import fit_trunk
-from fastdiff.models import ControlNet, Loan, Unsupported, borrow_controlnet
+from fastdiff.compiler.fits import fit_trunk, one_text_each, refuse
+from fastdiff.models import ControlNet, Loan, borrow_controlnet
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.recordings import Recorded
 
 
 @dataclass(frozen=True)
 class StepControlNet:
-    """The compact ControlNet, its per-step part recorded."""
+    """The compact ControlNet, its per-step part recorded on a GPU (torch concatenates in it)."""
 
     network: ControlNet
     predict: Recorded
@@ -51,22 +51,18 @@ def call_controlnet(
     output: Any,
 ) -> Any:
     """`ControlNetModel.forward` on the compact network; `output` is the class of its results."""
-    refused = {
-        "class_labels": class_labels,
-        "attention_mask": attention_mask,
-        "cross_attention_kwargs": cross_attention_kwargs or None,
-    }
-    for name, value in refused.items():
-        if value is not None:
-            raise Unsupported(f"it was given {name}")
+    refuse(
+        class_labels=class_labels,
+        attention_mask=attention_mask,
+        cross_attention_kwargs=cross_attention_kwargs or None,
+    )
     network = net.network
     added = added_cond_kwargs or {}
     given = Conditions(
         encoder_hidden_states, added.get("text_embeds"), added.get("time_ids"), timestep_cond
     )
     fit_trunk(network, sample, given)
-    if len(encoder_hidden_states) != len(sample):
-        raise Unsupported(f"{len(encoder_hidden_states)} texts for {len(sample)} latents")
+    one_text_each(encoder_hidden_states, sample)
     residuals = network(
         sample,
         torch.as_tensor(timestep, device=sample.device).reshape(-1),

@@ -9,6 +9,19 @@ from fastdiff.models import Trunk, UNet, Unsupported
 from fastdiff.runtime.hoist import Conditions
 
 
+def refuse(**given: Any) -> None:
+    """Raise Unsupported where one of the arguments that a network does not take is not None."""
+    for name, value in given.items():
+        if value is not None:
+            raise Unsupported(f"it was given {name}")
+
+
+def one_text_each(text: Tensor, sample: Tensor) -> None:
+    """Raise Unsupported unless there are as many texts as latents."""
+    if text.shape[0] != sample.shape[0]:
+        raise Unsupported(f"{text.shape[0]} texts for {sample.shape[0]} latents")
+
+
 def fits(name: str, tensor: Tensor, weight: Tensor, channels: int, dim: int) -> None:
     """Raise Unsupported unless a tensor has these channels and dimensions and suits `weight`."""
     at = 1 if dim == 4 else -1
@@ -38,6 +51,14 @@ def fit_trunk(network: Trunk, sample: Tensor, given: Conditions) -> None:
     if given.timestep_cond is not None and network.time.condition is not None:
         wide = network.time.condition.weight.shape[1]
         fits("timestep_cond", given.timestep_cond, weight, wide, 2)
+
+
+def fit_images(network: UNet, given: Conditions, images: Sequence[Tensor]) -> None:
+    """Raise Unsupported unless IP-Adapters have got as many `image_rows` as there are texts."""
+    if network.ip_adapters is not None and not images:
+        raise Unsupported("image_embeds are missing in added_cond_kwargs, which IP-Adapters need")
+    if any(image.shape[0] != given.text.shape[0] for image in images):
+        raise Unsupported("it was given another number of image_embeds than of texts")
 
 
 def controls_of(

@@ -9,6 +9,7 @@ yes. So everything before and after the loop stays diffusers', and wherever the 
 """
 
 import functools
+import inspect
 import sys
 import threading
 from collections import Counter
@@ -16,9 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
 
-from fastdiff.compiler.denoise import Call, denoise
+from fastdiff.compiler.denoise import Call, Denoising
+from fastdiff.compiler.fits import refuse
 from fastdiff.models import Unsupported
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.schedulers import NotLinear
@@ -33,13 +37,11 @@ PLANNED = (
 
 _LOCALS = (
     *("latents", "prompt_embeds", "timestep_cond", "timesteps", "extra_step_kwargs"),
-    *("progress_bar", "num_warmup_steps", "cross_attention_kwargs"),
+    *("progress_bar", "num_warmup_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 """Variables of diffusers' `__call__` that a plan is made from."""
 
-_REFUSED = ("callback", "ip_adapter_image", "ip_adapter_image_embeds")
-"""Arguments of diffusers' `__call__` that a plan does not know."""
 
 _LOOP = "_fastdiff_loop"
 
@@ -73,9 +75,10 @@ def loop_of(pipe: Any) -> Loop | None:
 
 def take_loop(pipe: Any) -> None:
     """Run the loops of `pipe` as plans from now on; it keeps its class's name and its place."""
-    if type(pipe).__name__ in PLANNED and loop_of(pipe) is None:
+    own: Any = type(pipe)
+    theirs = {own.__module__.split(".")[0], own.__call__.__module__.split(".")[0]} == {"diffusers"}
+    if own.__name__ in PLANNED and theirs and loop_of(pipe) is None:
         vars(pipe)[_LOOP] = Loop()
-        own: Any = type(pipe)
         pipe.__class__ = _planned(own)
 
 
@@ -89,14 +92,21 @@ def release_loop(pipe: Any) -> None:
 def _planned(own: Any) -> Any:
     """The subclass of a pipeline class that runs its loops as plans."""
 
+    signature = inspect.signature(own.__call__)
+
     @functools.wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         loop = vars(self)[_LOOP]
+        given = signature.bind(self, *args, **kwargs)
+        if isinstance(given.arguments.get("latents"), Tensor):
+            # some pipelines begin with that very tensor; the plan writes its result there
+            latents = given.arguments["latents"].clone(memory_format=torch.contiguous_format)
+            given.arguments["latents"] = latents
         # a pipeline keeps the state of its call in itself: a second thread waits
         with loop.lock:
             before, loop.skip = loop.skip, False
             try:
-                return own.__call__(self, *args, **kwargs)
+                return own.__call__(*given.args, **given.kwargs)
             except _Carried as carried:
                 raise carried.error from None
             finally:
@@ -131,14 +141,13 @@ def _planned(own: Any) -> Any:
 def _run(pipe: Any, loop: Loop, local: Mapping[str, Any]) -> bool:
     """Run the loop that `local` is about to begin; False where diffusers has to."""
     try:
-        denoise(pipe, _call(local))
-    except (Unsupported, NotLinear) as obstacle:
-        reason = str(obstacle)
-    else:
-        loop.planned += 1
-        return True
-    loop.own[reason] += 1
-    return False
+        denoising = Denoising(pipe, _call(local))
+    except (Unsupported, NotLinear) as reason:
+        loop.own[str(reason)] += 1
+        return False
+    denoising.run()
+    loop.planned += 1
+    return True
 
 
 def _call(local: Mapping[str, Any]) -> Call:
@@ -151,9 +160,7 @@ def _call(local: Mapping[str, Any]) -> Call:
         raise Unsupported(f"a {type(callback).__name__} may change anything between the steps")
     if callback is not None and local["callback_on_step_end_tensor_inputs"] != ["latents"]:
         raise Unsupported("callback_on_step_end asks for more than the latents")
-    for name in _REFUSED:
-        if local.get(name) is not None:
-            raise Unsupported(f"it was given {name}")
+    refuse(callback=local.get("callback"))
     return Call(
         latents=local["latents"],
         conditions=Conditions(
@@ -161,8 +168,8 @@ def _call(local: Mapping[str, Any]) -> Call:
             text_embeds=local.get("add_text_embeds"),
             time_ids=local.get("add_time_ids"),
             timestep_cond=local["timestep_cond"],
+            image_embeds=local.get("image_embeds"),
         ),
-        attention=local["cross_attention_kwargs"],
         timesteps=local["timesteps"],
         step_options=local["extra_step_kwargs"],
         bar=local["progress_bar"],

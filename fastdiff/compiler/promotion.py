@@ -17,8 +17,6 @@ class Promotion:
 
     network: Any
     module: nn.Module
-    where: str
-    """The first layer whose output is not finite in float16."""
     version: int
     """State of the module's weights when they were copied."""
 
@@ -40,11 +38,21 @@ def as_type(values: Any, given: torch.dtype, wanted: torch.dtype) -> Any:
 
 def version_of(module: nn.Module) -> int:
     """Grows with every edit in place of a parameter that autograd can see."""
-    return sum(parameter._version for parameter in module.parameters())
+    return sum(map(_version, module.parameters()))
+
+
+def _version(parameter: Tensor) -> int:
+    try:
+        return parameter._version
+    except RuntimeError:  # made in inference mode, even where its memory no longer is
+        return 0
 
 
 def float32_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).float()
+    """A copy that goes on sharing the lists of scales which IP-Adapters' processors read."""
+    scales = [getattr(getattr(m, "processor", None), "scale", None) for m in module.modules()]
+    shared = {id(scale): scale for scale in scales if isinstance(scale, list)}
+    return copy.deepcopy(module, shared).float()
 
 
 def first_overflow(module: nn.Module, call: Callable[[], Any]) -> str:

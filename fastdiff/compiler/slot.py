@@ -24,7 +24,7 @@ from fastdiff.compiler.promotion import (
     overflowed,
     version_of,
 )
-from fastdiff.kernels.dispatch import is_counting
+from fastdiff.kernels.observe import is_counting
 from fastdiff.models.borrow import Loan, Unsupported
 
 
@@ -59,8 +59,10 @@ class Slot:
     """Calls that ran on the compact network since compile."""
     promotion: Promotion | None = None
     """What stands in for the network since float16 overflowed."""
-    promoted: Counter[str] = field(default_factory=Counter)
-    """Promotions since compile, by the layer that overflowed."""
+    promoted: list[str] = field(default_factory=list)
+    """The layers that overflowed since compile."""
+    ended: bool = False
+    """Whether the module was restored: whoever still holds the slot borrows nothing any more."""
     _taking: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +92,7 @@ class Slot:
 
         Raises Unsupported where only the module's own call gives the same result.
         """
-        reason = self._obstacle(tree_leaves(given))
+        reason = "it was restored" if self.ended else self._obstacle(tree_leaves(given))
         network = None if reason else self._ready(scale)
         if network is None:
             raise Unsupported(reason or self.refused or "")
@@ -107,8 +109,9 @@ class Slot:
             loan = Loan(module)
             network = self.kind.borrow(module, loan)
             loan.refresh(scale)
-        self.promotion = Promotion(network, module, where, version)
-        self.promoted[where] += 1
+        self.promotion = Promotion(network, module, version)
+        if where not in self.promoted:
+            self.promoted.append(where)
 
     def _guarded(self, network: Any, args: Any, kwargs: Any) -> Any:
         """The call, in float32 where float16 overflows."""
@@ -151,6 +154,11 @@ class Slot:
             except BaseException:
                 self.release()
                 raise
+
+    def end(self) -> None:
+        """Give the weights back for good."""
+        self.ended = True
+        self.release()
 
     def release(self) -> None:
         """Give the weights back."""

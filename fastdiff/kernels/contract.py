@@ -9,7 +9,7 @@ kernel's own dtype and `exact` the same reference run in float64 on the same (ro
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,9 +100,11 @@ class Launcher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The op's own arguments, the first one a CUDA tensor (CPU: under the interpreter)."""
-        launches, outputs = self.plan(architecture((*args, *kwargs.values())[0]), *args, **kwargs)
-        for launch in launches:
-            launch.start()
+        first = (*args, *kwargs.values())[0]
+        launches, outputs = self.plan(architecture(first), *args, **kwargs)
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            for launch in launches:  # Triton starts them on the current device
+                launch.start()
         return outputs
 
 

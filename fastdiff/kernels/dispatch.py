@@ -5,9 +5,7 @@ on the first CUDA call, so that triton stays optional) and on fake tensors throu
 An explicit `implementation(name, which)` that cannot run raises; nothing falls back silently.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,63 +26,6 @@ def _load_native() -> Any:
 
 NATIVE: Any = _load_native()
 """The C++ kernels (`csrc/`), or None where the package was installed without a compiler."""
-
-
-@contextmanager
-def recording() -> Iterator[Any]:
-    """A tape of the C++ kernels that this thread calls within it; they run all the same.
-
-    `tape.run()` runs them again on the same addresses, without Python between them.
-    """
-    tape = NATIVE.Tape()
-    tape.start()
-    try:
-        yield tape
-    finally:
-        tape.stop()
-
-
-_CALLED: ContextVar[list[str] | None] = ContextVar("called", default=None)
-_NATIVE_KERNELS = ("conv", "attention", "group_norm", "layer_norm", "guided_step", "concat")
-
-
-@contextmanager
-def counting() -> Iterator[list[str]]:
-    """Names of the C++ kernels that this thread calls within it. They compute nothing.
-
-    Networks then run under a dispatch mode of the counter as they run without one, call by call.
-    """
-
-    def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            called = _CALLED.get()
-            if called is None:  # another thread
-                function(*args)
-            else:
-                called.append(name)
-
-        return call
-
-    native = {} if NATIVE is None else vars(NATIVE)
-    plain = {name: native[name] for name in _NATIVE_KERNELS if name in native}
-    called: list[str] = []
-    token = _CALLED.set(called)
-    native.update({name: noting(name, function) for name, function in plain.items()})
-    try:
-        yield called
-    finally:
-        native.update(plain)
-        _CALLED.reset(token)
-
-
-def observed() -> bool:
-    """Whether a dispatch mode looks at this thread's calls: no recording may stand for them."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def is_counting() -> bool:
-    """Whether this thread is within `counting`: then nothing recorded may stand for calls."""
-    return _CALLED.get() is not None
 
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 from fastdiff.models.lora import Merges, base_of, parts, without_adapters
 from fastdiff.models.watch import Unsupported, hooks, kind, watch
@@ -75,6 +76,8 @@ class Loan:
         self.epoch = next(_EPOCHS)
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
+        if self.device.type == "cuda" and self.dtype not in FLOATS:
+            raise Unsupported(f"weights of {self.dtype} on a GPU")
         # our CPU loop wants a row per input channel; GPU libraries a row per output channel
         self._input_major = (
             self.device.type == "cpu" and NATIVE is not None and self.dtype in NATIVE_DTYPES

@@ -26,13 +26,13 @@ from fastdiff.models.blocks import (
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
+from fastdiff.models.watch import FREEU
 
 _BLOCKS = {
     "down": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "mid": ("UNetMidBlock2DCrossAttn",),
     "up": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-_FREEU = ("s1", "s2", "b1", "b2")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Trunk:
 def borrow_stage(block: Any, part: str, loan: Loan, rows: Columns, text: CrossColumns) -> Stage:
     """From a block of the "down", "mid" or "up" part."""
     expect(block, *_BLOCKS[part])
-    require(all(getattr(block, name, None) is None for name in _FREEU), "FreeU")
+    require(all(getattr(block, name, None) is None for name in FREEU), "FreeU")
     resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in block.resnets)
     attentions = getattr(block, "attentions", None) or [None] * len(resnets)
     down, up = (only(getattr(block, name, None)) for name in ("downsamplers", "upsamplers"))

@@ -62,12 +62,16 @@ class Decoder:
     norm_out: Norm
     conv_out: Weights
 
-    def __call__(self, sample: Tensor) -> Tensor:
-        x = conv2d(channels_last(sample), self.conv_in.weight, self.conv_in.bias)
+    def run(self, x: Tensor) -> Tensor:
+        """The same, channels last throughout."""
+        x = conv2d(x, self.conv_in.weight, self.conv_in.bias)
         x = self.mid(x)
         for stage in self.stages:
             x = stage(x)
         return _finish(x, self.norm_out, self.conv_out)
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        return channels_first(self.run(channels_last(sample)))
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,15 @@ class Encoder:
     norm_out: Norm
     conv_out: Weights
 
-    def __call__(self, sample: Tensor) -> Tensor:
-        x = conv2d(channels_last(sample), self.conv_in.weight, self.conv_in.bias)
+    def run(self, x: Tensor) -> Tensor:
+        """The same, channels last throughout."""
+        x = conv2d(x, self.conv_in.weight, self.conv_in.bias)
         for stage in self.stages:
             x = stage(x)
         return _finish(self.mid(x), self.norm_out, self.conv_out)
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        return channels_first(self.run(channels_last(sample)))
 
 
 def borrow_decoder(module: Any, loan: Loan) -> Decoder:
@@ -112,7 +120,7 @@ def borrow_encoder(module: Any, loan: Loan) -> Encoder:
 
 
 def _finish(x: Tensor, norm: Norm, conv: Weights) -> Tensor:
-    return channels_first(conv2d(group_norm(x, norm, silu=True), conv.weight, conv.bias))
+    return conv2d(group_norm(x, norm, silu=True), conv.weight, conv.bias)
 
 
 def _check(module: Any) -> None:

@@ -7,6 +7,9 @@ from torch import nn
 
 from fastdiff.kernels.dispatch import NATIVE
 
+FREEU = ("s1", "s2", "b1", "b2")
+"""What FreeU sets on a block."""
+
 _READ = (
     "eps",
     "num_groups",
@@ -23,11 +26,11 @@ _READ = (
     "flip_sin_to_cos",
     "downscale_freq_shift",
     "training",
-    *("s1", "s2", "b1", "b2"),  # FreeU
+    *FREEU,
 )
 """Attributes of modules that a compact network depends on: each must stay the object it is."""
 
-_ABSENT = ("forward", "_conv_forward", "s1")
+_ABSENT = ("forward", "_conv_forward", FREEU[0])
 """Attributes that hooks, offloading, seamless tiling and FreeU would add to a module."""
 
 

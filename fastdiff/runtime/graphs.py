@@ -23,9 +23,11 @@ class _Pool:
     """What the graphs of one device share."""
 
     handle: Any
+    stream: torch.cuda.Stream
+    """Where graphs are captured."""
     last: torch.cuda.Event
     """When the graph that was started last will be done with the pool."""
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _POOLS: dict[torch.device, _Pool] = {}
@@ -51,23 +53,25 @@ def capture(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Graph | 
     """The launches of `function(*buffers)`; None, with a warning, where they cannot be captured."""
     device = buffers[0].device
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-        side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        pool, current = _pool(device), torch.cuda.current_stream(device)
+        pool.stream.wait_stream(current)
+        with torch.cuda.stream(pool.stream):
             for _ in range(_WARM_UPS):
                 function(*buffers)
-        current.wait_stream(side)
+        current.wait_stream(pool.stream)
+        torch.cuda.empty_cache()  # what the warm-ups left would hide what the graph takes
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
+        captured = torch.cuda.graph(
+            graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"
+        )
         try:
-            with (
-                in_turn(device),
-                torch.cuda.graph(
-                    graph, pool=_pool(device).handle, capture_error_mode="thread_local"
-                ),
-            ):
+            with in_turn(device), captured:
                 output = function(*buffers)
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
+            with _MAKING:
+                _POOLS.pop(device, None)
             reason = str(error).splitlines()[0]
             warnings.warn(
                 f"fastdiff: this shape runs without a CUDA graph: {reason}",
@@ -81,7 +85,10 @@ def capture(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Graph | 
 
 @contextmanager
 def in_turn(device: torch.device) -> Iterator[None]:
-    """Within it graphs of `device` may run: after all that ran in earlier turns has finished."""
+    """Within it graphs of `device` may run: after all that ran in earlier turns has finished.
+
+    Turns are short and not nested: a step, a call; no callback runs within one.
+    """
     if device.type != "cuda":
         yield
         return
@@ -97,5 +104,6 @@ def in_turn(device: torch.device) -> Iterator[None]:
 def _pool(device: torch.device) -> _Pool:
     with _MAKING:
         if device not in _POOLS:
-            _POOLS[device] = _Pool(torch.cuda.graph_pool_handle(), torch.cuda.Event())
+            handle, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            _POOLS[device] = _Pool(handle, stream, torch.cuda.Event())
         return _POOLS[device]

@@ -1,6 +1,7 @@
 """What a denoising loop needs of the network's conditions, computed once per image."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class Conditions:
     """[G·B, 6] of SDXL."""
     timestep_cond: Tensor | None = None
     """[B, D''] guidance embedding of distilled models; they run without guidance."""
+    image_embeds: Any = None
+    """Of each IP-Adapter [G·B, N, ...], for N pictures."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Hoisted:
     rows: Tensor
     """[steps, n, …] time embedding as every resnet sees it, n = 1 where all pictures share it: one
     matrix product for all steps."""
+    images: tuple[Tensor, ...]
+    """[G·B, tokens, …] of each IP-Adapter, like `text`."""
 
 
 def hoist(network: UNet, timesteps: Tensor, conditions: Conditions) -> Hoisted:
@@ -40,4 +45,5 @@ def hoist(network: UNet, timesteps: Tensor, conditions: Conditions) -> Hoisted:
             conditions.time_ids,
             conditions.timestep_cond,
         ),
+        images=network.image_rows(conditions.image_embeds),
     )

@@ -1,8 +1,9 @@
 """The denoising loop as one plan: a recorded step on buffers that stay, run once per timestep.
 
 A step is the network, guidance and the scheduler's row of coefficients; its input is its own
-output, its index and coefficients lie in device memory. So the host decides nothing between steps:
-on a GPU it queues one graph launch after another, on a CPU it makes one call a step. The recording
+output, its index and coefficients lie in device memory. The host decides nothing
+between steps: on a GPU it queues a graph and the two or three copies that tell it which step it is,
+on a CPU it makes one call. The recording
 holds one step, not the whole loop: any number of steps, any scheduler of the same depth and any
 guidance replay it, a new shape costs a single step, and a callback may look after each of them.
 """
@@ -16,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import observed
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.guided_step.spec import HISTORY
+from fastdiff.kernels.observe import observed
 from fastdiff.models import UNet
 from fastdiff.models.blocks import channels_first
 from fastdiff.runtime import graphs
@@ -56,6 +57,8 @@ class Step:
     """A step for one shape."""
 
     buffers: Buffers
+    images: tuple[Tensor, ...]
+    """`Hoisted.images`."""
     recording: Recording | None
 
 
@@ -83,17 +86,16 @@ class Plans:
         device = latents.device
         free = not observed() and self._lock.acquire(blocking=False)
         try:
-            with graphs.in_turn(device):
-                key = _shapes(latents, table, hoisted)
-                if free:
-                    step = self._steps.get(key, lambda: self._make(key, device))
-                else:
-                    step = Step(_allot(key, device), None)
-                run = Run(self, step, table)
-                run.condition(hoisted)
-                run.guide(*guidance)
-                run.set_latents(latents)
-                yield run
+            key = _shapes(latents, table, hoisted)
+            if free:
+                step = self._steps.get(key, lambda: self._make(key, device))
+            else:
+                step = Step(*_allot(key, device), None)
+            run = Run(self, step, table)
+            run.condition(hoisted)
+            run.guide(*guidance)
+            run.set_latents(latents)
+            yield run
         finally:
             if free:
                 self._lock.release()
@@ -108,18 +110,16 @@ class Plans:
         table: Tensor,
         step: Tensor,
         noise: Tensor | None,
+        *images: Tensor,
     ) -> Tensor:
         """One step on buffers; the network's next input takes the place of `x`."""
-        output = self.network.predict(x, rows, text)
+        output = self.network.predict(x, rows, text, *images)
         guided_step(output, sample, history, x, table, step, noise)
         return x
 
     def _make(self, key: "_Shapes", device: torch.device) -> Step:
-        buffers = _allot(key, device)
-        for tensor in buffers:
-            if tensor is not None:
-                tensor.zero_()
-        return Step(buffers, record(self.advance, buffers))
+        buffers, images = _allot(key, device)
+        return Step(buffers, images, record(self.advance, (*buffers, *images)))
 
 
 class Mark(NamedTuple):
@@ -143,6 +143,11 @@ class Run:
         """Tell the network something else from now on; same shapes."""
         self._rows = hoisted.rows
         self._step.buffers.text.copy_(hoisted.text)
+        for own, rows in zip(self._step.images, hoisted.images, strict=True):
+            if rows.shape[1] > 0:
+                own.copy_(rows)
+            else:  # an adapter that is off: values of zero add nothing
+                own.zero_()
 
     def guide(self, scale: float, rescale: float) -> None:
         """Guide by other scales from now on."""
@@ -157,14 +162,15 @@ class Run:
     def advance(self, noise: Tensor | None = None) -> None:
         """One timestep. `noise` [B, C, Y, X]: what was drawn, where `draws` says so."""
         buffers, recording = self._step.buffers, self._step.recording
-        buffers.step.fill_(self.at)
-        buffers.rows.copy_(self._rows[self.at])
-        if buffers.noise is not None and noise is not None:
-            buffers.noise.copy_(noise.permute(0, 2, 3, 1))
-        if recording is None or observed():
-            self._plans.advance(*buffers)
-        else:
-            recording.run()
+        with graphs.in_turn(buffers.x.device):
+            buffers.step.fill_(self.at)
+            buffers.rows.copy_(self._rows[self.at])
+            if buffers.noise is not None and noise is not None:
+                buffers.noise.copy_(noise.permute(0, 2, 3, 1))
+            if recording is None or observed():
+                self._plans.advance(*buffers, *self._step.images)
+            else:
+                recording.run()
         self.at += 1
 
     def mark(self) -> "Mark":
@@ -184,7 +190,7 @@ class Run:
 
     def latents(self, dtype: torch.dtype) -> Tensor:
         """[B, C, Y, X] now."""
-        return channels_first(self._step.buffers.sample).to(dtype)
+        return channels_first(self._step.buffers.sample).to(dtype, copy=True)
 
     def set_latents(self, latents: Tensor) -> None:
         """Go on from these latents [B, C, Y, X]."""
@@ -204,6 +210,7 @@ class _Shapes(NamedTuple):
     x: torch.Size
     rows: torch.Size
     text: torch.Size
+    images: tuple[torch.Size, ...]
     dtype: torch.dtype
     capacity: int
     depth: int
@@ -216,6 +223,7 @@ def _shapes(latents: Tensor, table: Table, hoisted: Hoisted) -> _Shapes:
         x=torch.Size((batch, rows, columns, channels)),
         rows=hoisted.rows.shape[1:],
         text=hoisted.text.shape,
+        images=tuple(rows.shape for rows in hoisted.images),
         dtype=hoisted.text.dtype,
         capacity=-(-len(table.timesteps) // _ROWS) * _ROWS,
         depth=table.depth,
@@ -223,13 +231,13 @@ def _shapes(latents: Tensor, table: Table, hoisted: Hoisted) -> _Shapes:
     )
 
 
-def _allot(key: _Shapes, device: torch.device) -> Buffers:
+def _allot(key: _Shapes, device: torch.device) -> tuple[Buffers, tuple[Tensor, ...]]:
     state = torch.float64 if key.dtype == torch.float64 else torch.float32
 
     def make(*shape: int, dtype: torch.dtype = state) -> Tensor:
-        return buffer(shape, dtype, device)
+        return buffer(shape, dtype, device).zero_()  # noise that a step does not draw is read, too
 
-    return Buffers(
+    buffers = Buffers(
         x=make(*key.x, dtype=key.dtype),
         rows=make(*key.rows, dtype=key.dtype),
         text=make(*key.text, dtype=key.dtype),
@@ -239,3 +247,4 @@ def _allot(key: _Shapes, device: torch.device) -> Buffers:
         step=make(1, dtype=torch.int64),
         noise=make(*key.x) if key.noisy else None,
     )
+    return buffers, tuple(make(*shape, dtype=key.dtype) for shape in key.images)

@@ -12,7 +12,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, observed
+from fastdiff.kernels.dispatch import NATIVE
+from fastdiff.kernels.observe import observed
 from fastdiff.runtime import graphs, tape
 
 SHAPES = 8
@@ -84,7 +85,8 @@ class Kept(Generic[T]):
 class Recorded:
     """`function(*tensors) -> tensor` with a recording for every shape it is called with.
 
-    Calls that cannot be recorded, and those of a second thread meanwhile, run `function` itself.
+    The first call of a shape runs `function` itself, for it may be the only one; so do calls that
+    cannot be recorded, and those of a second thread meanwhile.
     """
 
     def __init__(self, function: Function) -> None:
@@ -92,6 +94,7 @@ class Recorded:
         self._kept: Kept[tuple[tuple[Tensor, ...], Recording] | None] = Kept(
             lambda made: 0 if made is None else made[1].nbytes
         )
+        self._seen: set[Hashable] = set()
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -99,6 +102,9 @@ class Recorded:
             return self.function(*inputs)
         try:
             key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+            if key not in self._seen:
+                self._seen.add(key)
+                return self.function(*inputs)
             made = self._kept.get(key, lambda: self._make(inputs))
             if made is None:
                 return self.function(*inputs)

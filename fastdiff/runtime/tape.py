@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff.kernels.dispatch import KERNELS, recording
+from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.observe import recording
 
 TAPE_BYTES = 64 << 20
 """A tape keeps its activations. Where they are larger, Python's share of a step is small anyway."""

@@ -16,8 +16,9 @@ from fastdiff.bench.counters import count, count_pipe
 from fastdiff.bench.tally import Tally, total
 from fastdiff.cli import main
 from fastdiff.kernels.conv2d import conv2d
-from fastdiff.kernels.dispatch import NATIVE, counting
+from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.kernels.linear import linear
+from fastdiff.kernels.observe import counting
 
 CPU = torch.device("cpu")
 SIDE, STEPS = 64, 3

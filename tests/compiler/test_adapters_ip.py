@@ -1,4 +1,4 @@
-"""IP-Adapters on our networks, in diffusers' own loop: pictures, scales and edits."""
+"""IP-Adapters on our networks, on the plan: pictures, scales and edits."""
 
 import copy
 
@@ -79,32 +79,32 @@ def sd(components):
     return StableDiffusionPipeline(**components(), requires_safety_checker=False)
 
 
-OWN = "ip_adapter_image_embeds"
+EMBEDS = "ip_adapter_image_embeds"
 
 
 def test_one_picture_and_its_scale(sd, hold):
     load(sd, state_dict(sd.unet, 1))
-    call = {OWN: [pictures(0, 1)]}
-    drawn = [hold(sd, OWN, **call)]
+    call = {EMBEDS: [pictures(0, 1)]}
+    drawn = [hold(sd, "plan", **call)]
     for scale in (0.5, 0.0, 1.5, {"down": 0.3, "up": {"block_1": [0.0, 0.9]}}):
         sd.set_ip_adapter_scale(scale)
-        drawn.append(hold(sd, OWN, **call))
+        drawn.append(hold(sd, "plan", **call))
     assert all(not np.allclose(a, b) for a in drawn for b in drawn if a is not b)
     sd.set_ip_adapter_scale(1.0)
-    assert np.array_equal(hold(sd, OWN, **call), drawn[0])
+    assert np.array_equal(hold(sd, "plan", **call), drawn[0])
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        {"guidance_scale": 1.0, OWN: [pictures(0, 1)[1:]]},
-        {"num_images_per_prompt": 3, OWN: [pictures(0, 2)]},
-        {"prompt": ["red", "blue"], OWN: [pictures(0, 1)]},
+        {"guidance_scale": 1.0, EMBEDS: [pictures(0, 1)[1:]]},
+        {"num_images_per_prompt": 3, EMBEDS: [pictures(0, 2)]},
+        {"prompt": ["red", "blue"], EMBEDS: [pictures(0, 1)]},
     ],
     ids=["no guidance", "two pictures", "two prompts"],
 )
 def test_batches(sd, hold, call):
-    hold(load(sd, state_dict(sd.unet, 1)), OWN, **call)
+    hold(load(sd, state_dict(sd.unet, 1)), "plan", **call)
 
 
 @pytest.mark.parametrize("xl", [False, True], ids=["sd", "sdxl"])
@@ -115,10 +115,10 @@ def test_two_adapters(components, hold, xl):
     else:
         pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     load(pipe, state_dict(pipe.unet, 1), state_dict(pipe.unet, 2, plus=True))
-    call = {OWN: [pictures(0, 1), pictures(1, 2, 5)]}
+    call = {EMBEDS: [pictures(0, 1), pictures(1, 2, 5)]}
     for scales in ([1.0, 1.0], [0.7, 0.2], [0.0, 0.8], [0.0, 0.0]):
         pipe.set_ip_adapter_scale(scales)
-        hold(pipe, OWN, **call)
+        hold(pipe, "plan", **call)
 
 
 def test_beside_a_controlnet_and_in_inpainting(components, hold):
@@ -138,19 +138,32 @@ def test_beside_a_controlnet_and_in_inpainting(components, hold):
 
 def test_a_scale_changed_between_steps(sd, hold):
     load(sd, state_dict(sd.unet, 1))
-    plain = hold(sd, OWN, **{OWN: [pictures(0, 1)]})
+    plain = hold(sd, "plan", **{EMBEDS: [pictures(0, 1)]})
 
     def fade(pipe, i, t, kwargs):
         pipe.set_ip_adapter_scale(0.5 - 0.25 * i)
         return kwargs
 
     sd.set_ip_adapter_scale(1.0)
-    options = {OWN: [pictures(0, 1)], "callback_on_step_end": fade}
+    options = {EMBEDS: [pictures(0, 1)], "callback_on_step_end": fade}
     eager = copy.deepcopy(sd)
     want = draw_latents(eager, **options)
     got = draw_latents(fastdiff.compile(sd), **options)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     assert not np.allclose(got, plain)
+
+
+def test_an_adapter_switched_on_between_steps_is_refused(sd):
+    load(sd, state_dict(sd.unet, 1))
+    sd.set_ip_adapter_scale(0.0)
+    fastdiff.compile(sd)
+
+    def switch_on(pipe, i, t, kwargs):
+        pipe.set_ip_adapter_scale(1.0)
+        return kwargs
+
+    with pytest.raises(ValueError, match="switched on an IP-Adapter"):
+        draw_latents(sd, **{EMBEDS: [pictures(0, 1)], "callback_on_step_end": switch_on})
 
 
 def draw_latents(pipe, **options):
@@ -188,14 +201,14 @@ def test_loaded_replaced_and_unloaded_after_compile(sd, hold):
     plain = hold(sd, "plan")
     assert fastdiff.compile(sd) is sd
     load(sd, state_dict(sd.unet, 1))
-    call = {OWN: [pictures(0, 1)]}
-    first = hold(sd, OWN, **call)
+    call = {EMBEDS: [pictures(0, 1)]}
+    first = hold(sd, "plan", **call)
     load(sd, state_dict(sd.unet, 2))
-    assert not np.allclose(hold(sd, OWN, **call), first)
+    assert not np.allclose(hold(sd, "plan", **call), first)
     with torch.no_grad():
         sd.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor.to_v_ip[0].weight *= 3
         sd.unet.encoder_hid_proj.image_projection_layers[0].norm.weight *= 2
-    hold(sd, OWN, **call)
+    hold(sd, "plan", **call)
     sd.image_encoder, sd.feature_extractor = None, None
     sd.unload_ip_adapter()
     assert np.allclose(hold(sd, "plan"), plain, rtol=1e-9)

@@ -8,9 +8,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 
 import fastdiff
+from fastdiff.bench.presets import build
+from fastdiff.errors import UserError
+from fastdiff.kernels.contract import poisoned_memory
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {**BETAS, "steps_offset": 1}
@@ -175,6 +183,63 @@ def test_the_latents_given_are_left_alone(pipe):
     assert torch.equal(given, kept)
 
 
+def test_a_second_loop_meanwhile_reads_no_stale_memory(pipe):
+    """KDPM2's ancestral steps draw noise in every second step only."""
+    pipe.scheduler = diffusers.KDPM2AncestralDiscreteScheduler(**BETAS)
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    other.set_progress_bar_config(disable=True)
+    want, pictures = draw(other), []
+    fastdiff.compile(pipe)
+    fastdiff.compile(other)
+    with poisoned_memory():
+        draw(
+            pipe, callback_on_step_end=lambda pipe, i, t, kwargs: pictures.append(draw(other)) or {}
+        )
+    assert len(pictures) == 7
+    assert all(relative_error(picture, want) <= 1e-4 for picture in pictures)
+
+
+def test_image_to_image_of_sdxl_leaves_given_latents_alone():
+    pipe = build("sdxl", 0.13, torch.float32, "cpu")
+    pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    given = torch.randn(1, 4, 16, 16)
+    options = {
+        "image": torch.rand(1, 3, 128, 128),
+        "strength": 0.5,
+        "num_inference_steps": 4,
+        "output_type": "latent",
+    }
+    want = pipe("red heart", latents=given.clone(), **options).images
+    fastdiff.compile(pipe)
+    kept = given.clone()
+    for _ in range(2):
+        assert relative_error(pipe("red heart", latents=given, **options).images, want) <= 1e-4
+        assert torch.equal(given, kept)
+    twice = pipe(["a", "b"], latents=given.expand(2, -1, -1, -1), **options).images
+    assert torch.isfinite(twice).all()
+
+
+def test_a_pipeline_with_a_loop_of_its_own_keeps_it(pipe):
+    class Stranger(StableDiffusionPipeline):
+        @torch.no_grad()
+        def __call__(self, **options):
+            return super().__call__(**options | {"guidance_scale": 6.0})
+
+    Stranger.__name__ = "StableDiffusionPipeline"
+    pipe.__class__ = Stranger
+    want = draw(pipe)
+    fastdiff.compile(pipe)
+    assert relative_error(draw(pipe), want) <= 1e-4
+    assert loops(pipe).runs == "diffusers"
+
+
+def test_a_negative_rescale_is_ignored_as_diffusers_ignores_it(pipe):
+    want = draw(pipe, guidance_rescale=-0.7)
+    assert relative_error(draw(fastdiff.compile(pipe), guidance_rescale=-0.7), want) <= 1e-4
+
+
 def test_noise_comes_from_the_users_generator_in_diffusers_order(pipe):
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler(**BETAS)
     plan = fastdiff.compile(copy.deepcopy(pipe))
@@ -262,10 +327,10 @@ class TestCallbacks:
     def test_that_draws_with_the_same_pipeline(self, pipe):
         def another(pipe, i, latents):
             pipe.set_progress_bar_config(disable=True)
-            kept = copy.deepcopy(pipe.scheduler), pipe._num_timesteps
+            kept, count = copy.deepcopy(vars(pipe.scheduler)), pipe._num_timesteps
             inner = draw(pipe, 2)
-            pipe.scheduler, pipe._num_timesteps = kept
-            pipe._guidance_scale = 3.0
+            vars(pipe.scheduler).update(kept)
+            pipe._guidance_scale, pipe._num_timesteps = 3.0, count
             return {"latents": latents + 0.01 * inner}
 
         self.compare(pipe, lambda trace: looking(trace, another))
@@ -281,6 +346,66 @@ class TestCallbacks:
             with pytest.raises(type(error)):
                 draw(pipe, callback_on_step_end=fail)
             assert relative_error(draw(pipe), want) <= 1e-4
+
+    def test_that_returns_embeddings_unasked(self, pipe):
+        other = torch.randn(2, 7, 24)
+        self.compare(
+            pipe, lambda trace: looking(trace, lambda pipe, i, x: {"prompt_embeds": other + i})
+        )
+
+    def test_that_keeps_what_it_saw(self, pipe):
+        """Tensors it was given are its own, be the picture a single pixel."""
+        for size in ({}, {"height": 2, "width": 2}):
+            if size:
+                pipe.check_inputs = lambda *args: None
+            kept, copies = [], []
+
+            def keep(pipe, i, t, kwargs, kept=kept, copies=copies):
+                kept.append(kwargs["latents"])
+                copies.append(kwargs["latents"].clone())
+                return {}
+
+            draw(fastdiff.compile(pipe), callback_on_step_end=keep, **size)
+            assert all(map(torch.equal, kept, copies))
+
+    def test_that_looks_up_its_sigma(self, pipe):
+        pipe.scheduler = diffusers.EulerDiscreteScheduler(**BETAS)
+        seen = []
+        for which in (pipe, fastdiff.compile(copy.deepcopy(pipe))):
+            steps = []
+
+            def look(pipe, i, t, kwargs, steps=steps):
+                steps.append(pipe.scheduler.step_index)
+                return {}
+
+            draw(which, callback_on_step_end=look)
+            seen.append(steps)
+        assert seen[0] == seen[1] == [1, 2, 3, 4]
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda pipe, x: {"latents": x[:, :, :1]}, "another shape"),
+            (lambda pipe, x: {"prompt_embeds": x}, "another shape"),
+            (lambda pipe, x: setattr(pipe, "scheduler", copy.copy(pipe.scheduler)), "scheduler"),
+            (lambda pipe, x: setattr(pipe, "unet", copy.deepcopy(pipe.unet)), "U-Net"),
+            (lambda pipe, x: setattr(pipe, "_guidance_scale", 1.0), "guidance on or off"),
+            (lambda pipe, x: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4), "FreeU"),
+            (lambda pipe, x: fastdiff.restore(pipe) and {}, "replaced the U-Net"),
+        ],
+        ids=["shape", "text", "scheduler", "unet", "guidance", "freeu", "restore"],
+    )
+    def test_that_does_what_a_plan_cannot_follow(self, pipe, change, reason):
+        fastdiff.compile(pipe)
+        calls = []
+
+        def callback(pipe, i, t, kwargs):
+            calls.append(i)
+            return change(pipe, kwargs["latents"]) or {}
+
+        with pytest.raises(UserError, match=reason):
+            draw(pipe, callback_on_step_end=callback)
+        assert calls == [0]  # no step ran twice
 
     def test_that_asks_for_more_sees_diffusers_loop(self, pipe):
         options = {
@@ -430,6 +555,21 @@ class TestOverflow:
         got = draw(pipe, **options)
         assert got.dtype == torch.float16
         assert relative_error(got.float(), exact) <= 0.02
+        assert "mid_block.resnets.0.conv2" in str(fastdiff.report(pipe))
+
+    def test_of_weights_loaded_in_inference_mode(self):
+        with torch.inference_mode():
+            pipe = build("tiny", 0.5, torch.float16, "cpu")
+            pipe.unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
+        pipe.set_progress_bar_config(disable=True)
+        fastdiff.compile(pipe)
+        got = pipe(
+            "red heart",
+            num_inference_steps=2,
+            output_type="latent",
+            callback_on_step_end=lambda pipe, i, t, kwargs: {},
+        ).images
+        assert torch.isfinite(got).all()
         assert "mid_block.resnets.0.conv2" in str(fastdiff.report(pipe))
 
     def test_is_forgotten_with_the_weights(self, pipe):

@@ -64,6 +64,7 @@ def test_the_oldest_shape_goes_first(network, monkeypatch):
     first, second, third = (inputs_for(network, rows, 8) for rows in (8, 12, 16))
     for given in (first, second, first, third):
         tapes(*given)
+        tapes(*given)  # the first call of a shape is not recorded
     heights = [key[0][0][1] for key in tapes._kept._values]
     assert heights == [8, 16]
 
@@ -94,7 +95,8 @@ def test_large_activations_are_not_kept(network, monkeypatch):
     monkeypatch.setattr(tape, "TAPE_BYTES", 1 << 20)
     tapes = Recorded(network.predict)
     given = inputs_for(network)
-    assert torch.equal(tapes(*given), network.predict(*given))
+    for _ in range(2):
+        assert torch.equal(tapes(*given), network.predict(*given))
     assert list(tapes._kept._values.values()) == [None]
 
 

@@ -1,0 +1,66 @@
+"""Looking at the kernels that are called: onto a tape, or into a count."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from fastdiff.kernels.dispatch import NATIVE
+
+
+@contextmanager
+def recording() -> Iterator[Any]:
+    """A tape of the C++ kernels that this thread calls within it; they run all the same.
+
+    `tape.run()` runs them again on the same addresses, without Python between them.
+    """
+    tape = NATIVE.Tape()
+    tape.start()
+    try:
+        yield tape
+    finally:
+        tape.stop()
+
+
+_CALLED: ContextVar[list[str] | None] = ContextVar("called", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[list[str]]:
+    """Names of the C++ kernels that this thread calls within it. They compute nothing.
+
+    Networks then run under a dispatch mode of the counter as they run without one, call by call.
+    """
+
+    def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            called = _CALLED.get()
+            if called is None:  # another thread
+                function(*args)
+            else:
+                called.append(name)
+
+        return call
+
+    native = {} if NATIVE is None else vars(NATIVE)
+    plain = {name: native[name] for name in native.get("KERNELS", ())}
+    called: list[str] = []
+    token = _CALLED.set(called)
+    native.update({name: noting(name, function) for name, function in plain.items()})
+    try:
+        yield called
+    finally:
+        native.update(plain)
+        _CALLED.reset(token)
+
+
+def observed() -> bool:
+    """Whether a dispatch mode looks at this thread's calls: no recording may stand for them."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_counting() -> bool:
+    """Whether this thread is within `counting`: then nothing recorded may stand for calls."""
+    return _CALLED.get() is not None
