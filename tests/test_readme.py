@@ -58,6 +58,23 @@ def test_files_and_links_exist():
         assert (ROOT / link).exists(), link
 
 
+def test_counts_are_the_committed_ones():
+    path, table = re.search(r"<!-- counts: (\S+) -->\n(.*?)\n\n", README, re.S).groups()
+    result = json.loads((ROOT / path).read_text())
+    assert "dirty" not in result["commit"], "counted on something that is no commit"
+    lines = table.splitlines()[2:]
+    for line, row in zip(lines, result["rows"], strict=True):
+        counts = row["counts"]
+        total = counts["step_total"]
+        assert [cell.strip(" *") for cell in line.strip("|").split("|")] == [
+            row["backend"],
+            str(total["launches"]),
+            f"{total['bytes'] / 1e9:.1f}",
+            f"{total['flops'] / 1e12:.3f}",
+            str(counts["step"].get("host read", {"launches": 0})["launches"]),
+        ]
+
+
 def test_table_is_the_committed_result():
     assert RESULT is not None
     result = json.loads((ROOT / RESULT[1]).read_text())
