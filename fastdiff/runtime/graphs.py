@@ -101,6 +101,12 @@ def in_turn(device: torch.device) -> Iterator[None]:
             pool.last.record(torch.cuda.current_stream())
 
 
+def fence(device: torch.device) -> None:
+    """An empty turn: what this stream has read is read before later turns, and the reverse."""
+    with in_turn(device):
+        pass
+
+
 def _pool(device: torch.device) -> _Pool:
     with _MAKING:
         if device not in _POOLS:

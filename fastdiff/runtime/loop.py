@@ -1,11 +1,11 @@
 """The denoising loop as one plan: a recorded step on buffers that stay, run once per timestep.
 
 A step is the network, guidance and the scheduler's row of coefficients; its input is its own
-output, its index and coefficients lie in device memory. The host decides nothing
-between steps: on a GPU it queues a graph and the two or three copies that tell it which step it is,
-on a CPU it makes one call. The recording
-holds one step, not the whole loop: any number of steps, any scheduler of the same depth and any
-guidance replay it, a new shape costs a single step, and a callback may look after each of them.
+output, its index and coefficients lie in device memory. The host decides nothing between steps: on
+a GPU it queues a graph and the two or three copies that tell it which step it is, on a CPU it makes
+one call. The recording holds one step, not the whole loop: any number of steps, any scheduler of
+the same depth and any guidance replay it, a new shape costs a single step, and a callback may look
+after each of them.
 """
 
 import threading
@@ -91,6 +91,7 @@ class Plans:
                 step = self._steps.get(key, lambda: self._make(key, device))
             else:
                 step = Step(*_allot(key, device), None)
+            graphs.fence(device)  # the buffers' former loop may have run on another stream
             run = Run(self, step, table)
             run.condition(hoisted)
             run.guide(*guidance)
@@ -98,6 +99,7 @@ class Plans:
             yield run
         finally:
             if free:
+                graphs.fence(device)
                 self._lock.release()
 
     def advance(
