@@ -174,10 +174,6 @@ class Coder:
     network: Decoder | Encoder
     run: Recorded
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.conv_in.weight.dtype
-
 
 def borrow_coder(module: nn.Module, loan: Loan) -> Coder:
     borrow = borrow_decoder if type(module).__name__ == "Decoder" else borrow_encoder

@@ -21,10 +21,6 @@ class StepControlNet:
     pooled: bool
     """Whether each residual is averaged over the picture (`global_pool_conditions`)."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.conv_in.weight.dtype
-
 
 def borrow_step_controlnet(module: Any, loan: Loan) -> StepControlNet:
     network = borrow_controlnet(module, loan)

@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastdiff.compiler.adapters import StepUNet
-from fastdiff.compiler.fits import fit_images, fit_trunk
+from fastdiff.compiler.fits import fit_images, fit_trunk, one_text_each
 from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
@@ -55,9 +55,8 @@ class Denoising:
         slot = slot_of(pipe.unet)
         if slot is None:
             raise Unsupported("the U-Net is not compiled")
-        texts, batch = call.conditions.text.shape[0], call.latents.shape[0]
-        if texts != (2 if pipe.do_classifier_free_guidance else 1) * batch:
-            raise Unsupported(f"{texts} texts for {batch} latents")
+        copies = 2 if pipe.do_classifier_free_guidance else 1
+        one_text_each(call.conditions.text, call.latents, copies)
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
         self.scheduler, self.guided = pipe.scheduler, pipe.do_classifier_free_guidance
         self.unet = self._offer()
@@ -67,7 +66,7 @@ class Denoising:
             raise Unsupported(f"a callback might change the latents, which {name} keeps to itself")
         self.hoisted = self._hoist()
         self.noises: dict[int, Tensor] = {}
-        """What was drawn, by step: a step that is repeated must not draw again."""
+        """What was drawn since the last mark, by step: repeated steps must not draw again."""
         self.reached = 0
         """Steps that the progress bar has seen."""
 
@@ -97,14 +96,18 @@ class Denoising:
     def _advance(self, run: Run, guarded: bool) -> Mark | None:
         """Steps from `run.at` on; a mark to go back to if float16 overflowed after it."""
         call, count = self.call, len(self.call.timesteps)
-        mark = run.mark()
+        mark: Mark | None = None
         while run.at < count and not self.pipe._interrupt:
             i = run.at
-            if guarded and call.callback is not None:
+            if guarded and (mark is None or call.callback is not None):
                 mark = run.mark()
-            if run.draws and i not in self.noises:
-                self.noises[i] = self._draw()
-            run.advance(self.noises.get(i))
+                self.noises.clear()
+            noise = self.noises.get(i)
+            if run.draws and noise is None:
+                noise = self._draw()
+                if guarded:
+                    self.noises[i] = noise
+            run.advance(noise)
             self.slot.fast += 1
             looked_at = call.callback is not None or run.at == count
             if guarded and looked_at and not run.finite():

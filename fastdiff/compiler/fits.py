@@ -16,9 +16,9 @@ def refuse(**given: Any) -> None:
             raise Unsupported(f"it was given {name}")
 
 
-def one_text_each(text: Tensor, sample: Tensor) -> None:
-    """Raise Unsupported unless there are as many texts as latents."""
-    if text.shape[0] != sample.shape[0]:
+def one_text_each(text: Tensor, sample: Tensor, copies: int = 1) -> None:
+    """Raise Unsupported unless there are as many texts as `copies` of the latents."""
+    if text.shape[0] != copies * sample.shape[0]:
         raise Unsupported(f"{text.shape[0]} texts for {sample.shape[0]} latents")
 
 

@@ -24,7 +24,7 @@ from fastdiff.compiler.promotion import (
     overflowed,
     version_of,
 )
-from fastdiff.kernels.observe import is_counting
+from fastdiff.kernels.observe import is_counting, observed
 from fastdiff.models.borrow import Loan, Unsupported
 
 
@@ -117,7 +117,8 @@ class Slot:
         """The call, in float32 where float16 overflows."""
         if self.promotion is None:
             result = self.kind.call(network, *args, **kwargs)
-            watched = self.kind.guarded and network.dtype == torch.float16
+            half = self.loan is not None and self.loan.dtype == torch.float16
+            watched = self.kind.guarded and half
             if not watched or not overflowed(result) or overflowed((args, kwargs)):
                 return result
             self.promote(
@@ -195,7 +196,7 @@ class Slot:
         if (
             torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
-            or (torch._C._len_torch_dispatch_stack() > 0 and not is_counting())
+            or (observed() and not is_counting())
             or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
         ):
             return "it is traced or counted"

@@ -118,7 +118,5 @@ class Recorded:
 
     def _make(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Recording] | None:
         buffers = tuple(buffer(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
-        for own, given in zip(buffers, inputs, strict=True):
-            own.copy_(given)
         recording = record(self.function, buffers)
         return None if recording is None else (buffers, recording)

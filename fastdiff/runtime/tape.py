@@ -1,8 +1,8 @@
 """A network on a CPU as one straight run of kernel calls on buffers that are already there.
 
-What a CUDA graph is to a GPU: the first call for a shape notes every kernel with the addresses it
-was given, later calls copy the inputs in and run the notes. On small pictures a third of a step is
-otherwise Python finding out again what it found out the step before.
+What a CUDA graph is to a GPU: while a tape is made every kernel is noted with the addresses it was
+given, and running the tape runs the notes. On small pictures a third of a step is otherwise Python
+finding out again what it found out the step before.
 """
 
 import math
