@@ -2,10 +2,11 @@
 
 First whether each Triton kernel computes the right thing on real silicon, then its time against
 plain torch and against torch's best attention, each with its fraction of the roofline; then whole
-pipelines through `fastdiff bench`, their launches through `fastdiff count`, and what a new picture
-size and another LoRA cost. Raw samples go to OUT/*.json, a short table to the terminal.
+pipelines through `fastdiff bench`, their launches through `fastdiff count`, what a new picture size
+and another LoRA cost, and a TensorRT engine beside them. Raw samples go to OUT/*.json, a short
+table to the terminal.
 
-    python benchmarks/gpu.py --out OUT [--only verify,kernels,sd15,sdxl,count,changes] [--dry-run]
+    python benchmarks/gpu.py --out OUT [--dry-run] [--only PART,…]
 """
 
 import argparse
@@ -29,7 +30,7 @@ from fastdiff.bench.timing import clock
 from fastdiff.kernels.contract import Case, KernelSpec, verify
 from fastdiff.kernels.dispatch import Kernel, all_kernels
 
-PARTS = ("verify", "kernels", "sd15", "sdxl", "count", "changes")
+PARTS = ("verify", "kernels", "sd15", "sdxl", "count", "changes", "engines")
 PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # an H200's measured bf16 matrix rate and copy bandwidth
 LAUNCHES, REPLAYS, L2_BYTES = 16, 21, 128 << 20
 PIPELINES = {
@@ -156,6 +157,24 @@ def count(out: Path, dry_run: bool) -> None:
     subprocess.run([sys.executable, "-m", "fastdiff", "count", *options])
 
 
+def engines(out: Path, dry_run: bool) -> None:
+    """Build SD1.5's engines for this GPU and race them; what a builder refuses is kept, too."""
+    folder, fastdiff = out / "engines", [sys.executable, "-m", "fastdiff"]
+    preset = ["--preset", "sd15", *(["--scale", "0.13"] if dry_run else [])]
+    build = [*fastdiff, "export", *preset, "--trt", str(folder)]
+    built = subprocess.run(
+        [*build, *(["--target", "sm_89"] if dry_run else [])], text=True, capture_output=True
+    )
+    said = {"command": build, "rc": built.returncode, "said": built.stderr[-2000:]}
+    (out / "engines-build.json").write_text(json.dumps(said, indent=1))
+    print(built.stdout, built.stderr)
+    if built.returncode == 0:
+        race = ["--backends", "eager,fastdiff,tensorrt", "--engines", str(folder)]
+        race += ["--rounds", "2", "--steps", "2"] if dry_run else []
+        file = str(out / "engines.json")
+        subprocess.run([*fastdiff, "bench", *preset, *race, "--json", file])
+
+
 def time_changes(device: str, dry_run: bool) -> list[dict]:
     """Milliseconds that the first picture of a new size and a switch of LoRA adapters add."""
     place = torch.device(device)
@@ -229,6 +248,8 @@ def main() -> None:
             bench(part, options.out, options.dry_run)
     if "count" in parts:
         count(options.out, options.dry_run)
+    if "engines" in parts:
+        engines(options.out, options.dry_run)
 
 
 if __name__ == "__main__":

@@ -55,3 +55,14 @@ def demo():
     pipe = fastdiff.load_demo()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo, tmp_path_factory):
+    """The demo pipeline as `fastdiff export --onnx` writes it."""
+    from fastdiff.export import onnx
+    from fastdiff.export.parts import parts
+
+    folder = tmp_path_factory.mktemp("onnx") / "demo"
+    onnx.export(demo, parts(demo, torch.float32), folder, onnx.ORT_OPSET, lambda line: None)
+    return folder

@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
     "runtime": {"kernels", "models"},
-    "compiler": {"kernels", "models", "runtime"},
+    "engines": {"kernels", "models", "runtime"},
+    "export": {"kernels", "engines"},
+    "compiler": {"kernels", "models", "runtime", "engines", "export"},
     "demo": set(),
     "bench": {"kernels", "models", "runtime", "compiler", "demo"},
-    "export": {"kernels", "models", "runtime", "compiler"},
 }
 # optional package -> the only files that may import it
 OPTIONAL = {
@@ -29,10 +30,13 @@ OPTIONAL = {
         *("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
     ),
     "transformers": ("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
-    "tensorrt": ("export/trt.py",),
-    "tensorrt_rtx": ("export/trt.py",),
+    "tensorrt": ("engines/trt.py",),
+    "tensorrt_rtx": ("engines/trt.py",),
     "onnx": ("export/*.py",),
-    "onnxruntime": ("export/*.py",),
+    "onnxscript": ("export/*.py",),
+    "tritonclient": ("export/triton.py",),
+    "google": ("export/triton.py",),
+    "onnxruntime": ("engines/ort.py",),
 }
 
 

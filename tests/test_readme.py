@@ -1,4 +1,4 @@
-"""README stays true: its commands run, its Python runs, its table is the committed result."""
+"""README and docs/export.md stay true: commands and Python run, the table is the committed one."""
 
 import json
 import os
@@ -15,47 +15,57 @@ README = (ROOT / "README.md").read_text()
 RESULT = re.search(r"<!-- table: (\S+) -->\n(.*?)\n\n", README, re.S)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+EXPORT = (ROOT / "docs/export.md").read_text()
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-def test_python_runs():
-    for block in blocks("python"):
+def commands(text: str) -> list[list[str]]:
+    """The fastdiff lines of every block: those of one block run in one folder, in order."""
+    found = [block.splitlines() for block in blocks("sh", text)]
+    return [own for lines in found if (own := [x for x in lines if x.startswith("fastdiff ")])]
+
+
+@pytest.mark.parametrize("text", [README, EXPORT], ids=["README", "export"])
+def test_python_runs(text):
+    for block in blocks("python", text):
         subprocess.run([sys.executable, "-c", block], check=True, timeout=300)
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("fastdiff ")])
-def test_command_runs(line, tmp_path):
+@pytest.mark.parametrize("lines", commands(README) + commands(EXPORT), ids=lambda x: x[0][:40])
+def test_commands_run(lines, tmp_path):
     beside = Path(sys.executable).parent / "fastdiff"
     command = str(beside) if beside.exists() else shutil.which("fastdiff")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        f"{command} {line.removeprefix('fastdiff ')}",
-        shell=True,
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    for name in re.findall(r"[\w-]+\.(?:png|json)", line):
-        assert (tmp_path / name).stat().st_size > 0
+    for line in lines:
+        done = subprocess.run(
+            f"{command} {line.removeprefix('fastdiff ')}",
+            shell=True,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        for name in re.findall(r"[\w-]+\.(?:png|json)", line):
+            assert (tmp_path / name).stat().st_size > 0
 
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
+    lines = "".join(blocks("sh", README)).splitlines()
+    targets = [line.split()[1] for line in lines if line.startswith("make ")]
     assert targets == ["bench", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
 
 
 def test_files_and_links_exist():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page, text in ((ROOT, README), (ROOT / "docs", EXPORT)):
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (page / link).exists(), link
 
 
 def test_counts_are_the_committed_ones():

@@ -1,6 +1,7 @@
 """The ways to run a pipeline that a bench compares: a name and a function that prepares a copy."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,13 +43,37 @@ def networks(pipe: Any) -> None:
     _compile(pipe, ignore=("loop",))
 
 
-BACKENDS: dict[str, Callable[[Any], None]] = {
+def ort(pipe: Any, engines: Path | None = None) -> None:
+    """The U-Net in ONNX Runtime within fastdiff's plan; exported first where no folder is given."""
+    _compile(pipe, backend="ort", engines=engines)
+
+
+def tensorrt(pipe: Any, engines: Path | None = None) -> None:
+    """The U-Net as a TensorRT engine within fastdiff's plan."""
+    _compile(pipe, backend="tensorrt", engines=engines)
+
+
+BACKENDS: dict[str, Callable[..., None]] = {
     "eager": eager,
     "channels_last": channels_last,
     "inductor": inductor,
     "networks": networks,
     "fastdiff": fastdiff,
+    "ort": ort,
+    "tensorrt": tensorrt,
 }
+
+
+ON_ENGINES = ("ort", "tensorrt")
+"""Backends that also take the folder which `fastdiff export` wrote for the pipeline."""
+
+
+def prepare(name: str, pipe: Any, engines: Path | None) -> None:
+    """Make `pipe` run on a backend; Unavailable where that cannot be here."""
+    if engines is not None and name in ON_ENGINES:
+        BACKENDS[name](pipe, engines)
+    else:
+        BACKENDS[name](pipe)
 
 
 def choose(names: str) -> tuple[str, ...]:
@@ -61,11 +86,11 @@ def choose(names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["eager", *asked]))
 
 
-def _compile(pipe: Any, ignore: tuple[str, ...] = ()) -> None:
+def _compile(pipe: Any, **options: Any) -> None:
     from fastdiff.compiler import Options, compile
 
     try:
-        compile(pipe, Options(ignore))
+        compile(pipe, Options(**options))
     except UserError as error:
         raise Unavailable(str(error)) from error
 

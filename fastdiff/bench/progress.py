@@ -19,6 +19,40 @@ def status() -> Iterator[Any]:
 
 
 @contextmanager
+def phases() -> Iterator[Any]:
+    """`log(line)` as of `status`; `start(phase, parent, steps)`, `step(phase)`, `finish(phase)`.
+
+    A bar for each phase under way, inside its parent's; none off a terminal.
+    """
+    from types import SimpleNamespace
+
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        with status() as log:
+            yield SimpleNamespace(log=log, start=_nothing, step=_nothing, finish=_nothing)
+        return
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, Any] = {}
+    depths: dict[str | None, int] = {None: 0}
+    with Progress(*columns, console=console, transient=True) as progress:
+        line = progress.add_task("loading", total=None)
+
+        def start(phase: str, parent: str | None, steps: int) -> None:
+            depths[phase] = depths.get(parent, 0) + 1
+            tasks[phase] = progress.add_task("  " * depths[phase] + phase, total=steps)
+
+        yield SimpleNamespace(
+            log=lambda text: progress.update(line, description=text),
+            start=start,
+            step=lambda phase: progress.advance(tasks[phase]),
+            finish=lambda phase: progress.remove_task(tasks.pop(phase)),
+        )
+
+
+@contextmanager
 def step_bar(iterable: None = None, total: int | None = None) -> Iterator[Any]:
     """Stands in for a pipeline's `progress_bar`: the same calls, drawn by rich."""
     from types import SimpleNamespace
@@ -30,3 +64,7 @@ def step_bar(iterable: None = None, total: int | None = None) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("denoising", total=total)
         yield SimpleNamespace(update=lambda steps=1: progress.advance(task, steps))
+
+
+def _nothing(*_: object) -> None:
+    pass

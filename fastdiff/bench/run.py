@@ -4,12 +4,13 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from fastdiff.bench.backends import BACKENDS, Unavailable
+from fastdiff.bench.backends import Unavailable, prepare
 from fastdiff.bench.memory import Baseline, baseline, peak_bytes
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Row
@@ -30,6 +31,8 @@ class Settings:
     rounds: int
     seed: int
     prompt: str
+    engines: Path | None = None
+    """What `fastdiff export` wrote for this pipeline."""
 
 
 def bench(
@@ -58,7 +61,7 @@ def bench(
         contender = pipe if name == "eager" else copy.deepcopy(pipe)
         row = Row(settings.case, name)
         try:
-            rows[name] = _prepare(row, contender, request, truth, before)
+            rows[name] = _prepare(row, contender, request, truth, before, settings.engines)
         except Unavailable as reason:
             rows[name] = replace(row, unavailable=str(reason))
             continue
@@ -88,10 +91,12 @@ def _request(pipe: Any, settings: Settings) -> Request:
     )
 
 
-def _prepare(row: Row, pipe: Any, request: Request, truth: Truth, before: Baseline) -> Row:
+def _prepare(
+    row: Row, pipe: Any, request: Request, truth: Truth, before: Baseline, engines: Path | None
+) -> Row:
     """Prepare `pipe` for the row's backend, draw with it until it is warm, check what it drew."""
     start = time.perf_counter()
-    BACKENDS[row.backend](pipe)
+    prepare(row.backend, pipe, engines)
     draw(pipe, request)
     cold_s = time.perf_counter() - start
     start = time.perf_counter()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastdiff.compiler.options import LOOP, Options
+from fastdiff.compiler.options import BACKENDS, FASTDIFF, LOOP, Options
 from fastdiff.compiler.slot import Slot, slot_of
 from fastdiff.errors import UserError
 
@@ -29,10 +29,10 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
         `target` itself. Compiling it again changes nothing.
 
     Raises:
-        ValueError: the target is not known, `options.ignore` names no part of it, or nothing in it
-            can be made fast; the message says why.
+        ValueError: the target is not known, `options.ignore` names no part of it, nothing in it
+            can be made fast, or the backend asked for cannot run; the message says why.
     """
-    parts = _parts(target, options)
+    parts = _with_engine(_parts(target, options), options)
     from fastdiff.compiler.pipelines import take_loop
 
     slots = [
@@ -48,6 +48,8 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
             )
     for slot in slots:
         slot.take()
+        if slot.refused and slot.kind.runner != FASTDIFF:
+            raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
     if slots and all(slot.refused for slot in slots):
         reasons = "; ".join(f"{slot.name}: {slot.refused}" for slot in slots)
         raise UserError(f"nothing in this {type(target).__name__} can be made fast: {reasons}")
@@ -85,7 +87,8 @@ class Part:
 
     name: str
     runs: str
-    """"fastdiff", "eager" (fastdiff would, but something stands in the way) or "diffusers"."""
+    """"fastdiff" or another backend's name, "eager" (it would, but something stands in the way) or
+    "diffusers"."""
     why: str
 
 
@@ -128,7 +131,29 @@ def _part(name: str, slot: Slot | None) -> Part:
     notes += [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
     if slot.refused is not None:
         return Part(name, "eager", "; ".join([slot.refused, *notes]))
-    return Part(name, "fastdiff", "; ".join([f"{slot.fast} calls", *notes]))
+    return Part(name, slot.kind.runner, "; ".join([f"{slot.fast} calls", *notes]))
+
+
+def _with_engine(parts: dict[str, Any], options: Options) -> dict[str, Any]:
+    """`parts` with the U-Net on the backend that `options` ask for."""
+    if options.backend not in BACKENDS:
+        raise UserError(f"Options.backend is {options.backend!r}; choose {', '.join(BACKENDS)}")
+    if options.backend == FASTDIFF and options.engines is not None:
+        raise UserError(f"Options.engines is {options.engines}, which needs a backend to run it")
+    for name, (module, _) in parts.items():
+        slot, wanted = slot_of(module), options.backend if name == "unet" else FASTDIFF
+        if slot is not None and slot.kind.runner != wanted:
+            raise UserError(f"{name} runs on {slot.kind.runner} already; restore it first")
+    if options.backend == FASTDIFF:
+        return parts
+    if "unet" not in parts:
+        raise UserError(f"the backend {options.backend} computes a U-Net, and there is none")
+    from fastdiff.compiler.adapters import kind_of_engine
+
+    module, kind = parts["unet"]
+    if slot_of(module) is None:
+        kind = kind_of_engine(module, options)
+    return parts | {"unet": (module, kind)}
 
 
 def _parts(target: Any, options: Options = _DEFAULT) -> dict[str, Any]:

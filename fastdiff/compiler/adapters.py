@@ -1,7 +1,7 @@
 """What fastdiff knows about diffusers: which pipelines, which components, how they are called."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,29 +17,21 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from fastdiff.compiler.controlnets import borrow_step_controlnet, call_controlnet
-from fastdiff.compiler.fits import (
-    controls_of,
-    fit_images,
-    fit_trunk,
-    fits,
-    inners_of,
-    one_text_each,
-    refuse,
-)
+from fastdiff.compiler.engines import EngineStep, open_unet
+from fastdiff.compiler.fits import fits, one_text_each, refuse
+from fastdiff.compiler.options import Options
 from fastdiff.compiler.slot import Kind
+from fastdiff.compiler.steps import Extras, StepUNet, borrow_step_unet
 from fastdiff.models import (
     Decoder,
     Encoder,
     Loan,
-    UNet,
     Unsupported,
     borrow_decoder,
     borrow_encoder,
-    borrow_unet,
 )
 from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.runtime.hoist import Conditions
-from fastdiff.runtime.loop import Plans
 from fastdiff.runtime.recordings import Recorded
 
 PIPELINES = (
@@ -137,37 +129,6 @@ def eager_parts(target: Any) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class StepUNet:
-    """The compact U-Net, its per-step part recorded, and whole denoising loops with it."""
-
-    network: UNet
-    plans: Plans
-    recorded: dict[tuple[int, int], Recorded] = field(default_factory=dict)
-    """By how many residuals of ControlNets and T2I-Adapters it is given."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.conv_in.weight.dtype
-
-    def predict(
-        self, *given: Tensor, text_mask: Tensor | None, controls: int, inners: int
-    ) -> Tensor:
-        """`UNet.predict`, recorded unless there is a mask."""
-        predict = self.network.predict
-        if text_mask is not None:
-            return predict(*given, text_mask=text_mask, controls=controls, inners=inners)
-        key = controls, inners
-        if key not in self.recorded:
-            self.recorded[key] = Recorded(partial(predict, controls=controls, inners=inners))
-        return self.recorded[key](*given)
-
-
-def borrow_step_unet(module: nn.Module, loan: Loan) -> StepUNet:
-    network = borrow_unet(module, loan)
-    return StepUNet(network, Plans(network))
-
-
-@dataclass(frozen=True)
 class Coder:
     """The compact decoder or encoder, recorded."""
 
@@ -182,7 +143,7 @@ def borrow_coder(module: nn.Module, loan: Loan) -> Coder:
 
 
 def call_unet(
-    unet: StepUNet,
+    unet: StepUNet | EngineStep,
     sample: Tensor,
     timestep: Tensor | float | int,
     encoder_hidden_states: Tensor,
@@ -199,43 +160,30 @@ def call_unet(
     **unknown: Any,
 ) -> UNet2DConditionOutput | tuple[Tensor]:
     """`UNet2DConditionModel.forward` on the compact network."""
-    network = unet.network
     lora_scale(cross_attention_kwargs)
     refuse(class_labels=class_labels, attention_mask=attention_mask, **unknown)
     added = dict(added_cond_kwargs or {})
-    text_embeds, time_ids = added.pop("text_embeds", None), added.pop("time_ids", None)
-    image_embeds = added.pop("image_embeds", None)
+    given = Conditions(
+        text=encoder_hidden_states,
+        text_embeds=added.pop("text_embeds", None),
+        time_ids=added.pop("time_ids", None),
+        timestep_cond=timestep_cond,
+        image_embeds=added.pop("image_embeds", None),
+    )
     if added:
         raise Unsupported(f"it was given {', '.join(added)} in added_cond_kwargs")
-    conditions = Conditions(
-        encoder_hidden_states, text_embeds, time_ids, timestep_cond, image_embeds
-    )
-    fit_trunk(network, sample, conditions)
-    images = network.image_rows(image_embeds)
-    fit_images(network, conditions, images)
+    unet.fit(sample, given)
     one_text_each(encoder_hidden_states, sample)
-    controls = controls_of(
-        network, sample, down_block_additional_residuals, mid_block_additional_residual
-    )
-    inners = inners_of(network, sample, down_intrablock_additional_residuals)
-    mask = None
-    if encoder_attention_mask is not None:
-        if encoder_attention_mask.ndim != 2:
-            raise Unsupported(f"a text mask of {encoder_attention_mask.ndim} dimensions")
-        mask = (1 - encoder_attention_mask.to(sample.dtype)) * -10000.0
-        mask = mask[:, None, None, :]
-    prediction = network(
+    prediction = unet(
         sample,
         torch.as_tensor(timestep, device=sample.device).reshape(-1),
-        encoder_hidden_states,
-        text_embeds=text_embeds,
-        time_ids=time_ids,
-        timestep_cond=timestep_cond,
-        images=images,
-        controls=controls,
-        inners=inners,
-        text_mask=mask,
-        predict=unet.predict,
+        given,
+        Extras(
+            down_block_additional_residuals,
+            mid_block_additional_residual,
+            down_intrablock_additional_residuals,
+            encoder_attention_mask,
+        ),
     )
     return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -270,3 +218,11 @@ def call_coder(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None
 CONTROLNET = Kind(borrow_step_controlnet, partial(call_controlnet, output=ControlNetOutput))
 UNET = Kind(borrow_step_unet, call_unet, scale=_scale_of_call)
 CODER = Kind(borrow_coder, call_coder, guarded=True)
+
+
+def kind_of_engine(unet: nn.Module, options: Options) -> Kind:
+    """How a U-Net is taken over by the engine that `options` ask for; UserError where it is not."""
+    source = open_unet(unet, options)
+    return replace(
+        UNET, borrow=source.borrow, runner=options.backend, frozen=True, exact=borrow_step_unet
+    )

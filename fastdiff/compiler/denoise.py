@@ -8,10 +8,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.compiler.adapters import StepUNet
-from fastdiff.compiler.fits import fit_images, fit_trunk, one_text_each
+from fastdiff.compiler.fits import fit_images, one_text_each
 from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
+from fastdiff.compiler.steps import StepUNet
 from fastdiff.errors import UserError
 from fastdiff.models import Unsupported
 from fastdiff.runtime.hoist import Conditions, Hoisted, hoist
@@ -87,7 +87,9 @@ class Denoising:
             if right is None:
                 call.latents.copy_(run.latents(call.latents.dtype))
                 return None
-            where = first_overflow(self.slot.module, lambda: self._repeat(run, right))
+            where = "the engine"
+            if not self.slot.kind.frozen:
+                where = first_overflow(self.slot.module, lambda: self._repeat(run, right))
         self.slot.promote(where, self._scale())
         self.unet = self._offer()
         self.hoisted = self._hoist()
@@ -205,7 +207,7 @@ class Denoising:
             self.call.latents, *vars(self.given).values(), scale=self._scale()
         )
         if self.slot.promotion is None:
-            fit_trunk(unet.network, self.call.latents, self.given)
+            unet.fit(self.call.latents, self.given)
         return unet
 
     def _hoist(self) -> Hoisted:

@@ -26,6 +26,7 @@ from fastdiff.compiler.promotion import (
 )
 from fastdiff.kernels.observe import is_counting, observed
 from fastdiff.models.borrow import Loan, Unsupported
+from fastdiff.models.watch import Unwritten
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Kind:
     """(module, loan) -> network on borrowed weights; raises Unsupported."""
     call: Callable[..., Any]
     """(network, *the module's own arguments) -> the module's own output; raises Unsupported."""
+    runner: str = "fastdiff"
+    """Who computes, as the report names it."""
+    frozen: bool = False
+    """Whether the network goes stale when the module's weights are edited in place."""
+    exact: Callable[[nn.Module, Loan], Any] | None = None
+    """What borrows a float32 copy after an overflow; `borrow` if None."""
     guarded: bool = False
     """Whether each output is looked at for overflow: worth a wait for what runs once an image."""
     scale: Callable[..., float] = lambda *args, **kwargs: 1.0
@@ -63,6 +70,8 @@ class Slot:
     """The layers that overflowed since compile."""
     ended: bool = False
     """Whether the module was restored: whoever still holds the slot borrows nothing any more."""
+    _unwritten: Unwritten | None = None
+    """The weights, for as long as a frozen network is taken."""
     _taking: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +116,7 @@ class Slot:
         module, version = float32_copy(self.module), self.version
         with torch.inference_mode(False), torch.no_grad():
             loan = Loan(module)
-            network = self.kind.borrow(module, loan)
+            network = (self.kind.exact or self.kind.borrow)(module, loan)
             loan.refresh(scale)
         self.promotion = Promotion(network, module, version)
         if where not in self.promoted:
@@ -149,6 +158,8 @@ class Slot:
                 self.refused = str(unsupported)
                 return
             self.refused, self.loan = None, Loan(self.module)
+            if self.kind.frozen:
+                self._unwritten = Unwritten(self.module.parameters())
             try:
                 self.network = self.kind.borrow(self.module, self.loan)
                 self.loan.refresh(scale)
@@ -164,6 +175,7 @@ class Slot:
     def release(self) -> None:
         """Give the weights back."""
         loan, self.loan, self.network, self.promotion = self.loan, None, None, None
+        self._unwritten = None
         if loan is not None:
             with torch.inference_mode(False), torch.no_grad():
                 loan.end()
@@ -178,6 +190,8 @@ class Slot:
     def _holds(self, loan: Loan, scale: float) -> bool:
         """Whether the loan is good as it is, or after LoRA adapters were merged anew in place."""
         if loan.hooked() or not loan.intact():
+            return False
+        if self._unwritten is not None and not self._unwritten.hold():
             return False
         try:
             loan.refresh(scale)

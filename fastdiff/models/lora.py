@@ -6,7 +6,6 @@ computes (W + Σ scaling·B·A)·x. That sum is what the runtime multiplies with
 and the sum is always made from W, so that adapters which come and go leave nothing behind.
 """
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.watch import Unsupported, hooks, watch
+from fastdiff.models.watch import Unsupported, Unwritten, hooks, watch
 
 _LAYERS = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.layer", "Conv2d")}
 _WINDOW = ("stride", "padding", "dilation", "padding_mode", "groups")
 _STATE = ("_active_adapter", "_disable_adapters", "merged_adapters")
 """Attributes of a LoRA layer that say which adapters count."""
-
-_PROBE = 64
-"""Leading values of every tensor that are compared at each use: PEFT's hotswap and fuse write
-whole tensors through `.data`, which changes neither address nor version. (Less than a whole tensor
-written through `.data` may go unseen; written in place or assigned, everything is seen.)"""
-
-_VERSION = operator.attrgetter("_version")
 
 
 def is_lora(layer: Any) -> bool:
@@ -148,7 +140,7 @@ class Merges:
             return self._rewrite(scale)
 
     def _rewrite(self, scale: float) -> bool:
-        unseen = self._noted is not None and not self._noted.values_hold()
+        unseen = self._noted is not None and not self._noted.tensors.values_hold()
         added, rewritten = [], False
         for i, (layer, out) in enumerate(self._layers):
             if layer._disable_adapters and layer.merged_adapters:
@@ -188,33 +180,14 @@ class _Noted:
     watch: Any
     names: list[tuple[list[str], tuple[str, ...]]]
     """Lists of adapter names, which may be edited in place, with what they held."""
-    tensors: list[Tensor]
-    addresses: list[int]
-    """Of `tensors`; `probes` keep them from being given to others."""
-    versioned: list[Tensor]
-    versions: list[int]
-    probes: tuple[list[Any], list[Tensor]]
-    """The first values of `tensors`: of those on the CPU as memory, of others as views."""
-    values: tuple[bytes, Tensor | None]
-    """What `probes` held, one after another."""
+    tensors: Unwritten
 
     def holds(self) -> bool:
         return (
             self.watch.intact()
             and all(tuple(names) == before for names, before in self.names)
-            and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
-            and [*map(_VERSION, self.versioned)] == self.versions
-            and self.values_hold()
+            and self.tensors.hold()
         )
-
-    def values_hold(self) -> bool:
-        here, there = _read(self.probes)
-        if here != self.values[0]:
-            return False
-        before = self.values[1]
-        if there is None or before is None:
-            return True
-        return torch.equal(there.view(torch.uint8), before.view(torch.uint8))  # a NaN holds, too
 
 
 def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
@@ -236,21 +209,10 @@ def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
                 names = vars(part.dropout)
                 items += [(names, key, names[key]) for key in ("p", "training")]
             tensors += part.tensors
-    versioned = [tensor for tensor in tensors if not tensor.is_inference()]
-    firsts = [_first(tensor) for tensor in tensors]
-    probes = (
-        [first.view(torch.uint8).numpy().data for first in firsts if first.device.type == "cpu"],
-        [first for first in firsts if first.device.type != "cpu"],
-    )
     return _Noted(
         watch((), items, dicts),
         [(names, tuple(names)) for names in _lists(layers)],
-        tensors,
-        [tensor.data_ptr() for tensor in tensors],
-        versioned,
-        [tensor._version for tensor in versioned],
-        probes,
-        _read(probes),
+        Unwritten(tensors),
     )
 
 
@@ -262,15 +224,3 @@ def _lists(layers: list[Any]) -> Iterator[list[str]]:
         for names in (layer._active_adapter, layer.merged_adapters)
     }
     return (names for names in found.values() if isinstance(names, list))
-
-
-def _first(tensor: Tensor) -> Tensor:
-    """A view of the first values in a tensor's memory, which stays as long as the view."""
-    count = min(_PROBE, tensor.numel())
-    return tensor.detach().as_strided((count,), (1,), tensor.storage_offset())
-
-
-def _read(probes: tuple[list[Any], list[Tensor]]) -> tuple[bytes, Tensor | None]:
-    # asked before every step: bytes.join takes 30 ns a probe, torch.cat 400
-    here, there = probes
-    return b"".join(here), torch.cat(there) if there else None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from fastdiff.models.trunk import Stage, Trunk, borrow_trunk
 class UNet(Trunk):
     """`unet(latents, timestep, text)`: one prediction; see `__call__`."""
 
+    recordable: ClassVar[bool] = True
     ip_adapters: IPAdapters | None
     ups: tuple[Stage, ...]
     norm_out: Norm

@@ -1,11 +1,37 @@
 """What a denoising loop needs of the network's conditions, computed once per image."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastdiff.models import UNet
+
+class Network(Protocol):
+    """What a denoising loop asks of a U-Net: our own `UNet`, or an engine that stands for it."""
+
+    @property
+    def recordable(self) -> bool:
+        """Whether its steps may be recorded."""
+        ...
+
+    @property
+    def ip_adapters(self) -> Any:
+        """None where it has none."""
+        ...
+
+    def text_rows(self, encoder_hidden_states: Tensor) -> Tensor: ...
+
+    def time_rows(
+        self,
+        timestep: Tensor,
+        text_embeds: Tensor | None,
+        time_ids: Tensor | None,
+        timestep_cond: Tensor | None,
+    ) -> Tensor: ...
+
+    def image_rows(self, image_embeds: Any) -> tuple[Tensor, ...]: ...
+
+    def predict(self, x: Tensor, rows: Tensor, text: Tensor, *more: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +61,7 @@ class Hoisted:
     """[G·B, tokens, …] of each IP-Adapter, like `text`."""
 
 
-def hoist(network: UNet, timesteps: Tensor, conditions: Conditions) -> Hoisted:
+def hoist(network: Network, timesteps: Tensor, conditions: Conditions) -> Hoisted:
     """Everything of `network` that does not depend on the latents, for `timesteps` [steps]."""
     return Hoisted(
         text=network.text_rows(conditions.text),

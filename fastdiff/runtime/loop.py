@@ -20,10 +20,9 @@ from torch import Tensor
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.guided_step.spec import HISTORY
 from fastdiff.kernels.observe import observed
-from fastdiff.models import UNet
 from fastdiff.models.blocks import channels_first
 from fastdiff.runtime import graphs
-from fastdiff.runtime.hoist import Hoisted
+from fastdiff.runtime.hoist import Hoisted, Network
 from fastdiff.runtime.recordings import Kept, Recording, buffer, record
 from fastdiff.runtime.schedulers import Table
 
@@ -68,7 +67,7 @@ class Plans:
     A second loop at the same time (another thread, a callback that draws) runs unrecorded.
     """
 
-    def __init__(self, network: UNet) -> None:
+    def __init__(self, network: Network) -> None:
         self.network = network
         self._steps: Kept[Step] = Kept(
             lambda step: 0 if step.recording is None else step.recording.nbytes
@@ -121,7 +120,9 @@ class Plans:
 
     def _make(self, key: "_Shapes", device: torch.device) -> Step:
         buffers, images = _allot(key, device)
-        return Step(buffers, images, record(self.advance, (*buffers, *images)))
+        given = (*buffers, *images)
+        recording = record(self.advance, given) if self.network.recordable else None
+        return Step(buffers, images, recording)
 
 
 class Mark(NamedTuple):
@@ -214,6 +215,7 @@ class _Shapes(NamedTuple):
     text: torch.Size
     images: tuple[torch.Size, ...]
     dtype: torch.dtype
+    rows_dtype: torch.dtype
     capacity: int
     depth: int
     noisy: bool
@@ -227,6 +229,7 @@ def _shapes(latents: Tensor, table: Table, hoisted: Hoisted) -> _Shapes:
         text=hoisted.text.shape,
         images=tuple(rows.shape for rows in hoisted.images),
         dtype=hoisted.text.dtype,
+        rows_dtype=hoisted.rows.dtype,
         capacity=-(-len(table.timesteps) // _ROWS) * _ROWS,
         depth=table.depth,
         noisy=any(table.draws),
@@ -241,7 +244,7 @@ def _allot(key: _Shapes, device: torch.device) -> tuple[Buffers, tuple[Tensor, .
 
     buffers = Buffers(
         x=make(*key.x, dtype=key.dtype),
-        rows=make(*key.rows, dtype=key.dtype),
+        rows=make(*key.rows, dtype=key.rows_dtype),
         text=make(*key.text, dtype=key.dtype),
         sample=make(*key.x),
         history=make(2, key.depth, *key.x),

@@ -1,24 +1,16 @@
-"""One demo pipeline, one request and one truth for all of these tests."""
+"""One request and one truth for all of these tests."""
 
 import pytest
 import torch
 
 from fastdiff.bench.receipt import find_truth
 from fastdiff.bench.timing import Request
-from fastdiff.demo import load_demo
 
 
 @pytest.fixture(scope="session")
 def request_():
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     return Request("dog face", steps=3, height=64, width=64, latents=latents, seed=7)
-
-
-@pytest.fixture(scope="session")
-def demo():
-    pipe = load_demo()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="session")

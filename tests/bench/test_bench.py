@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -87,6 +88,35 @@ def test_liars_are_red_and_untold_and_the_absent_say_why(tmp_path, capsys, monke
     assert rows["missing"]["unavailable"] == "this machine has no such engine"
     assert rows["missing"]["receipt"] is None
     assert "missing: not run: this machine has no such engine" in out
+
+
+def test_onnx_runtime_stands_in_the_same_table(tmp_path, capsys, demo_onnx):
+    code, document = run_bench(tmp_path, "fastdiff,ort", "--engines", str(demo_onnx))
+    assert code == 0
+    assert [row["backend"] for row in document["rows"]] == ["eager", "fastdiff", "ort"]
+    for row in document["rows"]:
+        assert row["receipt"]["passed"] is True
+        assert row["ratio_vs_eager"]["median"] > 0
+    assert document["rows"][2]["receipt"]["max_abs"] > 0  # it was not eager once more
+
+
+def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, demo_onnx):
+    folder = tmp_path / "onnx"
+    shutil.copytree(demo_onnx, folder)
+    file = folder / "vae_decoder/model.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for engines, sentence in (
+        (folder, f"{file} is not what was written; copy it again, or export again"),
+        (tmp_path, f"{tmp_path} holds no engine"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["bench", "--backends", "ort", "--engines", str(engines)])
+        out, err = capsys.readouterr()
+        assert (caught.value.code, out) == (2, "")
+        assert err.startswith(f"fastdiff: {sentence}")
+        assert err.count("\n") == 1
 
 
 def test_only_a_failed_receipt_fails_the_bench(tmp_path, monkeypatch):

@@ -1,0 +1,135 @@
+"""bench and count: how fast, and what each step launches."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastdiff.cli.options import (
+    Device,
+    Dtype,
+    Folder,
+    Preset,
+    Scale,
+    Seed,
+    Side,
+    Steps,
+    app,
+    at_least,
+    choose_pipe,
+)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    folder: Folder = None,
+    preset: Preset = None,
+    scale: Scale = 1.0,
+    backends: Annotated[
+        str, typer.Option(help="Comma-separated; eager is always run.")
+    ] = "eager,channels_last,inductor,fastdiff",
+    dtype: Dtype = None,
+    device: Device = None,
+    steps: Steps = 20,
+    height: Side = None,
+    width: Side = None,
+    rounds: Annotated[int, typer.Option(help="Pictures timed per backend.")] = 15,
+    seed: Seed = 0,
+    engines: Annotated[
+        Path | None, typer.Option(help="What fastdiff export wrote for this pipeline.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write fastdiff.bench/1 here.")
+    ] = None,
+) -> None:
+    """Steps per second of each backend side by side, with the quality receipt."""
+    at_least("--steps", steps, 1)
+    at_least("--rounds", rounds, 2)
+    from fastdiff.bench.backends import choose
+    from fastdiff.bench.machine import commit, machine, versions
+    from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+    from fastdiff.bench.progress import status
+    from fastdiff.bench.report import show
+    from fastdiff.bench.results import Result, check_writable, to_json, write_file
+    from fastdiff.bench.run import Settings
+    from fastdiff.bench.run import bench as run
+
+    if json_file:
+        check_writable(json_file, "--json")
+    names = choose(backends)
+    if engines:
+        from fastdiff.compiler.engines import check_folder
+
+        check_folder(engines)
+    device = check_device(device)
+    torch_dtype = check_dtype(dtype, device)
+    pipe, case = choose_pipe(folder, preset, scale, torch_dtype, device)
+    check_steps(pipe, steps)
+    height, width = check_size(pipe, height, width)
+    kind = str(torch_dtype).removeprefix("torch.")
+    settings = Settings(
+        case=f"{case}, {kind}, {device}, {width}×{height}, {steps} steps",
+        backends=names,
+        device=device,
+        steps=steps,
+        height=height,
+        width=width,
+        rounds=rounds,
+        seed=seed,
+        prompt="red heart",
+        engines=engines,
+    )
+    with status() as log:
+        rows = tuple(run(pipe, settings, log))
+    command = shlex.join(["fastdiff", *context.obj])
+    result = Result(machine(), versions(), commit(), command, rows)
+    if json_file:
+        write_file(json_file, lambda path: path.write_text(to_json(result), encoding="utf-8"))
+    show(result)
+    if any(row.failed for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def count(
+    context: typer.Context,
+    folder: Folder = None,
+    preset: Preset = None,
+    scale: Scale = 1.0,
+    dtype: Dtype = None,
+    device: Device = None,
+    steps: Annotated[int, typer.Option(help="Of one picture; another has one less.")] = 5,
+    height: Side = None,
+    width: Side = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write fastdiff.counts/1 here.")
+    ] = None,
+) -> None:
+    """Launches, bytes and FLOPs per step and per image, eager and with fastdiff: no timing."""
+    at_least("--steps", steps, 2)
+    from fastdiff.bench import counters
+    from fastdiff.bench.machine import commit, machine, versions
+    from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+    from fastdiff.bench.progress import status
+    from fastdiff.bench.report import show_counts
+    from fastdiff.bench.results import check_writable, write_file
+
+    if json_file:
+        check_writable(json_file, "--json")
+    device = check_device(device)
+    torch_dtype = check_dtype(dtype, device)
+    with status() as log:
+        log("loading")
+        pipe, case = choose_pipe(folder, preset, scale, torch_dtype, device)
+        check_steps(pipe, steps)
+        height, width = check_size(pipe, height, width)
+        rows = tuple(counters.count_pipe(pipe.to(device), steps, height, width, log))
+    case = f"{case}, {str(torch_dtype).removeprefix('torch.')}, {device}, {width}×{height}"
+    command = shlex.join(["fastdiff", *context.obj])
+    result = counters.Result(case, machine(), versions(), commit(), command, rows)
+    if json_file:
+        text = counters.to_json(result)
+        write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+    show_counts(result)

@@ -1,0 +1,68 @@
+"""export --triton-repo: what a Triton Inference Server serves, of a pipeline or its export."""
+
+import json as json_module
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fastdiff.errors import UserError
+
+
+def write_repository(
+    folder: Path | None,
+    out: Path,
+    asked: list[str],
+    target: str | None,
+    load: Callable[[], tuple[Any, Any]],
+    opset: int,
+    dry_run: bool,
+    json: bool,
+) -> None:
+    """Write, and print, the repository `out` of the exported `folder`, else of what `load` gives.
+
+    asked: options given that only an export can honour.
+    target: of its engines, the one to serve.
+    load: the pipeline and its parts, which are exported to ONNX first.
+    """
+    from fastdiff.bench.progress import status
+    from fastdiff.export import onnx as exporter
+    from fastdiff.export import triton
+    from fastdiff.export.folder import check_new, new_folder
+
+    triton.check_packages()
+    check_new(out)
+    with status() as log:
+        if folder and triton.is_exported(folder):
+            if asked:
+                raise UserError(f"{folder} is exported already; {asked[0]} goes with a pipeline")
+            found = triton.read(folder, target)
+            if not dry_run:
+                with new_folder(out) as place:
+                    triton.fill(place, folder, found, shutil.copyfile)
+        else:
+            if target:
+                raise UserError("--target goes with the folder of --trt, or with --trt itself")
+            log("loading")
+            pipe, networks = load()
+            found = triton.models(exporter.document(networks, opset))
+            if not dry_run:
+                with new_folder(out) as place, TemporaryDirectory(dir=place) as scratch:
+                    source = Path(scratch, "onnx")
+                    exporter.export(pipe, networks, source, opset, log)
+                    triton.fill(place, source, found, Path.rename)
+    document = triton.document(found) | {"out": str(out), "dry_run": dry_run}
+    if json:
+        print(json_module.dumps(document, indent=1))
+    else:
+        _show(document)
+
+
+def _show(document: dict[str, Any]) -> None:
+    """A line for each model, and how to serve them."""
+    print(f"{'would write' if document['dry_run'] else 'wrote'} {document['out']}")
+    for model in document["models"]:
+        batch = f"batches of up to {n}" if (n := model["max_batch_size"]) else "no batching"
+        print(f"{model['name']}: {model['backend']}, {batch}")
+    print(f"serve it with: tritonserver --model-repository={document['out']}")

@@ -1,0 +1,1 @@
+"""Networks that another runtime computes: files that `fastdiff export` wrote, run in a pipeline."""

@@ -1,0 +1,137 @@
+"""What stands beside a TensorRT plan: schema `fastdiff.engine/1`, and the hash that ties them."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from fastdiff.engines import fingerprint
+from fastdiff.errors import UserError
+
+SCHEMA = "fastdiff.engine/1"
+FILE, PLAN = "engine.json", "model.plan"
+AGAIN = "run fastdiff export --trt again"
+
+Profile = dict[str, dict[str, list[int]]]
+"""Of each input with free sides, by name: its shapes under "min", "opt" and "max"."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A plan and where it comes from.
+
+    flavor, version: the library that built it: tensorrt or rtx, and the library's own version.
+    target: the GPU it was built for, such as sm_89; compatible: hardware, version, or neither.
+    dtype: of the weights. inputs, outputs: of each tensor by name its dtype and its sides, a named
+    side being free within the profiles.
+    onnx_sha256: of the file it was built from and then of the weights beside that file, if any.
+    config_sha256: of the network's config.json. weights_sha256: see `fingerprint.of_weights`.
+    numeric_check: what its outputs were against torch's on a GPU, else None and the reason why.
+    """
+
+    part: str
+    flavor: str
+    version: str
+    target: str
+    compatible: list[str]
+    dtype: str
+    opset: int
+    inputs: dict[str, list[Any]]
+    outputs: dict[str, list[Any]]
+    profiles: list[Profile]
+    plan_bytes: int
+    plan_sha256: str
+    onnx_sha256: str
+    config_sha256: str
+    weights_sha256: str
+    numeric_check: dict[str, Any] | None
+    numeric_check_reason: str | None
+    build_seconds: float
+    versions: dict[str, str | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest in `folder`, its plan not yet looked at.
+
+    UserError where there is none, or it is of another schema than this fastdiff's.
+    """
+    path = folder / FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no engine: {FILE} is missing; fastdiff export --trt writes one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); {AGAIN}") from error
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema!r}, this fastdiff reads {SCHEMA}; {AGAIN}")
+    values = {field.name: document.get(field.name) for field in fields(Manifest)}
+    for field in fields(Manifest):
+        if not _is_a(values[field.name], field.type):
+            raise UserError(f"{path} has {values[field.name]!r} for {field.name}; {AGAIN}")
+    return Manifest(**values)
+
+
+def plan(folder: Path, manifest: Manifest) -> bytes:
+    """The plan in `folder`, the very bytes whose hash is the manifest's. UserError for others.
+
+    The hash tells of damage. It is no signature: who can write a plan can write its hash.
+    """
+    try:
+        content = (folder / PLAN).read_bytes()
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    _compare(folder, manifest, len(content), hashlib.sha256(content).hexdigest())
+    return content
+
+
+def check(folder: Path) -> Manifest:
+    """The manifest in `folder`, its plan compared but not kept. UserError as of `plan`."""
+    manifest = read(folder)
+    try:
+        size, digest = (folder / PLAN).stat().st_size, fingerprint.of_files(folder / PLAN)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    _compare(folder, manifest, size, digest)
+    return manifest
+
+
+def find(folder: Path) -> tuple[Path, ...]:
+    """The folders at or below `folder` with a plan or a manifest. UserError where there is none."""
+    found = {path.parent for name in (FILE, PLAN) for path in folder.rglob(name)}
+    if not found:
+        raise UserError(f"{folder} holds no engine; fastdiff export --trt writes them")
+    return tuple(sorted(found))
+
+
+def _compare(folder: Path, manifest: Manifest, size: int, digest: str) -> None:
+    path = folder / PLAN
+    if size != manifest.plan_bytes:
+        raise UserError(
+            f"{path} has {size} bytes, but {manifest.plan_bytes} were written; copy it again, or"
+            f" {AGAIN}"
+        )
+    if digest != manifest.plan_sha256:
+        raise UserError(
+            f"{path} has SHA-256 {digest[:12]}…, but {manifest.plan_sha256[:12]}… was written; copy"
+            f" it again, or {AGAIN}"
+        )
+
+
+def _unreadable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder / PLAN} cannot be read: {error.strerror or error}; {AGAIN}")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value read from JSON is what a field is annotated with, contents aside."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    return isinstance(value, get_origin(kind) or kind) and not isinstance(value, bool)

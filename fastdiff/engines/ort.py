@@ -1,0 +1,129 @@
+"""ONNX Runtime on torch's memory: inputs and outputs are bound where they lie."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.engines.bound import Bound
+from fastdiff.errors import UserError
+
+TYPES = {
+    "tensor(float)": (torch.float32, 1),
+    "tensor(float16)": (torch.float16, 10),
+    "tensor(bfloat16)": (torch.bfloat16, 16),
+    "tensor(double)": (torch.float64, 11),
+    "tensor(int64)": (torch.int64, 7),
+}
+"""ONNX Runtime's name of a type, torch's, and the number ONNX gives it."""
+
+
+class Session:
+    """An ONNX file in ONNX Runtime: the CUDA provider on a GPU, else the CPU's.
+
+    On a GPU its kernels run on the stream that was torch's when the session was made.
+
+    Args:
+        file: of `fastdiff export --onnx`.
+        device: where its tensors will lie.
+        graphs: whether its CUDA graphs are used, one for each set of shapes that is bound.
+
+    Raises:
+        UserError: ONNX Runtime is not installed, has no provider for the device, or cannot run the
+            file; the message says which.
+    """
+
+    recordable = False  # it waits for the device where a graph must not
+
+    def __init__(self, file: Path, device: torch.device, graphs: bool = False) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(
+                f"backend ort needs onnxruntime ({error}); pip install fastdiff[onnx]"
+            ) from error
+        self.device, self._graphs = device, graphs and device.type == "cuda"
+        self._bound = 0
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(file), options, providers=[_provider(onnxruntime, device, self._graphs)]
+            )
+        except UserError:
+            raise
+        except Exception as error:  # its exceptions share no base class
+            raise UserError(f"ONNX Runtime cannot run {file}: {_reason(error)}") from error
+        self._file = file
+        self.inputs = {port.name: port.type for port in self._session.get_inputs()}
+        self.outputs = {port.name: port.type for port in self._session.get_outputs()}
+
+    def refusal(self, inputs: Mapping[str, Sequence[int]]) -> str | None:
+        """None: it takes any sides."""
+        return None
+
+    def bind(
+        self, inputs: Mapping[str, Sequence[int]], outputs: Mapping[str, Sequence[int]]
+    ) -> Bound:
+        """See `Engine.bind`."""
+        binding = self._session.io_binding()
+        made: dict[str, Tensor] = {}
+        for shapes, types, bind in (
+            (inputs, self.inputs, binding.bind_input),
+            (outputs, self.outputs, binding.bind_output),
+        ):
+            for name, shape in shapes.items():
+                dtype, element = TYPES[types[name]]
+                tensor = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+                place = self.device.type, self.device.index or 0
+                bind(name, *place, element, list(shape), tensor.data_ptr())
+                made[name] = tensor
+        options = self._run_options()
+
+        def run() -> None:
+            self._session.run_with_iobinding(binding, options)
+
+        return Bound({n: made[n] for n in inputs}, {n: made[n] for n in outputs}, run)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """All outputs for CPU tensors of any shapes, in memory of their own."""
+        feed = {name: value.numpy() for name, value in inputs.items()}
+        try:
+            return tuple(torch.from_numpy(out) for out in self._session.run(None, feed))
+        except Exception as error:  # its exceptions share no base class
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise UserError(
+                f"ONNX Runtime cannot run {self._file} on {shapes}: {_reason(error)}"
+            ) from error
+
+    def _run_options(self) -> Any:
+        if not self._graphs:
+            return None
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self._bound))
+        self._bound += 1
+        return options
+
+
+def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:
+    if device.type == "cpu":
+        return "CPUExecutionProvider"
+    name = "CUDAExecutionProvider"
+    if device.type != "cuda" or name not in onnxruntime.get_available_providers():
+        raise UserError(
+            f"this ONNX Runtime has no provider for {device.type}; pip install fastdiff[onnx-gpu]"
+        )
+    return name, {
+        "device_id": device.index or 0,
+        "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
+        "enable_cuda_graph": "1" if graphs else "0",
+    }
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,112 @@
+"""A folder that appears whole or not at all, and what lies in it beside the networks."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.errors import UserError
+
+PACKAGES = ("fastdiff", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+def check_new(out: Path) -> None:
+    """UserError unless `out` can become a new folder; before minutes of work, not after."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; give another name, or remove it first")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{out}: the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{out}: the folder {parent} cannot be written to")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` to fill, which becomes `out` when the block ends well.
+
+    What a killed process left of it is cleared away by the next one. UserError where `out` is
+    there already, another process is writing it, or the disk is full.
+    """
+    check_new(out)
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.mkdir(exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            _take(lock, partial, out)
+            try:
+                yield partial
+                partial.rename(out)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def _take(lock: int, partial: Path, out: Path) -> None:
+    """Keep the folder to this process until it ends, and empty it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {out}; give another name") from None
+    if not partial.exists() or os.fstat(lock).st_ino != partial.stat().st_ino:
+        # its owner finished between our opening and our locking it
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """`value` as indented JSON; refuses NaN, which is none."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def config_of(owner: Any) -> dict[str, Any]:
+    """A config as its library writes it, without the folder it was once read from."""
+    writer = owner if hasattr(owner, "to_json_string") else owner.config  # transformers'
+    config: dict[str, Any] = json.loads(writer.to_json_string())
+    config.pop("_name_or_path", None)
+    return config
+
+
+def write_beside(pipe: Any, folder: Path, left_out: tuple[str, ...]) -> None:
+    """Scheduler, tokenizers and feature extractor as their libraries save them, and the index.
+
+    `left_out`: components that the index names as absent.
+    """
+    for name, component in pipe.components.items():
+        if not isinstance(component, torch.nn.Module) and hasattr(component, "save_pretrained"):
+            component.save_pretrained(folder / name)
+            if backend := getattr(component, "backend_tokenizer", None):
+                backend.model.save(str(folder / name))  # vocab.json, which transformers 4 needs
+    index = config_of(pipe) | {name: [None, None] for name in left_out}
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    write_json(folder / "model_index.json", index)
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that shape an exported file; None for what is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,183 @@
+"""A pipeline's networks as ONNX files in the folder layout Optimum and its ORT pipelines read."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.engines import exported, fingerprint
+from fastdiff.errors import UserError
+from fastdiff.export import fused
+from fastdiff.export.folder import config_of, new_folder, versions, write_beside, write_json
+from fastdiff.export.parts import Part, draw, left_out
+
+OPSETS = range(18, 24)
+ORT_OPSET = 20
+"""From 21 on GroupNormalization is an op of its own, which ONNX Runtime has no kernel for and
+takes apart; at 20 it stays an InstanceNormalization that ONNX Runtime runs and fuses."""
+TRT_OPSET = 22
+"""GroupNormalization as an op of its own is one normalization layer of TensorRT; 21 would do, but
+for bfloat16."""
+BF16_OPSET = 22
+"""The first whose convolutions take bfloat16."""
+EXTERNAL_ABOVE = 1_800_000_000
+"""Bytes of weights beyond which they lie in a file of their own: protobuf ends at 2 GiB."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One ONNX file: bytes and hash, weights beside it included, and seconds it took to make.
+
+    fused: names of its nodes that only ONNX Runtime's CUDA provider computes.
+    """
+
+    part: Part
+    bytes: int
+    sha256: str
+    seconds: float
+    fused: tuple[str, ...] = ()
+
+
+def check_opset(value: str, auto: int, dtype: torch.dtype) -> int:
+    """The opset of `--opset`, "auto" being `auto`; UserError for one unknown or without `dtype`."""
+    half = dtype is torch.bfloat16
+    known = OPSETS[OPSETS.index(BF16_OPSET) :] if half else OPSETS
+    if value == "auto":
+        return max(auto, known[0])
+    if value.isdigit() and int(value) in known:
+        return int(value)
+    which = " for bf16" if half else ""
+    raise UserError(f"--opset is {value!r}; choose auto or {known[0]} to {known[-1]}{which}")
+
+
+def check_packages(verify: bool) -> None:
+    """UserError naming what is not installed of the packages that export, or verify, needs."""
+    for package in ("onnx", "onnxscript", *(("onnxruntime",) if verify else ())):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise UserError(f"export needs {package} ({error}); pip install fastdiff[onnx]") from (
+                error
+            )
+
+
+def export(
+    pipe: Any,
+    parts: tuple[Part, ...],
+    out: Path,
+    opset: int,
+    log: Callable[[str], object],
+    ort_fused: bool = False,
+) -> tuple[Written, ...]:
+    """Write every part and all that goes beside it into the new folder `out`: all or nothing.
+
+    UserError where a network cannot be exported, nothing can be fused that should be, or the
+    folder cannot be written.
+    """
+    with new_folder(out) as folder:
+        written = tuple(write(part, folder, opset, log, ort_fused) for part in parts)
+        if ort_fused and not any(made.fused for made in written):
+            raise UserError("no GroupNorm here fits ONNX Runtime's; export without --ort-fused")
+        write_beside(pipe, folder, left_out(pipe))
+        write_json(folder / exported.FILE, document(parts, opset, written))
+    return written
+
+
+def document(
+    parts: tuple[Part, ...], opset: int, written: tuple[Written, ...] = ()
+) -> dict[str, Any]:
+    """Schema `fastdiff.export/1`: files, tensors, source weights, versions; sizes once written."""
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        rows.append(
+            {
+                "file": part.file,
+                "dtype": str(part.dtype).removeprefix("torch."),
+                "weights_sha256": fingerprint.of_weights(part.source),
+                "inputs": {port.name: [port.dtype, *port.shape] for port in part.inputs},
+                "outputs": {port.name: [port.dtype, *port.shape] for port in part.outputs},
+            }
+        )
+    for row, made in zip(rows, written, strict=False):
+        row |= {"bytes": made.bytes, "sha256": made.sha256, "seconds": round(made.seconds, 1)}
+        if made.fused:
+            row["contrib_ops"] = {fused.OPERATOR: list(made.fused)}
+    return {"schema": exported.SCHEMA, "opset": opset, "versions": versions(), "parts": rows}
+
+
+def to_program(part: Part, opset: int) -> Any:
+    """The part as torch's ONNXProgram: its `model` is an onnx_ir Model of standard ops.
+
+    UserError where torch cannot export it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    arguments = tuple(draw(port, part.example, part.net.config, generator) for port in part.inputs)
+    named = 3 if part.folder == "unet" else len(part.inputs)  # further ones are its *more
+    free: list[Any] = [
+        {i: side for i, side in enumerate(port.shape) if isinstance(side, str)} or None
+        for port in part.inputs
+    ]
+    try:
+        with torch.no_grad(), _quiet():
+            program: Any = torch.onnx.export(
+                part.module,
+                arguments,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[port.name for port in part.inputs],
+                output_names=[port.name for port in part.outputs],
+                dynamic_shapes=(*free[:named], *([tuple(free[named:])] if free[named:] else [])),
+                verbose=False,
+            )
+    except Exception as error:  # any operator of any torch version can be what fails
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{part.folder} cannot be exported: {reason}") from error
+    model = program.model
+    if (got := model.opset_imports.get("")) != opset:
+        raise UserError(f"{part.folder} comes out at opset {got}, not {opset}; try --opset auto")
+    for value, port in zip(model.graph.outputs, part.outputs, strict=True):
+        value.shape = type(value.shape)(port.shape)  # torch's own are formulas of traced guards
+    return program
+
+
+def write(
+    part: Part, folder: Path, opset: int, log: Callable[[str], object], ort_fused: bool = False
+) -> Written:
+    """`folder/<part>/model.onnx`, checked, and the config.json beside it."""
+    import onnx
+    from onnxscript import ir
+
+    log(f"{part.folder}: exporting, opset {opset}")
+    start = time.perf_counter()
+    model = to_program(part, opset).model
+    names = fused.fuse(model) if ort_fused else ()
+    place = folder / part.folder
+    place.mkdir()
+    file = place / "model.onnx"
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    ir.save(model, file, external_data="model.onnx_data" if weights > EXTERNAL_ABOVE else None)
+    log(f"{part.folder}: checking")
+    onnx.checker.check_model(str(file), full_check=True)
+    write_json(place / "config.json", config_of(part.net))
+    size = sum(path.stat().st_size for path in place.glob("model.onnx*"))
+    return Written(part, size, exported.sha256_of(file), time.perf_counter() - start, names)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's advice (no torchvision, names of shapes); then as before."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,89 @@
+"""A whole picture through networks of another runtime, against the one torch draws."""
+
+import math
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.export.parts import Part
+
+STEPS, PROMPT = 4, "red heart"
+
+Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
+"""A network of another runtime: inputs by name, CPU tensors, to its outputs in the part's order."""
+
+
+@contextmanager
+def inside(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> Iterator[Any]:
+    """The pipeline with its networks' calls answered by `runs`; as before afterwards."""
+    answers: list[tuple[Any, str, Callable[..., Any]]] = []
+    for part in parts:
+        run = runs[part.folder]
+        if part.folder.startswith("text_encoder"):
+            answers.append((getattr(pipe, part.folder), "forward", _text(part, run)))
+        elif part.folder == "unet":
+            answers.append((pipe.unet, "forward", _unet(part, run)))
+        elif part.folder == "vae_decoder":
+            answers.append((pipe.vae, "decode", _decode(run)))
+    try:
+        for module, name, answer in answers:
+            setattr(module, name, answer)
+        yield pipe
+    finally:
+        for module, name, _ in answers:
+            vars(module).pop(name, None)
+
+
+def _unet(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
+    def forward(
+        sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **more: Any
+    ) -> tuple[Tensor, ...]:
+        given = more | (more.get("added_cond_kwargs") or {}) | {"sample": sample}
+        given["encoder_hidden_states"] = encoder_hidden_states
+        given["timestep"] = torch.as_tensor(timestep, dtype=torch.float32)
+        return run({port.name: given[port.name].contiguous() for port in part.inputs})
+
+    return forward
+
+
+def _decode(run: Run) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda latents, **_: run({"latent_sample": latents.contiguous()})
+
+
+def _text(part: Part, run: Run) -> Callable[..., Any]:
+    names = [port.name for port in part.outputs]
+    first = [name for name in names if not name.startswith("hidden_states.")]
+    make: Any = namedtuple  # diffusers reads it both by index and by name
+    output = make("output", [*first, "hidden_states"])
+
+    def forward(input_ids: Tensor, **_: Any) -> Any:
+        tensors = run({"input_ids": input_ids.contiguous()})
+        return output(*tensors[: len(first)], tensors[len(first) :])
+
+    return forward
+
+
+def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
+    """Decibels of the picture that `runs` draw against torch's, pixels 0 to 1, same seed.
+
+    Infinite where they are equal, minus infinity where one is not finite.
+    """
+
+    def draw_one() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "pt"}
+        images: Tensor = pipe(PROMPT, **options).images
+        return images.double()
+
+    pipe.set_progress_bar_config(disable=True)
+    torchs = draw_one()
+    with inside(pipe, parts, runs):
+        ours = draw_one()
+    squares = float((torchs - ours).square().mean())
+    if squares == 0.0:
+        return math.inf
+    return -10.0 * math.log10(squares) if math.isfinite(squares) else -math.inf

@@ -1,0 +1,145 @@
+"""From pictures in pixels to the sides of every input: what an engine is built for."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastdiff.engines.manifest import Profile
+from fastdiff.errors import UserError
+from fastdiff.export.parts import Part, Port
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """So many pictures at once, height and width in pixels."""
+
+    count: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The least and most pictures an engine takes, and those it is best at."""
+
+    least: Pictures
+    best: Pictures
+    most: Pictures
+
+    @property
+    def static(self) -> bool:
+        return self.least == self.most
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.best}:{self.most}"
+
+
+def parse(shapes: str | None, static: str | None) -> Shapes | None:
+    """Of `--shapes MIN:OPT:MAX` or `--static BxHxW`; None where neither is given."""
+    if shapes and static:
+        raise UserError("got --shapes and --static; give one of them")
+    if static:
+        one = _pictures("--static", static)
+        return Shapes(one, one, one)
+    if not shapes:
+        return None
+    ends = shapes.split(":")
+    if len(ends) != 3:
+        raise UserError(f"--shapes is {shapes!r}; give MIN:OPT:MAX, each as 1x512x512")
+    least, best, most = (_pictures("--shapes", end) for end in ends)
+    for side in ("count", "height", "width"):
+        low, middle, high = (getattr(end, side) for end in (least, best, most))
+        if not low <= middle <= high:
+            raise UserError(f"--shapes {shapes}: {side} goes {low}, {middle}, {high}; it must grow")
+    return Shapes(least, best, most)
+
+
+def default(parts: Sequence[Part], side: int) -> Shapes:
+    """One picture of half to one and a half times the U-Net's own `side` (latents), or two."""
+    unit = multiple(parts)
+    pixels = side * _pixels(parts)
+    half, more = (max(unit, times * pixels // 2 // unit * unit) for times in (1, 3))
+    return Shapes(Pictures(1, half, half), Pictures(1, pixels, pixels), Pictures(2, more, more))
+
+
+def multiple(parts: Sequence[Part]) -> int:
+    """Of which every picture's height and width must be, in pixels."""
+    return math.lcm(*(_unit(part, parts) for part in parts))
+
+
+def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
+    """For each part's folder the shapes of its inputs. UserError for sides that a part cannot take.
+
+    Guidance doubles the batch of what sees the text: from the pictures of `least` to twice those of
+    `most`. A static U-Net takes twice its pictures and nothing else; a text encoder always takes
+    the texts of one half alone, as diffusers encodes them. Text has the encoder's full length.
+    """
+    for end in (shapes.least, shapes.best, shapes.most):
+        for part in parts:
+            for side in ("height", "width"):
+                unit, got = _unit(part, parts), getattr(end, side)
+                if got % unit:
+                    raise UserError(
+                        f"{end}: {side} {got} is no multiple of {unit}, which {part.folder} needs;"
+                        f" {multiple(parts)} suits every network"
+                    )
+    return {part.folder: _profile(part, parts, shapes) for part in parts}
+
+
+def _profile(part: Part, parts: Sequence[Part], shapes: Shapes) -> Profile:
+    profile: Profile = {port.name: {} for port in part.inputs if _free(port)}
+    latent = 1 if _in_pixels(part) else _pixels(parts)
+    for name, end in (("min", shapes.least), ("opt", shapes.best), ("max", shapes.most)):
+        alone = name == "min" and not (shapes.static and "height" in part.example)
+        guided = "sequence_length" in part.example and not alone
+        sides = {
+            "batch_size": end.count * (2 if guided else 1),
+            "height": end.height // latent,
+            "width": end.width // latent,
+            "sequence_length": _tokens(parts),
+        }
+        for port in part.inputs:
+            if _free(port):
+                shape = [sides[side] if isinstance(side, str) else side for side in port.shape]
+                profile[port.name][name] = shape
+    return profile
+
+
+def _free(port: Port) -> bool:
+    return any(isinstance(side, str) for side in port.shape)
+
+
+def _in_pixels(part: Part) -> bool:
+    """Whether its sides are a picture's: its output is named as a fraction of them."""
+    return any("//" in str(side) for port in part.outputs for side in port.shape)
+
+
+def _pixels(parts: Sequence[Part]) -> int:
+    """To a latent, as the VAE's ports say."""
+    sides = (str(side) for part in parts for port in part.outputs for side in port.shape)
+    return next((int(side.split("//")[1]) for side in sides if "//" in side), 1)
+
+
+def _tokens(parts: Sequence[Part]) -> int:
+    """The text encoders' full length, at which the U-Net is traced."""
+    traced = (part.example for part in parts if "height" in part.example)
+    return next((sizes["sequence_length"] for sizes in traced if "sequence_length" in sizes), 1)
+
+
+def _unit(part: Part, parts: Sequence[Part]) -> int:
+    """Of which its height and width are multiples wherever it is traced and verified; in pixels."""
+    sizes = (part.example, *part.cases)
+    own = math.gcd(*(each[side] for each in sizes for side in ("height", "width") if side in each))
+    return own * (1 if _in_pixels(part) else _pixels(parts)) if own else 1
+
+
+def _pictures(option: str, text: str) -> Pictures:
+    numbers = text.split("x")
+    if len(numbers) != 3 or not all(n.isascii() and n.isdigit() and int(n) for n in numbers):
+        raise UserError(
+            f"{option} has {text!r}; give pictures x height x width in pixels, as 1x512x512"
+        )
+    return Pictures(*map(int, numbers))

@@ -1,0 +1,245 @@
+"""`Options.backend`: a U-Net in ONNX Runtime draws the same, or says why it does not run."""
+
+import copy
+import json
+import shutil
+import threading
+import warnings
+
+import pytest
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from peft import LoraConfig
+
+import fastdiff
+from fastdiff.compiler import Options
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.errors import UserError
+from fastdiff.kernels.contract import judge
+
+
+def draw(pipe, **options):
+    """Latents as the decoder gets them."""
+    given = {"prompt": "red heart", "num_inference_steps": 4, "guidance_scale": 4.0}
+    given |= {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**(given | options)).images
+
+
+def exact_copy(pipe):
+    """The pipeline in float64, which draws from the same float32 noise."""
+    exact = copy.deepcopy(pipe)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if getattr(exact, name, None) is not None:
+            getattr(exact, name).double()
+    return exact
+
+
+def hold(pipe, **options):
+    """The picture of a compiled pipeline within eager's own budget; nothing ran eagerly."""
+    plain = copy.deepcopy(pipe)
+    shape = (2 if "num_images_per_prompt" in options else 1, 4)
+    sides = [options.get(s, pipe.unet.config.sample_size * pipe.vae_scale_factor) for s in SIDES]
+    noise = torch.randn(*shape, *(side // pipe.vae_scale_factor for side in sides))
+    eager = draw(plain, latents=noise, **options)
+    exact = draw(exact_copy(plain), latents=noise.double(), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        got = draw(pipe, latents=noise, **options)
+    # 4 steps amplify each one's rounding: the receipt's own rule, with a factor of 4
+    error, yardstick = (float((x - exact).square().mean().sqrt()) for x in (got, eager))
+    assert error <= 4 * yardstick, (error, yardstick)
+    assert not torch.equal(got, eager)  # it really was another runtime
+
+
+SIDES = ("height", "width")
+
+
+@pytest.fixture
+def on_ort(demo, demo_onnx):
+    pipe = copy.deepcopy(demo)
+    return fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
+
+
+def test_a_call_is_within_the_budget(demo, on_ort):
+    for batch, side, tokens, step in ((1, 8, 77, 999), (2, 16, 20, 500.5), (3, 24, 77, 0)):
+        sample = torch.randn(batch, 4, side, 16)
+        text = torch.randn(batch, tokens, demo.unet.config.cross_attention_dim)
+        with torch.no_grad():
+            eager = demo.unet(sample, step, text).sample
+            exact = copy.deepcopy(demo.unet).double()(sample.double(), step, text.double()).sample
+            got = on_ort.unet(sample, step, text).sample
+        verdict = judge("sample", got, eager, exact)
+        assert verdict.passed, verdict
+    assert fastdiff.report(on_ort).parts[0].runs == "ort"
+    assert fastdiff.report(on_ort).parts[0].why == "3 calls"
+
+
+def test_pictures_are_drawn_by_the_plan(on_ort):
+    for scheduler, options in (
+        (None, {}),
+        (None, {"guidance_scale": 1.0}),
+        (None, {"height": 80, "width": 48, "num_images_per_prompt": 2}),
+        (EulerDiscreteScheduler, {"negative_prompt": "blue"}),
+        (UniPCMultistepScheduler, {}),
+    ):
+        if scheduler:
+            on_ort.scheduler = scheduler.from_config(on_ort.scheduler.config)
+        hold(on_ort, **options)
+    assert loop_of(on_ort).planned == 5
+
+
+def test_xl_exports_itself(components):
+    pipe = StableDiffusionXLPipeline(**components(xl=True, dtype=torch.float32))
+    fastdiff.compile(pipe, Options(backend="ort"))
+    hold(pipe)
+    hold(pipe, height=48, width=32, original_size=(32, 32))
+    assert loop_of(pipe).planned == 2
+
+
+def test_float16_that_overflows_goes_on_in_float32(components):
+    pipe = StableDiffusionPipeline(**components(dtype=torch.float32), requires_safety_checker=False)
+    with torch.no_grad():
+        pipe.unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
+    exact = draw(copy.deepcopy(pipe))
+    pipe.to(torch.float16)
+    fastdiff.compile(pipe, Options(backend="ort"))
+    got = draw(pipe)
+    assert got.dtype == torch.float16
+    assert (got.float() - exact).norm() <= 0.02 * exact.norm()
+    assert "float32 since float16 overflowed in the engine" in str(fastdiff.report(pipe))
+
+
+def test_restore_leaves_no_trace(demo, on_ort):
+    before = draw(copy.deepcopy(demo))
+    draw(on_ort)
+    with pytest.raises(UserError, match="unet runs on ort already; restore it first"):
+        fastdiff.compile(on_ort)
+    fastdiff.restore(on_ort)
+    assert torch.equal(draw(on_ort), before)
+
+
+def eager_once(pipe, reason):
+    """A picture that is diffusers' own, with one warning that says why."""
+    plain = copy.deepcopy(pipe)
+    before = dict(slot_of(pipe.unet).eager)
+    with pytest.warns(RuntimeWarning, match=reason):
+        got = draw(pipe)
+    assert torch.allclose(got, draw(plain), atol=1e-5)
+    assert sum(slot_of(pipe.unet).eager.values()) > sum(before.values())
+
+
+def test_edited_weights_are_not_drawn_from_the_file(on_ort):
+    hold(on_ort)
+    with torch.no_grad():
+        on_ort.unet.conv_in.weight[0] *= 1.5
+    eager_once(on_ort, "weights other than those the engine was made from")
+
+
+def test_lora_runs_eagerly_and_the_engine_again_without_it(on_ort):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    on_ort.unet.add_adapter(config, "a")
+    eager_once(on_ort, "a LoRA adapter, which an engine does not have")
+    on_ort.unet.delete_adapters("a")
+    on_ort.unload_lora_weights()
+    hold(on_ort)
+
+
+def test_a_fused_lora_is_other_weights(on_ort):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    on_ort.unet.add_adapter(config, "a")
+    on_ort.fuse_lora(components=["unet"])  # writes through .data
+    on_ort.unload_lora_weights()
+    eager_once(on_ort, "weights other than those")
+
+
+def test_what_the_engine_has_no_input_for_runs_eagerly(on_ort):
+    on_ort.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    eager_once(on_ort, "FreeU")
+    on_ort.disable_freeu()
+    hold(on_ort)
+    sample, text = (
+        torch.randn(1, 4, 8, 8),
+        torch.randn(1, 77, on_ort.unet.config.cross_attention_dim),
+    )
+    mask = torch.ones(1, 77)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="it was given text_mask"):
+        on_ort.unet(sample, 5, text, encoder_attention_mask=mask)
+
+
+def test_two_threads_share_an_engine(on_ort):
+    wanted = [
+        draw(copy.deepcopy(on_ort), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
+    got = [None, None]
+    pipes = [on_ort, type(on_ort).__bases__[0](**on_ort.components, requires_safety_checker=False)]
+
+    def work(i):
+        got[i] = draw(pipes[i], generator=torch.Generator().manual_seed(i))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_an_engine_of_other_weights_is_refused(demo, demo_onnx):
+    pipe = copy.deepcopy(demo)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 1
+    with pytest.raises(UserError, match="unet cannot run on ort: weights other than those"):
+        fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
+    assert slot_of(pipe.unet) is None
+
+
+BAD = {
+    "was not written by fastdiff export --onnx": lambda folder: (folder / "export.json").unlink(),
+    "has no readable export.json": lambda folder: (folder / "export.json").write_text("{"),
+    "is fastdiff.export/0, this fastdiff reads": lambda folder: edit(
+        folder, schema="fastdiff.export/0"
+    ),
+    "holds no U-Net": lambda folder: edit(folder, parts=[]),
+    "is not what was written": lambda folder: truncate(folder / "unet/model.onnx"),
+}
+
+
+def edit(folder, **values):
+    path = folder / "export.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(("message", "damage"), BAD.items())
+def test_a_folder_that_cannot_be_used_is_named(demo, demo_onnx, tmp_path, message, damage):
+    folder = tmp_path / "onnx"
+    shutil.copytree(demo_onnx, folder)
+    damage(folder)
+    pipe = copy.deepcopy(demo)
+    with pytest.raises(UserError, match=message):
+        fastdiff.compile(pipe, Options(backend="ort", engines=folder))
+    assert slot_of(pipe.unet) is None
+
+
+def test_options_that_contradict_are_named(demo):
+    for options, message in (
+        (Options(backend="onnx"), "Options.backend is 'onnx'; choose fastdiff, ort, tensorrt"),
+        (Options(engines="x"), "Options.engines is x, which needs a backend"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fastdiff.compile(copy.deepcopy(demo), options)
+    with pytest.raises(UserError, match="computes a U-Net, and there is none"):
+        fastdiff.compile(copy.deepcopy(demo.vae), Options(backend="ort"))

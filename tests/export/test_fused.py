@@ -1,0 +1,226 @@
+"""--ort-fused: what becomes ONNX Runtime's GroupNorm, and that it computes what torch does."""
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from onnxscript import ir
+from torch import nn
+
+from fastdiff.cli import main
+from fastdiff.engines.ort import Session
+from fastdiff.errors import UserError
+from fastdiff.export import fused, parity
+from fastdiff.export import onnx as exporter
+from fastdiff.export.parts import parts
+from fastdiff.kernels.contract import judge
+
+CPU = torch.device("cpu")
+
+
+class GroupNorm(OpRun):
+    """ONNX Runtime's operator as its documentation defines it, by torch, in float64."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x, gamma, beta, activation, channels_last, epsilon, groups):
+        assert (gamma.dtype, beta.dtype, channels_last) == (np.float32, np.float32, 1)
+        nchw = torch.from_numpy(x).double().permute(0, 3, 1, 2)
+        weight, bias = (torch.tensor(value).double() for value in (gamma, beta))
+        y = nn.functional.group_norm(nchw, groups, weight, bias, epsilon)
+        y = nn.functional.silu(y) if activation else y
+        return (y.permute(0, 2, 3, 1).numpy().astype(x.dtype),)
+
+
+class Norms(nn.Module):
+    """GroupNorms that fit and, beside them, every kind that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.with_silu = nn.GroupNorm(4, 16, eps=1e-3)
+        self.alone = nn.GroupNorm(32, 64)
+        self.used_twice = nn.GroupNorm(2, 16)
+        self.odd = nn.GroupNorm(4, 12)  # three channels each: the kernel reads two at a time
+        self.many = nn.GroupNorm(64, 128)
+        self.flat = nn.GroupNorm(4, 16)
+        for weight in self.parameters():
+            nn.init.normal_(weight)
+
+    def forward(self, x):
+        silu = nn.functional.silu
+        twice = self.used_twice(x)
+        return (
+            silu(self.with_silu(x)),
+            self.alone(torch.cat([x] * 4, 1)),
+            twice + silu(twice),
+            silu(self.odd(x[:, :12])),
+            silu(self.many(torch.cat([x] * 8, 1))),
+            self.flat(x.flatten(2)),
+        )
+
+
+FITS = {(4, 1), (32, 0), (2, 0)}  # groups and whether the SiLU is in it
+
+
+def run(*arguments):
+    """Exit code, stdout and stderr of the command line."""
+    with (
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as caught,
+    ):
+        main([str(argument) for argument in arguments])
+    return caught.value.code, out.getvalue(), err.getvalue()
+
+
+def attributes(node):
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node}
+
+
+def fuse(source, out):
+    """The file with its GroupNorms fused, and the names of the new nodes."""
+    model = ir.load(source)
+    names = fused.fuse(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, out)
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_fits_the_kernel_is_fused_and_the_rest_left(tmp_path, dtype):
+    module = Norms().to(dtype).eval()
+    sides = {0: "batch", 2: "height", 3: "width"}
+    program = torch.onnx.export(
+        module,
+        (torch.randn(2, 16, 6, 8, dtype=dtype),),
+        dynamo=True,
+        opset_version=20,
+        dynamic_shapes=(sides,),
+        input_names=["x"],
+        verbose=False,
+    )
+    names = fused.fuse(program.model)
+    file = tmp_path / "net/model.onnx"
+    file.parent.mkdir()
+    ir.save(program.model, file)
+    onnx.checker.check_model(file, full_check=True)
+    graph = onnx.load(file).graph
+    made = [node for node in graph.node if node.domain == "com.microsoft"]
+    assert [node.name for node in made] == list(names)
+    found = [attributes(node.attribute) for node in made]
+    assert {(a["groups"], a["activation"]) for a in found} == FITS
+    assert all(a["channels_last"] == 1 for a in found)
+    weights = {value.name: value for value in graph.initializer}
+    for node in made:
+        assert {weights[name].data_type for name in node.input[1:]} == {onnx.TensorProto.FLOAT}
+    assert sum(node.op_type == "InstanceNormalization" for node in graph.node) == 3
+
+    theirs = ReferenceEvaluator(str(file), new_ops=[GroupNorm])
+    with fused.spelled_out(tmp_path, [SimpleNamespace(file="net/model.onnx")]) as place:
+        ours = Session(place / "net/model.onnx", CPU)
+    for shape in ((1, 16, 3, 5), (3, 16, 8, 2)):
+        x = torch.randn(shape, dtype=dtype)
+        with torch.no_grad():
+            eager, exact = module(x), Norms.forward(module.double(), x.double())
+            module.to(dtype)
+        for got in (ours({"x": x}), theirs.run(None, {"x": x.numpy()})):
+            for i, (mine, torchs, truth) in enumerate(zip(got, eager, exact, strict=True)):
+                verdict = judge(f"output {i}", torch.as_tensor(mine), torchs, truth)
+                assert verdict.passed, verdict
+
+
+@pytest.fixture(scope="module")
+def demo_fused(demo, demo_onnx, tmp_path_factory):
+    """The demo exported with --ort-fused --verify, torch's own part of it done before."""
+    out = tmp_path_factory.mktemp("fused") / "out"
+
+    def premade(part, opset):
+        return SimpleNamespace(model=ir.load(demo_onnx / part.file))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "to_program", premade)
+        code, told, err = run("export", "--onnx", out, "--ort-fused", "--verify", "--json")
+    assert code in (0, 1), err
+    return out, json.loads(told), code
+
+
+def test_the_demo_is_within_the_budget_of_torch(demo_fused):
+    _, told, code = demo_fused
+    report = told["parity"]
+    assert code == 0, [row for row in report["rows"] if not row["passed"]]
+    assert report["passed"]
+    assert report["psnr_db"] >= 45
+    assert report["spelled_out"] == "com.microsoft::GroupNorm"
+
+
+def test_export_json_names_every_contrib_node(demo_fused, demo_onnx):
+    out, _, _ = demo_fused
+    rows = json.loads((out / "export.json").read_text())["parts"]
+    for row in rows:
+        graph = onnx.load(out / row["file"]).graph
+        names = [node.name for node in graph.node if node.domain]
+        assert row.get("contrib_ops", {}) == ({"com.microsoft::GroupNorm": names} if names else {})
+        before = onnx.load(demo_onnx / row["file"]).graph
+        norms = [
+            sum(node.op_type == "InstanceNormalization" for node in nodes)
+            for nodes in (before.node, graph.node)
+        ]
+        assert norms[0] - norms[1] == len(names)
+    assert sum("contrib_ops" in row for row in rows) == 3  # all but the text encoder
+    assert "was computed in standard operators" in (out / "parity.md").read_text()
+
+
+def test_the_files_themselves_compute_what_torch_does(demo, demo_fused):
+    """U-Net and VAE with their contrib nodes as they are, by onnx's own evaluator."""
+    for part in parts(demo, torch.float32)[1:]:
+        evaluator = ReferenceEvaluator(str(demo_fused[0] / part.file), new_ops=[GroupNorm])
+
+        def evaluate(inputs, evaluator=evaluator):
+            feed = {name: value.numpy() for name, value in inputs.items()}
+            return tuple(map(torch.from_numpy, evaluator.run(None, feed)))
+
+        rows = parity.verify_part(part, evaluate)
+        assert all(row.passed for row in rows), [row for row in rows if not row.passed]
+
+
+def test_a_wrong_weight_is_caught(demo, demo_fused, tmp_path):
+    """One gamma of 1 % more."""
+    decoder = parts(demo, torch.float32)[2]
+    model = onnx.load(demo_fused[0] / decoder.file)
+    gamma = next(value for value in model.graph.initializer if value.name.startswith("gamma_nhwc"))
+    gamma.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(gamma) * 1.01, gamma.name)
+    )
+    (tmp_path / "vae_decoder").mkdir()
+    onnx.save(model, tmp_path / decoder.file)
+    with fused.spelled_out(tmp_path, [decoder]) as place:
+        rows = parity.verify_part(decoder, Session(place / decoder.file, CPU))
+    assert not all(row.passed for row in rows)
+
+
+def test_a_cpu_says_that_it_cannot_run_it(demo_fused):
+    with pytest.raises(UserError, match="ONNX Runtime cannot run .*unet/model.onnx: .*GroupNorm"):
+        Session(demo_fused[0] / "unet/model.onnx", CPU)
+
+
+def test_what_cannot_be_fused_is_one_sentence(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def refused(*arguments):
+        code, told, err = run("export", *arguments, "--ort-fused")
+        assert (code, told) == (2, "")
+        assert list(tmp_path.iterdir()) == []
+        return err.splitlines()[-1]
+
+    assert "--ort-fused goes with --onnx" in refused("--triton-repo", out)
+    assert "--ort-fused needs --opset 18 to 20, got 21" in refused("--onnx", out, "--opset", 21)
+    assert "--ort-fused needs fp32 or fp16" in refused("--onnx", out, "--dtype", "bf16")
+    monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of: parts(*of)[:1])
+    assert "no GroupNorm here fits ONNX Runtime's" in refused("--onnx", out)

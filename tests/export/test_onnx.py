@@ -1,0 +1,378 @@
+"""Exported ONNX files: Optimum's names, standard ops, and the numbers and pictures of torch."""
+
+import copy
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.bench import presets
+from fastdiff.cli import main
+from fastdiff.engines.ort import Session
+from fastdiff.errors import UserError
+from fastdiff.export import onnx as exporter
+from fastdiff.export import parity
+from fastdiff.export.parts import parts
+
+FILES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+SMALL = {  # the architectures at a tenth of their widths, with the fewest layers that repeat
+    "sd15": replace(presets.SD15, texts=(replace(presets.SD15.texts[0], layers=2),)),
+    "sdxl": replace(
+        presets.SDXL,
+        depth=(1, 1, 2),
+        texts=tuple(replace(text, layers=2) for text in presets.SDXL.texts),
+    ),
+}
+SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class Exported:
+    name: str
+    pipe: Any
+    folder: Path
+    document: dict
+    progress: str
+
+    def session(self, part: str) -> onnxruntime.InferenceSession:
+        file = self.folder / part / "model.onnx"
+        return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+
+def run(*arguments):
+    """Exit code, stdout and stderr of the command line."""
+    with (
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as caught,
+    ):
+        main([str(argument) for argument in arguments])
+    return caught.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="session", params=["demo", "sd15", "sdxl"])
+def exported(request, tmp_path_factory):
+    name = request.param
+    folder = tmp_path_factory.mktemp("onnx") / name
+    more = () if name == "demo" else ("--preset", name, "--scale", SCALE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "PRESETS", SMALL)
+        code, out, err = run("export", "--onnx", folder, *more, "--verify", "--json")
+        assert code == 0, [r for r in json.loads(out)["parity"]["rows"] if not r["passed"]]
+        if name == "demo":
+            pipe = fastdiff.load_demo()
+        else:
+            pipe = presets.build(name, SCALE, torch.float32, "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return Exported(name, pipe, folder, json.loads(out), err)
+
+
+def texts(exported):
+    return ("text_encoder", "text_encoder_2") if exported.name == "sdxl" else ("text_encoder",)
+
+
+def test_files_are_standard_onnx(exported):
+    for part in (*FILES, *texts(exported)[1:]):
+        file = exported.folder / part / "model.onnx"
+        onnx.checker.check_model(str(file), full_check=True)
+        model = onnx.load(file)
+        assert {entry.domain: entry.version for entry in model.opset_import}[""] == 20
+        assert {node.domain for node in model.graph.node} == {""}
+        assert not model.functions
+
+
+def test_tensors_are_named_as_optimum_names_them(exported):
+    more = ["text_embeds", "time_ids"] if exported.name == "sdxl" else []
+    expected = {
+        "unet": (["sample", "timestep", "encoder_hidden_states", *more], ["out_sample"]),
+        "vae_decoder": (["latent_sample"], ["sample"]),
+        "vae_encoder": (["sample"], ["latent_parameters"]),
+    }
+    for text in texts(exported):
+        first = ["last_hidden_state", "pooler_output"]
+        if text == "text_encoder_2":
+            first = ["text_embeds", "last_hidden_state"]
+        layers = getattr(exported.pipe, text).config.num_hidden_layers
+        states = [f"hidden_states.{i}" for i in range(layers + 1)]
+        expected[text] = (["input_ids"], first + states)
+    for part, (inputs, outputs) in expected.items():
+        session = exported.session(part)
+        assert [port.name for port in session.get_inputs()] == inputs
+        assert [port.name for port in session.get_outputs()] == outputs
+    unet = {port.name: port.shape for port in exported.session("unet").get_inputs()}
+    assert unet["sample"] == ["batch_size", 4, "height", "width"]
+    assert unet["timestep"] == []
+    assert unet["encoder_hidden_states"][:2] == ["batch_size", "sequence_length"]
+
+
+def test_folder_holds_what_a_pipeline_is_read_from(exported):
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+    from transformers import CLIPTokenizer
+
+    folder = exported.folder
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == type(exported.pipe).__name__
+    for part in (*FILES, *texts(exported)):
+        config = json.loads((folder / part / "config.json").read_text())
+        assert "_name_or_path" not in config
+    vae = json.loads((folder / "vae_decoder/config.json").read_text())
+    assert vae["scaling_factor"] == exported.pipe.vae.config.scaling_factor
+    read = EulerDiscreteScheduler if exported.name == "sdxl" else DDIMScheduler
+    assert dict(read.from_pretrained(folder / "scheduler").config) == dict(
+        exported.pipe.scheduler.config
+    )
+    for text in texts(exported):
+        place = folder / text.replace("text_encoder", "tokenizer")
+        again = CLIPTokenizer.from_pretrained(place)
+        assert again("purple car").input_ids == exported.pipe.tokenizer("purple car").input_ids
+        assert (place / "vocab.json").is_file()  # what transformers 4, and so Optimum, reads
+        assert (place / "merges.txt").is_file()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_verify_says_what_it_compared(exported):
+    report = exported.document["parity"]
+    assert report["passed"]
+    assert report["psnr_db"] >= 45
+    assert json.loads((exported.folder / "parity.json").read_text()) == report
+    assert "FAILED" not in (exported.folder / "parity.md").read_text()
+    unet = [row for row in report["rows"] if row["part"] == "unet"]
+    assert len(unet) == 9  # three shapes, three timesteps
+    assert "unet: verifying" in exported.progress
+
+
+def within_budget(net, session, cases, call):
+    """Hold a session to the budget of diffusers' own module, case by case.
+
+    The yardstick is torch on one thread in the worse of its two memory formats, the truth float64.
+    """
+    exact_net = copy.deepcopy(net).double()
+    channels_last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for inputs in cases:
+                feed = {name: value.numpy() for name, value in inputs.items()}
+                got = torch.from_numpy(session.run(None, feed)[0])
+                exact = call(exact_net, {k: v.double() for k, v in inputs.items()})
+                assert got.shape == exact.shape
+                error, *eager = (
+                    float((value - exact).abs().max())
+                    for value in (got, call(net, inputs), call(channels_last, inputs))
+                )
+                assert error <= 2 * (max(eager) + 2**-23 * float(exact.abs().max()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_unet_is_within_the_budget_of_diffusers_own(exported):
+    unet = exported.pipe.unet
+    cases = []
+    for batch, height, width, step in (
+        *((1, 16, 8, 0.0), (1, 16, 8, 731.25), (4, 24, 16, 21.0)),
+        *((4, 24, 16, 731.25), (2, 8, 40, 731.25), (2, 8, 40, 981.0)),
+    ):
+        inputs = {
+            "sample": torch.randn(batch, 4, height, width),
+            "timestep": torch.tensor(step),
+            "encoder_hidden_states": torch.randn(batch, 9, unet.config.cross_attention_dim),
+        }
+        if exported.name == "sdxl":
+            pooled = exported.pipe.text_encoder_2.config.projection_dim
+            inputs["text_embeds"] = torch.randn(batch, pooled)
+            inputs["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * batch)
+        cases.append(inputs)
+
+    def call(net, inputs):
+        more = dict(inputs)
+        first = [more.pop(name) for name in ("sample", "timestep", "encoder_hidden_states")]
+        return net(*first, added_cond_kwargs=more or None, return_dict=False)[0]
+
+    within_budget(unet, exported.session("unet"), cases, call)
+
+
+def test_vae_is_within_the_budget_of_diffusers_own(exported):
+    vae, factor = exported.pipe.vae, exported.pipe.vae_scale_factor
+    sizes = ((1, 11, 5), (4, 4, 4), (2, 8, 13))
+    latents = [{"latent_sample": torch.randn(b, 4, y, x)} for b, y, x in sizes]
+    pixels = [{"sample": torch.rand(b, 3, factor * y, factor * x) * 2 - 1} for b, y, x in sizes]
+    within_budget(
+        *(vae, exported.session("vae_decoder"), latents),
+        lambda net, inputs: net.decode(inputs["latent_sample"]).sample,
+    )
+    within_budget(
+        *(vae, exported.session("vae_encoder"), pixels),
+        lambda net, inputs: net.encode(inputs["sample"]).latent_dist.parameters,
+    )
+
+
+def test_a_picture_of_25_steps_is_torchs(exported):
+    """Our own loop, numpy into sessions, with the pipeline's real scheduler."""
+    pipe, steps, guidance = exported.pipe, 25, 4.0
+    sessions = {part: exported.session(part) for part in ("unet", "vae_decoder", *texts(exported))}
+    states, pooled = [], None
+    for text in texts(exported):
+        tokenizer = getattr(pipe, text.replace("text_encoder", "tokenizer"))
+        ids = tokenizer(
+            ["", "red heart"], padding="max_length", truncation=True, return_tensors="np"
+        ).input_ids
+        names = [port.name for port in sessions[text].get_outputs()]
+        out = dict(zip(names, sessions[text].run(None, {"input_ids": ids}), strict=True))
+        if exported.name == "sdxl":
+            last = getattr(pipe, text).config.num_hidden_layers
+            states.append(out[f"hidden_states.{last - 1}"])
+            pooled = out.get("text_embeds", pooled)
+        else:
+            states.append(out["last_hidden_state"])
+    side = pipe.unet.config.sample_size
+    feed = {"encoder_hidden_states": np.concatenate(states, -1)}
+    if exported.name == "sdxl":
+        pixels = float(side * pipe.vae_scale_factor)
+        ids = np.array([[pixels, pixels, 0, 0, pixels, pixels]] * 2, dtype=np.float32)
+        # With no negative prompt SDXL takes zeros, not the empty text.
+        feed["encoder_hidden_states"][0] = 0
+        pooled[0] = 0
+        feed |= {"text_embeds": pooled, "time_ids": ids}
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(3))
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        sample = scheduler.scale_model_input(torch.cat([x, x]), t).numpy()
+        feed |= {"sample": sample, "timestep": np.array(t, dtype=np.float32)}
+        free, led = torch.from_numpy(sessions["unet"].run(None, feed)[0]).chunk(2)
+        x = scheduler.step(free + guidance * (led - free), t, x).prev_sample
+    latents = (x / pipe.vae.config.scaling_factor).numpy()
+    got = sessions["vae_decoder"].run(None, {"latent_sample": latents})[0]
+    expected = pipe(
+        "red heart",
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="pt",
+    ).images
+    error = (torch.from_numpy(got) / 2 + 0.5).clamp(0, 1) - expected
+    assert -10 * error.square().mean().log10() >= 45
+
+
+def test_dry_run_tells_the_same_and_writes_nothing(exported, tmp_path, monkeypatch):
+    if exported.name != "demo":
+        monkeypatch.setattr(presets, "PRESETS", SMALL)
+    more = () if exported.name == "demo" else ("--preset", exported.name, "--scale", SCALE)
+    code, out, _ = run("export", "--onnx", tmp_path / "x", *more, "--dry-run", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["dry_run"]
+    assert told["opset"] == exported.document["opset"]
+    written = [dict(part) for part in exported.document["parts"]]
+    for part in written:
+        assert part.pop("bytes") > 0
+        assert part.pop("seconds") > 0
+    assert told["parts"] == written
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_weights_lie_in_their_own_file(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "EXTERNAL_ABOVE", 1000)
+    encoder = parts(demo, torch.float32)[:1]
+    (written,) = exporter.export(demo, encoder, tmp_path / "out", 20, lambda line: None)
+    place = tmp_path / "out/text_encoder"
+    assert (place / "model.onnx_data").stat().st_size > 1e6
+    assert (place / "model.onnx").stat().st_size < 1e6
+    assert written.bytes == sum(path.stat().st_size for path in place.glob("model.onnx*"))
+    rows = parity.verify_part(encoder[0], Session(place / "model.onnx", torch.device("cpu")))
+    assert all(row.passed for row in rows)
+
+
+def test_a_failed_verdict_exits_1(tmp_path, monkeypatch):
+    row = parity.Row("unet", "out_sample", "1×8×8", 1.0, 1e-6, 3e-6, 1.0, 0.5)
+    monkeypatch.setattr(exporter, "export", lambda pipe, parts, out, *_: out.mkdir() or ())
+    monkeypatch.setattr(parity, "verify", lambda *_: parity.Parity((row,), 12.0))
+    code, out, _ = run("export", "--onnx", tmp_path / "out", "--verify")
+    assert code == 1
+    assert "**FAILED**" in out
+    assert not json.loads((tmp_path / "out/parity.json").read_text())["passed"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("no such operator\nat length"), "text_encoder cannot be exported: no such"),
+        (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
+    ],
+)
+def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch, error, message):
+    def fail(*_, **__):
+        raise error
+
+    if isinstance(error, OSError):
+        monkeypatch.setattr(exporter, "_write_json", fail)
+        monkeypatch.setattr(exporter, "_write", lambda part, *_: exporter.Written(part, 1, 1.0))
+    else:
+        monkeypatch.setattr(torch.onnx, "export", fail)
+    code, out, err = run("export", "--onnx", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD = {
+    "{tmp} exists already": ("--onnx", "{tmp}"),
+    "the folder {tmp}/no does not exist": ("--onnx", "{tmp}/no/out"),
+    "--opset is '99'; choose auto or 18 to 23": ("--onnx", "{tmp}/out", "--opset", "99"),
+    "--opset is 'x'": ("--onnx", "{tmp}/out", "--opset", "x"),
+    "--dry-run writes nothing": ("--onnx", "{tmp}/out", "--dry-run", "--verify"),
+    "--verify takes fp32 or fp16": ("--onnx", "{tmp}/out", "--dtype", "bf16", "--verify"),
+    "--dtype is 'int8'": ("--onnx", "{tmp}/out", "--dtype", "int8"),
+    "has no model_index.json": ("{tmp}", "--onnx", "{tmp}/out"),
+}
+
+
+@pytest.mark.parametrize(("message", "arguments"), BAD.items())
+def test_bad_input_is_one_sentence(tmp_path, message, arguments):
+    code, out, err = run("export", *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert (code, out) == (2, "")
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith("fastdiff: ")
+    assert message.replace("{tmp}", str(tmp_path)) in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    code, _, err = run("export", "--onnx", tmp_path / "out")
+    assert code == 2
+    assert "export needs onnxscript" in err
+    assert "pip install fastdiff[onnx]" in err
+
+
+def test_networks_with_inputs_we_do_not_carry_are_refused(demo):
+    pipe = copy.deepcopy(demo)
+    pipe.unet.register_to_config(class_embed_type="timestep")
+    with pytest.raises(UserError, match="unet has class_embed_type 'timestep'"):
+        parts(pipe, torch.float32)
+    pipe = copy.deepcopy(demo)
+    pipe.vae = torch.nn.Linear(1, 1)
+    pipe.vae.config = demo.vae.config
+    with pytest.raises(UserError, match="vae is a Linear; supported is AutoencoderKL"):
+        parts(pipe, torch.float32)
+
+
+def test_a_vae_that_overflows_in_half_stays_in_single(demo):
+    pipe = copy.deepcopy(demo).to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    *_, unet, decoder, encoder = parts(pipe, torch.float16)
+    assert unet.dtype is torch.float16
+    assert {decoder.dtype, encoder.dtype} == {torch.float32}
+    assert {weight.dtype for weight in decoder.module.parameters()} == {torch.float32}
+    assert next(pipe.vae.parameters()).dtype is torch.float16

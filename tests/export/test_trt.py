@@ -1,0 +1,561 @@
+"""Engines built for real by TensorRT-RTX: what their manifests say, and what damage is told of."""
+
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tensorrt_rtx
+import torch
+
+import fastdiff
+from fastdiff.bench.progress import phases
+from fastdiff.cli import main
+from fastdiff.engines import trt
+from fastdiff.errors import UserError
+from fastdiff.export import onnx as exporter
+from fastdiff.export import shapes
+from fastdiff.export import trt as builder
+from fastdiff.export.parts import parts, unet_part
+
+TARGETS = ("sm_89", "sm_120")
+PROFILES = {  # of the demo: 64 pixels, 4 to a latent, a text of 24 tokens; guidance doubles
+    "text_encoder": {"input_ids": ([1, 24], [2, 24], [4, 24])},
+    "unet": {
+        "sample": ([1, 4, 8, 8], [2, 4, 16, 16], [4, 4, 24, 24]),
+        "encoder_hidden_states": ([1, 24, 128], [2, 24, 128], [4, 24, 128]),
+    },
+    "vae_decoder": {"latent_sample": ([1, 4, 8, 8], [1, 4, 16, 16], [2, 4, 24, 24])},
+    "vae_encoder": {"sample": ([1, 3, 32, 32], [1, 3, 64, 64], [2, 3, 96, 96])},
+}
+ENDS = ("min", "opt", "max")
+SILENT = SimpleNamespace(**dict.fromkeys(("start", "step", "finish"), lambda *_: None))
+
+
+def run(*arguments):
+    """Exit code, stdout and stderr of the command line."""
+    with (
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as caught,
+    ):
+        main([str(argument) for argument in arguments])
+    return caught.value.code, out.getvalue(), err.getvalue()
+
+
+def refused(*arguments):
+    """The one sentence with which the command line refuses, exit code 2."""
+    code, out, err = run(*arguments)
+    sentence = err.splitlines()[-1]
+    assert (code, out) == (2, "")
+    assert sentence.startswith("fastdiff: ")
+    return sentence
+
+
+def ends(profile):
+    """A profile of a manifest, as PROFILES has them."""
+    return {name: tuple(shape[end] for end in ENDS) for name, shape in profile.items()}
+
+
+def int64s(shape):
+    """A shape as a plan holds it."""
+    return struct.pack(f"<{len(shape)}q", *shape)
+
+
+@pytest.fixture(scope="session")
+def demo_half():
+    return fastdiff.load_demo(torch.float16)
+
+
+@pytest.fixture(scope="session")
+def networks(demo_half):
+    return parts(demo_half, torch.float16)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The folder that the command line writes, and its JSON."""
+    out = tmp_path_factory.mktemp("trt") / "out"
+    code, told, _ = run("export", "--trt", out, "--target", ",".join(TARGETS), "--json")
+    assert code == 0
+    return SimpleNamespace(out=out, document=json.loads(told))
+
+
+@pytest.fixture(scope="session")
+def encoder(networks, tmp_path_factory):
+    """The VAE encoder, and a folder with its ONNX file."""
+    folder = tmp_path_factory.mktemp("encoder")
+    exporter.write(networks[-1], folder, exporter.TRT_OPSET, lambda line: None)
+    return SimpleNamespace(part=networks[-1], folder=folder)
+
+
+def order(part, target="sm_89", **more):
+    """For one shape of one part."""
+    asked = shapes.parse(None, "1x32x32")
+    return trt.Order(target, shapes.profiles((part,), asked)[part.folder], **more)
+
+
+def test_every_part_and_target_has_a_plan_and_a_manifest(built):
+    files = {str(path.relative_to(built.out)) for path in built.out.rglob("*") if path.is_file()}
+    engines = {
+        f"{target}/{part}/{file}"
+        for target in TARGETS
+        for part in PROFILES
+        for file in ("model.plan", "engine.json")
+    }
+    assert engines <= files
+    assert {f"{part}/config.json" for part in PROFILES} <= files
+    assert {"model_index.json", "scheduler/scheduler_config.json"} <= files
+    assert not [file for file in files if "onnx" in file]
+    assert [path.name for path in built.out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("part", PROFILES)
+def test_a_manifest_says_what_the_plan_is(built, networks, part, target):
+    place = built.out / target / part
+    document = json.loads((place / "engine.json").read_text())
+    plan = (place / "model.plan").read_bytes()
+    network = next(network for network in networks if network.folder == part)
+    expected = {
+        "schema": "fastdiff.engine/1",
+        "part": part,
+        "flavor": "rtx",
+        "version": tensorrt_rtx.__version__,
+        "target": target,
+        "compatible": [],
+        "dtype": "float16",
+        "opset": 22,
+        "plan_bytes": len(plan),
+        "plan_sha256": hashlib.sha256(plan).hexdigest(),
+        "config_sha256": hashlib.sha256(
+            (built.out / part / "config.json").read_bytes()
+        ).hexdigest(),
+        "numeric_check": None,
+    }
+    assert {key: document[key] for key in expected} == expected
+    assert document["numeric_check_reason"].startswith("not run")
+    assert document["weights_sha256"] == weights_sha256(network.source)
+    assert [ends(profile) for profile in document["profiles"]] == [PROFILES[part]]
+    # The plan's own account of its GPU, its tensors and the shapes it takes.
+    assert plan.count(b"accelerators={" + target.replace("_", "").encode() + b" }") == 1
+    for name in (*document["inputs"], *document["outputs"]):
+        assert name.encode() in plan
+    for bounds in PROFILES[part].values():
+        for shape in bounds:
+            if len(shape) > 2:  # two numbers are too common to tell
+                assert int64s(shape) in plan
+                assert int64s([*shape[:-1], shape[-1] + 1]) not in plan
+
+
+def weights_sha256(module):
+    """As documented: name, dtype and shape of each, then its bytes, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_onnx_hash_is_that_of_the_file_built_from(built, encoder):
+    """Torch writes the same file again."""
+    content = (encoder.folder / "vae_encoder/model.onnx").read_bytes()
+    document = json.loads((built.out / "sm_89/vae_encoder/engine.json").read_text())
+    assert document["onnx_sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_the_command_prints_its_manifests(built):
+    rows = built.document["engines"]
+    assert [(row["part"], row["target"]) for row in rows] == [
+        (part, target) for part in PROFILES for target in TARGETS
+    ]
+    for row in rows:
+        file = built.out / row["target"] / row["part"] / "engine.json"
+        assert json.loads(file.read_text()) == row
+
+
+def test_dry_run_tells_the_same_and_writes_nothing(built, tmp_path):
+    out = tmp_path / "out"
+    code, told, _ = run(
+        "export", "--trt", out, "--target", ",".join(TARGETS), "--dry-run", "--json"
+    )
+    assert code == 0
+    rows = json.loads(told)["engines"]
+    assert len(rows) == len(built.document["engines"])
+    for row, made in zip(rows, built.document["engines"], strict=True):
+        assert row == {key: made[key] for key in row}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_whole_engines(built):
+    code, out, _ = run("inspect", built.out)
+    assert code == 0
+    assert f"sm_120/unet: rtx {tensorrt_rtx.__version__} for sm_120, float16" in out
+    code, out, _ = run("inspect", built.out / "sm_89/unet", "--json")
+    assert code == 0
+    assert list(json.loads(out).values()) == [
+        json.loads((built.out / "sm_89/unet/engine.json").read_text())
+    ]
+
+
+def edit(**values):
+    def change(place):
+        file = place / "engine.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def truncate(place):
+    os.truncate(place / "model.plan", (place / "model.plan").stat().st_size // 2)
+
+
+def flip(place):
+    with (place / "model.plan").open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)[0]
+        file.seek(1_000_000)
+        file.write(bytes([byte ^ 1]))
+
+
+DAMAGE = {
+    "truncated": (truncate, "bytes were"),
+    "flipped byte": (flip, "has SHA-256"),
+    "no plan": (lambda place: (place / "model.plan").unlink(), "model.plan cannot be read"),
+    "no manifest": (lambda place: (place / "engine.json").unlink(), "engine.json is missing"),
+    "no JSON": (lambda place: (place / "engine.json").write_text("{"), "is not readable JSON"),
+    "schema": (edit(schema="fastdiff.engine/2"), "has schema 'fastdiff.engine/2'"),
+    "version": (
+        edit(version="1.0.0"),
+        f"was built by rtx 1.0.0, installed is {tensorrt_rtx.__version__}",
+    ),
+    "flavor": (edit(flavor="other"), "was built by other; known are tensorrt and rtx"),
+    "foreign": (edit(flavor="tensorrt"), "tensorrt needs tensorrt"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_sentence(built, tmp_path, monkeypatch, damage):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    place = tmp_path / "sm_89/text_encoder"
+    shutil.copytree(built.out / "sm_89/text_encoder", place)
+    change, message = DAMAGE[damage]
+    change(place)
+    assert message.replace("bytes were", "bytes, but") in refused("inspect", tmp_path)
+
+
+def test_loading_needs_a_gpu(built, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"unet needs an NVIDIA GPU \(sm_89\), and there is none"):
+        trt.load(built.out / "sm_89/unet", torch.device("cuda"))
+
+
+def test_loading_needs_the_gpu_it_was_built_for(built, monkeypatch):
+    monkeypatch.setattr(trt, "here", lambda device: "sm_75")
+    with pytest.raises(
+        UserError, match="was built for sm_89, this GPU is sm_75; .* --target sm_75"
+    ):
+        trt.load(built.out / "sm_89/unet", torch.device("cuda"))
+
+
+def test_static_and_given_shapes(networks):
+    one = shapes.profiles(networks, shapes.parse(None, "2x64x32"))
+    assert {part: ends(profile) for part, profile in one.items()} == {
+        "text_encoder": {"input_ids": ([2, 24], [4, 24], [4, 24])},
+        "unet": {
+            "sample": ([4, 4, 16, 8],) * 3,
+            "encoder_hidden_states": ([4, 24, 128],) * 3,
+        },
+        "vae_decoder": {"latent_sample": ([2, 4, 16, 8],) * 3},
+        "vae_encoder": {"sample": ([2, 3, 64, 32],) * 3},
+    }
+    many = shapes.profiles(networks, shapes.parse("1x16x32:3x48x32:5x48x64", None))
+    assert ends(many["unet"])["sample"] == ([1, 4, 4, 8], [6, 4, 12, 8], [10, 4, 12, 16])
+    assert ends(many["vae_decoder"])["latent_sample"] == (
+        *([1, 4, 4, 8], [3, 4, 12, 8]),
+        [5, 4, 12, 16],
+    )
+
+
+def test_the_inputs_of_sdxl_in_half(tmp_path):
+    """Its time_ids go through sines and are then joined to the text, which is in half."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
+    part = unet_part(unet.eval().half(), torch.float16)
+    exporter.write(part, tmp_path, exporter.TRT_OPSET, lambda line: None)
+    asked = order(part, "sm_120")
+    assert ends(asked.profile) == {
+        "sample": ([2, 4, 32, 32],) * 3,
+        "encoder_hidden_states": ([2, 77, 32],) * 3,
+        "text_embeds": ([2, 32],) * 3,
+        "time_ids": ([2, 6],) * 3,
+    }
+    plan = bytes(trt.build("rtx", tmp_path / "unet/model.onnx", asked, SILENT))
+    assert b"text_embeds" in plan
+    assert int64s([2, 77, 32]) in plan
+
+
+def test_a_static_plan_knows_its_one_shape(encoder, tmp_path):
+    plan = bytes(trt.build("rtx", file_of(encoder), order(encoder.part), SILENT))
+    assert int64s([1, 3, 32, 32]) in plan
+    assert int64s([1, 3, 64, 64]) not in plan
+
+
+def file_of(encoder):
+    return encoder.folder / "vae_encoder/model.onnx"
+
+
+def test_version_compatible_plans_are_built_without_host_code(encoder):
+    """With the lean runtime in it, which is host code, this library cannot build one."""
+    asked = order(encoder.part, compatible=("version",))
+    assert trt.build("rtx", file_of(encoder), asked, SILENT).nbytes > 1e6
+    assert tensorrt_rtx.Runtime(tensorrt_rtx.Logger()).engine_host_code_allowed is False
+
+
+def test_what_the_builder_says_is_passed_on(encoder, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no ONNX")
+    with pytest.raises(UserError, match="rtx cannot"):
+        trt.build("rtx", tmp_path / "model.onnx", order(encoder.part), SILENT)
+    nothing = replace(order(encoder.part), profile={})
+    with pytest.raises(UserError, match=r"rtx cannot build vae_encoder for sm_89: .*profile"):
+        trt.build("rtx", file_of(encoder), nothing, SILENT)
+
+
+def test_phases_are_told_and_drawn(encoder, monkeypatch, capsys):
+    seen = []
+    watch = SimpleNamespace(
+        start=lambda phase, parent, steps: seen.append(("start", phase, parent)),
+        step=lambda phase: seen.append(("step", phase)),
+        finish=lambda phase: seen.append(("finish", phase)),
+    )
+    trt.build("rtx", file_of(encoder), order(encoder.part), watch)
+    started = [event[1] for event in seen if event[0] == "start"]
+    assert seen[0] == ("start", started[0], None)
+    assert seen[-1] == ("finish", started[0])
+    assert sorted(started) == sorted(event[1] for event in seen if event[0] == "finish")
+    assert {event[1] for event in seen if event[0] == "step"} <= set(started)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with phases() as progress:
+        progress.log("one line")
+        trt.build("rtx", file_of(encoder), order(encoder.part), progress)
+    drawn = capsys.readouterr().err
+    assert "one line" in drawn
+    assert started[0] in drawn
+
+
+@pytest.fixture
+def premade(encoder, monkeypatch):
+    """Exporting the encoder copies its ONNX file, for tests of what comes after."""
+    monkeypatch.setattr(
+        exporter,
+        "write",
+        lambda part, folder, *_: shutil.copytree(
+            encoder.folder / part.folder, folder / part.folder
+        ),
+    )
+    return builder.Request("rtx", TARGETS, shapes.parse(None, "1x32x32"), exporter.TRT_OPSET)
+
+
+def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, demo_half, premade, tmp_path):
+    before, steps = signal.getsignal(signal.SIGINT), []
+
+    def step(phase):
+        steps.append(phase)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    watch = SimpleNamespace(start=SILENT.start, step=step, finish=SILENT.finish)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        builder.export(demo_half, (encoder.part,), out, premade, lambda line: None, watch)
+    assert len(steps) < 10  # of hundreds
+    assert signal.getsignal(signal.SIGINT) is before
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def small_disk(folder, size):
+    """Nowhere in `folder` can `size` bytes be written: a small tmpfs, else a limit on files."""
+    mount = ("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
+    if subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            yield "No space left on device"
+        finally:
+            subprocess.run(("umount", folder), check=True)
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield "File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_sentence(built, tmp_path):
+    """The text encoder's ONNX fits, its plan does not."""
+    plan = (built.out / "sm_89/text_encoder/model.plan").stat().st_size
+    with small_disk(tmp_path, plan - 1_000_000) as reason:
+        sentence = refused("export", "--trt", tmp_path / "out", "--target", "sm_89")
+        assert sentence == f"fastdiff: {tmp_path}/out cannot be written: {reason}"
+        assert list(tmp_path.iterdir()) == []
+
+
+KILLS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import fastdiff
+from fastdiff.engines import manifest
+from fastdiff.export import onnx, shapes, trt
+from fastdiff.export.parts import parts
+
+torch.set_num_threads(1)
+premade, out = Path(sys.argv[1]), Path(sys.argv[2])
+pipe = fastdiff.load_demo(torch.float16)
+part = parts(pipe, torch.float16)[-1]
+onnx.write = lambda part, folder, *_: shutil.copytree(premade, folder / part.folder)
+request = trt.Request("rtx", ("sm_89", "sm_120"), shapes.parse(None, "1x32x32"), 22)
+
+def begin():
+    \"\"\"A process that exports, from the moment its first build is under way.\"\"\"
+    ready, tell = os.pipe()
+    if not (child := os.fork()):
+        watch = SimpleNamespace(
+            start=lambda *_: os.write(tell, b"."), step=lambda *_: None, finish=lambda *_: None
+        )
+        trt.export(pipe, (part,), out, request, lambda line: None, watch)
+        os._exit(0)
+    os.close(tell)
+    assert os.read(ready, 1) == b"."
+    os.close(ready)
+    return child
+
+def whole():
+    found = [manifest.check(place) for place in manifest.find(out)]
+    return [made.target for made in found] == ["sm_120", "sm_89"]
+
+start = time.perf_counter()
+assert os.waitpid(begin(), 0)[1] == 0 and whole()
+seconds, killed, left, moment = time.perf_counter() - start, 0, 0, random.Random(0)
+shutil.rmtree(out)
+while killed < 20:
+    child = begin()
+    time.sleep(moment.uniform(0, seconds))
+    os.kill(child, signal.SIGKILL)
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        killed += 1
+    left += any(out.parent.iterdir())
+    if out.exists():  # it was killed between its last file and its end
+        assert whole()
+        shutil.rmtree(out)
+assert left, "no kill left anything that the next run had to clear away"
+assert os.waitpid(begin(), 0)[1] == 0 and whole()
+assert [path.name for path in out.parent.iterdir()] == [out.name]
+"""
+
+
+def test_a_killed_build_leaves_nothing_that_loads(encoder, tmp_path):
+    (tmp_path / "place").mkdir()
+    arguments = (encoder.folder / "vae_encoder", tmp_path / "place/out")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+KNOWN = "rtx knows sm_75, sm_80, sm_86, sm_89, sm_120, sm_121"
+BAD = {
+    f"there is no GPU here to build for; name one with --target: {KNOWN}": ("--flavor", "rtx"),
+    "rtx cannot build for sm_90 here: it knows sm_75": ("--flavor", "rtx", "--target", "sm_90"),
+    "rtx cannot build for 89 here: it knows sm_75": ("--target", "89"),
+    "tensorrt needs tensorrt (": ("--flavor", "tensorrt", "--target", "sm_89"),
+    "pip install fastdiff[trt]; rtx cannot build for sm_90": ("--target", "sm_89,sm_90"),
+    "--flavor is 'x'; choose auto, tensorrt or rtx": ("--flavor", "x"),
+    "got --shapes and --static; give one": ("--shapes", "1x64x64", "--static", "1x64x64"),
+    "--shapes is '1x64x64'; give MIN:OPT:MAX": ("--shapes", "1x64x64"),
+    "--shapes has '64x64'; give pictures x height": ("--shapes", "64x64:1x64x64:1x64x64"),
+    "--static has '0x64x64'": ("--static", "0x64x64"),
+    "--static has '-1x64x64'": ("--static", "-1x64x64"),
+    "count goes 2, 1, 3; it must grow": ("--shapes", "2x64x64:1x64x64:3x64x64"),
+    "width goes 64, 64, 32; it must grow": ("--shapes", "1x64x64:1x64x64:1x64x32"),
+    "1x64x72: width 72 is no multiple of 16, which unet needs; 16 suits every network": (
+        *("--static", "1x64x72", "--target", "sm_89"),
+    ),
+    "--compatible is 'x'; choose hardware or version": ("--compatible", "x"),
+    "rtx has no --compatible hardware; give each GPU as a --target": (
+        *("--compatible", "version,hardware", "--target", "sm_89"),
+    ),
+    "rtx keeps no timing cache; leave out --timing-cache": (
+        *("--timing-cache", "{tmp}/cache", "--target", "sm_89"),
+    ),
+    "--timing-cache {tmp}/no/cache: the folder {tmp}/no": ("--timing-cache", "{tmp}/no/cache"),
+    "--opset 23 has an attention op that TensorRT takes in fp16 and bf16 only": (
+        *("--opset", "23", "--dtype", "fp32", "--target", "sm_89"),
+    ),
+    "--opset is 'x'": ("--opset", "x"),
+    "--opset is '21'; choose auto or 22 to 23 for bf16": ("--opset", "21", "--dtype", "bf16"),
+    "--verify goes with --onnx": ("--verify",),
+    "give one of --onnx, --trt and --triton-repo": ("--onnx", "{tmp}/other"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, message):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in BAD[message]]
+    sentence = refused("export", "--trt", tmp_path / "out", *arguments)
+    assert message.replace("{tmp}", str(tmp_path)) in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    arguments = ("export", "--trt", tmp_path / "out", "--target", "sm_89")
+    sentence = refused(*arguments, "--flavor", "rtx")
+    assert "rtx needs tensorrt_rtx" in sentence
+    assert "pip install fastdiff[trt-rtx]" in sentence
+    sentence = refused(*arguments)
+    assert "pip install fastdiff[trt];" in sentence
+    assert "pip install fastdiff[trt-rtx]" in sentence
+
+
+@pytest.mark.parametrize("option", ["flavor", "target", "shapes", "static", "timing-cache"])
+def test_engine_options_go_with_trt(tmp_path, option):
+    sentence = refused("export", "--onnx", tmp_path / "out", f"--{option}", "x")
+    assert sentence == f"fastdiff: --{option} goes with --trt"
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path):
+    sentence = refused("export", "--trt", tmp_path, "--target", "sm_89")
+    assert f"{tmp_path} exists already" in sentence
