@@ -5,10 +5,15 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import copy
+import json
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from command import run
 from torch import Tensor, nn
 
 from fastdiff.kernels.contract import Verdict, judge
@@ -57,12 +62,36 @@ def demo():
     return pipe
 
 
-@pytest.fixture(scope="session")
-def demo_onnx(demo, tmp_path_factory):
-    """The demo pipeline as `fastdiff export --onnx` writes it."""
-    from fastdiff.export import onnx
-    from fastdiff.export.parts import parts
+@dataclass(frozen=True)
+class Exported:
+    """What `fastdiff export --onnx FOLDER --verify --json` printed of `pipe`, and wrote."""
 
-    folder = tmp_path_factory.mktemp("onnx") / "demo"
-    onnx.export(demo, parts(demo, torch.float32), folder, onnx.ORT_OPSET, lambda line: None)
-    return folder
+    pipe: Any
+    folder: Path
+    document: dict[str, Any]
+    progress: str
+
+
+@pytest.fixture(scope="session")
+def export_onnx(tmp_path_factory):
+    """export_onnx(pipe, *arguments): `pipe` is what the arguments name."""
+
+    def export(pipe, *arguments):
+        folder = tmp_path_factory.mktemp("onnx") / "out"
+        code, out, err = run("export", *arguments, "--onnx", folder, "--verify", "--json")
+        assert code == 0, (out, err)
+        pipe.set_progress_bar_config(disable=True)
+        return Exported(pipe, folder, json.loads(out), err)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def demo_export(demo, export_onnx):
+    return export_onnx(demo)
+
+
+@pytest.fixture(scope="session")
+def demo_onnx(demo_export):
+    """The demo pipeline as `fastdiff export --onnx` writes it."""
+    return demo_export.folder

@@ -127,3 +127,5 @@ def _show(name: str, engine: dict[str, Any]) -> None:
             print(f"  {tensor}: {ends}, best at {shapes['opt']}")
     if reason := engine.get("numeric_check_reason"):
         print(f"  numbers: {reason}")
+    if numbers := engine.get("numeric_check"):
+        print(f"  numbers: {'within' if numbers['passed'] else 'OUT OF'} torch's own budget")

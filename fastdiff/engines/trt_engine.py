@@ -10,7 +10,7 @@ from fastdiff.engines.bound import Bound
 
 
 class TrtEngine:
-    """A U-Net's plan as an `Engine`; see `trt.load` for what it refuses.
+    """A plan as an `Engine`; see `trt.load` for what it refuses.
 
     One execution context serves every shape: the callers take turns (`runtime.graphs.in_turn`).
     """

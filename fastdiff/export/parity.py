@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.engines.ort import Session
 from fastdiff.export import bisect, picture
-from fastdiff.export.bisect import Fault
+from fastdiff.export.fault import Fault
 from fastdiff.export.onnx import to_program
 from fastdiff.export.parts import Part, draw
 from fastdiff.export.picture import Run

@@ -1,6 +1,7 @@
 """What is exported: each network with its inputs and outputs, named as Optimum names them."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,18 @@ TEXTS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithPr
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: a torch dtype's name and a shape whose named sides are free."""
+    """One input or output: a torch dtype's name and a shape whose named sides are free.
+
+    A side of an output may be a multiple of a free one, "8*height", or a fraction, "height//8".
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the free sides are `sizes`."""
+        return tuple(_side(side, sizes) for side in self.shape)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,15 @@ class Part:
     @property
     def file(self) -> str:
         return f"{self.folder}/model.onnx"
+
+    def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The free sides, read off the shapes of inputs by name."""
+        return {
+            side: size
+            for port in self.inputs
+            for side, size in zip(port.shape, shapes.get(port.name, ()), strict=False)
+            if isinstance(side, str)
+        }
 
 
 def parts(pipe: Any, dtype: torch.dtype) -> tuple[Part, ...]:
@@ -84,7 +101,7 @@ def left_out(pipe: Any) -> tuple[str, ...]:
 
 def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Generator) -> Tensor:
     """A random input of `port` at the free sides `sizes`, of the scale a pipeline gives it."""
-    shape = [sizes[side] if isinstance(side, str) else side for side in port.shape]
+    shape = port.at(sizes)
     if port.name == "input_ids":
         ids = torch.randint(0, config.vocab_size, shape, generator=generator)
         ids[:, -1] = config.eos_token_id  # where the pooled output is taken
@@ -95,6 +112,14 @@ def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Genera
     if port.name == "time_ids":  # height, width, top, left, height, width in pixels
         return torch.randint(0, 1024, shape, generator=generator).to(dtype)
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _side(side: int | str, sizes: Mapping[str, int]) -> int:
+    if isinstance(side, int):
+        return side
+    times, _, whole = side.rpartition("*")
+    name, _, parts = whole.partition("//")
+    return int(times or 1) * sizes[name] // int(parts or 1)
 
 
 def _text(folder: str, net: nn.Module, dtype: torch.dtype) -> Part:

@@ -9,12 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.engines.bound import Engine
 from fastdiff.export.parts import Part
 
 STEPS, PROMPT = 4, "red heart"
 
 Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """A network of another runtime: inputs by name, CPU tensors, to its outputs in the part's order."""
+
+
+def run_of(engine: Engine, part: Part) -> Run:
+    """Calls of an engine, each on memory of its own."""
+
+    def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        sizes = part.sizes(shapes)
+        bound = engine.bind(shapes, {port.name: port.at(sizes) for port in part.outputs})
+        for name, tensor in inputs.items():
+            bound.inputs[name].copy_(tensor)
+        bound.run()
+        return tuple(bound.outputs[port.name].cpu() for port in part.outputs)
+
+    return run
 
 
 @contextmanager

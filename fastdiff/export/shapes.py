@@ -103,8 +103,7 @@ def _profile(part: Part, parts: Sequence[Part], shapes: Shapes) -> Profile:
         }
         for port in part.inputs:
             if _free(port):
-                shape = [sides[side] if isinstance(side, str) else side for side in port.shape]
-                profile[port.name][name] = shape
+                profile[port.name][name] = list(port.at(sides))
     return profile
 
 

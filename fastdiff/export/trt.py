@@ -3,18 +3,21 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdiff.engines import exported, fingerprint, trt
+from fastdiff.engines.bound import Engine
 from fastdiff.engines.manifest import FILE, PLAN, Manifest, Profile
+from fastdiff.engines.trt_engine import TrtEngine
 from fastdiff.errors import UserError
-from fastdiff.export import onnx
+from fastdiff.export import onnx, parity
 from fastdiff.export.folder import new_folder, versions, write_beside, write_json
 from fastdiff.export.parts import Part, left_out
+from fastdiff.export.picture import run_of
 from fastdiff.export.shapes import Shapes, profiles
 
 ATTENTION_OPSET = 23
@@ -103,7 +106,7 @@ def engines(
         "config_sha256": fingerprint.of_files(source / "config.json"),
         "weights_sha256": fingerprint.of_weights(part.source),
     }
-    gpu = trt.here() or "no GPU"
+    gpu = trt.here()
     for target in request.targets:
         log(f"{part.folder}: building for {target}")
         start = time.perf_counter()
@@ -119,9 +122,21 @@ def engines(
             plan_bytes=plan.nbytes,
             plan_sha256=hashlib.sha256(plan).hexdigest(),
             numeric_check=None,
-            numeric_check_reason=f"not run: built for {target} on a machine with {gpu}",
+            numeric_check_reason=f"not run: built for {target} on a machine with {gpu or 'no GPU'}",
             build_seconds=round(seconds, 1),
             versions=versions(),
         )
         write_json(place / FILE, manifest.to_dict())
+        if target == gpu:
+            log(f"{part.folder}: running")
+            numbers = _numbers(part, profile, TrtEngine(place, torch.device("cuda", 0)))
+            manifest = replace(manifest, numeric_check=numbers, numeric_check_reason=None)
+            write_json(place / FILE, manifest.to_dict())
         yield manifest
+
+
+def _numbers(part: Part, profile: Profile, engine: Engine) -> dict[str, Any]:
+    """What an engine computes at its least shapes against torch: rows as of `--verify`."""
+    least = part.sizes({name: ends["min"] for name, ends in profile.items()})
+    rows = parity.verify_part(replace(part, cases=(least,)), run_of(engine, part))
+    return {"passed": all(row.passed for row in rows), "rows": [asdict(row) for row in rows]}

@@ -1,20 +1,18 @@
 """--ort-fused: what becomes ONNX Runtime's GroupNorm, and that it computes what torch does."""
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from command import run
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnxscript import ir
 from torch import nn
 
-from fastdiff.cli import main
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
 from fastdiff.export import fused, parity
@@ -67,17 +65,6 @@ class Norms(nn.Module):
 
 
 FITS = {(4, 1), (32, 0), (2, 0)}  # groups and whether the SiLU is in it
-
-
-def run(*arguments):
-    """Exit code, stdout and stderr of the command line."""
-    with (
-        redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as err,
-        pytest.raises(SystemExit) as caught,
-    ):
-        main([str(argument) for argument in arguments])
-    return caught.value.code, out.getvalue(), err.getvalue()
 
 
 def attributes(node):

@@ -1,22 +1,18 @@
 """Exported ONNX files: Optimum's names, standard ops, and the numbers and pictures of torch."""
 
 import copy
-import io
+import hashlib
 import json
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from command import run
 
-import fastdiff
 from fastdiff.bench import presets
-from fastdiff.cli import main
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
 from fastdiff.export import onnx as exporter
@@ -35,49 +31,27 @@ SMALL = {  # the architectures at a tenth of their widths, with the fewest layer
 SCALE = 0.1
 
 
-@dataclass(frozen=True)
-class Exported:
-    name: str
-    pipe: Any
-    folder: Path
-    document: dict
-    progress: str
-
-    def session(self, part: str) -> onnxruntime.InferenceSession:
-        file = self.folder / part / "model.onnx"
-        return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-
-
-def run(*arguments):
-    """Exit code, stdout and stderr of the command line."""
-    with (
-        redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as err,
-        pytest.raises(SystemExit) as caught,
-    ):
-        main([str(argument) for argument in arguments])
-    return caught.value.code, out.getvalue(), err.getvalue()
-
-
 @pytest.fixture(scope="session", params=["demo", "sd15", "sdxl"])
-def exported(request, tmp_path_factory):
-    name = request.param
-    folder = tmp_path_factory.mktemp("onnx") / name
-    more = () if name == "demo" else ("--preset", name, "--scale", SCALE)
+def exported(request, export_onnx):
+    if request.param == "demo":
+        return request.getfixturevalue("demo_export")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "PRESETS", SMALL)
-        code, out, err = run("export", "--onnx", folder, *more, "--verify", "--json")
-        assert code == 0, [r for r in json.loads(out)["parity"]["rows"] if not r["passed"]]
-        if name == "demo":
-            pipe = fastdiff.load_demo()
-        else:
-            pipe = presets.build(name, SCALE, torch.float32, "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return Exported(name, pipe, folder, json.loads(out), err)
+        pipe = presets.build(request.param, SCALE, torch.float32, "cpu")
+        return export_onnx(pipe, "--preset", request.param, "--scale", SCALE)
+
+
+def is_xl(exported):
+    return hasattr(exported.pipe, "text_encoder_2")
+
+
+def session(exported, part):
+    file = exported.folder / part / "model.onnx"
+    return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
 def texts(exported):
-    return ("text_encoder", "text_encoder_2") if exported.name == "sdxl" else ("text_encoder",)
+    return ("text_encoder", "text_encoder_2") if is_xl(exported) else ("text_encoder",)
 
 
 def test_files_are_standard_onnx(exported):
@@ -91,7 +65,7 @@ def test_files_are_standard_onnx(exported):
 
 
 def test_tensors_are_named_as_optimum_names_them(exported):
-    more = ["text_embeds", "time_ids"] if exported.name == "sdxl" else []
+    more = ["text_embeds", "time_ids"] if is_xl(exported) else []
     expected = {
         "unet": (["sample", "timestep", "encoder_hidden_states", *more], ["out_sample"]),
         "vae_decoder": (["latent_sample"], ["sample"]),
@@ -105,13 +79,17 @@ def test_tensors_are_named_as_optimum_names_them(exported):
         states = [f"hidden_states.{i}" for i in range(layers + 1)]
         expected[text] = (["input_ids"], first + states)
     for part, (inputs, outputs) in expected.items():
-        session = exported.session(part)
-        assert [port.name for port in session.get_inputs()] == inputs
-        assert [port.name for port in session.get_outputs()] == outputs
-    unet = {port.name: port.shape for port in exported.session("unet").get_inputs()}
+        opened = session(exported, part)
+        assert [port.name for port in opened.get_inputs()] == inputs
+        assert [port.name for port in opened.get_outputs()] == outputs
+    unet = {port.name: port.shape for port in session(exported, "unet").get_inputs()}
     assert unet["sample"] == ["batch_size", 4, "height", "width"]
     assert unet["timestep"] == []
     assert unet["encoder_hidden_states"][:2] == ["batch_size", "sequence_length"]
+
+
+def public(config):
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def test_folder_holds_what_a_pipeline_is_read_from(exported):
@@ -126,10 +104,9 @@ def test_folder_holds_what_a_pipeline_is_read_from(exported):
         assert "_name_or_path" not in config
     vae = json.loads((folder / "vae_decoder/config.json").read_text())
     assert vae["scaling_factor"] == exported.pipe.vae.config.scaling_factor
-    read = EulerDiscreteScheduler if exported.name == "sdxl" else DDIMScheduler
-    assert dict(read.from_pretrained(folder / "scheduler").config) == dict(
-        exported.pipe.scheduler.config
-    )
+    read = EulerDiscreteScheduler if is_xl(exported) else DDIMScheduler
+    scheduler = read.from_pretrained(folder / "scheduler")
+    assert public(scheduler.config) == public(exported.pipe.scheduler.config)
     for text in texts(exported):
         place = folder / text.replace("text_encoder", "tokenizer")
         again = CLIPTokenizer.from_pretrained(place)
@@ -148,6 +125,10 @@ def test_verify_says_what_it_compared(exported):
     unet = [row for row in report["rows"] if row["part"] == "unet"]
     assert len(unet) == 9  # three shapes, three timesteps
     assert "unet: verifying" in exported.progress
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def within_budget(net, session, cases, call):
@@ -187,7 +168,7 @@ def test_unet_is_within_the_budget_of_diffusers_own(exported):
             "timestep": torch.tensor(step),
             "encoder_hidden_states": torch.randn(batch, 9, unet.config.cross_attention_dim),
         }
-        if exported.name == "sdxl":
+        if is_xl(exported):
             pooled = exported.pipe.text_encoder_2.config.projection_dim
             inputs["text_embeds"] = torch.randn(batch, pooled)
             inputs["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * batch)
@@ -198,7 +179,7 @@ def test_unet_is_within_the_budget_of_diffusers_own(exported):
         first = [more.pop(name) for name in ("sample", "timestep", "encoder_hidden_states")]
         return net(*first, added_cond_kwargs=more or None, return_dict=False)[0]
 
-    within_budget(unet, exported.session("unet"), cases, call)
+    within_budget(unet, session(exported, "unet"), cases, call)
 
 
 def test_vae_is_within_the_budget_of_diffusers_own(exported):
@@ -207,11 +188,11 @@ def test_vae_is_within_the_budget_of_diffusers_own(exported):
     latents = [{"latent_sample": torch.randn(b, 4, y, x)} for b, y, x in sizes]
     pixels = [{"sample": torch.rand(b, 3, factor * y, factor * x) * 2 - 1} for b, y, x in sizes]
     within_budget(
-        *(vae, exported.session("vae_decoder"), latents),
+        *(vae, session(exported, "vae_decoder"), latents),
         lambda net, inputs: net.decode(inputs["latent_sample"]).sample,
     )
     within_budget(
-        *(vae, exported.session("vae_encoder"), pixels),
+        *(vae, session(exported, "vae_encoder"), pixels),
         lambda net, inputs: net.encode(inputs["sample"]).latent_dist.parameters,
     )
 
@@ -219,7 +200,7 @@ def test_vae_is_within_the_budget_of_diffusers_own(exported):
 def test_a_picture_of_25_steps_is_torchs(exported):
     """Our own loop, numpy into sessions, with the pipeline's real scheduler."""
     pipe, steps, guidance = exported.pipe, 25, 4.0
-    sessions = {part: exported.session(part) for part in ("unet", "vae_decoder", *texts(exported))}
+    sessions = {part: session(exported, part) for part in ("unet", "vae_decoder", *texts(exported))}
     states, pooled = [], None
     for text in texts(exported):
         tokenizer = getattr(pipe, text.replace("text_encoder", "tokenizer"))
@@ -228,7 +209,7 @@ def test_a_picture_of_25_steps_is_torchs(exported):
         ).input_ids
         names = [port.name for port in sessions[text].get_outputs()]
         out = dict(zip(names, sessions[text].run(None, {"input_ids": ids}), strict=True))
-        if exported.name == "sdxl":
+        if is_xl(exported):
             last = getattr(pipe, text).config.num_hidden_layers
             states.append(out[f"hidden_states.{last - 1}"])
             pooled = out.get("text_embeds", pooled)
@@ -236,7 +217,7 @@ def test_a_picture_of_25_steps_is_torchs(exported):
             states.append(out["last_hidden_state"])
     side = pipe.unet.config.sample_size
     feed = {"encoder_hidden_states": np.concatenate(states, -1)}
-    if exported.name == "sdxl":
+    if is_xl(exported):
         pixels = float(side * pipe.vae_scale_factor)
         ids = np.array([[pixels, pixels, 0, 0, pixels, pixels]] * 2, dtype=np.float32)
         # With no negative prompt SDXL takes zeros, not the empty text.
@@ -265,11 +246,12 @@ def test_a_picture_of_25_steps_is_torchs(exported):
     assert -10 * error.square().mean().log10() >= 45
 
 
-def test_dry_run_tells_the_same_and_writes_nothing(exported, tmp_path, monkeypatch):
-    if exported.name != "demo":
+def test_dry_run_tells_the_same_and_writes_nothing(exported, demo, tmp_path, monkeypatch):
+    if exported.pipe is not demo:
         monkeypatch.setattr(presets, "PRESETS", SMALL)
-    more = () if exported.name == "demo" else ("--preset", exported.name, "--scale", SCALE)
-    code, out, _ = run("export", "--onnx", tmp_path / "x", *more, "--dry-run", "--json")
+    more = () if exported.pipe is demo else ("--preset", "sdxl" if is_xl(exported) else "sd15")
+    scale = ("--scale", SCALE) if more else ()
+    code, out, _ = run("export", "--onnx", tmp_path / "x", *more, *scale, "--dry-run", "--json")
     assert code == 0
     told = json.loads(out)
     assert told["dry_run"]
@@ -278,6 +260,7 @@ def test_dry_run_tells_the_same_and_writes_nothing(exported, tmp_path, monkeypat
     for part in written:
         assert part.pop("bytes") > 0
         assert part.pop("seconds") > 0
+        assert part.pop("sha256") == sha256(exported.folder / part["file"])
     assert told["parts"] == written
     assert list(tmp_path.iterdir()) == []
 
@@ -316,8 +299,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch, error, mes
         raise error
 
     if isinstance(error, OSError):
-        monkeypatch.setattr(exporter, "_write_json", fail)
-        monkeypatch.setattr(exporter, "_write", lambda part, *_: exporter.Written(part, 1, 1.0))
+        monkeypatch.setattr(exporter, "write_json", fail)
     else:
         monkeypatch.setattr(torch.onnx, "export", fail)
     code, out, err = run("export", "--onnx", tmp_path / "out")
@@ -332,7 +314,7 @@ BAD = {
     "--opset is '99'; choose auto or 18 to 23": ("--onnx", "{tmp}/out", "--opset", "99"),
     "--opset is 'x'": ("--onnx", "{tmp}/out", "--opset", "x"),
     "--dry-run writes nothing": ("--onnx", "{tmp}/out", "--dry-run", "--verify"),
-    "--verify takes fp32 or fp16": ("--onnx", "{tmp}/out", "--dtype", "bf16", "--verify"),
+    "--verify needs fp32 or fp16": ("--onnx", "{tmp}/out", "--dtype", "bf16", "--verify"),
     "--dtype is 'int8'": ("--onnx", "{tmp}/out", "--dtype", "int8"),
     "has no model_index.json": ("{tmp}", "--onnx", "{tmp}/out"),
 }

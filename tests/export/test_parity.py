@@ -1,9 +1,7 @@
 """The parity report: its rule recomputed by hand, and the very node of every planted fault."""
 
 import copy
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +11,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command import run
 from diffusers import UNet2DConditionModel
 from onnx import helper, numpy_helper
 from onnxscript import ir
 
-from fastdiff.cli import main
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
 from fastdiff.export import bisect, parity, picture
@@ -370,16 +368,11 @@ def test_export_that_draws_something_else_exits_1_and_names_the_node(tmp_path, m
 
     monkeypatch.setattr(exporter, "write", spoil)
     monkeypatch.setattr(parts_module, "parts", lambda pipe, dtype: parts(pipe, dtype)[:1])
-    with (
-        redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as err,
-        pytest.raises(SystemExit) as caught,
-    ):
-        main(["export", "--onnx", str(tmp_path / "out"), "--verify"])
+    code, out, err = run("export", "--onnx", tmp_path / "out", "--verify")
     ((node, module),) = planted
-    assert caught.value.code == 1
-    assert f"text_encoder parts from torch at MatMul {node}" in out.getvalue()
-    assert "out of budget, looking for the node" in err.getvalue()
+    assert code == 1
+    assert f"text_encoder parts from torch at MatMul {node}" in out
+    assert "out of budget, looking for the node" in err
     report = json.loads((tmp_path / "out/parity.json").read_text())
     assert report["schema"] == "fastdiff.parity/1"
     assert not report["passed"]
@@ -405,3 +398,13 @@ def test_psnr_is_of_the_picture_drawn(demo):
     drawn = demo("red heart", num_inference_steps=4, **options).images
     assert got == pytest.approx(-10 * np.log10(np.square(drawn - 0.75).mean()), abs=1e-3)
     assert [set(vars(net)) for net in (demo.unet, demo.vae, demo.text_encoder)] == attributes
+
+
+def test_an_engine_bound_by_its_ports_computes_what_its_file_does(demo, demo_onnx):
+    """As a GPU's engine is held to torch: on memory whose shapes the ports tell."""
+    for part in parts(demo, torch.float32):
+        session = Session(demo_onnx / part.file, torch.device("cpu"))
+        run_bound = picture.run_of(session, part)
+        for _, inputs in parity.cases(part):
+            for bound, free in zip(run_bound(inputs), session(inputs), strict=True):
+                assert torch.equal(bound, free)

@@ -1,17 +1,15 @@
 """Triton model repositories, held to what ONNX Runtime and Triton's own messages say."""
 
-import io
 import json
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 
 import onnx
 import onnxruntime
 import pytest
+from command import run
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from fastdiff.cli import main
 from fastdiff.engines import exported, fingerprint, manifest
 from fastdiff.export import triton
 from fastdiff.export.parts import parts
@@ -22,16 +20,6 @@ OF_ONNX = {
     "tensor(float16)": model_config_pb2.TYPE_FP16,
     "tensor(int64)": model_config_pb2.TYPE_INT64,
 }
-
-
-def run(*arguments):
-    """Exit code, stdout and stderr of the command line."""
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            return ended.code, out.getvalue(), err.getvalue()
-    raise AssertionError("main always exits")
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,26 @@
 """Engines built for real by TensorRT-RTX: what their manifests say, and what damage is told of."""
 
 import hashlib
-import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import tensorrt_rtx
 import torch
+from command import run
 
 import fastdiff
 from fastdiff.bench.progress import phases
-from fastdiff.cli import main
 from fastdiff.engines import trt
 from fastdiff.errors import UserError
 from fastdiff.export import onnx as exporter
@@ -40,17 +40,6 @@ PROFILES = {  # of the demo: 64 pixels, 4 to a latent, a text of 24 tokens; guid
 }
 ENDS = ("min", "opt", "max")
 SILENT = SimpleNamespace(**dict.fromkeys(("start", "step", "finish"), lambda *_: None))
-
-
-def run(*arguments):
-    """Exit code, stdout and stderr of the command line."""
-    with (
-        redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as err,
-        pytest.raises(SystemExit) as caught,
-    ):
-        main([str(argument) for argument in arguments])
-    return caught.value.code, out.getvalue(), err.getvalue()
 
 
 def refused(*arguments):
@@ -258,6 +247,15 @@ def test_loading_needs_a_gpu(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"unet needs an NVIDIA GPU \(sm_89\), and there is none"):
         trt.load(built.out / "sm_89/unet", torch.device("cuda"))
+
+
+def test_a_bench_without_a_gpu_says_why_the_row_is_absent(built, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    short = ("--steps", "1", "--rounds", "2", "--engines", built.out)
+    code, out, _ = run("bench", "--backends", "eager,tensorrt", *short)
+    assert code == 0
+    why = "tensorrt: not run: .*/unet needs an NVIDIA GPU \\(sm_.*\\), and there is none here"
+    assert re.search(why, " ".join(out.split()))
 
 
 def test_loading_needs_the_gpu_it_was_built_for(built, monkeypatch):
