@@ -101,7 +101,8 @@ def export(
 
     def load() -> tuple[Any, Any]:
         pipe, _ = choose_pipe(folder, preset, scale, torch_dtype, "cpu")
-        return pipe, parts(pipe, torch_dtype)
+        # Triton's TensorRT backend takes no scalar; Optimum has one
+        return pipe, parts(pipe, torch_dtype, timestep=(1,) if trt else ())
 
     if triton_repo is not None:
         given = {"--preset": preset, "--dtype": dtype, "--opset": opset != "auto"}

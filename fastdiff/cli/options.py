@@ -14,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+DEMO = Path("demo")
 Folder = Annotated[Path | None, typer.Argument(help="A diffusers pipeline; the demo if absent.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2**63 - 1)]
@@ -32,6 +33,8 @@ def choose_pipe(
         raise UserError(f"got the folder {folder} and --preset {preset}; give one of them")
     if scale != 1.0 and not preset:
         raise UserError("--scale goes with --preset; a folder's widths are what they are")
+    if folder == DEMO and not folder.exists():
+        folder = None
     if not preset:
         return load_pipe(folder, dtype, "cpu"), folder.name if folder else "demo"
     from fastdiff.bench.presets import build

@@ -20,6 +20,7 @@ from fastdiff.errors import UserError
 from fastdiff.models import Loan, Unsupported, borrow_unet
 from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.models.lora import is_lora, parts
+from fastdiff.models.watch import Unwritten
 from fastdiff.runtime import graphs
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.loop import Plans
@@ -92,9 +93,13 @@ class Source:
     def __init__(self, engine: Engine, inputs: Ports, outputs: Ports, weights: str) -> None:
         device = engine.device
         widths = {name: sides[-1] for name, (_, *sides) in inputs.items() if name in ADDED}
-        network = EngineUNet(engine, widths, channels=outputs["out_sample"][2])
+        network = EngineUNet(
+            engine, widths, tuple(inputs["timestep"][1:]), channels=outputs["out_sample"][2]
+        )
         self.step = EngineStep(network, Plans(network), inputs, device)
         self._weights, self._foreign = weights, False
+        self._known: Unwritten | None = None
+        """The weights that were found to be the engine's."""
 
     def borrow(self, module: nn.Module, loan: Loan) -> EngineStep:
         """The engine, if `module` computes what it computes; borrows nothing of it.
@@ -103,13 +108,19 @@ class Source:
         foreign attention processor), or its weights are not those that the engine was made from.
         """
         _need_plain(module)
+        known = self._known
+        if known is None or not known.are(module.parameters()) or not known.hold():
+            self._compare(module)
+        return self.step
+
+    def _compare(self, module: nn.Module) -> None:
         # once they differed they are not compared again: that would be gigabytes at every call
         self._foreign = self._foreign or fingerprint.of_weights(module) != self._weights
         if self._foreign:
             raise Unsupported(
                 "weights other than those the engine was made from; export and compile again"
             )
-        return self.step
+        self._known = Unwritten(module.parameters())
 
 
 def open_unet(unet: nn.Module, options: Options) -> Source:
@@ -127,8 +138,7 @@ def open_unet(unet: nn.Module, options: Options) -> Source:
         return _open_trt(options, device)
     if options.engines is None:
         return _export(unet, options)
-    folder = Path(options.engines)
-    return _open_onnx(exported.check(folder), folder, device, options)
+    return _open_onnx(Path(options.engines), device, options)
 
 
 def check_folder(folder: Path) -> None:
@@ -158,18 +168,23 @@ def _export(unet: nn.Module, options: Options) -> Source:
     with tempfile.TemporaryDirectory(prefix="fastdiff-") as name:
         folder, part = Path(name), unet_part(unet, first.dtype)
         written = onnx.write(part, folder, onnx.ORT_OPSET, lambda line: None)
-        document = onnx.document((part,), onnx.ORT_OPSET, (written,))
-        return _open_onnx(document, folder, first.device, options)
+        (row,) = onnx.document((part,), onnx.ORT_OPSET, (written,))["parts"]
+        return _onnx_source(folder, row, first.device, options)
 
 
-def _open_onnx(
-    document: dict[str, Any], folder: Path, device: torch.device, options: Options
-) -> Source:
-    for part in document["parts"]:
+def _open_onnx(folder: Path, device: torch.device, options: Options) -> Source:
+    for part in exported.read(folder)["parts"]:
         if part["file"].split("/")[0] == "unet":
-            session = Session(folder / part["file"], device, options.ort_graphs)
-            return Source(session, part["inputs"], part["outputs"], part["weights_sha256"])
+            exported.check_part(folder, part)
+            return _onnx_source(folder, part, device, options)
     raise UserError(f"{folder} holds no U-Net; fastdiff export --onnx writes one")
+
+
+def _onnx_source(
+    folder: Path, part: dict[str, Any], device: torch.device, options: Options
+) -> Source:
+    session = Session(folder / part["file"], device, options.ort_graphs)
+    return Source(session, part["inputs"], part["outputs"], part["weights_sha256"])
 
 
 def _open_trt(options: Options, device: torch.device) -> Source:

@@ -30,10 +30,15 @@ def check(folder: Path) -> dict[str, Any]:
     """The document of an exported folder, every file compared with it; UserError for others."""
     document = read(folder)
     for part in document["parts"]:
-        file = folder / part["file"]
-        if sha256_of(file) != part["sha256"]:
-            raise UserError(f"{file} is not what was written; copy it again, or export again")
+        check_part(folder, part)
     return document
+
+
+def check_part(folder: Path, part: dict[str, Any]) -> None:
+    """UserError unless a part's file is what its row of the document says."""
+    file = folder / part["file"]
+    if sha256_of(file) != part["sha256"]:
+        raise UserError(f"{file} is not what was written; copy it again, or export again")
 
 
 def sha256_of(file: Path) -> str:

@@ -23,13 +23,16 @@ class EngineUNet:
     Args:
         engine: what computes.
         widths: of each input among `ADDED` that the engine has, by name.
+        timestep: the shape of that input, () or (1,).
         channels: of its output.
     """
 
     ip_adapters = None
 
-    def __init__(self, engine: Engine, widths: dict[str, int], channels: int) -> None:
-        self.engine, self._channels = engine, channels
+    def __init__(
+        self, engine: Engine, widths: dict[str, int], timestep: tuple[int, ...], channels: int
+    ) -> None:
+        self.engine, self._timestep, self._channels = engine, timestep, channels
         self._added = [name for name in ADDED if name in widths]
         self._columns = list(
             pairwise(accumulate((widths[name] for name in self._added), initial=1))
@@ -87,7 +90,7 @@ class EngineUNet:
             texts, height, width, channels, tokens, depth = sizes
             inputs: dict[str, Sequence[int]] = {
                 "sample": (texts, channels, height, width),
-                "timestep": (),
+                "timestep": self._timestep,
                 "encoder_hidden_states": (texts, tokens, depth),
             }
             for name, (start, end) in zip(self._added, self._columns, strict=True):

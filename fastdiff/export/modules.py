@@ -42,7 +42,7 @@ class Frequencies(nn.Module):
 
 
 class UNet(nn.Module):
-    """sample [B, C, Y, X], timestep [], text [B, L, D] and `extra` inputs -> out_sample."""
+    """sample [B, C, Y, X], timestep [] or [1], text [B, L, D] and `extra` inputs -> out_sample."""
 
     def __init__(self, net: nn.Module, extra: tuple[str, ...]) -> None:
         super().__init__()

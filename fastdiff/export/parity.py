@@ -122,7 +122,8 @@ def cases(part: Part) -> Iterator[tuple[str, dict[str, Tensor]]]:
             yield name, drawn
             continue
         for step in TIMESTEPS:
-            yield f"{name}, t={step:g}", drawn | {"timestep": torch.tensor(step)}
+            timestep = torch.full_like(drawn["timestep"], step)
+            yield f"{name}, t={step:g}", drawn | {"timestep": timestep}
 
 
 def _fault(part: Part, file: Path, failed: Collection[str]) -> Fault | None:

@@ -68,8 +68,10 @@ class Part:
         }
 
 
-def parts(pipe: Any, dtype: torch.dtype) -> tuple[Part, ...]:
+def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tuple[Part, ...]:
     """The networks of a Stable Diffusion (XL) pipeline, weights and traffic in `dtype`.
+
+    timestep: the shape of that input of the U-Net, () as Optimum has it or (1,).
 
     Where diffusers itself runs the VAE in float32 beside a float16 U-Net (`force_upcast`), so does
     its part. UserError for a network whose forward needs what these inputs do not carry.
@@ -84,7 +86,7 @@ def parts(pipe: Any, dtype: torch.dtype) -> tuple[Part, ...]:
         vae_dtype = torch.float32
     return (
         *(_text(key, module, dtype) for key, module in texts.items()),
-        unet_part(pipe.unet, dtype, tokens[-1] if tokens else 77),
+        unet_part(pipe.unet, dtype, tokens[-1] if tokens else 77, timestep),
         *_vae(pipe.vae, vae_dtype, pipe.unet.config.sample_size),
     )
 
@@ -108,7 +110,7 @@ def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Genera
         return ids
     dtype = getattr(torch, port.dtype)
     if port.name == "timestep":
-        return torch.tensor(500.0, dtype=dtype)
+        return torch.full(shape, 500.0, dtype=dtype)
     if port.name == "time_ids":  # height, width, top, left, height, width in pixels
         return torch.randint(0, 1024, shape, generator=generator).to(dtype)
     return torch.randn(shape, generator=generator).to(dtype)
@@ -149,8 +151,10 @@ def _text(folder: str, net: nn.Module, dtype: torch.dtype) -> Part:
     )
 
 
-def unet_part(net: nn.Module, dtype: torch.dtype, tokens: int = 77) -> Part:
-    """A UNet2DConditionModel, traced and verified at texts of `tokens`; UserError as of `parts`."""
+def unet_part(
+    net: nn.Module, dtype: torch.dtype, tokens: int = 77, timestep: tuple[int, ...] = ()
+) -> Part:
+    """A UNet2DConditionModel, traced and verified at texts of `tokens`; else as of `parts`."""
     kind = type(net).__name__
     config: Any = net.config
     if kind != "UNet2DConditionModel":
@@ -174,7 +178,7 @@ def unet_part(net: nn.Module, dtype: torch.dtype, tokens: int = 77) -> Part:
         extra.append(Port("time_ids", kind, (*free, XL_TIME_IDS)))
     context = (*free, "sequence_length", config.cross_attention_dim)
     # float32 in every dtype: half keeps no fraction of a timestep above 1024.
-    step = Port("timestep", "float32", ())
+    step = Port("timestep", "float32", timestep)
     least = 2 ** (len(config.block_out_channels) - 1)
     side = config.sample_size
     sizes = ((1, side, side), (3, 3 * least, 2 * least), (2, 4 * least, 2 * least))

@@ -55,12 +55,14 @@ def inside(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> Itera
 
 
 def _unet(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
+    (shape,) = (port.at({}) for port in part.inputs if port.name == "timestep")
+
     def forward(
         sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **more: Any
     ) -> tuple[Tensor, ...]:
         given = more | (more.get("added_cond_kwargs") or {}) | {"sample": sample}
         given["encoder_hidden_states"] = encoder_hidden_states
-        given["timestep"] = torch.as_tensor(timestep, dtype=torch.float32)
+        given["timestep"] = torch.as_tensor(timestep, dtype=torch.float32).reshape(shape)
         return run({port.name: given[port.name].contiguous() for port in part.inputs})
 
     return forward

@@ -104,6 +104,10 @@ class Unwritten:
         self._there = [first for first in firsts if first.device.type != "cpu"]
         self._values = self._read()
 
+    def are(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these are the very tensors."""
+        return [*map(id, self._tensors)] == [*map(id, tensors)]
+
     def hold(self) -> bool:
         return (
             [*map(Tensor.data_ptr, self._tensors)] == self._addresses
