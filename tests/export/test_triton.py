@@ -86,7 +86,7 @@ def test_only_models_whose_tensors_all_have_the_batch_are_batched(repository):
 
 
 def test_a_pipeline_is_exported_first(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of: parts(*of)[:1])
+    monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of, **how: parts(*of, **how)[:1])
     out = tmp_path / "models"
     code, _, err = run("export", "--triton-repo", out)
     assert code == 0, err
