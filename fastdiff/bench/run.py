@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.backends import Unavailable, prepare
+from fastdiff.bench.backends import ON_ENGINES, Unavailable, prepare
 from fastdiff.bench.memory import Baseline, baseline, peak_bytes
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Row
@@ -105,7 +105,10 @@ def _prepare(
     return replace(
         row,
         receipt=check(drawing.image, run_step(pipe.unet, truth.step), truth),
-        peak_mem_bytes=peak_bytes(pipe, before, lambda: draw(pipe, request)),
+        # an engine's memory is its own library's, which torch does not see
+        peak_mem_bytes=None
+        if row.backend in ON_ENGINES
+        else peak_bytes(pipe, before, lambda: draw(pipe, request)),
         prepare_s=max(0.0, cold_s - warm_s),
     )
 
