@@ -12,7 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RESULT = re.search(r"<!-- table: (\S+) -->\n(.*?)\n\n", README, re.S)
 
 
 EXPORT = (ROOT / "docs/export.md").read_text()
@@ -85,10 +84,11 @@ def test_counts_are_the_committed_ones():
         ]
 
 
-def test_table_is_the_committed_result():
-    assert RESULT is not None
-    result = json.loads((ROOT / RESULT[1]).read_text())
-    lines = [line for line in RESULT[2].splitlines() if line.startswith("| ")][1:]
+@pytest.mark.parametrize("text", [README, EXPORT], ids=["README", "export"])
+def test_tables_are_the_committed_results(text):
+    ((path, table),) = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n\n", text, re.S)
+    result = json.loads((ROOT / path).read_text())
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(result["rows"])
     assert "dirty" not in result["commit"], "measured on something that is no commit"
     for line, row in zip(lines, result["rows"], strict=True):

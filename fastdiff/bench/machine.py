@@ -3,11 +3,11 @@
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import fastdiff
+from fastdiff import installed
 
 PACKAGES = (
     "torch",
@@ -49,16 +49,8 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of fastdiff, Python and every package that can change a number; None if not installed."""
-    found: dict[str, str | None] = {
-        "fastdiff": fastdiff.__version__,
-        "python": platform.python_version(),
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    own = {"fastdiff": fastdiff.__version__, "python": platform.python_version()}
+    return own | installed.versions(PACKAGES)
 
 
 def commit() -> str | None:

@@ -7,12 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastdiff import installed
 from fastdiff.errors import UserError
 
 PACKAGES = ("fastdiff", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -103,10 +103,4 @@ def write_beside(pipe: Any, folder: Path, left_out: tuple[str, ...]) -> None:
 
 def versions() -> dict[str, str | None]:
     """Of the packages that shape an exported file; None for what is not installed."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return installed.versions(PACKAGES)
