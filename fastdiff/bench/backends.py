@@ -76,6 +76,16 @@ def prepare(name: str, pipe: Any, engines: Path | None) -> None:
         BACKENDS[name](pipe)
 
 
+def check_ran(name: str, pipe: Any) -> None:
+    """Unavailable where `pipe` drew, but not on the engine: its picture had a size it refuses."""
+    if name in ON_ENGINES:
+        from fastdiff.compiler.slot import slot_of
+
+        slot = slot_of(pipe.unet)
+        if slot is not None and slot.eager:
+            raise Unavailable(f"the U-Net ran eagerly: {'; '.join(slot.eager)}")
+
+
 def choose(names: str) -> tuple[str, ...]:
     """The backends of a comma-separated list, eager first: every ratio is to it."""
     asked = [name.strip() for name in names.split(",") if name.strip()]

@@ -9,13 +9,14 @@ from typing import Any
 def status() -> Iterator[Any]:
     """A function that shows one line: a spinner on a terminal, else plain lines."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield lambda line: console.print(line, markup=False)
+        yield lambda line: console.print(Text(line), soft_wrap=True)
         return
     with console.status("loading") as spinner:
-        yield spinner.update
+        yield lambda line: spinner.update(Text(line))
 
 
 @contextmanager
@@ -27,6 +28,7 @@ def phases() -> Iterator[Any]:
     from types import SimpleNamespace
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     console = Console(stderr=True, highlight=False)
@@ -42,10 +44,10 @@ def phases() -> Iterator[Any]:
 
         def start(phase: str, parent: str | None, steps: int) -> None:
             depths[phase] = depths.get(parent, 0) + 1
-            tasks[phase] = progress.add_task("  " * depths[phase] + phase, total=steps)
+            tasks[phase] = progress.add_task("  " * depths[phase] + escape(phase), total=steps)
 
         yield SimpleNamespace(
-            log=lambda text: progress.update(line, description=text),
+            log=lambda text: progress.update(line, description=escape(text)),
             start=start,
             step=lambda phase: progress.advance(tasks[phase]),
             finish=lambda phase: progress.remove_task(tasks.pop(phase)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.backends import ON_ENGINES, Unavailable, prepare
+from fastdiff.bench.backends import ON_ENGINES, Unavailable, check_ran, prepare
 from fastdiff.bench.memory import Baseline, baseline, peak_bytes
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Row
@@ -47,8 +47,9 @@ def bench(
     before = baseline(device)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    if pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
-        pipe.vae.to(torch.float32)  # SDXL's own VAE overflows in float16
+    half, xl = pipe.vae.dtype == torch.float16, "XL" in type(pipe).__name__
+    if half and xl and pipe.vae.config.force_upcast:  # which other pipelines do not look at
+        pipe.vae.to(torch.float32)
     request = _request(pipe, settings)
     log("reference: eager and float64")
     truth = find_truth(pipe, request)
@@ -98,6 +99,7 @@ def _prepare(
     start = time.perf_counter()
     prepare(row.backend, pipe, engines)
     draw(pipe, request)
+    check_ran(row.backend, pipe)
     cold_s = time.perf_counter() - start
     start = time.perf_counter()
     drawing = draw(pipe, request)

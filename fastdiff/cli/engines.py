@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from fastdiff.errors import UserError
 
 SCHEMA = "fastdiff.engines/1"
@@ -79,14 +81,25 @@ def write_engines(
             "schema": SCHEMA,
             "out": str(out),
             "dry_run": dry_run,
+            "opset": opset,
             "shapes": str(wanted),
             "left_out": left_out(pipe),
             "engines": rows,
         }
+    numbers = [engine.get("numeric_check") for engine in document["engines"]]
+    failed = any(check is not None and not check["passed"] for check in numbers)
     if json:
         print(json_module.dumps(document, indent=1))
-        return
-    print(f"{'would write' if dry_run else 'wrote'} {out}, opset {opset}, {wanted}")
+    else:
+        _show_all(document)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show_all(document: dict[str, Any]) -> None:
+    """What was built, or would be, and what was left out."""
+    would = "would write" if document["dry_run"] else "wrote"
+    print(f"{would} {document['out']}, opset {document['opset']}, {document['shapes']}")
     for engine in document["engines"]:
         _show(f"{engine['target']}/{engine['part']}", engine)
     for name in document["left_out"]:

@@ -135,17 +135,19 @@ def _verify(
     """The parity report as JSON and as Markdown, both written into `out`."""
     from fastdiff.bench.results import write_file
     from fastdiff.export import fused, parity
+    from fastdiff.export.folder import told
 
     runnable = fused.spelled_out(out, networks) if ort_fused else nullcontext(out)
-    with runnable as place:
+    with runnable as place, told(place):  # what the bisection runs lies there a while
         result = parity.verify(pipe, networks, place, log)
     document, text = parity.to_dict(result), parity.to_markdown(result)
     if ort_fused:
         document["spelled_out"] = fused.OPERATOR
         text += f"\n{fused.OPERATOR} was computed in standard operators: no CPU has it.\n"
     as_json = json_module.dumps(document, indent=1, allow_nan=False) + "\n"
-    write_file(out / "parity.json", lambda path: path.write_text(as_json, encoding="utf-8"))
-    write_file(out / "parity.md", lambda path: path.write_text(text, encoding="utf-8"))
+    with told(out):
+        write_file(out / "parity.json", lambda path: path.write_text(as_json, encoding="utf-8"))
+        write_file(out / "parity.md", lambda path: path.write_text(text, encoding="utf-8"))
     return document, text
 
 

@@ -19,6 +19,7 @@ from fastdiff.cli.options import (
     at_least,
     choose_pipe,
 )
+from fastdiff.errors import UserError
 
 
 @app.command()
@@ -47,7 +48,7 @@ def bench(
     """Steps per second of each backend side by side, with the quality receipt."""
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
-    from fastdiff.bench.backends import choose
+    from fastdiff.bench.backends import ON_ENGINES, choose
     from fastdiff.bench.machine import commit, machine, versions
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import status
@@ -62,10 +63,13 @@ def bench(
     if engines:
         from fastdiff.compiler.engines import check_folder
 
+        if not set(ON_ENGINES) & set(names):
+            raise UserError(f"--engines goes with --backends {' or '.join(ON_ENGINES)}")
         check_folder(engines)
     device = check_device(device)
     torch_dtype = check_dtype(dtype, device)
-    pipe, case = choose_pipe(folder, preset, scale, torch_dtype, device)
+    # a preset's weights come from the device's own generator; those in engines from the CPU's
+    pipe, case = choose_pipe(folder, preset, scale, torch_dtype, "cpu" if engines else device)
     check_steps(pipe, steps)
     height, width = check_size(pipe, height, width)
     kind = str(torch_dtype).removeprefix("torch.")

@@ -32,7 +32,9 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
         ValueError: the target is not known, `options.ignore` names no part of it, nothing in it
             can be made fast, or the backend asked for cannot run; the message says why.
     """
-    parts = _with_engine(_parts(target, options), options)
+    parts = _parts(target, options)
+    _refuse_compiled(parts)
+    parts = _with_engine(target, parts, options)
     from fastdiff.compiler.pipelines import take_loop
 
     slots = [
@@ -40,12 +42,6 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
         for name, (module, kind) in parts.items()
         if slot_of(module) is None
     ]
-    for slot in slots:
-        if slot.module.__dict__.get("_compiled_call_impl") is not None:
-            raise UserError(
-                f"{slot.name} was compiled with torch.compile already; build the pipeline anew and"
-                " compile it with fastdiff alone"
-            )
     for slot in slots:
         slot.take()
         if slot.refused and slot.kind.runner != FASTDIFF:
@@ -134,7 +130,16 @@ def _part(name: str, slot: Slot | None) -> Part:
     return Part(name, slot.kind.runner, "; ".join([f"{slot.fast} calls", *notes]))
 
 
-def _with_engine(parts: dict[str, Any], options: Options) -> dict[str, Any]:
+def _refuse_compiled(parts: dict[str, Any]) -> None:
+    for name, (module, _) in parts.items():
+        if slot_of(module) is None and vars(module).get("_compiled_call_impl") is not None:
+            raise UserError(
+                f"{name} was compiled with torch.compile already; build the pipeline anew and"
+                " compile it with fastdiff alone"
+            )
+
+
+def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[str, Any]:
     """`parts` with the U-Net on the backend that `options` ask for."""
     if options.backend not in BACKENDS:
         raise UserError(f"Options.backend is {options.backend!r}; choose {', '.join(BACKENDS)}")
@@ -142,12 +147,19 @@ def _with_engine(parts: dict[str, Any], options: Options) -> dict[str, Any]:
         raise UserError(f"Options.engines is {options.engines}, which needs a backend to run it")
     for name, (module, _) in parts.items():
         slot, wanted = slot_of(module), options.backend if name == "unet" else FASTDIFF
-        if slot is not None and slot.kind.runner != wanted:
+        other = options.engines is not None or options.ort_graphs
+        if slot is not None and (slot.kind.runner != wanted or (name == "unet" and other)):
             raise UserError(f"{name} runs on {slot.kind.runner} already; restore it first")
     if options.backend == FASTDIFF:
         return parts
     if "unet" not in parts:
         raise UserError(f"the backend {options.backend} computes a U-Net, and there is none")
+    for name in ("controlnet", "adapter"):
+        if getattr(target, name, None) is not None:
+            raise UserError(
+                f"the backend {options.backend} takes no residuals, which the {name} of"
+                f" {type(target).__name__} gives the U-Net; compile it without a backend"
+            )
     from fastdiff.compiler.adapters import kind_of_engine
 
     module, kind = parts["unet"]

@@ -19,8 +19,8 @@ from fastdiff.engines.trt_engine import TrtEngine
 from fastdiff.errors import UserError
 from fastdiff.models import Loan, Unsupported, borrow_unet
 from fastdiff.models.blocks import channels_first, channels_last
-from fastdiff.models.lora import is_lora, parts
-from fastdiff.models.watch import Unwritten
+from fastdiff.models.lora import is_lora
+from fastdiff.models.watch import Unwritten, settings
 from fastdiff.runtime import graphs
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.loop import Plans
@@ -37,6 +37,8 @@ class EngineStep:
     plans: Plans
     inputs: Ports
     device: torch.device
+    multiple: int
+    """Of which height and width must be: at others the halves of its U meet at other sizes."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,6 +56,13 @@ class EngineStep:
                 raise Unsupported(f"{name} {what}")
             if tensor is not None:
                 self._fit(name, tensor)
+        if sample.numel() == 0 or given.text.numel() == 0:
+            raise Unsupported("it was given an empty tensor")
+        if any(side % self.multiple for side in sample.shape[2:]):
+            raise Unsupported(
+                f"sample has the sides {list(sample.shape[2:])}; the engine takes multiples of"
+                f" {self.multiple}"
+            )
         shapes = {n: tuple(t.shape) for n, t in tensors.items() if t is not None}
         batch = given.text.shape[0]
         if reason := self.network.engine.refusal(shapes | {"sample": (batch, *sample.shape[1:])}):
@@ -88,39 +97,43 @@ class EngineStep:
 
 
 class Source:
-    """An open engine and the weights it was made from."""
+    """An open engine and the network it was made from, as `fingerprint.of_network` hashes it."""
 
-    def __init__(self, engine: Engine, inputs: Ports, outputs: Ports, weights: str) -> None:
-        device = engine.device
+    def __init__(
+        self, engine: Engine, inputs: Ports, outputs: Ports, network_sha256: str, multiple: int
+    ) -> None:
         widths = {name: sides[-1] for name, (_, *sides) in inputs.items() if name in ADDED}
         network = EngineUNet(
             engine, widths, tuple(inputs["timestep"][1:]), channels=outputs["out_sample"][2]
         )
-        self.step = EngineStep(network, Plans(network), inputs, device)
-        self._weights, self._foreign = weights, False
-        self._known: Unwritten | None = None
-        """The weights that were found to be the engine's."""
+        self.step = EngineStep(network, Plans(network), inputs, engine.device, multiple)
+        self._network_sha256, self._same = network_sha256, False
+        self._compared: tuple[Unwritten, Any] | None = None
+        """The weights and settings that were hashed last: gigabytes, not to be read every call."""
 
     def borrow(self, module: nn.Module, loan: Loan) -> EngineStep:
         """The engine, if `module` computes what it computes; borrows nothing of it.
 
         Raises Unsupported where something has been added to the module (an adapter, FreeU, a
-        foreign attention processor), or its weights are not those that the engine was made from.
+        foreign attention processor), or its weights or settings are not those that the engine was
+        made from.
         """
         _need_plain(module)
-        known = self._known
-        if known is None or not known.are(module.parameters()) or not known.hold():
-            self._compare(module)
+        if not self._was_compared(module):
+            self._compared = Unwritten(module.parameters()), settings(module)
+            self._same = fingerprint.of_network(module) == self._network_sha256
+        if not self._same:
+            raise Unsupported(
+                "weights or settings other than those the engine was made from; export and compile"
+                " again"
+            )
         return self.step
 
-    def _compare(self, module: nn.Module) -> None:
-        # once they differed they are not compared again: that would be gigabytes at every call
-        self._foreign = self._foreign or fingerprint.of_weights(module) != self._weights
-        if self._foreign:
-            raise Unsupported(
-                "weights other than those the engine was made from; export and compile again"
-            )
-        self._known = Unwritten(module.parameters())
+    def _was_compared(self, module: nn.Module) -> bool:
+        if self._compared is None:
+            return False
+        weights, numbers = self._compared
+        return weights.are(module.parameters()) and weights.hold() and numbers == settings(module)
 
 
 def open_unet(unet: nn.Module, options: Options) -> Source:
@@ -133,12 +146,11 @@ def open_unet(unet: nn.Module, options: Options) -> Source:
         _need_plain(unet)
     except Unsupported as unsupported:
         raise UserError(f"unet cannot run on {options.backend}: {unsupported}") from unsupported
-    device = next(unet.parameters()).device
     if options.backend == "tensorrt":
-        return _open_trt(options, device)
+        return _open_trt(unet, options)
     if options.engines is None:
         return _export(unet, options)
-    return _open_onnx(Path(options.engines), device, options)
+    return _open_onnx(unet, Path(options.engines), options)
 
 
 def check_folder(folder: Path) -> None:
@@ -154,9 +166,10 @@ def _need_plain(unet: nn.Module) -> None:
     """Raise Unsupported unless the U-Net computes what its config and weights say."""
     if borrow_unet(unet, Loan(unet, rehearsal=True)).ip_adapters is not None:
         raise Unsupported("an IP-Adapter, which an engine does not have")
-    if any(is_lora(layer) and parts(layer) for layer in unet.modules()):
+    if any(map(is_lora, unet.modules())):  # active or not: nothing would tell of a switch
         raise Unsupported(
-            "a LoRA adapter, which an engine does not have; fuse it, export, compile again"
+            "a LoRA adapter, which an engine does not have; fuse it, unload it, export and compile"
+            " again"
         )
 
 
@@ -164,35 +177,43 @@ def _export(unet: nn.Module, options: Options) -> Source:
     from fastdiff.export import onnx
     from fastdiff.export.parts import unet_part
 
-    first = next(unet.parameters())
     with tempfile.TemporaryDirectory(prefix="fastdiff-") as name:
-        folder, part = Path(name), unet_part(unet, first.dtype)
+        folder, part = Path(name), unet_part(unet, next(unet.parameters()).dtype)
         written = onnx.write(part, folder, onnx.ORT_OPSET, lambda line: None)
         (row,) = onnx.document((part,), onnx.ORT_OPSET, (written,))["parts"]
-        return _onnx_source(folder, row, first.device, options)
+        return _onnx_source(unet, folder, row, options)
 
 
-def _open_onnx(folder: Path, device: torch.device, options: Options) -> Source:
+def _open_onnx(unet: nn.Module, folder: Path, options: Options) -> Source:
     for part in exported.read(folder)["parts"]:
         if part["file"].split("/")[0] == "unet":
             exported.check_part(folder, part)
-            return _onnx_source(folder, part, device, options)
+            return _onnx_source(unet, folder, part, options)
     raise UserError(f"{folder} holds no U-Net; fastdiff export --onnx writes one")
 
 
-def _onnx_source(
-    folder: Path, part: dict[str, Any], device: torch.device, options: Options
-) -> Source:
-    session = Session(folder / part["file"], device, options.ort_graphs)
-    return Source(session, part["inputs"], part["outputs"], part["weights_sha256"])
+def _onnx_source(unet: nn.Module, folder: Path, part: dict[str, Any], options: Options) -> Source:
+    session = Session(folder / part["file"], _device(unet), options.ort_graphs)
+    inputs, outputs = part["inputs"], part["outputs"]
+    return Source(session, inputs, outputs, part["network_sha256"], _multiple(unet))
 
 
-def _open_trt(options: Options, device: torch.device) -> Source:
+def _open_trt(unet: nn.Module, options: Options) -> Source:
     if options.engines is None:
         raise UserError("the backend tensorrt needs Options.engines: fastdiff export --trt")
     found = {f.parent.name: f for f in manifest.find(Path(options.engines)) if f.name == "unet"}
     if not found:
         raise UserError(f"{options.engines} holds no U-Net; fastdiff export --trt writes one")
+    device = _device(unet)
     folder = found.get(trt.here(device.index or 0) or "", next(iter(found.values())))
-    made = manifest.read(folder)
-    return Source(TrtEngine(folder, device), made.inputs, made.outputs, made.weights_sha256)
+    made, engine = manifest.read(folder), TrtEngine(folder, device)
+    return Source(engine, made.inputs, made.outputs, made.network_sha256, _multiple(unet))
+
+
+def _device(unet: nn.Module) -> torch.device:
+    return next(unet.parameters()).device
+
+
+def _multiple(unet: Any) -> int:
+    times: int = 2**unet.num_upsamplers
+    return times

@@ -10,6 +10,9 @@ from fastdiff.errors import UserError
 SCHEMA = "fastdiff.export/1"
 FILE = "export.json"
 
+_ROW = {"file": str, "sha256": str, "network_sha256": str, "inputs": dict, "outputs": dict}
+"""What is read of each part, and as what."""
+
 
 def read(folder: Path) -> dict[str, Any]:
     """The document of an exported folder, its files not yet looked at; UserError for any other."""
@@ -23,6 +26,9 @@ def read(folder: Path) -> dict[str, Any]:
         ) from None
     if schema != SCHEMA:
         raise UserError(f"{path} is {schema}, this fastdiff reads {SCHEMA}; export again")
+    parts = document.get("parts")
+    if not isinstance(parts, list) or not all(map(_is_part, parts)):
+        raise UserError(f"{path} is damaged: it does not name its parts; export again")
     return document
 
 
@@ -37,10 +43,24 @@ def check(folder: Path) -> dict[str, Any]:
 def check_part(folder: Path, part: dict[str, Any]) -> None:
     """UserError unless a part's file is what its row of the document says."""
     file = folder / part["file"]
-    if sha256_of(file) != part["sha256"]:
+    try:
+        same = sha256_of(file) == part["sha256"]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+    if not same:
         raise UserError(f"{file} is not what was written; copy it again, or export again")
 
 
+def _is_part(row: object) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in _ROW.items())
+
+
+def files_of(file: Path) -> list[Path]:
+    """An ONNX file, and the weights beside it where they lie apart."""
+    data = file.with_name(f"{file.name}_data")
+    return [file, data] if data.exists() else [file]
+
+
 def sha256_of(file: Path) -> str:
-    """Of an ONNX file, and then of the weights that lie beside it."""
-    return fingerprint.of_files(*sorted(file.parent.glob(f"{file.name}*")))
+    """Of its `files_of`, one after the other."""
+    return fingerprint.of_files(*files_of(file))

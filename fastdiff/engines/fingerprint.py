@@ -1,4 +1,4 @@
-"""Hashes that tie a file to the weights it was made from, and to its own bytes."""
+"""Hashes that tie a file to the network it was made from, and to its own bytes."""
 
 import hashlib
 from pathlib import Path
@@ -6,14 +6,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastdiff.models.watch import settings
 
-def of_weights(module: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer in the state dict: name, dtype, shape, values."""
+
+def of_network(module: nn.Module) -> str:
+    """SHA-256 of every parameter and buffer in the state dict (name, dtype, shape, values), then
+    of the `settings` of its modules: equal weights compute something else with other heads."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         flat = value.detach().contiguous().flatten().view(torch.uint8)
         digest.update(memoryview(flat.cpu().numpy()))
+    for setting in settings(module):
+        digest.update(f"{setting}\n".encode())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ SCHEMA = "fastdiff.engine/1"
 FILE, PLAN = "engine.json", "model.plan"
 AGAIN = "run fastdiff export --trt again"
 
+ENDS = ("min", "opt", "max")
 Profile = dict[str, dict[str, list[int]]]
 """Of each input with free sides, by name: its shapes under "min", "opt" and "max"."""
 
@@ -27,7 +28,7 @@ class Manifest:
     dtype: of the weights. inputs, outputs: of each tensor by name its dtype and its sides, a named
     side being free within the profiles.
     onnx_sha256: of the file it was built from and then of the weights beside that file, if any.
-    config_sha256: of the network's config.json. weights_sha256: see `fingerprint.of_weights`.
+    config_sha256: of the network's config.json. network_sha256: see `fingerprint.of_network`.
     numeric_check: what its outputs were against torch's on a GPU, else None and the reason why.
     """
 
@@ -45,7 +46,7 @@ class Manifest:
     plan_sha256: str
     onnx_sha256: str
     config_sha256: str
-    weights_sha256: str
+    network_sha256: str
     numeric_check: dict[str, Any] | None
     numeric_check_reason: str | None
     build_seconds: float
@@ -59,7 +60,7 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """The manifest in `folder`, its plan not yet looked at.
 
-    UserError where there is none, or it is of another schema than this fastdiff's.
+    UserError where there is none, it is of another schema than this fastdiff's, or damaged.
     """
     path = folder / FILE
     try:
@@ -77,6 +78,11 @@ def read(folder: Path) -> Manifest:
     for field in fields(Manifest):
         if not _is_a(values[field.name], field.type):
             raise UserError(f"{path} has {values[field.name]!r} for {field.name}; {AGAIN}")
+    if not values["part"].isidentifier():  # it names a folder of a server's repository
+        raise UserError(f"{path} has {values['part']!r} for part; {AGAIN}")
+    for name, shapes in (item for profile in values["profiles"] for item in profile.items()):
+        if len({len(shapes.get(end, ())) for end in ENDS}) > 1 or not shapes.keys() >= set(ENDS):
+            raise UserError(f"{path} has {shapes!r} for the shapes of {name}; {AGAIN}")
     return Manifest(**values)
 
 
@@ -131,7 +137,12 @@ def _unreadable(folder: Path, error: OSError) -> UserError:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value read from JSON is what a field is annotated with, contents aside."""
+    """Whether a value read from JSON is what a field is annotated with, and all that is in it."""
+    if kind is Any:
+        return True
     if isinstance(kind, UnionType):
         return any(_is_a(value, one) for one in get_args(kind))
-    return isinstance(value, get_origin(kind) or kind) and not isinstance(value, bool)
+    if not isinstance(value, get_origin(kind) or kind) or isinstance(value, bool):
+        return False
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(_is_a(one, get_args(kind)[-1]) for one in held)

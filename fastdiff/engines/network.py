@@ -83,7 +83,8 @@ class EngineUNet:
             for name, (start, end) in zip(self._added, self._columns, strict=True):
                 given[name].copy_(rows[:, start:end])
             bound.run()
-            return bound.outputs["out_sample"].permute(0, 2, 3, 1).contiguous()
+            output = bound.outputs["out_sample"].permute(0, 2, 3, 1)
+            return output.clone(memory_format=torch.contiguous_format)  # the next run overwrites it
 
     def _bind(self, *sizes: int) -> Bound:
         if sizes not in self._bound:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdiff.engines.bound import Bound
 from fastdiff.errors import UserError
+from fastdiff.runtime.recordings import buffer
 
 TYPES = {
     "tensor(float)": (torch.float32, 1),
@@ -23,7 +24,8 @@ TYPES = {
 class Session:
     """An ONNX file in ONNX Runtime: the CUDA provider on a GPU, else the CPU's.
 
-    On a GPU its kernels run on the stream that was torch's when the session was made.
+    On a GPU its kernels run on a stream of its own, and the host waits for torch's before each run
+    and for that one after it.
 
     Args:
         file: of `fastdiff export --onnx`.
@@ -77,13 +79,15 @@ class Session:
         ):
             for name, shape in shapes.items():
                 dtype, element = TYPES[types[name]]
-                tensor = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+                tensor = buffer(shape, dtype, self.device).zero_()
                 place = self.device.type, self.device.index or 0
                 bind(name, *place, element, list(shape), tensor.data_ptr())
                 made[name] = tensor
         options = self._run_options()
 
         def run() -> None:
+            if self.device.type == "cuda":  # it waits only for what it has queued itself
+                torch.cuda.current_stream(self.device).synchronize()
             self._session.run_with_iobinding(binding, options)
 
         return Bound({n: made[n] for n in inputs}, {n: made[n] for n in outputs}, run)
@@ -120,7 +124,6 @@ def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:
         )
     return name, {
         "device_id": device.index or 0,
-        "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
         "enable_cuda_graph": "1" if graphs else "0",
     }
 

@@ -1,7 +1,5 @@
 """TensorRT and TensorRT-RTX, one code path for both: plans built from ONNX, and read back."""
 
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,27 +7,18 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fastdiff.engines import manifest
 from fastdiff.engines.manifest import Manifest, Profile
+from fastdiff.engines.monitor import Watch, interruptible, monitor
 from fastdiff.errors import UserError
 
 FLAVORS = {"tensorrt": ("tensorrt", "trt"), "rtx": ("tensorrt_rtx", "trt-rtx")}
 """Their module, and our extra that installs it."""
 COMPATIBLE = ("hardware", "version")
-
-
-class Watch(Protocol):
-    """Is told how far a build is; phases lie within phases, and a step ends one of many."""
-
-    def start(self, phase: str, parent: str | None, steps: int) -> None: ...
-
-    def step(self, phase: str) -> None: ...
-
-    def finish(self, phase: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -137,8 +126,8 @@ def build(flavor: str, onnx: Path, order: Order, watch: Watch) -> Any:
         profile.set_shape(name, shapes["min"], shapes["opt"], shapes["max"])
     if config.add_optimization_profile(profile) < 0:
         raise UserError(f"{flavor} refuses the shapes of {onnx.parent.name}: {log.why()}")
-    monitor = config.progress_monitor = _monitor(trt, watch)
-    with _interruptible(monitor):
+    progress = config.progress_monitor = monitor(trt, watch)
+    with interruptible(progress):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"{flavor} cannot build {onnx.parent.name} for {order.target}: {log.why()}")
@@ -205,6 +194,9 @@ def _configure(trt: Any, config: Any, flavor: str, order: Order) -> Any:
         level = config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if config.hardware_compatibility_level != level:  # TensorRT-RTX only logs a warning
             raise UserError(f"{flavor} has no --compatible hardware; give each GPU as a --target")
+    # TensorRT-RTX's engines may else allocate as they run, which no CUDA graph can hold
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if "version" in order.compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
@@ -256,43 +248,3 @@ def _log(trt: Any) -> Any:
             return " ".join(first.split())
 
     return Log()
-
-
-def _monitor(trt: Any, watch: Watch) -> Any:
-    """A progress monitor that tells `watch`, and ends the build once it is `cancelled`."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.cancelled = False
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            watch.start(phase, parent, steps)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            watch.step(phase)
-            return not self.cancelled
-
-        def phase_finish(self, phase: str) -> None:
-            watch.finish(phase)
-
-    return Monitor()
-
-
-@contextmanager
-def _interruptible(monitor: Any) -> Iterator[None]:
-    """Ctrl-C ends the build at its next step: an exception must not pass through the library."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def cancel(*_: object) -> None:
-        monitor.cancelled = True
-
-    before = signal.signal(signal.SIGINT, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if monitor.cancelled:
-        raise KeyboardInterrupt

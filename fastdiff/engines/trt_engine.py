@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastdiff.engines import manifest, trt
 from fastdiff.engines.bound import Bound
+from fastdiff.runtime.recordings import buffer
 
 
 class TrtEngine:
     """A plan as an `Engine`; see `trt.load` for what it refuses.
 
-    One execution context serves every shape: the callers take turns (`runtime.graphs.in_turn`).
+    Each set of shapes has an execution context of its own, since a CUDA graph of one must not see
+    it changed; all share their working memory, as the callers take turns (`graphs.in_turn`).
     """
 
     recordable = True
@@ -20,8 +23,7 @@ class TrtEngine:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.device, self._made = device, manifest.read(folder)
         self._engine = trt.load(folder, device)
-        with torch.cuda.device(device):
-            self._context = self._engine.create_execution_context()
+        self._memory = buffer((self._engine.device_memory_size_v2,), torch.uint8, device)
 
     def refusal(self, inputs: Mapping[str, Sequence[int]]) -> str | None:
         """See `Engine.refusal`: the profile of its manifest."""
@@ -33,22 +35,38 @@ class TrtEngine:
         """See `Engine.bind`."""
         types = self._made.inputs | self._made.outputs
         memory = {
-            name: torch.zeros(
-                tuple(shape), dtype=getattr(torch, types[name][0]), device=self.device
-            )
+            name: buffer(shape, getattr(torch, types[name][0]), self.device).zero_()
             for name, shape in (dict(inputs) | dict(outputs)).items()
         }
+        context = self._context()
+        for name, shape in inputs.items():
+            context.set_input_shape(name, tuple(shape))
+        for name, tensor in memory.items():
+            context.set_tensor_address(name, tensor.data_ptr())
 
         def run() -> None:
-            for name, shape in inputs.items():
-                self._context.set_input_shape(name, tuple(shape))
-            for name, tensor in memory.items():
-                self._context.set_tensor_address(name, tensor.data_ptr())
             stream = torch.cuda.current_stream(self.device)
-            if not self._context.execute_async_v3(stream.cuda_stream):
+            if not context.execute_async_v3(stream.cuda_stream):
                 raise RuntimeError(f"{self._made.flavor} could not run {self._made.part}")
 
         return Bound({n: memory[n] for n in inputs}, {n: memory[n] for n in outputs}, run)
+
+    def _context(self) -> Any:
+        """An execution context of the one profile, working in the shared memory."""
+        library = trt.library(self._made.flavor)
+        given = strategy = library.ExecutionContextAllocationStrategy.USER_MANAGED
+        if specialization := getattr(library, "DynamicShapesKernelSpecializationStrategy", None):
+            given = self._engine.create_runtime_config()
+            given.set_execution_context_allocation_strategy(strategy)
+            # a graph would keep the kernels that it begins with until better ones are made
+            given.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        with torch.cuda.device(self.device):
+            context = self._engine.create_execution_context(given)
+            if context.active_optimization_profile != 0:  # only the first context begins with it
+                stream = torch.cuda.current_stream(self.device)
+                context.set_optimization_profile_async(0, stream.cuda_stream)
+        context.set_device_memory(self._memory.data_ptr(), self._memory.nbytes)
+        return context
 
 
 def outside(

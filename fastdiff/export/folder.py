@@ -20,10 +20,12 @@ PACKAGES = ("fastdiff", "torch", "diffusers", "transformers", "onnx", "onnxscrip
 
 def check_new(out: Path) -> None:
     """UserError unless `out` can become a new folder; before minutes of work, not after."""
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; give another name, or remove it first")
     parent = out.absolute().parent
-    if not parent.is_dir():
+    with told(out):  # of a name too long, or a folder on the way that is closed to us
+        there, has_parent = out.exists() or out.is_symlink(), parent.is_dir()
+    if there:
+        raise UserError(f"{out} exists already; give another name, or remove it first")
+    if not has_parent:
         raise UserError(f"{out}: the folder {parent} does not exist; make it first")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{out}: the folder {parent} cannot be written to")
@@ -39,9 +41,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     check_new(out)
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
-    try:
+    with told(out):
+        if partial.is_symlink():  # what it leads to is not ours to empty
+            raise UserError(f"{partial} is a link; remove it first")
         partial.mkdir(exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
+        lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             _take(lock, partial, out)
             try:
@@ -52,6 +56,13 @@ def new_folder(out: Path) -> Iterator[Path]:
                 raise
         finally:
             os.close(lock)
+
+
+@contextmanager
+def told(out: Path) -> Iterator[None]:
+    """UserError where the system refuses what `out` needs."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
 

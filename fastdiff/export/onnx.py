@@ -50,7 +50,7 @@ def check_opset(value: str, auto: int, dtype: torch.dtype) -> int:
     known = OPSETS[OPSETS.index(BF16_OPSET) :] if half else OPSETS
     if value == "auto":
         return max(auto, known[0])
-    if value.isdigit() and int(value) in known:
+    if value.isdecimal() and int(value) in known:
         return int(value)
     which = " for bf16" if half else ""
     raise UserError(f"--opset is {value!r}; choose auto or {known[0]} to {known[-1]}{which}")
@@ -99,7 +99,7 @@ def document(
             {
                 "file": part.file,
                 "dtype": str(part.dtype).removeprefix("torch."),
-                "weights_sha256": fingerprint.of_weights(part.source),
+                "network_sha256": fingerprint.of_network(part.source),
                 "inputs": {port.name: [port.dtype, *port.shape] for port in part.inputs},
                 "outputs": {port.name: [port.dtype, *port.shape] for port in part.outputs},
             }
@@ -165,7 +165,7 @@ def write(
     log(f"{part.folder}: checking")
     onnx.checker.check_model(str(file), full_check=True)
     write_json(place / "config.json", config_of(part.net))
-    size = sum(path.stat().st_size for path in place.glob("model.onnx*"))
+    size = sum(path.stat().st_size for path in exported.files_of(file))
     return Written(part, size, exported.sha256_of(file), time.perf_counter() - start, names)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastdiff.errors import UserError
 from fastdiff.export.modules import Decoder, Encoder, Text, UNet
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+XL = "StableDiffusionXLPipeline"
+PIPELINES = ("StableDiffusionPipeline", XL)
 XL_TIME_IDS = 6
 TEXTS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
@@ -73,21 +74,22 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
 
     timestep: the shape of that input of the U-Net, () as Optimum has it or (1,).
 
-    Where diffusers itself runs the VAE in float32 beside a float16 U-Net (`force_upcast`), so does
-    its part. UserError for a network whose forward needs what these inputs do not carry.
+    Where diffusers itself runs the VAE in float32 beside a float16 U-Net (`force_upcast`, which
+    only its XL pipelines look at), so does its part. UserError for a network whose forward needs
+    what these inputs do not carry.
     """
     name = type(pipe).__name__
     if name not in PIPELINES:
         raise UserError(f"{name} cannot be exported; supported are {', '.join(PIPELINES)}")
     texts = {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
     tokens = [module.config.max_position_embeddings for module in texts.values()]
-    vae_dtype = dtype
-    if dtype is torch.float16 and getattr(pipe.vae.config, "force_upcast", False):
-        vae_dtype = torch.float32
+    unet = unet_part(pipe.unet, dtype, tokens[-1] if tokens else 77, timestep)
+    if not isinstance(side := unet.net.config.sample_size, int):
+        raise _no_number("sample_size", unet.net.config)
     return (
         *(_text(key, module, dtype) for key, module in texts.items()),
-        unet_part(pipe.unet, dtype, tokens[-1] if tokens else 77, timestep),
-        *_vae(pipe.vae, vae_dtype, pipe.unet.config.sample_size),
+        unet,
+        *_vae(pipe.vae, dtype, side, xl=name == XL),
     )
 
 
@@ -156,9 +158,9 @@ def unet_part(
 ) -> Part:
     """A UNet2DConditionModel, traced and verified at texts of `tokens`; else as of `parts`."""
     kind = type(net).__name__
-    config: Any = net.config
     if kind != "UNet2DConditionModel":
         raise UserError(f"unet is a {kind}; supported is UNet2DConditionModel")
+    config: Any = net.config
     for key, supported in {
         "addition_embed_type": (None, "text_time"),
         "class_embed_type": (None,),
@@ -167,6 +169,8 @@ def unet_part(
     }.items():
         if (value := getattr(config, key, None)) not in supported:
             raise UserError(f"unet has {key} {value!r}, whose inputs no exported U-Net has")
+    if not isinstance(config.cross_attention_dim, int):
+        raise _no_number("cross_attention_dim", config)
     free, kind = ("batch_size",), _name(dtype)
     extra: list[Port] = []
     if config.time_cond_proj_dim is not None:
@@ -177,7 +181,7 @@ def unet_part(
         extra.append(Port("text_embeds", kind, (*free, width)))
         extra.append(Port("time_ids", kind, (*free, XL_TIME_IDS)))
     context = (*free, "sequence_length", config.cross_attention_dim)
-    # float32 in every dtype: half keeps no fraction of a timestep above 1024.
+    # float32 in every dtype: half keeps no fraction of a timestep above 512 but 0.5.
     step = Port("timestep", "float32", timestep)
     least = 2 ** (len(config.block_out_channels) - 1)
     side = config.sample_size
@@ -202,12 +206,14 @@ def unet_part(
     )
 
 
-def _vae(net: nn.Module, dtype: torch.dtype, side: int) -> tuple[Part, Part]:
+def _vae(net: nn.Module, dtype: torch.dtype, side: int, xl: bool) -> tuple[Part, Part]:
     kind = type(net).__name__
-    config: Any = net.config
     if kind != "AutoencoderKL":
         raise UserError(f"vae is a {kind}; supported is AutoencoderKL")
+    config: Any = net.config
     source = net
+    if xl and dtype is torch.float16 and config.force_upcast:
+        dtype = torch.float32
     if next(net.parameters()).dtype != dtype:
         net = copy.deepcopy(net).to(dtype)
     factor = 2 ** (len(config.block_out_channels) - 1)
@@ -248,6 +254,10 @@ def _vae(net: nn.Module, dtype: torch.dtype, side: int) -> tuple[Part, Part]:
 
 def _sides(batch: int, height: int, width: int) -> dict[str, int]:
     return {"batch_size": batch, "height": height, "width": width}
+
+
+def _no_number(key: str, config: Any) -> UserError:
+    return UserError(f"unet has {key} {getattr(config, key)!r}; supported is one number")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -154,7 +154,7 @@ def fill(
             check(text, file)
         version = place / model.name / VERSION
         version.mkdir(parents=True)
-        for path in sorted(file.parent.glob(f"{file.name}*")):  # and its weights
+        for path in exported.files_of(file):
             put(path, version / path.name)
         (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
 

@@ -12,6 +12,7 @@ import torch
 from fastdiff.engines import exported, fingerprint, trt
 from fastdiff.engines.bound import Engine
 from fastdiff.engines.manifest import FILE, PLAN, Manifest, Profile
+from fastdiff.engines.monitor import Watch
 from fastdiff.engines.trt_engine import TrtEngine
 from fastdiff.errors import UserError
 from fastdiff.export import onnx, parity
@@ -53,7 +54,7 @@ def export(
     out: Path,
     request: Request,
     log: Callable[[str], object],
-    watch: trt.Watch,
+    watch: Watch,
 ) -> tuple[Manifest, ...]:
     """Build every part for every target into the new folder `out`: all or nothing.
 
@@ -68,7 +69,7 @@ def export(
         for part in parts:
             onnx.write(part, folder, request.opset, log)
             made += engines(part, folder, request, shapes[part.folder], log, watch)
-            for file in (folder / part.folder).glob("model.onnx*"):
+            for file in exported.files_of(folder / part.file):
                 file.unlink()
         write_beside(pipe, folder, left_out(pipe))
     return tuple(made)
@@ -96,7 +97,7 @@ def engines(
     request: Request,
     profile: Profile,
     log: Callable[[str], object],
-    watch: trt.Watch,
+    watch: Watch,
 ) -> Iterator[Manifest]:
     """Build a part, whose ONNX file lies in `folder`, for every target."""
     source = folder / part.folder
@@ -104,7 +105,7 @@ def engines(
     hashes: dict[str, Any] = {
         "onnx_sha256": exported.sha256_of(file),
         "config_sha256": fingerprint.of_files(source / "config.json"),
-        "weights_sha256": fingerprint.of_weights(part.source),
+        "network_sha256": fingerprint.of_network(part.source),
     }
     gpu = trt.here()
     for target in request.targets:

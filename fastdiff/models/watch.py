@@ -12,14 +12,13 @@ from fastdiff.kernels.dispatch import NATIVE
 FREEU = ("s1", "s2", "b1", "b2")
 """What FreeU sets on a block."""
 
-_READ = (
+SETTINGS = (
     "eps",
     "num_groups",
     "padding",
     "padding_mode",
     "stride",
     "heads",
-    "processor",
     "output_scale_factor",
     "rescale_output_factor",
     "residual_connection",
@@ -27,10 +26,12 @@ _READ = (
     "skip_time_act",
     "flip_sin_to_cos",
     "downscale_freq_shift",
-    "training",
     *FREEU,
 )
-"""Attributes of modules that a compact network depends on: each must stay the object it is."""
+"""Attributes of modules that say what they compute: numbers, words, or None."""
+
+_READ = (*SETTINGS, "processor", "training")
+"""Attributes that a compact network depends on: each must stay the object it is."""
 
 _ABSENT = ("forward", "_conv_forward", FREEU[0])
 """Attributes that hooks, offloading, seamless tiling and FreeU would add to a module."""
@@ -74,6 +75,16 @@ def watch(
             items += [(kept, name, value) for name, value in kept.items()]
             dicts.append(kept)
     return (_SlowWatch if NATIVE is None else NATIVE.Watch)(items, list(modules), dicts)
+
+
+def settings(root: nn.Module) -> list[tuple[str, str, Any]]:
+    """Module, attribute and value of all SETTINGS within `root`."""
+    return [
+        (name, key, value)
+        for name, module in root.named_modules()
+        for key in SETTINGS
+        if (value := vars(module).get(key)) is not None
+    ]
 
 
 def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:

@@ -55,7 +55,8 @@ def capture(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Graph | 
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         pool, current = _pool(device), torch.cuda.current_stream(device)
         pool.stream.wait_stream(current)
-        with torch.cuda.stream(pool.stream):
+        # in turn: an engine works in memory that its calls on other streams work in, too
+        with torch.cuda.stream(pool.stream), in_turn(device):
             for _ in range(_WARM_UPS):
                 function(*buffers)
         current.wait_stream(pool.stream)

@@ -101,6 +101,21 @@ def test_onnx_runtime_stands_in_the_same_table(tmp_path, capsys, demo_onnx):
     assert document["rows"][2]["peak_mem_bytes"] is None  # torch does not see it
 
 
+def test_a_row_is_not_eager_under_an_engines_name(tmp_path, capsys, demo_onnx):
+    size = ["--height", "72", "--width", "72"]  # 18 latents, which cannot be halved twice
+    _, document = run_bench(tmp_path, "ort", "--engines", str(demo_onnx), *size)
+    _, ort = document["rows"]
+    assert ort["unavailable"].startswith("the U-Net ran eagerly: sample has the sides [18, 18]")
+    assert ort["samples_ms"] == []
+
+
+def test_engines_that_no_backend_runs_are_refused(tmp_path, capsys, demo_onnx):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--backends", "fastdiff", "--engines", str(demo_onnx)])
+    assert caught.value.code == 2
+    assert "--engines goes with --backends ort or tensorrt" in capsys.readouterr().err
+
+
 def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, demo_onnx):
     folder = tmp_path / "onnx"
     shutil.copytree(demo_onnx, folder)

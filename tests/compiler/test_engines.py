@@ -9,7 +9,9 @@ import warnings
 import pytest
 import torch
 from diffusers import (
+    ControlNetModel,
     EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
@@ -139,7 +141,50 @@ def test_edited_weights_are_not_drawn_from_the_file(on_ort):
     hold(on_ort)
     with torch.no_grad():
         on_ort.unet.conv_in.weight[0] *= 1.5
-    eager_once(on_ort, "weights other than those the engine was made from")
+    eager_once(on_ort, "weights or settings other than those the engine was made from")
+
+
+def test_weights_that_come_back_are_drawn_from_the_file_again(on_ort):
+    weight = on_ort.unet.conv_in.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.5)
+    eager_once(on_ort, "weights or settings other than those")
+    with torch.no_grad():
+        weight.copy_(before)
+    hold(on_ort)
+
+
+def other_heads(pipe):
+    """Of the same weights: only the config tells."""
+    for module in pipe.unet.modules():
+        if type(module).__name__ == "Attention" and module.heads > 1:
+            module.heads = 1
+
+
+def test_other_settings_are_not_drawn_from_the_file(demo, demo_onnx, on_ort):
+    plain = draw(copy.deepcopy(demo))
+    other_heads(on_ort)
+    assert (draw(copy.deepcopy(on_ort)) - plain).abs().max() > 0.1  # a copy is diffusers' own
+    eager_once(on_ort, "weights or settings other than those")
+    pipe = copy.deepcopy(demo)
+    other_heads(pipe)
+    with pytest.raises(UserError, match="weights or settings other than those"):
+        fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
+
+
+def test_inference_mode_and_back(on_ort):
+    with torch.inference_mode():
+        draw(on_ort)
+    hold(on_ort)
+
+
+def test_sides_that_the_file_does_not_halve_run_eagerly(on_ort):
+    plain = copy.deepcopy(on_ort)
+    with pytest.warns(RuntimeWarning, match="the engine takes multiples of 4"):
+        got = draw(on_ort, height=72, width=56)
+    assert torch.allclose(got, draw(plain, height=72, width=56), atol=1e-5)
+    hold(on_ort)
 
 
 def test_lora_runs_eagerly_and_the_engine_again_without_it(on_ort):
@@ -152,13 +197,22 @@ def test_lora_runs_eagerly_and_the_engine_again_without_it(on_ort):
     hold(on_ort)
 
 
+def test_a_lora_that_is_switched_off_is_no_engine_either(demo):
+    pipe = copy.deepcopy(demo)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"])
+    pipe.unet.add_adapter(config, "a")
+    pipe.disable_lora()
+    with pytest.raises(UserError, match="unet cannot run on ort: a LoRA adapter"):
+        fastdiff.compile(pipe, Options(backend="ort"))
+
+
 def test_a_fused_lora_is_other_weights(on_ort):
     torch.manual_seed(1)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
     on_ort.unet.add_adapter(config, "a")
     on_ort.fuse_lora(components=["unet"])  # writes through .data
     on_ort.unload_lora_weights()
-    eager_once(on_ort, "weights other than those")
+    eager_once(on_ort, "weights or settings other than those")
 
 
 def test_what_the_engine_has_no_input_for_runs_eagerly(on_ort):
@@ -198,7 +252,7 @@ def test_an_engine_of_other_weights_is_refused(demo, demo_onnx):
     pipe = copy.deepcopy(demo)
     with torch.no_grad():
         pipe.unet.conv_out.bias += 1
-    with pytest.raises(UserError, match="unet cannot run on ort: weights other than those"):
+    with pytest.raises(UserError, match="unet cannot run on ort: weights or settings"):
         fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
     assert slot_of(pipe.unet) is None
 
@@ -208,6 +262,9 @@ BAD = {
     "has no readable export.json": lambda folder: (folder / "export.json").write_text("{"),
     "is fastdiff.export/0, this fastdiff reads": lambda folder: edit(
         folder, schema="fastdiff.export/0"
+    ),
+    "is damaged: it does not name its parts": lambda folder: edit(
+        folder, parts=[{"file": "unet/model.onnx"}]
     ),
     "holds no U-Net": lambda folder: edit(folder, parts=[]),
     "is not what was written": lambda folder: truncate(folder / "unet/model.onnx"),
@@ -232,6 +289,19 @@ def test_a_folder_that_cannot_be_used_is_named(demo, demo_onnx, tmp_path, messag
     with pytest.raises(UserError, match=message):
         fastdiff.compile(pipe, Options(backend="ort", engines=folder))
     assert slot_of(pipe.unet) is None
+
+
+def test_a_pipeline_that_gives_residuals_is_refused(demo, demo_onnx):
+    net = ControlNetModel.from_unet(demo.unet)
+    plain = {n: c for n, c in demo.components.items() if n != "image_encoder"}
+    pipe = StableDiffusionControlNetPipeline(**plain, controlnet=net, requires_safety_checker=False)
+    with pytest.raises(UserError, match="takes no residuals, which the controlnet of"):
+        fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
+
+
+def test_another_folder_is_not_passed_over(demo_onnx, on_ort):
+    with pytest.raises(UserError, match="unet runs on ort already; restore it first"):
+        fastdiff.compile(on_ort, Options(backend="ort", engines=demo_onnx))
 
 
 def test_options_that_contradict_are_named(demo):

@@ -29,7 +29,7 @@ def document():
         "plan_sha256": hashlib.sha256(PLAN).hexdigest(),
         "onnx_sha256": "0" * 64,
         "config_sha256": "1" * 64,
-        "weights_sha256": "2" * 64,
+        "network_sha256": "2" * 64,
         "numeric_check": None,
         "numeric_check_reason": "no GPU",
         "build_seconds": 3.5,
@@ -117,6 +117,25 @@ def test_another_schema(folder):
 def test_a_field_of_a_wrong_type(folder, key):
     (folder / "engine.json").write_text(json.dumps(document() | {key: True}))
     refused(folder, f"has True for {key}")
+
+
+DAMAGED = {
+    "part": ["../unet", "", "a/b"],
+    "compatible": [[1]],
+    "inputs": [{"sample": "float16"}],
+    "profiles": [
+        *([5], [{"sample": 5}], [{"sample": {"min": [1], "opt": [1]}}]),
+        [{"sample": {"min": [1], "opt": [1], "max": [1, 2]}}],
+        [{"sample": {"min": ["1"], "opt": [1], "max": [1]}}],
+    ],
+    "versions": [{"torch": 2}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in DAMAGED.items() for v in vs])
+def test_a_field_with_something_else_in_it(folder, key, value):
+    (folder / "engine.json").write_text(json.dumps(document() | {key: value}))
+    refused(folder, "engine.json has ")
 
 
 NULLABLE = {"numeric_check", "numeric_check_reason"}

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +17,8 @@ from fastdiff.bench import presets
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
 from fastdiff.export import onnx as exporter
-from fastdiff.export import parity
+from fastdiff.export import parity, picture
+from fastdiff.export.folder import check_new, new_folder
 from fastdiff.export.parts import parts
 
 FILES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -287,6 +289,18 @@ def test_a_failed_verdict_exits_1(tmp_path, monkeypatch):
     assert not json.loads((tmp_path / "out/parity.json").read_text())["passed"]
 
 
+def test_a_disk_that_is_full_after_the_files_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter, "export", lambda pipe, parts, out, *_: out.mkdir() or ())
+    monkeypatch.setattr(parity, "verify", lambda *_: parity.Parity((), 99.0))
+    monkeypatch.setattr("fastdiff.bench.results.write_file", fail)
+    code, _, err = run("export", "--onnx", tmp_path / "out", "--verify")
+    assert code == 2
+    assert f"{tmp_path}/out cannot be written: No space left on device" in err
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -313,6 +327,7 @@ BAD = {
     "the folder {tmp}/no does not exist": ("--onnx", "{tmp}/no/out"),
     "--opset is '99'; choose auto or 18 to 23": ("--onnx", "{tmp}/out", "--opset", "99"),
     "--opset is 'x'": ("--onnx", "{tmp}/out", "--opset", "x"),
+    "--opset is '²'": ("--onnx", "{tmp}/out", "--opset", "²"),
     "--dry-run writes nothing": ("--onnx", "{tmp}/out", "--dry-run", "--verify"),
     "--verify needs fp32 or fp16": ("--onnx", "{tmp}/out", "--dtype", "bf16", "--verify"),
     "--dtype is 'int8'": ("--onnx", "{tmp}/out", "--dtype", "int8"),
@@ -343,18 +358,68 @@ def test_networks_with_inputs_we_do_not_carry_are_refused(demo):
     pipe.unet.register_to_config(class_embed_type="timestep")
     with pytest.raises(UserError, match="unet has class_embed_type 'timestep'"):
         parts(pipe, torch.float32)
+    for key, value in (
+        ("sample_size", None),
+        ("sample_size", [8, 16]),
+        ("cross_attention_dim", [8]),
+    ):
+        pipe = copy.deepcopy(demo)
+        pipe.unet.register_to_config(**{key: value})
+        with pytest.raises(UserError, match=rf"unet has {key} .*; supported is one number"):
+            parts(pipe, torch.float32)
     pipe = copy.deepcopy(demo)
     pipe.vae = torch.nn.Linear(1, 1)
-    pipe.vae.config = demo.vae.config
     with pytest.raises(UserError, match="vae is a Linear; supported is AutoencoderKL"):
         parts(pipe, torch.float32)
 
 
-def test_a_vae_that_overflows_in_half_stays_in_single(demo):
-    pipe = copy.deepcopy(demo).to(torch.float16)
+def test_a_vae_that_overflows_in_half_stays_in_single(monkeypatch):
+    monkeypatch.setattr(presets, "PRESETS", SMALL)
+    pipe = presets.build("sdxl", SCALE, torch.float16, "cpu")
     pipe.vae.register_to_config(force_upcast=True)
     *_, unet, decoder, encoder = parts(pipe, torch.float16)
     assert unet.dtype is torch.float16
     assert {decoder.dtype, encoder.dtype} == {torch.float32}
     assert {weight.dtype for weight in decoder.module.parameters()} == {torch.float32}
     assert next(pipe.vae.parameters()).dtype is torch.float16
+
+
+def test_a_vae_that_diffusers_runs_in_half_is_in_half(demo):
+    """force_upcast is what a VAE's config says unless told otherwise; only XL looks at it."""
+    pipe = copy.deepcopy(demo).to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    networks = parts(pipe, torch.float16)
+    assert {part.dtype for part in networks} == {torch.float16}
+
+    def run_of(part):
+        module = copy.deepcopy(part.module)  # else it would be answered by itself
+        return lambda inputs: module(*inputs.values())
+
+    with torch.no_grad():
+        runs = {part.folder: run_of(part) for part in networks}
+        assert picture.psnr(pipe, networks, runs) >= 45
+
+
+def test_a_link_where_the_partial_folder_would_be_is_left_alone(tmp_path):
+    """Emptying it would empty what the link leads to."""
+    kept = tmp_path / "elsewhere/kept"
+    kept.parent.mkdir()
+    kept.touch()
+    (tmp_path / ".out.partial").symlink_to(kept.parent)
+    with pytest.raises(UserError, match=r"\.out\.partial is a link"), new_folder(tmp_path / "out"):
+        pass
+    assert kept.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failure", [PermissionError(13, "Permission denied"), None])
+def test_a_name_the_system_refuses_is_one_sentence(tmp_path, monkeypatch, failure):
+    if failure:  # a parent that may not be searched; not so for root
+
+        def stat(*_, **__):
+            raise failure
+
+        monkeypatch.setattr(Path, "stat", stat)
+    name = tmp_path / ("out" if failure else "a" * 300)
+    with pytest.raises(UserError, match=r"cannot be written: (Permission denied|File name too)"):
+        check_new(name)

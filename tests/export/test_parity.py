@@ -318,12 +318,35 @@ def test_any_runtime_can_be_held_to_it(small, wrong):
     assert all(row.passed for row in parity.verify_part(part, run))
     rows = parity.verify_part(part, broken)
     assert {row.output for row in rows if not row.passed} == {"pooler_output"}
-    report = parity.to_dict(parity.Parity(tuple(rows), float("-inf"), {"text_encoder": None}))
+    report = parity.to_dict(
+        parity.Parity(tuple(rows), float("-inf"), faults={"text_encoder": None})
+    )
     assert json.dumps(report, allow_nan=False)
     assert (report["psnr_db"], report["passed"]) == (None, False)
-    text = parity.to_markdown(parity.Parity(tuple(rows), float("-inf"), {"text_encoder": None}))
+    text = parity.to_markdown(
+        parity.Parity(tuple(rows), float("-inf"), faults={"text_encoder": None})
+    )
     assert "**FAILED**" in text
     assert "text_encoder parts from torch at no one operation" in text
+
+
+def test_pictures_are_compared_before_a_safety_checker_blackens_both(demo):
+    pipe = copy.copy(demo)
+
+    def blacken(images, **_):
+        return torch.zeros_like(images), [True] * len(images)
+
+    pipe.register_modules(
+        safety_checker=blacken, feature_extractor=lambda *_, **__: SimpleNamespace(to=lambda *_: {})
+    )
+    networks = parts(pipe, torch.float32)
+    modules = {part.folder: copy.deepcopy(part.module) for part in networks}
+    runs = {name: lambda inputs, net=net: net(*inputs.values()) for name, net in modules.items()}
+    decode = runs["vae_decoder"]
+    with torch.no_grad():
+        runs["vae_decoder"] = lambda inputs: (-decode(inputs)[0],)
+        assert picture.psnr(pipe, networks, runs) < 20
+    assert pipe.safety_checker is blacken
 
 
 def test_an_output_of_another_shape_fails(small):

@@ -238,7 +238,7 @@ def engine(folder, flavor="tensorrt", target="sm_89", part="vae_decoder", **fiel
         "plan_sha256": fingerprint.of_files(place / "model.plan"),
         "onnx_sha256": "",
         "config_sha256": "",
-        "weights_sha256": "",
+        "network_sha256": "",
         "numeric_check": None,
         "numeric_check_reason": "not run",
         "build_seconds": 1.0,

@@ -20,13 +20,14 @@ import torch
 from command import run
 
 import fastdiff
-from fastdiff.bench.progress import phases
+from fastdiff.bench.progress import phases, status
 from fastdiff.engines import trt
 from fastdiff.errors import UserError
 from fastdiff.export import onnx as exporter
 from fastdiff.export import shapes
 from fastdiff.export import trt as builder
 from fastdiff.export.parts import parts, unet_part
+from fastdiff.models.watch import SETTINGS
 
 TARGETS = ("sm_89", "sm_120")
 PROFILES = {  # of the demo: 64 pixels, 4 to a latent, a text of 24 tokens; guidance doubles
@@ -134,7 +135,7 @@ def test_a_manifest_says_what_the_plan_is(built, networks, part, target):
     }
     assert {key: document[key] for key in expected} == expected
     assert document["numeric_check_reason"].startswith("not run")
-    assert document["weights_sha256"] == weights_sha256(network.source)
+    assert document["network_sha256"] == network_sha256(network.source)
     assert [ends(profile) for profile in document["profiles"]] == [PROFILES[part]]
     # The plan's own account of its GPU, its tensors and the shapes it takes.
     assert plan.count(b"accelerators={" + target.replace("_", "").encode() + b" }") == 1
@@ -147,12 +148,16 @@ def test_a_manifest_says_what_the_plan_is(built, networks, part, target):
                 assert int64s([*shape[:-1], shape[-1] + 1]) not in plan
 
 
-def weights_sha256(module):
-    """As documented: name, dtype and shape of each, then its bytes, by name."""
+def network_sha256(module):
+    """As documented: name, dtype and shape of each, then its bytes, by name; then the settings."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.numpy().tobytes())
+    for name, part in module.named_modules():
+        for key in SETTINGS:
+            if vars(part).get(key) is not None:
+                digest.update(f"{(name, key, vars(part)[key])}\n".encode())
     return digest.hexdigest()
 
 
@@ -363,6 +368,36 @@ def test_phases_are_told_and_drawn(encoder, monkeypatch, capsys):
     drawn = capsys.readouterr().err
     assert "one line" in drawn
     assert started[0] in drawn
+
+
+@pytest.mark.parametrize("name", ["/tmp/a[/b]c", "a[bold]b", ":heart:"])
+def test_names_are_drawn_as_they_are(monkeypatch, capsys, name):
+    for terminal in ("1", "0"):
+        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+        with status() as log:
+            log(name)
+        assert name in capsys.readouterr().err
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with phases() as progress:
+        progress.log(name)
+        progress.start(name, None, 1)
+        progress.finish(name)
+
+
+def test_an_ignored_ctrl_c_stays_ignored(encoder):
+    """As a shell asks of what it puts in the background."""
+    seen = set()
+    watch = SimpleNamespace(
+        start=SILENT.start,
+        step=lambda phase: seen.add(signal.getsignal(signal.SIGINT)),
+        finish=SILENT.finish,
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trt.build("rtx", file_of(encoder), order(encoder.part), watch)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == {signal.SIG_IGN}
 
 
 @pytest.fixture
