@@ -209,5 +209,5 @@ def test_what_cannot_be_fused_is_one_sentence(tmp_path, monkeypatch):
     assert "--ort-fused goes with --onnx" in refused("--triton-repo", out)
     assert "--ort-fused needs --opset 18 to 20, got 21" in refused("--onnx", out, "--opset", 21)
     assert "--ort-fused needs fp32 or fp16" in refused("--onnx", out, "--dtype", "bf16")
-    monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of: parts(*of)[:1])
+    monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of, **how: parts(*of, **how)[:1])
     assert "no GroupNorm here fits ONNX Runtime's" in refused("--onnx", out)
