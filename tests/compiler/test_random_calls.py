@@ -1,6 +1,5 @@
 """Two hundred calls drawn at random, each against the same call of the uncompiled pipeline."""
 
-import gc
 import os
 import random
 from pathlib import Path
@@ -9,6 +8,7 @@ from statistics import median
 import diffusers
 import pytest
 import torch
+from alive import live_bytes
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 
@@ -131,17 +131,6 @@ def draw(pipe, call):
             generator=generator,
             output_type="latent",
         ).images.double()
-
-
-def live_bytes():
-    """Memory of all tensors that are alive."""
-    gc.collect()
-    storages = {
-        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
-        for thing in gc.get_objects()
-        if issubclass(type(thing), torch.Tensor)
-    }
-    return sum(storages.values())
 
 
 def resident_bytes():

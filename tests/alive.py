@@ -1,0 +1,14 @@
+"""Memory of the tensors that are alive, for tests that it does not grow."""
+
+import gc
+
+import torch
+
+KINDS = (torch.Tensor, torch.nn.Parameter)
+"""By exact type: the fake tensors that an export leaves behind are not memory."""
+
+
+def live_bytes() -> int:
+    gc.collect()
+    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in KINDS]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
