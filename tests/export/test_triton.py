@@ -203,7 +203,7 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
         file.write(b"\0")
     assert "unet/model.onnx is not what was written" in told(lambda d: None)
     (source / "unet/model.onnx").unlink()
-    assert "unet/model.onnx is not what was written" in told(lambda d: None)
+    assert "unet/model.onnx cannot be read" in told(lambda d: None)
 
 
 def test_a_network_of_contrib_operators_is_put_on_a_gpu(demo_onnx):
