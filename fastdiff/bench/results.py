@@ -1,7 +1,6 @@
 """What a bench hands back, and its file: schema `fastdiff.bench/1`."""
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 from fastdiff.bench.receipt import Receipt
 from fastdiff.bench.stats import Ratio
 from fastdiff.errors import UserError
+from fastdiff.jsonable import finite
 
 SCHEMA = "fastdiff.bench/1"
 
@@ -58,7 +58,7 @@ class Result:
 
 def to_json(result: Result) -> str:
     """The result as schema `fastdiff.bench/1`; infinities and NaN as null."""
-    document = _finite({"schema": SCHEMA, **asdict(result)})
+    document = finite({"schema": SCHEMA, **asdict(result)})
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
@@ -83,13 +83,3 @@ def check_writable(path: Path, option: str) -> None:
         raise UserError(f"{option} {path} is a folder; give a file name")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{option} {path}: the folder {path.parent} cannot be written to")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

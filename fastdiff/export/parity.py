@@ -17,6 +17,7 @@ from fastdiff.export.fault import Fault
 from fastdiff.export.onnx import to_program
 from fastdiff.export.parts import Part, draw
 from fastdiff.export.picture import Run
+from fastdiff.jsonable import finite
 from fastdiff.kernels.contract import judge
 
 SCHEMA = "fastdiff.parity/1"
@@ -166,16 +167,8 @@ def to_dict(parity: Parity) -> dict[str, Any]:
             name: None if fault is None else asdict(fault) for name, fault in parity.faults.items()
         },
     }
-    finite: dict[str, Any] = _finite(document)
-    return finite
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    told: dict[str, Any] = finite(document)
+    return told
 
 
 def worst(parity: Parity) -> list[tuple[Row, int]]:
