@@ -3,6 +3,7 @@
 >>> import fastdiff
 >>> pipe = fastdiff.compile(pipe)      # in place; the same object comes back
 >>> print(fastdiff.report(pipe))       # what runs fast, what runs eagerly, and why
+>>> print(fastdiff.roofline(pipe))     # what each block costs a GPU at least
 >>> fastdiff.restore(pipe)             # as if nothing had happened
 
 Names are resolved when they are first used, so that ``fastdiff --help`` does not import torch.
@@ -12,11 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdiff.bench.roofline import roofline
     from fastdiff.compiler import Options, compile, report, restore
     from fastdiff.demo import load_demo
 
 __version__ = "0.1.0"
-__all__ = ["Options", "__version__", "compile", "load_demo", "report", "restore"]
+__all__ = ["Options", "__version__", "compile", "load_demo", "report", "restore", "roofline"]
 
 _HOME = {
     "Options": "fastdiff.compiler",
@@ -24,6 +26,7 @@ _HOME = {
     "load_demo": "fastdiff.demo",
     "report": "fastdiff.compiler",
     "restore": "fastdiff.compiler",
+    "roofline": "fastdiff.bench.roofline",
 }
 
 

@@ -72,11 +72,14 @@ class Counter(TorchDispatchMode):
     """Tallies the ops of this thread that run on `device`.
 
     `called`: names of the C++ kernels called meanwhile, which `counting` leaves uncomputed.
+    `blocks`: the same tallies by the block that is under way, as whoever is `watching` sets it.
     """
 
     def __init__(self, device: torch.device, called: list[str]) -> None:
         super().__init__()
         self.work: defaultdict[str, Tally] = defaultdict(Tally)
+        self.blocks: defaultdict[str, Tally] = defaultdict(Tally)
+        self.block = ""
         self._device = device.type
         self._called = called
 
@@ -136,8 +139,9 @@ class Counter(TorchDispatchMode):
             return
         read, written = _moved(op, name, args, kwargs, result)
         if written or name == "_local_scalar_dense":
-            kind = _kind(op, name)
-            self.work[kind] = self.work[kind].plus(Tally(1, read + written, flops))
+            kind, launch = _kind(op, name), Tally(1, read + written, flops)
+            self.work[kind] = self.work[kind].plus(launch)
+            self.blocks[self.block] = self.blocks[self.block].plus(launch)
 
 
 def _moved(op: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:

@@ -44,10 +44,23 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write fastdiff.bench/1 here.")
     ] = None,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Instead: what each block costs a GPU at least.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="With --roofline: h200, rtx4090, …; the one here if absent.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --roofline: time each block here, on a CPU too.")
+    ] = False,
 ) -> None:
     """Steps per second of each backend side by side, with the quality receipt."""
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
+    if roofline or gpu or measure:
+        from fastdiff.cli.price import price
+
+        return price(context)
     from fastdiff.bench.backends import ON_ENGINES, choose
     from fastdiff.bench.machine import commit, machine, versions
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps

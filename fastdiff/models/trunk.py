@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.linear import linear
+from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import (
     Columns,
     Down,
@@ -79,31 +80,34 @@ class Trunk:
             The middle's output, and what each layer of the down half hands to the up half.
         """
         inner = list(inner)
-        x = conv2d(x, self.conv_in.weight, self.conv_in.bias, residual=condition)
-        x = x if rows.shape[0] == 1 else repeated(x, rows.shape[0])
+        with scope("conv in"):
+            x = conv2d(x, self.conv_in.weight, self.conv_in.bias, residual=condition)
+            x = x if rows.shape[0] == 1 else repeated(x, rows.shape[0])
         skips = [x]
-        for stage in self.downs:
-            for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
-                x = resnet(x, rows)
-                x = x if transformer is None else transformer(x, text, images, mask)
-                skips.append(x)
-            # diffusers adds before the resampler in a block with cross-attention, else after it
-            if inner and stage.transformers[-1] is not None:
-                x = skips[-1] = x + inner.pop(0)
-            if stage.down is not None:
-                x = stage.down(x)
-                skips.append(x)
-            if inner and stage.transformers[-1] is None:
-                x = skips[-1] = x + inner.pop(0)
+        for i, stage in enumerate(self.downs):
+            with scope(f"down {i}"):
+                for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
+                    x = resnet(x, rows)
+                    x = x if transformer is None else transformer(x, text, images, mask)
+                    skips.append(x)
+                # diffusers adds before the resampler in a block with cross-attention, else after it
+                if inner and stage.transformers[-1] is not None:
+                    x = skips[-1] = x + inner.pop(0)
+                if stage.down is not None:
+                    x = stage.down(x)
+                    skips.append(x)
+                if inner and stage.transformers[-1] is None:
+                    x = skips[-1] = x + inner.pop(0)
         if self.mid is not None:
-            x = self.mid.resnets[0](x, rows)
-            for transformer, resnet in zip(
-                self.mid.transformers, self.mid.resnets[1:], strict=True
-            ):
-                x = x if transformer is None else transformer(x, text, images, mask)
-                x = resnet(x, rows)
-            if inner and inner[0].shape == x.shape:
-                x = x + inner.pop(0)
+            with scope("mid"):
+                x = self.mid.resnets[0](x, rows)
+                for transformer, resnet in zip(
+                    self.mid.transformers, self.mid.resnets[1:], strict=True
+                ):
+                    x = x if transformer is None else transformer(x, text, images, mask)
+                    x = resnet(x, rows)
+                if inner and inner[0].shape == x.shape:
+                    x = x + inner.pop(0)
         return x, skips
 
     @property
@@ -113,7 +117,8 @@ class Trunk:
 
     def text_rows(self, encoder_hidden_states: Tensor) -> Tensor:
         """Keys and values of every cross-attention: [B, T, all their widths]."""
-        return linear(encoder_hidden_states, self.text.weight, self.text.bias)
+        with scope("text rows"):
+            return linear(encoder_hidden_states, self.text.weight, self.text.bias)
 
     def time_rows(
         self,
@@ -127,15 +132,16 @@ class Trunk:
         `timestep` [...] and the conditions [B, ...] broadcast: [B] gives a row for each picture,
         [S, 1] every picture's rows of S steps.
         """
-        dtype = self.rows.weight.dtype
-        embedding = self.time(self.sinusoid(timestep).to(dtype), timestep_cond)
-        if self.added is not None and self.added_sinusoid is not None:
-            assert text_embeds is not None
-            assert time_ids is not None
-            sizes = self.added_sinusoid(time_ids.flatten()).reshape(len(text_embeds), -1)
-            added = torch.cat([text_embeds, sizes], dim=-1).to(dtype)
-            embedding = embedding + self.added(added)
-        return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
+        with scope("time rows"):
+            dtype = self.rows.weight.dtype
+            embedding = self.time(self.sinusoid(timestep).to(dtype), timestep_cond)
+            if self.added is not None and self.added_sinusoid is not None:
+                assert text_embeds is not None
+                assert time_ids is not None
+                sizes = self.added_sinusoid(time_ids.flatten()).reshape(len(text_embeds), -1)
+                added = torch.cat([text_embeds, sizes], dim=-1).to(dtype)
+                embedding = embedding + self.added(added)
+            return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
 
 
 def borrow_stage(block: Any, part: str, loan: Loan, rows: Columns, text: CrossColumns) -> Stage:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.concat import concat
 from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import channels_first, channels_last, group_norm, require
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
@@ -104,14 +105,16 @@ class UNet(Trunk):
         if control:
             skips = [s + r for s, r in zip(skips, control[:-1], strict=True)]
             x = x + control[-1]
-        for stage in self.ups:
-            for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
-                x = resnet(concat(x, skips.pop()), rows)
-                x = x if transformer is None else transformer(x, text, images, text_mask)
-            if stage.up is not None:  # to the size of the skips it meets next, odd ones too
-                x = stage.up(x, (skips[-1].shape[1], skips[-1].shape[2]))
-        x = group_norm(x, self.norm_out, silu=True)
-        return conv2d(x, self.conv_out.weight, self.conv_out.bias)
+        for i, stage in enumerate(self.ups):
+            with scope(f"up {i}"):
+                for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
+                    x = resnet(concat(x, skips.pop()), rows)
+                    x = x if transformer is None else transformer(x, text, images, text_mask)
+                if stage.up is not None:  # to the size of the skips it meets next, odd ones too
+                    x = stage.up(x, (skips[-1].shape[1], skips[-1].shape[2]))
+        with scope("out"):
+            x = group_norm(x, self.norm_out, silu=True)
+            return conv2d(x, self.conv_out.weight, self.conv_out.bias)
 
     def image_rows(self, image_embeds: Any) -> tuple[Tensor, ...]:
         """Keys and values of every cross-attention for the IP-Adapters' pictures; see there."""

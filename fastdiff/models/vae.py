@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import (
     Down,
     PictureAttention,
@@ -64,11 +65,15 @@ class Decoder:
 
     def run(self, x: Tensor) -> Tensor:
         """The same, channels last throughout."""
-        x = conv2d(x, self.conv_in.weight, self.conv_in.bias)
-        x = self.mid(x)
-        for stage in self.stages:
-            x = stage(x)
-        return _finish(x, self.norm_out, self.conv_out)
+        with scope("VAE conv in"):
+            x = conv2d(x, self.conv_in.weight, self.conv_in.bias)
+        with scope("VAE mid"):
+            x = self.mid(x)
+        for i, stage in enumerate(self.stages):
+            with scope(f"VAE up {i}"):
+                x = stage(x)
+        with scope("VAE out"):
+            return _finish(x, self.norm_out, self.conv_out)
 
     def __call__(self, sample: Tensor) -> Tensor:
         return channels_first(self.run(channels_last(sample)))

@@ -1,0 +1,163 @@
+"""The launches, bytes and FLOPs of a picture by block, and its calls to be made and timed again.
+
+The networks name their blocks themselves (`kernels.observe.scope`); what surrounds them is wrapped
+here while a picture is counted: the text encoders, what is hoisted, the step, the autoencoder.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastdiff.bench.tally import Counter, Tally
+from fastdiff.compiler import denoise
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.errors import UserError
+from fastdiff.kernels.observe import counting, scope, watching
+from fastdiff.runtime.loop import Run
+
+STEP, REST = "guided step", "the rest"
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block takes each time that it runs."""
+
+    name: str
+    per: str
+    """"step" for what every step repeats, "image" for what is done once."""
+    work: Tally
+
+
+@dataclass
+class _Ledger:
+    """What a picture has entered so far."""
+
+    per: str = "image"
+    seen: dict[str, str] = field(default_factory=dict)
+    """Per what, by block; ordered by when each was left, so that what a block holds beside its
+    inner ones comes after them."""
+    calls: list[Callable[[], object]] = field(default_factory=list)
+
+    def told(self, block: str) -> None:
+        self.seen.pop(block, None)
+        self.seen[block] = self.per
+
+
+def count_blocks(
+    pipe: Any, draw: Callable[[], object]
+) -> tuple[list[Block], list[Callable[[], object]]]:
+    """Count what `draw` makes a compiled pipeline do, block by block.
+
+    Only the first step is run: on a plan each is like another. Pictures are void on a CPU.
+
+    Returns:
+        The blocks in the order in which a picture leaves them, the step's once; the calls that
+        make up a picture with one step, which run again, unrecorded, when called.
+
+    Raises:
+        UserError: the loop does not run as a plan.
+    """
+    device = torch.device(pipe.device)
+    with _one_step(_Ledger()):
+        _count(draw, device, _Ledger())  # what is kept for the next image is no cost of an image
+    ledger = _Ledger()
+    with ExitStack() as stack:
+        stack.enter_context(_one_step(ledger))
+        for owner, name, block in _entrances(pipe):
+            stack.enter_context(_entered(owner, name, block, ledger))
+        tallies = _count(draw, device, ledger)
+    if STEP not in ledger.seen:
+        loop = loop_of(pipe)
+        reason = "its loop is not compiled" if loop is None else "; ".join(loop.own)
+        raise UserError(f"only a loop that runs as a plan can be priced, and here {reason}")
+    order = [block for block in ledger.seen if block] + [""]
+    blocks = [
+        Block(name or REST, ledger.seen.get(name, "image"), tallies[name])
+        for name in order
+        if tallies.get(name, Tally()) != Tally()
+    ]
+    return blocks, ledger.calls
+
+
+def _count(draw: Callable[[], object], device: torch.device, ledger: _Ledger) -> dict[str, Tally]:
+    with counting() as called, Counter(device, called) as counter:
+
+        def told(block: str) -> None:
+            counter.block = block
+            ledger.told(block)
+
+        with watching(told):
+            draw()
+    return dict(counter.blocks)
+
+
+@contextmanager
+def _one_step(ledger: _Ledger) -> Iterator[None]:
+    """Every loop runs its first step only; that is a block."""
+    advance = Run.advance
+
+    def first(run: Run, noise: torch.Tensor | None = None) -> None:
+        if run.at > 0:
+            run.at += 1
+            return
+
+        def again() -> None:
+            run.at = 0
+            with scope(STEP):
+                advance(run, noise)
+
+        ledger.calls.append(again)
+        ledger.per = "step"
+        again()
+        ledger.per = "image"
+
+    with _replaced(Run, "advance", first):
+        yield
+
+
+def _entrances(pipe: Any) -> Iterator[tuple[Any, str, str]]:
+    """What a picture enters beside its steps: an owner, the attribute that it calls, a name."""
+    yield pipe.text_encoder, "forward", "text encoder"
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        yield pipe.text_encoder_2, "forward", "text encoder 2"
+    yield denoise, "hoist", "hoist"
+    slot = slot_of(pipe.vae.decoder)
+    if slot is not None and slot.network is not None:
+        yield slot.network.run, "function", "VAE"
+    else:
+        yield pipe.vae.decoder, "forward", "VAE"
+
+
+@contextmanager
+def _entered(owner: Any, name: str, block: str, ledger: _Ledger) -> Iterator[None]:
+    """Calls of an attribute are a block, and kept."""
+    function = getattr(owner, name)
+
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        def again() -> Any:
+            with scope(block):
+                return function(*args, **kwargs)
+
+        ledger.calls.append(again)
+        return again()
+
+    with _replaced(owner, name, enter):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner` has another attribute within it; afterwards its own, or its class's, again."""
+    inherited, before = name not in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,0 +1,101 @@
+"""What GPUs can do at most: figures of their makers, and rates measured on them where we have any.
+
+Products are dense (datasheets like to print the rate for half of the weights being zero, twice as
+much) and accumulate in float32, as torch's do; GeForce cards are twice as fast when they do not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastdiff.errors import UserError
+
+_HOPPER = "NVIDIA H100 Tensor Core GPU datasheet, its rates with sparsity halved"
+_ADA = "NVIDIA Ada GPU Architecture whitepaper v2.01, appendix"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU. Rates: 1e12 FLOP/s and 1e12 bytes/s; memory: 1e9 bytes."""
+
+    name: str
+    """As `--gpu` takes it."""
+    device: str
+    """As `torch.cuda.get_device_name` tells it."""
+    arch: str
+    tflops_fp16: float
+    """float16 and bfloat16 products in the tensor cores."""
+    tflops_fp32: float
+    """float32 products in the tensor cores (TF32), the fastest that torch may choose."""
+    bandwidth: float
+    memory: int
+    source: str
+    measured_tflops: float | None = None
+    """A large bfloat16 matrix product."""
+    measured_bandwidth: float | None = None
+    """A large copy, read and written bytes together."""
+    measured_source: str | None = None
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """FLOP/s that products of a dtype reach at most: as measured, else as the maker says."""
+        if dtype == torch.float32:
+            return 1e12 * self.tflops_fp32
+        return 1e12 * (self.measured_tflops or self.tflops_fp16)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of device memory, as measured, else as the maker says."""
+        return 1e12 * (self.measured_bandwidth or self.bandwidth)
+
+
+_ALL = (
+    Gpu(
+        *("h200", "NVIDIA H200", "sm_90", 989.4, 494.7, 4.8, 141),
+        "NVIDIA H200 Tensor Core GPU datasheet, its rates with sparsity halved",
+        measured_tflops=790.0,
+        measured_bandwidth=4.3,
+        measured_source="a large bfloat16 product and a copy on an H200, rounded; no samples kept",
+    ),
+    Gpu("h100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4, 494.7, 3.35, 80, _HOPPER),
+    Gpu("h100-pcie", "NVIDIA H100 PCIe", "sm_90", 756.0, 378.0, 2.0, 80, _HOPPER),
+    Gpu(
+        *("b200", "NVIDIA B200", "sm_100", 2250.0, 1100.0, 8.0, 180),
+        "NVIDIA Blackwell datasheet, HGX B200, its rates with sparsity halved",
+    ),
+    Gpu(
+        *("a100-80", "NVIDIA A100-SXM4-80GB", "sm_80", 312.0, 156.0, 2.039, 80),
+        "NVIDIA A100 Tensor Core GPU datasheet",
+    ),
+    Gpu("l40s", "NVIDIA L40S", "sm_89", 362.05, 183.0, 0.864, 48, "NVIDIA L40S datasheet"),
+    Gpu(
+        *("l4", "NVIDIA L4", "sm_89", 121.0, 60.0, 0.3, 24),
+        "NVIDIA L4 datasheet, its rates with sparsity halved",
+    ),
+    Gpu(
+        *("rtx5090", "NVIDIA GeForce RTX 5090", "sm_120", 209.5, 104.8, 1.792, 32),
+        "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix",
+    ),
+    Gpu("rtx4090", "NVIDIA GeForce RTX 4090", "sm_89", 165.2, 82.6, 1.008, 24, _ADA),
+    Gpu(
+        *("rtx3090", "NVIDIA GeForce RTX 3090", "sm_86", 71.0, 35.6, 0.936, 24),
+        "NVIDIA Ampere GA102 GPU Architecture whitepaper v2, appendix",
+    ),
+)
+GPUS = {gpu.name: gpu for gpu in _ALL}
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU called `name`; UserError, with all names, where there is none."""
+    if name.lower() not in GPUS:
+        raise UserError(f"--gpu is {name!r}; choose one of {', '.join(GPUS)}")
+    return GPUS[name.lower()]
+
+
+def gpu_called(device: str) -> Gpu | None:
+    """The GPU that torch calls `device`, None if not in the table: a laptop's is another one."""
+    return next((gpu for gpu in _ALL if gpu.device == device), None)
+
+
+def gpu_here() -> Gpu | None:
+    """The GPU that torch sees first; None without one, and where it is not in the table."""
+    return gpu_called(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None

@@ -1,0 +1,251 @@
+"""Blocks against the whole, against torch's own counter on diffusers' modules, floors by hand."""
+
+import copy
+import json
+
+import pytest
+import torch
+from command import run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdiff
+from fastdiff.bench import presets
+from fastdiff.bench.counters import count_pipe
+from fastdiff.bench.gpus import GPUS, Gpu, gpu_called, gpu_named
+from fastdiff.bench.roofline import Roofline, floor, roofline
+from fastdiff.bench.stopwatch import time_blocks
+from fastdiff.bench.tally import Counter, Tally, total
+from fastdiff.bench.timing import GUIDANCE_SCALE
+from fastdiff.compiler.slot import slot_of
+from fastdiff.errors import UserError
+from fastdiff.kernels.observe import counting, scope, watching
+
+SIDE, STEPS = 64, 3
+PARTS = ("launches", "flops", "bytes")
+
+
+@pytest.fixture(scope="module")
+def pipe(demo):
+    return copy.deepcopy(demo)
+
+
+@pytest.fixture(scope="module")
+def priced(pipe):
+    """The demo on an H200, measured here; `pipe` is eager again afterwards."""
+    return roofline(pipe, "h200", steps=STEPS, rounds=2)
+
+
+def row(priced: Roofline, block: str):
+    return next(row for row in priced.rows if row.block == block)
+
+
+def test_scopes_nest_and_cost_nothing_to_others():
+    heard = []
+    with watching(heard.append), scope("a"):
+        with scope("b"):
+            pass
+        with pytest.raises(ZeroDivisionError), scope("c"):
+            _ = 1 / 0
+    assert heard == ["a", "b", "a", "c", "a", ""]
+    assert scope("d") is scope("e")  # nobody watches
+
+
+def test_blocks_add_up_to_a_whole_picture_with_all_its_steps(pipe, priced):
+    """Counted without blocks, no step left out: the first one does stand for all."""
+    compiled = fastdiff.compile(copy.deepcopy(pipe))
+
+    def draw():
+        compiled("red heart", height=SIDE, width=SIDE, num_inference_steps=STEPS,
+                 guidance_scale=GUIDANCE_SCALE, output_type="pt")  # fmt: skip
+
+    for _ in range(2):
+        with counting() as called, Counter(compiled.device, called) as counter:
+            draw()
+    whole = total(counter.work)
+    times = {"step": STEPS, "image": 1}
+    for part in PARTS:
+        added = sum(times[row.per] * getattr(row, part) for row in priced.rows)
+        assert added == getattr(whole, part), part
+    assert total(counter.blocks) == whole
+
+
+def test_blocks_of_a_step_add_up_to_what_count_tells(pipe, priced):
+    *_, fast = count_pipe(copy.deepcopy(pipe), STEPS, SIDE, SIDE)
+    step = total(fast.counts.step)
+    rows = [row for row in priced.rows if row.per == "step"]
+    assert sum(row.bytes for row in rows) <= step.bytes  # which holds a row of time as well
+    time = step.flops - sum(row.flops for row in rows)
+    named = pipe.unet.named_modules()
+    layers = [m for n, m in named if n.endswith(("time_emb_proj", "linear_1", "linear_2"))]
+    assert time == sum(2 * layer.weight.numel() for layer in layers)
+
+
+@torch.no_grad()
+def test_flops_of_blocks_are_those_of_torch_on_diffusers_modules(pipe, priced):
+    """A guided step gives the middle and the up blocks two pictures; ours make no rows there."""
+    side = SIDE // pipe.vae_scale_factor
+    latents = torch.randn(2, 4, side, side)
+    text = torch.randn(2, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        pipe.unet(latents, 7, text)
+        pipe.vae.decode(latents[:1])
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    unet, decoder = type(pipe.unet).__name__, type(pipe.vae.decoder).__name__
+
+    def hoisted(block):
+        layers = dict(block.named_modules())
+        time = sum(2 * 2 * m.weight.numel() for n, m in layers.items() if "time_emb_proj" in n)
+        keys = [m for n, m in layers.items() if n.endswith(("attn2.to_k", "attn2.to_v"))]
+        return time + sum(2 * text.shape[0] * text.shape[1] * m.weight.numel() for m in keys)
+
+    theirs = {"mid": (f"{unet}.mid_block", pipe.unet.mid_block)}
+    for i, block in enumerate(pipe.unet.up_blocks):
+        theirs[f"up {i}"] = (f"{unet}.up_blocks.{i}", block)
+    theirs["VAE mid"] = (f"{decoder}.mid_block", pipe.vae.decoder.mid_block)
+    for i, block in enumerate(pipe.vae.decoder.up_blocks):
+        theirs[f"VAE up {i}"] = (f"{decoder}.up_blocks.{i}", block)
+    for block, (name, module) in theirs.items():
+        found = next(flops for key, flops in counts.items() if key.endswith(name))
+        assert row(priced, block).flops == found - hoisted(module), block
+
+
+def test_every_block_is_there_once_in_the_order_of_a_picture(priced):
+    names = [row.block for row in priced.rows]
+    assert names == [
+        *("text encoder", "text rows", "time rows", "conv in", "down 0", "down 1", "down 2"),
+        *("mid", "up 0", "up 1", "up 2", "out", "guided step"),
+        *("VAE conv in", "VAE mid", "VAE up 0", "VAE up 1", "VAE up 2", "VAE out", "the rest"),
+    ]
+    step = names[names.index("conv in") : names.index("VAE conv in")]
+    assert [row.block for row in priced.rows if row.per == "step"] == step
+
+
+def test_measured_where_a_block_runs_again_by_itself(priced):
+    for row in priced.rows:
+        if row.block == "the rest":
+            assert row.measured_ms is None
+        else:
+            assert row.measured_ms > 0, row.block
+
+
+def test_a_stopwatch_gives_a_blocks_time_to_the_block():
+    def work():
+        with scope("a"):
+            torch.randn(10)
+            with scope("b"):
+                torch.randn(10)
+
+    times = time_blocks([work, work], 3, torch.device("cpu"))
+    assert set(times) == {"", "a", "b"}
+    assert all(ms > 0 for ms in times.values())
+
+
+def test_floors_by_hand():
+    gpu = Gpu("x", "X", "sm_1", 100.0, 50.0, 2.0, 8, "a test")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert floor(Tally(9, 10**9, 10**12), gpu, bf16) == (pytest.approx(10.0), "compute")
+    assert floor(Tally(9, 10**9, 10**12), gpu, fp32) == (pytest.approx(20.0), "compute")
+    assert floor(Tally(9, 10**12, 10**12), gpu, bf16) == (pytest.approx(500.0), "memory")
+    h200 = GPUS["h200"]  # as measured, where it was
+    assert floor(Tally(1, 0, 79 * 10**10), h200, bf16) == (pytest.approx(1.0), "compute")
+    assert floor(Tally(1, 43 * 10**8, 0), h200, bf16) == (pytest.approx(1.0), "memory")
+
+
+def test_shares_and_sums_of_floors(priced):
+    assert sum(row.share for row in priced.rows) == pytest.approx(1)
+    step = sum(row.floor_ms for row in priced.rows if row.per == "step")
+    once = sum(row.floor_ms for row in priced.rows if row.per == "image")
+    assert priced.step_ms == pytest.approx(step)
+    assert priced.image_ms == pytest.approx(STEPS * step + once)
+    up = row(priced, "up 2")
+    assert up.share == pytest.approx(STEPS * up.floor_ms / priced.image_ms)
+
+
+def test_gpus():
+    for name, gpu in GPUS.items():
+        assert gpu_named(name.upper()) is gpu
+        assert gpu_called(gpu.device) is gpu
+        assert (gpu.measured_tflops or 0) <= gpu.tflops_fp16
+        assert (gpu.measured_bandwidth or 0) <= gpu.bandwidth
+        assert gpu.tflops_fp32 <= gpu.tflops_fp16 / 2 + 3  # L40S: its datasheet rounds
+    assert gpu_called("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+    with pytest.raises(UserError, match="--gpu is 'voodoo'; choose one of h200, h100"):
+        gpu_named("voodoo")
+
+
+def test_the_pipeline_is_left_as_it_was(pipe, priced):
+    assert slot_of(pipe.unet) is None
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert "forward" not in vars(pipe.text_encoder)
+    assert pipe._progress_bar_config == {"disable": True}
+    compiled = fastdiff.compile(copy.deepcopy(pipe))
+    again = roofline(compiled, "h200", steps=STEPS)
+    assert slot_of(compiled.unet) is not None
+    for one, other in zip(again.rows, priced.rows, strict=True):
+        assert [getattr(one, p) for p in PARTS] == [getattr(other, p) for p in PARTS]
+    images = compiled("red heart", num_inference_steps=2, output_type="pt").images
+    assert images.std() > 0  # it computes
+
+
+def test_what_cannot_be_priced(pipe):
+    with pytest.raises(UserError, match="a Linear cannot be priced"):
+        roofline(torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match="price bfloat16"):
+        roofline(copy.deepcopy(pipe).to(torch.float16))
+    clipping = copy.deepcopy(pipe)
+    clipping.scheduler.register_to_config(clip_sample=True)
+    with pytest.raises(UserError, match="only a loop that runs as a plan can be priced"):
+        roofline(clipping, steps=2)
+    with pytest.raises(UserError, match="got 0 steps"):
+        roofline(pipe, steps=0)
+
+
+def test_full_size_sd15():
+    """1.61 TFLOP by count of the architecture, less what is hoisted or shared by both halves."""
+    pipe = presets.build("sd15", 1.0, torch.bfloat16, "cpu")
+    priced = fastdiff.roofline(fastdiff.compile(pipe), "h200")
+    step = sum(row.flops for row in priced.rows if row.per == "step")
+    once = sum(row.flops for row in priced.rows if row.block in ("text rows", "time rows"))
+    assert step == pytest.approx(1.559e12, rel=0.001)
+    assert 0.95 * 1.61e12 < step + once < 1.61e12
+    assert priced.step_ms == pytest.approx(1e3 * step / 790e12, rel=0.05)  # bound by compute
+    assert all(row.measured_ms is None for row in priced.rows)
+    assert "not measured" in str(priced)
+
+
+def test_command_writes_what_it_prints(tmp_path):
+    file = tmp_path / "roofline.json"
+    options = ("--roofline", "--gpu", "rtx4090", "--steps", "2", "--rounds", "2", "--measure")
+    code, out, err = run("bench", *options, "--json", file)
+    assert code == 0, err
+    written = json.loads(file.read_text())
+    assert written["schema"] == "fastdiff.roofline/1"
+    assert written["gpu"]["tflops_fp16"] == 165.2
+    assert written["dtype"] == "bfloat16"
+    assert written["command"].startswith("fastdiff bench --roofline --gpu rtx4090")
+    assert {"machine", "versions", "commit"} <= written.keys()
+    for row in written["rows"]:
+        assert row["block"] in out
+        assert f"{row['floor_ms']:.4f}" in out
+        assert row["bound"] in ("compute", "memory")
+    assert "measured ms" in out
+    assert f"measured on {written['measured_on']}: kernels called one by one" in out
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    {
+        "--gpu is 'voodoo'; choose one of h200": ("--roofline", "--gpu", "voodoo"),
+        "go with --roofline": ("--gpu", "h200"),
+        "--seed goes without --roofline": ("--roofline", "--seed", "3"),
+        "--height is 70": ("--roofline", "--height", "70"),
+        "price bfloat16": ("--roofline", "--dtype", "fp16", "--device", "cpu"),
+        "{tmp}/no does not exist": ("--roofline", "--json", "{tmp}/no/x.json"),
+    }.items(),
+)
+def test_bad_input_is_one_sentence(tmp_path, message, options):
+    code, out, err = run("bench", *(o.replace("{tmp}", str(tmp_path)) for o in options))
+    assert code == 2
+    assert out == ""
+    assert message.replace("{tmp}", str(tmp_path)) in err
