@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "compiler": {"kernels", "models", "runtime", "engines", "export"},
     "demo": set(),
     "bench": {"kernels", "models", "runtime", "compiler", "demo"},
+    "regression": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
 }
 # optional package -> the only files that may import it
 OPTIONAL = {
@@ -37,6 +38,8 @@ OPTIONAL = {
     "tritonclient": ("export/triton.py",),
     "google": ("export/triton.py",),
     "onnxruntime": ("engines/ort.py",),
+    "matplotlib": ("regression/reports/plots.py", "regression/reports/svg.py"),
+    "jinja2": ("regression/reports/page.py",),
 }
 
 

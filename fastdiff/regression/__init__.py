@@ -1,0 +1,1 @@
+"""Two states of a project, compared: which is slower, by how much, and how sure that is."""

@@ -1,0 +1,1 @@
+"""One comparison as text for a terminal, a pull request, a browser, a CI server, a program."""
