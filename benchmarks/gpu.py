@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff import compile
+from fastdiff.bench.kernels import check, floor_ms, inputs_of, sampler
 from fastdiff.bench.machine import commit, machine, versions
 from fastdiff.bench.presets import build
 from fastdiff.bench.results import write_file
@@ -31,8 +33,7 @@ from fastdiff.kernels.contract import Case, KernelSpec, verify
 from fastdiff.kernels.dispatch import Kernel, all_kernels
 
 PARTS = ("verify", "kernels", "sd15", "sdxl", "count", "changes", "engines")
-PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # an H200's measured bf16 matrix rate and copy bandwidth
-LAUNCHES, REPLAYS, L2_BYTES = 16, 21, 128 << 20
+REPLAYS = 21
 PIPELINES = {
     "sd15": ["--preset", "sd15", "--steps", "20", "--rounds", "9"],
     "sdxl": ["--preset", "sdxl", "--steps", "20", "--rounds", "7"],
@@ -61,36 +62,6 @@ def check_all(device: str, which: str) -> list[dict]:
     return rows
 
 
-def samples_us(run: Callable[[], object], device: str) -> list[float]:
-    """Microseconds a call: on a GPU launches in one CUDA graph, L2 cold before each replay."""
-    if device == "cpu":
-        times = []
-        for _ in range(REPLAYS):
-            start = clock(torch.device(device))
-            run()
-            times.append(1e6 * (clock(torch.device(device)) - start))
-        return times
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(LAUNCHES):
-            run()
-    flush = torch.empty(L2_BYTES, dtype=torch.int8, device=device)
-    times = []
-    for _ in range(REPLAYS):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / LAUNCHES)
-    return times
-
-
 def rivals(spec: KernelSpec, inputs: dict) -> dict[str, Callable[[], object]]:
     runs: dict[str, Callable[[], object]] = {"eager": lambda: spec.reference(**inputs)}
     if spec.name != "attention":
@@ -113,19 +84,24 @@ def rivals(spec: KernelSpec, inputs: dict) -> dict[str, Callable[[], object]]:
 
 
 def time_case(kernel: Kernel, case: Case, device: str, which: str) -> dict:
-    spec, dtype = kernel.spec, torch.float32 if device == "cpu" else torch.float16
-    inputs = spec.inputs(case, dtype, torch.device(device), torch.Generator(device))
+    spec, place = kernel.spec, torch.device(device)
+    dtype = torch.float32 if device == "cpu" else torch.float16
     ours = kernel.implementations[which]()
+    sets = [
+        {"ours": partial(ours, **inputs)} | rivals(spec, inputs)
+        for inputs in inputs_of(kernel, case, dtype, place)
+    ]
     times = {}
-    for name, run in ({"ours": lambda: ours(**inputs)} | rivals(spec, inputs)).items():
+    for name in sets[0]:
         try:
-            times[name] = samples_us(run, device)
+            if name == "ours":
+                check(kernel, case, dtype, place, which)
+            sample = sampler([runs[name] for runs in sets], place)
+            times[name] = [sample() for _ in range(REPLAYS)]
         except Exception as error:  # a backend that does not take this shape is a result, too
             times[name] = repr(error)
-    floor_us = 1e6 * max(
-        spec.flops(case) / PEAK_FLOPS, spec.bytes(case, dtype.itemsize) / PEAK_BYTES
-    )
-    return {"kernel": spec.name, "case": case.name, "floor_us": floor_us, "samples_us": times}
+    row = {"kernel": spec.name, "case": case.name, "samples_ms": times}
+    return row | {"floor_ms": floor_ms(kernel, case, dtype, place)}
 
 
 def time_all(device: str, which: str) -> list[dict]:
@@ -135,10 +111,11 @@ def time_all(device: str, which: str) -> list[dict]:
             with torch.no_grad():
                 row = time_case(kernel, case, device, which)
             rows.append(row)
-            times = {k: median(v) for k, v in row["samples_us"].items() if isinstance(v, list)}
-            shown = "  ".join(f"{name} {us:.1f}" for name, us in times.items())
-            share = row["floor_us"] / times["ours"] if "ours" in times else 0.0
-            print(f"{row['kernel']:16} {row['case']:18} {shown} us  roofline {share:.0%}")
+            times = {k: median(v) for k, v in row["samples_ms"].items() if isinstance(v, list)}
+            shown = "  ".join(f"{name} {1e3 * ms:.1f}" for name, ms in times.items())
+            known = row["floor_ms"] and "ours" in times
+            share = f"  roofline {row['floor_ms'] / times['ours']:.0%}" if known else ""
+            print(f"{row['kernel']:16} {row['case']:18} {shown} us{share}")
     return rows
 
 

@@ -10,12 +10,13 @@ results are zeros of the right layout, so that a full-size network takes seconds
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from fastdiff.bench.backends import BACKENDS
+from fastdiff.bench.results import now
 from fastdiff.bench.tally import KINDS, Counter, Tally, Work, total
 from fastdiff.bench.timing import GUIDANCE_SCALE
 from fastdiff.kernels.observe import counting
@@ -58,6 +59,7 @@ class Result:
     machine: dict[str, Any]
     versions: dict[str, str | None]
     commit: str | None
+    created: str = field(default_factory=now, kw_only=True)
     command: str
     rows: tuple[Row, ...]
 

@@ -4,7 +4,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class Row:
         return self.receipt is not None and not self.receipt.passed
 
 
+def now() -> str:
+    """UTC, ISO 8601, to the second: results of one branch are put in order by it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True)
 class Result:
     """All rows and where they come from."""
@@ -52,6 +58,7 @@ class Result:
     machine: dict[str, Any]
     versions: dict[str, str | None]
     commit: str | None
+    created: str = field(default_factory=now, kw_only=True)
     command: str
     rows: tuple[Row, ...]
 

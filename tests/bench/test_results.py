@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -18,6 +19,13 @@ def test_infinity_and_nan_become_null():
     assert document["rows"][0]["receipt"]["psnr_db"] is None
     assert document["rows"][0]["receipt"]["err_vs_fp64"] is None
     assert document["rows"][0]["receipt"]["ssim"] == 1.0
+
+
+def test_a_result_tells_when_it_was_made():
+    document = json.loads(to_json(Result({}, {}, None, "fastdiff bench", ())))
+    made = datetime.fromisoformat(document["created"])
+    assert timedelta() <= datetime.now(UTC) - made < timedelta(minutes=1)
+    assert made.microsecond == 0
 
 
 def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_else(tmp_path):

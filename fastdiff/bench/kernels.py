@@ -1,0 +1,156 @@
+"""Timing one kernel on one case: a function that takes one sample each time it is called.
+
+On a GPU a sample is the replay of a CUDA graph between two events, right after the L2 cache was
+overwritten: no Python and no launch is in it. On a CPU it is wall clock over as many calls as take
+a millisecond, on warm caches, as a layer finds what the layer before it wrote.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from fastdiff.bench.gpus import gpu_called
+from fastdiff.bench.roofline import floor
+from fastdiff.bench.tally import Tally
+from fastdiff.kernels.contract import Case, Verdict, verify
+from fastdiff.kernels.dispatch import Kernel, all_kernels
+
+LAUNCHES = 16
+"""Of one CUDA graph, each on tensors of its own: none finds in the L2 what another left there."""
+L2_BYTES = 128 << 20  # at least as large as the L2 cache of any GPU
+LEAST_S = 1e-3  # a clock's reading costs a ten-thousandth of it
+QUICK_FLOPS, QUICK_BYTES = 1e9, 25e6
+MODELS = ("demo", "sd15", "sdxl", "vae", "lcm")
+
+Sample = Callable[[], float]
+"""Milliseconds of one call, measured anew each time."""
+
+
+class OutOfBudget(Exception):
+    """A kernel computes the wrong thing, so its time is no result; the message says where."""
+
+
+def cases(device: str | None = None) -> list[tuple[Kernel, Case]]:
+    """The sizes that models have; the others of a spec are there to break a kernel.
+
+    Of a device only those of kernels written for it, on a CPU without `large` ones.
+    """
+    on_cpu, own = device == "cpu", "cpu" if device in ("cpu", None) else "triton"
+    return [
+        (kernel, case)
+        for kernel in all_kernels().values()
+        for case in kernel.spec.cases
+        if case.name.startswith(MODELS)
+        and own in kernel.implementations
+        and not (on_cpu and large(kernel, case))
+    ]
+
+
+def large(kernel: Kernel, case: Case) -> str | None:
+    """How large a case is whose check and samples take seconds on two cores; None otherwise."""
+    flops, moved = kernel.spec.flops(case), kernel.spec.bytes(case, 4)
+    if flops <= QUICK_FLOPS and moved <= QUICK_BYTES:
+        return None
+    return f"{flops / 1e9:.1f} GFLOP, {moved / 1e6:.0f} MB in float32"
+
+
+def chosen(kernel: Kernel, device: torch.device) -> str:
+    """The implementation that the op runs on `device`."""
+    if device.type == "cpu":
+        return "cpu"
+    return "triton" if "triton" in kernel.implementations else "reference"
+
+
+def check(
+    kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device, which: str
+) -> list[Verdict]:
+    """What stands before every time: OutOfBudget unless all outputs are within the error budget."""
+    verdicts = verify(kernel.spec, kernel.implementations[which](), case, dtype, device)
+    if wrong := [v for v in verdicts if not v.passed]:
+        errors = "; ".join(f"{v.output}: error {v.error:.1e} of {v.allowed:.1e}" for v in wrong)
+        raise OutOfBudget(f"{kernel.spec.name} ({which}) on {case.name}: {errors}")
+    return verdicts
+
+
+def floor_ms(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> float | None:
+    """The roofline: what a call takes at least. None on a CPU and on a GPU of unknown rates."""
+    gpu = gpu_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
+        return None
+    work = Tally(1, kernel.spec.bytes(case, dtype.itemsize), kernel.spec.flops(case))
+    return floor(work, gpu, dtype)[0]
+
+
+def runner(
+    kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device, which: str
+) -> Sample:
+    """A sample of one implementation. It tells nothing of what is computed: `check` first."""
+    run = kernel.implementations[which]()
+    sets = inputs_of(kernel, case, dtype, device)
+    return sampler([partial(run, **inputs) for inputs in sets], device)
+
+
+def inputs_of(
+    kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    """What the calls of one sample are given: a set for each launch of the graph; on a CPU one."""
+    generator = torch.Generator(device).manual_seed(0)
+    sets = range(LAUNCHES if device.type == "cuda" else 1)
+    return [kernel.spec.inputs(case, dtype, device, generator) for _ in sets]
+
+
+def sampler(runs: Sequence[Callable[[], object]], device: torch.device) -> Sample:
+    """A sample of functions that do the same on tensors of their own, which it keeps alive.
+
+    On a CPU only the first is called.
+    """
+    if device.type == "cpu":
+        return _by_clock(runs[0])
+    with torch.cuda.device(device):
+        return _by_events(runs)
+
+
+def _by_clock(run: Callable[[], object]) -> Sample:
+    def spent(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return time.perf_counter() - start
+
+    run()  # the first call allocates
+    calls = 1
+    while min(spent(calls) for _ in range(3)) < LEAST_S:  # one stall would make it look long
+        calls *= 2
+    return lambda: 1e3 * spent(calls) / calls
+
+
+def _by_events(runs: Sequence[Callable[[], object]]) -> Sample:
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for run in runs[:3]:  # Triton compiles, libraries choose
+            run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for run in runs:
+            run()
+    flush = _flush(torch.cuda.current_device())
+
+    def sample() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / len(runs)
+
+    return sample
+
+
+@cache
+def _flush(device: int) -> torch.Tensor:
+    """What is written over to empty the L2 cache: one for all samples."""
+    return torch.empty(L2_BYTES, dtype=torch.int8, device=f"cuda:{device}")

@@ -1,0 +1,106 @@
+"""Workflows, ours and those of docs/ci.md: they parse, are safe, and call what exists."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from fastdiff.cli import app
+
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs/ci.md").read_text()
+WORKFLOWS = {
+    path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))
+} | {
+    f"docs/ci.md, {number}": text
+    for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", GUIDE, re.S), 1)
+}
+MARKER = "<!-- fastdiff-report -->"
+OPERATORS = {"||", "&&", ";", "|", ">", ">>", "(", ")", "&"}
+
+
+def steps(text):
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    return job["steps"]
+
+
+def commands(shell):
+    """The words of each call of fastdiff in a shell script or in prose's `code`."""
+    for line in re.sub(r"\\\n\s*", " ", shell).splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="();|&<>")
+        lexer.whitespace_split = True
+        words = list(lexer)
+        while "fastdiff" in words:
+            words = words[words.index("fastdiff") + 1 :]
+            end = next((i for i, word in enumerate(words) if word in OPERATORS), len(words))
+            yield words[:end]
+
+
+def all_commands():
+    scripts = [step["run"] for text in WORKFLOWS.values() for step in steps(text) if "run" in step]
+    scripts += re.findall(r"```sh\n(.*?)```", GUIDE, re.S)
+    prose = re.sub(r"```.*?```", "", GUIDE, flags=re.S)
+    scripts += [" ".join(code.split()) for code in re.findall(r"`(fastdiff [^`]+)`", prose)]
+    return sorted({tuple(words) for script in scripts for words in commands(script)})
+
+
+def test_there_are_a_workflow_of_ours_and_two_to_copy():
+    assert {"perf.yml", "docs/ci.md, 1", "docs/ci.md, 2"} <= WORKFLOWS.keys()
+
+
+@pytest.mark.parametrize("text", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_what_a_workflow_needs_is_there(text):
+    document = yaml.safe_load(text)
+    assert document[True] == "pull_request", "YAML reads `on` as true"
+    assert document["permissions"] == {"contents": "read", "pull-requests": "write"}
+    uses = {step["uses"]: step for step in steps(text) if "uses" in step}
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in uses)
+    (checkout,) = [step for action, step in uses.items() if "/checkout@" in action]
+    assert checkout["with"]["fetch-depth"] == 0
+    assert any("/upload-artifact@" in action for action in uses)
+    (comment,) = [step for action, step in uses.items() if "/github-script@" in action]
+    assert MARKER in comment["with"]["script"]
+    (job,) = document["jobs"].values()
+    own = "github.event.pull_request.head.repo.full_name == github.repository"
+    assert own in (comment.get("if"), job.get("if")), "a fork's token cannot write"
+    if "self-hosted" in job["runs-on"]:
+        assert job["if"] == own, "a fork's code on a machine of one's own"
+    assert job["timeout-minutes"] <= 60
+
+
+@pytest.mark.parametrize("text", WORKFLOWS.values(), ids=WORKFLOWS)
+@pytest.mark.parametrize(
+    ("codes", "passes", "warns"),
+    [("", True, False), ("3\n", True, True), ("1\n", False, False), ("2\n", False, False)]
+    + [("3\n1\n", False, True), ("1\n3\n", False, True), ("139\n", False, False)],
+)
+def test_a_regression_fails_and_an_undecided_one_warns(text, codes, passes, warns, tmp_path):
+    if codes:
+        (tmp_path / "codes").write_text(codes)
+    script = steps(text)[-1]["run"]
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) == passes
+    assert ("::warning" in done.stdout) == warns
+
+
+@pytest.mark.parametrize("text", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_shell_parses(text):
+    for step in steps(text):
+        if "run" in step:
+            script = re.sub(r"\$\{\{.*?\}\}", "x", step["run"])
+            subprocess.run(["bash", "-n", "-c", script], check=True)
+
+
+@pytest.mark.parametrize("words", all_commands(), ids=" ".join)
+def test_commands_are_those_of_the_command_line(words):
+    group = typer.main.get_command(app)
+    with group.make_context("fastdiff", list(words)) as context:
+        name, command, rest = group.resolve_command(context, list(words))
+        assert command is not None, name
+        command.make_context(name, rest, parent=context).close()
