@@ -28,7 +28,7 @@ OPTIONAL = {
     "triton": ("kernels/*/gpu.py", "kernels/inspect.py"),
     "diffusers": (
         *("compiler/adapters.py", "compiler/pipelines.py", "compiler/denoise.py"),
-        *("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
+        *("demo/*.py", "bench/presets.py", "bench/pipelines.py", "regression/worker.py"),
     ),
     "transformers": ("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
     "tensorrt": ("engines/trt.py",),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastdiff.bench.backends import BACKENDS
+from fastdiff.bench.drawn import Drawn, drawn
 from fastdiff.bench.results import now
 from fastdiff.bench.tally import KINDS, Counter, Tally, Work, total
 from fastdiff.bench.timing import GUIDANCE_SCALE
@@ -45,6 +46,8 @@ class Row:
 
     backend: str
     counts: Counts
+    drawn: Drawn | None = None
+    """What real pictures took; None where none were drawn."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,27 @@ def to_json(result: Result) -> str:
 
 
 def count_pipe(
-    pipe: Any, steps: int, height: int, width: int, log: Callable[[str], None] = lambda line: None
+    pipe: Any,
+    steps: int,
+    height: int,
+    width: int,
+    log: Callable[[str], None] = lambda line: None,
+    draw: bool = False,
 ) -> Iterator[Row]:
     """Count a text-to-image pipeline up to its latents: eager, then compiled in place.
 
     Guidance is on: a step runs the batch of two that users run. height and width: pixels. `log`
-    hears what is under way.
+    hears what is under way. draw: also draw real pictures with fastdiff; see `drawn`.
     """
+    for name in ("eager", "fastdiff"):
+        log(f"counting {name}")
+        BACKENDS[name](pipe)
+        real = drawn(pipe, height, width) if draw and name == "fastdiff" else None
+        yield Row(name, count_pictures(pipe, height, width, steps), real)
+
+
+def count_pictures(pipe: Any, height: int, width: int, steps: int = 3) -> Counts:
+    """Count the pictures of `pipe` as it is, up to their latents."""
     pipe.set_progress_bar_config(disable=True)
 
     def draw(steps: int) -> None:
@@ -94,10 +111,7 @@ def count_pipe(
             output_type="latent",
         )
 
-    for name in ("eager", "fastdiff"):
-        log(f"counting {name}")
-        BACKENDS[name](pipe)
-        yield Row(name, count(draw, steps, pipe.device))
+    return count(draw, steps, pipe.device)
 
 
 def count(draw: Callable[[int], object], steps: int, device: torch.device) -> Counts:

@@ -1,22 +1,67 @@
-"""Ratios that survive a busy machine: paired within a round, with a bootstrap interval."""
+"""Ratios that survive a busy machine: paired, with an interval, and what may be said of many.
+
+Three ways to know how many times as long one thing takes as another, best first:
+
+- `across_processes`: process pairs, each with rounds in turn. A process has a speed of its own
+  (where its memory came to lie: about 1% on two cores), so the pair is the unit, not the round.
+- `within_process`: rounds in turn in one process.
+- `between_runs`: two runs at different times. Where both also timed a yardstick in turn, the
+  ratios to it are compared, which do not know how fast the machine was that hour.
+
+All work on logarithms: a factor and its inverse are equally far from 1.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, exp, inf, log
+from typing import Literal
 
 import numpy as np
-from scipy.stats import bootstrap
+from numpy.typing import NDArray
+from scipy.stats import bootstrap, false_discovery_control, t
+from scipy.stats.mstats import mjci
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+LEAST = 5
+"""Process pairs, or rounds, below which nothing is called: chance alone is too often unanimous."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the baseline: median and the ends of its 95% interval."""
+    """How many times as much (speed or time, as the caller says): the ends of its interval, too."""
 
     median: float
     lo: float
     hi: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The logarithm of a ratio of times, new to base."""
+
+    log: float
+    error: float
+    """Its standard error."""
+    samples: int
+    """Independent ones: process pairs, else rounds."""
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        """Ends, as logarithms, of the interval that misses the truth with probability `alpha`."""
+        if self.samples < 2:
+            return -inf, inf
+        half = float(t.isf(alpha / 2, self.samples - 1)) * self.error
+        return self.log - half, self.log + half
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What an estimate says about a change beyond the noise floor."""
+
+    ratio: Ratio
+    verdict: Literal["slower", "faster", "same", "inconclusive"]
+    missing: int
+    """About how many more samples would settle it; 0 where it is settled."""
 
 
 def speedup(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> Ratio:
@@ -39,3 +84,113 @@ def speedup(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> Ratio:
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
+
+
+def across_processes(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate:
+    """From [process pair][round]: Student's t on the median ratio of each pair.
+
+    A bootstrap of so few units is too narrow: of six normal ones its 95% hold the truth in 87%.
+    """
+    units = np.array([np.median(_logs(b, n)) for b, n in zip(base, new, strict=True)])
+    if len(units) < 2:
+        return Estimate(float(units.mean()), inf, len(units))
+    return Estimate(float(units.mean()), float(units.std(ddof=1) / len(units) ** 0.5), len(units))
+
+
+def within_process(base: Sequence[float], new: Sequence[float]) -> Estimate:
+    """From rounds; element i of both is round i. The median ratio of a round."""
+    return _median(_logs(base, new))
+
+
+def between_runs(
+    base: Sequence[float],
+    new: Sequence[float],
+    base_yardstick: Sequence[float] | None = None,
+    new_yardstick: Sequence[float] | None = None,
+) -> Estimate:
+    """From two runs: the ratio of their medians, each relative to its own yardstick if given.
+
+    A yardstick's element i is of the same round as its run's element i.
+    """
+    runs = ((base, base_yardstick), (new, new_yardstick))
+    before, after = (
+        _median(np.log(np.asarray(times)) if yardstick is None else _logs(yardstick, times))
+        for times, yardstick in runs
+    )
+    error = float(np.hypot(before.error, after.error))
+    return Estimate(after.log - before.log, error, min(before.samples, after.samples))
+
+
+def judge(
+    estimates: Sequence[Estimate], floor: float, confidence: float = CONFIDENCE
+) -> list[Judged]:
+    """Verdicts of many estimates at once, each by its interval against 1 ± floor.
+
+    The more there are, the likelier one looks changed by chance. Benjamini and Hochberg's
+    procedure bounds the share of false ones among those that are called changed (so where nothing
+    changed, the probability of calling anything) by 1 - confidence; intervals are widened to
+    match, so that a verdict and its interval never disagree.
+    """
+    if not estimates:
+        return []
+    alpha, edge = 1 - confidence, log(1 + floor)
+    chances = [_chance(estimate, edge) for estimate in estimates]
+    called = int((false_discovery_control(chances) <= alpha).sum())
+    alpha *= max(called, 1) / len(estimates)
+    return [_judge(estimate, edge, alpha) for estimate in estimates]
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The geometric mean of independent ratios."""
+    errors = np.array([estimate.error for estimate in estimates])
+    return Estimate(
+        float(np.mean([estimate.log for estimate in estimates])),
+        float(np.sqrt((errors**2).sum()) / len(errors)),
+        min(estimate.samples for estimate in estimates),
+    )
+
+
+def _logs(below: Sequence[float], above: Sequence[float]) -> NDArray[np.float64]:
+    ratios: NDArray[np.float64] = np.asarray(above, dtype=float) / np.asarray(below, dtype=float)
+    return np.log(ratios)
+
+
+def _median(logs: NDArray[np.float64]) -> Estimate:
+    """Maritz and Jarrett's error of a median: what a bootstrap gives after endless resampling."""
+    error = float(mjci(logs, [0.5])[0]) if len(logs) > 1 else inf
+    return Estimate(float(np.median(logs)), error, len(logs))
+
+
+def _chance(estimate: Estimate, edge: float) -> float:
+    """Two-sided p-value of a change beyond the floor."""
+    if estimate.samples < LEAST:
+        return 1.0
+    beyond = abs(estimate.log) - edge
+    if estimate.error == 0:
+        return 0.0 if beyond > 0 else 1.0
+    return min(1.0, 2 * float(t.sf(beyond / estimate.error, estimate.samples - 1)))
+
+
+def _judge(estimate: Estimate, edge: float, alpha: float) -> Judged:
+    lo, hi = estimate.interval(alpha)
+    ratio = Ratio(exp(estimate.log), exp(lo), exp(hi))
+    if estimate.samples >= LEAST:
+        if lo > edge:
+            return Judged(ratio, "slower", 0)
+        if hi < -edge:
+            return Judged(ratio, "faster", 0)
+        if -edge <= lo and hi <= edge:
+            return Judged(ratio, "same", 0)
+    return Judged(ratio, "inconclusive", _missing(estimate, edge, alpha))
+
+
+def _missing(estimate: Estimate, edge: float, alpha: float) -> int:
+    """Samples until the interval, narrowing by the root of their number, lies to one side of the
+    floor's edge. Where the estimate itself lies at the edge: until it is a third of the floor."""
+    least = max(1, LEAST - estimate.samples)
+    if estimate.samples < 2:
+        return least
+    lo, hi = estimate.interval(alpha)
+    distance = abs(abs(estimate.log) - edge)
+    wanted = estimate.samples * ((hi - lo) / 2 / max(distance, edge / 3)) ** 2
+    return max(least, ceil(wanted) - estimate.samples)

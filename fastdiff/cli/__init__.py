@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fastdiff.cli import draw, export, facts, measure  # noqa: F401  each adds its commands
+from fastdiff.cli import draw, export, facts, measure, report  # noqa: F401  each adds its commands
 from fastdiff.cli.options import app
 from fastdiff.errors import UserError
 

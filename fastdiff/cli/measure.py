@@ -18,6 +18,7 @@ from fastdiff.cli.options import (
     app,
     at_least,
     choose_pipe,
+    was_given,
 )
 from fastdiff.errors import UserError
 
@@ -53,10 +54,35 @@ def bench(
     measure: Annotated[
         bool, typer.Option("--measure", help="With --roofline: time each block here, on a CPU too.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A revision, folder or wheel to take turns with; then a verdict."),
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="With --against: process pairs.")] = None,
+    until_precise: Annotated[
+        str | None, typer.Option(help="With --against: how narrow each interval is to be; 1%.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="With --against: seconds that it takes at most.")] = 60,
+    threads: Annotated[int, typer.Option(help="With --against: of each state on a CPU.")] = 1,
+    gate: Annotated[
+        str, typer.Option(help="With --against: both, times or counters, which need no quiet.")
+    ] = "both",
+    filter_: Annotated[
+        str, typer.Option("--filter", help="With --against: part of a kernel's or case's name.")
+    ] = "",
 ) -> None:
     """Steps per second of each backend side by side, with the quality receipt."""
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
+    if against is not None:
+        from fastdiff.cli import against as paired
+
+        return paired.against(context)
+    for name in ("pairs", "until_precise", "limit", "threads", "gate", "filter_"):
+        if was_given(context, name):
+            raise UserError(f"--{name.strip('_').replace('_', '-')} goes with --against")
+    if folder == Path("kernels") and not folder.exists():
+        raise UserError("bench kernels goes with --against; their times alone: pytest benchmarks")
     if roofline or gpu or measure:
         from fastdiff.cli.price import price
 

@@ -60,3 +60,9 @@ def at_least(option: str, value: int, least: int) -> None:
     """UserError unless the option's value is at least `least`."""
     if value < least:
         raise UserError(f"{option} is {value}; give at least {least}")
+
+
+def was_given(context: typer.Context, parameter: str) -> bool:
+    """Whether a parameter stood on the command line."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"

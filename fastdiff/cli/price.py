@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from fastdiff.cli.options import choose_pipe
+from fastdiff.cli.options import choose_pipe, was_given
 from fastdiff.errors import UserError
 
 FOREIGN = ("backends", "engines", "seed")
@@ -31,8 +31,7 @@ def price(context: typer.Context) -> None:
     if not given["roofline"]:
         raise UserError("--gpu and --measure go with --roofline")
     for name in FOREIGN:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if was_given(context, name):
             raise UserError(f"--{name} goes without --roofline, which prices fastdiff's networks")
     json_file = Path(given["json_file"]) if given["json_file"] else None
     if json_file:

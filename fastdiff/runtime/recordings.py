@@ -48,13 +48,24 @@ def record(function: Function, buffers: Sequence[Any]) -> Recording | None:
     Returns:
         None where it can only be called: on another device, under a counter, too large.
     """
+    global _made
     device = buffers[0].device.type
+    recording: Recording | None = None
     if device == "cuda":
         graph = graphs.capture(function, buffers)
-        return None if graph is None or graph.nbytes > BYTES else graph
-    if device == "cpu" and NATIVE is not None:
-        return tape.record(function, buffers)
-    return None
+        recording = None if graph is None or graph.nbytes > BYTES else graph
+    elif device == "cpu" and NATIVE is not None:
+        recording = tape.record(function, buffers)
+    _made += recording is not None
+    return recording
+
+
+_made = 0
+
+
+def made() -> int:
+    """Recordings that this process has made so far: a new size makes some, nothing else may."""
+    return _made
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

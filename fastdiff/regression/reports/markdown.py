@@ -26,7 +26,8 @@ def markdown(comparison: Comparison, whole: str = WHOLE) -> str:
     mark = {0: "✅", 1: "❌"}.get(comparison.exit_code, "❔")
     head = [MARKER, f"### {mark} {words.headline(comparison)}", ""]
     head += [
-        f"{_code(comparison.base.name)} → {_code(comparison.new.name)}, {words.rule(comparison)}."
+        f"{_text(words.case(comparison))}{_code(comparison.base.name)} →"
+        f" {_code(comparison.new.name)}, {words.rule(comparison)}."
     ]
     mean = []
     if comparison.geomean:

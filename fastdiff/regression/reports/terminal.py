@@ -68,7 +68,8 @@ def _cells(line: Line) -> list[str | Text]:
 def _footer(comparison: Comparison) -> list[str]:
     differ = [f"{name} {a} → {b}" for name, a, b in words.versions(comparison) if a != b]
     return [
-        f"base {words.state(comparison.base)}; new {words.state(comparison.new)}",
+        f"{words.case(comparison)}base {words.state(comparison.base)};"
+        f" new {words.state(comparison.new)}",
         words.machines(comparison),
         "versions: " + (", ".join(differ) if differ else "the same"),
         *(words.plain(sentence, 400) for sentence in comparison.differences),

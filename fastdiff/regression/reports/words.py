@@ -102,6 +102,11 @@ def rule(comparison: Comparison) -> str:
     )
 
 
+def case(comparison: Comparison) -> str:
+    """What was measured, as the beginning of a sentence; may be empty."""
+    return f"{plain(comparison.case, 120)}: " if comparison.case else ""
+
+
 def state(side: State) -> str:
     """its name (its commit, when)."""
     facts = [plain(fact, 40) for fact in (side.commit, side.created) if fact]

@@ -1,0 +1,151 @@
+"""How far a verdict can be trusted: false alarms where nothing changed, misses where something did.
+
+Runs the paired bench of `.ci/run` again and again: this state against its own commit, quiet and
+with another process burning a core; then against copies of it in which something was planted
+(`tests/regression/planted.py`). Every run's ratios and verdicts go to the file, and a short table
+to the terminal. A file that is there is added to.
+
+    python benchmarks/trust.py --out FILE [--only same,slow,counters] [--runs 100] [--each 20]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastdiff.bench.machine import commit, machine, versions
+from fastdiff.bench.results import write_file
+from fastdiff.regression import states
+from fastdiff.regression.compare import FLOOR, compare
+from fastdiff.regression.documents import pair_of
+from fastdiff.regression.paired import document
+from fastdiff.regression.pairs import Settings, Until, race
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests/regression"))
+
+CI = Settings("pipelines", "cpu", "float32", threads=1, steps=4, backends=("fastdiff",))
+"""As in .ci/run."""
+KERNEL = Settings("kernels", "cpu", "float32", threads=1, filter="conv2d · demo")
+SHARES = (0.30, 0.10, 0.05, 0.03)
+PLANTS = {"loop": CI, "conv": KERNEL}
+COUNTED = {
+    "launch": "step · launches",
+    "copy": "step · bytes",
+    "record": "recordings · same size again",
+}
+
+
+@contextlib.contextmanager
+def load(burning: bool) -> Iterator[None]:
+    """With another process that never rests, or without."""
+    if not burning:
+        yield
+        return
+    burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        burner.kill()
+        burner.wait()
+
+
+def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **options) -> dict:
+    """One paired bench as its verdicts. gates: times alone, for counters have runs of their own."""
+    start = time.perf_counter()
+    done = race(base, new, settings, options["until"], FLOOR, lambda line: None, options["gates"])
+    found = compare(pair_of(document(done, {"base": base, "new": new}, kind, "")), "")
+    lines = [
+        {key: getattr(line, key) for key in ("name", "verdict", "ratio", "lo", "hi")}
+        for line in found.lines
+    ]
+    seconds = round(time.perf_counter() - start, 1)
+    return {"kind": kind, "seconds": seconds, "pairs": done.pairs, "lines": lines}
+
+
+def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
+    """Every other run beside a process that burns a core."""
+    until = Until(pairs=6)
+    for index in range(runs):
+        kind = "same, one core burning" if index % 2 else "same"
+        with load(bool(index % 2)):
+            yield run(kind, base, new, CI, until=until, gates=("times",))
+
+
+def slow(base: states.Place, planted: states.Place, each: int) -> Iterator[dict]:
+    """Planted shares of a kernel's and of a step's time, half of the runs each."""
+    for share in SHARES:
+        until = Until(half_width=0.01, limit_s=40 if share >= 0.1 else 80)
+        for _ in range(each // 2):
+            for place, settings in PLANTS.items():
+                os.environ["FASTDIFF_PLANTED"] = f"{place}={share}"
+                yield run(
+                    f"{place} +{share:.0%}", base, planted, settings, until=until, gates=("times",)
+                )
+
+
+def counters(base: states.Place, planted: states.Place, each: int) -> Iterator[dict]:
+    for what in COUNTED:
+        os.environ["FASTDIFF_PLANTED"] = what
+        for _ in range(each):
+            yield run(what, base, planted, CI, until=Until(pairs=1), gates=("counters",))
+
+
+def called(result: dict) -> str:
+    """What a run says of its times, or of the counter that was planted."""
+    planted = COUNTED.get(result["kind"], "")
+    verdicts = {line["verdict"] for line in result["lines"] if planted in line["name"]}
+    return next((v for v in ("slower", "faster", "inconclusive") if v in verdicts), "same")
+
+
+def table(results: list[dict]) -> None:
+    kinds: dict[str, list[dict]] = {}
+    for result in results:
+        kinds.setdefault(result["kind"], []).append(result)
+    for kind, runs in kinds.items():
+        counts = Counter(map(called, runs))
+        longest = max(result["seconds"] for result in runs)
+        said = ", ".join(f"{verdict} {count}" for verdict, count in counts.most_common())
+        print(f"{kind:24} {len(runs):4} runs, at most {longest:.0f} s: {said}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--only", default="same,slow,counters", help="comma-separated parts")
+    parser.add_argument("--runs", type=int, default=100, help="of the same against itself")
+    parser.add_argument("--each", type=int, default=20, help="of each planted change")
+    options = parser.parse_args()
+    new = states.here(ROOT)
+    if new.commit is None or new.commit.endswith("-dirty"):
+        parser.error("commit first: the base of every run is this commit")
+    base = states.other("HEAD", ROOT, print)
+    with tempfile.TemporaryDirectory() as folder:
+        from planted import plant
+
+        planted = states.other(str(plant(Path(folder))), ROOT, print)
+        parts = {
+            "same": lambda: same(base, new, options.runs),
+            "slow": lambda: slow(new, planted, options.each),
+            "counters": lambda: counters(new, planted, options.each),
+        }
+        results = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
+        for part in options.only.split(","):
+            for result in parts[part]():
+                results.append(result)
+                facts = {"machine": machine(), "versions": versions(), "commit": commit()}
+                text = json.dumps(facts | {"runs": results}, indent=1) + "\n"
+                write_file(options.out, lambda path, text=text: path.write_text(text))
+                print(f"{result['seconds']:5.0f} s  {result['kind']}: {called(result)}", flush=True)
+    table(results)
+
+
+if __name__ == "__main__":
+    main()

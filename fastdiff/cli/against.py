@@ -1,0 +1,167 @@
+"""bench --against: what is here, and another state of it, in turn."""
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fastdiff.cli.options import DEMO, at_least, was_given
+from fastdiff.errors import UserError
+
+STEPS = 10
+"""Of a picture, where none are asked for: encoding the prompt is then a tenth of it."""
+SUITES = ("pipelines", "kernels")
+ALONE = ("rounds", "engines", "seed", "roofline", "gpu", "measure")
+"""Options of bench that go without --against."""
+OF_PIPELINES = ("preset", "scale", "steps", "height", "width", "backends")
+
+
+def against(context: typer.Context) -> None:
+    """Time both states that bench's options name, write what was asked for, print the report."""
+    from fastdiff.bench.progress import status
+    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.regression import paired, states
+    from fastdiff.regression.compare import FLOOR, compare
+    from fastdiff.regression.documents import pair_of
+    from fastdiff.regression.pairs import race
+    from fastdiff.regression.reports.terminal import show
+
+    given = context.params
+    if lost := [name for name in ALONE if was_given(context, name)]:
+        raise UserError(f"--{lost[0]} goes without --against")
+    json_file = Path(given["json_file"]) if given["json_file"] else None
+    if json_file:
+        check_writable(json_file, "--json")
+    settings, until = _settings(context), _until(context)
+    gates = _gates(given["gate"])
+    root = Path.cwd()
+    with status() as log:
+        base, new = states.other(given["against"], root, log), states.here(root)
+        places = {"base": base, "new": new}
+        if settings.folder:
+            settings = replace(settings, folder=_folder(settings.folder, base, new))
+        done = race(base, new, settings, until, FLOOR, log, gates)
+    if "times" in gates and not done.times and not any(done.wrong.values()):
+        raise UserError(_nothing(settings, done.rows))
+    command = shlex.join(["fastdiff", *context.obj])
+    document = paired.document(done, places, _case(context, settings), command)
+    if json_file:
+        text = paired.to_json(document)
+        write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+    comparison = compare(pair_of(document), command)
+    show(comparison)
+    if comparison.exit_code:
+        raise typer.Exit(comparison.exit_code)
+
+
+def _settings(context: typer.Context) -> Any:
+    """What both states are asked to run."""
+    from fastdiff.bench.backends import ON_ENGINES, choose
+    from fastdiff.bench.pipelines import check_device, check_dtype
+    from fastdiff.regression.pairs import Settings
+
+    given = context.params
+    suite, folder = suite_of(given["folder"])
+    device = check_device(given["device"])
+    dtype = str(check_dtype(given["dtype"], device)).removeprefix("torch.")
+    at_least("--threads", given["threads"], 1)
+    shared = {"suite": suite, "device": device, "dtype": dtype, "threads": given["threads"]}
+    if suite == "kernels":
+        if lost := [name for name in OF_PIPELINES if was_given(context, name)]:
+            raise UserError(f"--{lost[0]} goes with pipelines; kernels have cases of their own")
+        return Settings(**shared, filter=given["filter_"])
+    if given["filter_"]:
+        raise UserError("--filter goes with kernels; pipelines are chosen by --backends")
+    if folder and given["preset"]:
+        raise UserError(f"got the folder {folder} and --preset {given['preset']}; give one of them")
+    asked = was_given(context, "backends")
+    names = choose(given["backends"]) if asked else ("eager", "fastdiff")
+    wanted = given["backends"].split(",") if asked else ["fastdiff"]
+    backends = tuple(name for name in names if name in [one.strip() for one in wanted])
+    if engines := set(backends) & set(ON_ENGINES):
+        raise UserError(
+            f"--backends {min(engines)} goes without --against: its files are one state's"
+        )
+    return Settings(
+        **shared,
+        steps=given["steps"] if was_given(context, "steps") else STEPS,
+        height=given["height"],
+        width=given["width"],
+        backends=backends,
+        folder=folder,
+        preset=given["preset"],
+        scale=given["scale"],
+    )
+
+
+def suite_of(folder: Path | None) -> tuple[str, str | None]:
+    """The suite that bench's argument names, or that of the folder which it is."""
+    if folder is None or (folder in (DEMO, Path("pipelines")) and not folder.exists()):
+        return "pipelines", None
+    if folder == Path("kernels") and not folder.exists():
+        return "kernels", None
+    return "pipelines", str(folder)
+
+
+def _until(context: typer.Context) -> Any:
+    from fastdiff.regression.pairs import Until
+
+    given = context.params
+    at_least("--limit", given["limit"], 1)
+    pairs, precise = given["pairs"], given["until_precise"]
+    if pairs is not None:
+        if precise is not None:
+            raise UserError("got --pairs and --until-precise; give one of them")
+        at_least("--pairs", pairs, 1)
+        return Until(pairs=pairs, limit_s=given["limit"])
+    return Until(half_width=share("--until-precise", precise or "1%"), limit_s=given["limit"])
+
+
+def _gates(asked: str) -> tuple[str, ...]:
+    from fastdiff.regression.pairs import GATES
+
+    if asked not in (*GATES, "both"):
+        raise UserError(f"--gate is {asked!r}; choose from both, {', '.join(GATES)}")
+    return GATES if asked == "both" else (asked,)
+
+
+def share(option: str, text: str) -> float:
+    """A share of one from "3%" or "0.03"."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
+    value = float(found[1]) / (100 if found[2] else 1) if found else 0.0
+    if not 0 < value < 1:
+        raise UserError(f"{option} is {text}; give a share between 0% and 100%, as 3% or 0.03")
+    return value
+
+
+def _folder(folder: str, base: Any, new: Any) -> str:
+    """Relative where each state has its own, else the one that is here; both are looked at."""
+    from fastdiff.bench.pipelines import check_folder
+
+    check_folder(new.root / folder)
+    if not (base.root / folder / "model_index.json").is_file():
+        return str((new.root / folder).resolve())
+    check_folder(base.root / folder)
+    return folder
+
+
+def _case(context: typer.Context, settings: Any) -> str:
+    """What was timed, as every row begins."""
+    parts = [settings.dtype, settings.device]
+    if settings.suite == "kernels":
+        return ", ".join(["kernels", *parts])
+    preset = settings.preset and f"{settings.preset} scale {settings.scale:g}"
+    folder = context.params["folder"]
+    name = preset or (Path(folder).name if settings.folder else "demo")
+    if settings.height or settings.width:
+        parts.append(f"{settings.width or 'own'}×{settings.height or 'own'}")
+    return ", ".join([name, *parts, f"{settings.steps} steps"])
+
+
+def _nothing(settings: Any, rows: dict[str, list[str]]) -> str:
+    if settings.filter and not any(rows.values()):
+        return f"--filter {settings.filter} fits no kernel's case; give part of a name"
+    return "the two states have nothing in common that could be timed"

@@ -1,0 +1,97 @@
+"""report: two states compared, as a table, a page, and what a pull request can be blocked on."""
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastdiff.cli.against import share
+from fastdiff.cli.options import app
+from fastdiff.errors import UserError
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    base: Annotated[
+        Path | None, typer.Argument(help="What was before; or one file of both: bench --against.")
+    ] = None,
+    new: Annotated[Path | None, typer.Argument(help="What is now.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="For a comment on a pull request.")] = None,
+    html: Annotated[Path | None, typer.Option(help="One page with plots.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="A test case a row.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="fastdiff.report/1.")] = None,
+    pytest_benchmark: Annotated[
+        Path | None, typer.Option(help="The times of NEW as pytest-benchmark writes them.")
+    ] = None,
+    floor: Annotated[
+        str | None, typer.Option(help="A smaller change is none; 3% in turn, 10% apart.")
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="Instead: a folder of results over commits, with --html.")
+    ] = None,
+    roofline: Annotated[
+        list[Path] | None, typer.Option(help="What bench --roofline wrote, drawn with --html.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Rows that are the same, too.")] = False,
+) -> None:
+    """Is it slower? Exit 0: no, 1: yes, 2: bad input, 3: it cannot be told."""
+    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.regression.history import read as read_history
+
+    places = {
+        "--markdown": markdown,
+        "--html": html,
+        "--junit": junit,
+        "--json": json_file,
+        "--pytest-benchmark": pytest_benchmark,
+    }
+    for option, path in places.items():
+        if path is not None:
+            check_writable(path, option)
+
+    def write(path: Path | None, text: Callable[[], str]) -> None:
+        if path is not None:
+            content = text()
+            write_file(path, lambda file: file.write_text(content, encoding="utf-8"))
+
+    if roofline and html is None:
+        raise UserError("--roofline goes with --html, which draws it")
+    if base is None:
+        if history is None or html is None:
+            raise UserError("give BASE.json and NEW.json, a file of both, or --history with --html")
+        if lost := [option for option, path in places.items() if path and option != "--html"]:
+            raise UserError(f"{lost[0]} needs states to compare; give BASE.json and NEW.json")
+        from fastdiff.regression.reports.page import history_page
+
+        points = read_history(history)
+        write(html, lambda: history_page(points))
+        print(html)
+        return
+    from fastdiff.regression.compare import compare
+    from fastdiff.regression.documents import read_pair
+    from fastdiff.regression.reports import as_json
+    from fastdiff.regression.reports import pytest_benchmark as foreign
+    from fastdiff.regression.reports.junit import junit as to_junit
+    from fastdiff.regression.reports.markdown import markdown as to_markdown
+    from fastdiff.regression.reports.page import page
+    from fastdiff.regression.reports.terminal import show
+    from fastdiff.regression.rooflines import read as read_roofline
+
+    wanted = None if floor is None else share("--floor", floor)
+    found = compare(read_pair(base, new), shlex.join(["fastdiff", *context.obj]), wanted)
+    past = None if history is None else read_history(history)
+    write(markdown, lambda: to_markdown(found))
+    write(html, lambda: page(found, past, [read_roofline(path) for path in roofline or ()]))
+    write(junit, lambda: to_junit(found))
+    write(json_file, lambda: as_json.to_json(found))
+    write(pytest_benchmark, lambda: foreign.to_pytest_benchmark(found))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(to_markdown(found) + "\n")
+    show(found, everything)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)

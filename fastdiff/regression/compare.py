@@ -1,0 +1,253 @@
+"""Two sides become lines with verdicts."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import exp
+from typing import Any
+
+import numpy as np
+
+from fastdiff.bench.gates import PEAK, Number
+from fastdiff.bench.stats import (
+    CONFIDENCE,
+    Estimate,
+    Judged,
+    across_processes,
+    between_runs,
+    judge,
+    mean,
+    within_process,
+)
+from fastdiff.regression.comparison import Comparison, Line, Ratio, Verdict
+from fastdiff.regression.documents import Pair, Side, Timed
+
+FLOOR, APART_FLOOR = 0.03, 0.10
+"""The share by which states may differ and still be the same: measured in turn, and in runs of
+their own, between which a machine's speed wanders by more (see `bench.stats.between_runs`)."""
+
+MORE_IS_BETTER = ("occupancy", "load", "store", "generation")
+PREPARE = "prepare ms"
+TOLERANCE = {PEAK: 0.01, PREPARE: 0.5}
+"""By unit; every other counter is exact. "prepare ms" is the least of its times, and jitters."""
+
+MATTERS = ("torch", "diffusers", "transformers", "triton", "numpy")
+"""Packages that change counts of one and the same code."""
+
+ORDER: tuple[Verdict, ...] = ("slower", "incomparable", "inconclusive", "faster", "same")
+
+
+def compare(pair: Pair, command: str, floor: float | None = None) -> Comparison:
+    """Every row and counter of both sides; `floor` as a share, None for what the kind needs."""
+    if floor is None:
+        floor = FLOOR if pair.taken_in_turn else APART_FLOOR
+    machines = _different(pair.base.state.machine, pair.new.state.machine, _is_hardware)
+    updates = _different(pair.base.state.versions, pair.new.state.versions, MATTERS.__contains__)
+    cases = sorted({pair.base.case, pair.new.case})
+    other = [f"BASE is {pair.base.case} and NEW is {pair.new.case}"] if len(cases) == 2 else []
+    apart = [] if pair.taken_in_turn else [*other, *machines, *updates]
+    times, overall = _times(pair, floor, apart)
+    counts = _counts(pair, [] if pair.taken_in_turn else [*other, *updates], bool(other))
+    lines = [*_wrong(pair), *times, *counts]
+    rank = {verdict: at for at, verdict in enumerate(ORDER)}
+    lines.sort(key=lambda line: (rank[line.verdict], -(line.ratio or 0.0)))
+    return Comparison(
+        base=pair.base.state,
+        new=pair.new.state,
+        lines=tuple(lines),
+        geomean=overall,
+        floor=floor,
+        confidence=CONFIDENCE,
+        paired=pair.taken_in_turn,
+        command=command,
+        case=" / ".join(cases),
+        differences=(*other, *machines, *updates, *_silent(pair)),
+    )
+
+
+def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Ratio | None]:
+    """Lines of what was timed, and the geometric mean of what could be compared."""
+    base, new = pair.base.times, pair.new.times
+    both = [name for name in base if name in new and base[name].times and new[name].times]
+    lines = [
+        replace(_timed(name, base.get(name), new.get(name)), note=why)
+        for name, why in _lonely(pair.base, pair.new, both)
+    ]
+    if apart:
+        note = f"{apart[0]}; measure both on one machine, in turn (bench --against)"
+        return [*lines, *(replace(_timed(n, base[n], new[n]), note=note) for n in both)], None
+    estimates = [_estimate(base[name], new[name], pair.taken_in_turn) for name in both]
+    unit = "process pairs" if pair.taken_in_turn else "rounds"
+    for name, found in zip(both, judge(estimates, floor), strict=True):
+        line = _timed(name, base[name], new[name])
+        lines.append(
+            replace(
+                line,
+                verdict=found.verdict,
+                note=_needs(found, unit),
+                ratio=found.ratio.median,
+                lo=found.ratio.lo,
+                hi=found.ratio.hi,
+            )
+        )
+    return lines, _geomean(both, base, new, estimates)
+
+
+def _estimate(base: Timed, new: Timed, in_turn: bool) -> Estimate:
+    if in_turn and len(base.times) > 1:
+        return across_processes(base.times, new.times)
+    if in_turn:
+        return within_process(base.times[0], new.times[0])
+    both = base.yardstick is not None and new.yardstick is not None
+    yardsticks = (base.yardstick, new.yardstick) if both else (None, None)
+    return between_runs(base.times[0], new.times[0], *yardsticks)
+
+
+def _geomean(
+    names: list[str],
+    base: Mapping[str, Timed],
+    new: Mapping[str, Timed],
+    estimates: list[Estimate],
+) -> Ratio | None:
+    """Of all rows: pair by pair where they share process pairs, which shift all of them at once."""
+    if not estimates:
+        return None
+    pairs = {len(base[name].times) for name in names}
+    if len(pairs) == 1 and pairs != {1}:
+        before, after = (
+            [[_middle_of_rows(side[name].times[at] for name in names)] for at in range(*pairs)]
+            for side in (base, new)
+        )
+        overall = across_processes(before, after)
+    else:
+        overall = mean(estimates)
+    lo, hi = overall.interval(1 - CONFIDENCE)
+    return Ratio(exp(overall.log), exp(lo), exp(hi))
+
+
+def _middle_of_rows(rows: Iterable[Sequence[float]]) -> float:
+    """The geometric mean of the rows' medians."""
+    return float(np.exp(np.mean([np.log(np.median(row)) for row in rows])))
+
+
+def _counts(pair: Pair, apart: list[str], other_case: bool) -> list[Line]:
+    base, new = pair.base.counts, pair.new.counts
+    both = [name for name in base if name in new]
+    lines = [_counted(name, base[name], new[name], apart) for name in both]
+    if other_case:
+        lines = [replace(line, verdict="incomparable", note=apart[0]) for line in lines]
+    if _silent(pair):
+        return lines
+    for name in [*base, *new]:
+        if name not in both:
+            before, after = base.get(name), new.get(name)
+            line = Line(name, "count", "", _value(before), _value(after), "incomparable")
+            where = "NEW" if before is None else "BASE"
+            lines.append(
+                replace(line, unit=(before or after or (0, ""))[1], note=f"only in {where}")
+            )
+    return lines
+
+
+def _silent(pair: Pair) -> list[str]:
+    """Whether one of two states is from before it could count anything."""
+    counting = {
+        side: any(unit != PREPARE for _, unit in counts.values())
+        for side, counts in (("BASE", pair.base.counts), ("NEW", pair.new.counts))
+    }
+    silent = [side for side, counts in counting.items() if not counts]
+    return [f"{silent[0]} counts nothing, so no counters are compared"] if len(silent) == 1 else []
+
+
+def _counted(name: str, base: Number, new: Number, updates: list[str]) -> Line:
+    (before, unit), (after, _) = base, new
+    worse = before - after if unit in MORE_IS_BETTER else after - before
+    allowed = TOLERANCE.get(unit, 0.0) * abs(before)
+    verdict: Verdict = "slower" if worse > allowed else "faster" if worse < -allowed else "same"
+    note = ""
+    if updates and verdict == "slower":
+        verdict, note = "incomparable", f"{updates[0]}: count BASE again with what is installed now"
+    return Line(
+        name=name,
+        kind="count",
+        unit=unit,
+        base=before,
+        new=after,
+        verdict=verdict,
+        note=note,
+        ratio=after / before if before else None,
+    )
+
+
+def _wrong(pair: Pair) -> list[Line]:
+    """A state that computes something else is a regression, however fast it is."""
+    lines = []
+    for name in {**pair.base.wrong, **pair.new.wrong}:
+        before, after = pair.base.wrong.get(name), pair.new.wrong.get(name)
+        lines.append(
+            Line(
+                name=f"{name} · result",
+                kind="count",
+                unit="wrong results",
+                base=int(before is not None),
+                new=int(after is not None),
+                verdict="slower" if after else "incomparable",
+                note=after or f"BASE: {before}",
+            )
+        )
+    return lines
+
+
+def _lonely(base: Side, new: Side, both: list[str]) -> list[tuple[str, str]]:
+    """Rows that one state has no times of, and why."""
+    known = set(both)
+    found = []
+    for name in {**base.times, **new.times}:
+        wrong = any(name.startswith(failed) for failed in (*base.wrong, *new.wrong))
+        if name not in known and not wrong:
+            where = "NEW" if name in new.times else "BASE"
+            found.append((name, f"only in {where}"))
+    return found
+
+
+def _timed(name: str, base: Timed | None, new: Timed | None) -> Line:
+    """A line of times, as yet not compared."""
+    before, after = (() if side is None else side.times for side in (base, new))
+    return Line(
+        name=name,
+        kind="time",
+        unit="ms",
+        base=_middle(before),
+        new=_middle(after),
+        verdict="incomparable",
+        base_samples=before,
+        new_samples=after,
+    )
+
+
+def _middle(times: tuple[tuple[float, ...], ...]) -> float | None:
+    samples = [sample for process in times for sample in process]
+    return float(np.median(samples)) if samples else None
+
+
+def _needs(found: Judged, unit: str) -> str:
+    if found.verdict != "inconclusive":
+        return ""
+    return f"about {found.missing} more {unit} would tell"
+
+
+def _value(number: Number | None) -> float | None:
+    return None if number is None else number[0]
+
+
+def _is_hardware(key: str) -> bool:
+    return key != "memory_bytes"  # a virtual machine's is another after each start
+
+
+def _different(
+    base: Mapping[str, Any], new: Mapping[str, Any], matters: Callable[[str], bool]
+) -> list[str]:
+    return [
+        f"{key} is {base.get(key)} in BASE and {new.get(key)} in NEW"
+        for key in dict.fromkeys((*base, *new))
+        if matters(key) and base.get(key) != new.get(key)
+    ]

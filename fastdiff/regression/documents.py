@@ -1,0 +1,238 @@
+"""Files that can be compared, read into one form: `Side`s. Anything else is refused by a sentence.
+
+`fastdiff.paired/1` (bench --against) holds both states; `fastdiff.bench/1`, `fastdiff.counts/1`,
+`fastdiff.static/1` and pytest-benchmark's JSON hold one each.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from fastdiff.bench.gates import Number, numbers
+from fastdiff.errors import UserError
+from fastdiff.regression.comparison import State
+
+T = TypeVar("T")
+PAIRED = "fastdiff.paired/1"
+Times = tuple[tuple[float, ...], ...]
+"""Milliseconds: [process][round]."""
+
+
+class Timed(NamedTuple):
+    """The samples of one row, and those of the yardstick that took turns with it, if any."""
+
+    times: Times
+    yardstick: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one state was measured to be."""
+
+    state: State
+    case: str = ""
+    """What was measured, as all row names would begin."""
+    times: dict[str, Timed] = field(default_factory=dict)
+    counts: dict[str, Number] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    """Rows that computed something else, and what; they have no times."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    base: Side
+    new: Side
+    taken_in_turn: bool
+
+
+def read_pair(base: Path, new: Path | None) -> Pair:
+    """Two files of a state each, or one file of both."""
+    document = load(base)
+    if document.get("schema") == PAIRED:
+        if new is not None:
+            raise UserError(f"{base} holds both states; give it alone")
+        return checked(base, lambda: pair_of(document))
+    if new is None:
+        raise UserError(f"{base} holds one state; give a second file to compare it with")
+    return Pair(read(base), read(new), taken_in_turn=False)
+
+
+def read(path: Path) -> Side:
+    """The one state that a file holds."""
+    document = load(path)
+    schema = document.get("schema")
+    if schema == PAIRED:
+        raise UserError(f"{path} holds both states; give it alone")
+    foreign = "benchmarks" in document and "machine_info" in document
+    reader = _pytest_benchmark if foreign else _READERS.get(str(schema))
+    if reader is not None:
+        return checked(path, lambda: reader(path.name, document))
+    names = ", ".join([PAIRED, *_READERS])
+    raise UserError(
+        f"{path} is {f'of schema {schema!r}' if schema else 'JSON of another kind'}; expected one"
+        f" of {names}, or what pytest-benchmark writes"
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        what = "is empty" if path.stat().st_size == 0 else f"is no JSON ({error})"
+        raise UserError(f"{path} {what}; measure again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def checked(path: Path, build: Callable[[], T]) -> T:
+    """Whatever is missing in a damaged document, or of another type, as one sentence."""
+    try:
+        return build()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged ({what}); measure again") from error
+
+
+def pair_of(document: dict[str, Any]) -> Pair:
+    """Both states of a `fastdiff.paired/1` document."""
+    states, sides = document["states"], []
+    for side in ("base", "new"):
+        state = State(
+            name=str(states[side]["name"]),
+            commit=states[side]["commit"],
+            created=document["created"],
+            machine=dict(document["machine"]),
+            versions=dict(states[side]["versions"]),
+        )
+        times = {
+            str(row["name"]): Timed(_times(row["name"], row[side])) for row in document["times"]
+        }
+        counts = {
+            name: (_number(name, value), str(unit))
+            for name, (value, unit) in document["counts"][side].items()
+        }
+        for name in document["rows"][side]:  # what this state can run, though the other cannot
+            times.setdefault(name, Timed(()))
+        wrong = {name: str(why) for name, why in document["wrong"][side].items()}
+        sides.append(Side(state, str(document["case"]), times, counts, wrong))
+    base, new = sides
+    return Pair(base, new, taken_in_turn=True)
+
+
+def _bench(name: str, document: dict[str, Any]) -> Side:
+    """Every backend against eager of the same run, which knows how fast that hour's machine was."""
+    times, counts, wrong = {}, {}, {}
+    rows = document["rows"]
+    eager = next(row for row in rows if row["backend"] == "eager")
+    for row in rows:
+        title = row["backend"]
+        if row["receipt"] and not row["receipt"]["passed"]:
+            wrong[title] = "it failed its receipt"
+        if row["backend"] == "eager" or not row["samples_ms"]:
+            continue
+        for part, key in (("step", "samples_ms"), ("image", "image_samples_ms")):
+            row_name = f"{title} · {part} against eager"
+            yardstick = _times(title, [eager[key]])[0]
+            times[row_name] = Timed(_times(title, [row[key]]), yardstick)
+        if row["peak_mem_bytes"] is not None:
+            counts[f"{title} · peak memory"] = (_number(title, row["peak_mem_bytes"]), "peak bytes")
+    return Side(_state(name, document), eager["case"], times, counts, wrong)
+
+
+def _counts(name: str, document: dict[str, Any]) -> Side:
+    counts = {
+        f"{row['backend']} · {title}": (_number(title, value), unit)
+        for row in document["rows"]
+        if row["backend"] != "eager"  # what diffusers and torch do is not ours to answer for
+        for title, (value, unit) in numbers(row).items()
+    }
+    return Side(_state(name, document), document["case"], counts=counts)
+
+
+_STATIC = ("registers", "spills", "shared", "occupancy", "load", "store")
+_MMA = ("", "mma.sync", "wgmma", "tcgen05.mma")
+
+
+def _static(name: str, document: dict[str, Any]) -> Side:
+    counts: dict[str, Number] = {}
+    for row in document["rows"]:
+        keys = (row["op"], row["kernel"], row["case"], row["dtype"], f"sm_{row['arch']}")
+        title = " · ".join(keys)
+        for unit in _STATIC:
+            counts[f"{title} · {unit}"] = (_number(title, row[unit]), unit)
+        counts[f"{title} · matrix instructions"] = (_MMA.index(row["mma"]), "generation")
+    return Side(_state(name, document), "Triton kernels", counts=counts)
+
+
+def _pytest_benchmark(name: str, document: dict[str, Any]) -> Side:
+    """Its times are in seconds; without the single samples, its median stands for them."""
+    machine = document["machine_info"]
+    times = {}
+    for row in document["benchmarks"]:
+        stats = row["stats"]
+        samples = stats.get("data") or [stats["median"]]
+        times[row["fullname"]] = Timed(
+            _times(row["fullname"], [[1e3 * _number(row["name"], value) for value in samples]])
+        )
+    ours = machine.get("fastdiff")  # what our own suites add to it
+    if ours:
+        hardware, versions, commit = ours["machine"], ours["versions"], ours["commit"]
+    else:
+        hardware = _hardware(machine)
+        versions = {"python": machine.get("python_version")}
+        commit = (document.get("commit_info") or {}).get("id")
+    state = State(name, commit, document.get("datetime"), dict(hardware), dict(versions))
+    return Side(state, times=times)
+
+
+def _hardware(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Of pytest-benchmark's machine_info what may not differ between two runs."""
+    cpu = machine.get("cpu") or {}
+    return {
+        "node": machine.get("node"),
+        "system": machine.get("system"),
+        "cpu": cpu.get("brand_raw"),
+        "cores": cpu.get("count"),
+    }
+
+
+def _state(name: str, document: dict[str, Any]) -> State:
+    return State(
+        name=name,
+        commit=document.get("commit"),
+        created=document.get("created"),
+        machine=dict(document.get("machine") or {}),
+        versions=dict(document["versions"]),
+    )
+
+
+def _times(name: str, processes: Any) -> Times:
+    return tuple(
+        tuple(_number(name, sample, least=1e-12) for sample in process) for process in processes
+    )
+
+
+def _number(name: str, value: Any, least: float = -math.inf) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UserError(f"{name} has {value!r} where a number is expected; measure again")
+    if not math.isfinite(value) or value < least:
+        raise UserError(
+            f"{name} has a sample of {value}, which no measurement gives; measure again"
+        )
+    return value
+
+
+_READERS: dict[str, Callable[[str, dict[str, Any]], Side]] = {
+    "fastdiff.bench/1": _bench,
+    "fastdiff.counts/1": _counts,
+    "fastdiff.static/1": _static,
+}

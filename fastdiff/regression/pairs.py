@@ -1,0 +1,252 @@
+"""Both states in turn: process pairs, started and asked in random order, until it is precise."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdiff.bench.machine import PACKAGES
+from fastdiff.bench.stats import LEAST, Estimate, Ratio, across_processes, judge
+from fastdiff.errors import UserError
+from fastdiff.regression.states import Place
+
+PAIR_S = 2.0
+"""Seconds of timing that a process pair is worth, beside the second or so that it takes to start:
+what speed a process has by chance is not averaged out by timing it for longer."""
+GATES = ("times", "counters")
+LEAST_ROUNDS, MOST_ROUNDS = 3, 60
+
+Samples = dict[str, tuple[list[list[float]], list[list[float]]]]
+"""By row: milliseconds of base and new, [process pair][round]."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both states are asked to run."""
+
+    suite: str
+    device: str
+    dtype: str
+    threads: int
+    steps: int = 2
+    height: int | None = None
+    width: int | None = None
+    backends: tuple[str, ...] = ()
+    folder: str | None = None
+    preset: str | None = None
+    scale: float = 1.0
+    filter: str = ""
+
+    def of(self, place: Place) -> dict[str, Any]:
+        """As a worker reads them; a relative folder is the state's own."""
+        folder = self.folder and str(place.root / self.folder)
+        return vars(self) | {"folder": folder, "packages": PACKAGES}
+
+
+@dataclass(frozen=True)
+class Until:
+    """When to stop: after `pairs`, or once every interval is this narrow; at most after `limit_s`.
+
+    Never by what the intervals say: who looks again and again until a change shows will see one.
+    """
+
+    pairs: int | None = None
+    half_width: float = 0.01
+    limit_s: float = 60.0
+
+    def reached(self, estimates: Sequence[Estimate], pairs: int, floor: float) -> bool:
+        if self.pairs is not None:
+            return pairs >= self.pairs
+        return pairs > LEAST and all(
+            judged.ratio.hi / judged.ratio.lo <= (1 + self.half_width) ** 2
+            for judged in judge(estimates, floor)
+        )
+
+
+@dataclass
+class Race:
+    """What the pairs have given so far."""
+
+    times: Samples = field(default_factory=dict)
+    counts: dict[str, dict[str, tuple[float, str]]] = field(default_factory=dict)
+    """By side, "base" or "new": name -> value, unit."""
+    prepare_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By side: what preparing a row's pipeline took at the least, of all its processes."""
+    wrong: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By side: rows whose results are not right, and why. They are not timed."""
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    """By side: what it can time."""
+    versions: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    pairs: int = 0
+    seconds: float = 0.0
+
+    def estimates(self) -> list[Estimate]:
+        return [across_processes(base, new) for base, new in self.times.values()]
+
+
+class Worker:
+    """A state's process, which forks a fresh one for every pair."""
+
+    def __init__(self, place: Place, settings: Settings, log: Path) -> None:
+        self.place, self._log = place, log
+        variables = place.environment() | {
+            "PYTHONUNBUFFERED": "1",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # is there a GPU? without starting CUDA
+            "TRANSFORMERS_VERBOSITY": "error",
+            "DIFFUSERS_VERBOSITY": "error",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "KINETO_LOG_LEVEL": "99",
+        }
+        script = Path(__file__).with_name("worker.py")
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [place.python, "-P", script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=place.root,
+                env=variables,
+                text=True,
+                start_new_session=True,  # so that its forks end with it
+            )
+        self._send(settings.of(place))
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        self._send({"do": do} | more)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in answer:
+            raise UserError(f"{self.place.name} cannot be measured: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def _send(self, value: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # the answer that does not come says why
+            self._process.stdin.write(json.dumps(value) + "\n")
+            self._process.stdin.flush()
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "its process ended without a word"
+
+
+def race(
+    base: Place,
+    new: Place,
+    settings: Settings,
+    until: Until,
+    floor: float,
+    show: Callable[[str], object],
+    gates: Collection[str] = GATES,
+) -> Race:
+    """Check both states, count what does not jitter, time them in turn: what `gates` names.
+
+    Raises UserError where a state cannot run what it is asked to.
+    """
+    done, order = Race(), random.Random(0)
+    with _workers(base, new, settings) as workers:
+        start = time.perf_counter()
+        for side, worker in workers.items():
+            done.versions[side] = worker.answer()["versions"]
+        for side, worker in workers.items():
+            counting = ", counting" if "counters" in gates else ""
+            show(f"{worker.place.name}: checking what it computes{counting}")
+            done.rows[side] = [row for group in worker.ask("start")["groups"] for row in group]
+            done.wrong[side] = worker.ask("check")["wrong"]
+            done.counts[side] = worker.ask("count")["counts"] if "counters" in gates else {}
+            worker.ask("stop")
+        begun = time.perf_counter()
+        while "times" in gates:
+            _pair(done, workers, order)
+            done.pairs += 1
+            now = time.perf_counter()
+            estimates = done.estimates()
+            show(_progress(done, estimates, floor))
+            each = (now - begun) / done.pairs
+            late = now - start + each > until.limit_s
+            if not estimates or until.reached(estimates, done.pairs, floor):
+                break
+            if until.pairs is None and late:
+                break
+        done.seconds = time.perf_counter() - start
+    return done
+
+
+def _pair(done: Race, workers: dict[str, Worker], order: random.Random) -> None:
+    """A fresh process of each state, in turn for some rounds."""
+    names, groups = list(workers), {}
+    for side in order.sample(names, 2):
+        started = workers[side].ask("start")
+        groups[side] = started["groups"]
+        least = done.prepare_ms.setdefault(side, {})
+        for row, ms in started["prepare_ms"].items():
+            least[row] = min(ms, least.get(row, ms))
+    shared = [
+        tuple(groups[side].index(rows) for side in names)
+        for rows in groups[names[0]]
+        if all(rows in groups[side] for side in names)
+    ]
+    found: dict[str, dict[str, list[float]]] = {side: {} for side in names}
+    start, rounds = time.perf_counter(), 0
+    while rounds < MOST_ROUNDS:
+        for group in order.sample(shared, len(shared)):
+            for at in order.sample(range(2), 2):
+                times = workers[names[at]].ask("run", group=group[at])["ms"]
+                for row, ms in times.items():
+                    found[names[at]].setdefault(row, []).append(ms)
+        rounds += 1
+        spent = time.perf_counter() - start
+        if rounds >= LEAST_ROUNDS and spent + spent / rounds > PAIR_S:
+            break
+    for side in names:
+        workers[side].ask("stop")
+    wrong = {row for rows in done.wrong.values() for row in rows}
+    for row in found["base"].keys() & found["new"].keys():
+        if not any(row == name or row.startswith(f"{name} · ") for name in wrong):
+            base, new = done.times.setdefault(row, ([], []))
+            base.append(found["base"][row])
+            new.append(found["new"][row])
+
+
+def _progress(done: Race, estimates: Sequence[Estimate], floor: float) -> str:
+    """How far it is, and the widest interval as it narrows."""
+    line = f"pair {done.pairs}"
+    if done.pairs > 1 and estimates:
+        judged = zip(done.times, judge(estimates, floor), strict=True)
+        row, widest = max(judged, key=lambda pair: pair[1].ratio.hi / pair[1].ratio.lo)
+        line += f": {row} {_interval(widest.ratio)}, the widest of {len(estimates)}"
+    return line
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.median:.3f} [{ratio.lo:.3f}, {ratio.hi:.3f}]"
+
+
+@contextmanager
+def _workers(base: Place, new: Place, settings: Settings) -> Iterator[dict[str, Worker]]:
+    made: dict[str, Worker] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for side, place in (("base", base), ("new", new)):
+                made[side] = Worker(place, settings, Path(folder, f"{side}.log"))
+            yield made
+        finally:
+            for worker in made.values():
+                worker.close()

@@ -1,0 +1,53 @@
+"""Files with a place under a roofline: `fastdiff.roofline/1` and what `pytest benchmarks` has."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastdiff.bench.gpus import Gpu, gpu_called
+from fastdiff.errors import UserError
+from fastdiff.regression.documents import checked, load
+from fastdiff.regression.reports.roofline import Roofline, RoofPoint
+
+
+def read(path: Path) -> Roofline:
+    """The blocks of a pipeline, or the kernels of a suite that ran on a GPU of known rates."""
+    document = load(path)
+    if document.get("schema") == "fastdiff.roofline/1":
+        return checked(path, lambda: _blocks(document))
+    if "benchmarks" in document:
+        return checked(path, lambda: _suite(document))
+    raise UserError(f"{path} has no place under a roofline; give what bench --roofline wrote")
+
+
+def _blocks(document: dict[str, Any]) -> Roofline:
+    gpu = Gpu(**document["gpu"])
+    points = tuple(
+        RoofPoint(row["block"], row["flops"], row["bytes"], row["measured_ms"])
+        for row in document["rows"]
+    )
+    return _roof(gpu, getattr(torch, document["dtype"]), points)
+
+
+def _suite(document: dict[str, Any]) -> Roofline:
+    rows = [row for row in document["benchmarks"] if "flops" in row["extra_info"]]
+    facts = rows[0]["extra_info"] if rows else {}
+    gpu = gpu_called(facts["gpu"]["name"]) if facts.get("gpu") else None
+    if gpu is None:
+        raise UserError("its kernels ran on nothing whose rates are known; measure on a GPU")
+    points = tuple(
+        RoofPoint(
+            row["name"],
+            row["extra_info"]["flops"],
+            row["extra_info"]["bytes"],
+            1e3 * median(row["stats"].get("data") or [row["stats"]["median"]]),
+        )
+        for row in rows
+    )
+    return _roof(gpu, getattr(torch, facts["dtype"]), points)
+
+
+def _roof(gpu: Gpu, dtype: torch.dtype, points: tuple[RoofPoint, ...]) -> Roofline:
+    return Roofline(gpu.device, gpu.rate(dtype) / 1e12, gpu.bytes_per_s / 1e12, points)
