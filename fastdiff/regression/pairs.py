@@ -18,7 +18,7 @@ from fastdiff.bench.stats import LEAST, Estimate, Ratio, across_processes, judge
 from fastdiff.errors import UserError
 from fastdiff.regression.states import Place
 
-PAIR_S = 2.0
+PAIR_S = 1.2
 """Seconds of timing that a process pair is worth, beside the second or so that it takes to start:
 what speed a process has by chance is not averaged out by timing it for longer."""
 GATES = ("times", "counters")
