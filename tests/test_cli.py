@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import triton
 from PIL import Image
 
 from fastdiff.cli import main
@@ -124,24 +125,71 @@ def test_env_is_lines_or_json(capsys):
     assert {"fastdiff", "python", "diffusers", "cpu", "fastdiff._C", "commit"} <= set(facts)
 
 
-def test_inspect_prints_the_table_it_is_given(capsys, monkeypatch):
-    @dataclass(frozen=True)
-    class Row:
-        kernel: str
-        arch: int
-        registers: int
+@dataclass(frozen=True)
+class StaticRow:
+    op: str
+    arch: int
+    kernel: str = "_statistics_kernel"
+    case: str = "sdxl-cfg-multistep"
+    dtype: str = "float16"
+    num_warps: int = 8
+    num_stages: int = 3
+    registers: int = 96
+    spills: int = 0
+    shared: int = 131072
+    occupancy: float = 0.3125
+    limited_by: str = "shared memory"
+    load: int = 16
+    store: int = 2
+    mma: str = "tcgen05.mma"
+    bound: str = "compute"
+
+
+@pytest.fixture
+def static_table(monkeypatch):
+    """Stands in for minutes of compiling."""
+
+    def table(archs, ops, log):
+        return [StaticRow(op, arch) for op in ops or ["attention", "guided_step"] for arch in archs]
 
     module = ModuleType("fastdiff.kernels.inspect")
     module.SHARED_LIMIT = {90: 227, 120: 99}
-    module.table = lambda archs: [Row("attention", arch, 96) for arch in archs]
+    module.table = table
     monkeypatch.setitem(sys.modules, "fastdiff.kernels.inspect", module)
-    assert run("inspect", "--arch", "90", "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert rows == [{"kernel": "attention", "arch": 90, "registers": 96}]
-    assert run("inspect", "--arch", "120") == 0
-    assert "120" in capsys.readouterr().out
-    assert run("inspect", "--arch", "75") == 2
-    assert "--arch is 75; choose from 90, 120" in capsys.readouterr().err
+
+
+def test_inspect_writes_and_prints_one_document(static_table, capsys, tmp_path):
+    out = tmp_path / "kernels.json"
+    assert run("inspect", "group_norm_silu", "--arch", "90", "--json", "--out", out) == 0
+    text = capsys.readouterr().out
+    assert out.read_text() == text
+    document = json.loads(text)
+    assert document["schema"] == "fastdiff.static/1"
+    assert document["versions"] == {"triton": triton.__version__}
+    assert document["command"] == f"fastdiff inspect group_norm_silu --arch 90 --json --out {out}"
+    assert "commit" in document
+    assert document["rows"] == [asdict(StaticRow("group_norm_silu", 90))]
+
+
+def test_inspect_prints_a_line_for_each_kernel(static_table, capsys):
+    assert run("inspect", "--arch", "90", "--arch", "120") == 0
+    head, _, *lines = (line for line in capsys.readouterr().out.splitlines() if line.strip())
+    assert all(name in head for name in ("regs", "spill", "occupancy", "limited by", "load B"))
+    assert [line.split()[0] for line in lines] == ["attention"] * 2 + ["guided_step"] * 2
+    assert all(line.split()[10:13] == ["31%", "shared", "memory"] for line in lines)
+    assert max(map(len, lines)) <= 200
+
+
+def test_inspect_names_what_it_knows(static_table, capsys, tmp_path):
+    refused = {
+        ("--arch", "75"): "--arch is 75; choose from 90, 120",
+        ("conv2d",): "Triton kernels, which are attention, group_norm_silu, guided_step",
+        (str(tmp_path), "--out", str(tmp_path / "x.json")): "--out is for our kernels",
+        ("attention", "--out", str(tmp_path / "no" / "x.json")): "make it first",
+    }
+    for arguments, message in refused.items():
+        assert run("inspect", *arguments) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_does_not_wait_for_torch():

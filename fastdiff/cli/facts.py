@@ -1,14 +1,36 @@
 """env and inspect: what is installed, and what the kernels compile to."""
 
 import json as json_module
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fastdiff.cli.engines import inspect_engines
 from fastdiff.cli.options import app
 from fastdiff.errors import UserError
+
+SCHEMA = "fastdiff.static/1"
+COLUMNS = {
+    "op": "op",
+    "kernel": "kernel",
+    "case": "case",
+    "dtype": "dtype",
+    "arch": "arch",
+    "num_warps": "warps",
+    "num_stages": "stages",
+    "registers": "regs",
+    "spills": "spill",
+    "shared": "shared",
+    "occupancy": "occupancy",
+    "limited_by": "limited by",
+    "load": "load B",
+    "store": "store B",
+    "mma": "mma",
+    "bound": "bound",
+}
+"""Of the table of kernels: a row's field and what stands above it."""
 
 
 @app.command()
@@ -32,23 +54,48 @@ def env(
 
 @app.command()
 def inspect(
-    engines: Annotated[
-        Path | None, typer.Argument(help="What export --trt wrote; our GPU kernels if absent.")
+    context: typer.Context,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KERNEL|ENGINES",
+            help="One of our GPU kernels, or what export --trt wrote; all our kernels if absent.",
+        ),
     ] = None,
     arch: Annotated[
         list[int] | None, typer.Option(help="80, 90, 120, …; every one we know if absent.")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write fastdiff.static/1 here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """What engines are, if they are whole; or what each GPU kernel compiles to: registers, …"""
-    if engines is not None:
+    """What each GPU kernel compiles to: registers, …; or what engines are, if they are whole."""
+    from fastdiff.kernels.dispatch import all_kernels
+
+    kernels = [name for name, one in all_kernels().items() if "triton" in one.implementations]
+    if what is not None and what not in kernels:
+        if not Path(what).exists():
+            raise UserError(
+                f"{what!r} is neither a folder of engines nor one of our Triton kernels, which are"
+                f" {', '.join(sorted(kernels))}"
+            )
         if arch:
             raise UserError("--arch is for our kernels; an engine has the GPU it was built for")
-        return inspect_engines(engines, json)
+        if out:
+            raise UserError("--out is for our kernels; an engine's manifest lies beside it")
+        return inspect_engines(Path(what), json)
+    command = shlex.join(["fastdiff", *context.obj])
+    inspect_kernels(None if what is None else [what], arch, out, json, command)
+
+
+def inspect_kernels(
+    ops: list[str] | None, arch: list[int] | None, out: Path | None, json: bool, command: str
+) -> None:
+    """Compile them, write the table to `out` and print it."""
     from dataclasses import asdict
 
-    from rich.console import Console
-    from rich.table import Table
+    from fastdiff.bench.machine import commit, versions
+    from fastdiff.bench.progress import status
+    from fastdiff.bench.results import check_writable, write_file
 
     try:
         from fastdiff.kernels.inspect import SHARED_LIMIT, table
@@ -57,13 +104,36 @@ def inspect(
     if unknown := set(arch or ()) - set(SHARED_LIMIT):
         known = ", ".join(map(str, SHARED_LIMIT))
         raise UserError(f"--arch is {min(unknown)}; choose from {known}")
-    rows = [asdict(row) for row in table(arch or None)]
+    if out:
+        check_writable(out, "--out")
+    with status() as log:
+        rows = [asdict(row) for row in table(arch or None, ops=ops, log=log)]
+    document = {
+        "schema": SCHEMA,
+        "versions": {"triton": versions()["triton"]},  # its wheel holds compiler and assembler
+        "commit": commit(),
+        "command": command,
+        "rows": rows,
+    }
+    text = json_module.dumps(document, indent=1) + "\n"
+    if out:
+        write_file(out, lambda path: path.write_text(text, encoding="utf-8"))
     if json:
-        print(json_module.dumps(rows, indent=1))
-        return
-    shown = Table(*(rows[0] if rows else ()), pad_edge=False)
+        print(text, end="")
+    else:
+        show_kernels(rows)
+
+
+def show_kernels(rows: list[dict[str, Any]]) -> None:
+    """One line for each row."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(*COLUMNS.values(), box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        shown.add_row(*(str(value) for value in row.values()))
+        cells = {**row, "occupancy": f"{row['occupancy']:.0%}"}
+        shown.add_row(*(str(cells[name]) for name in COLUMNS))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200

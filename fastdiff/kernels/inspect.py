@@ -1,15 +1,12 @@
 """What the Triton kernels become on each NVIDIA architecture, found by compiling without a GPU.
 
-`table()` compiles every launch of every kernel's cases and reads registers, spills and shared
-memory with the `cuobjdump` of Triton's own wheel. Nothing here says how fast a kernel is.
+`table()` compiles every launch of every kernel's cases and reads the machine code with the
+`cuobjdump` of Triton's own wheel. Nothing here says how fast a kernel is.
 """
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +14,16 @@ import triton
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from fastdiff.kernels import sass
 from fastdiff.kernels.contract import FP_FUSION, Case, KernelSpec, Launch
 from fastdiff.kernels.dispatch import all_kernels
+from fastdiff.kernels.occupancy import SMS, bound, occupancy
 
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Shared memory a block may use, in KiB, by architecture (CUDA C programming guide)."""
+SHARED_LIMIT = {arch: sm.shared - 1 for arch, sm in SMS.items()}
+"""Shared memory a block may use, in KiB, by architecture."""
 
 MMA = ("wgmma", "tcgen05.mma", "mma.sync")
 """Matrix instructions of PTX, the newest first but for sm_100's."""
@@ -56,8 +55,19 @@ class Row:
     """Bytes of local memory and stack for each thread; 0 is what we want."""
     shared: int
     """Bytes for each block."""
+    occupancy: float
+    """Warps that can be resident on an SM, of those that it holds at most: 0 to 1."""
+    limited_by: str
+    """What keeps `occupancy` from being more: "registers", "shared memory", "tensor memory",
+    "blocks" or "warps"."""
+    load: int
+    """Bytes of a thread's widest load from global memory; 16 for a bulk copy, 0 for none."""
+    store: int
+    """Bytes of a thread's widest store to global memory; 16 for a bulk copy, 0 for none."""
     mma: str
     """The matrix instruction, "" where there is none."""
+    bound: str
+    """"memory" or "compute": what the whole case would wait for on a GPU at its roofline."""
 
     @property
     def fits(self) -> bool:
@@ -68,34 +78,39 @@ def table(
     archs: Iterable[int] | None = None,
     dtypes: Iterable[torch.dtype] = (torch.float16,),
     cases: Iterable[str] | None = None,
+    ops: Iterable[str] | None = None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> list[Row]:
     """Compile each distinct launch of the kernels' cases for each architecture (default: all).
 
-    `cases` narrows to the named ones. Raises ValueError for an architecture that is not known and
-    in a process that imported the kernels for Triton's interpreter.
+    `cases` and `ops` narrow to those named. Raises ValueError for an architecture that is not known
+    and in a process that imported the kernels for Triton's interpreter.
     """
-    archs = tuple(SHARED_LIMIT if archs is None else archs)
-    if unknown := set(archs) - set(SHARED_LIMIT):
-        raise ValueError(f"unknown architectures {sorted(unknown)}; known: {list(SHARED_LIMIT)}")
+    archs = tuple(SMS if archs is None else archs)
+    if unknown := set(archs) - set(SMS):
+        raise ValueError(f"unknown architectures {sorted(unknown)}; known: {list(SMS)}")
     wanted = None if cases is None else frozenset(cases)
     rows = []
-    for arch in archs:
-        seen = set()
-        for spec, case, dtype, launch in _launches(arch, tuple(dtypes)):
-            source = _source(launch)
-            key = (source.hash(), launch.num_warps, launch.num_stages)
-            if key in seen or (wanted is not None and case.name not in wanted):
-                continue
-            seen.add(key)
-            rows.append(_row(spec, case, dtype, arch, launch, source))
-    return rows
+    with ThreadPoolExecutor(2) as pool:  # half of the time goes by in other processes
+        for arch in archs:
+            log(f"sm_{arch}: compiling")
+            seen = set()
+            for spec, case, dtype, launch in _launches(arch, tuple(dtypes), ops):
+                source = _source(launch)
+                key = (source.hash(), launch.num_warps, launch.num_stages)
+                if key in seen or (wanted is not None and case.name not in wanted):
+                    continue
+                seen.add(key)
+                rows.append(pool.submit(_row, spec, case, dtype, arch, launch, source))
+    return [row.result() for row in rows]
 
 
 def _launches(
-    arch: int, dtypes: tuple[torch.dtype, ...]
+    arch: int, dtypes: tuple[torch.dtype, ...], ops: Iterable[str] | None
 ) -> Iterator[tuple[KernelSpec, Case, torch.dtype, Launch]]:
     """Plans of every case, made on fake tensors."""
-    for kernel in all_kernels().values():
+    kernels = all_kernels()
+    for kernel in kernels.values() if ops is None else [kernels[op] for op in ops]:
         if "triton" not in kernel.implementations:
             continue
         launcher: Any = kernel.implementations["triton"]()
@@ -151,7 +166,10 @@ def _row(
         "enable_fp_fusion": FP_FUSION,
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spills = _resources(compiled)
+    code = sass.read(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+    made = compiled.metadata  # its warps are more than the launch's where they are specialised
+    columns = getattr(made, "tmem_size", None) or 0
+    fills = occupancy(arch, made.num_warps, code.registers, made.shared, columns)
     return Row(
         op=spec.name,
         kernel=launch.kernel.__name__,
@@ -160,23 +178,13 @@ def _row(
         arch=arch,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        registers=registers,
-        spills=spills,
-        shared=compiled.metadata.shared,
+        registers=code.registers,
+        spills=code.spills,
+        shared=made.shared,
+        occupancy=round(fills.share, 4),
+        limited_by=fills.limited_by,
+        load=code.load,
+        store=code.store,
         mma=next((name for name in MMA if name in compiled.asm["ptx"]), ""),
+        bound=bound(arch, spec.flops(case), spec.bytes(case, dtype.itemsize)),
     )
-
-
-def _resources(compiled: CompiledKernel) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory, of each thread."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "--dump-resource-usage", str(cubin)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text[-200:]!r}")
-    registers, stack, local = map(int, usage.groups())
-    return registers, stack + local

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from fastdiff.kernels.inspect import SHARED_LIMIT, table
+from fastdiff.kernels.occupancy import occupancy
 
 MAIN_CASES = (
     "sd15-64",
@@ -63,6 +64,26 @@ def test_loads_of_40_wide_heads_are_pipelined(rows):
     row = next(r for r in rows if r["case"] == "sd15-64-self" and r["arch"] == 90)
     keys_and_values = 2 * 64 * 48 * 2
     assert row["shared"] >= row["num_stages"] * keys_and_values
+
+
+def test_what_a_full_case_waits_for(rows):
+    """Attention does half as many FLOPs a byte as there are keys, if they are its queries, too,
+    and as many if they are few: 2048 over 4096 pixels, 77 over as many words. The ridge is 295."""
+    bounds = {row["case"]: row["bound"] for row in rows if row["arch"] == 90}
+    assert bounds["sd15-64-self"] == bounds["sdxl-64-self"] == "compute"
+    assert bounds["sd15-64-cross"] == bounds["sdxl-cfg-multistep"] == bounds["vae-top"] == "memory"
+
+
+def test_attention_moves_16_bytes_at_a_time(rows):
+    widths = {(row["load"], row["store"]) for row in rows if row["op"] == "attention"}
+    assert widths == {(16, 16)}
+
+
+def test_occupancy_follows_from_the_row(rows):
+    for row in rows:
+        again = occupancy(row["arch"], row["num_warps"], row["registers"], row["shared"])
+        assert row["occupancy"] == round(again.share, 4) > 0
+        assert row["limited_by"] == again.limited_by
 
 
 def test_unknown_architecture_is_named():

@@ -1,0 +1,71 @@
+"""Tiny Triton kernels whose machine code is known beforehand, as ops that `table()` finds.
+
+Imported by the tests' other process only: in their own the kernels are Triton's interpreter's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdiff.kernels.contract import Case, KernelSpec, Launch, Launcher
+from fastdiff.kernels.dispatch import KERNELS, Kernel
+
+
+@triton.jit
+def _copy_kernel(x_ptr, stride, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i * stride, tl.load(x_ptr + i * stride))
+
+
+@triton.jit
+def _gather_kernel(x_ptr, stride, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i * stride))
+
+
+@triton.jit
+def _scale_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """Needs all of the block twice: it stays in registers, if they suffice."""
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i).to(tl.float32)
+    tl.store(y_ptr + i, x / tl.sum(x))
+
+
+@triton.jit
+def _product_kernel(x_ptr, y_ptr, SIDE: tl.constexpr):
+    i = tl.arange(0, SIDE)
+    at = i[:, None] * SIDE + i[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.dot(x, x).to(x.dtype))
+
+
+def plant(name, kernel, size, num_warps, stride=None, **constants):
+    """An op of one launch on a vector of `size`; FLOPs and bytes are as of a product."""
+
+    def plan(arch, x):
+        y = torch.empty_like(x)
+        integers = {} if stride is None else {"stride": stride}
+        arguments = {"x_ptr": x, **integers, "y_ptr": y}
+        return (Launch(kernel, arguments, constants, (1,), num_warps),), y
+
+    spec = KernelSpec(
+        name=name,
+        schema="(Tensor x) -> Tensor",
+        reference=lambda x: x,
+        inputs=lambda case, dtype, device, generator: {"x": torch.empty(case.L, dtype=dtype)},
+        cases=(Case("only", L=size),),
+        bytes=lambda case, element: 2 * element * case.L,
+        flops=lambda case: 2 * case.L**1.5,
+    )
+    KERNELS[name] = Kernel(spec, None, {"triton": lambda: Launcher(plan)})
+
+
+# 1024 halves over 4 warps: 8 halves, 16 bytes, a thread
+plant("beside", _copy_kernel, 1024, 4, stride=1, BLOCK=1024)
+plant("every third", _copy_kernel, 3072, 4, stride=3, BLOCK=1024)
+plant("gathered", _gather_kernel, 3072, 4, stride=3, BLOCK=1024)
+# 4096 numbers over a warp are 128 registers a thread; 16384 are 512, and 255 is all there are
+plant("kept", _scale_kernel, 4096, 1, BLOCK=4096)
+plant("spilled", _scale_kernel, 16384, 1, BLOCK=16384)
+plant("product", _product_kernel, 64 * 64, 4, SIDE=64)
+PLANTED = ("beside", "every third", "gathered", "kept", "spilled", "product")

@@ -1,0 +1,109 @@
+"""Machine code as it is printed, and as Triton kernels of known widths really compile to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdiff.kernels.sass import Code, parse
+
+USAGE = " Function _k:\n  REG:40 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:560\n"
+EXIT = "        /*0fe0*/                   EXIT ;      /* 0x000000000000794d */\n"
+
+
+def printed(*lines):
+    code = "".join(f"        /*{16 * n:04x}*/    {line} ;\n" for n, line in enumerate(lines))
+    return USAGE + code + EXIT
+
+
+LINES = {
+    "LDG.E R2, [R2.64]": (4, 0),
+    "LDG.E.U8 R2, [R2.64]": (1, 0),
+    "LDG.E.U16.CONSTANT R2, desc[UR4][R2.64]": (2, 0),
+    "LDG.E.64 R2, desc[UR4][R2.64+0x80]": (8, 0),
+    "@P0 LDG.E.128 R8, desc[UR4][R4.64]": (16, 0),
+    "@!P3 LDG.E.ENL2.256 R8, R12, desc[UR4][R4.64]": (32, 0),
+    "LDG.E.LTC128B R2, desc[UR4][R2.64]": (4, 0),
+    "LDGSTS.E.BYPASS.LTC128B.128 [R9], desc[UR4][R4.64], P0": (16, 0),
+    "LDGSTS.E.64 [R9+0x800], [R4.64]": (8, 0),
+    "@P1 STG.E.U16 desc[UR4][R2.64], R7": (0, 2),
+    "STG.E.STRONG.GPU desc[UR4][R2.64], R7": (0, 4),
+    "@!UP0 UTMALDG.2D [UR8], [UR4], desc[UR6]": (16, 0),
+    "UTMASTG.2D [UR8], [UR4]": (0, 16),
+    "LDS.128 R4, [R2]": (0, 0),
+    "STS.128 [R2], R4": (0, 0),
+    "STL.64 [R1+0x10], R4": (0, 0),
+    "LDC.64 R4, c[0x0][0x210]": (0, 0),
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_width_of_one_instruction(line):
+    assert parse(printed(line)) == Code(40, 24, *LINES[line])
+
+
+def test_the_widest_counts():
+    assert parse(printed(*LINES)) == Code(40, 24, 32, 16)
+
+
+def test_what_is_no_listing_is_refused():
+    with pytest.raises(RuntimeError, match="no resource usage"):
+        parse(printed().removeprefix(USAGE))
+    with pytest.raises(RuntimeError, match="no code"):
+        parse(USAGE)
+
+
+ARCHS = (80, 90, 100)
+SCRIPT = """
+import dataclasses, json, sys
+sys.path.insert(0, sys.argv[1])
+from planted import PLANTED
+from fastdiff.kernels.inspect import table
+rows = table(map(int, sys.argv[2:]), ops=PLANTED)
+json.dump([dataclasses.asdict(row) for row in rows], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Rows of the kernels in `planted.py` by (op, arch), compiled by another process."""
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), *map(str, ARCHS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {(row["op"], row["arch"]): row for row in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_known_widths(planted, arch):
+    widths = {op: (row["load"], row["store"]) for (op, a), row in planted.items() if a == arch}
+    assert widths["beside"] == (16, 16)  # 8 halves a thread, side by side
+    assert widths["every third"] == (2, 2)  # a half at a time
+    assert widths["gathered"] == (2, 16)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_planted_spill_is_seen(planted, arch):
+    """A block of 512 numbers a thread cannot be kept in 255 registers; one of 128 can."""
+    assert planted["spilled", arch]["spills"] >= 1024
+    assert planted["kept", arch]["spills"] == 0
+    assert 128 <= planted["kept", arch]["registers"] <= 255
+
+
+def test_matrix_instruction_of_each_architecture(planted):
+    found = {arch: planted["product", arch]["mma"] for arch in ARCHS}
+    assert found == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+    assert {planted["beside", arch]["mma"] for arch in ARCHS} == {""}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_row_adds_up(planted, arch):
+    """Four warps and few registers fill an SM; one warp a block leaves it to what it needs."""
+    beside, kept = planted["beside", arch], planted["kept", arch]
+    assert (beside["occupancy"], beside["limited_by"]) == (1.0, "warps")
+    # up to 160 registers: 3 warps of a quarter
+    assert (kept["occupancy"], kept["limited_by"]) == (12 / 64, "registers")
+    assert planted["product", arch]["bound"] == "memory"  # 32 FLOPs a byte
