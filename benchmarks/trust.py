@@ -31,11 +31,18 @@ from fastdiff.regression.pairs import Settings, Until, race
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/regression"))
 
-CI = Settings("pipelines", "cpu", "float32", threads=1, steps=4, backends=("fastdiff",))
+CI = Settings("pipelines", "cpu", "float32", threads=1, backends=("fastdiff",))
 """As in .ci/run."""
 KERNEL = Settings("kernels", "cpu", "float32", threads=1, filter="conv2d · demo")
-SHARES = (0.30, 0.10, 0.05, 0.03)
+PAIRS = 5
 PLANTS = {"loop": CI, "conv": KERNEL}
+SHARES = {
+    0.30: Until(pairs=6),
+    0.10: Until(pairs=6),
+    0.05: Until(half_width=0.008, limit_s=100),
+    0.03: Until(pairs=6),
+}
+"""What is planted, and how long a run may take to find it."""
 COUNTED = {
     "launch": "step · launches",
     "copy": "step · bytes",
@@ -72,7 +79,7 @@ def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **
 
 def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
     """Every other run beside a process that burns a core."""
-    until = Until(pairs=6)
+    until = Until(pairs=PAIRS)
     for index in range(runs):
         kind = "same, one core burning" if index % 2 else "same"
         with load(bool(index % 2)):
@@ -81,8 +88,7 @@ def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
 
 def slow(base: states.Place, planted: states.Place, each: int) -> Iterator[dict]:
     """Planted shares of a kernel's and of a step's time, half of the runs each."""
-    for share in SHARES:
-        until = Until(half_width=0.01, limit_s=40 if share >= 0.1 else 80)
+    for share, until in SHARES.items():
         for _ in range(each // 2):
             for place, settings in PLANTS.items():
                 os.environ["FASTDIFF_PLANTED"] = f"{place}={share}"

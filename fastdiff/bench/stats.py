@@ -156,7 +156,8 @@ def _logs(below: Sequence[float], above: Sequence[float]) -> NDArray[np.float64]
 
 
 def _median(logs: NDArray[np.float64]) -> Estimate:
-    """Maritz and Jarrett's error of a median: what a bootstrap gives after endless resampling."""
+    """Maritz and Jarrett's error of a median, a bootstrap's without its drawing; scipy's version of
+    it is some percent larger where there are few."""
     error = float(mjci(logs, [0.5])[0]) if len(logs) > 1 else inf
     return Estimate(float(np.median(logs)), error, len(logs))
 

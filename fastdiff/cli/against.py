@@ -11,8 +11,6 @@ import typer
 from fastdiff.cli.options import DEMO, at_least, was_given
 from fastdiff.errors import UserError
 
-STEPS = 10
-"""Of a picture, where none are asked for: encoding the prompt is then a tenth of it."""
 SUITES = ("pipelines", "kernels")
 ALONE = ("rounds", "engines", "seed", "roofline", "gpu", "measure")
 """Options of bench that go without --against."""
@@ -87,7 +85,7 @@ def _settings(context: typer.Context) -> Any:
         )
     return Settings(
         **shared,
-        steps=given["steps"] if was_given(context, "steps") else STEPS,
+        steps=given["steps"] if was_given(context, "steps") else Settings.steps,
         height=given["height"],
         width=given["width"],
         backends=backends,

@@ -146,6 +146,10 @@ def count(
     steps: Annotated[int, typer.Option(help="Of one picture; another has one less.")] = 5,
     height: Side = None,
     width: Side = None,
+    draw: Annotated[
+        bool,
+        typer.Option("--draw", help="Also draw: recordings, compilations, peak memory."),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write fastdiff.counts/1 here.")
     ] = None,
@@ -168,7 +172,7 @@ def count(
         pipe, case = choose_pipe(folder, preset, scale, torch_dtype, device)
         check_steps(pipe, steps)
         height, width = check_size(pipe, height, width)
-        rows = tuple(counters.count_pipe(pipe.to(device), steps, height, width, log))
+        rows = tuple(counters.count_pipe(pipe.to(device), steps, height, width, log, draw))
     case = f"{case}, {str(torch_dtype).removeprefix('torch.')}, {device}, {width}×{height}"
     command = shlex.join(["fastdiff", *context.obj])
     result = counters.Result(case, machine(), versions(), commit(), command, rows)

@@ -36,7 +36,8 @@ class Settings:
     device: str
     dtype: str
     threads: int
-    steps: int = 2
+    steps: int = 10
+    """Of a picture: encoding its prompt is then a tenth of the time."""
     height: int | None = None
     width: int | None = None
     backends: tuple[str, ...] = ()
