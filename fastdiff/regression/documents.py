@@ -55,9 +55,10 @@ def read_pair(base: Path, new: Path | None) -> Pair:
         if new is not None:
             raise UserError(f"{base} holds both states; give it alone")
         return checked(base, lambda: pair_of(document))
+    before = read(base)
     if new is None:
         raise UserError(f"{base} holds one state; give a second file to compare it with")
-    return Pair(read(base), read(new), taken_in_turn=False)
+    return Pair(before, read(new), taken_in_turn=False)
 
 
 def read(path: Path) -> Side:
@@ -105,6 +106,10 @@ def checked(path: Path, build: Callable[[], T]) -> T:
 def pair_of(document: dict[str, Any]) -> Pair:
     """Both states of a `fastdiff.paired/1` document."""
     states, sides = document["states"], []
+    for row in document["times"]:
+        base, new = len(row["base"]), len(row["new"])
+        if base != new:
+            raise UserError(f"{row['name']} has {base} processes of BASE and {new} of NEW")
     for side in ("base", "new"):
         state = State(
             name=str(states[side]["name"]),

@@ -69,7 +69,7 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
     if path.is_dir():
         source = path.resolve()
         commit = _git(source, "describe", "--always", "--dirty")
-        return _kept(against, commit, _content(source), log, lambda _: source, None)
+        return _kept(against, commit, _content(source), log, lambda to: _copy(source, to), source)
     if sha is None:
         raise UserError(
             f"--against {against} is no folder, no wheel and no revision of {root.name}; "
@@ -97,7 +97,7 @@ def _kept(
 ) -> Place:
     """The environment for `content`, made where it is not there: `fetch` brings its source.
 
-    root: where the state's files lie, if not in its source.
+    root: where the state's files lie, if not in what was brought.
     """
     key = hashlib.sha256(f"{content} {_beneath()}".encode()).hexdigest()[:16]
     folder = cache() / key
@@ -193,18 +193,36 @@ def _site_packages() -> list[str]:
     return list(found)
 
 
-def _content(folder: Path) -> str:
-    """A hash of the names, sizes and times of the files in a folder, but for what git ignores."""
-    listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+def _files(folder: Path) -> list[Path]:
+    """Names of a folder's files, without what git ignores."""
+    listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".")
     names = (
-        listed.split("\0") if listed else [str(p.relative_to(folder)) for p in folder.rglob("*")]
+        map(Path, listed.split("\0"))
+        if listed
+        else (p.relative_to(folder) for p in folder.rglob("*"))
     )
+    return sorted(name for name in names if (folder / name).is_file())
+
+
+def _content(folder: Path) -> str:
+    """A hash of the names, sizes and times of a folder's files."""
     digest = hashlib.sha256(str(folder).encode())
-    for path in (folder / name for name in sorted(filter(None, names))):
-        if path.is_file():
-            facts = path.stat()
-            digest.update(f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    for name in _files(folder):
+        facts = (folder / name).stat()
+        digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _copy(source: Path, to: Path) -> Path:
+    """A folder's files once more, for what builds them to leave its own beside them. Links where
+    the disk allows it: weights are large."""
+    for name in _files(source):
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, to / name)
+        except OSError:
+            shutil.copy2(source / name, to / name)
+    return to
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -1,93 +1,170 @@
-"""What programs read: our own document, and pytest-benchmark's, as its own command reads it."""
+"""Files are read or refused by a sentence: nothing damaged or foreign becomes a verdict."""
 
-import csv
+import copy
 import json
-import statistics
+import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from pytest_benchmark.stats import Stats
-from regression import synthetic
+from command import run
+from regression.files import BENCH, COUNTS, PAIRED, STATIC, bench_row
 
-from fastdiff.regression.reports import words
-from fastdiff.regression.reports.as_json import to_json
-from fastdiff.regression.reports.pytest_benchmark import to_pytest_benchmark
-
-TOOL = Path(sys.executable).with_name("pytest-benchmark")
+from fastdiff.errors import UserError
+from fastdiff.regression.documents import Timed, pair_of, read, read_pair
 
 
-def test_own_document_holds_everything():
-    comparison = synthetic.comparison()
-    document = json.loads(to_json(comparison))
-    assert document["schema"] == "fastdiff.report/1"
-    assert document["exit_code"] == 1
-    assert document["verdicts"] == {
-        "slower": 3,
-        "faster": 2,
-        "same": 9,
-        "inconclusive": 1,
-        "incomparable": 1,
+@pytest.fixture
+def file(tmp_path):
+    def write(document, name="x.json"):
+        path = tmp_path / name
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+        return path
+
+    return write
+
+
+def test_a_bench_is_read_against_its_own_eager(file):
+    side = read(file(BENCH))
+    assert side.case == "demo, float32"
+    step = side.times["fastdiff · step against eager"]
+    assert step == Timed(((4.0, 5.0, 4.5, 4.2, 4.1, 4.3),), (10.0,) * 6)
+    assert side.times["fastdiff · image against eager"].yardstick == (20.0,) * 6
+    assert not any(name.startswith("eager · step") for name in side.times)
+    assert side.counts["fastdiff · peak memory"] == (1000, "peak bytes")
+
+
+def test_a_backend_that_failed_its_receipt_is_wrong_and_has_no_time(file):
+    row = bench_row("fastdiff", [], receipt={"passed": False})
+    side = read(file(BENCH | {"rows": [BENCH["rows"][0], row]}))
+    assert side.wrong == {"fastdiff": "it failed its receipt"}
+    assert side.times == {}
+
+
+def test_counts_are_fastdiffs_totals_and_what_real_pictures_took(file):
+    counts = read(file(COUNTS)).counts
+    assert counts["fastdiff · step · launches"] == (5, "launches")
+    assert counts["fastdiff · step · bytes"] == (108, "bytes")
+    assert counts["fastdiff · step · host reads"] == (2, "host reads")
+    assert counts["fastdiff · image · flops"] == (9, "flops")
+    assert counts["fastdiff · recordings · another size"] == (2, "recordings")
+    assert counts["fastdiff · peak memory"] == (1234, "peak bytes")
+    assert not any(name.startswith("eager") for name in counts)
+
+
+def test_a_static_row_is_named_by_all_that_tells_it_apart(file):
+    counts = read(file(STATIC)).counts
+    stem = "attention · _attention_kernel · sd15-64-self · float16 · sm_90"
+    assert {name.removeprefix(f"{stem} · "): value for name, (value, _) in counts.items()} == {
+        "registers": 168,
+        "spills": 0,
+        "shared": 65536,
+        "occupancy": 0.25,
+        "load": 16,
+        "store": 16,
+        "matrix instructions": 2,
     }
-    first = document["lines"][0]
-    assert first["name"] == comparison.lines[0].name
-    assert first["base_samples"] == [list(process) for process in comparison.lines[0].base_samples]
-    assert document["new"]["versions"]["torch"] == "2.13.1+cpu"
-    assert document["geomean"] == {"ratio": 1.008, "lo": 0.994, "hi": 1.021}
 
 
-@pytest.mark.parametrize("write", [to_json, to_pytest_benchmark])
-def test_any_text_can_be_written(write):
-    document = write(synthetic.hostile())
-    document.encode("utf-8")
-    json.loads(document)
+def test_a_paired_file_holds_both(file):
+    pair = read_pair(file(PAIRED), None)
+    assert pair.taken_in_turn
+    assert (pair.base.state.name, pair.new.state.commit) == ("main", "abc1234-dirty")
+    assert pair.base.times["fastdiff · step"].times == ((5.0, 5.1, 5.2),) * 6
+    assert pair.new.times["ort · step"].times == ()
+    assert "ort · step" not in pair.base.times
+    assert pair.new.counts["fastdiff · step · launches"] == (166, "launches")
+    assert pair.new.wrong == {"channels_last": "its picture is 20 dB from eager's"}
+    assert pair_of(PAIRED) == pair
 
 
-def test_statistics_are_theirs():
-    """In seconds, and every field as pytest-benchmark itself computes it.
-
-    Their quartiles are of another definition, of several: a rank's distance away.
-    """
-    comparison = synthetic.comparison()
-    document = json.loads(to_pytest_benchmark(comparison))
-    times = [line for line in comparison.lines if line.kind == "time"]
-    assert [bench["name"] for bench in document["benchmarks"]] == [line.name for line in times]
-    for bench, line in zip(document["benchmarks"], times, strict=True):
-        theirs = Stats()
-        for process in line.new_samples:
-            for ms in process:
-                theirs.update(ms / 1e3)
-        ours = bench["stats"]
-        assert set(theirs.as_dict()) <= set(ours)
-        for field in ("min", "max", "mean", "stddev", "rounds", "median", "ops", "total"):
-            assert ours[field] == pytest.approx(getattr(theirs, field), rel=1e-9), field
-        for field in ("q1", "q3"):
-            assert ours[field] == pytest.approx(getattr(theirs, field), rel=0.01), field
-        assert statistics.median(ours["data"]) == ours["median"] == pytest.approx(line.new / 1e3)
+def test_what_pytest_benchmark_really_writes(tmp_path):
+    test = tmp_path / "test_it.py"
+    test.write_text("def test_sum(benchmark):\n    assert benchmark(sum, range(99)) == 4851\n")
+    out = tmp_path / "out.json"
+    command = f"-m pytest -q -p no:cacheprovider {test} --benchmark-json={out}"
+    command += " --benchmark-max-time=0.01 --benchmark-min-rounds=7"
+    subprocess.run([sys.executable, *command.split()], check=True, capture_output=True)
+    document = json.loads(out.read_text())
+    (name, timed), *rest = read(out).times.items()
+    assert not rest
+    assert name.endswith("test_it.py::test_sum")
+    stats = document["benchmarks"][0]["stats"]
+    assert timed.times == (tuple(1e3 * second for second in stats.pop("data")),)
+    out.write_text(json.dumps(document))  # as without --benchmark-save-data
+    assert read(out).times[name].times == ((1e3 * stats["median"],),)
 
 
-@pytest.mark.parametrize("comparison", [synthetic.comparison(), synthetic.hostile()])
-def test_pytest_benchmark_reads_it(tmp_path, comparison):
-    file, table = tmp_path / "report.json", tmp_path / "table.csv"
-    file.write_text(to_pytest_benchmark(comparison), encoding="utf-8")
-    done = subprocess.run(
-        [TOOL, "compare", file, "--columns=median,rounds", f"--csv={table}"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=tmp_path,
-        env={"PYTHONUTF8": "1"},
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    with table.open(encoding="utf-8", newline="") as handle:
-        medians = {row["name"]: float(row["median"]) for row in csv.DictReader(handle)}
-    times = [line for line in comparison.lines if line.kind == "time"]
-    assert medians == {
-        words.plain(line.name, limit=None): pytest.approx(line.new / 1e3) for line in times
-    }
-    for name in medians:
-        assert name in done.stdout
-    if not any("x" * 500 in name for name in medians):  # printed in milliseconds
-        assert all(f"{line.new:.4f}" in done.stdout for line in times)
+def damaged(path, value):
+    """PAIRED with `value` where `path` leads."""
+    document = copy.deepcopy(PAIRED)
+    *parents, last = path
+    place = document
+    for key in parents:
+        place = place[key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return document
+
+
+DAMAGE = {
+    "is empty": "",
+    "is no JSON": json.dumps(PAIRED)[:-40],
+    "holds a JSON list, not an object": [1, 2],
+    "is JSON of another kind": {"hello": 1},
+    "is of schema 'fastdiff.bench/9'": BENCH | {"schema": "fastdiff.bench/9"},
+    "has a sample of nan": damaged(("times", 0, "new", 2, 1), math.nan),
+    "has a sample of inf": damaged(("times", 0, "new", 2, 1), math.inf),
+    "has a sample of -1.0": damaged(("times", 0, "new", 2, 1), -1.0),
+    "has a sample of 0.0": damaged(("times", 0, "base", 0, 0), 0.0),
+    "has '5' where a number": damaged(("times", 0, "base", 0, 0), "5"),
+    "is damaged (KeyError: 'states')": damaged(("states",), None),
+    "is damaged (KeyError: 'new')": damaged(("times", 0, "new"), None),
+    "is damaged (TypeError": damaged(("times",), 5),
+    "is damaged (AttributeError": damaged(("counts", "base"), [1]),
+    "has True where a number": damaged(("counts", "new", "fastdiff · step · launches", 0), True),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_one_sentence(file, message):
+    path = file(DAMAGE[message], "damaged.json")
+    with pytest.raises(UserError) as caught:
+        read_pair(path, None)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    code, out, err = run("report", path)
+    assert (code, out) == (2, "")
+    assert err.startswith("fastdiff: ")
+    assert err.count("\n") == 1
+
+
+def test_processes_of_unequal_number_are_damage(file):
+    path = file(damaged(("times", 0, "new"), [[5.0, 5.0]] * 5))
+    code, out, err = run("report", path)
+    assert (code, out) == (2, "")
+    assert "6 processes of BASE and 5 of NEW" in err
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ((BENCH,), "holds one state; give a second file"),
+        ((PAIRED, BENCH), "holds both states; give it alone"),
+        ((BENCH, PAIRED), "holds both states; give it alone"),
+    ],
+)
+def test_how_many_files(file, documents, message):
+    paths = [file(document, f"{i}.json") for i, document in enumerate(documents)]
+    code, out, err = run("report", *paths)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    code, out, err = run("report", tmp_path / "no.json", tmp_path / "no.json")
+    assert (code, out) == (2, "")
+    assert "no.json cannot be read: No such file" in err

@@ -1,0 +1,115 @@
+"""What does not jitter, counted on real pictures; and that more of it is seen every time."""
+
+import copy
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.bench.drawn import drawn
+from fastdiff.bench.gates import gates
+from fastdiff.compiler import Options
+from fastdiff.kernels.dispatch import NATIVE
+from fastdiff.runtime import loop, recordings
+
+SIDE = 64
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="the C++ kernels were not built")
+
+
+@pytest.fixture
+def compiled(demo):
+    return fastdiff.compile(copy.deepcopy(demo))
+
+
+@pytest.fixture(scope="module")
+def healthy(demo):
+    return gates(fastdiff.compile(copy.deepcopy(demo)), SIDE, SIDE)
+
+
+def worse(found, healthy):
+    """Numbers that are larger than they should be; memory by more than it jitters."""
+    assert found.keys() == healthy.keys()
+    return {
+        name
+        for name, (value, unit) in found.items()
+        if value > healthy[name][0] * (1.01 if unit == "peak bytes" else 1)
+    }
+
+
+def test_a_size_is_recorded_once(compiled):
+    """The loop's step and the decoder: two recordings; nothing for a size that was there before."""
+    real = drawn(compiled, SIDE, SIDE)
+    assert (real.first, real.again, real.other_size, real.back) == (2, 0, 2, 0)
+    assert real.compilations == 0
+
+
+def test_eager_records_nothing_and_torch_compile_is_seen(demo):
+    pipe = copy.deepcopy(demo)
+    assert drawn(pipe, SIDE, SIDE).first == 0
+    pipe.unet.time_embedding.compile(backend="eager")  # a small graph is counted like any other
+    assert drawn(pipe, SIDE, SIDE).compilations >= 1
+
+
+def test_memory_that_a_picture_keeps_is_counted_to_the_byte(compiled, monkeypatch):
+    plain = drawn(compiled, SIDE, SIDE).peak_bytes
+    extra = 4 << 20
+    advance = loop.Run.advance
+    kept = []
+
+    def hoarding(self, noise=None):
+        if not kept:
+            kept.append(torch.empty(extra, dtype=torch.uint8))
+        advance(self, noise)
+
+    monkeypatch.setattr(loop.Run, "advance", hoarding)
+    more = drawn(compiled, SIDE, SIDE).peak_bytes
+    assert extra <= more - plain <= extra + plain // 100
+
+
+def test_numbers_of_a_healthy_state_are_the_same_again(compiled, healthy):
+    assert worse(gates(compiled, SIDE, SIDE), healthy) == set()
+
+
+def test_one_launch_more_a_step(compiled, healthy, monkeypatch):
+    advance = loop.Run.advance
+
+    def one_more(self, noise=None):
+        self._step.buffers.step.add_(0)
+        advance(self, noise)
+
+    monkeypatch.setattr(loop.Run, "advance", one_more)
+    found = gates(compiled, SIDE, SIDE)
+    assert worse(found, healthy) == {"step · launches", "step · bytes"}
+    assert found["step · launches"][0] == healthy["step · launches"][0] + 1
+
+
+def test_a_tensor_copied_once_more(compiled, healthy, monkeypatch):
+    advance = loop.Run.advance
+
+    def copying(self, noise=None):
+        self._step.buffers.sample.clone()
+        advance(self, noise)
+
+    monkeypatch.setattr(loop.Run, "advance", copying)
+    found = gates(compiled, SIDE, SIDE)
+    assert {"step · launches", "step · bytes"} <= worse(found, healthy)
+    latents = 4 * 4 * (SIDE // 4) ** 2  # float32, 4 channels
+    assert found["step · bytes"][0] == healthy["step · bytes"][0] + 2 * latents
+
+
+def test_a_recording_for_every_picture(compiled, healthy, monkeypatch):
+    """A key that never comes again: what a shape that is not looked up by its numbers does."""
+    get = recordings.Kept.get
+    monkeypatch.setattr(
+        recordings.Kept, "get", lambda self, key, make: get(self, (key, object()), make)
+    )
+    names = {"same size again", "first size again"}
+    assert {f"recordings · {name}" for name in names} <= worse(gates(compiled, SIDE, SIDE), healthy)
+
+
+def test_what_is_hoisted_no_more_costs_every_step(demo, healthy):
+    """In diffusers' own loop the text's keys and values are computed anew for each step."""
+    pipe = fastdiff.compile(copy.deepcopy(demo), Options(ignore=("loop",)))
+    assert {"step · launches", "step · bytes", "step · flops"} <= worse(
+        gates(pipe, SIDE, SIDE), healthy
+    )

@@ -1,0 +1,252 @@
+"""Verdicts of documents: what differs is called, what cannot be compared says why."""
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from command import run
+from regression.files import BENCH, COUNTS, PAIRED, STATIC, VERSIONS, bench_row
+
+from fastdiff.regression.compare import compare
+from fastdiff.regression.documents import Pair, pair_of, read, read_pair
+
+
+@pytest.fixture
+def against(tmp_path):
+    """against(base, new): the comparison of two documents in files."""
+
+    def found(base, new, floor=None):
+        paths = []
+        for name, document in (("base.json", base), ("new.json", new)):
+            paths.append(tmp_path / name)
+            paths[-1].write_text(json.dumps(document))
+        return compare(read_pair(*paths), "", floor)
+
+    return found
+
+
+def lines(comparison):
+    return {line.name: line for line in comparison.lines}
+
+
+def paired(factor, pairs=8, seed=0, **more):
+    """A paired document whose new state takes `factor` times as long."""
+    rng = np.random.default_rng(seed)
+    base = [list(5 * np.exp(rng.normal(0, 0.01, 10))) for _ in range(pairs)]
+    new = [list(factor * 5 * np.exp(rng.normal(0, 0.01, 10))) for _ in range(pairs)]
+    times = [{"name": "fastdiff · step", "unit": "ms", "base": base, "new": new}]
+    rows = {"base": ["fastdiff · step"], "new": ["fastdiff · step"]}
+    counts = {"base": {}, "new": {}}
+    empty = {"times": times, "rows": rows, "counts": counts, "wrong": {"base": {}, "new": {}}}
+    return PAIRED | empty | more
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict", "code"),
+    [(1.0, "same", 0), (1.1, "slower", 1), (0.9, "faster", 0), (1.03, "inconclusive", 3)],
+)
+def test_times_in_turn(tmp_path, factor, verdict, code):
+    found = compare(pair_of(paired(factor)), "")
+    assert [line.verdict for line in found.lines] == [verdict]
+    assert found.exit_code == code
+    assert found.geomean.ratio == pytest.approx(factor, rel=0.01)
+    (line,) = found.lines
+    assert line.lo < line.ratio < line.hi
+    assert line.ratio == pytest.approx(factor, rel=0.01)
+    assert bool(line.note) == (verdict == "inconclusive")
+    file = tmp_path / "paired.json"
+    file.write_text(json.dumps(paired(factor)))
+    printed, out, _ = run("report", file)
+    assert printed == code
+    assert f"exit code {code}" in out
+
+
+def test_the_floor_is_what_the_user_says():
+    assert compare(pair_of(paired(1.1)), "", floor=0.2).lines[0].verdict == "same"
+    assert compare(pair_of(paired(1.02, pairs=20)), "", floor=0.005).lines[0].verdict == "slower"
+
+
+def test_few_pairs_are_inconclusive_and_say_how_many_are_missing():
+    (line,) = compare(pair_of(paired(1.5, pairs=3)), "").lines
+    assert line.verdict == "inconclusive"
+    assert line.note == "about 2 more process pairs would tell"
+
+
+def test_rounds_of_one_process_are_enough_where_there_are_no_more():
+    (line,) = compare(pair_of(paired(1.2, pairs=1)), "").lines
+    assert line.verdict == "slower"
+
+
+def test_a_row_that_one_state_lacks():
+    document = paired(1.0)
+    document["rows"] = {"base": ["fastdiff · step"], "new": ["fastdiff · step", "ort · step"]}
+    found = compare(pair_of(document), "")
+    assert lines(found)["ort · step"].note == "only in NEW"
+    assert found.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("side", "verdict", "code"), [("new", "slower", 1), ("base", "incomparable", 3)]
+)
+def test_a_wrong_picture_is_a_regression_and_its_speed_is_not_told(side, verdict, code):
+    document = paired(1.0, times=[])
+    document["wrong"] = {"base": {}, "new": {}} | {side: {"fastdiff": "it is 20 dB from eager's"}}
+    found = compare(pair_of(document), "")
+    (line,) = found.lines
+    assert (line.name, line.verdict) == ("fastdiff · result", verdict)
+    assert "20 dB" in line.note
+    assert found.exit_code == code
+
+
+COUNTED = {
+    "launches": (165, 166, "slower"),
+    "bytes": (165, 164, "faster"),
+    "recordings": (0, 1, "slower"),
+    "flops": (5, 5, "same"),
+    "peak bytes": (1000, 1009, "same"),
+    "occupancy": (0.5, 0.25, "slower"),
+    "load": (8, 16, "faster"),
+    "generation": (2, 1, "slower"),
+    "prepare ms": (100.0, 149.0, "same"),
+}
+
+
+@pytest.mark.parametrize("unit", COUNTED)
+def test_counters_are_exact_unless_they_jitter(unit):
+    base, new, verdict = COUNTED[unit]
+    document = paired(1.0)
+    document["counts"] = {"base": {"it": [base, unit]}, "new": {"it": [new, unit]}}
+    assert lines(compare(pair_of(document), ""))["it"].verdict == verdict
+
+
+def test_more_than_a_counter_may_jitter():
+    document = paired(1.0)
+    for unit, base, new in (("peak bytes", 1000, 1011), ("prepare ms", 100.0, 151.0)):
+        document["counts"] = {"base": {"it": [base, unit]}, "new": {"it": [new, unit]}}
+        assert lines(compare(pair_of(document), ""))["it"].verdict == "slower"
+
+
+def test_a_state_from_before_counters_is_told_and_not_blamed():
+    document = paired(1.0)
+    prepare = {"fastdiff · prepare": [100.0, "prepare ms"]}
+    document["counts"] = {"base": prepare, "new": prepare | {"step · launches": [5, "launches"]}}
+    found = compare(pair_of(document), "")
+    assert found.differences == ("BASE counts nothing, so no counters are compared",)
+    assert found.exit_code == 0
+
+
+def changed(document, **fields):
+    return copy.deepcopy(document) | fields
+
+
+def test_every_static_number_is_a_gate(against):
+    assert against(STATIC, STATIC).exit_code == 0
+    worse = {
+        "registers": 255,
+        "spills": 8,
+        "shared": 100_000,
+        "occupancy": 0.125,
+        "load": 8,
+        "store": 4,
+        "mma": "mma.sync",
+    }
+    for field, value in worse.items():
+        row = STATIC["rows"][0] | {field: value}
+        found = against(STATIC, changed(STATIC, rows=[row]))
+        called = [line.name for line in found.lines if line.verdict == "slower"]
+        assert len(called) == 1, field
+        assert called[0].endswith("matrix instructions" if field == "mma" else field)
+        assert found.exit_code == 1
+        assert against(changed(STATIC, rows=[row]), STATIC).exit_code == 0
+
+
+def test_counts_of_other_versions_are_compared_while_they_are_equal(against):
+    update = VERSIONS | {"torch": "2.14.1"}
+    assert against(COUNTS, changed(COUNTS, versions=update)).exit_code == 0
+    more = changed(COUNTS, versions=update)
+    more["rows"][1]["counts"]["step"]["conv"]["launches"] += 1
+    found = against(COUNTS, more)
+    assert found.exit_code == 3
+    line = lines(found)["fastdiff · step · launches"]
+    assert line.verdict == "incomparable"
+    assert line.note.startswith("torch is 2.13.0+cpu in BASE and 2.14.1 in NEW")
+    more["versions"] = VERSIONS
+    assert against(COUNTS, more).exit_code == 1
+
+
+DIFFERENT = {
+    "cpu is AMD EPYC in BASE and Intel in NEW": {"machine": BENCH["machine"] | {"cpu": "Intel"}},
+    "threads is 2 in BASE and 1 in NEW": {"machine": BENCH["machine"] | {"threads": 1}},
+    "torch is 2.13.0+cpu in BASE and 2.14.1 in NEW": {"versions": VERSIONS | {"torch": "2.14.1"}},
+    "BASE is demo, float32 and NEW is demo, bfloat16": {
+        "rows": [row | {"case": "demo, bfloat16"} for row in BENCH["rows"]]
+    },
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_what_was_measured_elsewhere_is_not_compared(against, difference):
+    found = against(BENCH, changed(BENCH, **DIFFERENT[difference]))
+    timed = [line for line in found.lines if line.kind == "time"]
+    assert {line.verdict for line in timed} == {"incomparable"}
+    assert all(line.note.startswith(difference) for line in timed)
+    assert difference in found.differences
+    assert found.geomean is None
+    assert found.exit_code == 3
+
+
+def test_two_different_cases_have_nothing_to_compare(against):
+    other = changed(COUNTS, case="sd15, float16")
+    found = against(COUNTS, other)
+    assert {line.verdict for line in found.lines} == {"incomparable"}
+    assert found.exit_code == 3
+
+
+def noisy(rng, speed, slow=1.0, n=21):
+    eager = speed * 10 * np.exp(rng.normal(0, 0.02, n))
+    ours = slow * speed * 4 * np.exp(rng.normal(0, 0.02, n))
+    rows = [bench_row("eager", list(eager)), bench_row("fastdiff", list(ours))]
+    return changed(BENCH, rows=rows)
+
+
+def test_runs_apart_are_compared_by_their_yardstick_and_a_wider_floor(against):
+    """The second run's machine was half as fast, which is nobody's regression."""
+    rng = np.random.default_rng(0)
+    found = against(noisy(rng, 1.0), noisy(rng, 2.0))
+    assert (found.floor, found.paired, found.exit_code) == (0.10, False, 0)
+    assert found.geomean.ratio == pytest.approx(1.0, abs=0.03)
+    found = against(noisy(rng, 1.0), noisy(rng, 2.0, slow=1.3))
+    assert found.exit_code == 1
+    assert {line.verdict for line in found.lines if line.kind == "time"} == {"slower"}
+
+
+def test_worst_first_and_no_row_lost():
+    rng = np.random.default_rng(1)
+    factors = {"a": 1.0, "b": 1.5, "c": 0.8, "d": 1.2}
+    base = {name: [list(np.exp(rng.normal(0, 0.01, 10))) for _ in range(8)] for name in factors}
+    times = [
+        {"name": n, "unit": "ms", "base": base[n], "new": [list(f * np.array(p)) for p in base[n]]}
+        for n, f in factors.items()
+    ]
+    document = paired(1.0, times=times, rows={"base": list(factors), "new": list(factors)})
+    found = compare(pair_of(document), "")
+    assert [line.name for line in found.lines] == ["b", "d", "c", "a"]
+    assert found.geomean.ratio == pytest.approx((1.5 * 0.8 * 1.2) ** 0.25)
+
+
+def test_nothing_at_all_is_no_pass(tmp_path):
+    document = paired(1.0, times=[], rows={"base": [], "new": []})
+    found = compare(pair_of(document), "")
+    assert found.lines == ()
+    assert found.exit_code == 3
+
+
+def test_states_compared_with_themselves(tmp_path):
+    path = tmp_path / "x.json"
+    for document in (COUNTS, STATIC):
+        path.write_text(json.dumps(document))
+        side = read(path)
+        found = compare(Pair(side, replace(side), taken_in_turn=False), "")
+        assert {line.verdict for line in found.lines} == {"same"}

@@ -1,0 +1,210 @@
+"""Turns are fair, what is wrong is not timed, and when it ends does not depend on what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastdiff.bench.stats import across_processes
+from fastdiff.errors import UserError
+from fastdiff.regression import pairs, states
+from fastdiff.regression.pairs import Settings, Until, race
+
+SETTINGS = Settings("kernels", "cpu", "float32", threads=1)
+
+
+class Fake:
+    """A worker without a process: it tells the times that `ms(side, row)` gives."""
+
+    log: list
+    ms: staticmethod
+    rows = {"base": ["a", "b"], "new": ["b", "a"]}
+    wrong = {"base": {}, "new": {}}
+
+    def __init__(self, place, settings, log):
+        self.place, self.side = place, place.name
+
+    def answer(self):
+        return {"versions": {"torch": "2"}}
+
+    def ask(self, do, group=None):
+        self.log.append((self.side, do, group))
+        rows = self.rows[self.side]
+        answers = {
+            "start": lambda: {"groups": [[row] for row in rows], "prepare_ms": {"a": 5.0}},
+            "check": lambda: {"wrong": self.wrong[self.side]},
+            "count": lambda: {"counts": {"launches": [1, "launches"]}},
+            "run": lambda: {"ms": {rows[group]: self.ms(self.side, rows[group])}},
+            "stop": dict,
+        }
+        return answers[do]()
+
+    def close(self):
+        self.log.append((self.side, "close", None))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """run(ms, until, …): a race of two fakes whose clock moves by what they tell."""
+    now = [0.0]
+    Fake.log = []
+    monkeypatch.setattr(pairs, "Worker", Fake)
+    monkeypatch.setattr(pairs.time, "perf_counter", lambda: now[0])
+
+    def run(ms, until, gates=pairs.GATES):
+        def told(side, row):
+            value = ms(side, row)
+            now[0] += value / 1e3
+            return value
+
+        Fake.ms = staticmethod(told)
+        base, new = (states.Place(side, Path(), Path(), None) for side in ("base", "new"))
+        return race(base, new, SETTINGS, until, 0.03, lambda line: None, gates)
+
+    return run
+
+
+def jittering(seed, slow=1.0):
+    rng = np.random.default_rng(seed)
+    return lambda side, row: 20 * np.exp(rng.normal(0, 0.02)) * (slow if side == "new" else 1)
+
+
+def test_both_are_asked_alike_in_an_order_that_changes(fake):
+    done = fake(jittering(0), Until(pairs=8))
+    runs = [(side, Fake.rows[side][group]) for side, do, group in Fake.log if do == "run"]
+    assert len(runs) % 4 == 0
+    for at in range(0, len(runs), 2):  # a row's two sides come right after one another
+        assert {side for side, _ in runs[at : at + 2]} == {"base", "new"}
+        assert len({row for _, row in runs[at : at + 2]}) == 1
+    firsts = [runs[at][0] for at in range(0, len(runs), 2)]
+    assert 0.3 < firsts.count("base") / len(firsts) < 0.7
+    starts = [side for side, do, _ in Fake.log if do == "start"][2:]
+    assert {tuple(starts[at : at + 2]) for at in range(0, 16, 2)} == {
+        ("base", "new"),
+        ("new", "base"),
+    }
+    assert done.pairs == 8
+    for base, new in done.times.values():
+        assert len(base) == len(new) == 8
+        assert [len(p) for p in base] == [len(p) for p in new]
+    assert Fake.log[-2:] == [("base", "close", None), ("new", "close", None)]
+
+
+def test_a_pair_is_timed_for_as_long_as_it_is_worth(fake):
+    done = fake(jittering(1), Until(pairs=2))
+    per_round = 4 * 20e-3
+    for base, _ in done.times.values():
+        for process in base:
+            assert len(process) == pytest.approx(pairs.PAIR_S / per_round, abs=2)
+    slow = fake(lambda side, row: 5e3, Until(pairs=1))
+    assert len(slow.times["a"][0][0]) == pairs.LEAST_ROUNDS
+
+
+def test_it_ends_when_every_interval_is_narrow(fake):
+    done = fake(jittering(2), Until(half_width=0.004, limit_s=1e6))
+    for base, new in done.times.values():
+        lo, hi = across_processes(base, new).interval(0.05)
+        assert hi - lo < 2 * np.log(1.004)
+    assert done.pairs > pairs.LEAST
+
+
+def test_it_ends_at_the_limit_and_before_it(fake):
+    done = fake(jittering(3), Until(half_width=1e-9, limit_s=30))
+    assert 25 < done.seconds <= 30
+
+
+def test_a_change_that_shows_does_not_end_it(fake):
+    """Asked for the same width, a state twice as slow is looked at for as long as an equal one."""
+    numbers = {
+        slow: fake(jittering(4, slow), Until(half_width=0.004, limit_s=1e6)).pairs
+        for slow in (1.0, 2.0)
+    }
+    assert numbers[2.0] > pairs.LEAST
+    assert abs(numbers[1.0] - numbers[2.0]) <= 3  # a slower state has fewer rounds
+
+
+def test_what_is_wrong_is_not_timed(fake, monkeypatch):
+    monkeypatch.setattr(Fake, "wrong", {"base": {}, "new": {"a": "it is out of its budget"}})
+    done = fake(jittering(5), Until(pairs=2))
+    assert set(done.times) == {"b"}
+    assert done.wrong["new"] == {"a": "it is out of its budget"}
+
+
+def test_what_one_state_lacks_is_left_out_and_told(fake, monkeypatch):
+    monkeypatch.setattr(Fake, "rows", {"base": ["b"], "new": ["b", "a"]})
+    done = fake(jittering(6), Until(pairs=1))
+    assert set(done.times) == {"b"}
+    assert done.rows == {"base": ["b"], "new": ["b", "a"]}
+
+
+def test_nothing_in_common_ends_at_once(fake, monkeypatch):
+    monkeypatch.setattr(Fake, "rows", {"base": ["b"], "new": ["a"]})
+    assert fake(jittering(7), Until(pairs=9)).pairs == 1
+
+
+def test_the_gate_that_is_asked_for(fake):
+    assert fake(jittering(8), Until(pairs=2), gates=("counters",)).times == {}
+    assert not any(do == "run" for _, do, _ in Fake.log)
+    Fake.log.clear()
+    done = fake(jittering(8), Until(pairs=2), gates=("times",))
+    assert done.counts == {"base": {}, "new": {}}
+    assert not any(do == "count" for _, do, _ in Fake.log)
+
+
+def real(settings, until=None, **gates):
+    place = states.here(Path(__file__).parents[2])
+    return race(place, place, settings, until or Until(pairs=1), 0.03, lambda line: None, **gates)
+
+
+def test_real_processes_time_real_kernels():
+    settings = Settings("kernels", "cpu", "float32", threads=1, filter="layer_norm · demo")
+    done = real(settings, Until(pairs=2))
+    (base, new), *others = done.times.values()
+    assert not others
+    assert len(base) == len(new) == 2
+    assert all(ms > 0 for process in base + new for ms in process)
+    assert done.wrong == {"base": {}, "new": {}}
+    assert done.versions["base"]["torch"] == done.versions["new"]["torch"]
+
+
+def test_a_state_that_cannot_run_says_why_and_leaves_no_process(tmp_path):
+    settings = Settings(
+        "pipelines", "cpu", "float32", 1, backends=("eager",), folder=str(tmp_path / "nothing")
+    )
+    with pytest.raises(UserError) as caught:
+        real(settings)
+    message = str(caught.value)
+    assert message.startswith("working tree cannot be measured: ")
+    assert "\n" not in message
+    left = subprocess.run(["pgrep", "-f", "regression/worker.py"], capture_output=True, text=True)
+    ours = {line for line in left.stdout.split() if _is_ours(line)}
+    assert not ours
+
+
+def _is_ours(pid):
+    """Whether a process runs the worker that this test would have started."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return False
+    return (
+        str(Path(pairs.__file__).with_name("worker.py")) in command and command[0] == sys.executable
+    )
+
+
+def test_a_worker_that_dies_is_told_by_its_last_words(monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text("import sys; sys.exit('the library is broken')")
+    monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
+    with pytest.raises(UserError, match="cannot be measured: the library is broken"):
+        real(SETTINGS)
+
+
+def test_settings_arrive_as_json():
+    place = states.Place("x", Path("python"), Path("/state"), None)
+    told = json.loads(json.dumps(Settings("pipelines", "cpu", "float32", 1, folder="p").of(place)))
+    assert told["folder"] == "/state/p"
+    assert told["steps"] == Settings.steps

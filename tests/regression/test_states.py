@@ -1,0 +1,197 @@
+"""Another state gets an environment of its own, made once, and its files are its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdiff.errors import UserError
+from fastdiff.regression import states
+
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "pupil"
+version = "{version}"
+dependencies = ["numpy>=2"]
+[tool.setuptools]
+py-modules = ["pupil"]
+"""
+
+
+def git(folder, *arguments):
+    names = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    command = ["git", "-C", folder, *names, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def write(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def commit(folder, files, branch=None):
+    write(folder, files)
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "x")
+    if branch:
+        git(folder, "branch", branch)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/fastdiff/states"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    commit(folder, {"pupil.py": "YEAR = 1\n", "pyproject.toml": PROJECT.format(version=1)}, "old")
+    commit(folder, {"pupil.py": "YEAR = 2\n", "inside/data.txt": "2"})
+    return folder
+
+
+def asked(place, code="import pupil; print(pupil.YEAR)"):
+    """What the state's interpreter prints of its own modules."""
+    done = subprocess.run(
+        [place.python, "-P", "-c", code],
+        cwd=place.root,
+        env=place.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypatch):
+    """setuptools builds it, in an isolated environment of pip's."""
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    said = []
+    old = states.other("old", repository, said.append)
+    assert said == ["old: making its environment, once"]
+    assert asked(old) == "1"  # not 2, which PYTHONPATH would show
+    assert old.commit == git(repository, "rev-parse", "old")[:7]
+    assert not (old.root / "inside").exists()
+    assert asked(old, "import torch; print(torch.__file__)").startswith(sys.prefix)
+    assert asked(old, "import importlib.metadata as m; print(m.version('pupil'))") == "1"
+
+    commit(repository, {"pupil.py": "YEAR = 3\n"})
+    again = states.other("old", repository, said.append)
+    assert again == old
+    assert len(said) == 1  # nothing was built
+
+    inside = states.other("HEAD", repository / "inside", said.append)
+    assert inside.root.name == "inside"
+    assert (inside.root / "data.txt").read_text() == "2"
+    assert asked(inside) == "3"
+
+
+def test_what_was_interrupted_is_made_again(repository, cache):
+    old = states.other("old", repository, print)
+    ready = old.python.parents[2] / "ready.json"
+    ready.unlink()
+    (old.root / "pupil.py").write_text("YEAR = 'half'")
+    assert asked(states.other("old", repository, print)) == "1"
+
+
+def test_the_working_tree_is_what_runs_here(repository):
+    here = states.here(repository)
+    assert (here.python, here.root) == (Path(sys.executable), repository)
+    assert here.commit == git(repository, "rev-parse", "--short", "HEAD")
+    write(repository, {"pupil.py": "YEAR = 9\n"})
+    assert states.here(repository).commit.endswith("-dirty")
+
+
+def test_requirements_alone_and_the_packages_they_change(tmp_path, repository):
+    """A user's repository: a pipeline and the versions that it runs on."""
+    wheel = tmp_path / "wheels"
+    write(tmp_path / "lib", {"pupil.py": "YEAR = 7\n", "pyproject.toml": PROJECT.format(version=7)})
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        wheel,
+        tmp_path / "lib",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (file,) = wheel.iterdir()
+    folder = tmp_path / "user"
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    commit(folder, {"requirements.txt": f"numpy>=2\n{file}\n", "my_pipe/model_index.json": "{}"})
+    place = states.other("HEAD", folder, print)
+    assert asked(place) == "7"
+    assert (place.root / "my_pipe/model_index.json").exists()
+
+    by_wheel = states.other(str(file), folder, print)
+    assert asked(by_wheel) == "7"
+    assert by_wheel.root == folder  # a wheel has no files of its own
+
+
+def test_a_folder_is_installed_again_only_after_an_edit(tmp_path, repository):
+    said = []
+    source = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "--quiet", repository, source], check=True)
+    first = states.other(str(source), repository, said.append)
+    assert states.other(str(source), repository, said.append) == first
+    assert len(said) == 1
+    write(source, {"pupil.py": "YEAR = 42\n"})
+    assert asked(states.other(str(source), repository, said.append)) == "42"
+    assert len(said) == 2
+
+
+def test_what_does_not_install_says_why_and_leaves_nothing(repository, cache):
+    commit(repository, {"pyproject.toml": PROJECT.format(version="not a version")})
+    with pytest.raises(UserError) as caught:
+        states.other("HEAD", repository, print)
+    message = str(caught.value)
+    assert message.startswith("--against HEAD does not install: ")
+    assert "version" in message
+    assert "\n" not in message
+    assert not list(cache.glob("*/"))
+    (log,) = cache.glob("*.log")
+    assert str(log) in message
+
+
+@pytest.mark.parametrize("name", ["nothing", "v1.0", ""])
+def test_what_names_nothing(repository, name):
+    with pytest.raises(UserError, match="is no folder, no wheel and no revision of repository"):
+        states.other(name or "''", repository, print)
+
+
+def test_a_name_of_two_things(repository, monkeypatch):
+    (repository / "old").mkdir()
+    monkeypatch.chdir(repository)
+    with pytest.raises(UserError, match=r"is a folder and a revision; give ./old or [0-9a-f]{40}"):
+        states.other("old", repository, print)
+
+
+def test_a_folder_without_git_is_no_repository(tmp_path):
+    with pytest.raises(UserError, match="no revision of"):
+        states.other("HEAD", tmp_path, print)
+
+
+def test_the_oldest_environments_go(tmp_path, repository, cache, monkeypatch):
+    monkeypatch.setattr(states, "KEPT", 2)
+    for age, name in enumerate(("a", "b", "c")):
+        folder = cache / name
+        folder.mkdir(parents=True)
+        (folder / "ready.json").write_text(json.dumps({"source": "x"}))
+        os.utime(folder / "ready.json", (age, age))
+    place = states.other("old", repository, print)
+    left = {path.parent.name for path in cache.glob("*/ready.json")}
+    assert left == {"c", place.python.parents[2].name}
