@@ -62,7 +62,8 @@ def test_make_targets_exist():
 
 
 def test_files_and_links_exist():
-    for page, text in ((ROOT, README), (ROOT / "docs", EXPORT)):
+    guide = (ROOT / "docs/ci.md").read_text()
+    for page, text in ((ROOT, README), (ROOT / "docs", EXPORT), (ROOT / "docs", guide)):
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             assert (page / link).exists(), link
 

@@ -1,8 +1,11 @@
 """Workflows, ours and those of docs/ci.md: they parse, are safe, and call what exists."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,38 @@ def test_commands_are_those_of_the_command_line(words):
         name, command, rest = group.resolve_command(context, list(words))
         assert command is not None, name
         command.make_context(name, rest, parent=context).close()
+
+
+def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
+    """A pipeline that is tracked, and a branch to compare with, in which nothing is different."""
+    demo.save_pretrained(tmp_path / "my_pipe")
+    for command in (
+        "init --quiet",
+        "add --all",
+        "-c user.name=t -c user.email=t@example.org commit --quiet --message x",
+        "update-ref refs/remotes/origin/main HEAD",
+    ):
+        subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "GITHUB_STEP_SUMMARY": "summary.md"}
+    codes = []
+    for line in re.search(r"```sh\n(.*?)```", GUIDE, re.S)[1].split("\n"):
+        if line:
+            command = [sys.executable, "-m", *shlex.split(line)]
+            done = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode in (0, 1, 3), (
+                done.stderr
+            )  # what it says of noise is no matter here
+            assert "Traceback" not in done.stderr
+            codes.append(done.returncode)
+    assert codes[1] == codes[0], "a file says what the run that wrote it said"
+    assert codes[2:] == [0, 0, 0]
+    paired = json.loads((tmp_path / "paired.json").read_text())
+    assert paired["case"].startswith("my_pipe, float32")
+    assert paired["states"]["base"]["name"] == "origin/main"
+    assert len(paired["times"][0]["base"]) == 6
+    assert (tmp_path / "summary.md").read_text().count(MARKER) >= 2
+    for page in ("paired.md", "paired.html", "paired.xml"):
+        assert (tmp_path / page).stat().st_size > 1000

@@ -107,9 +107,9 @@ def pair_of(document: dict[str, Any]) -> Pair:
     """Both states of a `fastdiff.paired/1` document."""
     states, sides = document["states"], []
     for row in document["times"]:
-        base, new = len(row["base"]), len(row["new"])
-        if base != new:
-            raise UserError(f"{row['name']} has {base} processes of BASE and {new} of NEW")
+        before, after = len(row["base"]), len(row["new"])
+        if before != after:
+            raise UserError(f"{row['name']} has {before} processes of BASE and {after} of NEW")
     for side in ("base", "new"):
         state = State(
             name=str(states[side]["name"]),

@@ -126,7 +126,7 @@ def _install(name: str, source: Path, folder: Path) -> None:
     requirements. Nothing of either: what is installed here, alone."""
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     packages = next((folder / "venv/lib").glob("python*/site-packages"))
-    (packages / "beneath.pth").write_text("".join(f"{path}\n" for path in _site_packages()))
+    _lay_beneath(packages)
     project = source.is_file() or any(
         (source / file).is_file() for file in ("pyproject.toml", "setup.py")
     )
@@ -141,6 +141,38 @@ def _install(name: str, source: Path, folder: Path) -> None:
             _pip(name, folder, *needs)
     elif requirements.is_file():
         _pip(name, folder, "--requirement", requirements)
+    _lay_beneath(packages)
+
+
+def _lay_beneath(packages: Path) -> None:
+    """Show an environment what is installed here, editable projects too; not those of its own.
+
+    An editable project is a .pth file, which Python reads in the folders of an environment, but
+    not in those that another .pth file names: so their lines are said again.
+    """
+    own = {d.name for d in metadata.distributions(path=[str(packages)])}
+    hidden = {
+        Path(str(file.locate()))
+        for name in own
+        for file in _files_here(name)
+        if file.suffix == ".pth"
+    }
+    lines = []
+    for folder in map(Path, _site_packages()):
+        lines.append(str(folder))
+        for pth in sorted(set(folder.glob("*.pth")) - hidden):
+            for line in pth.read_text().splitlines():
+                is_code = line.startswith(("import ", "import\t"))
+                lines.append(line if is_code or not line else str(folder / line))
+    (packages / "beneath.pth").write_text("\n".join(lines) + "\n")
+
+
+def _files_here(name: str) -> list[metadata.PackagePath]:
+    """What a distribution has installed in this interpreter."""
+    try:
+        return metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _pip(name: str, folder: Path, *arguments: object) -> None:

@@ -97,6 +97,22 @@ def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypa
     assert asked(inside) == "3"
 
 
+def test_a_project_that_is_installed_here_to_be_edited(tmp_path, repository, monkeypatch):
+    """Others see it as it lies; a state of its own sees what it was then."""
+    here, edited = tmp_path / "here/site-packages", tmp_path / "edited"
+    write(edited, {"pupil.py": "YEAR = 5\n"})
+    info = {"METADATA": "Name: pupil\nVersion: 5\n", "RECORD": "pupil.pth,,\n"}
+    write(here / "pupil-5.dist-info", info)
+    write(here, {"pupil.pth": f"{edited}\n"})
+    monkeypatch.syspath_prepend(here)
+    user = tmp_path / "user"
+    user.mkdir()
+    git(user, "init", "--quiet")
+    commit(user, {"README": "no project, no requirements"})
+    assert asked(states.other("HEAD", user, print)) == "5"
+    assert asked(states.other("old", repository, print)) == "1"
+
+
 def test_what_was_interrupted_is_made_again(repository, cache):
     old = states.other("old", repository, print)
     ready = old.python.parents[2] / "ready.json"
