@@ -12,7 +12,7 @@ bench: .venv/ready
 	$(BIN)/fastdiff bench
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow-test: .venv/ready
 	$(BIN)/python -m pytest -m slow

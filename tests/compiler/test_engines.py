@@ -23,7 +23,7 @@ from fastdiff.compiler import Options
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
-from fastdiff.kernels.contract import judge
+from fastdiff.kernels.contract import judge, max_error
 
 
 def draw(pipe, **options):
@@ -70,13 +70,16 @@ def on_ort(demo, demo_onnx):
 
 
 def test_a_call_is_within_the_budget(demo, on_ort):
+    """Eager's error is the worse of its two memory formats, as in the receipt of the bench."""
+    last = copy.deepcopy(demo.unet).to(memory_format=torch.channels_last)
     for batch, side, tokens, step in ((1, 8, 77, 999), (2, 16, 20, 500.5), (3, 24, 77, 0)):
         sample = torch.randn(batch, 4, side, 16)
         text = torch.randn(batch, tokens, demo.unet.config.cross_attention_dim)
         with torch.no_grad():
-            eager = demo.unet(sample, step, text).sample
+            eagers = [unet(sample, step, text).sample for unet in (demo.unet, last)]
             exact = copy.deepcopy(demo.unet).double()(sample.double(), step, text.double()).sample
             got = on_ort.unet(sample, step, text).sample
+        eager = max(eagers, key=lambda one: max_error(one, exact))
         verdict = judge("sample", got, eager, exact)
         assert verdict.passed, verdict
     assert fastdiff.report(on_ort).parts[0].runs == "ort"
