@@ -5,7 +5,7 @@ with another process burning a core; then against copies of it in which somethin
 (`tests/regression/planted.py`). Every run's ratios and verdicts go to the file, and a short table
 to the terminal. A file that is there is added to.
 
-    python benchmarks/trust.py --out FILE [--only same,slow,counters] [--runs 100] [--each 20]
+    python benchmarks/trust.py --out FILE [--only same,slow,counters]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastdiff.bench.machine import commit, machine, versions
+from fastdiff.bench.machine import machine, versions
 from fastdiff.bench.results import write_file
 from fastdiff.regression import states
 from fastdiff.regression.compare import FLOOR, compare
@@ -74,7 +74,8 @@ def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **
         for line in found.lines
     ]
     seconds = round(time.perf_counter() - start, 1)
-    return {"kind": kind, "seconds": seconds, "pairs": done.pairs, "lines": lines}
+    facts = {"kind": kind, "commit": new.commit or base.commit}
+    return facts | {"seconds": seconds, "pairs": done.pairs, "lines": lines}
 
 
 def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
@@ -86,9 +87,11 @@ def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
             yield run(kind, base, new, CI, until=until, gates=("times",))
 
 
-def slow(base: states.Place, planted: states.Place, each: int) -> Iterator[dict]:
+def slow(
+    base: states.Place, planted: states.Place, each: int, shares: list[float]
+) -> Iterator[dict]:
     """Planted shares of a kernel's and of a step's time, half of the runs each."""
-    for share, until in SHARES.items():
+    for share, until in ((share, SHARES[share]) for share in shares):
         for _ in range(each // 2):
             for place, settings in PLANTS.items():
                 os.environ["FASTDIFF_PLANTED"] = f"{place}={share}"
@@ -128,7 +131,9 @@ def main() -> None:
     parser.add_argument("--only", default="same,slow,counters", help="comma-separated parts")
     parser.add_argument("--runs", type=int, default=100, help="of the same against itself")
     parser.add_argument("--each", type=int, default=20, help="of each planted change")
+    parser.add_argument("--shares", default="30,10,5,3", help="planted slow-downs in percent")
     options = parser.parse_args()
+    shares = [int(share) / 100 for share in options.shares.split(",")]
     new = states.here(ROOT)
     if new.commit is None or new.commit.endswith("-dirty"):
         parser.error("commit first: the base of every run is this commit")
@@ -139,14 +144,14 @@ def main() -> None:
         planted = states.other(str(plant(Path(folder))), ROOT, print)
         parts = {
             "same": lambda: same(base, new, options.runs),
-            "slow": lambda: slow(new, planted, options.each),
+            "slow": lambda: slow(new, planted, options.each, shares),
             "counters": lambda: counters(new, planted, options.each),
         }
         results = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
         for part in options.only.split(","):
             for result in parts[part]():
                 results.append(result)
-                facts = {"machine": machine(), "versions": versions(), "commit": commit()}
+                facts = {"machine": machine(), "versions": versions()}
                 text = json.dumps(facts | {"runs": results}, indent=1) + "\n"
                 write_file(options.out, lambda path, text=text: path.write_text(text))
                 print(f"{result['seconds']:5.0f} s  {result['kind']}: {called(result)}", flush=True)

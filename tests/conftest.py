@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.contract import Verdict, judge
 
-
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # more threads than cores wait for one another
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))

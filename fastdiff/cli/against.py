@@ -19,6 +19,7 @@ OF_PIPELINES = ("preset", "scale", "steps", "height", "width", "backends")
 
 def against(context: typer.Context) -> None:
     """Time both states that bench's options name, write what was asked for, print the report."""
+    from fastdiff.bench.pipelines import check_folder
     from fastdiff.bench.progress import status
     from fastdiff.bench.results import check_writable, write_file
     from fastdiff.regression import paired, states
@@ -36,6 +37,8 @@ def against(context: typer.Context) -> None:
     settings, until = _settings(context), _until(context)
     gates = _gates(given["gate"])
     root = Path.cwd()
+    if settings.folder:
+        check_folder(root / settings.folder)  # before an environment is built
     with status() as log:
         base, new = states.other(given["against"], root, log), states.here(root)
         places = {"base": base, "new": new}
@@ -136,10 +139,9 @@ def share(option: str, text: str) -> float:
 
 
 def _folder(folder: str, base: Any, new: Any) -> str:
-    """Relative where each state has its own, else the one that is here; both are looked at."""
+    """Relative where each state has its own, else the one that is here."""
     from fastdiff.bench.pipelines import check_folder
 
-    check_folder(new.root / folder)
     if not (base.root / folder / "model_index.json").is_file():
         return str((new.root / folder).resolve())
     check_folder(base.root / folder)

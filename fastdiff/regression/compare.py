@@ -26,7 +26,7 @@ FLOOR, APART_FLOOR = 0.03, 0.10
 their own, between which a machine's speed wanders by more (see `bench.stats.between_runs`)."""
 
 MORE_IS_BETTER = ("occupancy", "load", "store", "generation")
-PREPARE = "prepare ms"
+PREPARE, WRONG = "prepare ms", "wrong results"
 TOLERANCE = {PEAK: 0.01, PREPARE: 0.5}
 """By unit; every other counter is exact. "prepare ms" is the least of its times, and jitters."""
 
@@ -49,7 +49,7 @@ def compare(pair: Pair, command: str, floor: float | None = None) -> Comparison:
     counts = _counts(pair, [] if pair.taken_in_turn else [*other, *updates], bool(other))
     lines = [*_wrong(pair), *times, *counts]
     rank = {verdict: at for at, verdict in enumerate(ORDER)}
-    lines.sort(key=lambda line: (rank[line.verdict], -(line.ratio or 0.0)))
+    lines.sort(key=lambda line: (rank[line.verdict], line.unit != WRONG, -(line.ratio or 0.0)))
     return Comparison(
         base=pair.base.state,
         new=pair.new.state,
@@ -187,7 +187,7 @@ def _wrong(pair: Pair) -> list[Line]:
             Line(
                 name=f"{name} · result",
                 kind="count",
-                unit="wrong results",
+                unit=WRONG,
                 base=int(before is not None),
                 new=int(after is not None),
                 verdict="slower" if after else "incomparable",

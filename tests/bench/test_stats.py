@@ -25,10 +25,10 @@ def samples(rng, factor=1.0):
     return list(10 * first), list(10 * factor * second)
 
 
-def pairs(rng, factor=1.0, own=0.01, noise=0.03):
+def pairs(rng, factor=1.0, own=0.01, noise=0.03, count=PAIRS):
     """Process pairs; each process is a little faster or slower than its like, all rounds long."""
     base, new = [], []
-    for _ in range(PAIRS):
+    for _ in range(count):
         speeds = np.exp(rng.normal(0, own, 2))
         drift = rng.uniform(1, 3, ROUNDS)
         base.append(drift * speeds[0] * np.exp(rng.normal(0, noise, ROUNDS)))
@@ -70,12 +70,23 @@ def test_too_few_or_unpaired_samples(first, second):
         speedup(first, second)
 
 
-@pytest.mark.parametrize("own", [0.0, 0.02])
-def test_the_interval_of_process_pairs_holds_the_truth_as_often_as_it_says(own):
+@pytest.mark.parametrize(("own", "count"), [(0.0, PAIRS), (0.02, PAIRS), (0.02, 25)])
+def test_the_interval_of_process_pairs_holds_the_truth_as_often_as_it_says(own, count):
     rng = np.random.default_rng(4)
-    estimates = [across_processes(*pairs(rng, 1.07, own)) for _ in range(600)]
+    estimates = [across_processes(*pairs(rng, 1.07, own, count=count)) for _ in range(600)]
     held = np.mean([lo <= np.log(1.07) <= hi for lo, hi in (e.interval(0.05) for e in estimates)])
     assert held == pytest.approx(0.95, abs=0.03)  # 3.3 standard errors
+
+
+def test_a_disturbed_pair_among_many_does_not_hide_a_change():
+    """One of twenty had a neighbour: it is seven times as slow, whichever state it hit."""
+    rng = np.random.default_rng(16)
+    for hit in (0, 1):
+        sides = pairs(rng, 1.08, count=20)
+        sides[hit][7] = [7 * ms for ms in sides[hit][7]]
+        (found,) = judge([across_processes(*sides)], FLOOR)
+        assert found.verdict == "slower"
+        assert found.ratio.median == pytest.approx(1.08, rel=0.02)
 
 
 def test_rounds_of_processes_with_speeds_of_their_own_would_claim_too_much():
