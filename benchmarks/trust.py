@@ -67,7 +67,7 @@ def load(burning: bool) -> Iterator[None]:
 def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **options) -> dict:
     """One paired bench as its verdicts. gates: times alone, for counters have runs of their own."""
     start = time.perf_counter()
-    done = race(base, new, settings, options["until"], FLOOR, lambda line: None, options["gates"])
+    done = race(base, new, settings, options["until"], FLOOR, lambda *line: None, options["gates"])
     found = compare(pair_of(document(done, {"base": base, "new": new}, kind, "")), "")
     lines = [
         {key: getattr(line, key) for key in ("name", "verdict", "ratio", "lo", "hi")}

@@ -55,6 +55,32 @@ def phases() -> Iterator[Any]:
 
 
 @contextmanager
+def shares() -> Iterator[Any]:
+    """`show(line, share)`: how much of the work is done, 0 to 1, None where that is not known.
+
+    A bar on a terminal, else plain lines.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        with status() as log:
+            yield lambda line, share=None: log(line)
+        return
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def show(line: str, share: float | None = None) -> None:
+            known = None if share is None else 1.0
+            progress.update(task, description=escape(line), total=known, completed=share or 0.0)
+
+        yield show
+
+
+@contextmanager
 def step_bar(iterable: None = None, total: int | None = None) -> Iterator[Any]:
     """Stands in for a pipeline's `progress_bar`: the same calls, drawn by rich."""
     from types import SimpleNamespace

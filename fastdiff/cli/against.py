@@ -20,7 +20,7 @@ OF_PIPELINES = ("preset", "scale", "steps", "height", "width", "backends")
 def against(context: typer.Context) -> None:
     """Time both states that bench's options name, write what was asked for, print the report."""
     from fastdiff.bench.pipelines import check_folder
-    from fastdiff.bench.progress import status
+    from fastdiff.bench.progress import shares
     from fastdiff.bench.results import check_writable, write_file
     from fastdiff.regression import paired, states
     from fastdiff.regression.compare import FLOOR, compare
@@ -39,7 +39,7 @@ def against(context: typer.Context) -> None:
     root = Path.cwd()
     if settings.folder:
         check_folder(root / settings.folder)  # before an environment is built
-    with status() as log:
+    with shares() as log:
         base, new = states.other(given["against"], root, log), states.here(root)
         places = {"base": base, "new": new}
         if settings.folder:

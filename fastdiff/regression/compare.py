@@ -18,7 +18,7 @@ from fastdiff.bench.stats import (
     mean,
     within_process,
 )
-from fastdiff.regression.comparison import Comparison, Line, Ratio, Verdict
+from fastdiff.regression.comparison import Comparison, Line, Ratio, Verdict, within
 from fastdiff.regression.documents import Pair, Side, Timed
 
 FLOOR, APART_FLOOR = 0.03, 0.10
@@ -202,7 +202,7 @@ def _lonely(base: Side, new: Side, both: list[str]) -> list[tuple[str, str]]:
     known = set(both)
     found = []
     for name in {**base.times, **new.times}:
-        wrong = any(name.startswith(failed) for failed in (*base.wrong, *new.wrong))
+        wrong = any(within(name, part) for part in (*base.wrong, *new.wrong))
         if name not in known and not wrong:
             where = "NEW" if name in new.times else "BASE"
             found.append((name, f"only in {where}"))

@@ -14,6 +14,11 @@ FAILING = ("slower",)
 UNDECIDED = ("inconclusive", "incomparable")
 
 
+def within(row: str, part: str) -> bool:
+    """Whether a row's name is `part`, or begins with it."""
+    return row == part or row.startswith(f"{part} · ")
+
+
 @dataclass(frozen=True)
 class State:
     """One side of a comparison."""

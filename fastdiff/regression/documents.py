@@ -107,9 +107,9 @@ def pair_of(document: dict[str, Any]) -> Pair:
     """Both states of a `fastdiff.paired/1` document."""
     states, sides = document["states"], []
     for row in document["times"]:
-        before, after = len(row["base"]), len(row["new"])
-        if before != after:
-            raise UserError(f"{row['name']} has {before} processes of BASE and {after} of NEW")
+        before, after = ([len(process) for process in row[side]] for side in ("base", "new"))
+        if before != after or not before:
+            raise UserError(f"{row['name']} has {before} rounds of BASE and {after} of NEW")
     for side in ("base", "new"):
         state = State(
             name=str(states[side]["name"]),
@@ -137,7 +137,9 @@ def _bench(name: str, document: dict[str, Any]) -> Side:
     """Every backend against eager of the same run, which knows how fast that hour's machine was."""
     times, counts, wrong = {}, {}, {}
     rows = document["rows"]
-    eager = next(row for row in rows if row["backend"] == "eager")
+    eager = next((row for row in rows if row["backend"] == "eager"), None)
+    if eager is None:
+        raise UserError("it has no row of eager to compare with; measure again")
     for row in rows:
         title = row["backend"]
         if row["receipt"] and not row["receipt"]["passed"]:
@@ -148,6 +150,8 @@ def _bench(name: str, document: dict[str, Any]) -> Side:
             row_name = f"{title} · {part} against eager"
             yardstick = _times(title, [eager[key]])[0]
             times[row_name] = Timed(_times(title, [row[key]]), yardstick)
+            if len(yardstick) != len(row[key]):
+                raise UserError(f"{title} has {len(row[key])} rounds, eager {len(yardstick)}")
         if row["peak_mem_bytes"] is not None:
             counts[f"{title} · peak memory"] = (_number(title, row["peak_mem_bytes"]), "peak bytes")
     return Side(_state(name, document), eager["case"], times, counts, wrong)
@@ -221,9 +225,12 @@ def _state(name: str, document: dict[str, Any]) -> State:
 
 
 def _times(name: str, processes: Any) -> Times:
-    return tuple(
+    read = tuple(
         tuple(_number(name, sample, least=1e-12) for sample in process) for process in processes
     )
+    if not all(read):
+        raise UserError(f"{name} has no samples; measure again")
+    return read
 
 
 def _number(name: str, value: Any, least: float = -math.inf) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 from fastdiff.bench.machine import PACKAGES
 from fastdiff.bench.stats import LEAST, Estimate, Ratio, across_processes, judge
 from fastdiff.errors import UserError
+from fastdiff.regression.comparison import within
 from fastdiff.regression.states import Place
 
 PAIR_S = 1.2
@@ -62,6 +63,10 @@ class Until:
     pairs: int | None = None
     half_width: float = 0.01
     limit_s: float = 60.0
+
+    def share(self, pairs: int, seconds: float) -> float:
+        """How much of the most that it may take is done, 0 to 1."""
+        return min(1.0, pairs / self.pairs if self.pairs else seconds / self.limit_s)
 
     def reached(self, estimates: Sequence[Estimate], pairs: int, floor: float) -> bool:
         if self.pairs is not None:
@@ -154,10 +159,12 @@ def race(
     settings: Settings,
     until: Until,
     floor: float,
-    show: Callable[[str], object],
+    show: Callable[..., object],
     gates: Collection[str] = GATES,
 ) -> Race:
     """Check both states, count what does not jitter, time them in turn: what `gates` names.
+
+    `show(line, share)` hears how far it is.
 
     Raises UserError where a state cannot run what it is asked to.
     """
@@ -179,7 +186,7 @@ def race(
             done.pairs += 1
             now = time.perf_counter()
             estimates = done.estimates()
-            show(_progress(done, estimates, floor))
+            show(_progress(done, estimates, floor), until.share(done.pairs, now - start))
             each = (now - begun) / done.pairs
             late = now - start + each > until.limit_s
             if not estimates or until.reached(estimates, done.pairs, floor):
@@ -220,7 +227,7 @@ def _pair(done: Race, workers: dict[str, Worker], order: random.Random) -> None:
         workers[side].ask("stop")
     wrong = {row for rows in done.wrong.values() for row in rows}
     for row in found["base"].keys() & found["new"].keys():
-        if not any(row == name or row.startswith(f"{name} · ") for name in wrong):
+        if not any(within(row, part) for part in wrong):
             base, new = done.times.setdefault(row, ([], []))
             base.append(found["base"][row])
             new.append(found["new"][row])

@@ -138,6 +138,9 @@ class Pipelines:
             import fastdiff
 
             pipe = fastdiff.load_demo(dtype, settings["device"])
+        upcast = "XL" in type(pipe).__name__ and pipe.vae.config.force_upcast
+        if upcast and dtype == self.torch.float16:  # as diffusers does where it decodes itself
+            pipe.vae.to(self.torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -142,11 +142,34 @@ def test_damage_is_one_sentence(file, message):
     assert err.count("\n") == 1
 
 
-def test_processes_of_unequal_number_are_damage(file):
-    path = file(damaged(("times", 0, "new"), [[5.0, 5.0]] * 5))
-    code, out, err = run("report", path)
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("times", 0, "new"), [[5.0, 5.0, 5.0]] * 5),
+        (("times", 0, "new", 3), [5.0, 5.0]),
+        (("times", 0, "new", 3), []),
+    ],
+)
+def test_samples_that_are_not_paired_are_damage(file, path, value):
+    code, out, err = run("report", file(damaged(path, value)))
     assert (code, out) == (2, "")
-    assert "6 processes of BASE and 5 of NEW" in err
+    assert "rounds of BASE and" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([bench_row("fastdiff", [4.0] * 6)], "no row of eager"),
+        ([bench_row("eager", [9.0] * 5), bench_row("fastdiff", [4.0] * 6)], "6 rounds, eager 5"),
+        ([bench_row("eager", []), bench_row("fastdiff", [4.0])], "fastdiff has no samples"),
+    ],
+)
+def test_a_bench_without_its_yardstick_is_damage(file, rows, message):
+    path = file(BENCH | {"rows": rows})
+    code, out, err = run("report", path, path)
+    assert (code, out) == (2, "")
+    assert message in err
 
 
 @pytest.mark.parametrize(
