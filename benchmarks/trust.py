@@ -39,7 +39,7 @@ PLANTS = {"loop": CI, "conv": KERNEL}
 SHARES = {
     0.30: Until(pairs=6),
     0.10: Until(pairs=6),
-    0.05: Until(half_width=0.008, limit_s=100),
+    0.05: Until(half_width=0.008, limit_s=75),
     0.03: Until(pairs=6),
 }
 """What is planted, and how long a run may take to find it."""

@@ -24,6 +24,8 @@ from fastdiff.errors import UserError
 
 KEPT = 8
 """Environments in the cache; the ones unused for longest go."""
+BENEATH = "beneath.pth"
+"""What shows an environment the packages that are installed here."""
 
 
 @dataclass(frozen=True)
@@ -153,26 +155,20 @@ def _lay_beneath(packages: Path) -> None:
     own = {d.name for d in metadata.distributions(path=[str(packages)])}
     hidden = {
         Path(str(file.locate()))
-        for name in own
-        for file in _files_here(name)
+        for distribution in metadata.distributions()
+        if distribution.name in own
+        for file in distribution.files or ()
         if file.suffix == ".pth"
     }
     lines = []
     for folder in map(Path, _site_packages()):
         lines.append(str(folder))
         for pth in sorted(set(folder.glob("*.pth")) - hidden):
-            for line in pth.read_text().splitlines():
-                is_code = line.startswith(("import ", "import\t"))
-                lines.append(line if is_code or not line else str(folder / line))
-    (packages / "beneath.pth").write_text("\n".join(lines) + "\n")
-
-
-def _files_here(name: str) -> list[metadata.PackagePath]:
-    """What a distribution has installed in this interpreter."""
-    try:
-        return metadata.files(name) or []
-    except metadata.PackageNotFoundError:
-        return []
+            if pth.name != BENEATH:  # this interpreter is a state's itself: see its own folders
+                for line in filter(None, pth.read_text().splitlines()):
+                    is_code = line.startswith(("import ", "import\t"))
+                    lines.append(line if is_code else str(folder / line))
+    (packages / BENEATH).write_text("\n".join(lines) + "\n")
 
 
 def _pip(name: str, folder: Path, *arguments: object) -> None:

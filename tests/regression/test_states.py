@@ -97,6 +97,10 @@ def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypa
     assert asked(inside) == "3"
 
 
+def packages(place):
+    return next((place.python.parents[1] / "lib").glob("python*/site-packages"))
+
+
 def test_a_project_that_is_installed_here_to_be_edited(tmp_path, repository, monkeypatch):
     """Others see it as it lies; a state of its own sees what it was then."""
     here, edited = tmp_path / "here/site-packages", tmp_path / "edited"
@@ -109,8 +113,14 @@ def test_a_project_that_is_installed_here_to_be_edited(tmp_path, repository, mon
     user.mkdir()
     git(user, "init", "--quiet")
     commit(user, {"README": "no project, no requirements"})
-    assert asked(states.other("HEAD", user, print)) == "5"
-    assert asked(states.other("old", repository, print)) == "1"
+    shown = states.other("HEAD", user, print)
+    assert asked(shown) == "5"
+    old = states.other("old", repository, print)
+    assert asked(old) == "1"
+    # as if the interpreter that compares were a state's own: with pupil 1 above pupil 5
+    monkeypatch.syspath_prepend(packages(old))
+    assert asked(states.other("HEAD", repository, print)) == "2"
+    assert asked(states.other("HEAD", user, print)) == "1"
 
 
 def test_what_was_interrupted_is_made_again(repository, cache):
