@@ -23,7 +23,7 @@ from pathlib import Path
 from fastdiff.bench.machine import machine, versions
 from fastdiff.bench.results import write_file
 from fastdiff.regression import states
-from fastdiff.regression.compare import FLOOR, compare
+from fastdiff.regression.compare import compare
 from fastdiff.regression.documents import pair_of
 from fastdiff.regression.paired import document
 from fastdiff.regression.pairs import Settings, Until, race
@@ -67,8 +67,9 @@ def load(burning: bool) -> Iterator[None]:
 def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **options) -> dict:
     """One paired bench as its verdicts. gates: times alone, for counters have runs of their own."""
     start = time.perf_counter()
-    done = race(base, new, settings, options["until"], FLOOR, lambda *line: None, options["gates"])
-    found = compare(pair_of(document(done, {"base": base, "new": new}, kind, "")), "")
+    done = race(base, new, settings, options["until"], lambda *line: None, options["gates"])
+    paired = document(done, {"base": base, "new": new}, kind, settings.threads, "")
+    found = compare(pair_of(paired), "")
     lines = [
         {key: getattr(line, key) for key in ("name", "verdict", "ratio", "lo", "hi")}
         for line in found.lines

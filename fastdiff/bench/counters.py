@@ -10,13 +10,14 @@ results are zeros of the right layout, so that a full-size network takes seconds
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fastdiff.bench.backends import BACKENDS
 from fastdiff.bench.drawn import Drawn, drawn
+from fastdiff.bench.memory import baseline
 from fastdiff.bench.results import now
 from fastdiff.bench.tally import KINDS, Counter, Tally, Work, total
 from fastdiff.bench.timing import GUIDANCE_SCALE
@@ -91,8 +92,9 @@ def count_pipe(
     """
     for name in ("eager", "fastdiff"):
         log(f"counting {name}")
+        before = replace(baseline(pipe.device), reserved=0)  # this pipeline's is all there is
         BACKENDS[name](pipe)
-        real = drawn(pipe, height, width) if draw and name == "fastdiff" else None
+        real = drawn(pipe, height, width, before) if draw and name == "fastdiff" else None
         yield Row(name, count_pictures(pipe, height, width, steps), real)
 
 

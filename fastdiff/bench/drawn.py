@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.memory import baseline, peak_bytes
+from fastdiff.bench.memory import Baseline, peak_bytes
 from fastdiff.bench.timing import GUIDANCE_SCALE
 from fastdiff.runtime import recordings
 
@@ -32,8 +32,11 @@ class Drawn:
     """Of a picture of the first size; see `memory`."""
 
 
-def drawn(pipe: Any, height: int, width: int) -> Drawn:
-    """Draw with a compiled pipeline that has not drawn before; sides in pixels."""
+def drawn(pipe: Any, height: int, width: int, before: Baseline) -> Drawn:
+    """Draw with a compiled pipeline that has not drawn yet; sides in pixels.
+
+    before: what there was before it was compiled, for what compiling keeps is its memory, too.
+    """
     pipe.set_progress_bar_config(disable=True)
 
     def draw(height: int = height) -> None:
@@ -47,7 +50,6 @@ def drawn(pipe: Any, height: int, width: int) -> Drawn:
         )
 
     compiled = _compilations()
-    before = baseline(pipe.device)
     made = []
     for pictures, side in ((2, height), (1, height), (2, height + LARGER), (1, height)):
         start = recordings.made()

@@ -1,11 +1,15 @@
 """Numbers that do not jitter, by name: what a report can gate on without a quiet machine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
+from fastdiff.bench.backends import BACKENDS
 from fastdiff.bench.counters import Row, count_pictures
 from fastdiff.bench.drawn import drawn
+from fastdiff.bench.memory import baseline
 
 Number = tuple[float, str]
 """A value and its unit."""
@@ -21,9 +25,12 @@ _RECORDINGS = {
 }
 
 
-def gates(pipe: Any, height: int, width: int) -> dict[str, Number]:
-    """Of a compiled pipeline that has not drawn before; sides in pixels."""
-    real = drawn(pipe, height, width)
+def gates(load: Callable[[], Any], device: str, height: int, width: int) -> dict[str, Number]:
+    """Of the pipeline that `load` gives on `device`, compiled; sides in pixels."""
+    before = baseline(torch.device(device))
+    pipe = load()
+    BACKENDS["fastdiff"](pipe)
+    real = drawn(pipe, height, width, before)
     return numbers(asdict(Row("fastdiff", count_pictures(pipe, height, width), real)))
 
 

@@ -49,7 +49,11 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of fastdiff, Python and every package that can change a number; None if not installed."""
-    own = {"fastdiff": fastdiff.__version__, "python": platform.python_version()}
+    own = {
+        "fastdiff": fastdiff.__version__,
+        "fastdiff._C": "built" if native()["isa"] else None,
+        "python": platform.python_version(),
+    }
     return own | installed.versions(PACKAGES)
 
 

@@ -112,7 +112,12 @@ def roofline(
         UserError: another pipeline, an unknown GPU, a size that the VAE has not, a scheduler that
             does not run as a plan; the message says which.
     """
-    kind = gpu_named(gpu) if gpu else gpu_here() or gpu_named(DEFAULT)
+    kind = gpu_named(gpu) if gpu else gpu_here()
+    if kind is None:
+        if pipe.device.type == "cuda":
+            name = torch.cuda.get_device_name(pipe.device)
+            raise UserError(f"the rates of {name} are not known here; name the GPU to price on")
+        kind = gpu_named(DEFAULT)
     _check(pipe)
     if steps < 1:
         raise UserError(f"got {steps} steps; give at least 1")
@@ -199,11 +204,13 @@ def _check(pipe: Any) -> None:
 def _compiled(pipe: Any) -> Iterator[None]:
     """Compiled within it, and silent; afterwards as it was."""
     bar = vars(pipe).get("_progress_bar_config")
-    compiled = slot_of(pipe.unet) is not None and loop_of(pipe) is not None
+    compiled = slot_of(pipe.unet) is not None
+    if compiled and loop_of(pipe) is None:
+        raise UserError("this pipeline was compiled without its loop; restore it to be priced")
     pipe.set_progress_bar_config(disable=True)
-    if not compiled:
-        compile(pipe)
     try:
+        if not compiled:
+            compile(pipe)
         yield
     finally:
         if not compiled:

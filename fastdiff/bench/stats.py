@@ -1,10 +1,9 @@
 """Ratios that survive a busy machine: paired, with an interval, and what may be said of many.
 
-Three ways to know how many times as long one thing takes as another, best first:
+Two ways to know how many times as long one state of a project takes as another:
 
 - `across_processes`: process pairs, each with rounds in turn. A process has a speed of its own
-  (where its memory came to lie: about 1% on two cores), so the pair is the unit, not the round.
-- `within_process`: rounds in turn in one process.
+  (where its memory came to lie: about 1% on two cores), so the pair is the unit, not the round;
 - `between_runs`: two runs at different times. Where both also timed a yardstick in turn, the
   ratios to it are compared, which do not know how fast the machine was that hour.
 
@@ -108,11 +107,6 @@ def across_processes(base: Sequence[Sequence[float]], new: Sequence[Sequence[flo
     return Estimate(float(kept.mean()), float(spread * count**0.5 / len(kept)), count, cut)
 
 
-def within_process(base: Sequence[float], new: Sequence[float]) -> Estimate:
-    """From rounds; element i of both is round i. The median ratio of a round."""
-    return _median(_logs(base, new))
-
-
 def between_runs(
     base: Sequence[float],
     new: Sequence[float],
@@ -133,9 +127,9 @@ def between_runs(
 
 
 def judge(
-    estimates: Sequence[Estimate], floor: float, confidence: float = CONFIDENCE
+    estimates: Sequence[Estimate], floors: Sequence[float], confidence: float = CONFIDENCE
 ) -> list[Judged]:
-    """Verdicts of many estimates at once, each by its interval against 1 ± floor.
+    """Verdicts of many estimates at once, each by its interval against 1 ± its floor.
 
     The more there are, the likelier one looks changed by chance. Benjamini and Hochberg's
     procedure bounds the share of false ones among those that are called changed (so where nothing
@@ -144,21 +138,25 @@ def judge(
     """
     if not estimates:
         return []
-    alpha, edge = 1 - confidence, log(1 + floor)
-    chances = [_chance(estimate, edge) for estimate in estimates]
+    alpha, edges = 1 - confidence, [log(1 + floor) for floor in floors]
+    chances = [_chance(*pair) for pair in zip(estimates, edges, strict=True)]
     called = int((false_discovery_control(chances) <= alpha).sum())
     alpha *= max(called, 1) / len(estimates)
-    return [_judge(estimate, edge, alpha) for estimate in estimates]
+    return [_judge(*pair, alpha) for pair in zip(estimates, edges, strict=True)]
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The geometric mean of independent ratios."""
-    errors = np.array([estimate.error for estimate in estimates])
+    """The geometric mean of ratios that may err together, by a yardstick that they share."""
     return Estimate(
         float(np.mean([estimate.log for estimate in estimates])),
-        float(np.sqrt((errors**2).sum()) / len(errors)),
+        float(np.mean([estimate.error for estimate in estimates])),
         min(estimate.samples for estimate in estimates),
     )
+
+
+def ratio_of(logarithm: float) -> float:
+    """Its exponential, which no float is too large for: of two pairs anything may come."""
+    return exp(min(max(logarithm, -99.0), 99.0))
 
 
 def _logs(below: Sequence[float], above: Sequence[float]) -> NDArray[np.float64]:
@@ -185,7 +183,7 @@ def _chance(estimate: Estimate, edge: float) -> float:
 
 def _judge(estimate: Estimate, edge: float, alpha: float) -> Judged:
     lo, hi = estimate.interval(alpha)
-    ratio = Ratio(exp(estimate.log), exp(lo), exp(hi))
+    ratio = Ratio(ratio_of(estimate.log), ratio_of(lo), ratio_of(hi))
     if estimate.samples >= LEAST:
         if lo > edge:
             return Judged(ratio, "slower", 0)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fastdiff.cli import draw, export, facts, measure, report  # noqa: F401  each adds its commands
@@ -25,4 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"fastdiff: {error}", style="red", markup=False
         )
+        sys.exit(2)
+    except Exception:  # a fault of ours; Python's own exit code for it is 1, which says "slower"
+        traceback.print_exc()
         sys.exit(2)

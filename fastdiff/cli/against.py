@@ -23,7 +23,7 @@ def against(context: typer.Context) -> None:
     from fastdiff.bench.progress import shares
     from fastdiff.bench.results import check_writable, write_file
     from fastdiff.regression import paired, states
-    from fastdiff.regression.compare import FLOOR, compare
+    from fastdiff.regression.compare import compare
     from fastdiff.regression.documents import pair_of
     from fastdiff.regression.pairs import race
     from fastdiff.regression.reports.terminal import show
@@ -36,6 +36,8 @@ def against(context: typer.Context) -> None:
         check_writable(json_file, "--json")
     settings, until = _settings(context), _until(context)
     gates = _gates(given["gate"])
+    if gates == ("counters",) and "fastdiff" not in settings.backends:
+        raise UserError("--gate counters goes with pipelines on the backend fastdiff")
     root = Path.cwd()
     if settings.folder:
         check_folder(root / settings.folder)  # before an environment is built
@@ -44,11 +46,11 @@ def against(context: typer.Context) -> None:
         places = {"base": base, "new": new}
         if settings.folder:
             settings = replace(settings, folder=_folder(settings.folder, base, new))
-        done = race(base, new, settings, until, FLOOR, log, gates)
+        done = race(base, new, settings, until, log, gates)
     if "times" in gates and not done.times and not any(done.wrong.values()):
         raise UserError(_nothing(settings, done.rows))
     command = shlex.join(["fastdiff", *context.obj])
-    document = paired.document(done, places, _case(context, settings), command)
+    document = paired.document(done, places, _case(context, settings), settings.threads, command)
     if json_file:
         text = paired.to_json(document)
         write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))
@@ -116,8 +118,10 @@ def _until(context: typer.Context) -> Any:
     if pairs is not None:
         if precise is not None:
             raise UserError("got --pairs and --until-precise; give one of them")
+        if was_given(context, "limit"):
+            raise UserError("got --pairs and --limit; pairs are drawn to their number")
         at_least("--pairs", pairs, 1)
-        return Until(pairs=pairs, limit_s=given["limit"])
+        return Until(pairs=pairs)
     return Until(half_width=share("--until-precise", precise or "1%"), limit_s=given["limit"])
 
 
@@ -142,6 +146,9 @@ def _folder(folder: str, base: Any, new: Any) -> str:
     """Relative where each state has its own, else the one that is here."""
     from fastdiff.bench.pipelines import check_folder
 
+    top = new.root.resolve()
+    if Path(folder).is_absolute() and Path(folder).resolve().is_relative_to(top):
+        folder = str(Path(folder).resolve().relative_to(top))
     if not (base.root / folder / "model_index.json").is_file():
         return str((new.root / folder).resolve())
     check_folder(base.root / folder)

@@ -62,7 +62,9 @@ def bench(
     until_precise: Annotated[
         str | None, typer.Option(help="With --against: how narrow each interval is to be; 1%.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="With --against: seconds that it takes at most.")] = 60,
+    limit: Annotated[
+        int, typer.Option(help="With --until-precise: seconds that it takes at most.")
+    ] = 60,
     threads: Annotated[int, typer.Option(help="With --against: of each state on a CPU.")] = 1,
     gate: Annotated[
         str, typer.Option(help="With --against: both, times or counters, which need no quiet.")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import exp
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from fastdiff.bench.stats import (
     between_runs,
     judge,
     mean,
-    within_process,
+    ratio_of,
 )
 from fastdiff.regression.comparison import Comparison, Line, Ratio, Verdict, within
 from fastdiff.regression.documents import Pair, Side, Timed
@@ -26,12 +25,18 @@ FLOOR, APART_FLOOR = 0.03, 0.10
 their own, between which a machine's speed wanders by more (see `bench.stats.between_runs`)."""
 
 MORE_IS_BETTER = ("occupancy", "load", "store", "generation")
-PREPARE, WRONG = "prepare ms", "wrong results"
-TOLERANCE = {PEAK: 0.01, PREPARE: 0.5}
-"""By unit; every other counter is exact. "prepare ms" is the least of its times, and jitters."""
-
-MATTERS = ("torch", "diffusers", "transformers", "triton", "numpy")
-"""Packages that change counts of one and the same code."""
+WRONG = "wrong results"
+FIRST, FIRST_FLOOR = " · first picture", 0.25
+"""The end of rows that are timed once a process, with preparing in it; and their own floor."""
+TOLERANCE = {PEAK: 0.01}
+"""By unit; every other counter is exact."""
+OF_THE_GPU = (PEAK, "kernels")
+"""Units of counters that depend on the machine, too."""
+MATTERS = (
+    *("fastdiff._C", "python", "torch", "diffusers", "transformers", "triton", "numpy"),
+    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13"),
+)
+"""Versions that change times or counts of one and the same code."""
 
 ORDER: tuple[Verdict, ...] = ("slower", "incomparable", "inconclusive", "faster", "same")
 
@@ -46,7 +51,7 @@ def compare(pair: Pair, command: str, floor: float | None = None) -> Comparison:
     other = [f"BASE is {pair.base.case} and NEW is {pair.new.case}"] if len(cases) == 2 else []
     apart = [] if pair.taken_in_turn else [*other, *machines, *updates]
     times, overall = _times(pair, floor, apart)
-    counts = _counts(pair, [] if pair.taken_in_turn else [*other, *updates], bool(other))
+    counts = _counts(pair, [] if pair.taken_in_turn else [*other, *updates], machines, bool(other))
     lines = [*_wrong(pair), *times, *counts]
     rank = {verdict: at for at, verdict in enumerate(ORDER)}
     lines.sort(key=lambda line: (rank[line.verdict], line.unit != WRONG, -(line.ratio or 0.0)))
@@ -77,7 +82,8 @@ def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Rati
         return [*lines, *(replace(_timed(n, base[n], new[n]), note=note) for n in both)], None
     estimates = [_estimate(base[name], new[name], pair.taken_in_turn) for name in both]
     unit = "process pairs" if pair.taken_in_turn else "rounds"
-    for name, found in zip(both, judge(estimates, floor), strict=True):
+    floors = [max(floor, FIRST_FLOOR) if name.endswith(FIRST) else floor for name in both]
+    for name, found in zip(both, judge(estimates, floors), strict=True):
         line = _timed(name, base[name], new[name])
         lines.append(
             replace(
@@ -89,39 +95,38 @@ def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Rati
                 hi=found.ratio.hi,
             )
         )
-    return lines, _geomean(both, base, new, estimates)
+    steady = {
+        name: estimate
+        for name, estimate in zip(both, estimates, strict=True)
+        if not name.endswith(FIRST)
+    }
+    return lines, _geomean(pair, steady)
 
 
 def _estimate(base: Timed, new: Timed, in_turn: bool) -> Estimate:
-    if in_turn and len(base.times) > 1:
-        return across_processes(base.times, new.times)
     if in_turn:
-        return within_process(base.times[0], new.times[0])
+        return across_processes(base.times, new.times)
     both = base.yardstick is not None and new.yardstick is not None
     yardsticks = (base.yardstick, new.yardstick) if both else (None, None)
     return between_runs(base.times[0], new.times[0], *yardsticks)
 
 
-def _geomean(
-    names: list[str],
-    base: Mapping[str, Timed],
-    new: Mapping[str, Timed],
-    estimates: list[Estimate],
-) -> Ratio | None:
-    """Of all rows: pair by pair where they share process pairs, which shift all of them at once."""
+def _geomean(pair: Pair, estimates: Mapping[str, Estimate]) -> Ratio | None:
+    """Of rows by name: pair by pair where they share process pairs, which shift all at once."""
     if not estimates:
         return None
-    pairs = {len(base[name].times) for name in names}
-    if len(pairs) == 1 and pairs != {1}:
+    sides = (pair.base.times, pair.new.times)
+    if pair.taken_in_turn:
+        pairs = min(len(pair.base.times[name].times) for name in estimates)
         before, after = (
-            [[_middle_of_rows(side[name].times[at] for name in names)] for at in range(*pairs)]
-            for side in (base, new)
+            [[_middle_of_rows(side[name].times[at] for name in estimates)] for at in range(pairs)]
+            for side in sides
         )
         overall = across_processes(before, after)
     else:
-        overall = mean(estimates)
+        overall = mean(list(estimates.values()))
     lo, hi = overall.interval(1 - CONFIDENCE)
-    return Ratio(exp(overall.log), exp(lo), exp(hi))
+    return Ratio(ratio_of(overall.log), ratio_of(lo), ratio_of(hi))
 
 
 def _middle_of_rows(rows: Iterable[Sequence[float]]) -> float:
@@ -129,30 +134,44 @@ def _middle_of_rows(rows: Iterable[Sequence[float]]) -> float:
     return float(np.exp(np.mean([np.log(np.median(row)) for row in rows])))
 
 
-def _counts(pair: Pair, apart: list[str], other_case: bool) -> list[Line]:
+def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: bool) -> list[Line]:
     base, new = pair.base.counts, pair.new.counts
     both = [name for name in base if name in new]
-    lines = [_counted(name, base[name], new[name], apart) for name in both]
-    if other_case:
-        lines = [replace(line, verdict="incomparable", note=apart[0]) for line in lines]
+    lines = []
+    for name in both:
+        apart = [*updates, *(machines if base[name][1] in OF_THE_GPU else [])]
+        line = _counted(name, base[name], new[name], apart)
+        lines.append(replace(line, verdict="incomparable", note=apart[0]) if other_case else line)
+    if base and not new:
+        note = "NEW counts nothing, though BASE does"
+        return [Line("counters", "count", "", None, None, "incomparable", note)]
     if _silent(pair):
         return lines
     for name in [*base, *new]:
         if name not in both:
             before, after = base.get(name), new.get(name)
-            line = Line(name, "count", "", _value(before), _value(after), "incomparable")
             where = "NEW" if before is None else "BASE"
-            lines.append(
-                replace(line, unit=(before or after or (0, ""))[1], note=f"only in {where}")
+            line = Line(
+                name=name,
+                kind="count",
+                unit=(before or after or (0, ""))[1],
+                base=_value(before),
+                new=_value(after),
+                verdict="incomparable",
+                note=f"only in {where}",
             )
+            if not pair.taken_in_turn and not updates:  # a baseline that is no longer one
+                note = f"only in {where}: if that is meant, count BASE again and commit it"
+                line = replace(line, verdict="slower", note=note)
+            lines.append(line)
     return lines
 
 
 def _silent(pair: Pair) -> list[str]:
     """Whether one of two states is from before it could count anything."""
     counting = {
-        side: any(unit != PREPARE for _, unit in counts.values())
-        for side, counts in (("BASE", pair.base.counts), ("NEW", pair.new.counts))
+        "BASE": bool(pair.base.counts),
+        "NEW": bool(pair.new.counts),
     }
     silent = [side for side, counts in counting.items() if not counts]
     return [f"{silent[0]} counts nothing, so no counters are compared"] if len(silent) == 1 else []
@@ -190,7 +209,7 @@ def _wrong(pair: Pair) -> list[Line]:
                 unit=WRONG,
                 base=int(before is not None),
                 new=int(after is not None),
-                verdict="slower" if after else "incomparable",
+                verdict="slower" if after and not before else "incomparable",
                 note=after or f"BASE: {before}",
             )
         )

@@ -79,7 +79,7 @@ class Comparison:
     floor: float
     """A change of less than this share is none: 0.03."""
     confidence: float
-    """All intervals together hold with this probability."""
+    """1 - the share of changes called by chance, at most, of all that are called."""
     paired: bool
     """Whether base and new took turns within one run."""
     command: str

@@ -84,7 +84,7 @@ def load(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         what = "is empty" if path.stat().st_size == 0 else f"is no JSON ({error})"
         raise UserError(f"{path} {what}; measure again") from error
     if not isinstance(value, dict):
@@ -98,7 +98,7 @@ def checked(path: Path, build: Callable[[], T]) -> T:
         return build()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged ({what}); measure again") from error
 
@@ -182,6 +182,10 @@ def _static(name: str, document: dict[str, Any]) -> Side:
     return Side(_state(name, document), "Triton kernels", counts=counts)
 
 
+OF_A_CASE = ("device", "dtype", "scale", "steps")
+"""What our suites' extra_info tells two measurements of one name apart by."""
+
+
 def _pytest_benchmark(name: str, document: dict[str, Any]) -> Side:
     """Its times are in seconds; without the single samples, its median stands for them."""
     machine = document["machine_info"]
@@ -193,14 +197,17 @@ def _pytest_benchmark(name: str, document: dict[str, Any]) -> Side:
             _times(row["fullname"], [[1e3 * _number(row["name"], value) for value in samples]])
         )
     ours = machine.get("fastdiff")  # what our own suites add to it
+    case = ""
     if ours:
         hardware, versions, commit = ours["machine"], ours["versions"], ours["commit"]
+        facts = document["benchmarks"][0]["extra_info"] if document["benchmarks"] else {}
+        case = ", ".join(f"{name} {facts[name]}" for name in OF_A_CASE if name in facts)
     else:
         hardware = _hardware(machine)
         versions = {"python": machine.get("python_version")}
         commit = (document.get("commit_info") or {}).get("id")
     state = State(name, commit, document.get("datetime"), dict(hardware), dict(versions))
-    return Side(state, times=times)
+    return Side(state, case, times)
 
 
 def _hardware(machine: Mapping[str, Any]) -> dict[str, Any]:

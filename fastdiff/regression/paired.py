@@ -5,19 +5,20 @@ from typing import Any
 
 from fastdiff.bench.machine import machine
 from fastdiff.bench.results import now
-from fastdiff.regression.compare import PREPARE
 from fastdiff.regression.documents import PAIRED
 from fastdiff.regression.pairs import Race
 from fastdiff.regression.states import Place
 
 
-def document(done: Race, places: dict[str, Place], case: str, command: str) -> dict[str, Any]:
+def document(
+    done: Race, places: dict[str, Place], case: str, threads: int, command: str
+) -> dict[str, Any]:
     """Everything that a report needs, raw samples included. `places` by side: base, new."""
     return {
         "schema": PAIRED,
         "case": case,
         "created": now(),
-        "machine": machine(),
+        "machine": machine() | {"threads": threads},
         "command": command,
         "seconds": round(done.seconds, 1),
         "states": {
@@ -31,17 +32,12 @@ def document(done: Race, places: dict[str, Place], case: str, command: str) -> d
         "rows": done.rows if done.pairs else {side: [] for side in places},
         "times": [
             {"name": name, "unit": "ms", "base": base, "new": new}
-            for name, (base, new) in done.times.items()
+            for name, (base, new) in (done.times | done.once).items()
         ],
-        "counts": {side: done.counts[side] | _prepare(done, side) for side in places},
+        "counts": done.counts,
         "wrong": done.wrong,
     }
 
 
 def to_json(paired: dict[str, Any]) -> str:
     return json.dumps(paired, indent=1, allow_nan=False) + "\n"
-
-
-def _prepare(done: Race, side: str) -> dict[str, tuple[float, str]]:
-    """The least of all processes: what it takes when nothing else is in the way."""
-    return {f"{row} · prepare": (ms, PREPARE) for row, ms in done.prepare_ms.get(side, {}).items()}

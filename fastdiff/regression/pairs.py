@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import log
 from pathlib import Path
 from typing import Any
 
 from fastdiff.bench.machine import PACKAGES
-from fastdiff.bench.stats import LEAST, Estimate, Ratio, across_processes, judge
+from fastdiff.bench.stats import CONFIDENCE, LEAST, Estimate, across_processes, ratio_of
 from fastdiff.errors import UserError
 from fastdiff.regression.comparison import within
 from fastdiff.regression.states import Place
@@ -50,7 +51,7 @@ class Settings:
     def of(self, place: Place) -> dict[str, Any]:
         """As a worker reads them; a relative folder is the state's own."""
         folder = self.folder and str(place.root / self.folder)
-        return vars(self) | {"folder": folder, "packages": PACKAGES}
+        return vars(self) | {"folder": folder, "packages": ("fastdiff", *PACKAGES)}
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,16 @@ class Until:
         """How much of the most that it may take is done, 0 to 1."""
         return min(1.0, pairs / self.pairs if self.pairs else seconds / self.limit_s)
 
-    def reached(self, estimates: Sequence[Estimate], pairs: int, floor: float) -> bool:
+    def reached(self, estimates: Sequence[Estimate], pairs: int) -> bool:
         if self.pairs is not None:
             return pairs >= self.pairs
-        return pairs > LEAST and all(
-            judged.ratio.hi / judged.ratio.lo <= (1 + self.half_width) ** 2
-            for judged in judge(estimates, floor)
-        )
+        return pairs > LEAST and max(map(half_width, estimates)) <= log(1 + self.half_width)
+
+
+def half_width(estimate: Estimate) -> float:
+    """Of the interval of one row by itself, as a logarithm."""
+    lo, hi = estimate.interval(1 - CONFIDENCE)
+    return (hi - lo) / 2
 
 
 @dataclass
@@ -84,8 +88,8 @@ class Race:
     times: Samples = field(default_factory=dict)
     counts: dict[str, dict[str, tuple[float, str]]] = field(default_factory=dict)
     """By side, "base" or "new": name -> value, unit."""
-    prepare_ms: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By side: what preparing a row's pipeline took at the least, of all its processes."""
+    once: Samples = field(default_factory=dict)
+    """Likewise, what is timed once a process."""
     wrong: dict[str, dict[str, str]] = field(default_factory=dict)
     """By side: rows whose results are not right, and why. They are not timed."""
     rows: dict[str, list[str]] = field(default_factory=dict)
@@ -103,8 +107,11 @@ class Worker:
 
     def __init__(self, place: Place, settings: Settings, log: Path) -> None:
         self.place, self._log = place, log
+        if not place.root.is_dir():
+            raise UserError(f"{place.name} has no folder {place.root.name} to run in")
         variables = place.environment() | {
             "PYTHONUNBUFFERED": "1",
+            "PYTHONHASHSEED": "0",  # the order of sets, the same for both
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # is there a GPU? without starting CUDA
             "TRANSFORMERS_VERBOSITY": "error",
             "DIFFUSERS_VERBOSITY": "error",
@@ -158,7 +165,6 @@ def race(
     new: Place,
     settings: Settings,
     until: Until,
-    floor: float,
     show: Callable[..., object],
     gates: Collection[str] = GATES,
 ) -> Race:
@@ -186,10 +192,10 @@ def race(
             done.pairs += 1
             now = time.perf_counter()
             estimates = done.estimates()
-            show(_progress(done, estimates, floor), until.share(done.pairs, now - start))
+            show(_progress(done, estimates), until.share(done.pairs, now - start))
             each = (now - begun) / done.pairs
             late = now - start + each > until.limit_s
-            if not estimates or until.reached(estimates, done.pairs, floor):
+            if not estimates or until.reached(estimates, done.pairs):
                 break
             if until.pairs is None and late:
                 break
@@ -199,13 +205,10 @@ def race(
 
 def _pair(done: Race, workers: dict[str, Worker], order: random.Random) -> None:
     """A fresh process of each state, in turn for some rounds."""
-    names, groups = list(workers), {}
+    names, groups, started = list(workers), {}, {}
     for side in order.sample(names, 2):
-        started = workers[side].ask("start")
-        groups[side] = started["groups"]
-        least = done.prepare_ms.setdefault(side, {})
-        for row, ms in started["prepare_ms"].items():
-            least[row] = min(ms, least.get(row, ms))
+        started[side] = workers[side].ask("start")
+        groups[side] = started[side]["groups"]
     shared = [
         tuple(groups[side].index(rows) for side in names)
         for rows in groups[names[0]]
@@ -226,25 +229,25 @@ def _pair(done: Race, workers: dict[str, Worker], order: random.Random) -> None:
     for side in names:
         workers[side].ask("stop")
     wrong = {row for rows in done.wrong.values() for row in rows}
-    for row in found["base"].keys() & found["new"].keys():
-        if not any(within(row, part) for part in wrong):
-            base, new = done.times.setdefault(row, ([], []))
-            base.append(found["base"][row])
-            new.append(found["new"][row])
+    once = {side: {r: [ms] for r, ms in started[side]["once"].items()} for side in names}
+    for samples, sides in ((done.times, found), (done.once, once)):
+        for row in sides["base"]:
+            if row in sides["new"] and not any(within(row, part) for part in wrong):
+                base, new = samples.setdefault(row, ([], []))
+                base.append(sides["base"][row])
+                new.append(sides["new"][row])
 
 
-def _progress(done: Race, estimates: Sequence[Estimate], floor: float) -> str:
+def _progress(done: Race, estimates: Sequence[Estimate]) -> str:
     """How far it is, and the widest interval as it narrows."""
     line = f"pair {done.pairs}"
     if done.pairs > 1 and estimates:
-        judged = zip(done.times, judge(estimates, floor), strict=True)
-        row, widest = max(judged, key=lambda pair: pair[1].ratio.hi / pair[1].ratio.lo)
-        line += f": {row} {_interval(widest.ratio)}, the widest of {len(estimates)}"
+        row, widest = max(
+            zip(done.times, estimates, strict=True), key=lambda pair: half_width(pair[1])
+        )
+        middle, lo, hi = (ratio_of(at) for at in (widest.log, *widest.interval(1 - CONFIDENCE)))
+        line += f": {row} {middle:.3f} [{lo:.3f}, {hi:.3f}], the widest of {len(estimates)}"
     return line
-
-
-def _interval(ratio: Ratio) -> str:
-    return f"{ratio.median:.3f} [{ratio.lo:.3f}, {ratio.hi:.3f}]"
 
 
 @contextmanager

@@ -9,23 +9,20 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import venv
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from fastdiff.errors import UserError
+from fastdiff.regression.environments import beneath, install, lay_beneath, packages_of
 
 KEPT = 8
 """Environments in the cache; the ones unused for longest go."""
-BENEATH = "beneath.pth"
-"""What shows an environment the packages that are installed here."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def here_python() -> Path:
 
 def here(root: Path) -> Place:
     """What is installed and lies in `root` now, edited or not."""
-    return Place("working tree", here_python(), root, _git(root, "describe", "--always", "--dirty"))
+    return Place("here", here_python(), root, _git(root, "describe", "--always", "--dirty"))
 
 
 def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
@@ -79,8 +76,8 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
         )
     top = Path(_git(root, "rev-parse", "--show-toplevel") or root)
     inside = root.resolve().relative_to(top.resolve())
-    place = _kept(against, sha[:7], sha, log, lambda folder: _worktree(top, sha, folder), None)
-    return Place(place.name, place.python, place.root / inside, place.commit)
+    bring = lambda folder: _worktree(top, sha, folder) / inside  # noqa: E731
+    return _kept(against, sha[:7], f"{sha} {inside}", log, bring, None)
 
 
 def cache() -> Path:
@@ -101,124 +98,68 @@ def _kept(
 
     root: where the state's files lie, if not in what was brought.
     """
-    key = hashlib.sha256(f"{content} {_beneath()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{content} {beneath()}".encode()).hexdigest()[:16]
     folder = cache() / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
-        ready = folder / "ready.json"
+    ready = folder / "ready.json"
+    if _hold(folder, ready):
         if not ready.is_file():
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
             folder.mkdir()
             log(f"{name}: making its environment, once")
-            source = fetch(folder / "tree")
             try:
-                _install(name, source, folder)
+                source = fetch(folder / "tree")
+                if not source.exists():
+                    raise UserError(f"--against {name} has no folder {source.name}")
+                install(name, source, folder)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             ready.write_text(json.dumps({"source": str(source)}))
         ready.touch()
-        source = Path(json.loads(ready.read_text())["source"])
+        lay_beneath(packages_of(folder))  # an editable project may lie elsewhere now
+        fcntl.flock(_HELD[folder], fcntl.LOCK_SH)
     _forget_oldest(folder)
+    source = Path(json.loads(ready.read_text())["source"])
     return Place(name, folder / "venv/bin/python", root or source, commit)
 
 
-def _install(name: str, source: Path, folder: Path) -> None:
-    """A virtual environment in `folder` with `source` installed: a wheel, a project, or its
-    requirements. Nothing of either: what is installed here, alone."""
-    venv.create(folder / "venv", with_pip=False, symlinks=True)
-    packages = next((folder / "venv/lib").glob("python*/site-packages"))
-    _lay_beneath(packages)
-    project = source.is_file() or any(
-        (source / file).is_file() for file in ("pyproject.toml", "setup.py")
-    )
-    requirements = source / "requirements.txt"
-    if project:
-        report = folder / "report.json"
-        # Over what is installed here under the same name, without touching what it depends on …
-        _pip(name, folder, "--no-deps", "--ignore-installed", "--report", report, source)
-        installed = json.loads(report.read_text())["install"][0]["metadata"]
-        needs = [need for need in installed.get("requires_dist", []) if "extra ==" not in need]
-        if needs:  # … and then that, where its own versions are asked for
-            _pip(name, folder, *needs)
-    elif requirements.is_file():
-        _pip(name, folder, "--requirement", requirements)
-    _lay_beneath(packages)
+_HELD: dict[Path, IO[str]] = {}
+"""Locks of the environments that this process uses, until it ends: nobody takes them away."""
 
 
-def _lay_beneath(packages: Path) -> None:
-    """Show an environment what is installed here, editable projects too; not those of its own.
-
-    An editable project is a .pth file, which Python reads in the folders of an environment, but
-    not in those that another .pth file names: so their lines are said again.
-    """
-    own = {d.name for d in metadata.distributions(path=[str(packages)])}
-    hidden = {
-        Path(str(file.locate()))
-        for distribution in metadata.distributions()
-        if distribution.name in own
-        for file in distribution.files or ()
-        if file.suffix == ".pth"
-    }
-    lines = []
-    for folder in map(Path, _site_packages()):
-        lines.append(str(folder))
-        for pth in sorted(set(folder.glob("*.pth")) - hidden):
-            if pth.name != BENEATH:  # this interpreter is a state's itself: see its own folders
-                for line in filter(None, pth.read_text().splitlines()):
-                    is_code = line.startswith(("import ", "import\t"))
-                    lines.append(line if is_code else str(folder / line))
-    (packages / BENEATH).write_text("\n".join(lines) + "\n")
-
-
-def _pip(name: str, folder: Path, *arguments: object) -> None:
-    python = folder / "venv/bin/python"
-    command = [sys.executable, "-m", "pip", "--python", python, "install", *arguments]
-    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_USER")}
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, env=variables
-    )
-    if done.returncode:
-        log = folder.with_suffix(".log")
-        log.write_text(done.stdout + done.stderr)
-        raise UserError(
-            f"--against {name} does not install: {_first_error(done.stdout + done.stderr)}"
-            f" (all that pip said: {log})"
-        )
-
-
-def _first_error(output: str) -> str:
-    """The first line that names an error in words, not only that there was one."""
-    lines = (line.strip(" |") for line in output.splitlines())
-    errors = [line for line in lines if re.search(r"error: \S+ \S", line, re.I)]
-    return errors[0] if errors else "pip did not say why"
+def _hold(folder: Path, ready: Path) -> bool:
+    """Lock an environment: alone, to make it (True); or shared with others who use it (False)."""
+    handle = _HELD.setdefault(folder, folder.with_suffix(".lock").open("w"))
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            fcntl.flock(handle, fcntl.LOCK_SH)  # waits for whoever makes it
+            if ready.is_file():
+                return False
+            fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _worktree(top: Path, sha: str, folder: Path) -> Path:
     """The revision's files, as a worktree of the repository `top`."""
     subprocess.run(["git", "-C", top, "worktree", "prune"], capture_output=True)
     done = subprocess.run(
-        ["git", "-C", top, "worktree", "add", "--detach", folder, sha],
+        [
+            "git",
+            "-C",
+            top,
+            *["-c", "core.hooksPath=/dev/null", "worktree", "add", "--detach"],
+            folder,
+            sha,
+        ],
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise UserError(f"git cannot check {sha[:7]} out: {done.stderr.strip().splitlines()[-1]}")
     return folder
-
-
-def _beneath() -> str:
-    """What an environment depends on beside its own source: this interpreter and its packages."""
-    installed = sorted(f"{d.name} {d.version}" for d in metadata.distributions())
-    return "\n".join([sys.version, *_site_packages(), *installed])
-
-
-def _site_packages() -> list[str]:
-    """The folders of this interpreter's packages, in its own order."""
-    found = dict.fromkeys(
-        path for path in sys.path if path.endswith(("site-packages", "dist-packages"))
-    )
-    return list(found)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -242,14 +183,16 @@ def _content(folder: Path) -> str:
 
 
 def _copy(source: Path, to: Path) -> Path:
-    """A folder's files once more, for what builds them to leave its own beside them. Links where
-    the disk allows it: weights are large."""
+    """A folder's files once more, for what builds them to leave its own beside them. Weights, which
+    are large, are linked where the disk allows it."""
+    to.mkdir()
     for name in _files(source):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / name, to / name)
-        except OSError:
-            shutil.copy2(source / name, to / name)
+        if name.suffix == ".safetensors":
+            with suppress(OSError):
+                os.link(source / name, to / name)
+                continue
+        shutil.copy2(source / name, to / name)  # a build may write into what it is given
     return to
 
 
@@ -264,16 +207,20 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() or None
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two runs that want the same environment make it one after the other."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def _forget_oldest(current: Path) -> None:
-    made = sorted(cache().glob("*/ready.json"), key=lambda ready: ready.stat().st_mtime)
-    for ready in made[:-KEPT]:
-        if ready.parent != current:
-            shutil.rmtree(ready.parent, ignore_errors=True)
+    """But for those that someone is using."""
+    made = {ready: _touched(ready) for ready in cache().glob("*/ready.json")}
+    for ready in sorted(made, key=lambda ready: made[ready])[:-KEPT]:
+        folder = ready.parent
+        with folder.with_suffix(".lock").open("w") as handle, suppress(OSError):
+            if folder != current:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ready.unlink()  # first: what is left of an interrupted removal is no environment
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _touched(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # another run has just forgotten it
+        return 0.0

@@ -12,7 +12,6 @@ from fastdiff.bench.stats import (
     judge,
     mean,
     speedup,
-    within_process,
 )
 
 ROUNDS, PAIRS, FLOOR = 15, 6, 0.03
@@ -34,6 +33,11 @@ def pairs(rng, factor=1.0, own=0.01, noise=0.03, count=PAIRS):
         base.append(drift * speeds[0] * np.exp(rng.normal(0, noise, ROUNDS)))
         new.append(factor * drift * speeds[1] * np.exp(rng.normal(0, noise, ROUNDS)))
     return base, new
+
+
+def rounds_alone(base, new):
+    """What one would say who takes each round for a sample of its own."""
+    return between_runs([1.0] * len(base), np.array(new) / np.array(base))
 
 
 def verdicts(found):
@@ -84,7 +88,7 @@ def test_a_disturbed_pair_among_many_does_not_hide_a_change():
     for hit in (0, 1):
         sides = pairs(rng, 1.08, count=20)
         sides[hit][7] = [7 * ms for ms in sides[hit][7]]
-        (found,) = judge([across_processes(*sides)], FLOOR)
+        (found,) = judge([across_processes(*sides)], [FLOOR])
         assert found.verdict == "slower"
         assert found.ratio.median == pytest.approx(1.08, rel=0.02)
 
@@ -95,7 +99,7 @@ def test_rounds_of_processes_with_speeds_of_their_own_would_claim_too_much():
     missed = 0
     for _ in range(200):
         base, new = pairs(rng, own=0.02)
-        lo, hi = within_process(np.ravel(base), np.ravel(new)).interval(0.05)
+        lo, hi = rounds_alone(np.ravel(base), np.ravel(new)).interval(0.05)
         missed += not lo <= 0 <= hi
     assert missed / 200 > 0.25
 
@@ -115,7 +119,7 @@ def test_the_median_of_rounds_has_a_bootstraps_error_or_a_little_more():
     base, new = samples(np.random.default_rng(7), 1.1)
     logs = np.log(np.array(new) / base)
     drawn = bootstrap((logs,), np.median, n_resamples=20_000, rng=np.random.default_rng(0))
-    estimate = within_process(base, new)
+    estimate = rounds_alone(base, new)
     assert estimate.log == np.median(logs)
     assert 1.0 <= estimate.error / drawn.standard_error <= 1.15
 
@@ -126,7 +130,7 @@ def test_no_false_alarm_among_many_rows_without_a_floor(rows):
     rng = np.random.default_rng(8)
     alarms = 0
     for _ in range(300):
-        found = judge([across_processes(*pairs(rng)) for _ in range(rows)], floor=1e-9)
+        found = judge([across_processes(*pairs(rng)) for _ in range(rows)], [1e-9] * rows)
         alarms += bool({"slower", "faster"} & set(verdicts(found)))
     assert alarms / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
@@ -136,7 +140,7 @@ def test_one_slow_row_among_many_is_the_one_that_is_called():
     right = 0
     for _ in range(50):
         rows = [across_processes(*pairs(rng)) for _ in range(19)]
-        found = verdicts(judge([*rows, across_processes(*pairs(rng, 1.15))], FLOOR))
+        found = verdicts(judge([*rows, across_processes(*pairs(rng, 1.15))], [FLOOR] * 20))
         right += found[-1] == "slower" and "slower" not in found[:-1]
     assert right >= 48
 
@@ -148,7 +152,7 @@ def test_a_verdict_is_where_the_interval_lies():
     for factor in (0.8, 0.95, 0.97, 1.0, 1.02, 1.03, 1.05, 1.3):
         for rows in (1, 8):
             estimates = [across_processes(*pairs(rng, factor)) for _ in range(rows)]
-            for found in judge(estimates, FLOOR):
+            for found in judge(estimates, [FLOOR] * rows):
                 inside = edges[0] <= found.ratio.lo and found.ratio.hi <= edges[1]
                 expected = (
                     "slower"
@@ -168,7 +172,7 @@ def test_a_verdict_is_where_the_interval_lies():
 def test_a_faster_state_is_the_inverse_of_a_slower_one():
     base, new = pairs(np.random.default_rng(11), 1.2)
     (there,), (back,) = (
-        judge([across_processes(*sides)], FLOOR) for sides in ((base, new), (new, base))
+        judge([across_processes(*sides)], [FLOOR]) for sides in ((base, new), (new, base))
     )
     assert (there.verdict, back.verdict) == ("slower", "faster")
     assert back.ratio.lo == pytest.approx(1 / there.ratio.hi)
@@ -181,12 +185,12 @@ def test_as_many_more_samples_as_it_says_do_settle_it():
     settled = 0
     for _ in range(40):
         base, new = pairs(rng, 1.05, own=0.02)
-        (found,) = judge([across_processes(base, new)], FLOOR)
+        (found,) = judge([across_processes(base, new)], [FLOOR])
         if found.verdict == "inconclusive":
             for _ in range(-(-found.missing // PAIRS)):
                 more = pairs(rng, 1.05, own=0.02)
                 base, new = base + more[0], new + more[1]
-            (found,) = judge([across_processes(base, new)], FLOOR)
+            (found,) = judge([across_processes(base, new)], [FLOOR])
         settled += found.verdict == "slower"
     assert settled >= 20
 
@@ -194,16 +198,17 @@ def test_as_many_more_samples_as_it_says_do_settle_it():
 @pytest.mark.parametrize("count", range(1, LEAST))
 def test_fewer_than_the_least_call_nothing_however_alike(count):
     base, new = [[10.0]] * count, [[20.0]] * count
-    (found,) = judge([across_processes(base, new)], FLOOR)
+    (found,) = judge([across_processes(base, new)], [FLOOR])
     assert found.verdict == "inconclusive"
     assert found.missing >= LEAST - count
     assert (
-        judge([across_processes([[10.0]] * LEAST, [[20.0]] * LEAST)], FLOOR)[0].verdict == "slower"
+        judge([across_processes([[10.0]] * LEAST, [[20.0]] * LEAST)], [FLOOR])[0].verdict
+        == "slower"
     )
 
 
 def test_equal_samples_are_the_same():
-    (found,) = judge([within_process([5.0] * 6, [5.0] * 6)], FLOOR)
+    (found,) = judge([across_processes([[5.0]] * 6, [[5.0]] * 6)], [FLOOR])
     assert found.verdict == "same"
     assert (found.ratio.lo, found.ratio.hi) == (1.0, 1.0)
 
@@ -231,7 +236,19 @@ def test_two_runs_are_no_surer_than_their_rounds():
     assert np.mean(held) >= 0.93
 
 
-def test_the_mean_of_independent_ratios():
+def test_every_row_has_a_floor_of_its_own():
+    rng = np.random.default_rng(17)
+    estimates = [across_processes(*pairs(rng, 1.1)) for _ in range(2)]
+    assert verdicts(judge(estimates, [FLOOR, 0.25])) == ["slower", "same"]
+
+
+def test_two_pairs_that_contradict_each_other_have_an_interval_without_end():
+    (found,) = judge([across_processes([[1.0]] * 2, [[1.0], [9.0]])], [FLOOR])
+    assert found.verdict == "inconclusive"
+    assert np.isfinite(found.ratio.hi)
+
+
+def test_the_mean_of_ratios_that_may_err_together():
     rng = np.random.default_rng(15)
     held = []
     for _ in range(300):
@@ -240,4 +257,5 @@ def test_the_mean_of_independent_ratios():
         assert overall.log == pytest.approx(np.mean([row.log for row in rows]))
         lo, hi = overall.interval(0.05)
         held.append(lo <= np.log(1.1) <= hi)
+        assert overall.error == pytest.approx(np.mean([row.error for row in rows]))
     assert np.mean(held) >= 0.93

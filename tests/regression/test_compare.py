@@ -74,9 +74,21 @@ def test_few_pairs_are_inconclusive_and_say_how_many_are_missing():
     assert line.note == "about 2 more process pairs would tell"
 
 
-def test_rounds_of_one_process_are_enough_where_there_are_no_more():
+def test_rounds_of_one_process_pair_are_not_enough_however_many():
     (line,) = compare(pair_of(paired(1.2, pairs=1)), "").lines
-    assert line.verdict == "slower"
+    assert (line.verdict, line.note) == ("inconclusive", "about 4 more process pairs would tell")
+
+
+def test_a_first_picture_has_a_wider_floor_and_no_part_in_the_mean():
+    document = paired(1.0)
+    first = [[100.0]] * 8, [[115.0]] * 8
+    name = "fastdiff · first picture"
+    document["times"].append({"name": name, "unit": "ms", "base": first[0], "new": first[1]})
+    found = compare(pair_of(document), "")
+    assert lines(found)[name].verdict == "same"
+    assert found.geomean.ratio == pytest.approx(1.0, abs=0.01)
+    document["times"][1]["new"] = [[130.0]] * 8
+    assert lines(compare(pair_of(document), ""))[name].verdict == "slower"
 
 
 def test_a_row_that_one_state_lacks():
@@ -109,7 +121,6 @@ COUNTED = {
     "occupancy": (0.5, 0.25, "slower"),
     "load": (8, 16, "faster"),
     "generation": (2, 1, "slower"),
-    "prepare ms": (100.0, 149.0, "same"),
 }
 
 
@@ -123,18 +134,30 @@ def test_counters_are_exact_unless_they_jitter(unit):
 
 def test_more_than_a_counter_may_jitter():
     document = paired(1.0)
-    for unit, base, new in (("peak bytes", 1000, 1011), ("prepare ms", 100.0, 151.0)):
-        document["counts"] = {"base": {"it": [base, unit]}, "new": {"it": [new, unit]}}
-        assert lines(compare(pair_of(document), ""))["it"].verdict == "slower"
+    document["counts"] = {"base": {"it": [1000, "peak bytes"]}, "new": {"it": [1011, "peak bytes"]}}
+    assert lines(compare(pair_of(document), ""))["it"].verdict == "slower"
 
 
 def test_a_state_from_before_counters_is_told_and_not_blamed():
     document = paired(1.0)
-    prepare = {"fastdiff · prepare": [100.0, "prepare ms"]}
-    document["counts"] = {"base": prepare, "new": prepare | {"step · launches": [5, "launches"]}}
+    document["counts"] = {"base": {}, "new": {"step · launches": [5, "launches"]}}
     found = compare(pair_of(document), "")
     assert found.differences == ("BASE counts nothing, so no counters are compared",)
     assert found.exit_code == 0
+
+
+def test_counters_do_not_vanish_without_a_word():
+    document = paired(1.0)
+    document["counts"] = {"base": {"step · launches": [5, "launches"]}, "new": {}}
+    found = compare(pair_of(document), "")
+    assert lines(found)["counters"].note == "NEW counts nothing, though BASE does"
+    assert found.exit_code == 3
+
+
+def test_wrong_in_both_states_is_nobodys_regression():
+    document = paired(1.0, times=[])
+    document["wrong"] = {side: {"fastdiff": "it is 20 dB from eager's"} for side in ("base", "new")}
+    assert compare(pair_of(document), "").exit_code == 3
 
 
 def changed(document, **fields):
@@ -174,6 +197,27 @@ def test_counts_of_other_versions_are_compared_while_they_are_equal(against):
     assert line.note.startswith("torch is 2.13.0+cpu in BASE and 2.14.1 in NEW")
     more["versions"] = VERSIONS
     assert against(COUNTS, more).exit_code == 1
+
+
+def test_a_baseline_that_lacks_a_row_is_none(against):
+    more = changed(STATIC, rows=[*STATIC["rows"], STATIC["rows"][0] | {"case": "sd15-32-self"}])
+    for base, new, where in ((STATIC, more, "NEW"), (more, STATIC, "BASE")):
+        found = against(base, new)
+        called = [line for line in found.lines if line.verdict == "slower"]
+        assert len(called) == 7
+        assert called[0].note.startswith(f"only in {where}: if that is meant, count BASE again")
+    older = changed(STATIC, versions=VERSIONS | {"triton": "3.8.0"})
+    assert against(older, more).exit_code == 3
+
+
+def test_what_depends_on_the_machine_is_not_counted_across_machines(against):
+    elsewhere = changed(COUNTS, machine=COUNTS["machine"] | {"cpu": "Intel"})
+    elsewhere["rows"][1]["drawn"]["peak_bytes"] *= 2
+    found = against(COUNTS, elsewhere)
+    assert found.exit_code == 3
+    assert lines(found)["fastdiff · peak memory"].note.startswith("cpu is AMD EPYC in BASE")
+    elsewhere["rows"][1]["drawn"]["again"] = 1  # what is recorded does not
+    assert against(COUNTS, elsewhere).exit_code == 1
 
 
 DIFFERENT = {

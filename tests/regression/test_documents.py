@@ -110,6 +110,8 @@ def damaged(path, value):
 
 
 DAMAGE = {
+    "is no JSON (maximum recursion": "[" * 100_000,
+    "is damaged (OverflowError": json.dumps(PAIRED).replace("5.0", "9" * 400, 1),
     "is empty": "",
     "is no JSON": json.dumps(PAIRED)[:-40],
     "holds a JSON list, not an object": [1, 2],

@@ -35,7 +35,7 @@ class Fake:
         self.log.append((self.side, do, group))
         rows = self.rows[self.side]
         answers = {
-            "start": lambda: {"groups": [[row] for row in rows], "prepare_ms": {"a": 5.0}},
+            "start": lambda: {"groups": [[row] for row in rows], "once": {"first": 5.0}},
             "check": lambda: {"wrong": self.wrong[self.side]},
             "count": lambda: {"counts": {"launches": [1, "launches"]}},
             "run": lambda: {"ms": {rows[group]: self.ms(self.side, rows[group])}},
@@ -62,8 +62,8 @@ def fake(monkeypatch):
             return value
 
         Fake.ms = staticmethod(told)
-        base, new = (states.Place(side, Path(), Path(), None) for side in ("base", "new"))
-        return race(base, new, SETTINGS, until, 0.03, show, gates)
+        base, new = (states.Place(side, Path(), Path.cwd(), None) for side in ("base", "new"))
+        return race(base, new, SETTINGS, until, show, gates)
 
     return run
 
@@ -88,6 +88,7 @@ def test_both_are_asked_alike_in_an_order_that_changes(fake):
         ("new", "base"),
     }
     assert done.pairs == 8
+    assert done.once == {"first": ([[5.0]] * 8, [[5.0]] * 8)}
     for base, new in done.times.values():
         assert len(base) == len(new) == 8
         assert [len(p) for p in base] == [len(p) for p in new]
@@ -165,7 +166,7 @@ def test_the_gate_that_is_asked_for(fake):
 
 def real(settings, until=None, **gates):
     place = states.here(Path(__file__).parents[2])
-    return race(place, place, settings, until or Until(pairs=1), 0.03, lambda *line: None, **gates)
+    return race(place, place, settings, until or Until(pairs=1), lambda *line: None, **gates)
 
 
 def test_real_processes_time_real_kernels():
@@ -186,7 +187,7 @@ def test_a_state_that_cannot_run_says_why_and_leaves_no_process(tmp_path):
     with pytest.raises(UserError) as caught:
         real(settings)
     message = str(caught.value)
-    assert message.startswith("working tree cannot be measured: ")
+    assert message.startswith("here cannot be measured: ")
     assert "\n" not in message
     left = subprocess.run(["pgrep", "-f", "regression/worker.py"], capture_output=True, text=True)
     ours = {line for line in left.stdout.split() if _is_ours(line)}
@@ -210,6 +211,19 @@ def test_a_worker_that_dies_is_told_by_its_last_words(monkeypatch, tmp_path):
     monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
     with pytest.raises(UserError, match="cannot be measured: the library is broken"):
         real(SETTINGS)
+
+
+def test_a_process_that_is_killed_is_told_and_does_not_hang(monkeypatch, tmp_path):
+    """As by the kernel when memory runs out, or by a fault of a C++ kernel."""
+    script = Path(pairs.__file__).with_name("worker.py").read_text()
+    fault = "import signal\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
+    old = "        return {list(self.cases)[group]: self.runners[group]()}\n"
+    assert old in script
+    (tmp_path / "worker.py").write_text(script.replace(old, f"        {fault}"))
+    monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
+    settings = Settings("kernels", "cpu", "float32", threads=1, filter="layer_norm · demo")
+    with pytest.raises(UserError, match="its process was ended by signal 11"):
+        real(settings)
 
 
 def test_settings_arrive_as_json():

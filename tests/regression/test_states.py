@@ -94,7 +94,8 @@ def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypa
     inside = states.other("HEAD", repository / "inside", said.append)
     assert inside.root.name == "inside"
     assert (inside.root / "data.txt").read_text() == "2"
-    assert asked(inside) == "3"
+    with pytest.raises(UserError, match="--against old has no folder inside"):
+        states.other("old", repository / "inside", said.append)
 
 
 def packages(place):
@@ -121,6 +122,48 @@ def test_a_project_that_is_installed_here_to_be_edited(tmp_path, repository, mon
     monkeypatch.syspath_prepend(packages(old))
     assert asked(states.other("HEAD", repository, print)) == "2"
     assert asked(states.other("HEAD", user, print)) == "1"
+
+
+def test_a_project_in_a_folder_of_a_larger_repository(tmp_path, monkeypatch):
+    """What is installed is what lies in that folder, then; not what is here, nor the whole."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    git(whole, "init", "--quiet")
+    inner = {"pkg/pupil.py": "YEAR = 1\n", "pkg/pyproject.toml": PROJECT.format(version=1)}
+    commit(whole, inner, "old")
+    commit(whole, {"pkg/pupil.py": "YEAR = 2\n"})
+    monkeypatch.syspath_prepend(whole / "pkg")
+    place = states.other("old", whole / "pkg", print)
+    assert asked(place) == "1"
+    assert place.root.name == "pkg"
+
+
+def test_a_linters_settings_make_no_project_and_a_path_is_the_states_own(tmp_path, monkeypatch):
+    library = {"lib/pupil.py": "YEAR = 1\n", "lib/pyproject.toml": PROJECT.format(version=1)}
+    folder = tmp_path / "user"
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    settings = {"pyproject.toml": "[tool.ruff]\n", "requirements.txt": "./lib\n"}
+    commit(folder, library | settings, "old")
+    write(folder, {"lib/pupil.py": "YEAR = 2\n"})
+    monkeypatch.chdir(folder)
+    assert asked(states.other("old", folder, print)) == "1"
+
+
+def test_an_environment_in_use_is_not_taken_away(repository, cache, monkeypatch):
+    """Another process uses it, and may go on while a third one wants it, too."""
+    place = states.other("old", repository, print)
+    monkeypatch.setattr(states, "KEPT", 0)
+    script = "import sys\nfrom fastdiff.regression import states\nfrom pathlib import Path\n"
+    script += (
+        f"states.KEPT = 0\nprint(states.other('HEAD', Path({str(repository)!r}), print).python)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert asked(place) == "1"
+    same = script.replace("'HEAD'", "'old'")
+    done = subprocess.run([sys.executable, "-c", same], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(place.python)
 
 
 def test_what_was_interrupted_is_made_again(repository, cache):

@@ -25,7 +25,7 @@ def test_changes_stand_first_and_what_is_the_same_is_counted(capsys):
         "AMD EPYC",
         "torch 2.13.0+cpu → 2.13.1+cpu",
         "under 3.0% is none",
-        "hold with 95%",
+        "at most 5% is so by chance",
         comparison.command,
         "exit code 1: something got slower or larger",
         "6 more processes would settle it",

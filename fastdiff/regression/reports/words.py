@@ -98,7 +98,8 @@ def rule(comparison: Comparison) -> str:
     how = "in turns in one run" if comparison.paired else "in separate runs"
     return (
         f"ratio is new over base, less is better; a change under {comparison.floor:.1%} is none; "
-        f"all intervals together hold with {comparison.confidence:.0%}; measured {how}"
+        f"of what is called changed at most {1 - comparison.confidence:.0%} is so by chance; "
+        f"measured {how}"
     )
 
 
