@@ -38,7 +38,7 @@ PAIRS = 5
 PLANTS = {"loop": CI, "conv": KERNEL}
 SHARES = {
     0.30: Until(pairs=6),
-    0.10: Until(pairs=6),
+    0.10: Until(half_width=0.01, limit_s=40),
     0.05: Until(half_width=0.008, limit_s=75),
     0.03: Until(pairs=6),
 }
