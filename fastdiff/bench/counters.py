@@ -20,7 +20,7 @@ from fastdiff.bench.drawn import Drawn, drawn
 from fastdiff.bench.memory import baseline
 from fastdiff.bench.results import now
 from fastdiff.bench.tally import KINDS, Counter, Tally, Work, total
-from fastdiff.bench.timing import GUIDANCE_SCALE
+from fastdiff.bench.timing import picture
 from fastdiff.kernels.observe import counting
 
 SCHEMA = "fastdiff.counts/1"
@@ -100,20 +100,7 @@ def count_pipe(
 
 def count_pictures(pipe: Any, height: int, width: int, steps: int = 3) -> Counts:
     """Count the pictures of `pipe` as it is, up to their latents."""
-    pipe.set_progress_bar_config(disable=True)
-
-    def draw(steps: int) -> None:
-        pipe(
-            "red heart",
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=torch.Generator("cpu").manual_seed(0),
-            output_type="latent",
-        )
-
-    return count(draw, steps, pipe.device)
+    return count(lambda steps: picture(pipe, height, width, steps), steps, pipe.device)
 
 
 def count(draw: Callable[[int], object], steps: int, device: torch.device) -> Counts:

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fastdiff.bench.memory import Baseline, peak_bytes
-from fastdiff.bench.timing import GUIDANCE_SCALE
+from fastdiff.bench.timing import picture
 from fastdiff.runtime import recordings
 
 STEPS = 2
@@ -37,17 +35,9 @@ def drawn(pipe: Any, height: int, width: int, before: Baseline) -> Drawn:
 
     before: what there was before it was compiled, for what compiling keeps is its memory, too.
     """
-    pipe.set_progress_bar_config(disable=True)
 
     def draw(height: int = height) -> None:
-        pipe(
-            "red heart",
-            height=height,
-            width=width,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=torch.Generator("cpu").manual_seed(0),
-        )
+        picture(pipe, height, width, STEPS, output_type="pt")
 
     compiled = _compilations()
     made = []

@@ -21,7 +21,7 @@ from fastdiff.bench.gpus import Gpu, gpu_here, gpu_named
 from fastdiff.bench.pipelines import CLASSES, check_size, check_steps
 from fastdiff.bench.stopwatch import time_blocks
 from fastdiff.bench.tally import Tally
-from fastdiff.bench.timing import GUIDANCE_SCALE
+from fastdiff.bench.timing import picture
 from fastdiff.compiler import compile, restore
 from fastdiff.compiler.options import FASTDIFF
 from fastdiff.compiler.pipelines import loop_of
@@ -129,15 +129,7 @@ def roofline(
     dtype = pipe.unet.dtype
 
     def draw() -> None:
-        pipe(
-            "red heart",
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=torch.Generator("cpu").manual_seed(0),
-            output_type="pt",
-        )
+        picture(pipe, height, width, steps, output_type="pt")
 
     with _compiled(pipe):
         blocks, calls = count_blocks(pipe, draw)

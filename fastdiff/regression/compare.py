@@ -11,13 +11,14 @@ from fastdiff.bench.stats import (
     CONFIDENCE,
     Estimate,
     Judged,
+    Ratio,
     across_processes,
     between_runs,
     judge,
     mean,
     ratio_of,
 )
-from fastdiff.regression.comparison import Comparison, Line, Ratio, Verdict, within
+from fastdiff.regression.comparison import Comparison, Line, Verdict, within
 from fastdiff.regression.documents import Pair, Side, Timed
 
 FLOOR, APART_FLOOR = 0.03, 0.10

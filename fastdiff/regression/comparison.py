@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastdiff.bench.stats import Ratio
+
 Verdict = Literal["slower", "faster", "same", "inconclusive", "incomparable"]
 """slower, faster: beyond the noise floor, by the interval; for a counter: more, less.
 same: within the floor, by the interval; for a counter: equal.
@@ -56,15 +58,6 @@ class Line:
     base_samples: tuple[tuple[float, ...], ...] = ()
     """[process][round] in `unit`; one process where all were measured in one."""
     new_samples: tuple[tuple[float, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Of new to base, with the ends of its interval."""
-
-    ratio: float
-    lo: float
-    hi: float
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.regression.comparison import Comparison, Line, Ratio, State
+from fastdiff.bench.stats import Ratio
+from fastdiff.regression.comparison import Comparison, Line, State
 from fastdiff.regression.history import Point
 from fastdiff.regression.reports.roofline import Roofline, RoofPoint
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastdiff.regression.comparison import UNDECIDED, Comparison, Line, Ratio, State, Verdict
+from fastdiff.bench.stats import Ratio
+from fastdiff.regression.comparison import UNDECIDED, Comparison, Line, State, Verdict
 
 NONE = "–"
 LONGEST = 160
@@ -53,7 +54,7 @@ def change(ratio: float | None, lo: float | None, hi: float | None) -> str:
 
 
 def geomean(ratio: Ratio) -> str:
-    return change(ratio.ratio, ratio.lo, ratio.hi)
+    return change(ratio.median, ratio.lo, ratio.hi)
 
 
 def verdict(line: Line) -> str:
