@@ -112,13 +112,13 @@ def roofline(
         UserError: another pipeline, an unknown GPU, a size that the VAE has not, a scheduler that
             does not run as a plan; the message says which.
     """
+    _check(pipe)
     kind = gpu_named(gpu) if gpu else gpu_here()
     if kind is None:
         if pipe.device.type == "cuda":
             name = torch.cuda.get_device_name(pipe.device)
             raise UserError(f"the rates of {name} are not known here; name the GPU to price on")
         kind = gpu_named(DEFAULT)
-    _check(pipe)
     if steps < 1:
         raise UserError(f"got {steps} steps; give at least 1")
     check_steps(pipe, steps)
