@@ -35,11 +35,13 @@ class Place:
     commit: str | None
 
     def environment(self) -> dict[str, str]:
-        """Variables of its processes. PYTHONPATH would show it the files of the other state."""
-        left_out = {"TRITON_INTERPRET"} | (
-            {"PYTHONPATH"} if self.python != here_python() else set()
-        )
-        return {name: value for name, value in os.environ.items() if name not in left_out}
+        """Variables of its processes; PYTHONPATH without what lies in the other's folder."""
+        variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        if self.python != here_python() and "PYTHONPATH" in variables:
+            paths = variables["PYTHONPATH"].split(os.pathsep)
+            kept = [p for p in paths if not Path(p).resolve().is_relative_to(Path.cwd())]
+            variables["PYTHONPATH"] = os.pathsep.join(kept)
+        return variables
 
 
 def here_python() -> Path:

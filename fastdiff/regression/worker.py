@@ -158,7 +158,8 @@ class Kernels:
         self.cases = {
             name: (kernel, case)
             for kernel, case in kernels.cases(settings["device"])
-            if settings["filter"] in (name := f"{kernel.spec.name} · {case.name}")
+            # with its sizes: a case of other sizes under the same name is another one
+            if settings["filter"] in (name := f"{kernel.spec.name} · {case!r}")
         }
         self.runners: list[Any] = []
 

@@ -76,11 +76,13 @@ def asked(place, code="import pupil; print(pupil.YEAR)"):
 
 def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypatch):
     """setuptools builds it, in an isolated environment of pip's."""
-    monkeypatch.setenv("PYTHONPATH", str(repository))
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("PYTHONPATH", f"{repository}{os.pathsep}/elsewhere")
     said = []
     old = states.other("old", repository, said.append)
     assert said == ["old: making its environment, once"]
     assert asked(old) == "1"  # not 2, which PYTHONPATH would show
+    assert old.environment()["PYTHONPATH"] == "/elsewhere"
     assert old.commit == git(repository, "rev-parse", "old")[:7]
     assert not (old.root / "inside").exists()
     assert asked(old, "import torch; print(torch.__file__)").startswith(sys.prefix)
