@@ -109,8 +109,8 @@ def counters(base: states.Place, planted: states.Place, each: int) -> Iterator[d
 
 
 def called(result: dict) -> str:
-    """What a run says of its times, or of the counter that was planted."""
-    planted = COUNTED.get(result["kind"], "")
+    """What a run says of what was planted: a step, a counter; else of any of its rows."""
+    planted = (COUNTED | {"loop": "· step"}).get(result["kind"].split()[0], "")
     verdicts = {line["verdict"] for line in result["lines"] if planted in line["name"]}
     return next((v for v in ("slower", "faster", "inconclusive") if v in verdicts), "same")
 

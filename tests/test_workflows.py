@@ -142,3 +142,34 @@ def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
     assert (tmp_path / "summary.md").read_text().count(MARKER) >= 2
     for page in ("paired.md", "paired.html", "paired.xml"):
         assert (tmp_path / page).stat().st_size > 1000
+
+
+def test_the_table_of_trust_is_what_the_runs_say():
+    """Recomputed from every run's verdicts; and at most one of a hundred cried wolf."""
+    path, table = re.search(r"<!-- trust: (\S+) -->\n(.*?)\n\n", GUIDE, re.S).groups()
+    runs = json.loads((ROOT / path).read_text())["runs"]
+    planted = {
+        "loop": "· step",
+        "launch": "step · launches",
+        "copy": "step · bytes",
+        "record": "recordings · same size again",
+    }
+    kinds = {}
+    for run in runs:
+        part = planted.get(run["kind"].split()[0], "")
+        verdicts = [line["verdict"] for line in run["lines"] if part in line["name"]]
+        said = next((v for v in ("slower", "faster", "inconclusive") if v in verdicts), "same")
+        kinds.setdefault(run["kind"], []).append((said, run["seconds"]))
+    for line in table.splitlines()[2:]:
+        kind, count, *counts, longest = [cell.strip() for cell in line.strip("|").split("|")]
+        found = kinds.pop(kind)
+        said = [said for said, _ in found]
+        assert int(count) == len(found)
+        for verdict, number in zip(
+            ("slower", "faster", "inconclusive", "same"), counts, strict=True
+        ):
+            assert int(number) == said.count(verdict), kind
+        assert longest == f"{max(seconds for _, seconds in found):.0f} s"
+        if kind.startswith("same"):
+            assert said.count("slower") + said.count("faster") <= 1
+    assert kinds == {}
