@@ -1,12 +1,20 @@
 """The command line as a test calls it."""
 
 import io
+import os
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import pytest
 
 from fastdiff.cli import main
+
+
+def environment() -> dict[str, str]:
+    """Variables for a process of its own: kernels can be compiled in it, and it is no test worker,
+    on which pytest-benchmark measures nothing."""
+    left_out = ("TRITON_INTERPRET", "PYTEST_XDIST")
+    return {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
 
 
 def run(*arguments: Any) -> tuple[Any, str, str]:

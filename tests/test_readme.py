@@ -1,7 +1,6 @@
 """README and docs/export.md stay true: commands and Python run, the table is the committed one."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import environment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,13 +37,13 @@ def test_python_runs(text):
 def test_commands_run(lines, tmp_path):
     beside = Path(sys.executable).parent / "fastdiff"
     command = str(beside) if beside.exists() else shutil.which("fastdiff")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    variables = environment()
     for line in lines:
         done = subprocess.run(
             f"{command} {line.removeprefix('fastdiff ')}",
             shell=True,
             cwd=tmp_path,
-            env=environment,
+            env=variables,
             capture_output=True,
             text=True,
             timeout=600,

@@ -1,7 +1,6 @@
 """Workflows, ours and those of docs/ci.md: they parse, are safe, and call what exists."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from command import environment
 
 from fastdiff.cli import app
 
@@ -119,14 +119,14 @@ def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
         "update-ref refs/remotes/origin/main HEAD",
     ):
         subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "GITHUB_STEP_SUMMARY": "summary.md"}
+    variables = environment()
+    variables |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "GITHUB_STEP_SUMMARY": "summary.md"}
     codes = []
     for line in re.search(r"```sh\n(.*?)```", GUIDE, re.S)[1].split("\n"):
         if line:
             command = [sys.executable, "-m", *shlex.split(line)]
             done = subprocess.run(
-                command, cwd=tmp_path, env=environment, capture_output=True, text=True
+                command, cwd=tmp_path, env=variables, capture_output=True, text=True
             )
             assert done.returncode in (0, 1, 3), (
                 done.stderr

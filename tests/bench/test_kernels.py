@@ -1,7 +1,6 @@
 """What a benchmark of a kernel calls, when it refuses to, and what its file holds."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import environment
 
 from fastdiff.bench import kernels
 from fastdiff.bench.kernels import OutOfBudget, cases, check, chosen, floor_ms, large, runner
@@ -64,7 +64,7 @@ def test_a_sample_is_the_time_of_one_call(clock, takes_ms, calls):
     for _ in range(3):
         made.clear()
         assert sample() == pytest.approx(takes_ms)
-        assert len(made) == calls, "a sample takes a millisecond at least"
+        assert len(made) == 1 + calls, "one that is not timed, then a millisecond at least"
     want = kernel.spec.inputs(case, FP32, CPU, torch.Generator().manual_seed(0))
     assert made[0].keys() == want.keys()
 
@@ -79,7 +79,7 @@ def test_one_stall_does_not_make_a_short_kernel_long(clock):
     sample = runner(kernel, case, FP32, CPU, "cpu")
     before = clock.now
     assert sample() == pytest.approx(0.01)
-    assert clock.now - before == pytest.approx(128 * 1e-5)
+    assert clock.now - before == pytest.approx(129 * 1e-5)
 
 
 @pytest.mark.parametrize("name", ["concat", "group_norm_silu", "linear"])
@@ -153,10 +153,10 @@ def test_the_suite_stores_samples_facts_and_machine_and_says_what_it_left_out(tm
     done = subprocess.run(
         [sys.executable, *command, "--rounds", "7", "--benchmark-json", file],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "left out on a CPU" in done.stdout

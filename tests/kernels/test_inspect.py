@@ -4,11 +4,11 @@ The tests' own process has the kernels for Triton's interpreter, so another one 
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from command import environment
 
 from fastdiff.kernels.inspect import SHARED_LIMIT, table
 from fastdiff.kernels.occupancy import occupancy
@@ -36,9 +36,9 @@ json.dump([dataclasses.asdict(row) | {"fits": row.fits} for row in rows], sys.st
 
 @pytest.fixture(scope="module")
 def rows():
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables = environment()
     command = [sys.executable, "-c", SCRIPT, json.dumps(ARCHS), json.dumps(MAIN_CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

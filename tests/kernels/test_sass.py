@@ -1,12 +1,12 @@
 """Machine code as it is printed, and as Triton kernels of known widths really compile to."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command import environment
 
 from fastdiff.kernels.sass import Code, parse
 
@@ -70,9 +70,9 @@ json.dump([dataclasses.asdict(row) for row in rows], sys.stdout)
 @pytest.fixture(scope="module")
 def planted():
     """Rows of the kernels in `planted.py` by (op, arch), compiled by another process."""
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables = environment()
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), *map(str, ARCHS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {(row["op"], row["arch"]): row for row in json.loads(done.stdout)}
 

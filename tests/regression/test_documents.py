@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from command import run
+from command import environment, run
 from regression.files import BENCH, COUNTS, PAIRED, STATIC, bench_row
 
 from fastdiff.errors import UserError
@@ -84,7 +84,8 @@ def test_what_pytest_benchmark_really_writes(tmp_path):
     out = tmp_path / "out.json"
     command = f"-m pytest -q -p no:cacheprovider {test} --benchmark-json={out}"
     command += " --benchmark-max-time=0.01 --benchmark-min-rounds=7"
-    subprocess.run([sys.executable, *command.split()], check=True, capture_output=True)
+    command = [sys.executable, *command.split()]
+    subprocess.run(command, check=True, capture_output=True, env=environment())
     document = json.loads(out.read_text())
     (name, timed), *rest = read(out).times.items()
     assert not rest
