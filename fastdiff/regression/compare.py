@@ -170,11 +170,7 @@ def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: boo
 
 def _silent(pair: Pair) -> list[str]:
     """Whether one of two states is from before it could count anything."""
-    counting = {
-        "BASE": bool(pair.base.counts),
-        "NEW": bool(pair.new.counts),
-    }
-    silent = [side for side, counts in counting.items() if not counts]
+    silent = [name for name, side in (("BASE", pair.base), ("NEW", pair.new)) if not side.counts]
     return [f"{silent[0]} counts nothing, so no counters are compared"] if len(silent) == 1 else []
 
 

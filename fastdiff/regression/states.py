@@ -78,7 +78,10 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
         )
     top = Path(_git(root, "rev-parse", "--show-toplevel") or root)
     inside = root.resolve().relative_to(top.resolve())
-    bring = lambda folder: _worktree(top, sha, folder) / inside  # noqa: E731
+
+    def bring(folder: Path) -> Path:
+        return _worktree(top, sha, folder) / inside
+
     return _kept(against, sha[:7], f"{sha} {inside}", log, bring, None)
 
 
