@@ -56,13 +56,20 @@ class KernelSpec:
     """Keyword arguments of the op for a case, strided as the models stride them."""
     cases: tuple[Case, ...]
     bytes: Callable[[Case, int], int]
-    """Least DRAM traffic of a case in bytes, given the element size."""
+    """Least DRAM traffic of a case in bytes, given the element size: every byte of the inputs that
+    is needed and every byte of the outputs, each once. Counted, in tests, from the loads and stores
+    of the Triton kernel."""
     flops: Callable[[Case], int]
+    """Of a case: 2 for each multiply-add of a matrix product; without products the floating-point
+    operations on each element of the output, an exponential or a division counting as one."""
     fake: Callable[..., Any] | None = None
     """Shapes and strides of the outputs for tracing; None: the reference can be traced."""
     mutates: tuple[str, ...] = ()
     """Arguments written in place; the contract compares them like outputs."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    products: bool = False
+    """Whether the Triton kernel multiplies matrices: Triton's interpreter multiplies the raw bits
+    of bfloat16, so there the kernel is tested in the other dtypes only."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,9 @@ class Launch:
     grid: tuple[int, ...]
     num_warps: int
     num_stages: int = 1
+    vector: int = 16
+    """Bytes that a thread can load and store at once, as the strides and widths allow: what
+    `inspect` holds the widest loads and stores of the machine code to."""
 
     def start(self) -> None:
         self.kernel[self.grid](

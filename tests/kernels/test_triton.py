@@ -11,17 +11,12 @@ from fastdiff.kernels.dispatch import all_kernels, implementation
 TRITON = {name: k.spec for name, k in all_kernels().items() if "triton" in k.implementations}
 
 
-def _runs(name, dtype):
-    """The interpreter multiplies the raw bits of bfloat16 in `tl.dot`: attention cannot run."""
-    return not (name == "attention" and dtype == torch.bfloat16)
-
-
 CASES = [
     pytest.param(name, case, dtype, id=f"{name}-{case.name}-{str(dtype).removeprefix('torch.')}")
     for name, spec in TRITON.items()
     for case in spec.cases
     for dtype in spec.dtypes
-    if _runs(name, dtype)
+    if not (spec.products and dtype == torch.bfloat16)
 ]
 
 

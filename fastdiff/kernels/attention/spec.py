@@ -79,4 +79,5 @@ SPEC = KernelSpec(
     cases=CASES,
     bytes=lambda c, size: size * c.B * c.H * c.K * (2 * c.Lq + 2 * c.Lk),
     flops=lambda c: 4 * c.B * c.H * c.Lq * c.Lk * c.K,
+    products=True,
 )
