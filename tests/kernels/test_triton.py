@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from traffic import Counting
 from triton.runtime import interpreter
 
 from fastdiff.kernels.attention.spec import reference as attention
@@ -40,9 +41,18 @@ def _patched_once():
 
 
 @pytest.mark.parametrize(("name", "case", "dtype"), CASES)
-def test_case_is_within_its_budget(name, case, dtype):
-    for verdict in verify(TRITON[name], implementation(name, "triton"), case, dtype):
+def test_case_is_within_its_budget_and_costs_what_its_spec_says(name, case, dtype):
+    spec = TRITON[name]
+    run = Counting(spec, implementation(name, "triton"))
+    for verdict in verify(spec, run, case, dtype):
         assert verdict.passed, verdict
+    assert run.bytes == spec.bytes(case, dtype.itemsize)
+    done = run.traffic.products if spec.products else run.traffic.arithmetic
+    assert done >= spec.flops(case)
+    # masked tiles compute more than is needed, and some programs repeat work rather than wait
+    if run.traffic.idle == 0 and not case.get("repeats"):
+        # beside the elements a kernel computes on channels and rows, which no formula counts
+        assert done == pytest.approx(spec.flops(case), rel=0 if spec.products else 0.03)
 
 
 def test_group_norm_far_mean_is_exact_where_eager_is_not():
