@@ -153,6 +153,14 @@ def build(name: str, scale: float, dtype: torch.dtype, device: str, seed: int = 
     )
 
 
+def blueprint(name: str) -> tuple[torch.nn.Module, int]:
+    """The U-Net of preset `name` without memory (on the meta device), and its latents' side."""
+    preset = PRESETS[name]
+    config = unet_config(preset, preset.base_scale, list(preset.texts))
+    with torch.device("meta"):
+        return _make(UNet2DConditionModel, **config).eval(), config["sample_size"]
+
+
 def from_folder(folder: Path, dtype: torch.dtype) -> Any:
     """The diffusers pipeline saved in `folder`, on the CPU; checked by `pipelines.load`."""
     read: Any = DiffusionPipeline.from_pretrained

@@ -19,7 +19,7 @@ from fastdiff.kernels.dispatch import KERNELS
 KINDS = ("attention", "conv", "linear", "norm", "pointwise", "copy", "step", "host read", "other")
 
 _aten = torch.ops.aten
-_FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table leaves the CPU's attention out
+FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table leaves the CPU's attention out
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _aten._scaled_dot_product_flash_attention
     ]
@@ -89,7 +89,7 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if op.namespace == "fastdiff":
             return self._ours(op, args, kwargs)
-        formula = _FORMULAS.get(op.overloadpacket)
+        formula = FORMULAS.get(op.overloadpacket)
         if formula is None:
             with self:  # under inference_mode ops arrive that are made of others
                 result = op.decompose(*args, **kwargs)
@@ -106,7 +106,7 @@ class Counter(TorchDispatchMode):
         if self._device != "cpu":
             result = op(*args, **kwargs)
             return result, int(formula(*args, **kwargs, out_val=result))
-        shape = op(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+        shape = op(*tree_map(meta, args), **tree_map(meta, kwargs))
         if op is _aten.convolution.default and torch.channels_last in map(_layout, args[:2]):
             shape = shape.contiguous(memory_format=torch.channels_last)  # forgotten without values
         flops = int(formula(*args, **kwargs, out_val=shape))
@@ -126,7 +126,7 @@ class Counter(TorchDispatchMode):
             for fresh in _fresh(args, kwargs, result):
                 fresh.zero_()
         with FlopCounterMode(display=False) as counter:
-            kernel.spec.reference(*tree_map(_meta, args), **tree_map(_meta, kwargs))
+            kernel.spec.reference(*tree_map(meta, args), **tree_map(meta, kwargs))
         self._tally(op, args, kwargs, result, counter.get_total_flops())
         return result
 
@@ -137,26 +137,26 @@ class Counter(TorchDispatchMode):
         name = op._schema.name.partition("::")[2]
         if name.startswith(("empty", "new_empty")) or torch.Tag.inplace_view in op.tags:
             return
-        read, written = _moved(op, name, args, kwargs, result)
+        read, written = moved(op, name, args, kwargs, result)
         if written or name == "_local_scalar_dense":
             kind, launch = _kind(op, name), Tally(1, read + written, flops)
             self.work[kind] = self.work[kind].plus(launch)
             self.blocks[self.block] = self.blocks[self.block].plus(launch)
 
 
-def _moved(op: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
+def moved(op: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
     """Bytes that an op reads and writes: its tensors, each once per argument."""
-    read, written = 0, sum(map(_bytes, _fresh(args, kwargs, result)))
+    read, written = 0, sum(map(bytes_of, _fresh(args, kwargs, result)))
     for position, argument in enumerate(op._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
-        size = sum(_bytes(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        size = sum(bytes_of(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
         writes = argument.alias_info is not None and argument.alias_info.is_write
         written += size if writes else 0
         read += 0 if writes and (argument.is_out or name in _OVERWRITING) else size
     return read, written
 
 
-def _bytes(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     """Of the elements in memory: those of an expanded dimension lie there once."""
     if tensor.numel() == 0:
         return 0
@@ -183,7 +183,7 @@ def _kind(op: Any, name: str) -> str:
     return "pointwise" if torch.Tag.pointwise in op.tags else "other"
 
 
-def _meta(value: Any) -> Any:
+def meta(value: Any) -> Any:
     """A float tensor without its values; integers stay, for an index is looked at."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value

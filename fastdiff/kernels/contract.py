@@ -122,6 +122,12 @@ FP_FUSION = True
 """Given explicitly: triton 3.10 changes the default, and with it the last bits of every result."""
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether what decides by device decides as on a GPU. A tensor without memory (on the meta
+    device) stands for one that is there: so a GPU's launches are found without one."""
+    return tensor.device.type in ("cuda", "meta")
+
+
 def architecture(tensor: Tensor) -> int:
     """Compute capability of a tensor's device as 80, 86, 89, 90, 100, 120; 0 for CPU tensors, which
     Triton kernels take only under its interpreter."""

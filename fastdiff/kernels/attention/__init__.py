@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff.kernels.attention import cpu
 from fastdiff.kernels.attention.spec import SPEC
+from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.dispatch import implementation, register
 
 _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.attention.gpu")
@@ -78,11 +79,11 @@ def attention(
             f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; expected"
             " [B, Lq, H, K] and twice [B, Lk, H, K]"
         )
-    if impl == "auto" and q.is_cuda:
+    if impl == "auto" and on_gpu(q):
         impl = choose(q.shape[3], k.shape[1]).run
     if impl == "sdpa":
         return _sdpa(q, k, v, mask, scale)
-    if impl in ("auto", "triton" if q.is_cuda else "cpu"):
+    if impl in ("auto", "triton" if on_gpu(q) else "cpu"):
         out: Tensor = _op(q, k, v, mask, scale)
         return out
     named: Tensor = implementation("attention", impl)(q, k, v, mask, scale)
