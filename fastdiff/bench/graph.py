@@ -1,13 +1,12 @@
 """A denoising step kernel by kernel, as an NVIDIA GPU would be asked for it, found without one.
 
 The networks run on tensors without memory (the meta device), which our own decisions take for ones
-on a GPU (`kernels.contract.on_gpu`). Our Triton kernels are the launches of their own plans; torch's
-ops are what its CUDA backend starts for them.
+on a GPU (`kernels.contract.on_gpu`). Our Triton kernels are the launches of their own plans, torch's
+ops what its CUDA backend starts for them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.bench.gpus import Gpu
 from fastdiff.bench.roofline import floor
 from fastdiff.bench.tally import FORMULAS, Tally, bytes_of, meta, moved
-from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.dispatch import KERNELS
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.guided_step.spec import HISTORY
@@ -94,7 +92,7 @@ class _Recorder(TorchDispatchMode):
         x, weight, bias, *more = args
         shape = _aten.convolution.default(meta(x), meta(weight), None, *more)
         batch, channels, rows, columns = shape.shape
-        out = x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
+        out: Tensor = x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
         flops = int(FORMULAS[_aten.convolution](meta(x), meta(weight), None, *more, out_val=shape))
         self.note(NAMES["convolution"], sum(map(bytes_of, (x, weight, out))), flops)
         if bias is not None:
@@ -115,7 +113,6 @@ class _Recorder(TorchDispatchMode):
                 return kernel.implementations["reference"]()(*args, **kwargs)
         launcher: Any = kernel.implementations["triton"]()
         launches, outputs = launcher.plan(self._arch, *args, **kwargs)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         flops = 0
         if kernel.spec.products:
             with FlopCounterMode(display=False) as counter:

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fastdiff.cli import draw, export, facts, measure, report  # noqa: F401  each adds its commands
+from fastdiff.cli import draw, export, facts, graph, measure, report  # noqa: F401  each adds its commands
 from fastdiff.cli.options import app
 from fastdiff.errors import UserError
 

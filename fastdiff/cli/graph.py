@@ -1,0 +1,83 @@
+"""graph: a step kernel by kernel, as a GPU would be asked for it."""
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastdiff.cli.options import app
+from fastdiff.errors import UserError
+
+SCHEMA = "fastdiff.graph/1"
+TOKENS = 77
+
+
+@app.command()
+def graph(
+    context: typer.Context,
+    preset: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd15",
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100-80, rtx4090, …")] = "h200",
+    dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "fp16",
+    out: Annotated[Path | None, typer.Option(help="Write fastdiff.graph/1 here.")] = None,
+) -> None:
+    """The launches of one guided step by kernel, their bytes, FLOPs and floors; no GPU needed."""
+    from fastdiff.bench.gpus import gpu_named
+    from fastdiff.bench.machine import commit, versions
+    from fastdiff.bench.pipelines import check_dtype
+    from fastdiff.bench.presets import PRESETS, blueprint
+    from fastdiff.bench.results import check_writable, write_file
+
+    if preset not in PRESETS:
+        raise UserError(f"--preset is {preset!r}; choose one of {', '.join(PRESETS)}")
+    priced = gpu_named(gpu)
+    if out:
+        check_writable(out, "--out")
+    try:
+        from fastdiff.bench.graph import rows
+    except ImportError as error:
+        raise UserError(f"graph needs triton ({error}); pip install fastdiff[gpu]") from error
+    network, side = blueprint(preset)
+    found = rows(network, priced, check_dtype(dtype, "cuda"), side, TOKENS)
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "note": "counted and priced at the roofline, not measured",
+        "case": f"{preset}, {dtype}, latents {side}×{side}, classifier-free guidance",
+        "gpu": priced.name,
+        "versions": {name: versions()[name] for name in ("torch", "diffusers")},
+        "commit": commit(),
+        "command": shlex.join(["fastdiff", *context.obj]),
+        "launches": sum(row.launches for row in found),
+        "bytes": sum(row.bytes for row in found),
+        "flops": sum(row.flops for row in found),
+        "floor_ms": sum(row.floor_ms for row in found),
+        "rows": [asdict(row) for row in found],
+    }
+    if out:
+        text = json.dumps(document, indent=1) + "\n"
+        write_file(out, lambda path: path.write_text(text, encoding="utf-8"))
+    _show(document)
+
+
+def _show(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{document['case']}, floors on {document['gpu']}", title_justify="left")
+    table.add_column("kernel")
+    for name in ("launches", "MB", "GFLOP", "floor ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in (*document["rows"], document):
+        table.add_row(
+            str(row.get("kernel", "all")),
+            str(row["launches"]),
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['flops'] / 1e9:.1f}",
+            f"{row['floor_ms']:.4f}",
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 100
+    console.print(table)
