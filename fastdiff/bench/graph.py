@@ -1,8 +1,8 @@
 """A denoising step kernel by kernel, as an NVIDIA GPU would be asked for it, found without one.
 
 The networks run on tensors without memory (the meta device), which our own decisions take for ones
-on a GPU (`kernels.contract.on_gpu`). Our Triton kernels are the launches of their own plans, torch's
-ops what its CUDA backend starts for them.
+on a GPU (`kernels.contract.on_gpu`). Our Triton kernels are the launches of their own plans;
+torch's ops are what its CUDA backend starts.
 """
 
 from collections import defaultdict
