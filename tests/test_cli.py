@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -141,15 +142,18 @@ class StaticRow:
     limited_by: str = "shared memory"
     load: int = 16
     store: int = 2
+    wants_load: int = 16
+    narrow: int = 3
     mma: str = "tcgen05.mma"
     bound: str = "compute"
+    faults: ClassVar[list[str]] = []
 
 
 @pytest.fixture
 def static_table(monkeypatch):
     """Stands in for minutes of compiling."""
 
-    def table(archs, ops, log):
+    def table(archs, cases, ops, log):
         return [StaticRow(op, arch) for op in ops or ["attention", "guided_step"] for arch in archs]
 
     module = ModuleType("fastdiff.kernels.inspect")
@@ -180,10 +184,18 @@ def test_inspect_prints_a_line_for_each_kernel(static_table, capsys):
     assert max(map(len, lines)) <= 200
 
 
+def test_inspect_exits_with_1_and_says_what_may_not_be(static_table, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(StaticRow, "faults", ["attention, sm_90: spills 8 bytes a thread"])
+    out = tmp_path / "kernels.json"
+    assert run("inspect", "attention", "--arch", "90", "--out", out) == 1
+    assert capsys.readouterr().err.endswith("attention, sm_90: spills 8 bytes a thread\n")
+    assert json.loads(out.read_text())["rows"]
+
+
 def test_inspect_names_what_it_knows(static_table, capsys, tmp_path):
     refused = {
         ("--arch", "75"): "--arch is 75; choose from 90, 120",
-        ("conv2d",): "Triton kernels, which are attention, group_norm_silu, guided_step",
+        ("conv2d",): "nor one of our Triton kernels, which are",
         (str(tmp_path), "--out", str(tmp_path / "x.json")): "--out is for our kernels",
         ("attention", "--out", str(tmp_path / "no" / "x.json")): "make it first",
     }

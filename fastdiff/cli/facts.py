@@ -2,6 +2,7 @@
 
 import json as json_module
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ COLUMNS = {
     "limited_by": "limited by",
     "load": "load B",
     "store": "store B",
+    "wants_load": "wants",
+    "narrow": "narrow",
     "mma": "mma",
     "bound": "bound",
 }
@@ -65,10 +68,14 @@ def inspect(
     arch: Annotated[
         list[int] | None, typer.Option(help="80, 90, 120, …; every one we know if absent.")
     ] = None,
+    models: Annotated[bool, typer.Option(help="Only sizes that models have.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write fastdiff.static/1 here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """What each GPU kernel compiles to: registers, …; or what engines are, if they are whole."""
+    """What each GPU kernel compiles to: registers, …; or what engines are, if they are whole.
+
+    Exits with 1 where a kernel spills, does not fit, or moves or multiplies less than it could.
+    """
     from fastdiff.kernels.dispatch import all_kernels
 
     kernels = [name for name, one in all_kernels().items() if "triton" in one.implementations]
@@ -80,19 +87,27 @@ def inspect(
             )
         if arch:
             raise UserError("--arch is for our kernels; an engine has the GPU it was built for")
+        if models:
+            raise UserError("--models is for our kernels")
         if out:
             raise UserError("--out is for our kernels; an engine's manifest lies beside it")
         return inspect_engines(Path(what), json)
     command = shlex.join(["fastdiff", *context.obj])
-    inspect_kernels(None if what is None else [what], arch, out, json, command)
+    inspect_kernels(None if what is None else [what], arch, models, out, json, command)
 
 
 def inspect_kernels(
-    ops: list[str] | None, arch: list[int] | None, out: Path | None, json: bool, command: str
+    ops: list[str] | None,
+    arch: list[int] | None,
+    models: bool,
+    out: Path | None,
+    json: bool,
+    command: str,
 ) -> None:
-    """Compile them, write the table to `out` and print it."""
+    """Compile them, write the table to `out`, print it and say what may not be."""
     from dataclasses import asdict
 
+    from fastdiff.bench.kernels import cases
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.progress import status
     from fastdiff.bench.results import check_writable, write_file
@@ -106,8 +121,10 @@ def inspect_kernels(
         raise UserError(f"--arch is {min(unknown)}; choose from {known}")
     if out:
         check_writable(out, "--out")
+    named = {case.name for _, case in cases("cuda")} if models else None
     with status() as log:
-        rows = [asdict(row) for row in table(arch or None, ops=ops, log=log)]
+        found = table(arch or None, cases=named, ops=ops, log=log)
+    rows = [asdict(row) for row in found]
     document = {
         "schema": SCHEMA,
         "versions": {"triton": versions()["triton"]},  # its wheel holds compiler and assembler
@@ -122,6 +139,9 @@ def inspect_kernels(
         print(text, end="")
     else:
         show_kernels(rows)
+    if faults := [fault for row in found for fault in row.faults]:
+        print(*faults, sep="\n", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def show_kernels(rows: list[dict[str, Any]]) -> None:

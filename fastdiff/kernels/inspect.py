@@ -1,12 +1,14 @@
 """What the Triton kernels become on each NVIDIA architecture, found by compiling without a GPU.
 
-`table()` compiles every launch of every kernel's cases and reads the machine code with the
-`cuobjdump` of Triton's own wheel. Nothing here says how fast a kernel is.
+`table()` compiles every launch of every kernel's cases and reads the machine code with the tools of
+Triton's own wheel; a row knows what its launch was meant to become, and `faults` says where it did
+not. Nothing here says how fast a kernel is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from fastdiff.kernels import sass
 from fastdiff.kernels.contract import FP_FUSION, Case, KernelSpec, Launch
-from fastdiff.kernels.dispatch import all_kernels
+from fastdiff.kernels.dispatch import Kernel, all_kernels
 from fastdiff.kernels.occupancy import SMS, bound, occupancy
 
 SHARED_LIMIT = {arch: sm.shared - 1 for arch, sm in SMS.items()}
@@ -27,6 +29,11 @@ SHARED_LIMIT = {arch: sm.shared - 1 for arch, sm in SMS.items()}
 
 MMA = ("wgmma", "tcgen05.mma", "mma.sync")
 """Matrix instructions of PTX, the newest first but for sm_100's."""
+MMA_OF = {90: "wgmma", 100: "tcgen05.mma"}
+"""What products of half precision should become; mma.sync on the others."""
+DOT = "tt.dot"
+"""A product in Triton's own first code."""
+THREADS = 2
 
 TYPES = {
     torch.float32: "*fp32",
@@ -35,6 +42,9 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
 }
+
+
+Planned = tuple[KernelSpec, Case, torch.dtype, Launch]
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,39 @@ class Row:
     """Bytes of a thread's widest store to global memory; 16 for a bulk copy, 0 for none."""
     mma: str
     """The matrix instruction, "" where there is none."""
+    wants_load: int
+    """What `load` should be at least: `Launch.vector`."""
+    wants_store: int
+    """The same of `store`; 0 where no output has the case's dtype: statistics are not wide."""
+    wants_mma: str
+    """What `mma` should be; "" where nothing is multiplied, or in float32."""
+    narrow: int
+    """Loads and stores narrower than `wants_load`. Weights, rows and masks may be, so this is only
+    held to the accepted table: a wide load hides no activations that have become narrow beside."""
     bound: str
     """"memory" or "compute": what the whole case would wait for on a GPU at its roofline."""
 
     @property
     def fits(self) -> bool:
         return self.shared <= SHARED_LIMIT[self.arch] * 1024
+
+    @property
+    def faults(self) -> list[str]:
+        """What may not be, whatever was accepted before; a sentence each."""
+        limit = SHARED_LIMIT[self.arch]
+        wrong = {
+            f"spills {self.spills} bytes a thread": self.spills > 0,
+            f"takes {self.shared} bytes of shared memory of {limit} KiB": not self.fits,
+            f"loads {self.load} bytes at once, not {self.wants_load}": self.load < self.wants_load,
+            f"stores {self.store} bytes at once, not {self.wants_store}": (
+                self.store < self.wants_store
+            ),
+            f"multiplies by {self.mma or 'no matrix instruction'}, not {self.wants_mma}": (
+                self.wants_mma not in ("", self.mma)
+            ),
+        }
+        where = f"{self.op}, {self.kernel}, {self.case}, {self.dtype}, sm_{self.arch}"
+        return [f"{where}: {what}" for what, is_so in wrong.items() if is_so]
 
 
 def table(
@@ -90,38 +127,52 @@ def table(
     if unknown := set(archs) - set(SMS):
         raise ValueError(f"unknown architectures {sorted(unknown)}; known: {list(SMS)}")
     wanted = None if cases is None else frozenset(cases)
-    rows = []
-    with ThreadPoolExecutor(2) as pool:  # half of the time goes by in other processes
-        for arch in archs:
-            log(f"sm_{arch}: compiling")
-            seen = set()
-            for spec, case, dtype, launch in _launches(arch, tuple(dtypes), ops):
-                source = _source(launch)
-                key = (source.hash(), launch.num_warps, launch.num_stages)
-                if key in seen or (wanted is not None and case.name not in wanted):
-                    continue
-                seen.add(key)
-                rows.append(pool.submit(_row, spec, case, dtype, arch, launch, source))
-    return [row.result() for row in rows]
+    rows: list[Row] = []
+    for arch in archs:
+        log(f"sm_{arch}: compiling")
+        distinct: dict[tuple[str, int, int], Planned] = {}
+        for spec, case, dtype, launch in launches(arch, tuple(dtypes), ops):
+            if wanted is not None and case.name not in wanted:
+                continue
+            source = _source(launch)
+            key = (source.hash(), launch.num_warps, launch.num_stages)
+            distinct.setdefault(key, (spec, case, dtype, launch))
+        rows += compiled(arch, list(distinct.values()))
+    return rows
 
 
-def _launches(
-    arch: int, dtypes: tuple[torch.dtype, ...], ops: Iterable[str] | None
-) -> Iterator[tuple[KernelSpec, Case, torch.dtype, Launch]]:
-    """Plans of every case, made on fake tensors."""
+def compiled(arch: int, plans: Sequence[Planned]) -> list[Row]:
+    """A row of each launch, compiled for one architecture."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        made = list(pool.map(lambda planned: _compile(arch, planned[3]), plans))
+    tools = triton.knobs.nvidia
+    cubins = [kernel.asm["cubin"] for kernel in made]
+    codes = sass.read(cubins, arch, tools.cuobjdump.path, tools.nvdisasm.path)
+    return [
+        _row(spec, case, dtype, arch, launch, kernel, code)
+        for (spec, case, dtype, launch), kernel, code in zip(plans, made, codes, strict=True)
+    ]
+
+
+def launches(
+    arch: int, dtypes: Iterable[torch.dtype], ops: Iterable[str] | None
+) -> Iterator[Planned]:
+    """What every case starts."""
     kernels = all_kernels()
     for kernel in kernels.values() if ops is None else [kernels[op] for op in ops]:
-        if "triton" not in kernel.implementations:
-            continue
-        launcher: Any = kernel.implementations["triton"]()
-        for case in kernel.spec.cases:
-            for dtype in dtypes:
-                with FakeTensorMode():
-                    generator = torch.Generator()
-                    inputs = kernel.spec.inputs(case, dtype, torch.device("cpu"), generator)
-                    launches, _ = launcher.plan(arch, **inputs)
-                for launch in launches:
+        if "triton" in kernel.implementations:
+            for case, dtype in product(kernel.spec.cases, dtypes):
+                for launch in planned(kernel, case, dtype, arch):
                     yield kernel.spec, case, dtype, launch
+
+
+def planned(kernel: Kernel, case: Case, dtype: torch.dtype, arch: int) -> tuple[Launch, ...]:
+    """What one case starts on an architecture, planned on fake tensors."""
+    launcher: Any = kernel.implementations["triton"]()
+    with FakeTensorMode():
+        inputs = kernel.spec.inputs(case, dtype, torch.device("cpu"), torch.Generator())
+        starts: tuple[Launch, ...] = launcher.plan(arch, **inputs)[0]
+    return starts
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -157,19 +208,28 @@ def _source(launch: Launch) -> ASTSource:
     )
 
 
-def _row(
-    spec: KernelSpec, case: Case, dtype: torch.dtype, arch: int, launch: Launch, source: ASTSource
-) -> Row:
+def _compile(arch: int, launch: Launch) -> Any:
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
         "enable_fp_fusion": FP_FUSION,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    code = sass.read(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
-    made = compiled.metadata  # its warps are more than the launch's where they are specialised
+    return triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _row(
+    spec: KernelSpec,
+    case: Case,
+    dtype: torch.dtype,
+    arch: int,
+    launch: Launch,
+    kernel: Any,
+    code: sass.Code,
+) -> Row:
+    made = kernel.metadata  # its warps are more than the launch's where they are specialised
     columns = getattr(made, "tmem_size", None) or 0
     fills = occupancy(arch, made.num_warps, code.registers, made.shared, columns)
+    multiplies = DOT in kernel.asm["ttir"] and dtype.itemsize == 2
     return Row(
         op=spec.name,
         kernel=launch.kernel.__name__,
@@ -185,6 +245,17 @@ def _row(
         limited_by=fills.limited_by,
         load=code.load,
         store=code.store,
-        mma=next((name for name in MMA if name in compiled.asm["ptx"]), ""),
+        mma=next((name for name in MMA if name in kernel.asm["ptx"]), ""),
+        wants_load=launch.vector,
+        wants_store=launch.vector if _writes(launch, dtype) else 0,
+        wants_mma=MMA_OF.get(arch, "mma.sync") if multiplies else "",
+        narrow=code.narrower(launch.vector),
         bound=bound(arch, spec.flops(case), spec.bytes(case, dtype.itemsize)),
     )
+
+
+def _writes(launch: Launch, dtype: torch.dtype) -> bool:
+    """Whether an output, that is a tensor after the last integer, is of a dtype."""
+    values = list(launch.arguments.values())
+    last = max((at for at, value in enumerate(values) if type(value) is int), default=-1)
+    return any(isinstance(value, Tensor) and value.dtype == dtype for value in values[last + 1 :])

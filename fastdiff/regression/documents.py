@@ -167,7 +167,7 @@ def _counts(name: str, document: dict[str, Any]) -> Side:
     return Side(_state(name, document), document["case"], counts=counts)
 
 
-_STATIC = ("registers", "spills", "shared", "occupancy", "load", "store")
+_STATIC = ("registers", "spills", "shared", "occupancy", "load", "store", "narrow")
 _MMA = ("", "mma.sync", "wgmma", "tcgen05.mma")
 
 

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 from command import environment
 
-from fastdiff.kernels.sass import Code, parse
+from fastdiff.kernels.sass import parse
 
 USAGE = " Function _k:\n  REG:40 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:560\n"
-EXIT = "        /*0fe0*/                   EXIT ;      /* 0x000000000000794d */\n"
+EXIT = "EXIT"
 
 
 def printed(*lines):
-    code = "".join(f"        /*{16 * n:04x}*/    {line} ;\n" for n, line in enumerate(lines))
-    return USAGE + code + EXIT
+    """What nvdisasm prints of a kernel's instructions, 16 bytes each."""
+    return "".join(f"        /*{16 * n:04x}*/    {line} ;\n" for n, line in enumerate(lines))
+
+
+def parsed(*lines):
+    return parse([USAGE], printed(*lines, EXIT), [16 * (len(lines) + 1)])[0]
 
 
 LINES = {
@@ -42,18 +46,32 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES)
 def test_width_of_one_instruction(line):
-    assert parse(printed(line)) == Code(40, 24, *LINES[line])
+    code = parsed(line)
+    assert (code.registers, code.spills) == (40, 24)
+    assert (code.load, code.store) == LINES[line]
 
 
-def test_the_widest_counts():
-    assert parse(printed(*LINES)) == Code(40, 24, 32, 16)
+def test_the_widest_counts_and_the_narrow_ones_are_counted():
+    code = parsed(*LINES)
+    assert (code.load, code.store) == (32, 16)
+    assert code.loads == {1: 1, 2: 1, 4: 2, 8: 2, 16: 3, 32: 1}
+    assert [code.narrower(width) for width in (1, 4, 16, 64)] == [0, 3, 8, 13]
+
+
+def test_kernels_end_to_end_are_told_apart():
+    lines = ("LDG.E.64 R2, [R2.64]", EXIT, "STG.E [R2.64], R7", "STG.E.128 [R2.64], R4", EXIT)
+    first, second = parse([USAGE, USAGE], printed(*lines), [32, 48])
+    assert (first.loads, first.stores) == ({8: 1}, {})
+    assert (second.loads, second.stores) == ({}, {4: 1, 16: 1})
 
 
 def test_what_is_no_listing_is_refused():
     with pytest.raises(RuntimeError, match="no resource usage"):
-        parse(printed().removeprefix(USAGE))
-    with pytest.raises(RuntimeError, match="no code"):
-        parse(USAGE)
+        parse([""], printed(EXIT), [16])
+    with pytest.raises(RuntimeError, match="no whole kernel"):
+        parse([USAGE], "", [16])
+    with pytest.raises(RuntimeError, match="no whole kernel"):
+        parse([USAGE, USAGE], printed(EXIT, "LDG.E R2, [R2.64]"), [16, 16])
 
 
 ARCHS = (80, 90, 100)
@@ -63,7 +81,7 @@ sys.path.insert(0, sys.argv[1])
 from planted import PLANTED
 from fastdiff.kernels.inspect import table
 rows = table(map(int, sys.argv[2:]), ops=PLANTED)
-json.dump([dataclasses.asdict(row) for row in rows], sys.stdout)
+json.dump([dataclasses.asdict(row) | {"faults": row.faults} for row in rows], sys.stdout)
 """
 
 
@@ -107,3 +125,24 @@ def test_a_row_adds_up(planted, arch):
     # up to 160 registers: 3 warps of a quarter
     assert (kept["occupancy"], kept["limited_by"]) == (12 / 64, "registers")
     assert planted["product", arch]["bound"] == "memory"  # 32 FLOPs a byte
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_may_not_be_is_said(planted, arch):
+    """Each planted fault, and nothing of the others."""
+    said = {
+        op: [f.split(": ")[1] for f in row["faults"]]
+        for (op, a), row in planted.items()
+        if a == arch
+    }
+    spills = planted["spilled", arch]["spills"]
+    assert said.pop("spilled") == [f"spills {spills} bytes a thread"]
+    narrow = ["loads 2 bytes at once, not 16", "stores 2 bytes at once, not 16"]
+    assert said.pop("every third") == narrow
+    assert said.pop("gathered") == narrow[:1]
+    assert not any(said.values()), said
+
+
+def test_a_fault_names_the_launch(planted):
+    where = "every third, _copy_kernel, only, float16, sm_90: "
+    assert all(fault.startswith(where) for fault in planted["every third", 90]["faults"])

@@ -62,6 +62,7 @@ STATIC = FACTS | {
             "occupancy": 0.25,
             "load": 16,
             "store": 16,
+            "narrow": 2,
             "mma": "wgmma",
         }
     ],

@@ -173,6 +173,7 @@ def test_every_static_number_is_a_gate(against):
         "occupancy": 0.125,
         "load": 8,
         "store": 4,
+        "narrow": 3,
         "mma": "mma.sync",
     }
     for field, value in worse.items():
@@ -204,7 +205,7 @@ def test_a_baseline_that_lacks_a_row_is_none(against):
     for base, new, where in ((STATIC, more, "NEW"), (more, STATIC, "BASE")):
         found = against(base, new)
         called = [line for line in found.lines if line.verdict == "slower"]
-        assert len(called) == 7
+        assert len(called) == 8
         assert called[0].note.startswith(f"only in {where}: if that is meant, count BASE again")
     older = changed(STATIC, versions=VERSIONS | {"triton": "3.8.0"})
     assert against(older, more).exit_code == 3
