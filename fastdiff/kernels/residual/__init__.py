@@ -1,0 +1,36 @@
+"""The end of a residual branch where no norm follows: its sum, enlarged if it is to be."""
+
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import register
+from fastdiff.kernels.residual import cpu
+from fastdiff.kernels.residual.spec import SPEC
+
+_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.residual.gpu")
+
+
+def residual(
+    x: Tensor, other: Tensor | None = None, shift: Tensor | None = None, enlarge: int = 1
+) -> Tensor:
+    """x + shift + other, each pixel `enlarge` times in both directions (nearest neighbour).
+
+    Args:
+        x: [B, Y, X, C] contiguous, any float dtype: what a convolution without its bias made.
+        other: like x, contiguous: what went around the convolution.
+        shift: [C] in x's dtype: the convolution's bias.
+        enlarge: 1 or more; a U-Net's and an autoencoder's upsampling is 2.
+
+    Returns:
+        [B, enlarge·Y, enlarge·X, C], contiguous, in x's dtype; sums are float32.
+
+    Raises:
+        ValueError: `enlarge` is below 1, or shapes differ.
+
+    Where a norm follows, `group_norm_silu` and `ada_norm` take the same sum on the way.
+    """
+    if enlarge < 1:
+        raise ValueError(f"residual: enlarge is {enlarge}; it must be at least 1")
+    if other is not None and other.shape != x.shape:
+        raise ValueError(f"residual: other is {list(other.shape)}; expected {list(x.shape)}")
+    y: Tensor = _op(x, other, shift, enlarge)
+    return y

@@ -1,0 +1,75 @@
+"""Contract of `residual`: torch only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.contract import Case, KernelSpec
+
+
+def reference(
+    x: Tensor, other: Tensor | None = None, shift: Tensor | None = None, enlarge: int = 1
+) -> Tensor:
+    total = x if shift is None else x + shift
+    total = total if other is None else total + other
+    if enlarge > 1:
+        total = total.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
+    return total.clone() if total is x else total
+
+
+def inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    shape = (case.B, case.Y, case.X, case.C)
+    return {
+        "x": normal(*shape),
+        "other": normal(*shape) if case.get("other", True) else None,
+        "shift": normal(case.C) if case.get("shift", True) else None,
+        "enlarge": case.get("enlarge", 1),
+    }
+
+
+def _operands(case: Case) -> tuple[int, int]:
+    """Elements of x, and what is added to each."""
+    added = int(case.get("other", True)) + int(case.get("shift", True))
+    return case.B * case.Y * case.X * case.C, added
+
+
+def moved(case: Case, size: int) -> int:
+    elements, _ = _operands(case)
+    pictures = 1 + int(case.get("other", True)) + case.get("enlarge", 1) ** 2
+    return int(size * (elements * pictures + case.C * int(case.get("shift", True))))
+
+
+def operations(case: Case) -> int:
+    elements, added = _operands(case)
+    return elements * added
+
+
+CASES = (
+    # the last resnet of a level, before its convolution down or up
+    Case("sd15-32-down", B=2, Y=32, X=32, C=640),
+    Case("sd15-16-up", B=2, Y=16, X=16, C=1280, enlarge=2),
+    Case("sdxl-64-up", B=1, Y=64, X=64, C=640, enlarge=2),
+    Case("vae-up", B=1, Y=64, X=64, C=256, enlarge=2),
+    Case("demo-8-up", B=2, Y=8, X=8, C=96, enlarge=2),
+    # nasty: channels that fill no vector, an enlargement that is no power of two, one pixel
+    Case("odd", B=3, Y=9, X=5, C=37, enlarge=3),
+    Case("no-bias", B=1, Y=7, X=3, C=40, shift=False),
+    Case("no-residual", B=1, Y=5, X=4, C=72, other=False, enlarge=2),
+    Case("alone", B=1, Y=1, X=1, C=8, other=False, shift=False),
+)
+
+SPEC = KernelSpec(
+    name="residual",
+    schema="(Tensor x, Tensor? other=None, Tensor? shift=None, int enlarge=1) -> Tensor",
+    reference=reference,
+    inputs=inputs,
+    cases=CASES,
+    bytes=moved,
+    flops=operations,
+)
