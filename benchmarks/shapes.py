@@ -1,0 +1,92 @@
+"""The sizes that full models start our Triton kernels with, which no interpreter has time for.
+
+SD1.5 at 512x512 and SDXL at 1024x1024 with two samples (guidance), SD3-medium at 1024x1024, the VAE
+of SD1.5 and SDXL with one picture. What a spec's own cases of models hold at full size already
+(`guided_step`) is taken from there.
+"""
+
+from collections.abc import Iterable
+
+from fastdiff.bench.kernels import MODELS
+from fastdiff.kernels.contract import Case
+from fastdiff.kernels.dispatch import Kernel, all_kernels
+
+_ATTENTION = (
+    Case("sd15-64-self", B=2, Lq=4096, Lk=4096, H=8, K=40),
+    Case("sd15-32-self", B=2, Lq=1024, Lk=1024, H=8, K=80),
+    Case("sd15-16-self", B=2, Lq=256, Lk=256, H=8, K=160),
+    Case("sd15-8-self", B=2, Lq=64, Lk=64, H=8, K=160),
+    Case("sdxl-64-self", B=2, Lq=4096, Lk=4096, H=10, K=64),
+    Case("sdxl-32-self", B=2, Lq=1024, Lk=1024, H=20, K=64),
+    Case("sd15-64-cross", B=2, Lq=4096, Lk=77, H=8, K=40),
+    Case("sd15-32-cross", B=2, Lq=1024, Lk=77, H=8, K=80),
+    Case("sd15-16-cross", B=2, Lq=256, Lk=77, H=8, K=160),
+    Case("sdxl-64-cross", B=2, Lq=4096, Lk=77, H=10, K=64),
+    Case("sdxl-32-cross", B=2, Lq=1024, Lk=77, H=20, K=64),
+    Case("vae-64-self", B=1, Lq=4096, Lk=4096, H=1, K=512),
+)
+_GROUP_NORM_SILU = (
+    Case("sd15-64", B=2, Y=64, X=64, C=320, G=32, row=True),
+    Case("sd15-64-cat", B=2, Y=64, X=64, C=640, C2=320, G=32),
+    Case("sd15-32", B=2, Y=32, X=32, C=640, G=32, row=True),
+    Case("sd15-16", B=2, Y=16, X=16, C=1280, G=32, row=True),
+    Case("sd15-8-cat", B=2, Y=8, X=8, C=1280, C2=1280, G=32),
+    Case("sdxl-128", B=2, Y=128, X=128, C=320, G=32, row=True),
+    Case("sdxl-128-cat", B=2, Y=128, X=128, C=640, C2=320, G=32),
+    Case("sdxl-64", B=2, Y=64, X=64, C=640, G=32, row=True),
+    Case("sdxl-32", B=2, Y=32, X=32, C=1280, G=32, row=True),
+    Case("vae-512-mid", B=1, Y=256, X=256, C=512, G=32, eps=1e-6),
+    Case("vae-512-top", B=1, Y=512, X=512, C=128, G=32, eps=1e-6),
+    Case("vae-1024-top", B=1, Y=1024, X=1024, C=128, G=32, eps=1e-6),
+)
+_GEGLU = (
+    Case("sd15-64", B=2, L=4096, D=320, N=1280),
+    Case("sd15-32", B=2, L=1024, D=640, N=2560),
+    Case("sd15-16", B=2, L=256, D=1280, N=5120),
+    Case("sdxl-64", B=2, L=4096, D=640, N=2560),
+    Case("sdxl-32", B=2, L=1024, D=1280, N=5120),
+)
+_GELU_GATE = tuple(Case(c.name, B=c.B, L=c.L, N=c.N) for c in _GEGLU)
+_ADA_NORM = (
+    Case("sd15-64", B=2, L=4096, D=320, affine=True, residual=2),
+    Case("sd15-32", B=2, L=1024, D=640, affine=True, residual=2),
+    Case("sdxl-64", B=2, L=4096, D=640, affine=True, residual=2),
+    Case("sdxl-32", B=2, L=1024, D=1280, affine=True, residual=2),
+    Case("sd3-1024-first", B=2, L=4096, D=1536, eps=1e-6, modulated=True),
+    Case("sd3-1024", B=2, L=4096, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
+)
+_RESIDUAL = (
+    Case("sd15-32-up", B=2, Y=32, X=32, C=640, enlarge=2),
+    Case("sdxl-64-up", B=2, Y=64, X=64, C=640, enlarge=2),
+    Case("vae-512-up", B=1, Y=256, X=256, C=256, enlarge=2),
+)
+SHAPES: dict[str, tuple[Case, ...]] = {
+    "attention": _ATTENTION,
+    "group_norm_silu": _GROUP_NORM_SILU,
+    "geglu": _GEGLU,
+    "gelu_gate": _GELU_GATE,
+    "ada_norm": _ADA_NORM,
+    "residual": _RESIDUAL,
+}
+"""By op."""
+
+
+def triton_kernels(ops: Iterable[str] | None = None) -> list[Kernel]:
+    """Kernels with a Triton implementation, those of the names in `ops` or all."""
+    return [
+        kernel
+        for name, kernel in all_kernels().items()
+        if "triton" in kernel.implementations and (ops is None or name in ops)
+    ]
+
+
+def full(kernel: Kernel) -> tuple[Case, ...]:
+    """A kernel's sizes of full models."""
+    own = tuple(case for case in kernel.spec.cases if case.name.startswith(MODELS))
+    return SHAPES.get(kernel.spec.name, own)
+
+
+def tiny(kernel: Kernel) -> tuple[Case, ...]:
+    """The smallest of its spec's cases that models have: for a dry run."""
+    named = [case for case in kernel.spec.cases if case.name.startswith(MODELS)]
+    return (min(named or kernel.spec.cases, key=lambda case: kernel.spec.bytes(case, 4)),)

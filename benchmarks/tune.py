@@ -1,0 +1,300 @@
+"""Measure whether another launch configuration beats the rule of a kernel's `pick` on this GPU.
+
+Of every size of a full model (`benchmarks.shapes`): the configurations that the kernel's own
+`candidates` offers are compiled, those that spill or do not fit are dropped, the others must
+compute the right thing before they are timed in turn with the rule's. The fastest of that round is
+timed once more, afresh, so that it was not chosen for its luck; it becomes a row of FILE only if
+its interval then clears the noise floor, on every size that picks by the same integers. FILE is
+reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.tuned` finds it.
+
+    python -m benchmarks.tune [--ops attention,…] [--out FILE] [--minutes N] [--dry-run]
+    python -m benchmarks.tune --static --arch 90
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.clock import Budget
+from benchmarks.shapes import full, tiny, triton_kernels
+from fastdiff.bench.kernels import inputs_of, sampler
+from fastdiff.bench.machine import commit, machine, versions
+from fastdiff.bench.results import check_writable, write_file
+from fastdiff.bench.stats import Ratio, speedup
+from fastdiff.errors import UserError
+from fastdiff.kernels.contract import Case, architecture, verify
+from fastdiff.kernels.dispatch import Kernel
+from fastdiff.kernels.inspect import compiled, planned
+from fastdiff.kernels.tuned import SCHEMA, forced, key, recorded
+
+FLOOR = 0.03
+"""Share by which times may differ and still be the same, as in a report."""
+SCREEN, CONFIRM = 7, 21
+"""Rounds: of all candidates, and of the fastest of them."""
+DRY_CANDIDATES = 2
+
+Log = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A size, and what its `pick` is asked there."""
+
+    kernel: Kernel
+    case: Case
+    dtype: torch.dtype
+    arguments: dict[str, int]
+    rule: Any
+
+    @property
+    def op(self) -> str:
+        return self.kernel.spec.name
+
+    @property
+    def at(self) -> tuple[str, str]:
+        return self.op, key(self.arguments)
+
+    @property
+    def candidates(self) -> list[Any]:
+        """The kernel's, less the rule's own."""
+        offered = _module(self.kernel).candidates(**self.arguments)
+        return [config for config in offered if config != self.rule]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.case.name} {str(self.dtype).removeprefix('torch.')}"
+
+
+def tunable_kernels(ops: Sequence[str] | None) -> list[Kernel]:
+    """Those that offer candidates; UserError where one asked for does not."""
+    found = {k.spec.name: k for k in triton_kernels() if hasattr(_module(k), "candidates")}
+    if unknown := set(ops or ()) - set(found):
+        names = ", ".join(sorted(found)) or "none"
+        raise UserError(f"--ops names {min(unknown)}; those with candidates are {names}")
+    return [kernel for name, kernel in found.items() if ops is None or name in ops]
+
+
+def _module(kernel: Kernel) -> Any:
+    return sys.modules[kernel.implementations["triton"]().plan.__module__]
+
+
+def questions(kernels: Sequence[Kernel], arch: int, dry_run: bool) -> Iterator[Question]:
+    """Of each kernel's full sizes in half precision; in a dry run of its smallest."""
+    dtype = torch.float32 if dry_run else torch.float16
+    for kernel in kernels:
+        for case in tiny(kernel) if dry_run else full(kernel):
+            with recorded() as picks:
+                planned(kernel, case, dtype, arch)
+            for pick in picks:
+                if pick.op == kernel.spec.name:
+                    yield Question(kernel, case, dtype, dict(pick.arguments), pick.config)
+
+
+def static_rows(question: Question, config: Any, arch: int) -> list[Any]:
+    """What a size's launches compile to with a configuration; raises where they do not compile."""
+    with forced(question.op, config):
+        launches = planned(question.kernel, question.case, question.dtype, arch)
+    plans = [(question.kernel.spec, question.case, question.dtype, one) for one in launches]
+    return compiled(arch, plans)
+
+
+def refused(question: Question, config: Any, arch: int) -> str | None:
+    """Why a configuration cannot be wanted, found without running it."""
+    try:
+        rows = static_rows(question, config, arch)
+    except Exception as error:  # the compiler's own, of many kinds
+        return f"does not compile: {str(error).splitlines()[0] if str(error) else error!r}"
+    bad = [row for row in rows if row.spills or not row.fits]
+    return bad[0].faults[0].split(": ", 1)[1] if bad else None
+
+
+def race(
+    question: Question, configs: Sequence[Any], rounds: int, device: torch.device
+) -> list[list[float]]:
+    """Milliseconds of each configuration, all in turn, in another order each round."""
+    run = question.kernel.implementations["triton"]()
+    sets = inputs_of(question.kernel, question.case, question.dtype, device)
+
+    def forced_run(config: Any, inputs: dict[str, Any]) -> None:
+        with forced(question.op, config):
+            run(**inputs)
+
+    samples = [
+        sampler([partial(forced_run, config, inputs) for inputs in sets], device)
+        for config in configs
+    ]
+    times: list[list[float]] = [[] for _ in configs]
+    order = random.Random(0)
+    for _ in range(rounds):
+        for i in order.sample(range(len(configs)), len(configs)):
+            times[i].append(samples[i]())
+    return times
+
+
+def right(question: Question, config: Any, device: torch.device) -> bool:
+    """Whether a configuration computes within the error budget, without failing to start."""
+    spec, run = question.kernel.spec, question.kernel.implementations["triton"]()
+    try:
+        with forced(question.op, config):
+            verdicts = verify(spec, run, question.case, question.dtype, device)
+    except Exception:  # what a GPU refuses to start is of many kinds
+        return False
+    return all(verdict.passed for verdict in verdicts)
+
+
+def survivors(
+    asked: Sequence[Question], arch: int, device: torch.device, dry_run: bool, log: Log
+) -> list[Any]:
+    """Candidates of all questions of one key that compile, fit and are right in each."""
+    candidates = asked[0].candidates[: DRY_CANDIDATES if dry_run else None]
+    kept = []
+    for config in candidates:
+        why = None if dry_run else refused(asked[0], config, arch)
+        if why is None and not all(right(question, config, device) for question in asked):
+            why = "is wrong or does not start"
+        if why is None:
+            kept.append(config)
+        else:
+            log(f"  {config} {why}")
+    return kept
+
+
+def answer(
+    asked: Sequence[Question], arch: int, device: torch.device, dry_run: bool, log: Log
+) -> dict[str, Any] | None:
+    """The row of one key, or None where nothing beats the rule."""
+    rule = asked[0].rule
+    configs = survivors(asked, arch, device, dry_run, log)
+    if not configs:
+        return None
+    screened = [race(question, [rule, *configs], SCREEN, device) for question in asked]
+    slowest = [
+        min(speedup(times[0], times[1 + i]).median for times in screened)
+        for i in range(len(configs))
+    ]
+    best = configs[max(range(len(configs)), key=slowest.__getitem__)]
+    measured = []
+    for question in asked:
+        own, other = race(question, [rule, best], CONFIRM, device)
+        ratio = speedup(own, other)
+        log(f"  {question}: {best} {ratio.median:.3f} [{ratio.lo:.3f}, {ratio.hi:.3f}]")
+        measured.append(_measured(question, own, other, ratio))
+        if not dry_run and ratio.lo <= 1 + FLOOR:
+            return None
+    return {
+        "op": asked[0].op,
+        "key": {name: value for name, value in asked[0].arguments.items() if name != "arch"},
+        "config": asdict(best),
+        "rule": asdict(rule),
+        "measured": measured,
+    }
+
+
+def _measured(
+    question: Question, own: list[float], other: list[float], ratio: Ratio
+) -> dict[str, Any]:
+    return {
+        "case": question.case.name,
+        "dtype": str(question.dtype).removeprefix("torch."),
+        "samples_ms": other,
+        "rule_samples_ms": own,
+        "ratio": asdict(ratio),
+    }
+
+
+def tune(
+    kernels: Sequence[Kernel],
+    arch: int,
+    device: torch.device,
+    dry_run: bool,
+    budget: Budget,
+    log: Log,
+) -> list[dict[str, Any]]:
+    """Rows for a table; what the time does not suffice for is left to the rule."""
+    groups: dict[tuple[str, str], list[Question]] = defaultdict(list)
+    for question in questions(kernels, arch, dry_run):
+        groups[question.at].append(question)
+    rows = []
+    for at, asked in groups.items():
+        if not budget.allows(" ".join(at)):
+            continue
+        log(f"{at[0]} ({at[1]}): {', '.join(question.case.name for question in asked)}")
+        with torch.no_grad():
+            row = answer(asked, arch, device, dry_run, log)
+        rows += [] if row is None else [row]
+    return rows
+
+
+def list_static(kernels: Sequence[Kernel], arch: int, log: Log) -> None:
+    """Each distinct pick's rule and candidates, as the machine code has them. Needs no GPU."""
+    seen = set()
+    for question in questions(kernels, arch, dry_run=False):
+        if question.at in seen:
+            continue
+        seen.add(question.at)
+        log(f"{question.op} ({question.at[1]}), {question.case.name}, sm_{arch}")
+        for config in (question.rule, *question.candidates):
+            numbers = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+            start = f" {'*' if config == question.rule else ' '} {numbers}: "
+            try:
+                rows = static_rows(question, config, arch)
+            except Exception as error:  # the compiler's own, of many kinds
+                log(f"{start}does not compile ({type(error).__name__})")
+                continue
+            for row in rows:
+                log(
+                    f"{start}{row.kernel} {row.registers} registers, {row.spills} B spilt,"
+                    f" {row.shared} B shared, {row.occupancy:.0%} of the warps ({row.limited_by}),"
+                    f" {row.mma or 'no mma'}{'' if row.fits else ', does not fit'}"
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", help="comma-separated; all with candidates if absent")
+    parser.add_argument("--out", type=Path, help="build/sm_<arch>.json if absent")
+    parser.add_argument("--minutes", type=float, default=10, help="stop asking after (10)")
+    parser.add_argument("--dry-run", action="store_true", help="the interpreter, tiny sizes")
+    parser.add_argument("--static", action="store_true", help="list candidates as compiled")
+    parser.add_argument("--arch", type=int, default=90, help="of --static (90)")
+    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if not (options.dry_run or options.static or torch.cuda.is_available()):
+        parser.error("there is no NVIDIA GPU here; --static and --dry-run need none")
+    if options.dry_run:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # no kernel is imported yet
+    try:
+        kernels = tunable_kernels(options.ops.split(",") if options.ops else None)
+        if options.static:
+            list_static(kernels, options.arch, print)
+            return 0
+        device = torch.device("cpu" if options.dry_run else "cuda")
+        arch = architecture(torch.empty(1, device=device))
+        out = options.out or Path("build", f"sm_{arch}.json")
+        check_writable(out, "--out")
+        budget = Budget(options.minutes)
+        rows = tune(kernels, arch, device, options.dry_run, budget, print)
+    except UserError as error:
+        parser.error(str(error))
+    document = {"schema": SCHEMA, "arch": arch, "machine": machine(), "versions": versions()}
+    document |= {"commit": commit(), "command": shlex.join(["python -m benchmarks.tune", *given])}
+    document |= {"dry_run": True} if options.dry_run else {}
+    text = json.dumps(document | {"rows": rows}, indent=1) + "\n"
+    write_file(out, lambda path: path.write_text(text, encoding="utf-8"))
+    budget.say()
+    print(f"{len(rows)} rows: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

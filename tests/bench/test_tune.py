@@ -1,0 +1,163 @@
+"""The tuner on a planted kernel, whose candidates are known to be slower, wrong or the same."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks import tune
+from benchmarks.shapes import full, tiny, triton_kernels
+from fastdiff.kernels import tuned
+from fastdiff.kernels.contract import Case, KernelSpec, Launcher
+from fastdiff.kernels.dispatch import Kernel
+from fastdiff.kernels.inspect import planned
+from fastdiff.kernels.tuned import tunable
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Milliseconds that a launch takes, and what it returns x multiplied by."""
+
+    pause: int
+    factor: int
+
+
+RULE = LaunchConfig(4, 1)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A launch that needs no Triton."""
+
+    x: torch.Tensor
+    out: torch.Tensor
+    config: LaunchConfig
+
+    def start(self):
+        time.sleep(1e-3 * self.config.pause)
+        self.out.copy_(self.x * self.config.factor)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """planted(*candidates): an op that waits as it is told; the only one there is."""
+    module = ModuleType("planted_gpu")
+    monkeypatch.setitem(sys.modules, "planted_gpu", module)
+
+    @tunable("waiting")
+    def pick(L, arch):
+        return RULE
+
+    def plan(arch, x):
+        out = torch.empty_like(x)
+        return (Waiting(x, out, pick(len(x), arch)),), out
+
+    plan.__module__ = "planted_gpu"
+    spec = KernelSpec(
+        name="waiting",
+        schema="(Tensor x) -> Tensor",
+        reference=lambda x: x.clone(),
+        inputs=lambda case, dtype, device, generator: {"x": torch.ones(case.L, dtype=dtype)},
+        cases=(Case("demo-small", L=4), Case("demo-large", L=8)),
+        bytes=lambda case, size: 2 * size * case.L,
+        flops=lambda case: case.L,
+    )
+    kernel = Kernel(spec, None, {"triton": lambda: Launcher(plan)})
+    monkeypatch.setattr(tune, "triton_kernels", lambda: [kernel])
+
+    def plant(*candidates):
+        module.candidates = lambda L, arch: (RULE, *candidates)
+        return kernel
+
+    return plant
+
+
+def rows_of(kernel, monkeypatch, **options):
+    monkeypatch.setattr(tune, "refused", lambda *_: None)
+    lines = []
+    budget = tune.Budget(options.pop("minutes", 1))
+    rows = tune.tune([kernel], 0, torch.device("cpu"), False, budget, lines.append)
+    return rows, lines, budget
+
+
+def test_the_faster_is_kept_with_its_samples(planted, monkeypatch):
+    faster = LaunchConfig(1, 1)
+    rows, _, _ = rows_of(planted(LaunchConfig(8, 1), faster), monkeypatch)
+    assert [row["key"] for row in rows] == [{"L": 4}, {"L": 8}]
+    for row in rows:
+        assert row["config"] == {"pause": 1, "factor": 1}
+        assert row["rule"] == {"pause": 4, "factor": 1}
+        (measured,) = row["measured"]
+        assert len(measured["samples_ms"]) == len(measured["rule_samples_ms"]) == tune.CONFIRM
+        assert 2 < measured["ratio"]["lo"] <= measured["ratio"]["median"] < 5
+
+
+def test_slower_and_wrong_ones_leave_the_rule(planted, monkeypatch):
+    rows, lines, _ = rows_of(planted(LaunchConfig(8, 1), LaunchConfig(1, 2)), monkeypatch)
+    assert rows == []
+    assert sum("LaunchConfig(pause=1, factor=2) is wrong" in line for line in lines) == 2
+
+
+def test_what_the_time_does_not_suffice_for_is_said(planted, monkeypatch, capsys):
+    rows, _, budget = rows_of(planted(LaunchConfig(1, 1)), monkeypatch, minutes=0)
+    budget.say()
+    assert rows == []
+    assert capsys.readouterr().out == "0 minutes are over; left out: waiting L=4, waiting L=8\n"
+
+
+def test_a_configuration_that_does_not_compile_is_refused(planted):
+    kernel = planted(LaunchConfig(1, 1))
+    question = next(tune.questions([kernel], 0, dry_run=False))
+    assert tune.refused(question, LaunchConfig(1, 1), 90).startswith("does not compile: ")
+
+
+def test_a_dry_run_writes_a_table_that_is_refused(planted, tmp_path, capsys):
+    planted(LaunchConfig(1, 1))
+    out = tmp_path / "sm_0.json"
+    assert tune.main(["--dry-run", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"1 rows: {out}\n")
+    document = json.loads(out.read_text())
+    assert document["dry_run"] is True
+    assert document["rows"][0]["key"] == {"L": 4}
+    with pytest.raises(ValueError, match="a dry run"):
+        tuned.read(out, 0)
+    del document["dry_run"]  # but for that, it is what is read
+    out.write_text(json.dumps(document))
+    assert tuned.read(out, 0) == {("waiting", "L=4"): {"pause": 1, "factor": 1}}
+
+
+REFUSED = {
+    ("--ops", "conv2d", "--dry-run"): "--ops names conv2d; those with candidates are waiting",
+    ("--dry-run", "--out", "nowhere/x.json"): "make it first",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_one_sentence_and_2(planted, arguments, capsys):
+    planted()
+    with pytest.raises(SystemExit) as caught:
+        tune.main(list(arguments))
+    assert caught.value.code == 2
+    assert REFUSED[arguments] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence_and_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        tune.main([])
+    assert caught.value.code == 2
+    assert (
+        "there is no NVIDIA GPU here; --static and --dry-run need none" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("kernel", triton_kernels(), ids=lambda kernel: kernel.spec.name)
+def test_full_sizes_are_sizes_of_the_op(kernel):
+    assert full(kernel)
+    assert len(tiny(kernel)) == 1
+    for case in full(kernel):
+        assert planned(kernel, case, torch.float16, 90)

@@ -1,0 +1,145 @@
+"""A planted table overrules the rule where it has a row, and says in a sentence what is wrong."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from fastdiff.kernels import tuned
+from fastdiff.kernels.tuned import Pick, forced, key, recorded, tunable
+
+MEASURED = {
+    "case": "sd15-64",
+    "dtype": "float16",
+    "samples_ms": [1.0, 1.1],
+    "rule_samples_ms": [2.0, 2.2],
+    "ratio": {"median": 2.0, "lo": 1.9, "hi": 2.1},
+}
+ROW = {
+    "op": "norm",
+    "key": {"L": 4096, "size": 2},
+    "config": {"block": 512, "num_warps": 8},
+    "rule": {"block": 128, "num_warps": 4},
+    "measured": [MEASURED],
+}
+TABLE = {
+    "schema": "fastdiff.tuned/1",
+    "arch": 90,
+    "machine": {},
+    "versions": {},
+    "commit": "abc1234",
+    "command": "python -m benchmarks.tune",
+    "rows": [ROW],
+}
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    block: int
+    num_warps: int
+
+
+@tunable("norm")
+def pick(L: int, size: int, arch: int) -> LaunchConfig:
+    if L < 1:
+        raise ValueError("no rows")
+    return LaunchConfig(128, 4)
+
+
+RULE, TUNED = LaunchConfig(128, 4), LaunchConfig(512, 8)
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """planted(document): the table of sm_90 from here on."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+
+    def plant(document):
+        text = document if isinstance(document, str) else json.dumps(document)
+        (tmp_path / "sm_90.json").write_text(text)
+        tuned.table.cache_clear()
+
+    yield plant
+    tuned.table.cache_clear()
+
+
+def test_a_row_of_the_architecture_is_used_and_nothing_else(planted):
+    planted(TABLE)
+    assert pick(4096, 2, 90) == pick(size=2, arch=90, L=4096) == TUNED
+    assert pick(4096, 4, 90) == pick(1024, 2, 90) == RULE
+    assert pick(4096, 2, 80) == pick(4096, 2, 0) == RULE
+
+
+def test_what_the_rule_refuses_stays_refused(planted):
+    planted(TABLE | {"rows": [ROW | {"key": {"L": 0, "size": 2}}]})
+    with pytest.raises(ValueError, match="no rows"):
+        pick(0, 2, 90)
+
+
+def test_the_order_of_names_is_no_matter():
+    assert key({"size": 2, "L": 4096, "arch": 90}) == key({"L": 4096, "size": 2}) == "L=4096,size=2"
+
+
+def test_forced_within_only_and_of_its_op_only(planted):
+    planted(TABLE)
+    other = LaunchConfig(64, 2)
+    with forced("norm", other), forced("attention", None):
+        assert pick(4096, 2, 90) == pick(7, 2, 80) == other
+    assert pick(4096, 2, 90) == TUNED
+
+
+def test_picks_are_recorded():
+    with recorded() as picks:
+        pick(7, 2, arch=80)
+    pick(8, 2, arch=80)
+    assert picks == [Pick("norm", {"L": 7, "size": 2, "arch": 80}, RULE)]
+
+
+def test_a_pick_without_an_architecture_has_no_table():
+    with pytest.raises(TypeError, match=r"norm: pick\(L\) takes no arch"):
+        tunable("norm")(lambda L: RULE)
+
+
+def without(name):
+    return {at: value for at, value in TABLE.items() if at != name}
+
+
+DAMAGED = {
+    "no JSON": ("{", "Expecting property name"),
+    "a list": ([], "list indices"),
+    "other schema": (TABLE | {"schema": "fastdiff.tuned/2"}, "schema 'fastdiff.tuned/2', not"),
+    "dry run": (TABLE | {"dry_run": True}, "a dry run"),
+    "other GPU": (TABLE | {"arch": 80}, "of sm_80, not sm_90"),
+    "no commit": (without("commit"), "it has no 'commit'"),
+    "no rows": (without("rows"), "it has no 'rows'"),
+    "float": (TABLE | {"rows": [ROW | {"config": {"block": 1.5}}]}, "should be integers"),
+    "twice": (TABLE | {"rows": [ROW, ROW]}, r"norm \(L=4096,size=2\) is there twice"),
+    "unmeasured": (TABLE | {"rows": [ROW | {"measured": []}]}, "was never measured"),
+    "slower": (
+        TABLE | {"rows": [ROW | {"measured": [MEASURED | {"ratio": {"lo": 0.99}}]}]},
+        "not faster than the rule on sd15-64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_table_is_refused_by_name(planted, name):
+    document, message = DAMAGED[name]
+    planted(document)
+    with pytest.raises(ValueError, match=message) as caught:
+        pick(4096, 2, 90)
+    assert "sm_90.json: " in str(caught.value)
+    assert str(caught.value).endswith("; tune again or remove it")
+
+
+@pytest.mark.parametrize("config", [{"block": 512}, {"block": 512, "num_warps": 8, "stages": 2}])
+def test_fields_that_the_rule_has_not_are_an_error(planted, config):
+    planted(TABLE | {"rows": [ROW | {"config": config}]})
+    with pytest.raises(ValueError, match=r"norm \(L=4096,size=2\) differs from LaunchConfig in "):
+        pick(4096, 2, 90)
+    assert pick(1, 2, 90) == RULE
+
+
+def test_every_committed_table_can_be_read():
+    for path in tuned.FOLDER.glob("*.json"):
+        tuned.read(path, int(path.stem.removeprefix("sm_")))
