@@ -1,0 +1,198 @@
+"""Triton implementation of `ada_norm`: each row is read once, held in registers and written once.
+
+A row is dealt to `lanes` threads in chunks of one 16-byte vector for each thread; a program's rows
+of a chunk are one tile [ROWS, CHUNK], and the tiles are a tuple, so that 1536 halves are three
+chunks of 64 threads and nothing needs to be a power of two. A thread then holds one row: sums are
+an addition of tiles and one reduction, up to 32 lanes a few shuffles without shared memory.
+Parameters are loaded by each row, as x is, and come from L1: in a layout of their own they would
+cross shared memory, and most loads would be narrower.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.ada_norm.spec import check
+from fastdiff.kernels.contract import Launch, Launcher
+
+
+@triton.jit
+def _load(ptr, offsets, inside, C: tl.constexpr):
+    """Chunk C of the rows in fp32, zero outside. The chunk's part of the address is added last, so
+    that those of a thread are one address and constants."""
+    start: tl.constexpr = C * offsets.shape[1]
+    return tl.load(ptr + offsets + start, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, tile, offsets, inside, C: tl.constexpr):
+    start: tl.constexpr = C * offsets.shape[1]
+    tl.store(ptr + offsets + start, tile, mask=inside)
+
+
+@triton.jit
+def _inside(rows, C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Which elements of chunk C exist: only the last one may reach beyond D."""
+    inside = tl.arange(0, ROWS)[:, None] < rows
+    if (C + 1) * CHUNK > D:
+        inside = inside & (tl.arange(0, CHUNK)[None, :] < D - C * CHUNK)
+    return tl.broadcast_to(inside, (ROWS, CHUNK))
+
+
+@triton.jit
+def _with(tiles, tile):
+    return tiles + (tile,)
+
+
+@triton.jit
+def _mean(tiles, N: tl.constexpr, D: tl.constexpr):
+    """The mean of each row: [ROWS, 1]."""
+    total = tiles[0]
+    for c in tl.static_range(1, N):
+        total += tiles[c]
+    return tl.sum(total, 1)[:, None] / D
+
+
+@triton.jit
+def _mean_square(tiles, N: tl.constexpr, D: tl.constexpr):
+    total = tiles[0] * tiles[0]
+    for c in tl.static_range(1, N):
+        total += tiles[c] * tiles[c]
+    return tl.sum(total, 1)[:, None] / D
+
+
+@triton.jit
+def _ada_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr,
+    L, scale_stride, shift_stride, gate_stride, residuals, total_ptr, out_ptr,
+    EPS: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr,
+    N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A program does ROWS rows of one sample, N chunks each."""
+    start = tl.program_id(0) * ROWS
+    sample = tl.program_id(1).to(tl.int64)
+    base = (sample * L + start) * D
+    lane = tl.broadcast_to(tl.arange(0, CHUNK)[None, :], (ROWS, CHUNK))
+    offsets = tl.arange(0, ROWS)[:, None] * D + lane
+
+    tiles = ()
+    for c in tl.static_range(N):
+        inside = _inside(L - start, c, D, ROWS, CHUNK)
+        tile = _load(x_ptr + base, offsets, inside, c)
+        if residual_ptr is not None:
+            if gate_ptr is not None:
+                tile *= _load(gate_ptr + sample * gate_stride, lane, inside, c)
+            first = (sample % residuals * L + start) * D
+            tile += _load(residual_ptr + first, offsets, inside, c)
+            _store(total_ptr + base, tile, offsets, inside, c)
+        tiles = _with(tiles, tile)
+
+    if not RMS:
+        for _ in tl.static_range(2):  # the sum may have rounded the mean: take what it left
+            mean = _mean(tiles, N, D)
+            centred = ()
+            for c in tl.static_range(N):
+                tile = tiles[c] - mean
+                if (c + 1) * CHUNK > D:
+                    tile = tl.where(_inside(L - start, c, D, ROWS, CHUNK), tile, 0.0)
+                centred = _with(centred, tile)
+            tiles = centred
+    rstd = 1.0 / tl.sqrt_rn(_mean_square(tiles, N, D) + EPS)
+
+    for c in tl.static_range(N):
+        inside = _inside(L - start, c, D, ROWS, CHUNK)
+        y = tiles[c] * rstd
+        if weight_ptr is not None:
+            y *= _load(weight_ptr, lane, inside, c)
+        if bias_ptr is not None:
+            y += _load(bias_ptr, lane, inside, c)
+        if scale_ptr is not None:
+            y *= 1.0 + _load(scale_ptr + sample * scale_stride, lane, inside, c)
+        if shift_ptr is not None:
+            y += _load(shift_ptr + sample * shift_stride, lane, inside, c)
+        _store(out_ptr + base, y, offsets, inside, c)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Threads of a row, rows of a program, warps."""
+
+    lanes: int
+    rows: int
+    num_warps: int
+
+
+ELEMENTS = 32
+"""Most of a row in a thread, as fp32 registers. With all parameters a kernel then takes up to 56:
+36 of an H100's 64 warps are resident, with three or more 16-byte loads of each thread on their way.
+40 would fit 320, 640 and 1280 without idle lanes but take 64 to 95; `candidates` has it."""
+LOADS = 8  # of a row by a thread: where widths allow 2 bytes a load, lanes are more
+LEAST_LANES = 4  # 64 bytes of a row side by side: two sectors
+INTERPRETED_TILE = 65536  # the interpreter takes its time for an operation, not for its size
+
+
+def pick(L: int, D: int, vector: int, arch: int) -> LaunchConfig:
+    """Launch for samples of L rows of D elements, `vector` of which are one load."""
+    least = max(LEAST_LANES, triton.cdiv(D, ELEMENTS), triton.cdiv(D, LOADS * vector))
+    useful = triton.next_power_of_2(triton.cdiv(D, vector))
+    lanes = min(triton.next_power_of_2(least), useful, 1024)
+    num_warps = max(4, lanes // 32)
+    rows = 32 * num_warps // lanes
+    if not arch:
+        rows = triton.next_power_of_2(min(L, max(1, INTERPRETED_TILE // D)))
+    return LaunchConfig(lanes, rows, num_warps)
+
+
+def candidates(L: int, D: int, vector: int, arch: int) -> tuple[LaunchConfig, ...]:
+    """What a tuner may try, `pick`'s own first: more and fewer lanes, more and fewer warps."""
+    own = pick(L, D, vector, arch)
+    useful = triton.next_power_of_2(triton.cdiv(D, vector))
+    lanes = [n for n in (own.lanes, 2 * own.lanes, own.lanes // 2) if 1 <= n <= useful]
+    found = [LaunchConfig(n, 32 * w // n, w) for w in (4, 2, 8) for n in lanes if n <= 32 * w]
+    return tuple(dict.fromkeys((own, *found)))
+
+
+def plan(
+    arch: int,
+    x: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    rms: bool = False,
+) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
+    """The launch for x [B, L, D] and what it writes: the result and the sum (or empty)."""
+    check(x, weight, bias, scale, shift, gate, residual, rms)
+    if not x.is_contiguous():
+        raise ValueError(f"ada_norm: x has strides {x.stride()}; make it contiguous")
+    B, L, D = x.shape
+    size = x.element_size()
+    vector = gcd(16, D * size)
+    config = pick(L, D, vector // size, arch)
+    chunk = config.lanes * vector // size
+    out = torch.empty_like(x)
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    modulation = {"scale": scale, "shift": shift, "gate": gate}
+    arguments: dict[str, Any] = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias}
+    arguments |= {f"{name}_ptr": rows for name, rows in modulation.items()}
+    arguments |= {"residual_ptr": residual, "L": L}
+    for name, rows in modulation.items():
+        arguments[f"{name}_stride"] = 0 if rows is None else rows.stride(0)
+    arguments["residuals"] = 0 if residual is None else residual.shape[0]
+    arguments |= {"total_ptr": None if residual is None else total, "out_ptr": out}
+    constants = {"EPS": eps, "RMS": rms, "D": D, "N": triton.cdiv(D, chunk)}
+    constants |= {"ROWS": config.rows, "CHUNK": chunk}
+    grid = (triton.cdiv(L, config.rows), B)
+    launch = Launch(_ada_norm_kernel, arguments, constants, grid, config.num_warps, vector=vector)
+    return (launch,), (out, total)
+
+
+run = Launcher(plan)

@@ -1,0 +1,152 @@
+"""Contract of `ada_norm`: torch only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.kernels.contract import Case, KernelSpec
+from fastdiff.kernels.dispatch import expects
+
+
+def check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    rms: bool,
+) -> None:
+    """Raise ValueError for what no implementation can read."""
+    if x.ndim != 3:
+        raise ValueError(f"ada_norm: x is {list(x.shape)}; expected [B, L, D]")
+    B, L, D = x.shape
+    for name, vector in {"weight": weight, "bias": bias}.items():
+        expects(f"ada_norm: {name}", vector, x, (D,))
+    for name, rows in {"scale": scale, "shift": shift, "gate": gate}.items():
+        expects(f"ada_norm: {name}", rows, x, (B, D))
+    if residual is not None:
+        samples = residual.shape[0] if residual.shape[0] and B % residual.shape[0] == 0 else B
+        expects("ada_norm: residual", residual, x, (samples, L, D))
+    elif gate is not None:
+        raise ValueError("ada_norm: gate scales x before a residual is added; there is none")
+    if rms and bias is not None:
+        raise ValueError("ada_norm: RMSNorm has no bias")
+
+
+def summed(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
+    """residual + gate * x, the residual's samples repeated; x itself without a residual."""
+    if residual is None:
+        return x
+    gated = x if gate is None else gate[:, None, :] * x
+    return residual.repeat(x.shape[0] // max(1, residual.shape[0]), 1, 1) + gated
+
+
+def reference(
+    x: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    total = summed(x, gate, residual)
+    width = total.shape[-1:]
+    y = (
+        F.rms_norm(total, width, weight, eps)
+        if rms
+        else F.layer_norm(total, width, weight, bias, eps)
+    )
+    if scale is not None:
+        y = y * (1 + scale[:, None, :])
+    if shift is not None:
+        y = y + shift[:, None, :]
+    return y.contiguous(), total.contiguous() if residual is not None else x.new_empty(0)
+
+
+def inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    B, L, D = case.B, case.L, case.D
+    x = normal(B, L, D) * case.get("deviation", 1.0) + case.get("mean", 0.0)
+    affine, rms = case.get("affine", False), case.get("rms", False)
+    modulation = (normal(B, 6 * D) * 0.3).to(dtype)  # six rows of all samples from one projection
+    shift, scale, gate = modulation.chunk(6, dim=1)[:3]
+    modulated, samples = case.get("modulated", False), case.get("residual", 0)
+    return {
+        "x": x.to(dtype),
+        "eps": case.get("eps", 1e-5),
+        "weight": (normal(D) * 0.2 + 1).to(dtype) if affine else None,
+        "bias": (normal(D) * 0.2).to(dtype) if affine and not rms else None,
+        "scale": scale if modulated else None,
+        "shift": shift if modulated else None,
+        "gate": gate if case.get("gated") else None,
+        "residual": normal(samples, L, D).to(dtype) if samples else None,
+        "rms": rms,
+    }
+
+
+def _parameters(case: Case) -> int:
+    """Elements of weight, bias, scale, shift and gate."""
+    affine = case.get("affine", False) * (1 if case.get("rms") else 2)
+    rows = 2 * bool(case.get("modulated")) + bool(case.get("gated"))
+    return int((affine + case.B * rows) * case.D)
+
+
+def _bytes(case: Case, size: int) -> int:
+    samples = case.get("residual", 0)
+    tensors = 2 * case.B + (case.B + samples if samples else 0)  # x, y; the sum, the residual
+    return int(size * (tensors * case.L * case.D + _parameters(case)))
+
+
+def _flops(case: Case) -> int:
+    """LayerNorm: x - mean, again less what the mean had missed, times 1 / std; two sums and one of
+    squares. RMSNorm: one sum of squares and a product. Then what is given, 1 + scale counted."""
+    each = 3 if case.get("rms") else 7
+    each += case.get("affine", False) * (1 if case.get("rms") else 2)
+    each += 3 * bool(case.get("modulated")) + bool(case.get("gated")) + bool(case.get("residual"))
+    return int(each * case.B * case.L * case.D)
+
+
+CASES = (
+    # the transformers of U-Nets, batch 2 (CFG): LayerNorm with weight and bias
+    Case("demo", B=2, L=256, D=64, affine=True),
+    Case("sd15-64", B=2, L=4096, D=320, affine=True),
+    Case("sd15-32-residual", B=2, L=1024, D=640, affine=True, residual=2),
+    Case("sdxl-32", B=2, L=1024, D=1280, affine=True),
+    # SD3-medium and SD3.5-large: the first norm of a block's text, what follows attention
+    Case("sd3-text-first", B=2, L=333, D=1536, eps=1e-6, modulated=True),
+    Case("sd3-512", B=2, L=1024, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
+    Case("sd35-text", B=2, L=333, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
+    # nasty: halves that share a residual, odd and narrow rows, means far from the deviation
+    Case("shared", B=4, L=77, D=320, affine=True, residual=2),
+    Case("odd", B=3, L=77, D=1001, affine=True),
+    Case("odd-everything", B=3, L=7, D=1001, affine=True, modulated=True, gated=True, residual=1),
+    Case("narrow", B=1, L=5, D=3, affine=True),
+    Case("rms", B=2, L=77, D=1536, eps=1e-6, rms=True, affine=True),
+    Case("rms-modulated", B=2, L=19, D=96, eps=1e-6, rms=True, modulated=True, residual=2),
+    Case("far-mean", B=1, L=64, D=96, affine=True, mean=1000.0, deviation=0.01),
+)
+
+SPEC = KernelSpec(
+    name="ada_norm",
+    schema=(
+        "(Tensor x, float eps, Tensor? weight=None, Tensor? bias=None, Tensor? scale=None,"
+        " Tensor? shift=None, Tensor? gate=None, Tensor? residual=None, bool rms=False)"
+        " -> (Tensor, Tensor)"
+    ),
+    reference=reference,
+    inputs=inputs,
+    cases=CASES,
+    bytes=_bytes,
+    flops=_flops,
+)
