@@ -5,6 +5,9 @@ from torch import Tensor
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
 from fastdiff.kernels.linear.spec import ACTIVATIONS, reference
 
+GEGLU = 2
+"""The C++ loop's activation that halves the columns, `kGeglu` of csrc."""
+
 
 def run(
     x: Tensor,
@@ -13,19 +16,35 @@ def run(
     act: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
+    out = native("linear", x, weight, bias, ACTIVATIONS[act], residual)
+    return reference(x, weight, bias, act, residual) if out is None else out
+
+
+def native(
+    what: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """act(x weightᵀ + bias) + residual by our own loop; None where it does not take the arguments.
+
+    `what` is the op that errors name, `activation` the C++ loop's number of act.
+    """
     dtype = NATIVE_DTYPES.get(x.dtype)
     if NATIVE is None or dtype is None or weight.stride(0) != 1 or x.numel() == 0:
-        return reference(x, weight, bias, act, residual)
+        return None
     x = x.contiguous()
     columns, inner = weight.shape
     rows = x.numel() // inner
-    wide = columns // 2 if act == "geglu" else columns
-    expects("linear: x", x, weight, (*x.shape[:-1], inner))
-    expects("linear: bias", bias, x, (columns,))
+    wide = columns // 2 if activation == GEGLU else columns
+    expects(f"{what}: x", x, weight, (*x.shape[:-1], inner))
+    expects(f"{what}: bias", bias, x, (columns,))
     residual_rows = rows
     if residual is not None:
         pictures = residual.shape[0] if residual.shape[0] * 2 == x.shape[0] else x.shape[0]
-        expects("linear: residual", residual, x, (pictures, *x.shape[1:-1], wide))
+        expects(f"{what}: residual", residual, x, (pictures, *x.shape[1:-1], wide))
         residual_rows = residual.numel() // wide
     out = x.new_empty((*x.shape[:-1], wide))
     NATIVE.conv(
@@ -38,7 +57,7 @@ def run(
         (weight.data_ptr(), weight.stride(1), columns),
         0 if bias is None else bias.data_ptr(),
         (0 if residual is None else residual.data_ptr(), residual_rows),
-        ACTIVATIONS[act],
+        activation,
         out.data_ptr(),
     )
     return out

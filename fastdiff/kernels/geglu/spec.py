@@ -1,0 +1,56 @@
+"""Contract of `geglu`: torch only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.kernels.contract import Case, KernelSpec
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).contiguous()
+
+
+def inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    D, N = case.D, case.N
+    x = normal(case.B, case.L, D + case.get("beside", 0))[..., :D] * case.get("spread", 1.0)
+    return {
+        "x": x.to(dtype),
+        "weight": (normal(2 * N, D) / D**0.5).to(dtype),
+        "bias": normal(2 * N).to(dtype) if case.get("bias", True) else None,
+    }
+
+
+CASES = (
+    # widths of SD1.5 at 512² and of SDXL, batch 2 (CFG), with a part of the 2 x 4096 rows and of
+    # the 5120 columns: more of them are more programs of the same launch
+    Case("sd15-64-part", B=2, L=576, D=320, N=1280),
+    Case("sd15-8-part", B=2, L=64, D=1280, N=512),
+    Case("demo-16", B=2, L=256, D=64, N=256, spread=3.0),
+    Case("demo-8", B=2, L=64, D=96, N=384, spread=3.0),
+    # nasty
+    Case("eights", B=2, L=9, D=40, N=56, beside=24),
+    Case("odd", B=1, L=5, D=31, N=41, bias=False),
+    Case("one", B=1, L=1, D=1, N=1),
+)
+
+SPEC = KernelSpec(
+    name="geglu",
+    schema="(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    reference=reference,
+    inputs=inputs,
+    cases=CASES,
+    bytes=lambda c, size: (
+        size * (c.B * c.L * (c.D + c.N) + 2 * c.N * (c.D + bool(c.get("bias", True))))
+    ),
+    flops=lambda c: 4 * c.B * c.L * c.D * c.N,
+    products=True,
+)

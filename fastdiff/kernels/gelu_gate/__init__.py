@@ -1,0 +1,43 @@
+"""The gate of a feed-forward network, after the projection that computes both of its halves."""
+
+from torch import Tensor
+
+from fastdiff.kernels.dispatch import implementation, register
+from fastdiff.kernels.gelu_gate import cpu
+from fastdiff.kernels.gelu_gate.spec import SPEC
+
+_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.gelu_gate.gpu")
+
+
+def gelu_gate(h: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
+    """value · gelu(gate) of (value, gate) = h + bias, with gelu(g) = g · Φ(g), exact (erf).
+
+    Args:
+        h: [..., 2N], float32, bfloat16 or float16: the first N columns are the value, the others
+            the gate, as diffusers' GEGLU has them. On a GPU its rows lie one after another, with
+            any stride between them.
+        bias: [2N], contiguous, in h's dtype.
+        impl: "auto" (what h's device has), "cpu", "triton" or "reference". What is asked for by
+            name runs or raises.
+
+    Returns:
+        [..., N], contiguous, in h's dtype; on a GPU the arithmetic is float32.
+
+    Raises:
+        ValueError: h has an odd width, the bias is none of it, rows that Triton's implementation
+            does not take, or an unknown `impl`.
+
+    Shazeer, GLU Variants Improve Transformer (2020); Hendrycks & Gimpel, GELUs (2016).
+    """
+    if h.shape[-1] % 2:
+        raise ValueError(f"gelu_gate: h is {list(h.shape)}; expected [..., 2N]")
+    if bias is not None and (bias.shape != h.shape[-1:] or bias.dtype != h.dtype):
+        raise ValueError(
+            f"gelu_gate: bias is {bias.dtype} {list(bias.shape)}; expected {h.dtype}"
+            f" [{h.shape[-1]}]"
+        )
+    if impl in ("auto", "triton" if h.is_cuda else "cpu"):
+        out: Tensor = _op(h, bias)
+        return out
+    named: Tensor = implementation("gelu_gate", impl)(h, bias)
+    return named

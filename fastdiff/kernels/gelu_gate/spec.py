@@ -1,0 +1,53 @@
+"""Contract of `gelu_gate`: torch only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.kernels.contract import Case, KernelSpec
+
+
+def reference(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    value, gate = (h if bias is None else h + bias).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).contiguous()
+
+
+def inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    width = 2 * case.N + case.get("beside", 0)  # the first columns of a wider projection
+    h = (normal(case.B, case.L, width) * case.get("spread", 1.0)).to(dtype)
+    return {
+        "h": h[..., : 2 * case.N],
+        "bias": normal(2 * case.N).to(dtype) if case.get("bias") else None,
+    }
+
+
+CASES = (
+    # the widths of SD1.5 at 512² and of SDXL at 1024², batch 2 (CFG), with a part of the 2 x 1024
+    # and more rows: more of them are more programs of the same launch
+    Case("sd15-32-part", B=2, L=128, N=2560),
+    Case("sdxl-32-part", B=2, L=64, N=5120, bias=True),
+    Case("demo-16", B=2, L=256, N=256, spread=3.0),
+    # nasty
+    Case("wide-gates", B=1, L=64, N=256, spread=20.0),
+    Case("small-gates", B=1, L=64, N=256, spread=1e-3),
+    Case("columns", B=2, L=9, N=40, beside=16, bias=True),
+    Case("odd", B=3, L=7, N=41, bias=True),
+    Case("one", B=1, L=1, N=1),
+)
+
+SPEC = KernelSpec(
+    name="gelu_gate",
+    schema="(Tensor h, Tensor? bias=None) -> Tensor",
+    reference=reference,
+    inputs=inputs,
+    cases=CASES,
+    bytes=lambda c, size: size * (3 * c.B * c.L * c.N + 2 * c.N * bool(c.get("bias"))),
+    flops=lambda c: (22 + 2 * bool(c.get("bias"))) * c.B * c.L * c.N,
+)

@@ -1,0 +1,169 @@
+"""GEGLU in one kernel or two: what the kernels' contract cannot say."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from command import environment
+from torch.nn import functional as F
+
+from fastdiff.kernels.contract import verify
+from fastdiff.kernels.dispatch import NATIVE
+from fastdiff.kernels.geglu import CUDA_CHOICES, choose, geglu
+from fastdiff.kernels.geglu.gpu import CONFIGS, MULTIPROCESSORS, candidates, pick
+from fastdiff.kernels.geglu.spec import SPEC
+from fastdiff.kernels.gelu_gate import gelu_gate
+
+LARGE, SMALL = "sd15-64-part", "sd15-8-part"
+ARCHS = (80, 90, 100, 120)
+SCRIPT = """
+import dataclasses, json, sys, torch
+from fastdiff.kernels.inspect import table
+archs, cases = (json.loads(a) for a in sys.argv[1:])
+rows = table(archs, [torch.bfloat16], cases, ["geglu", "gelu_gate"])
+json.dump([dataclasses.asdict(row) | {"fits": row.fits} for row in rows], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Compiled in another process: in the tests' own the kernels are the interpreter's. bfloat16,
+    because CI's table of all launches has float16."""
+    arguments = [json.dumps(values) for values in (ARCHS, (LARGE, SMALL, "sd15-32-part"))]
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_no_launch_spills_and_each_multiplies_as_its_architecture_does(rows):
+    products = [row for row in rows if row["op"] == "geglu"]
+    assert len(products) == 2 * len(ARCHS)
+    assert all(row["spills"] == 0 and row["fits"] for row in rows)
+    assert all(row["load"] == row["store"] == 16 for row in rows)
+    used = {(row["arch"], row["mma"]) for row in products}
+    assert used == {(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma"), (120, "mma.sync")}
+
+
+def test_a_large_tile_has_the_sm_for_itself_with_registers_to_spare(rows):
+    """8 warps of at most 240 registers, half of them sums: what is more would be spilled soon."""
+    large = [row for row in rows if row["op"] == "geglu" and row["case"] == LARGE]
+    assert len(large) == len(ARCHS)
+    assert all(row["num_warps"] == 8 and row["registers"] <= 240 for row in large)
+
+
+def test_the_gate_alone_keeps_enough_bytes_in_flight(rows):
+    """4.3 TB/s times 0.8 us over 132 SMs are 26 KiB an SM; a warp has 2 KiB in flight."""
+    gates = [row for row in rows if row["op"] == "gelu_gate"]
+    assert gates
+    for row in gates:
+        assert row["registers"] <= 48
+        assert row["occupancy"] * 48 * 2 >= 26  # 48 warps on sm_86, 89 and 120, 64 on the others
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gate_of_what_is_not_finite(dtype):
+    inf, nan = float("inf"), float("nan")
+    gates = torch.tensor([inf, nan, 65504.0, -65504.0, 0.0, -0.0], dtype=dtype)
+    h = torch.cat([torch.ones_like(gates), gates])[None]
+    got = gelu_gate(h, impl="triton")[0].tolist()
+    assert got[0] == inf
+    assert math.isnan(got[1])
+    assert got[2] == 65504.0
+    assert -1e-11 < got[3] <= 0.0
+    assert got[4] == got[5] == 0.0
+
+
+def test_gate_is_closer_to_the_truth_than_torch():
+    """Over all magnitudes: the fit is of Phi, so small gates are as exact as large ones."""
+    sign = torch.tensor([-1.0, 1.0])[:, None]
+    gates = (sign * torch.logspace(-6, 1.5, 20000)).view(-1, 200)
+    exact = F.gelu(gates.double())
+    ours = gelu_gate(torch.cat([torch.ones_like(gates), gates], 1), impl="triton")
+    error, eager = (((got - exact) / gates).abs().max() for got in (ours, F.gelu(gates)))
+    assert error < 1e-7 < eager
+
+
+@pytest.mark.skipif(NATIVE is None, reason="installed without a compiler")
+@pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
+def test_borrowed_weights_run_our_own_loop(case, monkeypatch):
+    """Their columns lie side by side, which the kernel for GPUs, and so the cases, do not have."""
+
+    def borrowed(x, weight, bias):
+        monkeypatch.setattr(F, "linear", None)  # the reference runs before and after
+        try:
+            return geglu(x, weight.t().contiguous().t(), bias)
+        finally:
+            monkeypatch.undo()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for verdict in verify(SPEC, borrowed, case, dtype):
+            assert verdict.passed, (dtype, verdict)
+
+
+def test_rows_that_overlap_nothing_and_rows_of_a_slice():
+    """Strides that are no multiple of 16 bytes, and a batch that is no single run of rows."""
+    weight = torch.randn(2 * 24, 16)
+    x = torch.randn(6, 21)[:, 3:19]
+    for impl in ("triton", "split", "cpu", "auto"):
+        torch.testing.assert_close(
+            geglu(x, weight, impl=impl), SPEC.reference(x, weight), rtol=1e-5, atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"geglu: x .* strides \(\d+, \d+, \d+\)"):
+        geglu(torch.randn(3, 4, 16).transpose(0, 1), weight, impl="triton")
+    with pytest.raises(ValueError, match=r"geglu: weight has strides \(1, 48\)"):
+        geglu(x, weight.t().contiguous().t(), impl="triton")
+
+
+def test_empty_input():
+    weight = torch.randn(8, 4)
+    assert geglu(torch.empty(0, 4), weight).shape == (0, 4)
+    assert gelu_gate(torch.empty(2, 0, 8)).shape == (2, 0, 4)
+
+
+def test_the_table_decides_where_there_is_a_gpu():
+    assert CUDA_CHOICES[-1].rows == CUDA_CHOICES[-1].widths == (0, 2**62)  # one row always applies
+    assert choose(8192, 320).run == "split"
+    assert {choice.run for choice in CUDA_CHOICES} <= {"split", "triton"}
+
+
+@pytest.mark.parametrize("arch", MULTIPROCESSORS)
+def test_pick_is_one_of_the_candidates(arch):
+    for sizes in ((8192, 1280, 320, 16), (128, 5120, 1280, 16), (5, 41, 31, 2)):
+        for size in (2, 4):
+            asked = (*sizes, size, arch)
+            assert pick(*asked) in candidates(*asked)
+    kind = {90: "wgmma", 100: "tcgen05"}.get(arch, "mma.sync")
+    assert pick(8192, 1280, 320, 16, 2, arch) == CONFIGS[kind][0]
+    assert pick(128, 512, 1280, 16, 2, arch) == CONFIGS[kind][-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": torch.ones(8, 5)}, r"x \[2, 4\], weight \[8, 5\]"),
+        ({"weight": torch.ones(7, 4)}, r"weight \[7, 4\]; expected \[..., D\], \[2N, D\]"),
+        ({"bias": torch.ones(4)}, r"bias is \[4\]; expected \[8\]"),
+        ({"bias": torch.ones(8).half()}, "all must be of one dtype"),
+        ({"impl": "cublas"}, "'cublas'.*reference, cpu, triton"),
+    ],
+)
+def test_what_does_not_fit_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        geglu(**{"x": torch.ones(2, 4), "weight": torch.ones(8, 4)} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"h": torch.ones(2, 3)}, r"h is \[2, 3\]; expected \[..., 2N\]"),
+        ({"bias": torch.ones(2)}, r"bias is torch.float32 \[2\]; expected torch.float32 \[4\]"),
+        ({"impl": "split"}, "'split'.*reference, cpu, triton"),
+    ],
+)
+def test_what_the_gate_does_not_take_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gelu_gate(**{"h": torch.ones(2, 4)} | arguments)
