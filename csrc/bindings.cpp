@@ -12,6 +12,9 @@
 #include <variant>
 #include <vector>
 
+#if defined(FASTDIFF_CUDA)
+#include "cuda/kernels.h"
+#endif
 #include "kernels.h"
 #include "parallel.h"
 
@@ -186,6 +189,17 @@ void run_concat(uintptr_t first, uintptr_t second, const Ints<4>& counts, uintpt
              counts[1], counts[2], counts[3], static_cast<char*>(out(output))});
 }
 
+#if defined(FASTDIFF_CUDA)
+void run_cuda_group_norm_silu(int dtype, bool vector,
+                              const std::array<uintptr_t, cuda::kAddresses>& addresses,
+                              const Ints<cuda::kSizes>& sizes, float eps, bool silu, int device,
+                              uintptr_t stream) {
+  const auto arguments = cuda::group_norm_silu(addresses.data(), sizes.data(), eps, silu);
+  if (const char* error = cuda::start(arguments, dtype, vector, device, stream))
+    throw std::runtime_error(std::string("group_norm_silu: CUDA says: ") + error);
+}
+#endif
+
 // Many "this attribute is still that object" at once: asked before every step of a network whose
 // weights are lent, when the objects have long left the caches, so it must touch little.
 class Watch {
@@ -242,6 +256,9 @@ PYBIND11_MODULE(_C, m) {
   kernel("guided_step", &run_guided_step);
   kernel("concat", &run_concat);
   m.attr("KERNELS") = kernels;
+#if defined(FASTDIFF_CUDA)
+  m.def("cuda_group_norm_silu", &run_cuda_group_norm_silu);
+#endif
   py::class_<Tape>(m, "Tape")
       .def(py::init<>())
       .def("start", &Tape::start)

@@ -5,7 +5,7 @@ on the first CUDA call, so that triton stays optional) and on fake tensors throu
 An explicit `implementation(name, which)` that cannot run raises; nothing falls back silently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -61,27 +61,33 @@ KERNELS: dict[str, Kernel] = {}
 _LIBRARY = torch.library.Library("fastdiff", "DEF")
 
 
-def register(spec: KernelSpec, cpu: Callable[..., Any], gpu: str | None = None) -> Any:
+def register(
+    spec: KernelSpec,
+    cpu: Callable[..., Any],
+    gpu: str | None = None,
+    others: Mapping[str, str] | None = None,
+) -> Any:
     """Define `fastdiff::<spec.name>`; returns the op's overload.
 
     `cpu` runs CPU tensors. `gpu` names the module whose `run` is the Triton implementation; None
     means that the reference (a library call such as a cuDNN convolution) runs on CUDA tensors.
+    `others`: modules with a `run`, by the name of the implementation; only `implementation` asks
+    for them.
     """
 
-    def triton() -> Callable[..., Any]:
-        run: Callable[..., Any] = import_module(gpu or "").run
-        return run
+    def loader(module: str) -> Callable[[], Callable[..., Any]]:
+        return lambda: import_module(module).run
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
-        return triton()(*args, **kwargs)
+        return implementations["triton"]()(*args, **kwargs)
 
     _LIBRARY.define(spec.name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(spec.name, cpu, "CPU")
     _LIBRARY.impl(spec.name, on_cuda if gpu else spec.reference, "CUDA")
     torch.library.register_fake(f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY)
+    modules = ({"triton": gpu} if gpu else {}) | dict(others or {})
     implementations = {"reference": lambda: spec.reference, "cpu": lambda: cpu}
-    if gpu:
-        implementations["triton"] = triton
+    implementations |= {which: loader(module) for which, module in modules.items()}
     op = getattr(torch.ops.fastdiff, spec.name).default
     KERNELS[spec.name] = Kernel(spec, op, implementations)
     return op
@@ -96,7 +102,7 @@ def all_kernels() -> dict[str, Kernel]:
 
 
 def implementation(name: str, which: str) -> Callable[..., Any]:
-    """The implementation `which` ("reference", "cpu", "triton") of a kernel, or ValueError."""
+    """The implementation `which` of a kernel ("reference", "cpu", "triton"), or ValueError."""
     kernel = KERNELS[name]
     if which not in kernel.implementations:
         valid = ", ".join(kernel.implementations)
