@@ -128,7 +128,7 @@ CASES = (
     Case("sd3-512", B=2, L=1024, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
     Case("sd35-text", B=2, L=333, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
     # nasty: halves that share a residual, odd and narrow rows, means far from the deviation
-    Case("shared", B=4, L=77, D=320, affine=True, residual=2),
+    Case("shared", B=4, L=80, D=640, affine=True, residual=2),
     Case("odd", B=3, L=77, D=1001, affine=True),
     Case("odd-everything", B=3, L=7, D=1001, affine=True, modulated=True, gated=True, residual=1),
     Case("narrow", B=1, L=5, D=3, affine=True),
