@@ -23,7 +23,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 gpu: .venv/ready
-	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu
 
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -d .venv || $(PYTHON) -m venv $(if $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes),--system-site-packages) .venv

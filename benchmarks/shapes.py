@@ -60,6 +60,14 @@ _RESIDUAL = (
     Case("sdxl-64-up", B=2, Y=64, X=64, C=640, enlarge=2),
     Case("vae-512-up", B=1, Y=256, X=256, C=256, enlarge=2),
 )
+_JOINT_ATTENTION = (
+    Case("sd3-1024px", B=2, L=4096, T=333, H=24, K=64),
+    Case("sd3-512px", B=2, L=1024, T=333, H=24, K=64),
+)
+_QK_NORM = (
+    Case("sd35-1024px", B=2, L=4096, H=38, K=64, affine=True),
+    Case("flux-1024px", B=1, L=4096, H=24, K=128, affine=True, rotary=True),
+)
 SHAPES: dict[str, tuple[Case, ...]] = {
     "attention": _ATTENTION,
     "group_norm_silu": _GROUP_NORM_SILU,
@@ -67,6 +75,8 @@ SHAPES: dict[str, tuple[Case, ...]] = {
     "gelu_gate": _GELU_GATE,
     "ada_norm": _ADA_NORM,
     "residual": _RESIDUAL,
+    "joint_attention": _JOINT_ATTENTION,
+    "qk_norm": _QK_NORM,
 }
 """By op."""
 
@@ -82,8 +92,8 @@ def triton_kernels(ops: Iterable[str] | None = None) -> list[Kernel]:
 
 def full(kernel: Kernel) -> tuple[Case, ...]:
     """A kernel's sizes of full models."""
-    own = tuple(case for case in kernel.spec.cases if case.name.startswith(MODELS))
-    return SHAPES.get(kernel.spec.name, own)
+    own = [case for case in kernel.spec.cases if case.name.startswith(MODELS)]
+    return SHAPES.get(kernel.spec.name) or tuple(own)
 
 
 def tiny(kernel: Kernel) -> tuple[Case, ...]:

@@ -1,0 +1,181 @@
+"""One Triton kernel on one size against all that it should beat, in turn, each behind its check.
+
+Every size has two yardsticks that no kernel can fool: a copy of as many bytes as the size must move
+(half read, half written) and, where there are products, a plain product of as many FLOPs. Their
+times over ours are our share of the bandwidth and of the matrix rate that this GPU gives today.
+"""
+
+import random
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdiff.bench.kernels import check, floor_ms, inputs_of, sampler
+from fastdiff.kernels.contract import Case
+from fastdiff.kernels.dispatch import KERNELS, Kernel
+
+REPLAYS = 21
+SIDE = 4096
+"""Of the square factor of a plain product: large enough for any GPU's full rate."""
+
+Run = Callable[[], object]
+Inputs = dict[str, Any]
+
+
+def compiled(mode: str | None, dry_run: bool) -> Callable[[Kernel, Inputs], Run]:
+    """torch.compile of the reference, shapes static; in a dry run without generating code."""
+
+    def rival(kernel: Kernel, inputs: Inputs) -> Run:
+        backend = {"backend": "eager"} if dry_run else {"mode": mode}
+        return partial(torch.compile(kernel.spec.reference, dynamic=False, **backend), **inputs)
+
+    return rival
+
+
+def scaled_dot_product(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
+    def rival(kernel: Kernel, inputs: Inputs) -> Run:
+        q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+        attend = partial(
+            F.scaled_dot_product_attention, q, k, v, inputs["mask"], scale=inputs["scale"]
+        )
+
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return attend()
+
+        return run
+
+    return rival
+
+
+def joined(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
+    """torch's attention over both sequences, put end to end first and taken apart again."""
+
+    def rival(kernel: Kernel, inputs: Inputs) -> Run:
+        def run() -> tuple[Tensor, ...]:
+            q, k, v = (
+                torch.cat((inputs[name], inputs[f"text_{name}"]), dim=1).transpose(1, 2)
+                for name in "qkv"
+            )
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v, scale=inputs["scale"])
+            return out.transpose(1, 2).split((inputs["q"].shape[1], inputs["text_q"].shape[1]), 1)
+
+        return run
+
+    return rival
+
+
+def product_and_gate(which: str) -> Callable[[Kernel, Inputs], Run]:
+    """cuBLAS and our elementwise kernel: what GEGLU in one kernel must beat."""
+
+    def rival(kernel: Kernel, inputs: Inputs) -> Run:
+        gate = KERNELS["gelu_gate"].implementations[which]()
+        product = partial(F.linear, inputs["x"], inputs["weight"], inputs["bias"])
+        return lambda: gate(product())
+
+    return rival
+
+
+def product_alone(kernel: Kernel, inputs: Inputs) -> Run:
+    """Only the product, without bias and gate; its outputs are twice as wide as GEGLU's."""
+    return partial(F.linear, inputs["x"], inputs["weight"])
+
+
+def rivals(
+    kernel: Kernel, which: str, dry_run: bool, mode: str | None
+) -> dict[str, Callable[[Kernel, Inputs], Run]]:
+    """What a kernel is timed against, by name; each takes the kernel and one set of inputs."""
+    found: dict[str, Callable[[Kernel, Inputs], Run]] = {
+        "eager": lambda kernel, inputs: partial(kernel.spec.reference, **inputs),
+        "inductor": compiled(mode, dry_run),
+    }
+    for other in kernel.implementations.keys() - {"reference", "cpu", "triton", which}:
+        run = kernel.implementations[other]  # CUDA C++ beside Triton
+        found[other] = lambda kernel, inputs, run=run: partial(run(), **inputs)
+    attend = {"attention": scaled_dot_product, "joint_attention": joined}.get(kernel.spec.name)
+    for backend in ("CUDNN", "FLASH", "EFFICIENT") if attend else ():
+        found[f"sdpa {backend.lower()}"] = attend(getattr(SDPBackend, f"{backend}_ATTENTION"))
+    if kernel.spec.name == "geglu":
+        found["cublas + gelu_gate"] = product_and_gate(which)
+        found["cublas alone"] = product_alone
+    return found
+
+
+def yardsticks(
+    kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device, sets: int
+) -> dict[str, list[Run]]:
+    """Runs of a copy and a product that do a size's bytes and FLOPs, on as many tensors."""
+    elements = max(1, kernel.spec.bytes(case, dtype.itemsize) // (2 * dtype.itemsize))
+    found: dict[str, list[Run]] = {"copy": []}
+    for _ in range(sets):
+        source = torch.randn(elements, device=device, dtype=dtype)
+        found["copy"].append(partial(torch.empty_like(source).copy_, source))
+    if kernel.spec.products:
+        rows = max(16, round(kernel.spec.flops(case) / (2 * SIDE**2) / 16) * 16)
+        side = torch.randn(SIDE, SIDE, device=device, dtype=dtype)
+        tall = [torch.randn(rows, SIDE, device=device, dtype=dtype) for _ in range(sets)]
+        found["product"] = [partial(torch.mm, one, side) for one in tall]
+    return found
+
+
+def race(
+    kernel: Kernel, case: Case, device: torch.device, which: str, dry_run: bool, mode: str | None
+) -> dict[str, Any]:
+    """Samples of all in milliseconds, or why there are none; the size's bytes, FLOPs and floor.
+
+    Raises OutOfBudget where our kernel computes the wrong thing.
+    """
+    spec, dtype = kernel.spec, torch.float32 if dry_run else torch.float16
+    check(kernel, case, dtype, device, which)
+    sets = inputs_of(kernel, case, dtype, device)
+    ours = kernel.implementations[which]()
+    runs: dict[str, Callable[[], list[Run]]] = {
+        "ours": lambda: [partial(ours, **inputs) for inputs in sets]
+    }
+    for name, rival in rivals(kernel, which, dry_run, mode).items():
+        runs[name] = lambda rival=rival: [rival(kernel, inputs) for inputs in sets]
+    for name, yardstick in yardsticks(kernel, case, dtype, device, len(sets)).items():
+        runs[name] = lambda yardstick=yardstick: yardstick
+    samples: dict[str, Any] = {}
+    times: dict[str, list[float] | str] = {}
+    for name, build in runs.items():
+        try:
+            samples[name], times[name] = sampler(build(), device), []
+        except Exception as error:  # a backend that does not take this size is a result, too
+            times[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    order = random.Random(0)
+    for _ in range(2 if dry_run else REPLAYS):
+        for name in order.sample(list(samples), len(samples)):
+            times[name].append(samples[name]())
+    return {
+        "kernel": spec.name,
+        "case": case.name,
+        "sizes": case.sizes,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": spec.bytes(case, dtype.itemsize),
+        "flops": spec.flops(case),
+        "floor_ms": floor_ms(kernel, case, dtype, device),
+        "product_flops": _product_flops(kernel, case),
+        "samples_ms": times,
+    }
+
+
+def _product_flops(kernel: Kernel, case: Case) -> int:
+    """Of the product that stands beside a size: its rows come in sixteens."""
+    if not kernel.spec.products:
+        return 0
+    return 2 * SIDE**2 * max(16, round(kernel.spec.flops(case) / (2 * SIDE**2) / 16) * 16)
+
+
+def medians(row: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of all that ran."""
+    return {
+        name: median(times) for name, times in row["samples_ms"].items() if isinstance(times, list)
+    }
