@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }
 # optional package -> the only files that may import it
 OPTIONAL = {
-    "triton": ("kernels/*/gpu.py", "kernels/inspect.py"),
+    "triton": ("kernels/*/gpu.py", "kernels/*/tiles.py", "kernels/inspect.py"),
     "diffusers": (
         *("compiler/adapters.py", "compiler/pipelines.py", "compiler/denoise.py"),
         *("demo/*.py", "bench/presets.py", "bench/pipelines.py", "regression/worker.py"),
