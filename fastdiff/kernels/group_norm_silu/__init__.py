@@ -8,7 +8,12 @@ from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.group_norm_silu import cpu
 from fastdiff.kernels.group_norm_silu.spec import SPEC
 
-_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.group_norm_silu.gpu")
+_op = register(
+    SPEC,
+    cpu=cpu.run,
+    gpu="fastdiff.kernels.group_norm_silu.gpu",
+    others={"cuda": "fastdiff.kernels.group_norm_silu.cuda"},
+)
 
 
 @overload

@@ -1,0 +1,149 @@
+"""CUDA implementation of `group_norm_silu` (`csrc/cuda/`): one read and one write.
+
+A cluster of thread blocks keeps whole groups of a picture in shared memory between the two. Nothing
+chooses it yet, since it has not been measured on a GPU; `implementation("group_norm_silu", "cuda")`
+runs it where fastdiff was built with `FASTDIFF_CUDA=ON`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.contract import architecture
+from fastdiff.kernels.dispatch import NATIVE, expects
+from fastdiff.kernels.occupancy import SMS
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CLUSTERS = {90: (1, 2, 4, 8, 16), 100: (1, 2, 4, 8, 16)}
+"""Blocks that can share a picture's rows, by architecture; elsewhere one block has them all."""
+THREADS = 512  # of a block, as in the kernel
+SEGMENT = 128  # bytes of a row in a tile: a cache line
+PROGRAMS = 132  # blocks for every SM of an H100; more only where the slabs would not fit
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Groups of a tile, thread blocks that share its pixels, pixels of each, elements that a thread
+    loads at once, bytes of shared memory of a block."""
+
+    groups: int
+    cluster: int
+    rows: int
+    lanes: int
+    shared: int
+
+
+def pick(
+    B: int, L: int, W: int, G: int, size: int, arch: int, aligned: bool = True
+) -> LaunchConfig | None:
+    """Launch for B pictures of L pixels in G groups of W channels of `size` bytes; None where a
+    tile does not fit into the shared memory of the largest cluster.
+
+    aligned: all addresses are multiples of 16 bytes, and so is a pixel of x where a second picture
+    follows.
+    """
+    if arch not in SMS or B >= 1 << 16:  # of a grid's y
+        return None
+    counts = [n for n in range(1, G + 1) if G % n == 0]
+    wide = [n for n in counts if n * W * size >= SEGMENT] or [G]
+    whole = [n for n in wide if aligned and n * W * size % 16 == 0]
+    groups, lanes = (whole or wide)[0], 16 // size if whole else 1
+    columns = groups * W // lanes
+    if max(columns, groups) > THREADS:
+        return None
+
+    best = None
+    for cluster in CLUSTERS.get(arch, (1,)):
+        rows = -(-L // cluster)
+        shared = _shared_bytes(rows, groups, W, size, lanes)
+        filled = best is not None and B * (G // groups) * best.cluster >= PROGRAMS
+        if filled or (best is not None and rows < THREADS // columns):
+            break
+        if shared <= (SMS[arch].shared - 1) * 1024:
+            best = LaunchConfig(groups, cluster, rows, lanes, shared)
+    return best
+
+
+def _shared_bytes(rows: int, groups: int, W: int, size: int, lanes: int) -> int:
+    """The slab in whole vectors; 3 floats of each group; 2 of each lane and 3 of each thread."""
+    slab = -(-rows * groups * W * size // 16) * 16
+    return slab + groups * 12 + THREADS * (lanes * 8 + 12)
+
+
+def start(
+    call: Callable[..., None],
+    arch: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    row: Tensor | None = None,
+    residual: Tensor | None = None,
+    beside: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """call(dtype, vector, addresses, sizes, eps, silu) for the op's arguments; what it fills.
+
+    Raises ValueError for what the kernel does not take or `pick` finds no launch for.
+    """
+    B, Y, X, C = x.shape
+    C2 = 0 if beside is None else beside.shape[-1]
+    if x.dtype not in DTYPES or not x.is_contiguous():
+        raise ValueError(
+            f"group_norm_silu: x is {x.dtype} with strides {x.stride()}; expected a contiguous one"
+            f" of {', '.join(map(str, DTYPES))}"
+        )
+    if statistics is not None:
+        raise ValueError("group_norm_silu: the CUDA kernel takes no statistics; use 'triton'")
+    copies = B if beside is None else beside.shape[0]
+    expects("group_norm_silu: residual", residual, x, (B, Y, X, C))
+    expects("group_norm_silu: beside", beside, x, (copies, Y, X, C2))
+    expects("group_norm_silu: row", row, x, (B, C))
+    expects("group_norm_silu: shift", shift, x, (C,))
+    for name, part in {"weight": weight, "bias": bias}.items():
+        expects(f"group_norm_silu: {name}", part, x, (C + C2,))
+    y = x.new_empty((B, Y, X, C + C2))
+    total = x.new_empty(0 if residual is None else x.shape)
+    if y.numel() == 0:
+        return y, total
+
+    tensors = (x, residual, beside, row, shift, weight, bias, y, total)
+    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    wide = (*addresses[:3], *addresses[-2:], C2 and C * x.element_size())
+    config = pick(
+        *(B, Y * X, (C + C2) // groups, groups, x.element_size(), arch),
+        aligned=all(bytes_ % 16 == 0 for bytes_ in wide),
+    )
+    if config is None:
+        raise ValueError(
+            f"group_norm_silu: {x.dtype} {list(y.shape)} in {groups} groups does not fit into the"
+            f" shared memory of a cluster of sm_{arch}, or nothing is known of it; use 'triton'"
+        )
+    ld_row = 0 if row is None else row.stride(0)
+    tile = ((C + C2) // groups, config.groups, config.cluster, config.rows)
+    sizes = (ld_row, B, copies, Y * X, C, C2, *tile)
+    call(DTYPES[x.dtype], config.lanes > 1, addresses, sizes, eps, silu)
+    return y, total
+
+
+def run(x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The op on CUDA tensors; RuntimeError where fastdiff was built without CUDA."""
+    if not hasattr(NATIVE, "cuda_group_norm_silu"):
+        raise RuntimeError(
+            "group_norm_silu: this fastdiff was built without its CUDA kernels; install it with"
+            " `pip install --config-settings=cmake.define.FASTDIFF_CUDA=ON .`"
+        )
+    if not x.is_cuda:
+        raise ValueError(f"group_norm_silu: x is on {x.device}; the CUDA kernel takes CUDA tensors")
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+
+    def call(*numbers: Any) -> None:
+        NATIVE.cuda_group_norm_silu(*numbers, x.device.index, stream)
+
+    return start(call, architecture(x), x, *arguments, **options)
