@@ -2,11 +2,12 @@
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.group_norm_silu import cpu
-from fastdiff.kernels.group_norm_silu.spec import SPEC
+from fastdiff.kernels.group_norm_silu.spec import SPEC, slab_rows
 
 _op = register(
     SPEC,
@@ -26,6 +27,9 @@ def group_norm_silu(
     silu: bool = True,
     row: Tensor | None = None,
     residual: None = None,
+    beside: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def group_norm_silu(
@@ -38,6 +42,9 @@ def group_norm_silu(
     row: Tensor | None = None,
     *,
     residual: Tensor,
+    beside: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def group_norm_silu(
     x: Tensor,
@@ -48,33 +55,63 @@ def group_norm_silu(
     silu: bool = True,
     row: Tensor | None = None,
     residual: Tensor | None = None,
+    beside: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y = silu((t - mean) / sqrt(var + eps) · weight + bias) with t = x + row + residual.
+    """y = silu((t - mean) / sqrt(var + eps) · weight + bias) of t = x + shift + row + residual and,
+    after its channels, `beside`.
 
-    Mean and variance are those of each group of C / groups channels in each picture, in float32,
-    the variance around the mean (never E[t²] - E[t]²).
+    Mean and variance are those of each group of (C + C2) / groups channels in each picture, in
+    float32, the variance around the mean (never E[t²] - E[t]²).
 
     Args:
         x: [B, Y, X, C], float32, bfloat16 or float16.
-        weight, bias: [C].
-        groups: divides C; neither needs to be a power of two.
+        weight, bias: [C + C2].
+        groups: divides C + C2; neither needs to be a power of two. A group may lie on both sides
+            of the border between x and beside.
         eps: added to the variance.
         silu: False leaves the activation out.
-        row: [B, C] of any batch stride, added to every pixel before the statistics (the projected
-            time embedding).
-        residual: like x, added before the statistics.
+        row: [B, C] of any batch stride, added to every pixel of x before the statistics (the
+            projected time embedding).
+        residual: like x, added to it before the statistics.
+        beside: [B, Y, X, C2], a second picture whose channels follow x's (a U-Net's skip
+            connection, read where it is); or [B / 2, Y, X, C2], where the halves of guidance share
+            it. Nothing is added to it.
+        shift: [C], added to every pixel of x (the bias of the convolution that made x).
+        statistics: [B, slabs, 2, C + C2] in float32, where the producer of t knows them: mean and
+            sum of squares around it of each of t's channels in each slab of ceil(Y·X / slabs)
+            pixels, of which the last may have fewer but not none. On a GPU it saves a read of t.
 
     Returns:
-        y, like x and contiguous; with a residual (y, t).
+        y, [B, Y, X, C + C2] and contiguous; with a residual (y, x + shift + row + residual).
 
     Raises:
-        ValueError: C is not a multiple of groups.
+        ValueError: the channels are not a multiple of groups, or a shape is not one of the above.
 
     Wu & He, Group Normalization (2018); Chan et al. (1979) for combining partial moments.
     """
-    if x.shape[-1] % groups:
+    batch, *pixels, width = x.shape
+    channels = width + (0 if beside is None else beside.shape[-1])
+    if channels % groups:
+        raise ValueError(f"group_norm_silu: {channels} channels do not split into {groups} groups")
+    if beside is not None and (
+        list(beside.shape[1:-1]) != pixels or beside.shape[0] not in (batch, batch / 2)
+    ):
         raise ValueError(
-            f"group_norm_silu: {x.shape[-1]} channels do not split into {groups} groups"
+            f"group_norm_silu: beside is {list(beside.shape)}; expected {[batch, *pixels, 'C2']}"
+            f" or half as many pictures"
         )
-    y, total = _op(x, weight, bias, groups, eps, silu, row, residual)
+    if shift is not None and shift.shape != (width,):
+        raise ValueError(f"group_norm_silu: shift is {list(shift.shape)}; expected [{width}]")
+    if statistics is not None:
+        expected = (batch, statistics.shape[1], 2, channels)
+        if statistics.shape != expected or statistics.dtype != torch.float32:
+            raise ValueError(
+                f"group_norm_silu: statistics are {statistics.dtype} {list(statistics.shape)};"
+                f" expected torch.float32 [{batch}, slabs, 2, {channels}]"
+            )
+        slab_rows(pixels[0] * pixels[1], statistics.shape[1])
+    added = row, residual, beside, shift, statistics
+    y, total = _op(x, weight, bias, groups, eps, silu, *added)
     return y if residual is None else (y, total)

@@ -1,7 +1,9 @@
 """`group_norm_silu` on a CPU."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
+from fastdiff.kernels.concat.cpu import run as concat
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
 from fastdiff.kernels.group_norm_silu.spec import reference
 
@@ -15,10 +17,19 @@ def run(
     silu: bool,
     row: Tensor | None = None,
     residual: Tensor | None = None,
+    beside: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = NATIVE_DTYPES.get(x.dtype)
-    if NATIVE is None or dtype is None or x.numel() == 0:
-        return reference(x, weight, bias, groups, eps, silu, row, residual)
+    foreign = shift is not None or statistics is not None
+    foreign |= beside is not None and residual is not None
+    if NATIVE is None or dtype is None or x.numel() == 0 or foreign:
+        added = row, residual, beside, shift, statistics
+        return reference(x, weight, bias, groups, eps, silu, *added)
+    if beside is not None:
+        x = concat(x, beside)
+        row = None if row is None else F.pad(row, (0, beside.shape[3]))
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     batch, height, width, channels = x.shape

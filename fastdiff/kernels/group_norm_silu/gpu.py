@@ -1,13 +1,12 @@
-"""Triton implementation of `group_norm_silu`: once over memory where a group fits in registers.
+"""Triton implementation of `group_norm_silu`: once over memory where whole groups fit on chip.
 
-Else two kernels: partial statistics of each slab of rows, then their combination and the
-normalisation, in reverse order so that what the first kernel read last is still in L2.
-A program handles whole groups of one sample as tiles [rows, groups, width]; a width that is no
-power of two is two tiles (10 = 8 + 2), not one padded tile. Statistics are in fp32, squares taken
-around a pivot near the mean, never as E[x^2] - E[x]^2.
+Else two kernels: statistics of each channel in each slab of rows, then their combination and the
+normalisation, the last rows first because they are still in L2. A producer that hands over such
+statistics saves the first kernel.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,198 +15,154 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
+from fastdiff.kernels.group_norm_silu.tiles import (
+    lines_of,
+    load_tiles,
+    merge,
+    missing_of,
+    moments_of,
+    parts_of,
+    source_of,
+    store_tile,
+)
 
-
-@triton.jit
-def _place(rows, end, C, W: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """The tile of columns FIRST.. of N groups: channels [N, P], whether they exist [1, P],
-    offsets [ROWS, N, P], whether those exist [ROWS, 1, P]."""
-    column = FIRST + tl.arange(0, P)[None, :]
-    channels = tl.arange(0, N)[:, None] * W + column
-    exists = column < W
-    offsets = rows[:, None, None] * C + channels[None, :, :]
-    return channels, exists, offsets, (rows < end)[:, None, None] & exists[None, :, :]
-
-
-@triton.jit
-def _read(x_ptr, row_ptr, residual_ptr, sum_ptr, place):
-    """x + row + residual in fp32, zero outside; writes the sum where there is a residual."""
-    channels, exists, offsets, inside = place
-    total = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if row_ptr is not None:
-        total += tl.load(row_ptr + channels, mask=exists, other=0.0).to(tl.float32)[None, :, :]
-    if residual_ptr is not None:
-        total += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + offsets, total, mask=inside)
-    return tl.where(inside, total, 0.0)
-
-
-@triton.jit
-def _write(out_ptr, total, pivot, shift, rstd, weight_ptr, bias_ptr, place, SILU: tl.constexpr):
-    """out = silu((total - pivot - shift) * rstd * weight + bias)."""
-    channels, exists, offsets, inside = place
-    scale = tl.load(weight_ptr + channels, mask=exists, other=0.0).to(tl.float32) * rstd[:, None]
-    bias = tl.load(bias_ptr + channels, mask=exists, other=0.0).to(tl.float32)
-    bias -= shift[:, None] * scale
-    y = (total - pivot[None, :, None]) * scale[None, :, :] + bias[None, :, :]
-    if SILU:
-        y = y * tl.sigmoid(y)
-    tl.store(out_ptr + offsets, y, mask=inside)
-
-
-@triton.jit
-def _per_group(tile):
-    return tl.sum(tl.sum(tile, 2), 0)
-
-
-@triton.jit
-def _combine(mean, square, count, all_count):
-    """Chan's formula: means and centred squares of parts [ROWS, N, P] to those of each group,
-    the mean as pivot + shift because their sum may round."""
-    pivot = _per_group(mean * count) / all_count
-    centred = mean - pivot[None, :, None]
-    shift = _per_group(centred * count) / all_count
-    return pivot, shift, _per_group(square + centred * centred * count) - shift * shift * all_count
+TABLE = tl.constexpr(32)  # slabs of the statistics that are combined at a time
 
 
 @triton.jit
 def _one_pass_kernel(
-    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, L, C, row_stride, sum_ptr, out_ptr,
-    EPS: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
+    L, C, C2, beside_batch, row_stride, sum_ptr, out_ptr,
+    EPS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr, SEGMENT: tl.constexpr,
+    N: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program normalises N groups of one sample, held in registers."""
-    first = tl.program_id(0) * N * W
-    sample = tl.program_id(1).to(tl.int64)
-    base = sample * L * C + first
-    x_ptr += base
-    if row_ptr is not None:
-        row_ptr += sample * row_stride + first
-    if residual_ptr is not None:
-        residual_ptr += base
-        sum_ptr += base
+    """A program normalises N groups of one sample, kept in registers."""
+    sample = tl.program_id(2).to(tl.int64)
+    C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
+    source = source_of(x_ptr, residual_ptr, beside_ptr, sum_ptr, sample, 0, L, C, C2, beside_batch)
+    parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
     rows = tl.arange(0, ROWS)
-    place0 = _place(rows, L, C, W, 0, P0, N)
-    total0 = _read(x_ptr, row_ptr, residual_ptr, sum_ptr, place0)
-    pivot = _per_group(total0)
+    tile0, tile1 = load_tiles(source, parts, rows, L, P1)
+    count = (rows < L).to(tl.float32)[:, None]
+    length = 1.0 * L  # L = 1 is a constant
+    moments0 = moments_of(tile0.to(tl.float32), None, count, length)
+    moments1 = moments0
     if P1 > 0:
-        place1 = _place(rows, L, C, W, P0, P1, N)
-        total1 = _read(x_ptr, row_ptr, residual_ptr, sum_ptr, place1)
-        pivot += _per_group(total1)
-    count = 1.0 * L * W
-    pivot /= count
-    centred = tl.where(place0[3], total0 - pivot[None, :, None], 0.0)
-    shift = _per_group(centred)
-    square = _per_group(centred * centred)
+        moments1 = moments_of(tile1.to(tl.float32), None, count, length)
+    line0, line1 = lines_of(
+        weight_ptr, bias_ptr, source, parts, moments0, moments1, length, EPS, SEGMENT, N, P1
+    )
+    out_ptr += sample * L * (C + C2)
+    store_tile(out_ptr, tile0, line0, parts[0], rows, L, C + C2, SILU)
     if P1 > 0:
-        centred = tl.where(place1[3], total1 - pivot[None, :, None], 0.0)
-        shift += _per_group(centred)
-        square += _per_group(centred * centred)
-    shift /= count
-    rstd = 1.0 / tl.sqrt_rn(tl.maximum(square / count - shift * shift, 0.0) + EPS)
-    out_ptr += base
-    weight_ptr += first
-    bias_ptr += first
-    _write(out_ptr, total0, pivot, shift, rstd, weight_ptr, bias_ptr, place0, SILU)
-    if P1 > 0:
-        _write(out_ptr, total1, pivot, shift, rstd, weight_ptr, bias_ptr, place1, SILU)
+        store_tile(out_ptr, tile1, line1, parts[1], rows, L, C + C2, SILU)
 
 
 @triton.jit
-def _slab_part(
-    x_ptr, row_ptr, residual_ptr, sum_ptr, statistics_ptr, length, C, G,
-    W: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr,
-    N: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Welford's update for each element of the tile over the slab's rows, then one combination."""
-    mean = tl.zeros((ROWS, N, P), tl.float32)
-    square = tl.zeros((ROWS, N, P), tl.float32)
-    count = tl.zeros((ROWS, 1, P), tl.float32)
-    for start in range(0, length, ROWS):
-        place = _place(start + tl.arange(0, ROWS), length, C, W, FIRST, P, N)
-        total = _read(x_ptr, row_ptr, residual_ptr, sum_ptr, place)
-        count += place[3].to(tl.float32)
-        before = total - mean
-        mean += tl.where(place[3], before / (start // ROWS + 1), 0.0)
-        square += tl.where(place[3], before * (total - mean), 0.0)
-    pivot, shift, square_sum = _combine(mean, square, count, length.to(tl.float32) * WIDTH)
-    tl.store(statistics_ptr + tl.arange(0, N), pivot + shift)
-    tl.store(statistics_ptr + G + tl.arange(0, N), square_sum)
+def _keep(statistics_ptr, mean, square, count, missing, length, part, C):
+    pivot, drift, square = moments_of(mean, square, count, length)
+    tl.store(statistics_ptr + part[0], pivot + (drift + missing), mask=part[1])
+    tl.store(statistics_ptr + C + part[0], square, mask=part[1])
 
 
 @triton.jit
 def _statistics_kernel(
-    x_ptr, row_ptr, residual_ptr, L, C, row_stride, G, slab_rows, sum_ptr, statistics_ptr,
-    W: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
+    L, C, C2, beside_batch, row_stride, slab_rows, sum_ptr, statistics_ptr,
+    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and centred squares of a slab's groups: statistics [B, slabs, parts, 2, G]."""
-    PARTS: tl.constexpr = 2 if P1 > 0 else 1
+    """Mean and centred squares of a slab's channels: statistics [B, slabs, 2, C + C2]."""
     start = tl.program_id(0) * slab_rows
-    length = tl.minimum(slab_rows, L - start)
-    first = tl.program_id(1) * N * W
+    end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
-    base = (sample * L + start) * C + first
-    x_ptr += base
-    if row_ptr is not None:
-        row_ptr += sample * row_stride + first
-    if residual_ptr is not None:
-        residual_ptr += base
-        sum_ptr += base
-    slab = sample * tl.num_programs(0) + tl.program_id(0)
-    statistics_ptr += slab * PARTS * 2 * G + tl.program_id(1) * N
-    _slab_part(
-        x_ptr, row_ptr, residual_ptr, sum_ptr, statistics_ptr, length, C, G,
-        W, 0, P0, P0 if P1 > 0 else W, N, ROWS,
-    )  # fmt: skip
+    C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
+    source = source_of(
+        x_ptr, residual_ptr, beside_ptr, sum_ptr, sample, start, L, C, C2, beside_batch
+    )
+    parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
+    rows = tl.arange(0, ROWS)
+    next0, next1 = load_tiles(source, parts, rows, end, P1)
+    mean0 = tl.zeros((ROWS, P0), tl.float32)
+    mean1 = tl.zeros((ROWS, P1 if P1 > 0 else P0), tl.float32)
+    square0, square1 = mean0, mean1
+    for start in range(0, end, ROWS):
+        tile0, tile1 = next0, next1
+        count = 1.0 * (start // ROWS)
+        share = tl.where(start + rows < end, 1.0 / (count + 1.0), 0.0)[:, None]
+        # the next pixels are on their way while these are worked on
+        next0, next1 = load_tiles(source, parts, start + ROWS + rows, end, P1)
+        mean0, square0 = merge(mean0, square0, count, tile0.to(tl.float32), None, share)
+        if P1 > 0:
+            mean1, square1 = merge(mean1, square1, count, tile1.to(tl.float32), None, share)
+    count = tl.maximum((end - rows + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
+    statistics_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * (C + C2)
+    length = end.to(tl.float32)
+    missing = missing_of(source, parts[0])
+    _keep(statistics_ptr, mean0, square0, count, missing, length, parts[0], C + C2)
     if P1 > 0:
-        _slab_part(
-            x_ptr, row_ptr, residual_ptr, sum_ptr, statistics_ptr + 2 * G, length, C, G,
-            W, P0, P1, W - P0, N, ROWS,
-        )  # fmt: skip
+        missing = missing_of(source, parts[1])
+        _keep(statistics_ptr, mean1, square1, count, missing, length, parts[1], C + C2)
+
+
+@triton.jit
+def _recall(statistics_ptr, slabs, slab_rows, L, C, missing, part, P: tl.constexpr):
+    """Moments of the channels of a tile, from those of all slabs, TABLE of them at a time."""
+    channels, exists, _ = part
+    count = tl.zeros((TABLE, 1), tl.float32)
+    mean = tl.zeros((TABLE, P), tl.float32)
+    square = mean
+    for first in range(0, slabs, TABLE):
+        slab = first + tl.arange(0, TABLE)
+        more = tl.maximum(tl.minimum(slab_rows, L - slab * slab_rows), 0)[:, None]
+        inside = (more > 0) & exists[None, :]
+        pointers = statistics_ptr + (slab[:, None] * 2 * C + channels[None, :])
+        more_mean = tl.load(pointers, mask=inside, other=0.0)
+        more_square = tl.load(pointers + C, mask=inside, other=0.0)
+        more = more.to(tl.float32)
+        share = more / tl.maximum(count + more, 1.0)
+        mean, square = merge(mean, square, count, more_mean, more_square, share)
+        count += more
+    pivot, drift, square = moments_of(mean, square, count, 1.0 * L)
+    return pivot - missing, drift, square
 
 
 @triton.jit
 def _apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, row_ptr, statistics_ptr, L, C, row_stride, G, slab_rows, out_ptr,
-    EPS: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    N: tl.constexpr, ROWS: tl.constexpr, SLABS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, statistics_ptr,
+    L, C, C2, beside_batch, row_stride, slab_rows, slabs, counted_rows, sum_ptr, out_ptr,
+    EPS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr, SEGMENT: tl.constexpr,
+    N: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Combine the statistics of all slabs and normalise one slab, the last rows first."""
-    PARTS: tl.constexpr = 2 if P1 > 0 else 1
-    slabs = tl.num_programs(0)
-    first = tl.program_id(1) * N * W
+    """Normalise slab_rows rows, the last first, by the statistics of slabs of counted_rows."""
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * slab_rows
+    end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
-    index = tl.arange(0, SLABS * PARTS)
-    slab = index // PARTS
-    width = tl.where(index % PARTS > 0, W - P0, P0 if P1 > 0 else W)
-    count = tl.where(slab < slabs, tl.minimum(slab_rows, L - slab * slab_rows) * width, 0)
-    statistics_ptr += sample * slabs * PARTS * 2 * G + tl.program_id(1) * N
-    pointers = statistics_ptr + index[:, None] * 2 * G + tl.arange(0, N)[None, :]
-    mean = tl.load(pointers, mask=(slab < slabs)[:, None], other=0.0)[:, :, None]
-    square = tl.load(pointers + G, mask=(slab < slabs)[:, None], other=0.0)[:, :, None]
-    all_count = 1.0 * L * W  # L = 1 is a constant
-    pivot, shift, square_sum = _combine(
-        mean, square, count.to(tl.float32)[:, None, None], all_count
+    C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
+    source = source_of(
+        x_ptr, residual_ptr, beside_ptr, sum_ptr, sample, start, L, C, C2, beside_batch
     )
-    rstd = 1.0 / tl.sqrt_rn(tl.maximum(square_sum / all_count, 0.0) + EPS)
-
-    start = (slabs - 1 - tl.program_id(0)) * slab_rows
-    length = tl.minimum(slab_rows, L - start)
-    x_ptr += (sample * L + start) * C + first
-    out_ptr += (sample * L + start) * C + first
-    weight_ptr += first
-    bias_ptr += first
-    if row_ptr is not None:
-        row_ptr += sample * row_stride + first
-    for back in range(0, length, ROWS):
-        rows = (length - 1) // ROWS * ROWS - back + tl.arange(0, ROWS)
-        place = _place(rows, length, C, W, 0, P0, N)
-        total = _read(x_ptr, row_ptr, None, None, place)
-        _write(out_ptr, total, pivot, shift, rstd, weight_ptr, bias_ptr, place, SILU)
+    parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
+    rows = (end - 1) // ROWS * ROWS + tl.arange(0, ROWS)
+    next0, next1 = load_tiles(source, parts, rows, end, P1)  # on their way before the statistics
+    statistics_ptr += sample * slabs * 2 * (C + C2)
+    missing = missing_of(source, parts[0])
+    moments0 = _recall(statistics_ptr, slabs, counted_rows, L, C + C2, missing, parts[0], P0)
+    moments1 = moments0
+    if P1 > 0:
+        missing = missing_of(source, parts[1])
+        moments1 = _recall(statistics_ptr, slabs, counted_rows, L, C + C2, missing, parts[1], P1)
+    line0, line1 = lines_of(
+        weight_ptr, bias_ptr, source, parts, moments0, moments1, 1.0 * L, EPS, SEGMENT, N, P1
+    )
+    out_ptr += (sample * L + start) * (C + C2)
+    for _ in range(0, end, ROWS):
+        tile0, tile1, here = next0, next1, rows
+        rows -= ROWS
+        next0, next1 = load_tiles(source, parts, rows, end, P1)
+        store_tile(out_ptr, tile0, line0, parts[0], here, end, C + C2, SILU)
         if P1 > 0:
-            place = _place(rows, length, C, W, P0, P1, N)
-            total = _read(x_ptr, row_ptr, None, None, place)
-            _write(out_ptr, total, pivot, shift, rstd, weight_ptr, bias_ptr, place, SILU)
+            store_tile(out_ptr, tile1, line1, parts[1], here, end, C + C2, SILU)
 
 
 @dataclass(frozen=True)
@@ -220,30 +175,64 @@ class LaunchConfig:
     num_warps: int
 
 
-ONE_PASS_WARPS = {1024: 1, 4096: 4, 16384: 8, 20480: 16}
-"""Warps by the most elements of a tile, 32 to 64 fp32 values a thread: 32^2 rows of 20 channels are
-the last that fit; 40960 elements spill at 16 warps and at 32."""
-SEGMENTS = (64, 32)  # bytes of a row in a program: two sectors, at least one
-SLAB_TILE = 4096  # elements of a tile of the two slab kernels, 8 warps
-INTERPRETED_TILE = 65536  # the interpreter takes its time for an operation, not for its size
-MOST_SLABS = 512  # each program of the second kernel reads the statistics of all of them
-SLAB_PROGRAMS = 528  # four for each SM of an H100; the interpreter's are 64
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # of the largest chip
+SEGMENT = 128  # bytes of a row in a program, at least: a line of L1, four sectors
+# most elements of a tile that stays on chip: warps. 32 to 80 for each thread; 16 warps have too few
+# registers each for 20480, and 40960 do not fit at all
+ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
+# elements of a tile of the two slab kernels, 128 rows of 80 channels: 20 KB are on their way while
+# 20 KB are worked on, so that one program fills an SM; the interpreter wants few large tiles
+SLAB_TILE, INTERPRETED_TILE, INTERPRETED_SMS, SLAB_WARPS = 10240, 65536, 16, 8
+SLAB_ROWS = 32  # of a slab, at least
 
 
-def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
-    """Launch of B samples of L pixels in G groups of W channels of `size` bytes."""
-    divisors = [n for n in (1, 2, 4, 8, 16, 32) if G % n == 0]
-    wide = [next((n for n in divisors if n * W * size >= s), divisors[-1]) for s in SEGMENTS]
-    width, rows = sum(power_parts(W)), triton.next_power_of_2(L)
-    for groups in wide:
-        for most, num_warps in ONE_PASS_WARPS.items():
-            if rows * groups * width <= most:
+def _groups_of_a_program(W: int, G: int, size: int) -> int:
+    """The fewest whose segments are SEGMENT bytes long and begin where 16 bytes can be loaded."""
+
+    def key(groups: int) -> tuple[int, bool, int]:
+        width = groups * W * size
+        short = width < SEGMENT
+        return -math.gcd(width, 16), short, -groups if short else groups
+
+    return min((n for n in range(1, G + 1) if G % n == 0), key=key)
+
+
+def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> LaunchConfig:
+    """Launch of B samples of L pixels in G groups of W channels of `size` bytes, their statistics
+    `given` (1) or not (0)."""
+    groups = _groups_of_a_program(W, G, size)
+    width = sum(power_parts(groups * W, 16 // size))
+    rows = triton.next_power_of_2(L)
+    if not given:
+        for most, num_warps in ONE_PASS.items():
+            if rows * width <= most:
                 return LaunchConfig(groups, rows, 0, num_warps)
-    groups = wide[0]
-    tile, programs = (SLAB_TILE, SLAB_PROGRAMS) if arch else (INTERPRETED_TILE, 64)
-    rows = max(1, tile // triton.next_power_of_2(groups * width))
-    slabs = min(MOST_SLABS, triton.cdiv(programs, B * (G // groups)), triton.cdiv(L, rows))
-    return LaunchConfig(groups, rows, slabs, 8)
+    aligned = groups * W * size % 16 == 0  # else each element has an address
+    tile = (SLAB_TILE if aligned else SLAB_TILE // 4) if arch else INTERPRETED_TILE
+    rows = 1 << (max(1, tile // width).bit_length() - 1)
+    sms, segments = SMS.get(arch, INTERPRETED_SMS), B * G // groups
+    once, twice = sms // segments, 2 * sms // segments
+    slabs = twice if 5 * twice > 11 * once else once  # a program an SM, or two: a tenth fuller
+    return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), SLAB_WARPS)
+
+
+def candidates(
+    B: int, L: int, W: int, G: int, size: int, given: int, arch: int
+) -> tuple[LaunchConfig, ...]:
+    """What a tuner should try, the rule's own first; some spill or do not fit an architecture."""
+    slabs = pick(B, L, W, G, size, 1, arch)
+    found = [pick(B, L, W, G, size, given, arch), slabs]
+    width, rows = sum(power_parts(slabs.groups * W, 16 // size)), triton.next_power_of_2(L)
+    if not given and rows * width <= 2 * max(ONE_PASS):
+        found += [LaunchConfig(slabs.groups, rows, 0, num_warps) for num_warps in (4, 8, 16)]
+    for more in (1, 2, 4):  # programs of an SM
+        several = min(more * slabs.slabs, L)
+        found += [replace(slabs, slabs=several)]
+        found += [replace(slabs, slabs=several, rows=max(1, slabs.rows // 2), num_warps=4)]
+    if G % (2 * slabs.groups) == 0:
+        rows = max(1, slabs.rows // 2)
+        found += [replace(slabs, groups=2 * slabs.groups, slabs=2 * slabs.slabs, rows=rows)]
+    return tuple(dict.fromkeys(found))
 
 
 def plan(
@@ -256,43 +245,54 @@ def plan(
     silu: bool,
     row: Tensor | None = None,
     residual: Tensor | None = None,
+    beside: Tensor | None = None,
+    shift: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
     """The launches for x [B, Y, X, C] and what they write: the result and the sum (or empty)."""
     B, Y, X, C = x.shape
-    L, W = Y * X, C // groups
-    if not x.is_contiguous() or not (residual is None or residual.is_contiguous()):
-        raise ValueError("group_norm_silu: x and residual must be contiguous [B, Y, X, C]")
+    C2, beside_batch = (0, 1) if beside is None else (beside.shape[3], beside.shape[0])
+    L, W, size = Y * X, (C + C2) // groups, x.element_size()
+    for name, tensor in {"x": x, "residual": residual, "beside": beside, "shift": shift}.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"group_norm_silu: {name} has strides {tensor.stride()}; contiguous")
     if row is not None and row.stride(1) != 1:
         raise ValueError(f"group_norm_silu: row has strides {row.stride()}; the last must be 1")
-    sizes = {"L": L, "C": C, "row_stride": 0 if row is None else row.stride(0)}
-    out = torch.empty_like(x)
-    total = torch.empty_like(x) if residual is not None else x.new_empty(0)
-    config = pick(B, L, W, groups, x.element_size(), arch)
-    P0, P1 = power_parts(W)
-    tile: dict[str, Any] = {"W": W, "P0": P0, "P1": P1, "N": config.groups, "ROWS": config.rows}
-    parameters = {"weight_ptr": weight, "bias_ptr": bias, "row_ptr": row}
-    written = {"sum_ptr": total if residual is not None else None}
-    finish: dict[str, Any] = {"EPS": eps, "SILU": silu} | tile
-    blocks = groups // config.groups
+    config = pick(B, L, W, groups, size, statistics is not None, arch)
+    segment = config.groups * W
+    align = math.gcd(16 // size, segment, C, C2)
+    P0, P1 = power_parts(segment, 16 // size)
+    tile: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "P0": P0, "P1": P1}
+    tile |= {"ROWS": config.rows}
+    finish: dict[str, Any] = {"EPS": eps, "SILU": silu, "N": config.groups} | tile
+    out = x.new_empty((B, Y, X, C + C2))
+    total = x.new_empty(0 if residual is None else x.shape)
+    read: dict[str, Any] = {"x_ptr": x, "row_ptr": row, "residual_ptr": residual}
+    read |= {"beside_ptr": beside, "shift_ptr": shift}
+    read |= {"L": L, "C": C, "C2": C2, "beside_batch": beside_batch}
+    read |= {"row_stride": 0 if row is None else row.stride(0)}
+    read |= {"sum_ptr": None if residual is None else total}
+    written = {"weight_ptr": weight, "bias_ptr": bias, "out_ptr": out}
+    slab_rows = triton.cdiv(L, max(1, config.slabs))
+    grid = (triton.cdiv(L, slab_rows), groups // config.groups, B)  # no slab is empty
+
+    def launch(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any]) -> Launch:
+        ordered = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        return Launch(kernel, ordered, constants, grid, config.num_warps, vector=align * size)
+
     if not config.slabs:
-        arguments = {"x_ptr": x} | parameters | {"residual_ptr": residual} | sizes
-        arguments |= written | {"out_ptr": out}
-        launch = Launch(_one_pass_kernel, arguments, finish, (blocks, B), config.num_warps)
-        return (launch,), (out, total)
-    slab_rows = triton.cdiv(L, config.slabs)
-    slabs = triton.cdiv(L, slab_rows)  # fewer than asked for rather than an empty one
-    statistics = x.new_empty((B, slabs, 2 if P1 else 1, 2, groups), dtype=torch.float32)
-    sizes |= {"G": groups, "slab_rows": slab_rows}
-    grid = (slabs, blocks, B)
-    first = {"x_ptr": x, "row_ptr": row, "residual_ptr": residual} | sizes | written
-    first |= {"statistics_ptr": statistics}
-    second = {"x_ptr": x} | parameters | {"statistics_ptr": statistics} | sizes | {"out_ptr": out}
-    if residual is not None:  # the sum holds the row already
-        second |= {"x_ptr": total, "row_ptr": None}
-    finish |= {"SLABS": triton.next_power_of_2(slabs)}
-    statistics_launch = Launch(_statistics_kernel, first, tile, grid, config.num_warps)
-    apply_launch = Launch(_apply_kernel, second, finish, grid, config.num_warps)
-    return (statistics_launch, apply_launch), (out, total)
+        return (launch(_one_pass_kernel, read | written, finish),), (out, total)
+    launches = []
+    read |= {"slab_rows": slab_rows}
+    if statistics is None:
+        statistics = x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
+        launches = [launch(_statistics_kernel, read | {"statistics_ptr": statistics}, tile)]
+        if residual is not None:  # the sum holds all that is added
+            read |= {"x_ptr": total, "row_ptr": None, "shift_ptr": None}
+            read |= {"residual_ptr": None, "sum_ptr": None}
+    slabs = statistics.shape[1]
+    read |= {"statistics_ptr": statistics, "slabs": slabs, "counted_rows": triton.cdiv(L, slabs)}
+    return (*launches, launch(_apply_kernel, read | written, finish)), (out, total)
 
 
 run = Launcher(plan)

@@ -1,0 +1,99 @@
+"""What the contract of `group_norm_silu` cannot express: refusals, launches, given statistics."""
+
+import pytest
+import torch
+
+from fastdiff.kernels.concat import concat
+from fastdiff.kernels.dispatch import implementation
+from fastdiff.kernels.group_norm_silu import group_norm_silu
+from fastdiff.kernels.group_norm_silu.gpu import candidates, pick
+from fastdiff.kernels.group_norm_silu.spec import channel_statistics, reference, slab_rows
+
+# (L, C) of every norm of a U-Net: SD1.5 at 512², SDXL at 1024², 32 groups
+UNETS = [
+    (4096, 320), (4096, 640), (4096, 960), (1024, 320), (1024, 640), (1024, 960), (1024, 1280),
+    (1024, 1920), (256, 640), (256, 1280), (256, 1920), (256, 2560), (64, 1280), (64, 2560),
+    (16384, 320), (16384, 640), (16384, 960), (4096, 1280), (4096, 1920), (1024, 2560),
+]  # fmt: skip
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+
+
+@pytest.mark.parametrize("arch", SMS)
+@pytest.mark.parametrize(("L", "C"), UNETS)
+def test_programs_of_a_unet_read_lines_and_fill_the_chip(arch, L, C):
+    config = pick(2, L, C // 32, 32, 2, 0, arch)
+    segment = config.groups * C // 32 * 2
+    assert segment >= 128
+    assert segment % 16 == 0
+    programs = 2 * 32 // config.groups * max(1, config.slabs)
+    if config.slabs:
+        rounds = -(-programs // SMS[arch])
+        assert rounds <= 2
+        assert programs >= 0.75 * rounds * SMS[arch]
+    else:
+        assert L <= 256
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_candidates_begin_with_the_rule_and_cover_whole_groups(given):
+    for L, C in UNETS:
+        shape = (2, L, C // 32, 32, 2, given, 90)
+        found = candidates(*shape)
+        assert found[0] == pick(*shape)
+        assert len(set(found)) == len(found)
+        assert all(32 % config.groups == 0 and config.slabs <= L for config in found)
+        assert not given or all(config.slabs for config in found)
+
+
+def test_statistics_of_slabs_give_the_norm_of_the_whole():
+    t = torch.randn(2, 5, 7, 24)
+    weight, bias = torch.randn(2, 24).unbind(0)
+    exact = reference(t.double(), weight.double(), bias.double(), 4, 1e-5, True)[0]
+    for slabs in (1, 4, 35):
+        statistics = channel_statistics(t, slabs)
+        for which in ("reference", "triton", "cpu"):
+            run = implementation("group_norm_silu", which)
+            y, _ = run(t, weight, bias, 4, 1e-5, True, statistics=statistics)
+            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_skip_of_half_the_batch_with_a_row_on_a_cpu():
+    x, beside, row = torch.randn(4, 3, 5, 8), torch.randn(2, 3, 5, 6), torch.randn(4, 8)
+    weight, bias = torch.randn(2, 14).unbind(0)
+    both = concat(x + row[:, None, None, :], beside)
+    y = group_norm_silu(x, weight, bias, 7, 1e-5, row=row, beside=beside)
+    torch.testing.assert_close(y, group_norm_silu(both, weight, bias, 7, 1e-5))
+
+
+def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
+    """Squares around zero would lose all digits of a deviation of 1e-4 of the mean."""
+    x = (torch.randn(1, 64, 64, 64, dtype=torch.float64) * 0.1 + 1000).float()
+    shift = torch.full((64,), -900.0)
+    weight, bias = torch.ones(64), torch.zeros(64)
+    inputs = {"groups": 16, "eps": 1e-5, "silu": False, "shift": shift}
+    exact, _ = reference(x.double(), weight.double(), bias.double(), **inputs)
+    got, _ = implementation("group_norm_silu", "triton")(x, weight, bias, **inputs)
+    assert (got - exact).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"groups": 5}, "12 channels do not split into 5"),
+        ({"beside": torch.ones(3, 2, 2, 4)}, r"beside is \[3, 2, 2, 4\]"),
+        ({"shift": torch.ones(12)}, r"shift is \[12\]; expected \[8\]"),
+        ({"statistics": torch.ones(4, 1, 2, 8)}, r"\[4, slabs, 2, 12\]"),
+        ({"statistics": torch.ones(4, 1, 2, 12, dtype=torch.float64)}, r"torch\.float64"),
+        ({"statistics": torch.ones(4, 3, 2, 12)}, "4 pixels do not fill 3 slabs"),
+    ],
+)
+def test_refuses(wrong, message):
+    inputs = {"groups": 4, "beside": torch.ones(2, 2, 2, 4)} | wrong
+    with pytest.raises(ValueError, match=message):
+        group_norm_silu(torch.ones(4, 2, 2, 8), torch.ones(12), torch.ones(12), eps=1e-5, **inputs)
+
+
+def test_no_slab_is_empty():
+    assert slab_rows(10, 4) == 3
+    with pytest.raises(ValueError, match="10 pixels do not fill 7 slabs of 2"):
+        slab_rows(10, 7)
