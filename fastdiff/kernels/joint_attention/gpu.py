@@ -1,0 +1,106 @@
+"""Triton implementation of `joint_attention`: flash over two sequences that lie apart.
+
+The grid covers the tiles of the picture's queries, then those of the text's. Every program goes
+through the picture's keys and then the text's; each sequence ends with a masked block of its own.
+The longer loop comes first and both are pipelined; between them the pipeline fills once more.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.attention.gpu import LaunchConfig, alignment, stream, streams
+from fastdiff.kernels.attention.tiles import LOG2E, begin, flash, head_at, parts, write
+from fastdiff.kernels.contract import Launch, Launcher, power_parts
+
+
+@triton.jit
+def _joint_kernel(
+    q_ptr, k_ptr, v_ptr, text_q_ptr, text_k_ptr, text_v_ptr, L, T, H,
+    q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,
+    text_q_sb, text_q_sl, text_q_sh, text_k_sb, text_k_sl, text_k_sh,
+    text_v_sb, text_v_sl, text_v_sh, out_ptr, text_out_ptr, ALIGN: tl.constexpr,
+    SCALE: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, TEXT_TAIL: tl.constexpr,
+):  # fmt: skip
+    """A program does QUERIES queries of one head, of the picture or of the text."""
+    tile = tl.program_id(0)
+    head = (tl.program_id(1) % H).to(tl.int64)
+    sample = (tl.program_id(1) // H).to(tl.int64)
+    length = L
+    tiles = tl.cdiv(L, QUERIES)
+    if tile >= tiles:
+        tile -= tiles
+        length = T
+        q_ptr = text_q_ptr
+        q_sb = text_q_sb
+        q_sl = text_q_sl
+        q_sh = text_q_sh
+        out_ptr = text_out_ptr
+    start = tile.to(tl.int64) * QUERIES
+    left = length - start
+    q_ptr, q_sl = head_at(q_ptr, sample, head, q_sb, q_sh, q_sl, ALIGN)
+    k_ptr, k_sl = head_at(k_ptr, sample, head, k_sb, k_sh, k_sl, ALIGN)
+    v_ptr, v_sl = head_at(v_ptr, sample, head, v_sb, v_sh, v_sl, ALIGN)
+    queries = tl.arange(0, QUERIES)
+    q = parts(q_ptr + start * q_sl, queries, q_sl, left, K, P0, P1)
+    state = flash(
+        begin(QUERIES, P0, P1), q, k_ptr, v_ptr, None, queries, left, L,
+        k_sl, v_sl, 0, 0, SCALE, K, P0, P1, KEYS, TAIL, False,
+    )  # fmt: skip
+    text_k_ptr, text_k_sl = head_at(
+        text_k_ptr, sample, head, text_k_sb, text_k_sh, text_k_sl, ALIGN
+    )
+    text_v_ptr, text_v_sl = head_at(
+        text_v_ptr, sample, head, text_v_sb, text_v_sh, text_v_sl, ALIGN
+    )
+    peak, total, out0, out1 = flash(
+        state, q, text_k_ptr, text_v_ptr, None, queries, left, T,
+        text_k_sl, text_v_sl, 0, 0, SCALE, K, P0, P1, KEYS, TEXT_TAIL, False,
+    )  # fmt: skip
+    out_ptr += ((sample * length + start) * H + head) * K
+    write(out_ptr, (out0, out1), total, queries, H * K, left, K, P0, P1)
+
+
+def pick(K: int, size: int, arch: int) -> LaunchConfig:
+    """Launch for heads K wide, `size` bytes an element: that of `attention`, but 4 warps never take
+    128 queries: the second sequence's loop beside so many accumulators spills 32 bytes on sm_90;
+    with 64 queries an SM holds three blocks, with 8 warps only one."""
+    own = stream(K, size, arch)
+    return replace(own, queries=64) if (own.queries, own.num_warps) == (128, 4) else own
+
+
+def candidates(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
+    """What a tuner may try, `pick`'s own first."""
+    return tuple(dict.fromkeys((pick(K, size, arch), *streams(K, size, arch))))
+
+
+def plan(
+    arch: int, q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor,
+    scale: float | None = None,
+) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:  # fmt: skip
+    """The launch for q, k, v [B, L, H, K] and those of the text [B, T, H, K], and its outputs."""
+    (B, L, H, K), T = q.shape, text_q.shape[1]
+    states = {"q": q, "k": k, "v": v, "text_q": text_q, "text_k": text_k, "text_v": text_v}
+    align, vector = alignment(K, *states.values())
+    arguments: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in states.items()}
+    arguments |= {"L": L, "T": T, "H": H}
+    for name, tensor in states.items():
+        arguments |= zip((f"{name}_s{axis}" for axis in "blh"), tensor.stride(), strict=False)
+    out, text_out = q.new_empty((B, L, H, K)), q.new_empty((B, T, H, K))
+    arguments |= {"out_ptr": out, "text_out_ptr": text_out}
+    config, (P0, P1) = pick(K, q.element_size(), arch), power_parts(K, 16)
+    scale = (1.0 / math.sqrt(K) if scale is None else scale) * LOG2E.value
+    constants: dict[str, Any] = {"ALIGN": align, "SCALE": scale, "K": K, "P0": P0, "P1": P1}
+    constants |= {"QUERIES": config.queries, "KEYS": config.keys}
+    constants |= {"TAIL": L % config.keys != 0, "TEXT_TAIL": T % config.keys != 0}
+    tiles = triton.cdiv(L, config.queries) + triton.cdiv(T, config.queries)
+    how = (config.num_warps, config.num_stages, vector)
+    return (Launch(_joint_kernel, arguments, constants, (tiles, B * H), *how),), (out, text_out)
+
+
+run = Launcher(plan)

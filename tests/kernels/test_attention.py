@@ -1,0 +1,103 @@
+"""Masks of every shape, who is chosen, joint attention's errors, and what the main launches become.
+
+That every case of both ops is inside its budget is tested for every kernel in test_triton.py.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from command import environment
+
+from fastdiff.kernels.attention import gpu
+from fastdiff.kernels.attention.spec import reference as attention
+from fastdiff.kernels.contract import judge
+from fastdiff.kernels.dispatch import implementation
+from fastdiff.kernels.joint_attention import gpu as joint_gpu
+from fastdiff.kernels.joint_attention import joint_attention
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+WIDTHS = (40, 64, 80, 96, 128, 160, 512)
+BLOCKS = {  # (op, case): blocks that an SM of sm_80, 90, 120 is meant to hold, at least
+    ("attention", "sd15-64-self"): (3, 2, 3),
+    ("attention", "sdxl-64-self"): (2, 2, 2),
+    ("attention", "sd15-32-self"): (2, 2, 2),
+    ("attention", "sdxl-32-cross"): (3, 5, 3),
+    ("joint_attention", "sd3-512px"): (2, 3, 2),
+}
+SCRIPT = """
+import dataclasses, json, sys
+from fastdiff.kernels.inspect import table
+ops, cases = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+rows = table((80, 90, 120), cases=cases, ops=ops)
+json.dump([dataclasses.asdict(row) | {"faults": row.faults} for row in rows], sys.stdout)
+"""
+
+
+def test_main_launches_hold_as_many_blocks_as_intended():
+    ops, cases = (sorted(set(names)) for names in zip(*BLOCKS, strict=True))
+    command = [sys.executable, "-c", SCRIPT, json.dumps(ops), json.dumps(cases)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert not [fault for row in rows for fault in row["faults"]]
+    warps = {80: 64, 90: 64, 120: 48}  # that an SM holds at most
+    for row in rows:
+        wanted = BLOCKS[row["op"], row["case"]][(80, 90, 120).index(row["arch"])]
+        assert row["occupancy"] * warps[row["arch"]] / row["num_warps"] >= wanted - 0.01, row
+    assert len(rows) == 3 * len(BLOCKS)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_a_tuner_tries_begins_with_what_is_picked(arch, size):
+    for K in WIDTHS:
+        for Lk in (1, 77, 300, 4096):
+            tried = gpu.candidates(Lk, K, size, arch)
+            assert tried[0] == gpu.pick(Lk, K, size, arch)
+            assert len(set(tried)) == len(tried) <= 20
+        tried = joint_gpu.candidates(K, size, arch)
+        assert tried[0] == joint_gpu.pick(K, size, arch)
+        assert all(config.keys for config in tried)
+
+
+def test_bytes_at_once_follow_strides_and_widths():
+    def vector(tensor):
+        return gpu.alignment(tensor.shape[3], tensor)[1]
+
+    packed = torch.empty(2, 8, 3, 5, 40, dtype=torch.float16)
+    assert vector(packed[:, :, 1]) == 16  # heads are 80 bytes, 16 of which divide every stride
+    assert vector(torch.empty(2, 8, 5, 36, dtype=torch.float16)) == 8
+    assert vector(torch.empty(2, 8, 5, 33, dtype=torch.float16)) == 2
+    assert vector(torch.empty(2, 8, 5, 40)) == 16
+    shifted = torch.empty(2, 8, 208, dtype=torch.float16)[..., 4:204].unflatten(2, (5, 40))
+    assert vector(shifted) == 2  # Triton asks whether a pointer is a multiple of 16, no more
+    with pytest.raises(ValueError, match="the last must be 1"):
+        vector(packed[:, :, 1].transpose(2, 3))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_scale(scale):
+    """A negative one turns the order of the scores around, and with it where their peak is."""
+    q, k, v = torch.randn(3, 1, 300, 2, 40).unbind(0)
+    got = implementation("attention", "triton")(q, k, v, scale=scale)
+    exact = attention(q.double(), k.double(), v.double(), scale=scale)
+    verdict = judge("out", got, attention(q, k, v, scale=scale), exact)
+    assert verdict.passed, verdict
+
+
+def test_joint_attention_names_what_does_not_fit():
+    q, text = torch.randn(1, 6, 2, 8), torch.randn(1, 3, 2, 8)
+    with pytest.raises(ValueError, match=r"joint_attention: .*\[1, 3, 2, 4\].*; expected three"):
+        joint_attention(q, q, q, text, text, text[..., :4])
+    with pytest.raises(ValueError, match="6 picture and 0 text tokens"):
+        joint_attention(q, q, q, *[text[:, :0]] * 3)
+
+
+def test_joint_attention_is_attention_of_both_end_to_end():
+    states = torch.randn(3, 2, 9, 2, 8)
+    whole = attention(*states.unbind(0))
+    picture, text = joint_attention(*states[:, :, :6].unbind(0), *states[:, :, 6:].unbind(0))
+    torch.testing.assert_close(torch.cat([picture, text], 1), whole)
