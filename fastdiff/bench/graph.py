@@ -6,7 +6,7 @@ torch's ops are what its CUDA backend starts.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ _aten = torch.ops.aten
 NAMES = {
     "convolution": "convolution (cuDNN)",
     "addmm": "matrix product (cuBLAS)",
+    "addmm_": "matrix product (cuBLAS)",
     "mm": "matrix product (cuBLAS)",
     "bmm": "matrix product (cuBLAS)",
 }
@@ -72,8 +73,8 @@ class _Recorder(TorchDispatchMode):
             return self._ours(name, args, kwargs)
         if op is _aten.convolution.default:
             return self._convolution(args)
-        if op is _aten.upsample_nearest2d.vec:
-            return self._enlargement(*args)
+        if name == "upsample_nearest2d":
+            return self._enlargement(args[0], op(*args, **kwargs))
         with self:  # within an op of ours, ops arrive that are made of others
             result = op.decompose(*args, **kwargs)
         if result is not NotImplemented:
@@ -99,9 +100,9 @@ class _Recorder(TorchDispatchMode):
             self.note("torch add (a convolution's bias)", 2 * bytes_of(out) + bytes_of(bias))
         return out
 
-    def _enlargement(self, x: Tensor, size: Sequence[int], scales: Any) -> Tensor:
-        """One launch from channels last to channels last."""
-        batch, channels = x.shape[:2]
+    def _enlargement(self, x: Tensor, shape: Tensor) -> Tensor:
+        """One launch from channels last to channels last, where the meta device has many ops."""
+        batch, channels, *size = shape.shape
         out = x.new_empty((batch, *size, channels)).permute(0, 3, 1, 2)
         self.note("torch upsample_nearest2d", bytes_of(x) + bytes_of(out))
         return out
@@ -147,6 +148,14 @@ class _Attention(TorchFunctionMode):
         return out
 
 
+def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
+    """What `run` has a GPU of an architecture launch, in order; its tensors are on meta."""
+    recorder = _Recorder(arch)
+    with torch.no_grad(), recorder, _Attention(recorder):
+        run()
+    return recorder.launched
+
+
 def rows(network: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: int) -> list[Row]:
     """The launches of one step of classifier-free guidance, by kernel, the dearest first.
 
@@ -155,12 +164,10 @@ def rows(network: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: in
         side: of the latents.
         tokens: of the text.
     """
-    recorder = _Recorder(int(gpu.arch.removeprefix("sm_")))
     network = nn.Module.to(network, dtype=dtype)
-    with torch.no_grad():
-        _step(borrow_unet(network, Loan(network, rehearsal=True)), dtype, side, tokens, recorder)
+    step = _step(borrow_unet(network, Loan(network, rehearsal=True)), dtype, side, tokens)
     by_kernel: defaultdict[str, list[Tally]] = defaultdict(list)
-    for kernel, work in recorder.launched:
+    for kernel, work in launched(step, int(gpu.arch.removeprefix("sm_"))):
         by_kernel[kernel].append(work)
     found = [
         Row(
@@ -175,20 +182,23 @@ def rows(network: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: in
     return sorted(found, key=lambda row: -row.floor_ms)
 
 
-def _step(unet: UNet, dtype: torch.dtype, side: int, tokens: int, recorder: _Recorder) -> None:
+def _step(unet: UNet, dtype: torch.dtype, side: int, tokens: int) -> Callable[[], None]:
     """What `runtime.loop` repeats: the network on hoisted rows, then the guided step."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    channels = unet.conv_in.weight.shape[1]
-    latents = empty(1, side, side, channels)
+    latents = empty(1, side, side, unet.conv_in.weight.shape[1])
     # SDXL's halves differ in what is added to the time: they part at the first resnet
     time_rows = empty(1 if unet.added is None else 2, unet.rows.weight.shape[0])
     text = empty(2, tokens, unet.text.weight.shape[0])
-    single = {"dtype": torch.float32}
-    sample, history = empty(*latents.shape, **single), empty(2, 0, *latents.shape, **single)
-    table, step = empty(1, HISTORY + 1, **single), empty(1, dtype=torch.int64)
-    with recorder, _Attention(recorder):
+    sample = empty(*latents.shape, dtype=torch.float32)
+    history = empty(2, 0, *latents.shape, dtype=torch.float32)
+    table = empty(1, HISTORY + 1, dtype=torch.float32)
+    step = empty(1, dtype=torch.int64)
+
+    def run() -> None:
         output = unet.predict(latents, time_rows, text)
         guided_step(output, sample, history, latents, table, step)
+
+    return run

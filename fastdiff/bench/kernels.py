@@ -23,7 +23,7 @@ LAUNCHES = 16
 L2_BYTES = 128 << 20  # at least as large as the L2 cache of any GPU
 LEAST_S = 1e-3  # a clock's reading costs a ten-thousandth of it
 QUICK_FLOPS, QUICK_BYTES = 1e9, 25e6
-MODELS = ("demo", "sd15", "sdxl", "vae", "lcm")
+MODELS = ("demo", "sd15", "sdxl", "sd3", "flux", "vae", "lcm")
 
 Sample = Callable[[], float]
 """Milliseconds of one call, measured anew each time."""

@@ -22,15 +22,17 @@ _aten = torch.ops.aten
 FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table leaves the CPU's attention out
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _aten._scaled_dot_product_flash_attention
-    ]
+    ],
+    _aten.addmm_: flop_registry[_aten.addmm],
 }
 _KIND_OF = {
     name: kind
     for kind, names in {
         "attention": "_softmax",
         "conv": "convolution conv2d",
-        "linear": "mm addmm bmm baddbmm linear",
-        "norm": "native_group_norm native_layer_norm group_norm_silu layer_norm",
+        "linear": "mm addmm addmm_ bmm baddbmm linear geglu",
+        "norm": "native_group_norm native_layer_norm group_norm_silu ada_norm qk_norm",
+        "pointwise": "gelu_gate residual",
         "copy": "cat concat clone copy_ _to_copy repeat index embedding upsample_nearest2d",
         "step": "guided_step",
         "host read": "_local_scalar_dense",

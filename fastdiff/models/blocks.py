@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.concat import concat
-from fastdiff.kernels.conv2d import conv2d
-from fastdiff.kernels.group_norm_silu import group_norm_silu
+from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.linear import linear
 from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights, kind
+from fastdiff.models.sums import Sum, convolved, projected
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
@@ -32,10 +32,6 @@ def expect(module: Any, *names: str) -> None:
     require(kind(module) in names, f"a {kind(module)} where a {' or '.join(names)} was expected")
 
 
-def group_norm(x: Tensor, norm: Norm, silu: bool, row: Tensor | None = None) -> Tensor:
-    return group_norm_silu(x, norm.weight, norm.bias, norm.groups, norm.eps, silu, row)
-
-
 @dataclass(frozen=True)
 class Resnet:
     norm1: Norm
@@ -46,14 +42,28 @@ class Resnet:
     row: slice | None
     """This block's columns of the projected time embedding of all blocks."""
 
-    def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, x: Sum, rows: Tensor | None, beside: Tensor | None = None) -> Sum:
+        """Of x, and of the channels of `beside` after x's: a skip connection, which may be of half
+        as many pictures where the halves of guidance share it."""
         row = None
         if rows is not None and self.row is not None:
-            row = rows[:, self.row].expand(x.shape[0], -1)
-        h = conv2d(group_norm(x, self.norm1, silu=True), self.conv1.weight, self.conv1.bias)
-        h = group_norm(h, self.norm2, silu=True, row=row)
-        skip = x if self.shortcut is None else linear(x, self.shortcut.weight, self.shortcut.bias)
-        return conv2d(h, self.conv2.weight, self.conv2.bias, residual=skip)
+            row = rows[:, self.row].expand(x.batch, -1)
+        if beside is not None and not on_gpu(beside):  # our CPU loops want one tensor
+            x, beside = Sum(concat(x.closed(), beside)), None
+        h = x.group_normed(self.norm1, silu=True, beside=beside)
+        h = convolved(h, self.conv1).group_normed(self.norm2, silu=True, row=row)
+        return convolved(h, self.conv2, self._around(x.closed(), beside))
+
+    def _around(self, x: Tensor, beside: Tensor | None) -> Tensor:
+        if self.shortcut is None:
+            return x
+        weight, channels = self.shortcut.weight, x.shape[-1]
+        y = linear(x, weight[:, :channels], self.shortcut.bias)
+        if beside is not None:  # the product is as a sum of two, so nobody concatenates
+            pixels = beside.numel() // beside.shape[-1]
+            for part in y.view(-1, pixels, y.shape[-1]):
+                part.addmm_(beside.view(pixels, -1), weight[:, channels:].t())
+        return y
 
 
 def borrow_resnet(module: Any, loan: Loan, rows: "Columns | None" = None) -> Resnet:
@@ -109,12 +119,12 @@ class PictureAttention:
     qkv: Weights
     out: Weights
 
-    def __call__(self, x: Tensor) -> Tensor:
-        h = linear(group_norm(x, self.norm, silu=False), self.qkv.weight, self.qkv.bias)
-        split = (-1, (self.heads, x.shape[-1] // self.heads))
+    def __call__(self, x: Sum) -> Sum:
+        h = linear(x.group_normed(self.norm, silu=False), self.qkv.weight, self.qkv.bias)
+        around = x.closed()
+        split = (-1, (self.heads, around.shape[-1] // self.heads))
         q, k, v = (part.unflatten(*split) for part in h.flatten(1, 2).chunk(3, -1))
-        h = attention(q, k, v).reshape(x.shape)
-        return linear(h, self.out.weight, self.out.bias, residual=x)
+        return projected(attention(q, k, v).reshape(around.shape), self.out, around)
 
 
 def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
@@ -136,8 +146,8 @@ class Down:
     conv: Weights
     padding: tuple[int, int]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=self.padding)
+    def __call__(self, x: Sum) -> Sum:
+        return convolved(x.closed(), self.conv, stride=2, padding=self.padding)
 
 
 @dataclass(frozen=True)
@@ -146,9 +156,12 @@ class Up:
 
     conv: Weights
 
-    def __call__(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = (2 * x.shape[1], 2 * x.shape[2]) if size is None else size
-        return conv2d(x, self.conv.weight, self.conv.bias, size=size)
+    def __call__(self, x: Sum, size: tuple[int, int] | None = None) -> Sum:
+        twice = x.twice
+        size = twice if size is None else size
+        if size == twice and x.waits:
+            return convolved(x.enlarged(), self.conv)
+        return convolved(x.closed(), self.conv, size=size)
 
 
 def borrow_down(module: Any, loan: Loan) -> Down:

@@ -71,9 +71,9 @@ class ControlNet(Trunk):
 
         `picture` [B, Y, X, C] of the embedding; all others as `UNet.predict`'s.
         """
-        x, skips = self.down(x, rows, text, condition=picture)
-        outs = zip((*skips, x), self.outs, strict=True)
-        return torch.cat([linear(h, out.weight, out.bias).flatten() for h, out in outs])
+        middle, skips = self.down(x, rows, text, condition=picture)
+        outs = zip((*skips, middle), self.outs, strict=True)
+        return torch.cat([linear(h.closed(), out.weight, out.bias).flatten() for h, out in outs])
 
     def _sizes(self, y: int, x: int) -> list[tuple[int, int]]:
         """Rows and columns of each residual."""

@@ -7,19 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.kernels.attention import attention
-from fastdiff.kernels.layer_norm import layer_norm
+from fastdiff.kernels.geglu import geglu
 from fastdiff.kernels.linear import linear
 from fastdiff.models.blocks import (
     PLAIN_PROCESSORS,
     Columns,
     check_attention,
     expect,
-    group_norm,
     repeated,
     require,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.ip_adapter import PROCESSOR
+from fastdiff.models.sums import Sum, projected
 
 
 class CrossColumns(Columns):
@@ -51,39 +51,31 @@ class Block:
     geglu: Weights
     ff: Weights
 
-    def __call__(
-        self, x: Tensor, text: Tensor, images: Sequence[Tensor], mask: Tensor | None
-    ) -> Tensor:
+    def __call__(self, x: Sum, text: Tensor, images: Sequence[Tensor], mask: Tensor | None) -> Sum:
         """x [B, L, C], text [B or 2B, T, …]: pictures part where they meet different texts.
 
         `images` [B or 2B as the text, tokens, …]: what IP-Adapters add to the text's attention.
         """
-        split = (-1, (self.heads, x.shape[-1] // self.heads))
-        h = _layer_norm(x, self.norm1)
+        h = x.layer_normed(self.norm1)
+        split = (-1, (self.heads, h.shape[-1] // self.heads))
         q, k, v = (
             part.unflatten(*split)
             for part in linear(h, self.qkv.weight, self.qkv.bias).chunk(3, -1)
         )
-        h = attention(q, k, v).flatten(2)
-        x = linear(h, self.out1.weight, self.out1.bias, residual=x)
-        h = _layer_norm(x, self.norm2)
+        x = projected(attention(q, k, v).flatten(2), self.out1, x.closed())
+        h = x.layer_normed(self.norm2)
         q = linear(h, self.q.weight, self.q.bias).unflatten(*split)
         # attention reads any strides; what follows takes x as the residual of both halves
         q = q.expand(text.shape[0], -1, -1, -1) if q.shape[0] == 1 else repeated(q, text.shape[0])
         k, v = (part.unflatten(*split) for part in text[..., self.text].chunk(2, -1))
-        h = attention(q, k, v, mask).flatten(2)
-        x = linear(h, self.out2.weight, self.out2.bias, residual=x)
+        x = projected(attention(q, k, v, mask).flatten(2), self.out2, x.closed())
         for image in images:
             if image.shape[1] > 0:
                 k, v = (part.unflatten(*split) for part in image[..., self.text].chunk(2, -1))
-                x = linear(attention(q, k, v).flatten(2), self.out2.weight, residual=x)
-        h = _layer_norm(x, self.norm3)
-        h = linear(h, self.geglu.weight, self.geglu.bias, act="geglu")
-        return linear(h, self.ff.weight, self.ff.bias, residual=x)
-
-
-def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+                unbiased = Weights(self.out2.weight, None)
+                x = projected(attention(q, k, v).flatten(2), unbiased, x.closed())
+        h = geglu(x.layer_normed(self.norm3), self.geglu.weight, self.geglu.bias)
+        return projected(h, self.ff, x.closed())
 
 
 def borrow_block(module: Any, loan: Loan, text: CrossColumns) -> Block:
@@ -123,15 +115,13 @@ class Transformer:
     blocks: tuple[Block, ...]
     proj_out: Weights
 
-    def __call__(
-        self, x: Tensor, text: Tensor, images: Sequence[Tensor], mask: Tensor | None
-    ) -> Tensor:
-        h = group_norm(x, self.norm, silu=False).flatten(1, 2)
-        h = linear(h, self.proj_in.weight, self.proj_in.bias)
+    def __call__(self, x: Sum, text: Tensor, images: Sequence[Tensor], mask: Tensor | None) -> Sum:
+        h = x.group_normed(self.norm, silu=False).flatten(1, 2)
+        tokens = Sum(linear(h, self.proj_in.weight, self.proj_in.bias))
         for block in self.blocks:
-            h = block(h, text, images, mask)
-        h = h.unflatten(1, x.shape[1:3])
-        return linear(h, self.proj_out.weight, self.proj_out.bias, residual=x)
+            tokens = block(tokens, text, images, mask)
+        around = x.closed()
+        return projected(tokens.closed().unflatten(1, around.shape[1:3]), self.proj_out, around)
 
 
 def borrow_transformer(module: Any, loan: Loan, text: CrossColumns) -> Transformer:

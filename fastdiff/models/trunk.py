@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import (
@@ -26,6 +25,7 @@ from fastdiff.models.blocks import (
 )
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.sums import Sum, convolved
 from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
 from fastdiff.models.watch import FREEU
 
@@ -69,7 +69,7 @@ class Trunk:
         mask: Tensor | None = None,
         condition: Tensor | None = None,
         inner: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Sum, list[Sum]]:
         """The down half and the middle, channels last; arguments as of `UNet.predict`.
 
         Args:
@@ -81,34 +81,34 @@ class Trunk:
         """
         inner = list(inner)
         with scope("conv in"):
-            x = conv2d(x, self.conv_in.weight, self.conv_in.bias, residual=condition)
-            x = x if rows.shape[0] == 1 else repeated(x, rows.shape[0])
-        skips = [x]
+            h = convolved(x, self.conv_in, condition)
+            h = h if rows.shape[0] in (1, h.batch) else Sum(repeated(h.closed(), rows.shape[0]))
+        skips = [h]
         for i, stage in enumerate(self.downs):
             with scope(f"down {i}"):
                 for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
-                    x = resnet(x, rows)
-                    x = x if transformer is None else transformer(x, text, images, mask)
-                    skips.append(x)
+                    h = resnet(h, rows)
+                    h = h if transformer is None else transformer(h, text, images, mask)
+                    skips.append(h)
                 # diffusers adds before the resampler in a block with cross-attention, else after it
                 if inner and stage.transformers[-1] is not None:
-                    x = skips[-1] = x + inner.pop(0)
+                    h = skips[-1] = Sum(h.closed() + inner.pop(0))
                 if stage.down is not None:
-                    x = stage.down(x)
-                    skips.append(x)
+                    h = stage.down(h)
+                    skips.append(h)
                 if inner and stage.transformers[-1] is None:
-                    x = skips[-1] = x + inner.pop(0)
+                    h = skips[-1] = Sum(h.closed() + inner.pop(0))
         if self.mid is not None:
             with scope("mid"):
-                x = self.mid.resnets[0](x, rows)
+                h = self.mid.resnets[0](h, rows)
                 for transformer, resnet in zip(
                     self.mid.transformers, self.mid.resnets[1:], strict=True
                 ):
-                    x = x if transformer is None else transformer(x, text, images, mask)
-                    x = resnet(x, rows)
-                if inner and inner[0].shape == x.shape:
-                    x = x + inner.pop(0)
-        return x, skips
+                    h = h if transformer is None else transformer(h, text, images, mask)
+                    h = resnet(h, rows)
+                if inner and inner[0].shape == h.closed().shape:
+                    h = Sum(h.closed() + inner.pop(0))
+        return h, skips
 
     @property
     def skips(self) -> int:

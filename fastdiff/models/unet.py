@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastdiff.kernels.concat import concat
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
-from fastdiff.models.blocks import channels_first, channels_last, group_norm, require
+from fastdiff.models.blocks import channels_first, channels_last, require
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
+from fastdiff.models.sums import Sum
 from fastdiff.models.trunk import Stage, Trunk, borrow_trunk
 
 
@@ -101,19 +101,20 @@ class UNet(Trunk):
         given = iter(more)
         images = list(islice(given, len(more) - controls - inners))
         control, inner = list(islice(given, controls)), list(given)
-        x, skips = self.down(x, rows, text, images, text_mask, inner=inner)
+        h, skips = self.down(x, rows, text, images, text_mask, inner=inner)
         if control:
-            skips = [s + r for s, r in zip(skips, control[:-1], strict=True)]
-            x = x + control[-1]
+            skips = [Sum(s.closed() + r) for s, r in zip(skips, control[:-1], strict=True)]
+            h = Sum(h.closed() + control[-1])
         for i, stage in enumerate(self.ups):
             with scope(f"up {i}"):
                 for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
-                    x = resnet(concat(x, skips.pop()), rows)
-                    x = x if transformer is None else transformer(x, text, images, text_mask)
+                    h = resnet(h, rows, beside=skips.pop().closed())
+                    h = h if transformer is None else transformer(h, text, images, text_mask)
                 if stage.up is not None:  # to the size of the skips it meets next, odd ones too
-                    x = stage.up(x, (skips[-1].shape[1], skips[-1].shape[2]))
+                    _, rows_next, columns_next, _ = skips[-1].closed().shape
+                    h = stage.up(h, (rows_next, columns_next))
         with scope("out"):
-            x = group_norm(x, self.norm_out, silu=True)
+            x = h.group_normed(self.norm_out, silu=True)
             return conv2d(x, self.conv_out.weight, self.conv_out.bias)
 
     def image_rows(self, image_embeds: Any) -> tuple[Tensor, ...]:

@@ -19,11 +19,11 @@ from fastdiff.models.blocks import (
     channels_first,
     channels_last,
     expect,
-    group_norm,
     only,
     require,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
+from fastdiff.models.sums import Sum, convolved
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Stage:
     resnets: tuple[Resnet, ...]
     resample: Down | Up | None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Sum) -> Sum:
         for resnet in self.resnets:
             x = resnet(x, None)
         return x if self.resample is None else self.resample(x)
@@ -46,7 +46,7 @@ class Middle:
     first: Resnet
     pairs: tuple[tuple[PictureAttention | None, Resnet], ...]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Sum) -> Sum:
         x = self.first(x, None)
         for attention, resnet in self.pairs:
             x = resnet(x if attention is None else attention(x), None)
@@ -66,14 +66,14 @@ class Decoder:
     def run(self, x: Tensor) -> Tensor:
         """The same, channels last throughout."""
         with scope("VAE conv in"):
-            x = conv2d(x, self.conv_in.weight, self.conv_in.bias)
+            h = convolved(x, self.conv_in)
         with scope("VAE mid"):
-            x = self.mid(x)
+            h = self.mid(h)
         for i, stage in enumerate(self.stages):
             with scope(f"VAE up {i}"):
-                x = stage(x)
+                h = stage(h)
         with scope("VAE out"):
-            return _finish(x, self.norm_out, self.conv_out)
+            return _finish(h, self.norm_out, self.conv_out)
 
     def __call__(self, sample: Tensor) -> Tensor:
         return channels_first(self.run(channels_last(sample)))
@@ -91,10 +91,10 @@ class Encoder:
 
     def run(self, x: Tensor) -> Tensor:
         """The same, channels last throughout."""
-        x = conv2d(x, self.conv_in.weight, self.conv_in.bias)
+        h = convolved(x, self.conv_in)
         for stage in self.stages:
-            x = stage(x)
-        return _finish(self.mid(x), self.norm_out, self.conv_out)
+            h = stage(h)
+        return _finish(self.mid(h), self.norm_out, self.conv_out)
 
     def __call__(self, sample: Tensor) -> Tensor:
         return channels_first(self.run(channels_last(sample)))
@@ -124,8 +124,8 @@ def borrow_encoder(module: Any, loan: Loan) -> Encoder:
     )
 
 
-def _finish(x: Tensor, norm: Norm, conv: Weights) -> Tensor:
-    return conv2d(group_norm(x, norm, silu=True), conv.weight, conv.bias)
+def _finish(x: Sum, norm: Norm, conv: Weights) -> Tensor:
+    return conv2d(x.group_normed(norm, silu=True), conv.weight, conv.bias)
 
 
 def _check(module: Any) -> None:

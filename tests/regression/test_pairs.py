@@ -170,7 +170,7 @@ def real(settings, until=None, **gates):
 
 
 def test_real_processes_time_real_kernels():
-    settings = Settings("kernels", "cpu", "float32", threads=1, filter="layer_norm · demo")
+    settings = Settings("kernels", "cpu", "float32", threads=1, filter="ada_norm · demo")
     done = real(settings, Until(pairs=2))
     (base, new), *others = done.times.values()
     assert not others
@@ -221,7 +221,7 @@ def test_a_process_that_is_killed_is_told_and_does_not_hang(monkeypatch, tmp_pat
     assert old in script
     (tmp_path / "worker.py").write_text(script.replace(old, f"        {fault}"))
     monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
-    settings = Settings("kernels", "cpu", "float32", threads=1, filter="layer_norm · demo")
+    settings = Settings("kernels", "cpu", "float32", threads=1, filter="ada_norm · demo")
     with pytest.raises(UserError, match="its process was ended by signal 11"):
         real(settings)
 

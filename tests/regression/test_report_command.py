@@ -168,19 +168,19 @@ def test_a_kernel_is_timed_in_both_states_from_the_command_line(tmp_path, monkey
     (tmp_path / "other").mkdir()
     (tmp_path / "other/README").write_text("nothing to install")
     path = tmp_path / "paired.json"
-    options = ("--filter", "layer_norm · demo", "--pairs", "2", "--json", path)
+    options = ("--filter", "ada_norm · demo", "--pairs", "2", "--json", path)
     code, out, err = run("bench", "kernels", "--against", tmp_path / "other", *options)
     assert code == 3, err
     assert "about" in out
     assert "more process pairs would tell" in out
     document = json.loads(path.read_text())
     (row,) = document["times"]
-    assert row["name"].startswith("layer_norm · demo(")
+    assert row["name"].startswith("ada_norm · demo(")
     assert len(row["base"]) == len(row["new"]) == 2
     assert document["case"] == "kernels, float32, cpu"
     again, printed, _ = run("report", path)
     assert again == 3
-    assert "layer_norm · demo" in printed
+    assert "ada_norm · demo" in printed
     broken = copy.deepcopy(document)
     broken["wrong"]["new"] = {row["name"]: "error 1"}
     broken["times"] = []

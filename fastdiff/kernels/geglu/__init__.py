@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.dispatch import implementation, register
 from fastdiff.kernels.geglu import cpu
 from fastdiff.kernels.geglu.spec import SPEC
@@ -78,11 +79,11 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "au
         raise ValueError(
             f"geglu: x is {x.dtype}, weight {weight.dtype}; all must be of one dtype, the bias too"
         )
-    if impl == "auto" and x.is_cuda:
+    if impl == "auto" and on_gpu(x):
         impl = choose(x.numel() // max(x.shape[-1], 1), x.shape[-1]).run
     if impl == "split":
         return gelu_gate(F.linear(x, weight, bias))
-    if impl in ("auto", "triton" if x.is_cuda else "cpu"):
+    if impl in ("auto", "triton" if on_gpu(x) else "cpu"):
         out: Tensor = _op(x, weight, bias)
         return out
     named: Tensor = implementation("geglu", impl)(x, weight, bias)

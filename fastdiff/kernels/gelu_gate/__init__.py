@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.dispatch import implementation, register
 from fastdiff.kernels.gelu_gate import cpu
 from fastdiff.kernels.gelu_gate.spec import SPEC
@@ -36,7 +37,7 @@ def gelu_gate(h: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
             f"gelu_gate: bias is {bias.dtype} {list(bias.shape)}; expected {h.dtype}"
             f" [{h.shape[-1]}]"
         )
-    if impl in ("auto", "triton" if h.is_cuda else "cpu"):
+    if impl in ("auto", "triton" if on_gpu(h) else "cpu"):
         out: Tensor = _op(h, bias)
         return out
     named: Tensor = implementation("gelu_gate", impl)(h, bias)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.guided_step import spec
+from fastdiff.kernels.tuned import tunable
 
 # a kernel may read globals only if they are constexpr
 GUIDANCE, RESCALE = tl.constexpr(spec.GUIDANCE), tl.constexpr(spec.RESCALE)
@@ -108,16 +109,29 @@ class LaunchConfig:
     num_warps: int
 
 
-CONFIGS = (  # (elements of a sample up to, config): enough programs to hide the latency of L2
-    (4096, LaunchConfig(256, 2048, 4)),
+CONFIGS = (  # (elements of a sample up to, config): enough programs to hide the latency of L2,
+    # and eight elements a thread at least, 16 bytes of half precision
+    (4096, LaunchConfig(256, 512, 1)),
     (65536, LaunchConfig(1024, 4096, 4)),
     (2**62, LaunchConfig(2048, 4096, 8)),
 )
+ALIGNED = 16  # elements: Triton asks a size no finer question
 
 
-def pick(E: int) -> LaunchConfig:
-    """Launch for samples of E elements, on every architecture."""
+@tunable("guided_step")
+def pick(E: int, arch: int) -> LaunchConfig:
+    """Launch for samples of E elements: not measured, the same for all architectures."""
     return next(config for most, config in CONFIGS if most >= E)
+
+
+def candidates(E: int, arch: int) -> tuple[LaunchConfig, ...]:
+    """What a tuner should try: other sizes of a program, a vector of 16 bytes a thread or two."""
+    offered = [
+        LaunchConfig(block, 512 * (block // 32 // each), block // 32 // each)
+        for block in (256, 512, 1024, 2048, 4096)
+        for each in (8, 16)  # elements of a thread
+    ]
+    return tuple(config for config in offered if config.block < 2 * E and config.num_warps <= 16)
 
 
 def plan(
@@ -142,7 +156,7 @@ def plan(
         history.shape[1],
     )
     elements = sample.numel() // batch
-    config = pick(elements)
+    config = pick(elements, arch)
     arguments = {
         "output_ptr": model_output,
         "table_ptr": table,
@@ -161,7 +175,10 @@ def plan(
         "REDUCE": config.reduce,
     }
     grid = (triton.cdiv(elements, config.block), batch)
-    launch = Launch(_guided_step_kernel, arguments, constants, grid, config.num_warps)
+    vector = 16 if elements % ALIGNED == 0 else model_output.element_size()
+    launch = Launch(
+        _guided_step_kernel, arguments, constants, grid, config.num_warps, vector=vector
+    )
     return (launch,), None
 
 

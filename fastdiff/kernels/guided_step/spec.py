@@ -89,13 +89,13 @@ def moved(case: Case, size: int) -> int:
     past = 0 if case.get("fresh") else 2 * case.depth
     state = 2 + past + 2 * bool(case.depth) + bool(case.get("noise"))
     columns = 4 + (case.copies == 2) + 2 * case.depth + bool(case.get("noise"))
-    return _elements(case) * (size * (case.copies + 1) + 4 * state) + 4 * columns + 8
+    return int(_elements(case) * (size * (case.copies + 1) + 4 * state) + 4 * columns + 8)
 
 
 def operations(case: Case) -> int:
     """Without rescaling, which each program of the kernel repeats over its whole sample."""
     each = 4 + 3 * (case.copies == 2) + 4 * case.depth + 2 * bool(case.get("noise"))
-    return _elements(case) * each
+    return int(_elements(case) * each)
 
 
 CASES = (

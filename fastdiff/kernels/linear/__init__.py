@@ -23,16 +23,15 @@ def linear(
         weight: [N, D] as in `torch.nn.Linear`, of any strides. On a CPU our own loop runs when its
             columns lie side by side (`weight.stride(0) == 1`, see `models.borrow`).
         bias: [N].
-        act: "none", "silu" or "geglu" (value · gelu(gate), exact erf; the first N/2 columns are the
-            value, the others the gate, as diffusers stores them).
+        act: "none" or "silu"; gated activations are `geglu`'s.
         residual: of the output's shape, contiguous, added last; of half as many pictures where the
             halves of guidance share it.
 
     Returns:
-        [..., N] ([..., N/2] with "geglu"), contiguous, in x's dtype; sums are float32.
+        [..., N], contiguous, in x's dtype; sums are float32.
 
     Raises:
-        ValueError: `act` is none of the three.
+        ValueError: `act` is neither.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"linear: act is {act!r}; it must be one of {', '.join(ACTIVATIONS)}")

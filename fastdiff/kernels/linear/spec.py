@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastdiff.kernels.contract import Case, KernelSpec
 
-ACTIVATIONS = {"none": 0, "silu": 1, "geglu": 2}
+ACTIVATIONS = {"none": 0, "silu": 1}
 
 
 def reference(
@@ -21,9 +21,6 @@ def reference(
     y = F.linear(x, weight, bias)
     if act == "silu":
         y = F.silu(y)
-    elif act == "geglu":
-        value, gate = y.chunk(2, dim=-1)
-        y = value * F.gelu(gate)
     if residual is not None:
         y = (y.reshape(-1, *residual.shape) + residual).view(y.shape)
     return y.contiguous()
@@ -35,33 +32,28 @@ def inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    L, D, N, act = case.L, case.D, case.N, case.get("act", "none")
+    L, D, N = case.L, case.D, case.N
     packed = normal(D, N + case.get("beside", 0))[:, :N].t() / D**0.5  # columns of a wider buffer
     return {
-        "x": normal(case.B, L, D) * case.get("spread", 1.0),
+        "x": normal(case.B, L, D),
         "weight": packed if case.get("packed", True) else packed.contiguous(),
         "bias": normal(N) if case.get("bias", True) else None,
-        "act": act,
-        "residual": normal(case.B // case.get("parts", 1), L, N // (1 + (act == "geglu")))
-        if case.get("residual")
-        else None,
+        "act": case.get("act", "none"),
+        "residual": normal(case.B // case.get("parts", 1), L, N) if case.get("residual") else None,
     }
 
 
 CASES = (
     Case("demo-qkv", B=2, L=256, D=64, N=192, bias=False),
-    Case("demo-geglu", B=2, L=256, D=64, N=512, act="geglu", spread=3.0),
     Case("demo-out", B=2, L=64, D=384, N=96, residual=True),
     Case("demo-time", B=1, L=2, D=64, N=256, act="silu"),
     Case("demo-text", B=2, L=24, D=128, N=1120, bias=False),
-    Case("sd15-geglu", B=2, L=64, D=1280, N=2560, act="geglu"),
     Case("sdxl-out", B=1, L=77, D=2560, N=640, residual=True),
     Case("odd", B=3, L=7, D=33, N=37, residual=True),
-    Case("odd-geglu", B=1, L=5, D=31, N=82, act="geglu", residual=True),
     Case("columns", B=2, L=24, D=40, N=48, beside=32, bias=False),
     Case("guided", B=4, L=9, D=33, N=37, residual=True, parts=2),
     Case("one-row", B=1, L=1, D=1, N=1),
-    Case("unpacked", B=1, L=16, D=32, N=64, packed=False, act="geglu"),
+    Case("unpacked", B=1, L=16, D=32, N=64, packed=False),
 )
 
 SPEC = KernelSpec(

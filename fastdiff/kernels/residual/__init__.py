@@ -15,21 +15,25 @@ def residual(
     """x + shift + other, each pixel `enlarge` times in both directions (nearest neighbour).
 
     Args:
-        x: [B, Y, X, C] contiguous, any float dtype: what a convolution without its bias made.
+        x: [..., C] contiguous, any float dtype: what a convolution without its bias made; to be
+            enlarged a picture, [B, Y, X, C].
         other: like x, contiguous: what went around the convolution.
         shift: [C] in x's dtype: the convolution's bias.
         enlarge: 1 or more; a U-Net's and an autoencoder's upsampling is 2.
 
     Returns:
-        [B, enlarge·Y, enlarge·X, C], contiguous, in x's dtype; sums are float32.
+        Like x, or [B, enlarge·Y, enlarge·X, C]; contiguous, sums are float32.
 
     Raises:
-        ValueError: `enlarge` is below 1, or shapes differ.
+        ValueError: `enlarge` is below 1 or of no picture, or shapes differ.
 
     Where a norm follows, `group_norm_silu` and `ada_norm` take the same sum on the way.
     """
-    if enlarge < 1:
-        raise ValueError(f"residual: enlarge is {enlarge}; it must be at least 1")
+    if enlarge < 1 or (enlarge > 1 and x.ndim != 4):
+        raise ValueError(
+            f"residual: enlarge is {enlarge} and x {list(x.shape)}; expected 1 or more, and a"
+            " picture [B, Y, X, C] to be enlarged"
+        )
     if other is not None and other.shape != x.shape:
         raise ValueError(f"residual: other is {list(other.shape)}; expected {list(x.shape)}")
     y: Tensor = _op(x, other, shift, enlarge)

@@ -1,9 +1,10 @@
 """Triton implementation of `residual`: one read of each operand, one write of each pixel made."""
 
+import math
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,15 +49,17 @@ class LaunchConfig:
 
 TILE = 2048
 """Elements: 16 a thread, in two accesses of 16 bytes in half precision."""
+INTERPRETED_TILE = 1 << 17  # the interpreter takes its time for an operation, not for its size
 LEAST_PROGRAMS = 264
 """Two for each SM of an H100; below it tiles are halved."""
 
 
 def pick(pixels: int, C: int, arch: int) -> LaunchConfig:
     """Launch for pixels of C channels."""
-    whole = gcd(C, 256)  # a power of two that leaves no channel over
+    whole = math.gcd(C, 256)  # a power of two that leaves no channel over
     channels = whole if whole >= 64 else min(256, triton.next_power_of_2(C))
-    tile = TILE if pixels * C >= TILE * LEAST_PROGRAMS or not arch else TILE // 2
+    tile = TILE if pixels * C >= TILE * LEAST_PROGRAMS else TILE // 2
+    tile = tile if arch else INTERPRETED_TILE
     return LaunchConfig(max(1, tile // channels), channels, 4)
 
 
@@ -77,22 +80,27 @@ def plan(
     shift: Tensor | None = None,
     enlarge: int = 1,
 ) -> tuple[tuple[Launch, ...], Tensor]:
-    """The launch for x [B, Y, X, C], and the output it writes."""
+    """The launch for x [..., C], [B, Y, X, C] where it is enlarged, and the output it writes."""
     if not x.is_contiguous() or not (other is None or other.is_contiguous()):
-        raise ValueError("residual: x and other must be contiguous [B, Y, X, C]")
-    B, Y, X, C = x.shape
-    out = x.new_empty((B, Y * enlarge, X * enlarge, C))
-    config = pick(B * Y * X, C, arch)
+        raise ValueError("residual: x and other must be contiguous")
+    *pixels_of, X, C = x.shape
+    pixels = math.prod(pixels_of) * X
+    if enlarge > 1:
+        B, Y = pixels_of
+        out = x.new_empty((B, Y * enlarge, X * enlarge, C))
+    else:
+        out = torch.empty_like(x)
+    config = pick(pixels, C, arch)
     arguments: dict[str, Any] = {"x_ptr": x, "other_ptr": other, "shift_ptr": shift}
-    arguments |= {"pixels": B * Y * X, "X": X, "C": C, "out_ptr": out}
-    vector = gcd(16, C * x.element_size())
+    arguments |= {"pixels": pixels, "X": X, "C": C, "out_ptr": out}
+    vector = math.gcd(16, C * x.element_size())
     constants = {
         "ALIGN": vector // x.element_size(),
         "ENLARGE": enlarge,
         "ROWS": config.rows,
         "P": config.channels,
     }
-    grid = (triton.cdiv(B * Y * X, config.rows), triton.cdiv(C, config.channels))
+    grid = (triton.cdiv(pixels, config.rows), triton.cdiv(C, config.channels))
     return (
         Launch(_residual_kernel, arguments, constants, grid, config.num_warps, vector=vector),
     ), out

@@ -24,7 +24,8 @@ def inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    shape = (case.B, case.Y, case.X, case.C)
+    middle = (case.X,) if case.get("tokens") else (case.Y, case.X)
+    shape = (case.B, *middle, case.C)
     return {
         "x": normal(*shape),
         "other": normal(*shape) if case.get("other", True) else None,
@@ -57,6 +58,7 @@ CASES = (
     Case("sdxl-64-up", B=1, Y=64, X=64, C=640, enlarge=2),
     Case("vae-up", B=1, Y=64, X=64, C=256, enlarge=2),
     Case("demo-8-up", B=2, Y=8, X=8, C=96, enlarge=2),
+    Case("sd15-tokens", B=2, Y=1, X=1024, C=640, shift=False, tokens=True),
     # nasty: channels that fill no vector, an enlargement that is no power of two, one pixel
     Case("odd", B=3, Y=9, X=5, C=37, enlarge=3),
     Case("no-bias", B=1, Y=7, X=3, C=40, shift=False),

@@ -1,0 +1,93 @@
+"""Sums that wait for whoever reads them: on a GPU a bias or a residual then costs no launch.
+
+cuDNN and cuBLAS write what they computed; torch would add the bias of a convolution and a residual
+in a kernel each, before a norm reads the result again. A `Sum` keeps the terms apart until the norm
+adds them on its way. On a CPU our own loops add them as they write, so there nothing waits.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.kernels.ada_norm import ada_norm
+from fastdiff.kernels.contract import on_gpu
+from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.group_norm_silu import group_norm_silu
+from fastdiff.kernels.linear import linear
+from fastdiff.kernels.residual import residual
+from fastdiff.models.borrow import Norm, Weights
+
+
+class Sum:
+    """x + shift + other, [B, ..., C]; whoever reads it first makes it a tensor for all others.
+
+    shift: [C]; other: like x.
+    """
+
+    def __init__(self, x: Tensor, shift: Tensor | None = None, other: Tensor | None = None) -> None:
+        self._x, self._shift, self._other = x, shift, other
+
+    @property
+    def batch(self) -> int:
+        return self._x.shape[0]
+
+    @property
+    def twice(self) -> tuple[int, int]:
+        """Rows and columns of a picture when it is `enlarged`."""
+        return 2 * self._x.shape[1], 2 * self._x.shape[2]
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything is to be added still."""
+        return self._shift is not None or self._other is not None
+
+    def closed(self) -> Tensor:
+        """As a tensor."""
+        if self.waits:
+            self._close(residual(self._x, self._other, self._shift))
+        return self._x
+
+    def enlarged(self) -> Tensor:
+        """As a picture twice as high and wide, of the nearest pixels."""
+        return residual(self._x, self._other, self._shift, enlarge=2)
+
+    def group_normed(
+        self, norm: Norm, silu: bool, row: Tensor | None = None, beside: Tensor | None = None
+    ) -> Tensor:
+        """The GroupNorm of [x + row, beside]; `row` is no part of the sum."""
+        if row is not None and self._other is not None:
+            self.closed()
+        parameters = (norm.weight, norm.bias, norm.groups, norm.eps, silu, row)
+        shift = self._shift
+        if self._other is None:
+            return group_norm_silu(self._x, *parameters, beside=beside, shift=shift)
+        y, total = group_norm_silu(
+            self._x, *parameters, residual=self._other, beside=beside, shift=shift
+        )
+        self._close(total)
+        return y
+
+    def layer_normed(self, norm: Norm) -> Tensor:
+        if self._shift is not None:
+            self.closed()
+        y, total = ada_norm(self._x, norm.eps, norm.weight, norm.bias, residual=self._other)
+        if self._other is not None:
+            self._close(total)
+        return y
+
+    def _close(self, total: Tensor) -> None:
+        self._x, self._shift, self._other = total, None, None
+
+
+def convolved(x: Tensor, weights: Weights, other: Tensor | None = None, **window: Any) -> Sum:
+    """conv(x) + bias + other; `window` as of `conv2d`."""
+    if on_gpu(x):
+        return Sum(conv2d(x, weights.weight, **window), weights.bias, other)
+    return Sum(conv2d(x, weights.weight, weights.bias, residual=other, **window))
+
+
+def projected(x: Tensor, weights: Weights, other: Tensor) -> Sum:
+    """x weightᵀ + bias + other. cuBLAS adds a bias as it writes, but no residual."""
+    if on_gpu(x) and other.shape[0] == x.shape[0]:
+        return Sum(linear(x, weights.weight, weights.bias), other=other)
+    return Sum(linear(x, weights.weight, weights.bias, residual=other))

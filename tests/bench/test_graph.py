@@ -1,0 +1,110 @@
+"""The graph of a step: FLOPs as diffusers' own network has them, launches by hand, the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import run
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdiff.bench.gpus import gpu_named
+from fastdiff.bench.graph import SDPA, launched, rows
+from fastdiff.bench.presets import blueprint
+from fastdiff.kernels.attention import attention
+from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.group_norm_silu import group_norm_silu
+from fastdiff.kernels.linear import linear
+
+ROOT = Path(__file__).parents[2]
+STATIC = ROOT / "benchmarks/static"
+HALF = {"dtype": torch.float16, "device": "meta"}
+
+
+def table(preset):
+    network, side = blueprint(preset)
+    return rows(network, gpu_named("h200"), torch.float16, side, 77)
+
+
+def test_flops_are_those_of_diffusers_without_what_is_hoisted():
+    """SDXL's halves share no prefix but conv_in, so only what is hoisted is missing."""
+    network, side = blueprint("sdxl")
+    network = torch.nn.Module.to(network, dtype=torch.float16)
+    hoisted = []
+    for name, module in network.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            hoisted.append(2 * 2 * 77 * module.weight.numel())
+        elif "time_emb" in name or "add_embedding" in name:
+            weight = getattr(module, "weight", None)
+            hoisted.append(2 * 2 * weight.numel() if weight is not None else 0)
+    conv_in = 2 * side * side * network.conv_in.weight.numel()
+    added = {
+        "text_embeds": torch.empty(2, 1280, **HALF),
+        "time_ids": torch.empty(2, 6, **HALF),
+    }
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(
+            torch.empty(2, 4, side, side, **HALF),
+            torch.empty(2, **HALF),
+            torch.empty(2, 77, network.config.cross_attention_dim, **HALF),
+            added_cond_kwargs=added,
+        )
+    expected = counter.get_total_flops() - sum(hoisted) - conv_in
+    assert sum(row.flops for row in table("sdxl")) == expected
+
+
+def test_launches_by_hand():
+    x, weight = torch.empty(2, 8, 8, 16, **HALF), torch.empty(32, 16, 3, 3, **HALF)
+    bias, residual = torch.empty(32, **HALF), torch.empty(2, 8, 8, 32, **HALF)
+    pixels, size = 2 * 64, 2
+    found = launched(lambda: conv2d(x, weight, bias, residual=residual), 90)
+    assert [name for name, _ in found] == [
+        "convolution (cuDNN)",
+        "torch add (a convolution's bias)",
+        "torch add",
+    ]
+    assert found[0][1].bytes == size * (pixels * (16 + 32) + 9 * 16 * 32)
+    assert found[0][1].flops == 2 * pixels * 9 * 16 * 32
+    found = launched(lambda: linear(x, weight[:, :, 0, 0], bias), 90)
+    assert [name for name, _ in found] == ["matrix product (cuBLAS)"]
+    q, k = torch.empty(1, 512, 2, 64, **HALF), torch.empty(1, 512, 2, 64, **HALF)
+    (found,) = launched(lambda: attention(q, k, k), 90)
+    assert found[0] == SDPA
+    assert found[1].flops == 4 * 2 * 512 * 512 * 64
+    large = torch.empty(1, 512, 512, 128, **HALF)
+    norm = torch.empty(2, 128, **HALF).unbind(0)
+    found = launched(lambda: group_norm_silu(large, *norm, 32, 1e-6), 90)
+    assert [name for name, _ in found] == [
+        "group_norm_silu _statistics_kernel",
+        "group_norm_silu _apply_kernel",
+    ]
+    read, written = (work.bytes / large.nbytes for _, work in found)
+    assert 1 < read < 1.01  # and its own statistics
+    assert 1 < written < 1.01  # what it reads again comes from the cache
+    picture = torch.empty(1, 16, 4, 4, **HALF).contiguous(memory_format=torch.channels_last)
+    found = launched(lambda: F.interpolate(picture, scale_factor=2.0, mode="nearest"), 90)
+    assert [work.bytes for _, work in found] == [5 * picture.nbytes]
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+def test_the_committed_graph_is_what_the_networks_do_now(preset):
+    """A change of it is a decision: `fastdiff graph --preset … --out` writes it again."""
+    kept = json.loads((STATIC / f"graph-{preset}.json").read_text())
+    assert kept["rows"] == [vars(row) for row in table(preset)]
+    before = json.loads((ROOT / f"benchmarks/results/graph/{preset}-before.json").read_text())
+    for total in ("launches", "bytes", "floor_ms"):
+        assert kept[total] < before[total]
+    assert kept["flops"] == before["flops"]
+
+
+def test_command(tmp_path):
+    file = tmp_path / "graph.json"
+    code, out, _ = run("graph", "--preset", "sd21", "--gpu", "rtx4090", "--out", file)
+    document = json.loads(file.read_text())
+    assert (code, document["gpu"]) == (0, "rtx4090")
+    assert document["launches"] == sum(row["launches"] for row in document["rows"])
+    assert "convolution (cuDNN)" in out
+    code, _, err = run("graph", "--preset", "sd9")
+    assert code == 2
+    assert "--preset is 'sd9'" in err

@@ -1,0 +1,88 @@
+"""The networks in the order that a GPU is asked for, on a CPU: sums that wait for the next norm,
+skip connections that nobody concatenates, GEGLU in two steps."""
+
+import copy
+from importlib import import_module
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from small import NETWORKS, SD15, inputs_for
+
+from fastdiff.kernels.dispatch import all_kernels
+from fastdiff.models import Loan, blocks, borrow, borrow_decoder, borrow_encoder, borrow_unet, sums
+
+DECIDES = (blocks, sums, import_module("fastdiff.kernels.geglu"))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    for module in DECIDES:
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(borrow, "NATIVE", None)  # weights as GPU libraries want them
+
+
+@pytest.fixture
+def in_triton(monkeypatch, as_on_a_gpu):
+    """Every kernel that has one runs as its Triton kernel, under the interpreter."""
+    for name, kernel in all_kernels().items():
+        if "triton" in kernel.implementations:
+            module = import_module(f"fastdiff.kernels.{name}")
+            monkeypatch.setattr(module, "_op", kernel.implementations["triton"]())
+
+
+def hold_unet(budget, config, shape, dtype=torch.float32):
+    """Guidance as the loop asks for it: one picture meets two texts."""
+    torch.manual_seed(1)
+    module = UNet2DConditionModel(**config).eval().to(dtype)
+    eager = copy.deepcopy(module)
+    network = borrow_unet(module, Loan(module))
+    sample, text, added = inputs_for(module, (2, *shape), dtype)
+    sample = sample[:1]
+
+    def run(sample, timestep, text):
+        rows = network.time_rows(timestep.reshape(-1), **(added or {}))
+        x = sample.permute(0, 2, 3, 1).contiguous()
+        return network.predict(x, rows, network.text_rows(text)).permute(0, 3, 1, 2)
+
+    class Eager(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = eager
+
+        def forward(self, sample, timestep, text):
+            given = {k: v.to(sample.dtype) for k, v in (added or {}).items()}
+            both = sample.repeat(2, 1, 1, 1)
+            return self.unet(both, timestep, text, added_cond_kwargs=given or None)
+
+    budget(run, Eager(), sample, torch.tensor(301), text)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (9, 5)], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unet(name, shape, as_on_a_gpu, budget):
+    hold_unet(budget, NETWORKS[name], shape)
+
+
+def test_unet_in_half_precision(as_on_a_gpu, budget):
+    hold_unet(budget, SD15, (16, 16), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_unet_of_triton_kernels(dtype, in_triton, budget):
+    hold_unet(budget, SD15, (16, 16), dtype)
+
+
+def test_autoencoder(in_triton, budget):
+    vae = AutoencoderKL(
+        block_out_channels=(32, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=16,
+    ).eval()
+    eager = copy.deepcopy(vae)
+    decoder = borrow_decoder(vae.decoder, Loan(vae.decoder))
+    encoder = borrow_encoder(vae.encoder, Loan(vae.encoder))
+    budget(decoder, eager.decoder, torch.randn(1, 4, 8, 8))
+    budget(encoder, eager.encoder, torch.randn(1, 3, 19, 16))
