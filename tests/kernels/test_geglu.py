@@ -104,7 +104,7 @@ def test_borrowed_weights_run_our_own_loop(case, monkeypatch):
             assert verdict.passed, (dtype, verdict)
 
 
-def test_rows_that_overlap_nothing_and_rows_of_a_slice():
+def test_strides_that_are_taken_and_refused():
     """Strides that are no multiple of 16 bytes, and a batch that is no single run of rows."""
     weight = torch.randn(2 * 24, 16)
     x = torch.randn(6, 21)[:, 3:19]

@@ -28,7 +28,7 @@ class Choice:
 
 CUDA_CHOICES = (
     Choice(
-        "one kernel saves writing and reading both halves, 12 bytes an output in float16: at D ="
+        "one kernel saves writing and reading both halves, 8 bytes an output in float16: at D ="
         " 1280 that pays from 77% of cuBLAS's rate on, and nothing is measured yet",
         "split",
     ),

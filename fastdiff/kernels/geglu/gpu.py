@@ -4,8 +4,9 @@ The gate must meet its value. Rather than two products for the two halves of the
 does one, whose columns are taken alternately from both halves: rows of the weight are addressed one
 by one anyway, so nothing is interleaved in memory, the matrix instructions are twice as wide (256
 columns for wgmma), and value and gate of an output become neighbours in the registers of a thread.
-The bias is what the sums begin with: added behind the products it needs 64 registers a thread more
-on sm_90 and spills on sm_100. Sums are fp32; fp32 inputs are multiplied in full fp32, not TF32.
+The bias is what the sums begin with: added behind the products it is 64 values a thread more beside
+all the sums, 128 on sm_100, which spilled there. Sums are fp32; fp32 inputs are multiplied in full
+fp32, not TF32.
 """
 
 import math
