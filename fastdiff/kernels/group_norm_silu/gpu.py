@@ -16,17 +16,17 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
 from fastdiff.kernels.group_norm_silu.tiles import (
+    bases_of,
     lines_of,
     load_tiles,
     merge,
     missing_of,
     moments_of,
     parts_of,
-    source_of,
     store_tile,
 )
 
-TABLE = tl.constexpr(32)  # slabs of the statistics that are combined at a time
+TABLE = tl.constexpr(16)  # slabs of the statistics that are combined at a time
 
 
 @triton.jit
@@ -39,7 +39,8 @@ def _one_pass_kernel(
     """A program normalises N groups of one sample, kept in registers."""
     sample = tl.program_id(2).to(tl.int64)
     C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
-    source = source_of(x_ptr, residual_ptr, beside_ptr, sum_ptr, sample, 0, L, C, C2, beside_batch)
+    bases = bases_of(sample, 0, L, C, C2, beside_batch)
+    source = x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2
     parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
     rows = tl.arange(0, ROWS)
     tile0, tile1 = load_tiles(source, parts, rows, L, P1)
@@ -77,9 +78,8 @@ def _statistics_kernel(
     end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
     C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
-    source = source_of(
-        x_ptr, residual_ptr, beside_ptr, sum_ptr, sample, start, L, C, C2, beside_batch
-    )
+    bases = bases_of(sample, start, L, C, C2, beside_batch)
+    source = x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2
     parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
     rows = tl.arange(0, ROWS)
     next0, next1 = load_tiles(source, parts, rows, end, P1)
@@ -139,9 +139,8 @@ def _apply_kernel(
     end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
     C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
-    source = source_of(
-        x_ptr, residual_ptr, beside_ptr, sum_ptr, sample, start, L, C, C2, beside_batch
-    )
+    bases = bases_of(sample, start, L, C, C2, beside_batch)
+    source = x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2
     parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
     rows = (end - 1) // ROWS * ROWS + tl.arange(0, ROWS)
     next0, next1 = load_tiles(source, parts, rows, end, P1)  # on their way before the statistics
@@ -182,7 +181,7 @@ SEGMENT = 128  # bytes of a row in a program, at least: a line of L1, four secto
 ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
 # elements of a tile of the two slab kernels, 128 rows of 80 channels: 20 KB are on their way while
 # 20 KB are worked on, so that one program fills an SM; the interpreter wants few large tiles
-SLAB_TILE, INTERPRETED_TILE, INTERPRETED_SMS, SLAB_WARPS = 10240, 65536, 16, 8
+SLAB_TILE, INTERPRETED_TILE, INTERPRETED_SMS = 10240, 65536, 16
 SLAB_ROWS = 32  # of a slab, at least
 
 
@@ -201,19 +200,22 @@ def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> La
     """Launch of B samples of L pixels in G groups of W channels of `size` bytes, their statistics
     `given` (1) or not (0)."""
     groups = _groups_of_a_program(W, G, size)
-    width = sum(power_parts(groups * W, 16 // size))
-    rows = triton.next_power_of_2(L)
+    parts = [part for part in power_parts(groups * W, 16 // size) if part]
+    width, rows = sum(parts), triton.next_power_of_2(L)
     if not given:
         for most, num_warps in ONE_PASS.items():
             if rows * width <= most:
                 return LaunchConfig(groups, rows, 0, num_warps)
-    aligned = groups * W * size % 16 == 0  # else each element has an address
-    tile = (SLAB_TILE if aligned else SLAB_TILE // 4) if arch else INTERPRETED_TILE
+    tile, num_warps = SLAB_TILE if arch else INTERPRETED_TILE, 8
+    if not (aligned := groups * W * size % 16 == 0):
+        tile //= 4  # each element has its address in registers
     rows = 1 << (max(1, tile // width).bit_length() - 1)
+    if aligned:
+        num_warps = max(1, min(16, rows * min(parts) * size // 512))  # 16 bytes for each thread
     sms, segments = SMS.get(arch, INTERPRETED_SMS), B * G // groups
     once, twice = sms // segments, 2 * sms // segments
     slabs = twice if 5 * twice > 11 * once else once  # a program an SM, or two: a tenth fuller
-    return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), SLAB_WARPS)
+    return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), num_warps)
 
 
 def candidates(

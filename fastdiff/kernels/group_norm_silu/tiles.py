@@ -48,38 +48,32 @@ def parts_of(
 
 
 @triton.jit
-def source_of(x_ptr, residual_ptr, beside_ptr, sum_ptr, sample, start, L, C, C2, beside_batch):
-    """Where the rows from `start` of a sample are read, and their sum is written."""
-    base = (sample * L + start) * C
-    if residual_ptr is not None:
-        residual_ptr += base
-        sum_ptr += base
-    if beside_ptr is not None:
-        beside_ptr += (sample % beside_batch * L + start) * C2
-    return x_ptr + base, residual_ptr, beside_ptr, sum_ptr, C, C2
+def bases_of(sample, start, L, C, C2, beside_batch):
+    """Offsets of the rows from `start` of a sample, in x and in `beside`."""
+    return (sample * L + start) * C, (sample % beside_batch * L + start) * C2
 
 
 @triton.jit
 def _tile(source, part, rows, end):
     """Pixels [ROWS, P] as they are in memory, zero outside; with a residual x + added + residual,
     which is also written."""
-    x_ptr, residual_ptr, beside_ptr, sum_ptr, C, C2 = source
+    x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2 = source
     channels, exists, added = part
     inside = ((rows >= 0) & (rows < end))[:, None] & exists[None, :]
     offsets = rows[:, None] * C + channels[None, :]
     if beside_ptr is None:
-        tile = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+        tile = tl.load(x_ptr + bases[0] + offsets, mask=inside, other=0.0)
     else:  # of a border within a tile, the compiler sees 16 bytes in masks, not in addresses
-        others = beside_ptr + (rows[:, None] * C2 + (channels - C)[None, :])
+        others = beside_ptr + bases[1] + (rows[:, None] * C2 + (channels - C)[None, :])
         other = tl.load(others, mask=inside & (channels >= C)[None, :], other=0.0)
-        tile = tl.load(x_ptr + offsets, mask=inside & (channels < C)[None, :], other=0.0)
+        tile = tl.load(x_ptr + bases[0] + offsets, mask=inside & (channels < C)[None, :], other=0.0)
         tile = tl.where((channels < C)[None, :], tile, other)
     if residual_ptr is not None:
         inside &= (channels < C)[None, :]
         total = tile.to(tl.float32) + added[None, :]
-        total += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(residual_ptr + bases[0] + offsets, mask=inside, other=0.0).to(tl.float32)
         tile = tl.where(inside, total, tile.to(tl.float32)).to(tile.dtype)
-        tl.store(sum_ptr + offsets, tile, mask=inside)
+        tl.store(sum_ptr + bases[0] + offsets, tile, mask=inside)
     return tile
 
 
