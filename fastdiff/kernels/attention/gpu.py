@@ -151,7 +151,7 @@ KINDS = {0: "interpreted", 80: "large", 90: "wgmma", 100: "wgmma"}  # the others
 SHARED = {"wgmma": 227, "large": 163, "small": 99}  # KiB for a block
 ACCUMULATORS = 128  # fp32 values of scores and result in a thread; nearly all beyond spill
 # most keys that stay on chip, KiB of K and V: four prompts, or two where mma.sync takes registers
-ON_CHIP = {"wgmma": (320, 96), "large": (160, 64), "small": (160, 48), "interpreted": (320, 96)}
+ON_CHIP = {"wgmma": (320, 96), "large": (128, 64), "small": (160, 48), "interpreted": (320, 96)}
 PROMPT_KEYS = 128  # that 4 warps take 64 queries at a time; with more keys 8 warps do
 PROMPT_PROGRAMS = 528  # four for each SM of an H100
 
@@ -185,7 +185,10 @@ def pick(Lk: int, K: int, size: int, arch: int) -> LaunchConfig:
     keys, (most_keys, most_kib) = sum(power_parts(Lk, 16)), ON_CHIP[KINDS.get(arch, "small")]
     kib = 2 * keys * sum(power_parts(K, 16)) * size / 1024
     if size < 4 and keys <= most_keys and kib <= most_kib:
-        return LaunchConfig(64, 0, 4 if keys <= PROMPT_KEYS else 8, 1)
+        if keys > PROMPT_KEYS:
+            return LaunchConfig(64, 0, 8, 1)
+        # on sm_100 4 warps spill 24 bytes with a mask
+        return LaunchConfig(128, 0, 8, 1) if arch == 100 else LaunchConfig(64, 0, 4, 1)
     return stream(K, size, arch)
 
 
@@ -194,8 +197,8 @@ def candidates(Lk: int, K: int, size: int, arch: int) -> tuple[LaunchConfig, ...
     own = pick(Lk, K, size, arch)
     if own.keys:
         return streams(K, size, arch)
-    wide = LaunchConfig(128, 0, 8, 1)
-    return (own, wide, stream(K, size, arch)) if arch else (own,)
+    others = (LaunchConfig(128, 0, 8, 1), LaunchConfig(64, 0, 4, 1), stream(K, size, arch))
+    return tuple(dict.fromkeys((own, *others))) if arch else (own,)
 
 
 def alignment(K: int, *states: Tensor) -> tuple[int, int]:
