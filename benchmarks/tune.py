@@ -41,8 +41,8 @@ from fastdiff.kernels.tuned import SCHEMA, forced, key, recorded
 FLOOR = 0.03
 """Share by which times may differ and still be the same, as in a report."""
 SCREEN, CONFIRM = 7, 21
-"""Rounds: of all candidates, and of the fastest of them."""
-DRY_CANDIDATES = 2
+"""Rounds: of all candidates, and of the fastest of them. Of a dry run: candidates, rounds."""
+DRY_CANDIDATES, DRY_ROUNDS = 2, 2
 
 Log = Callable[[str], object]
 
@@ -68,7 +68,8 @@ class Question:
     @property
     def candidates(self) -> list[Any]:
         """The kernel's, less the rule's own."""
-        offered = _module(self.kernel).candidates(**self.arguments)
+        with forced(self.op, None):  # they may ask the rule
+            offered = _module(self.kernel).candidates(**self.arguments)
         return [config for config in offered if config != self.rule]
 
     def __str__(self) -> str:
@@ -93,7 +94,7 @@ def questions(kernels: Sequence[Kernel], arch: int, dry_run: bool) -> Iterator[Q
     dtype = torch.float32 if dry_run else torch.float16
     for kernel in kernels:
         for case in tiny(kernel) if dry_run else full(kernel):
-            with recorded() as picks:
+            with forced(kernel.spec.name, None), recorded() as picks:
                 planned(kernel, case, dtype, arch)
             for pick in picks:
                 if pick.op == kernel.spec.name:
@@ -141,15 +142,15 @@ def race(
     return times
 
 
-def right(question: Question, config: Any, device: torch.device) -> bool:
-    """Whether a configuration computes within the error budget, without failing to start."""
+def wrong(question: Question, config: Any, device: torch.device) -> str | None:
+    """How a configuration errs: it does not start, or leaves the error budget."""
     spec, run = question.kernel.spec, question.kernel.implementations["triton"]()
     try:
         with forced(question.op, config):
             verdicts = verify(spec, run, question.case, question.dtype, device)
-    except Exception:  # what a GPU refuses to start is of many kinds
-        return False
-    return all(verdict.passed for verdict in verdicts)
+    except Exception as error:  # what a GPU refuses to start is of many kinds
+        return f"does not start: {error!r}"
+    return next((f"is wrong: {verdict}" for verdict in verdicts if not verdict.passed), None)
 
 
 def survivors(
@@ -160,8 +161,8 @@ def survivors(
     kept = []
     for config in candidates:
         why = None if dry_run else refused(asked[0], config, arch)
-        if why is None and not all(right(question, config, device) for question in asked):
-            why = "is wrong or does not start"
+        errors = (wrong(question, config, device) for question in asked)
+        why = why or next((error for error in errors if error), None)
         if why is None:
             kept.append(config)
         else:
@@ -177,7 +178,8 @@ def answer(
     configs = survivors(asked, arch, device, dry_run, log)
     if not configs:
         return None
-    screened = [race(question, [rule, *configs], SCREEN, device) for question in asked]
+    screen, confirm = (DRY_ROUNDS, DRY_ROUNDS) if dry_run else (SCREEN, CONFIRM)
+    screened = [race(question, [rule, *configs], screen, device) for question in asked]
     slowest = [
         min(speedup(times[0], times[1 + i]).median for times in screened)
         for i in range(len(configs))
@@ -185,7 +187,7 @@ def answer(
     best = configs[max(range(len(configs)), key=slowest.__getitem__)]
     measured = []
     for question in asked:
-        own, other = race(question, [rule, best], CONFIRM, device)
+        own, other = race(question, [rule, best], confirm, device)
         ratio = speedup(own, other)
         log(f"  {question}: {best} {ratio.median:.3f} [{ratio.lo:.3f}, {ratio.hi:.3f}]")
         measured.append(_measured(question, own, other, ratio))
@@ -213,13 +215,9 @@ def _measured(
 
 
 def tune(
-    kernels: Sequence[Kernel],
-    arch: int,
-    device: torch.device,
-    dry_run: bool,
-    budget: Budget,
+    kernels: Sequence[Kernel], arch: int, device: torch.device, dry_run: bool, budget: Budget,
     log: Log,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rows for a table; what the time does not suffice for is left to the rule."""
     groups: dict[tuple[str, str], list[Question]] = defaultdict(list)
     for question in questions(kernels, arch, dry_run):
@@ -271,8 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if not (options.dry_run or options.static or torch.cuda.is_available()):
         parser.error("there is no NVIDIA GPU here; --static and --dry-run need none")
-    if options.dry_run:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # no kernel is imported yet
+    if options.dry_run and not os.environ.get("TRITON_INTERPRET"):  # read when triton is imported
+        again = [sys.executable, "-m", "benchmarks.tune", *given]
+        os.execve(sys.executable, again, os.environ | {"TRITON_INTERPRET": "1"})
     try:
         kernels = tunable_kernels(options.ops.split(",") if options.ops else None)
         if options.static:

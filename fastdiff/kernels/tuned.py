@@ -61,9 +61,10 @@ def tunable(op: str) -> Callable[[Callable[P, C]], Callable[P, C]]:
         @wraps(pick)
         def picked(*args: P.args, **kwargs: P.kwargs) -> C:
             config = pick(*args, **kwargs)  # also where it refuses the arguments
-            arguments: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-            if (forced := _forced.get().get(op)) is not None:
-                config = forced
+            named: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+            arguments = {name: int(value) for name, value in named.items()}  # a flag is 0 or 1
+            if op in (forced := _forced.get()):
+                config = config if forced[op] is None else forced[op]
             elif rows := table(arguments["arch"]):
                 row = rows.get((op, key(arguments)))
                 config = config if row is None else _like(config, row, op, arguments)
@@ -83,7 +84,7 @@ def key(arguments: Mapping[str, int]) -> str:
 
 @contextmanager
 def forced(op: str, config: Any) -> Iterator[None]:
-    """Within it an op's `pick` answers `config`, whatever it is asked."""
+    """Within it an op's `pick` answers `config`, whatever it is asked; None: what its rule says."""
     token = _forced.set({**_forced.get(), op: config})
     try:
         yield

@@ -85,14 +85,19 @@ def test_forced_within_only_and_of_its_op_only(planted):
     other = LaunchConfig(64, 2)
     with forced("norm", other), forced("attention", None):
         assert pick(4096, 2, 90) == pick(7, 2, 80) == other
+        with forced("norm", None):
+            assert pick(4096, 2, 90) == RULE
     assert pick(4096, 2, 90) == TUNED
 
 
-def test_picks_are_recorded():
+def test_picks_are_recorded_as_integers():
     with recorded() as picks:
         pick(7, 2, arch=80)
+        pick(True, 2, arch=80)
     pick(8, 2, arch=80)
-    assert picks == [Pick("norm", {"L": 7, "size": 2, "arch": 80}, RULE)]
+    asked = [{"L": 7, "size": 2, "arch": 80}, {"L": 1, "size": 2, "arch": 80}]
+    assert picks == [Pick("norm", arguments, RULE) for arguments in asked]
+    assert [key(pick.arguments) for pick in picks] == ["L=7,size=2", "L=1,size=2"]
 
 
 def test_a_pick_without_an_architecture_has_no_table():

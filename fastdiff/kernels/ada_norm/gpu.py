@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdiff.kernels.ada_norm.spec import check
 from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.tuned import tunable
 
 
 @triton.jit
@@ -136,6 +137,7 @@ LEAST_LANES = 4  # 64 bytes of a row side by side: two sectors
 INTERPRETED_TILE = 65536  # the interpreter takes its time for an operation, not for its size
 
 
+@tunable("ada_norm")
 def pick(L: int, D: int, vector: int, arch: int) -> LaunchConfig:
     """Launch for samples of L rows of D elements, `vector` of which are one load."""
     least = max(LEAST_LANES, triton.cdiv(D, ELEMENTS), triton.cdiv(D, LOADS * vector))

@@ -31,6 +31,7 @@ from fastdiff.kernels.attention.tiles import (
     zeros,
 )
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
+from fastdiff.kernels.tuned import tunable
 
 
 @triton.jit
@@ -180,6 +181,7 @@ def streams(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
     )
 
 
+@tunable("attention")
 def pick(Lk: int, K: int, size: int, arch: int) -> LaunchConfig:
     """Launch for Lk keys of heads K wide, `size` bytes an element. ValueError beyond 512."""
     keys, (most_keys, most_kib) = sum(power_parts(Lk, 16)), ON_CHIP[KINDS.get(arch, "small")]

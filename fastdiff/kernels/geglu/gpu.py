@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.gelu_gate.gpu import gated, rows_of
+from fastdiff.kernels.tuned import tunable
 
 GROUP = tl.constexpr(8)
 """Tiles of rows that walk over the columns together, so that both operands are found in L2."""
@@ -120,6 +121,7 @@ KINDS = {0: "interpreted", 90: "wgmma", 100: "tcgen05"}  # the others are mma.sy
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
+@tunable("geglu")
 def pick(M: int, N: int, D: int, vector: int, size: int, arch: int) -> LaunchConfig:
     """Launch for M rows of N outputs of D inputs of `size` bytes, `vector` bytes at a load.
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.tuned import tunable
 
 
 @triton.jit
@@ -81,6 +82,7 @@ CONFIGS = (
 INTERPRETED = (LaunchConfig(256, 256, 1),)  # it takes its time for an operation, not for its size
 
 
+@tunable("gelu_gate")
 def pick(M: int, N: int, size: int, arch: int) -> LaunchConfig:
     """Launch for M rows of N outputs of `size` bytes: not measured, the same for all on a GPU."""
     return candidates(M, N, size, arch)[0]

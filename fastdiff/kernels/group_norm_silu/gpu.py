@@ -25,6 +25,7 @@ from fastdiff.kernels.group_norm_silu.tiles import (
     parts_of,
     store_tile,
 )
+from fastdiff.kernels.tuned import tunable
 
 TABLE = tl.constexpr(16)  # slabs of the statistics that are combined at a time
 
@@ -196,6 +197,7 @@ def _groups_of_a_program(W: int, G: int, size: int) -> int:
     return min((n for n in range(1, G + 1) if G % n == 0), key=key)
 
 
+@tunable("group_norm_silu")
 def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> LaunchConfig:
     """Launch of B samples of L pixels in G groups of W channels of `size` bytes, their statistics
     `given` (1) or not (0)."""
@@ -228,9 +230,8 @@ def candidates(
     if not given and rows * width <= 2 * max(ONE_PASS):
         found += [LaunchConfig(slabs.groups, rows, 0, num_warps) for num_warps in (4, 8, 16)]
     for more in (1, 2, 4):  # programs of an SM
-        several = min(more * slabs.slabs, L)
-        found += [replace(slabs, slabs=several)]
-        found += [replace(slabs, slabs=several, rows=max(1, slabs.rows // 2), num_warps=4)]
+        several = replace(slabs, slabs=min(more * slabs.slabs, L))
+        found += [several, replace(several, rows=max(1, slabs.rows // 2), num_warps=4)]
     if G % (2 * slabs.groups) == 0:
         rows = max(1, slabs.rows // 2)
         found += [replace(slabs, groups=2 * slabs.groups, slabs=2 * slabs.slabs, rows=rows)]
@@ -270,9 +271,8 @@ def plan(
     out = x.new_empty((B, Y, X, C + C2))
     total = x.new_empty(0 if residual is None else x.shape)
     read: dict[str, Any] = {"x_ptr": x, "row_ptr": row, "residual_ptr": residual}
-    read |= {"beside_ptr": beside, "shift_ptr": shift}
-    read |= {"L": L, "C": C, "C2": C2, "beside_batch": beside_batch}
-    read |= {"row_stride": 0 if row is None else row.stride(0)}
+    read |= {"beside_ptr": beside, "shift_ptr": shift, "L": L, "C": C, "C2": C2}
+    read |= {"beside_batch": beside_batch, "row_stride": 0 if row is None else row.stride(0)}
     read |= {"sum_ptr": None if residual is None else total}
     written = {"weight_ptr": weight, "bias_ptr": bias, "out_ptr": out}
     slab_rows = triton.cdiv(L, max(1, config.slabs))

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff.kernels.attention.gpu import LaunchConfig, alignment, stream, streams
 from fastdiff.kernels.attention.tiles import LOG2E, begin, flash, head_at, parts, write
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
+from fastdiff.kernels.tuned import tunable
 
 
 @triton.jit
@@ -66,6 +67,7 @@ def _joint_kernel(
     write(out_ptr, (out0, out1), total, queries, H * K, left, K, P0, P1)
 
 
+@tunable("joint_attention")
 def pick(K: int, size: int, arch: int) -> LaunchConfig:
     """Launch for heads K wide, `size` bytes an element: that of `attention`, but 4 warps never take
     128 queries: the second sequence's loop beside so many accumulators spills 32 bytes on sm_90;

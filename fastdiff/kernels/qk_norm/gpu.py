@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.qk_norm.spec import check
+from fastdiff.kernels.tuned import tunable
 
 
 @triton.jit
@@ -79,6 +80,7 @@ class LaunchConfig:
 INTERPRETED_TILE = 65536  # the interpreter takes its time for an operation, not for its size
 
 
+@tunable("qk_norm")
 def pick(L: int, H: int, K: int, vector: int, arch: int) -> LaunchConfig:
     """Launch for samples of L tokens and H heads of K, `vector` of which are one load."""
     if not arch:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.tuned import tunable
 
 
 @triton.jit
@@ -54,6 +55,7 @@ LEAST_PROGRAMS = 264
 """Two for each SM of an H100; below it tiles are halved."""
 
 
+@tunable("residual")
 def pick(pixels: int, C: int, arch: int) -> LaunchConfig:
     """Launch for pixels of C channels."""
     whole = math.gcd(C, 256)  # a power of two that leaves no channel over
