@@ -27,6 +27,24 @@ def commands(text: str) -> list[list[str]]:
     return [own for lines in found if (own := [x for x in lines if x.startswith("fastdiff ")])]
 
 
+def test_graphs_are_the_committed_ones():
+    before, now, table = re.search(r"<!-- graphs: (\S+) (\S+) -->\n(.*?)\n\n", README, re.S).groups()
+    names = [
+        f"{folder}/{name}.json"
+        for preset in ("sd15", "sdxl")
+        for folder, name in ((before, f"{preset}-before"), (now, f"graph-{preset}"))
+    ]
+    for line, name in zip(table.splitlines()[2:], names, strict=True):
+        graph = json.loads((ROOT / name).read_text())
+        assert "dirty" not in graph["commit"], "counted on something that is no commit"
+        assert [cell.strip(" *") for cell in line.strip("|").split("|")][1:] == [
+            str(graph["launches"]),
+            f"{graph['bytes'] / 1e9:.1f}",
+            f"{graph['flops'] / 1e12:.3f}",
+            f"{graph['floor_ms']:.2f} ms",
+        ]
+
+
 @pytest.mark.parametrize("text", [README, EXPORT], ids=["README", "export"])
 def test_python_runs(text):
     for block in blocks("python", text):
