@@ -102,7 +102,8 @@ def all_kernels() -> dict[str, Kernel]:
 
 
 def implementation(name: str, which: str) -> Callable[..., Any]:
-    """The implementation `which` of a kernel ("reference", "cpu", "triton"), or ValueError."""
+    """The implementation `which` of a kernel ("reference", "cpu", "triton", "cuda"), or ValueError
+    where it has none of that name."""
     kernel = KERNELS[name]
     if which not in kernel.implementations:
         valid = ", ".join(kernel.implementations)

@@ -13,8 +13,6 @@ second tile the second of a pair is the first again.
 import triton
 import triton.language as tl
 
-TABLE = tl.constexpr(32)  # slabs of the statistics that are combined at a time
-
 
 @triton.jit
 def _part(
