@@ -3,13 +3,9 @@
 That every case of both ops is inside its budget is tested for every kernel in test_triton.py.
 """
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from command import environment
+from command import compiled
 
 from fastdiff.kernels.attention import gpu
 from fastdiff.kernels.attention.spec import reference as attention
@@ -27,21 +23,11 @@ BLOCKS = {  # (op, case): blocks that an SM of sm_80, 90, 120 is meant to hold, 
     ("attention", "sdxl-32-cross"): (3, 5, 3),
     ("joint_attention", "sd3-512px"): (2, 3, 2),
 }
-SCRIPT = """
-import dataclasses, json, sys
-from fastdiff.kernels.inspect import table
-ops, cases = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-rows = table((80, 90, 120), cases=cases, ops=ops)
-json.dump([dataclasses.asdict(row) | {"faults": row.faults} for row in rows], sys.stdout)
-"""
 
 
 def test_main_launches_hold_as_many_blocks_as_intended():
     ops, cases = (sorted(set(names)) for names in zip(*BLOCKS, strict=True))
-    command = [sys.executable, "-c", SCRIPT, json.dumps(ops), json.dumps(cases)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = compiled((80, 90, 120), cases=cases, ops=ops)
     assert not [fault for row in rows for fault in row["faults"]]
     warps = {80: 64, 90: 64, 120: 48}  # that an SM holds at most
     for row in rows:
@@ -86,6 +72,21 @@ def test_any_scale(scale):
     exact = attention(q.double(), k.double(), v.double(), scale=scale)
     verdict = judge("out", got, attention(q, k, v, scale=scale), exact)
     assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("Lk", [77, 154, 700])
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, float("-inf")])
+def test_a_query_that_may_see_nothing(Lk, lowest):
+    """All keys masked by the lowest number: their mean; by -inf: NaN, as of torch."""
+    q, k, v = torch.randn(1, 9, 2, 40), *torch.randn(2, 1, Lk, 2, 40).unbind(0)
+    mask = torch.zeros(1, 1, 9, Lk)
+    mask[:, :, 3] = lowest
+    mask[:, :, 5, : Lk // 2] = lowest
+    got = implementation("attention", "triton")(q, k, v, mask)
+    exact = attention(q.double(), k.double(), v.double(), mask.double())
+    verdict = judge("out", got, attention(q, k, v, mask), exact)
+    assert verdict.passed, verdict
+    assert bool(got[:, 3].isnan().all()) == (lowest == float("-inf"))
 
 
 def test_joint_attention_names_what_does_not_fit():

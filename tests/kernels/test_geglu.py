@@ -1,13 +1,10 @@
 """GEGLU in one kernel or two: what the kernels' contract cannot say."""
 
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from command import environment
+from command import compiled
 from torch.nn import functional as F
 
 from fastdiff.kernels.contract import verify
@@ -19,24 +16,13 @@ from fastdiff.kernels.gelu_gate import gelu_gate
 
 LARGE, SMALL = "sd15-64-part", "sd15-8-part"
 ARCHS = (80, 90, 100, 120)
-SCRIPT = """
-import dataclasses, json, sys, torch
-from fastdiff.kernels.inspect import table
-archs, cases = (json.loads(a) for a in sys.argv[1:])
-rows = table(archs, [torch.bfloat16], cases, ["geglu", "gelu_gate"])
-json.dump([dataclasses.asdict(row) | {"fits": row.fits} for row in rows], sys.stdout)
-"""
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """Compiled in another process: in the tests' own the kernels are the interpreter's. bfloat16,
-    because CI's table of all launches has float16."""
-    arguments = [json.dumps(values) for values in (ARCHS, (LARGE, SMALL, "sd15-32-part"))]
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """bfloat16, because CI's table of all launches has float16."""
+    cases = (LARGE, SMALL, "sd15-32-part")
+    return compiled(ARCHS, "bfloat16", cases=cases, ops=("geglu", "gelu_gate"))
 
 
 def test_no_launch_spills_and_each_multiplies_as_its_architecture_does(rows):
@@ -116,6 +102,11 @@ def test_strides_that_are_taken_and_refused():
         geglu(torch.randn(3, 4, 16).transpose(0, 1), weight, impl="triton")
     with pytest.raises(ValueError, match=r"geglu: weight has strides \(1, 48\)"):
         geglu(x, weight.t().contiguous().t(), impl="triton")
+    every_other = torch.ones(96)[::2]
+    with pytest.raises(ValueError, match=r"geglu: bias has strides \(2,\)"):
+        geglu(x, weight, every_other, impl="triton")
+    with pytest.raises(ValueError, match=r"gelu_gate: bias has strides \(2,\)"):
+        gelu_gate(torch.ones(2, 48), every_other, impl="triton")
 
 
 def test_empty_input():

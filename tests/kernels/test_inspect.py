@@ -3,13 +3,10 @@
 The tests' own process has the kernels for Triton's interpreter, so another one compiles them.
 """
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from command import environment
+from command import compiled
 
 from fastdiff.kernels.inspect import SHARED_LIMIT, Row, table
 from fastdiff.kernels.occupancy import occupancy
@@ -27,27 +24,17 @@ MAIN_CASES = (
     "sdxl-cfg-multistep",
 )
 ARCHS = (80, 90, 120)
-SCRIPT = """
-import dataclasses, json, sys
-from fastdiff.kernels.inspect import table
-rows = table(json.loads(sys.argv[1]), cases=json.loads(sys.argv[2]))
-json.dump([dataclasses.asdict(row) | {"faults": row.faults} for row in rows], sys.stdout)
-"""
 
 
 @pytest.fixture(scope="module")
 def rows():
-    variables = environment()
-    command = [sys.executable, "-c", SCRIPT, json.dumps(ARCHS), json.dumps(MAIN_CASES)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return compiled(ARCHS, cases=MAIN_CASES)
 
 
 def test_every_main_case_compiles_everywhere(rows):
     for arch in ARCHS:
-        compiled = {row["case"] for row in rows if row["arch"] == arch}
-        assert compiled == set(MAIN_CASES), arch
+        cases = {row["case"] for row in rows if row["arch"] == arch}
+        assert cases == set(MAIN_CASES), arch
 
 
 def test_main_cases_are_without_fault(rows):
