@@ -58,7 +58,7 @@ class KernelSpec:
     bytes: Callable[[Case, int], int]
     """Least DRAM traffic of a case in bytes, given the element size: every byte of the inputs that
     is needed and every byte of the outputs, each once. Counted, in tests, from the loads and stores
-    of the Triton kernel."""
+    of the Triton kernel; from the tensors where a library computes."""
     flops: Callable[[Case], int]
     """Of a case: 2 for each multiply-add of a matrix product; without products the floating-point
     operations on each element of the output, an exponential or a division counting as one."""

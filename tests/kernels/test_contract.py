@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.kernels.contract import Case, KernelSpec, max_error, poisoned_memory, verify
 from fastdiff.kernels.dispatch import KERNELS, NATIVE, all_kernels, implementation
@@ -9,6 +10,11 @@ from fastdiff.kernels.linear.spec import SPEC as LINEAR
 
 ALL = [(kernel, case) for kernel in all_kernels().values() for case in kernel.spec.cases]
 IDS = [f"{kernel.spec.name}-{case.name}" for kernel, case in ALL]
+LIBRARIES = [
+    pytest.param(kernel, case, id=name)
+    for (kernel, case), name in zip(ALL, IDS, strict=True)
+    if "triton" not in kernel.implementations
+]
 
 
 @pytest.fixture(params=NATIVE.isas() if NATIVE else [None])
@@ -70,6 +76,18 @@ def test_an_unknown_implementation_is_named():
         implementation("attention", "cuda")
 
 
+@pytest.mark.parametrize(("kernel", "case"), LIBRARIES)
+def test_bytes_and_flops_of_a_library_are_those_of_its_tensors(kernel, case):
+    """Those of our own Triton kernels are counted in test_triton.py."""
+    spec = kernel.spec
+    inputs = spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
+    with FlopCounterMode(display=False) as counter:
+        made = spec.reference(**inputs)
+    tensors = [value for value in (*inputs.values(), made) if isinstance(value, torch.Tensor)]
+    assert spec.bytes(case, 4) == sum(tensor.nbytes for tensor in tensors)
+    assert spec.flops(case) == counter.get_total_flops()
+
+
 def test_bytes_and_flops_by_hand():
     specs = {name: kernel.spec for name, kernel in KERNELS.items()}
     square = {"B": 1, "Y": 4, "X": 4, "C": 8, "G": 2}
@@ -79,7 +97,7 @@ def test_bytes_and_flops_by_hand():
             2 * (2 * 8 + 2 * 4) * 32,
             4 * 2 * 8 * 4 * 16,
         ),
-        ("linear", Case("c", B=1, L=2, D=3, N=5)): (2 * (2 * 8 + 15), 60),
+        ("linear", Case("c", B=1, L=2, D=3, N=5)): (2 * (2 * 8 + 15 + 5), 60),
     }
     for (name, case), (moved, flops) in expected.items():
         spec: KernelSpec = specs[name]

@@ -38,6 +38,8 @@ SPEC = KernelSpec(
         Case("guided", B=4, Y=5, X=7, C=33, C2=3, parts=2),
         Case("odd", B=3, Y=5, X=7, C=33, C2=1),
     ),
-    bytes=lambda c, size: size * 2 * c.B * c.Y * c.X * (c.C + c.C2),
+    bytes=lambda c, size: (
+        size * c.Y * c.X * (c.B * (2 * c.C + c.C2) + c.B // c.get("parts", 1) * c.C2)
+    ),
     flops=lambda c: 0,
 )

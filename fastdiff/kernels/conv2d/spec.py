@@ -1,5 +1,6 @@
 """Contract of `conv2d`: torch only."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,29 +38,44 @@ def inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    B, Y, X, C, N = case.B, case.Y, case.X, case.C, case.N
-    kernel, stride = case.get("kernel", 3), case.get("stride", 1)
-    before, after = padding = case.get("padding", (kernel // 2, kernel // 2))
-    size = case.get("size")
+    B, C, N, kernel, size = case.B, case.C, case.N, case.get("kernel", 3), case.get("size")
     weight = normal(kernel, kernel, C, N) / (kernel * C**0.5)
     weight = weight.permute(3, 2, 0, 1)  # [N, C, kernel, kernel] as `models.borrow` lays it out
-    y, x = (
-        (extent + before + after - kernel) // stride + 1 for extent in (size if size else (Y, X))
-    )
     return {
-        "x": normal(B, Y, X, C),
+        "x": normal(B, case.Y, case.X, C),
         "weight": weight if case.get("packed", True) else weight.contiguous(),
         "bias": normal(N) if case.get("bias", True) else None,
-        "stride": stride,
-        "padding": list(padding),
+        "stride": case.get("stride", 1),
+        "padding": list(_padding(case)),
         "size": list(size) if size else None,
-        "residual": normal(B, y, x, N) if case.get("residual") else None,
+        "residual": normal(B, *_made(case), N) if case.get("residual") else None,
     }
 
 
-def _traffic(case: Case, size: int) -> int:
-    pixels, taps = case.B * case.Y * case.X, case.get("kernel", 3) ** 2
-    return int(size * (pixels * (case.C + case.N) + taps * case.C * case.N))
+def _padding(case: Case) -> tuple[int, int]:
+    half = case.get("kernel", 3) // 2
+    before, after = case.get("padding", (half, half))
+    return before, after
+
+
+def _made(case: Case) -> tuple[int, int]:
+    """Rows and columns of the output."""
+    taken = sum(_padding(case)) - case.get("kernel", 3)
+    rows, columns = case.get("size", (case.Y, case.X))
+    stride = case.get("stride", 1)
+    return (rows + taken) // stride + 1, (columns + taken) // stride + 1
+
+
+def moved(case: Case, size: int) -> int:
+    outputs = case.B * math.prod(_made(case)) * case.N
+    outputs *= 1 + bool(case.get("residual"))
+    weights = case.N * (case.get("kernel", 3) ** 2 * case.C + case.get("bias", True))
+    return int(size * (case.B * case.Y * case.X * case.C + outputs + weights))
+
+
+def operations(case: Case) -> int:
+    each = 2 * case.get("kernel", 3) ** 2 * case.C
+    return int(case.B * math.prod(_made(case)) * case.N * each)
 
 
 CASES = (
@@ -92,6 +108,6 @@ SPEC = KernelSpec(
     reference=reference,
     inputs=inputs,
     cases=CASES,
-    bytes=_traffic,
-    flops=lambda c: 2 * c.B * c.Y * c.X * c.N * c.C * c.get("kernel", 3) ** 2,
+    bytes=moved,
+    flops=operations,
 )

@@ -56,6 +56,14 @@ CASES = (
     Case("unpacked", B=1, L=16, D=32, N=64, packed=False),
 )
 
+
+def moved(case: Case, size: int) -> int:
+    rows, D, N = case.B * case.L, case.D, case.N
+    added = N * case.get("bias", True)
+    added += rows // case.get("parts", 1) * N if case.get("residual") else 0
+    return int(size * (rows * (D + N) + D * N + added))
+
+
 SPEC = KernelSpec(
     name="linear",
     schema=(
@@ -65,6 +73,6 @@ SPEC = KernelSpec(
     reference=reference,
     inputs=inputs,
     cases=CASES,
-    bytes=lambda c, size: size * (c.B * c.L * (c.D + c.N) + c.D * c.N),
+    bytes=moved,
     flops=lambda c: 2 * c.B * c.L * c.D * c.N,
 )
