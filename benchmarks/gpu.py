@@ -122,8 +122,9 @@ def time_kernels(session: Session) -> Rows:
                 row = {"kernel": kernel.spec.name, "case": case.name, "sizes": case.sizes}
                 row |= {"samples_ms": {}, "exception": repr(error)}
             rows.append(row)
-            shown = "  ".join(f"{name} {1e3 * ms:.1f}" for name, ms in medians(row).items())
-            print(f"{kernel.spec.name:16} {case.name:15} {shown or row['exception']} us")
+            shown = "  ".join(f"{name} {1e3 * ms:.1f} us" for name, ms in medians(row).items())
+            why = row.get("exception", "nothing ran: see the file")
+            print(f"{kernel.spec.name:16} {case.name:15} {shown or why}")
     return rows
 
 
@@ -159,9 +160,9 @@ def engines(session: Session) -> Rows:
     folder, preset = str(session.out / "engines"), ["--preset", "sd15"]
     rows = command(session, "building engines", "export", *preset, "--trt", folder)
     if rows[0]["rc"] == 0:
-        race = ["--backends", "eager,fastdiff,tensorrt", "--engines", folder]
+        backends = ["--backends", "eager,fastdiff,tensorrt", "--engines", folder]
         file = str(session.out / "bench-engines.json")
-        rows += command(session, "engines", "bench", *preset, *race, "--json", file)
+        rows += command(session, "engines", "bench", *preset, *backends, "--json", file)
     return rows
 
 

@@ -118,7 +118,7 @@ def yardsticks(
         source = torch.randn(elements, device=device, dtype=dtype)
         found["copy"].append(partial(torch.empty_like(source).copy_, source))
     if kernel.spec.products:
-        rows = max(16, round(kernel.spec.flops(case) / (2 * SIDE**2) / 16) * 16)
+        rows = _product_rows(kernel, case)
         side = torch.randn(SIDE, SIDE, device=device, dtype=dtype)
         tall = [torch.randn(rows, SIDE, device=device, dtype=dtype) for _ in range(sets)]
         found["product"] = [partial(torch.mm, one, side) for one in tall]
@@ -162,16 +162,14 @@ def race(
         "bytes": spec.bytes(case, dtype.itemsize),
         "flops": spec.flops(case),
         "floor_ms": floor_ms(kernel, case, dtype, device),
-        "product_flops": _product_flops(kernel, case),
+        "product_flops": 2 * SIDE**2 * _product_rows(kernel, case) if spec.products else 0,
         "samples_ms": times,
     }
 
 
-def _product_flops(kernel: Kernel, case: Case) -> int:
-    """Of the product that stands beside a size: its rows come in sixteens."""
-    if not kernel.spec.products:
-        return 0
-    return 2 * SIDE**2 * max(16, round(kernel.spec.flops(case) / (2 * SIDE**2) / 16) * 16)
+def _product_rows(kernel: Kernel, case: Case) -> int:
+    """Of the product that does a size's FLOPs; in sixteens, which fill a matrix instruction."""
+    return max(16, round(kernel.spec.flops(case) / (2 * SIDE**2) / 16) * 16)
 
 
 def medians(row: dict[str, Any]) -> dict[str, float]:
