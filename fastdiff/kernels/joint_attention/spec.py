@@ -1,5 +1,6 @@
 """Contract of `joint_attention`: torch only."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,18 @@ def reference(
     text_k: Tensor,
     text_v: Tensor,
     scale: float | None = None,
+    attend: Callable[..., Tensor] = attention,
 ) -> tuple[Tensor, Tensor]:
+    """By one attention, `attend`, over what is put end to end."""
     pairs = ((q, text_q), (k, text_k), (v, text_v))
     all_q, all_k, all_v = (torch.cat(pair, 1) for pair in pairs)
-    out = attention(all_q, all_k, all_v, scale=scale)
+    out = attend(all_q, all_k, all_v, scale=scale)
     picture, text = out.split([q.shape[1], text_q.shape[1]], 1)
-    return picture.contiguous(), text.contiguous()
+    # copies even where a slice is contiguous: the outputs of an op may not share memory
+    return (
+        picture.clone(memory_format=torch.contiguous_format),
+        text.clone(memory_format=torch.contiguous_format),
+    )
 
 
 def fake(
