@@ -8,10 +8,12 @@ full fp32, not TF32. K and V tiles are [KEYS, part], everything else is [QUERIES
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -92,7 +94,11 @@ def masked(
         if MASK_ROWS:
             pointers += queries[:, None] * mask_sq
             inside &= (queries < Lq)[:, None]
-        scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        mask = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        # the lowest number of fp32 or bf16 times log2(e) must not become -inf: a row that is
+        # masked by it as a whole is a mean of its values, one of -inf is NaN
+        lowered = tl.maximum(mask * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        scores += tl.where(mask == float("-inf"), mask, lowered)
     if ENDS:
         scores = tl.where((keys < Lk)[None, :], scores, float("-inf"))
     return scores
