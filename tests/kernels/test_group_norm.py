@@ -82,15 +82,18 @@ def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
         ({"groups": 5}, "12 channels do not split into 5"),
         ({"beside": torch.ones(3, 2, 2, 4)}, r"beside is \[3, 2, 2, 4\]"),
         ({"shift": torch.ones(12)}, r"shift is \[12\]; expected \[8\]"),
+        ({"row": torch.ones(1, 8)}, r"row is \[1, 8\]; expected \[4, 8\]"),
+        ({"residual": torch.ones(2, 2, 2, 8)}, r"residual is \[2, 2, 2, 8\]; expected \[4, 2, 2"),
+        ({"weight": torch.ones(8)}, r"weight is \[8\]; expected \[12\]"),
         ({"statistics": torch.ones(4, 1, 2, 8)}, r"\[4, slabs, 2, 12\]"),
         ({"statistics": torch.ones(4, 1, 2, 12, dtype=torch.float64)}, r"torch\.float64"),
         ({"statistics": torch.ones(4, 3, 2, 12)}, "4 pixels do not fill 3 slabs"),
     ],
 )
 def test_refuses(wrong, message):
-    inputs = {"groups": 4, "beside": torch.ones(2, 2, 2, 4)} | wrong
+    inputs = {"weight": torch.ones(12), "groups": 4, "beside": torch.ones(2, 2, 2, 4)} | wrong
     with pytest.raises(ValueError, match=message):
-        group_norm_silu(torch.ones(4, 2, 2, 8), torch.ones(12), torch.ones(12), eps=1e-5, **inputs)
+        group_norm_silu(torch.ones(4, 2, 2, 8), bias=torch.ones(12), eps=1e-5, **inputs)
 
 
 def test_no_slab_is_empty():

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.dispatch import expects
 from fastdiff.kernels.gelu_gate.gpu import gated, rows_of
 from fastdiff.kernels.tuned import tunable
 
@@ -156,6 +157,7 @@ def plan(
             f"geglu: weight has strides {weight.stride()}; the kernel takes rows whose elements"
             " lie side by side, as torch.nn.Linear stores them"
         )
+    expects("geglu: bias", bias, x, (2 * N,))
     out = x.new_empty((*x.shape[:-1], N))
     strides = {"x_sm": flat.stride(0), "weight_sn": weight.stride(0)}
     align, align_n = math.gcd(16 // size, D, *strides.values()), math.gcd(16 // size, N)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.dispatch import expects
 from fastdiff.kernels.tuned import tunable
 
 
@@ -111,6 +112,7 @@ def plan(arch: int, h: Tensor, bias: Tensor | None = None) -> tuple[tuple[Launch
     """The launch for h [..., 2N] and the output [..., N] it writes."""
     flat, N = rows_of("gelu_gate: h", h), h.shape[-1] // 2
     M, size = flat.shape[0], h.element_size()
+    expects("gelu_gate: bias", bias, h, (2 * N,))
     align = math.gcd(16 // size, N, flat.stride(0))
     config = pick(M, N, size, arch)
     out = h.new_empty((*h.shape[:-1], N))

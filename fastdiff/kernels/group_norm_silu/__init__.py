@@ -102,8 +102,15 @@ def group_norm_silu(
             f"group_norm_silu: beside is {list(beside.shape)}; expected {[batch, *pixels, 'C2']}"
             f" or half as many pictures"
         )
-    if shift is not None and shift.shape != (width,):
-        raise ValueError(f"group_norm_silu: shift is {list(shift.shape)}; expected [{width}]")
+    shapes: dict[str, tuple[int, ...]] = {"weight": (channels,), "bias": (channels,)}
+    shapes |= {"row": (batch, width), "shift": (width,), "residual": x.shape}
+    parts = {"weight": weight, "bias": bias, "row": row, "shift": shift, "residual": residual}
+    for name, part in parts.items():  # a GPU would read beyond the end of a smaller one
+        shape = shapes[name]
+        if part is not None and part.shape != shape:
+            raise ValueError(
+                f"group_norm_silu: {name} is {list(part.shape)}; expected {list(shape)}"
+            )
     if statistics is not None:
         expected = (batch, statistics.shape[1], 2, channels)
         if statistics.shape != expected or statistics.dtype != torch.float32:

@@ -148,7 +148,8 @@ def plan(
     for name, tensor in (("sample", sample), ("history", history), ("table", table)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"guided_step: {name} is {tensor.dtype}; the kernel takes float32")
-    if not all(t.is_contiguous() for t in (model_output, sample, history, following, table)):
+    tensors = (model_output, sample, history, following, table, noise)
+    if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError("guided_step: all tensors must be contiguous")
     batch, copies, depth = (
         sample.shape[0],

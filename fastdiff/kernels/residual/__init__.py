@@ -36,5 +36,7 @@ def residual(
         )
     if other is not None and other.shape != x.shape:
         raise ValueError(f"residual: other is {list(other.shape)}; expected {list(x.shape)}")
+    if shift is not None and shift.shape != x.shape[-1:]:
+        raise ValueError(f"residual: shift is {list(shift.shape)}; expected {[x.shape[-1]]}")
     y: Tensor = _op(x, other, shift, enlarge)
     return y

@@ -83,8 +83,8 @@ def plan(
     enlarge: int = 1,
 ) -> tuple[tuple[Launch, ...], Tensor]:
     """The launch for x [..., C], [B, Y, X, C] where it is enlarged, and the output it writes."""
-    if not x.is_contiguous() or not (other is None or other.is_contiguous()):
-        raise ValueError("residual: x and other must be contiguous")
+    if not all(t is None or t.is_contiguous() for t in (x, other, shift)):
+        raise ValueError("residual: x, other and shift must be contiguous")
     *pixels_of, X, C = x.shape
     pixels = math.prod(pixels_of) * X
     if enlarge > 1:
