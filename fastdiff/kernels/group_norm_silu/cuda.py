@@ -146,4 +146,5 @@ def run(x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     def call(*numbers: Any) -> None:
         NATIVE.cuda_group_norm_silu(*numbers, x.device.index, stream)
 
-    return start(call, architecture(x), x, *arguments, **options)
+    with torch.cuda.device(x.device):  # it becomes the current one: only until the kernel started
+        return start(call, architecture(x), x, *arguments, **options)
