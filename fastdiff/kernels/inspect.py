@@ -185,8 +185,9 @@ def _source(launch: Launch) -> ASTSource:
     types: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
     divisible = set()
+    any_value = {p.name for p in launch.kernel.params if p.do_not_specialize}
     for name, value in launch.arguments.items():
-        if value is None or (type(value) is int and value == 1):
+        if value is None or (type(value) is int and value == 1 and name not in any_value):
             constants[name] = value
         elif isinstance(value, Tensor):
             types[name] = TYPES[value.dtype]
@@ -195,7 +196,7 @@ def _source(launch: Launch) -> ASTSource:
                 divisible.add(name)
         else:
             types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in any_value:
                 divisible.add(name)
     names = launch.kernel.arg_names
     if missing := set(names) ^ (set(types) | set(constants)):

@@ -1,7 +1,11 @@
 """What the contract of `group_norm_silu` cannot express: refusals, launches, given statistics."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from command import environment
 
 from fastdiff.kernels.concat import concat
 from fastdiff.kernels.dispatch import implementation
@@ -16,6 +20,26 @@ UNETS = [
     (16384, 320), (16384, 640), (16384, 960), (4096, 1280), (4096, 1920), (1024, 2560),
 ]  # fmt: skip
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+
+COMPILED = """
+import torch
+from fastdiff.kernels.group_norm_silu.gpu import plan
+from fastdiff.kernels.inspect import _source
+found = {}
+for Y, X in (64, 64), (64, 72), (65, 77), (96, 96), (128, 128), (7, 149):
+    x = torch.empty(2, Y, X, 320, dtype=torch.float16, device="meta")
+    channels = torch.empty(320, dtype=torch.float16, device="meta")
+    for launch in plan(90, x, channels, channels, 32, 1e-5, True)[0]:
+        sources = found.setdefault(launch.kernel.__name__, set())
+        sources.add((_source(launch).hash(), launch.num_warps))
+print({name: len(sources) for name, sources in found.items()})
+"""
+
+
+def test_another_size_of_picture_compiles_nothing_anew():
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "{'_statistics_kernel': 1, '_apply_kernel': 1}", done.stderr
 
 
 @pytest.mark.parametrize("arch", SMS)

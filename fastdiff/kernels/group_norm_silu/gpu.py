@@ -1,8 +1,7 @@
 """Triton implementation of `group_norm_silu`: once over memory where whole groups fit on chip.
 
 Else two kernels: statistics of each channel in each slab of rows, then their combination and the
-normalisation, the last rows first because they are still in L2. A producer that hands over such
-statistics saves the first kernel.
+normalisation, the last rows first because they are still in L2. Given statistics save the first.
 """
 
 import math
@@ -27,10 +26,11 @@ from fastdiff.kernels.group_norm_silu.tiles import (
 )
 from fastdiff.kernels.tuned import tunable
 
+PICTURE = ["L", "slab_rows", "slabs", "counted_rows"]  # whose multiples of 16 compile nothing anew
 TABLE = tl.constexpr(16)  # slabs of the statistics that are combined at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE)
 def _one_pass_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
     L, C, C2, beside_batch, row_stride, sum_ptr, out_ptr,
@@ -67,7 +67,7 @@ def _keep(statistics_ptr, mean, square, count, missing, length, part, C):
     tl.store(statistics_ptr + C + part[0], square, mask=part[1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE)
 def _statistics_kernel(
     x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
     L, C, C2, beside_batch, row_stride, slab_rows, sum_ptr, statistics_ptr,
@@ -128,7 +128,7 @@ def _recall(statistics_ptr, slabs, slab_rows, L, C, missing, part, P: tl.constex
     return pivot - missing, drift, square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PICTURE)
 def _apply_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, statistics_ptr,
     L, C, C2, beside_batch, row_stride, slab_rows, slabs, counted_rows, sum_ptr, out_ptr,
