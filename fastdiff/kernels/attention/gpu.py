@@ -184,10 +184,12 @@ def streams(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
 @tunable("attention")
 def pick(Lk: int, K: int, size: int, arch: int) -> LaunchConfig:
     """Launch for Lk keys of heads K wide, `size` bytes an element. ValueError beyond 512."""
-    keys, (most_keys, most_kib) = sum(power_parts(Lk, 16)), ON_CHIP[KINDS.get(arch, "small")]
+    kind = KINDS.get(arch, "small")
+    keys, (most_keys, most_kib) = sum(power_parts(Lk, 16)), ON_CHIP[kind]
     kib = 2 * keys * sum(power_parts(K, 16)) * size / 1024
     if size < 4 and keys <= most_keys and kib <= most_kib:
-        if keys > PROMPT_KEYS:
+        # heads 160 wide spill 16 bytes in 4 warps on sm_120
+        if keys > PROMPT_KEYS or (kind == "small" and K > 128):
             return LaunchConfig(64, 0, 8, 1)
         # on sm_100 4 warps spill 24 bytes with a mask
         return LaunchConfig(128, 0, 8, 1) if arch == 100 else LaunchConfig(64, 0, 4, 1)
