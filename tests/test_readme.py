@@ -28,7 +28,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 def test_graphs_are_the_committed_ones():
-    before, now, table = re.search(r"<!-- graphs: (\S+) (\S+) -->\n(.*?)\n\n", README, re.S).groups()
+    found = re.search(r"<!-- graphs: (\S+) (\S+) -->\n(.*?)\n\n", README, re.S)
+    before, now, table = found.groups()
     names = [
         f"{folder}/{name}.json"
         for preset in ("sd15", "sdxl")

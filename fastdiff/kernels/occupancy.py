@@ -25,6 +25,8 @@ TENSOR_COLUMNS = 512
 class Sm:
     """What is resident on an SM at most, and the ridge of a GPU made of them."""
 
+    number: int
+    """Of SMs on that GPU."""
     warps: int
     blocks: int
     shared: int
@@ -40,15 +42,20 @@ class Sm:
         return self.tflops / self.bandwidth
 
 
-# tflops and bandwidth by NVIDIA's data sheets and architecture white papers
+# number, tflops and bandwidth by NVIDIA's data sheets and architecture white papers
 SMS = {
-    80: Sm(64, 32, 164, tflops=312.0, bandwidth=2.039),  # A100 SXM 80 GB
-    86: Sm(48, 16, 100, tflops=71.0, bandwidth=0.936),  # GeForce RTX 3090
-    89: Sm(48, 24, 100, tflops=165.2, bandwidth=1.008),  # GeForce RTX 4090
-    90: Sm(64, 32, 228, tflops=989.4, bandwidth=3.35),  # H100 SXM
-    100: Sm(64, 32, 228, tflops=2250.0, bandwidth=8.0),  # B200
-    120: Sm(48, 24, 100, tflops=209.5, bandwidth=1.792),  # GeForce RTX 5090
+    80: Sm(108, 64, 32, 164, tflops=312.0, bandwidth=2.039),  # A100 SXM 80 GB
+    86: Sm(82, 48, 16, 100, tflops=71.0, bandwidth=0.936),  # GeForce RTX 3090
+    89: Sm(128, 48, 24, 100, tflops=165.2, bandwidth=1.008),  # GeForce RTX 4090
+    90: Sm(132, 64, 32, 228, tflops=989.4, bandwidth=3.35),  # H100 SXM
+    100: Sm(148, 64, 32, 228, tflops=2250.0, bandwidth=8.0),  # B200
+    120: Sm(170, 48, 24, 100, tflops=209.5, bandwidth=1.792),  # GeForce RTX 5090
 }
+
+
+def multiprocessors(arch: int) -> int:
+    """SMs of the GPU in `SMS`; 128 for an architecture that is not there."""
+    return SMS[arch].number if arch in SMS else 128
 
 
 @dataclass(frozen=True)

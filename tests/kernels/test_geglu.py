@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from fastdiff.kernels.contract import verify
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.kernels.geglu import CUDA_CHOICES, choose, geglu
-from fastdiff.kernels.geglu.gpu import CONFIGS, MULTIPROCESSORS, candidates, pick
+from fastdiff.kernels.geglu.gpu import CONFIGS, candidates, pick
 from fastdiff.kernels.geglu.spec import SPEC
 from fastdiff.kernels.gelu_gate import gelu_gate
+from fastdiff.kernels.occupancy import SMS
 
 LARGE, SMALL = "sd15-64-part", "sd15-8-part"
 ARCHS = (80, 90, 100, 120)
@@ -121,7 +122,7 @@ def test_the_table_decides_where_there_is_a_gpu():
     assert {choice.run for choice in CUDA_CHOICES} <= {"split", "triton"}
 
 
-@pytest.mark.parametrize("arch", MULTIPROCESSORS)
+@pytest.mark.parametrize("arch", SMS)
 def test_pick_is_one_of_the_candidates(arch):
     for sizes in ((8192, 1280, 320, 16), (128, 5120, 1280, 16), (5, 41, 31, 2)):
         for size in (2, 4):

@@ -12,6 +12,7 @@ from fastdiff.kernels.dispatch import implementation
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.group_norm_silu.gpu import candidates, pick
 from fastdiff.kernels.group_norm_silu.spec import channel_statistics, reference, slab_rows
+from fastdiff.kernels.occupancy import SMS
 
 # (L, C) of every norm of a U-Net: SD1.5 at 512², SDXL at 1024², 32 groups
 UNETS = [
@@ -19,7 +20,6 @@ UNETS = [
     (1024, 1920), (256, 640), (256, 1280), (256, 1920), (256, 2560), (64, 1280), (64, 2560),
     (16384, 320), (16384, 640), (16384, 960), (4096, 1280), (4096, 1920), (1024, 2560),
 ]  # fmt: skip
-SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 
 COMPILED = """
 import torch
@@ -51,9 +51,9 @@ def test_programs_of_a_unet_read_lines_and_fill_the_chip(arch, L, C):
     assert segment % 16 == 0
     programs = 2 * 32 // config.groups * max(1, config.slabs)
     if config.slabs:
-        rounds = -(-programs // SMS[arch])
+        rounds = -(-programs // SMS[arch].number)
         assert rounds <= 2
-        assert programs >= 0.75 * rounds * SMS[arch]
+        assert programs >= 0.75 * rounds * SMS[arch].number
     else:
         assert L <= 256
 

@@ -127,10 +127,10 @@ class LaunchConfig:
 FLASH = (  # (kind of architecture, widest head), LaunchConfig; blocks an SM holds, by registers
     # sm_90, 100. Two blocks: one multiplies while the other exponentiates; 128 queries, so that L2
     # gives 64 bytes for 8192 FLOPs. With 4 warps 8.2 instructions a score at 64 wide, with 8 9.7
-    ("wgmma", 64, 128, 64, 4, 3),
-    ("wgmma", 128, 128, 64, 8, 3),  # 80 wide: two of whole blocks of keys, else one; 4 warps spill
-    ("wgmma", 256, 128, 64, 8, 2),  # one
-    ("wgmma", 512, 64, 16, 8, 2),  # one head of a VAE, 64 x 512 accumulators; 32 keys spill
+    ("largest", 64, 128, 64, 4, 3),
+    ("largest", 128, 128, 64, 8, 3),  # 80 wide: two, one of a part block of keys; 4 warps spill
+    ("largest", 256, 128, 64, 8, 2),  # one
+    ("largest", 512, 64, 16, 8, 2),  # one head of a VAE, 64 x 512 accumulators; 32 keys spill
     # sm_80 and sm_86, 89, 120 (a block's 99 KiB of shared memory): two or three
     ("large", 80, 64, 64, 4, 3),
     ("large", 128, 128, 64, 8, 3),  # one, as the next
@@ -148,11 +148,11 @@ FLASH = (  # (kind of architecture, widest head), LaunchConfig; blocks an SM hol
     ("interpreted", 512, 256, 128, 1, 1),  # it takes its time for an operation, not its size
 )
 """Chosen by what they compile to; nothing is measured yet."""
-KINDS = {0: "interpreted", 80: "large", 90: "wgmma", 100: "wgmma"}  # the others are small
-SHARED = {"wgmma": 227, "large": 163, "small": 99}  # KiB for a block
+KINDS = {0: "interpreted", 80: "large", 90: "largest", 100: "largest"}  # the others are small
+SHARED = {"largest": 227, "large": 163, "small": 99}  # KiB for a block
 ACCUMULATORS = 128  # fp32 values of scores and result in a thread; nearly all beyond spill
 # most keys that stay on chip, KiB of K and V: four prompts, or two where mma.sync takes registers
-ON_CHIP = {"wgmma": (320, 96), "large": (128, 64), "small": (160, 48), "interpreted": (320, 96)}
+ON_CHIP = {"largest": (320, 96), "large": (128, 64), "small": (160, 48), "interpreted": (320, 96)}
 PROMPT_KEYS = 128  # that 4 warps take 64 queries at a time; with more keys 8 warps do
 PROMPT_PROGRAMS = 528  # four for each SM of an H100
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.dispatch import expects
 from fastdiff.kernels.gelu_gate.gpu import gated, rows_of
+from fastdiff.kernels.occupancy import multiprocessors
 from fastdiff.kernels.tuned import tunable
 
 GROUP = tl.constexpr(8)
@@ -118,8 +119,6 @@ CONFIGS = {
     "interpreted": (LaunchConfig(128, 256, 64, 1, 1),),
 }
 KINDS = {0: "interpreted", 90: "wgmma", 100: "tcgen05"}  # the others are mma.sync
-# of the GPUs in `occupancy.SMS`: A100, GeForce RTX 3090 and 4090, H100, B200, GeForce RTX 5090
-MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
 @tunable("geglu")
@@ -131,7 +130,7 @@ def pick(M: int, N: int, D: int, vector: int, size: int, arch: int) -> LaunchCon
     """
     configs = candidates(M, N, D, vector, size, arch)
     tiles = triton.cdiv(M, configs[0].rows) * triton.cdiv(N, configs[0].columns)
-    return configs[-1 if 2 * tiles <= MULTIPROCESSORS.get(arch, 128) else 0]
+    return configs[-1 if 2 * tiles <= multiprocessors(arch) else 0]
 
 
 def candidates(

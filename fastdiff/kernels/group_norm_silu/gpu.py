@@ -24,6 +24,7 @@ from fastdiff.kernels.group_norm_silu.tiles import (
     parts_of,
     store_tile,
 )
+from fastdiff.kernels.occupancy import multiprocessors
 from fastdiff.kernels.tuned import tunable
 
 PICTURE = ["L", "slab_rows", "slabs", "counted_rows"]  # whose multiples of 16 compile nothing anew
@@ -175,7 +176,6 @@ class LaunchConfig:
     num_warps: int
 
 
-SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}  # of the largest chip
 SEGMENT = 128  # bytes of a row in a program, at least: a line of L1, four sectors
 # most elements of a tile that stays on chip: warps. 32 to 80 for each thread; 16 warps have too few
 # registers each for 20480, and 40960 do not fit at all
@@ -214,7 +214,7 @@ def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> La
     rows = 1 << (max(1, tile // width).bit_length() - 1)
     if aligned:
         num_warps = max(1, min(16, rows * min(parts) * size // 512))  # 16 bytes for each thread
-    sms, segments = SMS.get(arch, INTERPRETED_SMS), B * G // groups
+    sms, segments = multiprocessors(arch) if arch else INTERPRETED_SMS, B * G // groups
     once, twice = sms // segments, 2 * sms // segments
     slabs = twice if 5 * twice > 11 * once else once  # a program an SM, or two: a tenth fuller
     return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), num_warps)
