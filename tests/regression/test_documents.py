@@ -62,6 +62,7 @@ def test_a_static_row_is_named_by_all_that_tells_it_apart(file):
         "occupancy": 0.25,
         "load": 16,
         "store": 16,
+        "narrow": 2,
         "matrix instructions": 2,
     }
 

@@ -47,7 +47,7 @@ def _one_pass_kernel(
     rows = tl.arange(0, ROWS)
     tile0, tile1 = load_tiles(source, parts, rows, L, P1)
     count = (rows < L).to(tl.float32)[:, None]
-    length = 1.0 * L  # L = 1 is a constant
+    length = 1.0 * L
     moments0 = moments_of(tile0.to(tl.float32), None, count, length)
     moments1 = moments0
     if P1 > 0:
