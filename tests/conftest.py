@@ -23,6 +23,14 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
+LONGEST = ("test_readme.py", "test_workflows.py", "test_trt.py")
+"""Files of minutes: begun last, one worker would wait for the other to end them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
