@@ -12,7 +12,7 @@ bench: .venv/ready
 	$(BIN)/fastdiff bench
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 slow-test: .venv/ready
 	$(BIN)/python -m pytest -m slow
