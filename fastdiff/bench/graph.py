@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.bench.gpus import Gpu
 from fastdiff.bench.roofline import floor
-from fastdiff.bench.tally import FORMULAS, Tally, bytes_of, meta, moved
+from fastdiff.bench.tally import FORMULAS, Tally, bytes_of, moved, only_memory
 from fastdiff.kernels.dispatch import KERNELS
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.guided_step.spec import HISTORY
@@ -61,8 +60,8 @@ class _Recorder(TorchDispatchMode):
         self.launched: list[tuple[str, Tally]] = []
         self._arch = arch
 
-    def note(self, kernel: str, moved: int, flops: int = 0) -> None:
-        self.launched.append((kernel, Tally(1, moved, flops)))
+    def note(self, kernel: str, traffic: int, flops: int = 0) -> None:
+        self.launched.append((kernel, Tally(1, traffic, flops)))
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -82,7 +81,7 @@ class _Recorder(TorchDispatchMode):
         result = op(*args, **kwargs)
         formula = FORMULAS.get(op.overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
-        if not name.startswith(("empty", "new_empty")) and torch.Tag.inplace_view not in op.tags:
+        if not only_memory(op, name):
             read, written = moved(op, name, args, kwargs, result)
             if written:
                 self.note(NAMES.get(name, f"torch {name}"), read + written, flops)
@@ -91,19 +90,16 @@ class _Recorder(TorchDispatchMode):
     def _convolution(self, args: tuple[Any, ...]) -> Tensor:
         """Channels last; torch adds the bias in a kernel of its own after cuDNN's."""
         x, weight, bias, *more = args
-        shape = _aten.convolution.default(meta(x), meta(weight), None, *more)
-        batch, channels, rows, columns = shape.shape
-        out: Tensor = x.new_empty((batch, rows, columns, channels)).permute(0, 3, 1, 2)
-        flops = int(FORMULAS[_aten.convolution](meta(x), meta(weight), None, *more, out_val=shape))
+        out = _channels_last(_aten.convolution.default(x, weight, None, *more))
+        flops = int(FORMULAS[_aten.convolution](x, weight, None, *more, out_val=out))
         self.note(NAMES["convolution"], sum(map(bytes_of, (x, weight, out))), flops)
         if bias is not None:
             self.note("torch add (a convolution's bias)", 2 * bytes_of(out) + bytes_of(bias))
         return out
 
-    def _enlargement(self, x: Tensor, shape: Tensor) -> Tensor:
+    def _enlargement(self, x: Tensor, enlarged: Tensor) -> Tensor:
         """One launch from channels last to channels last, where the meta device has many ops."""
-        batch, channels, *size = shape.shape
-        out = x.new_empty((batch, *size, channels)).permute(0, 3, 1, 2)
+        out = _channels_last(enlarged)
         self.note("torch upsample_nearest2d", bytes_of(x) + bytes_of(out))
         return out
 
@@ -117,7 +113,7 @@ class _Recorder(TorchDispatchMode):
         flops = 0
         if kernel.spec.products:
             with FlopCounterMode(display=False) as counter:
-                kernel.spec.reference(*tree_map(meta, args), **tree_map(meta, kwargs))
+                kernel.spec.reference(*args, **kwargs)
             flops = counter.get_total_flops()
         seen: set[int] = set()
         for launch in launches:
@@ -126,6 +122,11 @@ class _Recorder(TorchDispatchMode):
             self.note(f"{name} {launch.kernel.__name__}", fresh, flops)
             seen, flops = seen | tensors.keys(), 0
         return outputs
+
+
+def _channels_last(picture: Tensor) -> Tensor:
+    """A picture [B, C, Y, X] as cuDNN and torch's CUDA kernels lay it out; meta may not."""
+    return picture.new_empty(picture.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 class _Attention(TorchFunctionMode):

@@ -108,7 +108,7 @@ class Counter(TorchDispatchMode):
         if self._device != "cpu":
             result = op(*args, **kwargs)
             return result, int(formula(*args, **kwargs, out_val=result))
-        shape = op(*tree_map(meta, args), **tree_map(meta, kwargs))
+        shape = op(*tree_map(_meta, args), **tree_map(_meta, kwargs))
         if op is _aten.convolution.default and torch.channels_last in map(_layout, args[:2]):
             shape = shape.contiguous(memory_format=torch.channels_last)  # forgotten without values
         flops = int(formula(*args, **kwargs, out_val=shape))
@@ -128,7 +128,7 @@ class Counter(TorchDispatchMode):
             for fresh in _fresh(args, kwargs, result):
                 fresh.zero_()
         with FlopCounterMode(display=False) as counter:
-            kernel.spec.reference(*tree_map(meta, args), **tree_map(meta, kwargs))
+            kernel.spec.reference(*tree_map(_meta, args), **tree_map(_meta, kwargs))
         self._tally(op, args, kwargs, result, counter.get_total_flops())
         return result
 
@@ -137,13 +137,18 @@ class Counter(TorchDispatchMode):
         if not any(tensor.device.type == self._device for tensor in tensors):
             return  # a scheduler's arithmetic on the host of a GPU
         name = op._schema.name.partition("::")[2]
-        if name.startswith(("empty", "new_empty")) or torch.Tag.inplace_view in op.tags:
+        if only_memory(op, name):
             return
         read, written = moved(op, name, args, kwargs, result)
         if written or name == "_local_scalar_dense":
             kind, launch = _kind(op, name), Tally(1, read + written, flops)
             self.work[kind] = self.work[kind].plus(launch)
             self.blocks[self.block] = self.blocks[self.block].plus(launch)
+
+
+def only_memory(op: Any, name: str) -> bool:
+    """Whether an op takes memory, or looks at it otherwise, and launches nothing."""
+    return name.startswith(("empty", "new_empty")) or torch.Tag.inplace_view in op.tags
 
 
 def moved(op: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
@@ -185,7 +190,7 @@ def _kind(op: Any, name: str) -> str:
     return "pointwise" if torch.Tag.pointwise in op.tags else "other"
 
 
-def meta(value: Any) -> Any:
+def _meta(value: Any) -> Any:
     """A float tensor without its values; integers stay, for an index is looked at."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value

@@ -118,6 +118,10 @@ class Launcher:
         return outputs
 
 
+INTERPRETED_TILE = 65536
+"""Elements of a tile under Triton's interpreter, which takes its time for an operation and not for
+its size."""
+
 FP_FUSION = True
 """Given explicitly: triton 3.10 changes the default, and with it the last bits of every result."""
 

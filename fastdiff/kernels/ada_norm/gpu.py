@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.ada_norm.spec import check
-from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
 from fastdiff.kernels.tuned import tunable
 
 
@@ -134,7 +134,6 @@ ELEMENTS = 32
 40 would fit 320, 640 and 1280 without idle lanes but take 64 to 95; `candidates` has it."""
 LOADS = 8  # of a row by a thread: where widths allow 2 bytes a load, lanes are more
 LEAST_LANES = 4  # 64 bytes of a row side by side: two sectors
-INTERPRETED_TILE = 65536  # the interpreter takes its time for an operation, not for its size
 
 
 @tunable("ada_norm")

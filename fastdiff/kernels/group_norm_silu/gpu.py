@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import Launch, Launcher, power_parts
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, power_parts
 from fastdiff.kernels.group_norm_silu.tiles import (
     bases_of,
     lines_of,
@@ -182,7 +182,7 @@ SEGMENT = 128  # bytes of a row in a program, at least: a line of L1, four secto
 ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
 # elements of a tile of the two slab kernels, 128 rows of 80 channels: 20 KB are on their way while
 # 20 KB are worked on, so that one program fills an SM; the interpreter wants few large tiles
-SLAB_TILE, INTERPRETED_TILE, INTERPRETED_SMS = 10240, 65536, 16
+SLAB_TILE, INTERPRETED_SMS = 10240, 16
 SLAB_ROWS = 32  # of a slab, at least
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
 from fastdiff.kernels.qk_norm.spec import check
 from fastdiff.kernels.tuned import tunable
 
@@ -75,9 +75,6 @@ class LaunchConfig:
 
     rows: int
     num_warps: int
-
-
-INTERPRETED_TILE = 65536  # the interpreter takes its time for an operation, not for its size
 
 
 @tunable("qk_norm")

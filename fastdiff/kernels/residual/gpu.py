@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import Launch, Launcher
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
 from fastdiff.kernels.tuned import tunable
 
 
@@ -50,7 +50,6 @@ class LaunchConfig:
 
 TILE = 2048
 """Elements: 16 a thread, in two accesses of 16 bytes in half precision."""
-INTERPRETED_TILE = 1 << 17  # the interpreter takes its time for an operation, not for its size
 LEAST_PROGRAMS = 264
 """Two for each SM of an H100; below it tiles are halved."""
 
