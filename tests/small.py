@@ -1,6 +1,8 @@
 """Real block structures at reduced widths, for tests of networks."""
 
 import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 
 CROSS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -44,3 +46,61 @@ def inputs_for(unet, shape, dtype=torch.float32):
             "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(batch, 1).to(dtype),
         }
     return sample, text, added
+
+
+def shallow(name):
+    """A network's config with two blocks of one layer on each side."""
+    config = NETWORKS[name]
+    two = {key: value[:2] for key, value in config.items() if isinstance(value, tuple)}
+    kinds = config["down_block_types"]
+    two["down_block_types"] = kinds[:2] if kinds[0] != kinds[1] else (kinds[0], kinds[-1])
+    two["up_block_types"] = tuple(
+        kind.replace("Down", "Up") for kind in reversed(two["down_block_types"])
+    )
+    return config | two | {"layers_per_block": 1}
+
+
+def unet(name, **more):
+    """(model to compile, what is called of it, its arguments, its keywords)."""
+    torch.manual_seed(0)
+    net = UNet2DConditionModel(**shallow(name), **more).eval()
+    sample, text, added = inputs_for(net, (2, 8, 8))
+    return net, net, (sample, 7, text), {"added_cond_kwargs": added} if added else {}
+
+
+def classic(name):
+    net, *rest = unet(name)
+    net.set_attn_processor(AttnProcessor())
+    return net, *rest
+
+
+def controlnet(name):
+    _, _, (sample, step, text), options = unet(name)
+    config = {key: value for key, value in shallow(name).items() if key != "up_block_types"}
+    net = ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32)).eval()
+    for weight in net.parameters():  # convolutions of zeros would hide everything
+        torch.nn.init.normal_(weight, 0.1, 0.1)
+    return net, net, (sample, step, text, torch.rand(2, 3, 16, 16)), options
+
+
+def coder(part):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    ).eval()
+    shape = (1, 3, 16, 16) if part == "encoder" else (1, 4, 8, 8)
+    return vae, getattr(vae, part), (torch.randn(shape),), {}
+
+
+NETS = {
+    "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
+    "sd21, classic attention": lambda: classic("sd21"),
+    "sdxl": lambda: unet("sdxl"),
+    "controlnet": lambda: controlnet("sd15"),
+    "encoder": lambda: coder("encoder"),
+    "decoder": lambda: coder("decoder"),
+}
+"""Every class and processor that is borrowed, in networks of one layer a block."""

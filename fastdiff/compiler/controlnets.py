@@ -18,15 +18,11 @@ class StepControlNet:
 
     network: ControlNet
     predict: Recorded
-    pooled: bool
-    """Whether each residual is averaged over the picture (`global_pool_conditions`)."""
 
 
 def borrow_step_controlnet(module: Any, loan: Loan) -> StepControlNet:
     network = borrow_controlnet(module, loan)
-    return StepControlNet(
-        network, Recorded(network.predict), bool(module.config.global_pool_conditions)
-    )
+    return StepControlNet(network, Recorded(network.predict))
 
 
 def call_controlnet(
@@ -69,12 +65,12 @@ def call_controlnet(
         timestep_cond=timestep_cond,
         predict=net.predict,
     )
-    if guess_mode and not net.pooled:
+    if guess_mode and not network.pooled:
         scales = torch.logspace(-1, 0, len(residuals), device=sample.device) * conditioning_scale
         residuals = [residual * scale for residual, scale in zip(residuals, scales, strict=True)]
     elif conditioning_scale != 1:
         residuals = [residual * conditioning_scale for residual in residuals]
-    if net.pooled:
+    if network.pooled:
         residuals = [residual.mean(dim=(2, 3), keepdim=True) for residual in residuals]
     *down, middle = residuals
     if not return_dict:

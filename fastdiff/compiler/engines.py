@@ -20,7 +20,8 @@ from fastdiff.errors import UserError
 from fastdiff.models import Loan, Unsupported, borrow_unet
 from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.models.lora import is_lora
-from fastdiff.models.watch import Unwritten, settings
+from fastdiff.models.settings import settings
+from fastdiff.models.watch import Unwritten
 from fastdiff.runtime import graphs
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.loop import Plans
@@ -118,7 +119,7 @@ class Source:
         foreign attention processor), or its weights or settings are not those that the engine was
         made from.
         """
-        _need_plain(module)
+        loan.adopt(_need_plain(module))
         if not self._was_compared(module):
             self._compared = Unwritten(module.parameters()), settings(module)
             self._same = fingerprint.of_network(module) == self._network_sha256
@@ -162,15 +163,17 @@ def check_folder(folder: Path) -> None:
             manifest.check(engine)
 
 
-def _need_plain(unet: nn.Module) -> None:
-    """Raise Unsupported unless the U-Net computes what its config and weights say."""
-    if borrow_unet(unet, Loan(unet, rehearsal=True)).ip_adapters is not None:
+def _need_plain(unet: nn.Module) -> Loan:
+    """A rehearsal; raises Unsupported unless the U-Net computes what its config and weights say."""
+    loan = Loan(unet, rehearsal=True)
+    if borrow_unet(unet, loan).ip_adapters is not None:
         raise Unsupported("an IP-Adapter, which an engine does not have")
     if any(map(is_lora, unet.modules())):  # active or not: nothing would tell of a switch
         raise Unsupported(
             "a LoRA adapter, which an engine does not have; fuse it, unload it, export and compile"
             " again"
         )
+    return loan
 
 
 def _export(unet: nn.Module, options: Options) -> Source:

@@ -26,6 +26,7 @@ from fastdiff.compiler.promotion import (
 )
 from fastdiff.kernels.observe import is_counting, observed
 from fastdiff.models.borrow import Loan, Unsupported
+from fastdiff.models.state import Gate, Handed
 from fastdiff.models.watch import Unwritten
 
 
@@ -70,9 +71,16 @@ class Slot:
     """The layers that overflowed since compile."""
     ended: bool = False
     """Whether the module was restored: whoever still holds the slot borrows nothing any more."""
+    _gate: Gate = field(init=False, repr=False)
+    _handed: Handed = field(default_factory=Handed, repr=False)
+    _copying: bool = False
+    """Whether the module is being copied by us, who need no strides."""
     _unwritten: Unwritten | None = None
     """The weights, for as long as a frozen network is taken."""
-    _taking: Any = field(default_factory=threading.Lock, repr=False)
+    _taking: Any = field(default_factory=threading.RLock, repr=False)
+
+    def __post_init__(self) -> None:
+        self._gate = Gate(self._give_back, self._handed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -113,7 +121,11 @@ class Slot:
 
     def promote(self, where: str, scale: float = 1.0) -> None:
         """Offer a float32 copy until the weights change, since float16 overflowed in `where`."""
-        module, version = float32_copy(self.module), self.version
+        self._copying = True
+        try:
+            module, version = float32_copy(self.module), self.version
+        finally:
+            self._copying = False
         with torch.inference_mode(False), torch.no_grad():
             loan = Loan(module)
             network = (self.kind.exact or self.kind.borrow)(module, loan)
@@ -157,7 +169,7 @@ class Slot:
             except Unsupported as unsupported:
                 self.refused = str(unsupported)
                 return
-            self.refused, self.loan = None, Loan(self.module)
+            self.refused, self.loan = None, Loan(self.module, handed=self._handed)
             if self.kind.frozen:
                 self._unwritten = Unwritten(self.module.parameters())
             try:
@@ -166,11 +178,20 @@ class Slot:
             except BaseException:
                 self.release()
                 raise
+            if not self.loan.over:
+                self._gate.stand_before(self.module.modules())
 
     def end(self) -> None:
         """Give the weights back for good."""
         self.ended = True
         self.release()
+        self._gate.leave()
+
+    def _give_back(self) -> None:
+        """Give back what is lent until the next use."""
+        with self._taking:
+            if self.loan is not None and not self.loan.over and not self._copying:
+                self.release()
 
     def release(self) -> None:
         """Give the weights back."""
@@ -189,7 +210,7 @@ class Slot:
 
     def _holds(self, loan: Loan, scale: float) -> bool:
         """Whether the loan is good as it is, or after LoRA adapters were merged anew in place."""
-        if loan.hooked() or not loan.intact():
+        if not loan.intact():
             return False
         if self._unwritten is not None and not self._unwritten.hold():
             return False

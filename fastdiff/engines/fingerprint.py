@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff.models.watch import settings
+from fastdiff.models.settings import settings
 
 
 def of_network(module: nn.Module) -> str:
     """SHA-256 of every parameter and buffer in the state dict (name, dtype, shape, values), then
-    of the `settings` of its modules: equal weights compute something else with other heads."""
+    of its `settings`: equal weights compute something else with other heads."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())

@@ -5,18 +5,21 @@ Pictures are channels-last tensors [B, Y, X, C]. A block is a frozen dataclass o
 attributes, so that diffusers need not be imported here) and a function that runs it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.concat import concat
 from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.linear import linear
-from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights, kind
+from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights
+from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved, projected
+from fastdiff.models.watch import kind
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
 
@@ -25,11 +28,6 @@ def require(condition: bool, what: str) -> None:
     """Raise Unsupported(what) unless the condition holds."""
     if not condition:
         raise Unsupported(what)
-
-
-def expect(module: Any, *names: str) -> None:
-    """Raise Unsupported unless the module is one of diffusers' own classes of these names."""
-    require(kind(module) in names, f"a {kind(module)} where a {' or '.join(names)} was expected")
 
 
 @dataclass(frozen=True)
@@ -68,46 +66,68 @@ class Resnet:
 
 def borrow_resnet(module: Any, loan: Loan, rows: "Columns | None" = None) -> Resnet:
     """From a ResnetBlock2D; `rows` hands out columns of the packed time-embedding projection."""
-    expect(module, "ResnetBlock2D")
-    require(module.time_embedding_norm in ("default", "group"), "scale-and-shift time embeddings")
-    require(module.upsample is None and module.downsample is None, "resampling inside a resnet")
-    require(module.output_scale_factor == 1.0, "an output_scale_factor other than 1")
-    require(not module.skip_time_act, "time embeddings without activation")
-    require(type(module.nonlinearity) is nn.SiLU, "an activation other than SiLU")
-    projected = module.time_emb_proj is not None
-    require(not projected or rows is not None, "a time embedding where none is given")
+    resnet = loan.open(module, "ResnetBlock2D")
+    projected, shortcut = resnet.time_emb_proj is not None, resnet.conv_shortcut
+    require(
+        resnet.time_embedding_norm == "default"
+        or (resnet.time_embedding_norm == "group" and not projected),
+        f"time embeddings of the kind {resnet.time_embedding_norm!r}",
+    )
+    require(resnet.upsample is None and resnet.downsample is None, "resampling inside a resnet")
+    require(resnet.output_scale_factor == 1.0, "an output_scale_factor other than 1")
+    require(not resnet.skip_time_act, "time embeddings without activation")
+    require(projected == (rows is not None), "a resnet with or without a time embedding")
+    loan.silu(resnet.nonlinearity)
+    loan.inert(resnet.dropout)
     return Resnet(
-        norm1=loan.norm(module.norm1),
-        conv1=loan.conv(module.conv1),
-        norm2=loan.norm(module.norm2),
-        conv2=loan.conv(module.conv2),
-        shortcut=None if module.conv_shortcut is None else loan.linear(module.conv_shortcut),
-        row=rows.take(module.time_emb_proj) if rows is not None and projected else None,
+        norm1=loan.norm(resnet.norm1),
+        conv1=loan.conv(resnet.conv1),
+        norm2=loan.norm(resnet.norm2),
+        conv2=loan.conv(resnet.conv2),
+        shortcut=None if shortcut is None else loan.linear(shortcut),
+        row=None if rows is None else rows.take(resnet.time_emb_proj),
     )
 
 
 class Columns:
     """Collects linear layers that read the same input, to be run as one matrix product."""
 
-    def __init__(self) -> None:
-        self.layers: list[nn.Module] = []
-        self._width = 0
+    def __init__(self, loan: Loan) -> None:
+        self.layers: list[Any] = []
+        self._loan, self._width = loan, 0
 
     def take(self, *layers: Any) -> slice:
         start = self._width
         self.layers += layers
-        self._width += sum(layer.weight.shape[0] for layer in layers)
+        self._width += sum(map(self._loan.width, layers))
         return slice(start, self._width)
 
 
-def check_attention(module: Any, *processors: str) -> None:
-    """Raise Unsupported unless it is a plain Attention with one of the `processors`."""
-    processor = kind(module.processor)
-    require(processor in (processors or PLAIN_PROCESSORS), f"the attention processor {processor}")
-    require(module.spatial_norm is None, "spatial norms in attention")
-    require(module.norm_q is None and module.norm_k is None, "normalised queries and keys")
-    require(not module.norm_cross, "normalised text in cross-attention")
-    require(module.rescale_output_factor == 1.0, "a rescale_output_factor other than 1")
+def open_attention(
+    module: Any, loan: Loan, residual: bool, processors: tuple[str, ...] = PLAIN_PROCESSORS
+) -> tuple[Reader, Any]:
+    """Reads of a plain Attention, and the last layer of its output.
+
+    Raises Unsupported unless it has one of the `processors`, and a `residual` connection or none.
+    """
+    attention = loan.open(module, "Attention")
+    processor = kind(attention.processor)
+    require(processor in processors, f"the attention processor {processor}")
+    loan.open(attention.processor, processor)
+    require(attention.spatial_norm is None, "spatial norms in attention")
+    require(attention.norm_q is None and attention.norm_k is None, "normalised queries and keys")
+    require(not attention.norm_cross, "normalised text in cross-attention")
+    require(attention.rescale_output_factor == 1.0, "a rescale_output_factor other than 1")
+    require(attention.residual_connection == residual, "attention with or without its residual")
+    width = loan.width(attention.to_q)
+    require(width % attention.heads == 0, f"{attention.heads} heads of {width} columns")
+    if processor == "AttnProcessor":  # scales by itself, and asks in what dtype
+        scaled = math.isclose(attention.scale, (attention.heads / width) ** 0.5)
+        require(scaled, f"attention scaled by {attention.scale}")
+        _ = attention.upcast_attention, attention.upcast_softmax  # ours sums in float32 always
+    out, dropout = loan.each(attention.to_out, 2)
+    loan.inert(dropout)
+    return attention, out
 
 
 @dataclass(frozen=True)
@@ -129,13 +149,12 @@ class PictureAttention:
 
 def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
     """From an Attention with a GroupNorm and a residual connection."""
-    check_attention(module)
-    require(module.residual_connection, "picture attention without its residual")
+    attention, out = open_attention(module, loan, residual=True)
     return PictureAttention(
-        heads=module.heads,
-        norm=loan.norm(module.group_norm),
-        qkv=loan.linear(module.to_q, module.to_k, module.to_v),
-        out=loan.linear(module.to_out[0]),
+        heads=attention.heads,
+        norm=loan.norm(attention.group_norm),
+        qkv=loan.linear(attention.to_q, attention.to_k, attention.to_v),
+        out=loan.linear(out),
     )
 
 
@@ -165,31 +184,36 @@ class Up:
 
 
 def borrow_down(module: Any, loan: Loan) -> Down:
-    expect(module, "Downsample2D")
-    require(module.use_conv and module.norm is None, "downsampling without a plain convolution")
-    require(module.padding in (0, 1), f"downsampling padded by {module.padding}")
-    weights = loan.conv(module.conv, stride=2, padding=module.padding)
-    return Down(weights, (1, 1) if module.padding else (0, 1))
+    """From a Downsample2D."""
+    down = loan.open(module, "Downsample2D")
+    require(down.use_conv and down.norm is None, "downsampling without a plain convolution")
+    require(down.padding in (0, 1), f"downsampling padded by {down.padding}")
+    weights = loan.conv(down.conv, stride=2, padding=down.padding)
+    require(down.channels == weights.weight.shape[1], f"downsampling of {down.channels} channels")
+    return Down(weights, (1, 1) if down.padding else (0, 1))
 
 
 def borrow_up(module: Any, loan: Loan) -> Up:
-    expect(module, "Upsample2D")
+    """From an Upsample2D."""
+    up = loan.open(module, "Upsample2D")
     require(
-        module.use_conv
-        and not module.use_conv_transpose
-        and module.interpolate
-        and module.norm is None,
+        up.use_conv and not up.use_conv_transpose and up.interpolate and up.norm is None,
         "upsampling without a plain convolution",
     )
-    return Up(loan.conv(module.conv if module.name == "conv" else module.Conv2d_0))
+    weights = loan.conv(up.conv if up.name == "conv" else up.Conv2d_0)
+    require(up.channels == weights.weight.shape[1], f"upsampling of {up.channels} channels")
+    return Up(weights)
 
 
-def only(modules: Any) -> Any:
-    """The single element of a module list, or None where there is none."""
-    if modules is None or len(modules) == 0:
-        return None
-    require(len(modules) == 1, f"{len(modules)} resamplers in a row")
-    return modules[0]
+def borrow_resamplers(block: Reader, loan: Loan) -> tuple[Down | None, Up | None]:
+    """From a block's downsamplers and upsamplers, at most one of each."""
+    found = (getattr(block, name, None) for name in ("downsamplers", "upsamplers"))
+    downs, ups = ([] if modules is None else loan.each(modules) for modules in found)
+    require(len(downs) <= 1 and len(ups) <= 1, "several resamplers in a row")
+    return (
+        borrow_down(downs[0], loan) if downs else None,
+        borrow_up(ups[0], loan) if ups else None,
+    )
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:

@@ -5,7 +5,7 @@ A lent parameter keeps its identity, shape, values and name; only its memory mov
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
-from fastdiff.models.lora import Merges, base_of, parts, without_adapters
-from fastdiff.models.watch import Unsupported, hooks, kind, watch
+from fastdiff.models.lora import Merges, base_of, parts
+from fastdiff.models.reads import Reader, Reads
+from fastdiff.models.state import Handed, Lent
+from fastdiff.models.watch import Unsupported, kind
 
 __all__ = ["Loan", "Norm", "Unsupported", "Weights", "kind"]
 
@@ -41,18 +43,10 @@ class Norm:
     eps: float
 
 
-@dataclass(frozen=True)
-class _Lent:
-    parameter: Tensor
-    address: int
-    stride: tuple[int, ...]
-    """Before it was lent."""
-
-
 _EPOCHS = itertools.count(1)
 
 
-class Loan:
+class Loan(Reads):
     """The parameters of `root` that are lent to the runtime, and what must hold while they are.
 
     Weights under LoRA adapters are not lent: the runtime has the effective weights in memory of its
@@ -63,19 +57,25 @@ class Loan:
     epoch: int
     """Grows with every loan taken in this process, and when `refresh` has rewritten weights."""
 
-    def __init__(self, root: nn.Module, rehearsal: bool = False) -> None:
-        self._rehearsal = rehearsal
-        self._lent: dict[int, _Lent] = {}
+    def __init__(
+        self, root: nn.Module, rehearsal: bool = False, handed: Handed | None = None
+    ) -> None:
+        super().__init__(root)
+        self._rehearsal, self._handed = rehearsal, handed or Handed()
+        self._handed.forget()
+        self._lent: dict[int, Lent] = {}
+        self._parameters: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._strayed: list[Lent] = []
         self._seen: set[int] = set()
         self._merges = Merges()
-        modules = without_adapters(root)
-        drops = [m for m in modules if isinstance(m, nn.Dropout) and m.p > 0]
-        if any(module.training for module in (root, *drops)):
+        if root.training:
             raise Unsupported("a module in training mode")
-        self._hooks, self._watch = hooks(modules), watch(modules)
         self.epoch = next(_EPOCHS)
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
+        self._mode = first.is_inference()
+        """Whether the weights were made in inference mode: their memory must be, too."""
         if self.device.type == "cuda" and self.dtype not in FLOATS:
             raise Unsupported(f"weights of {self.dtype} on a GPU")
         # our CPU loop wants a row per input channel; GPU libraries a row per output channel
@@ -85,12 +85,10 @@ class Loan:
 
     def linear(self, *layers: nn.Module) -> Weights:
         """Lend linear layers (or 1×1 convolutions) of equal input width, stacked along N."""
-        bases = [base_of(layer) for layer in layers]
-        for base in bases:
-            if type(base) is nn.Conv2d and base.kernel_size == (1, 1):
+        bases = [self._base(layer, nn.Linear, nn.Conv2d) for layer in layers]
+        for base, layer in zip(bases, layers, strict=True):
+            if type(base_of(layer)) is nn.Conv2d:
                 _check_conv(base, kernel=1, stride=1, padding=0)
-            elif type(base) is not nn.Linear:
-                raise Unsupported(f"a {kind(base)} where a Linear was expected")
         weights: list[Any] = [base.weight for base in bases]
         rows, inner = [w.shape[0] for w in weights], weights[0].shape[1]
         if any(w.shape[1] != inner for w in weights):
@@ -115,13 +113,11 @@ class Loan:
 
     def conv(self, layer: nn.Module, kernel: int = 3, stride: int = 1, padding: int = 1) -> Weights:
         """Lend a square, zero-padded convolution without groups or dilation."""
-        base = base_of(layer)
-        if type(base) is not nn.Conv2d:
-            raise Unsupported(f"a {kind(base)} where a Conv2d was expected")
+        base = self._base(layer, nn.Conv2d)
         _check_conv(base, kernel, stride, padding)
         self._check(base.weight)
         out, inner = base.weight.shape[:2]
-        lent = [base.weight] if base is layer else []
+        lent = [base.weight] if base_of(layer) is layer else []
         if self._input_major:
             weight = self._place(lent, kernel, kernel, inner, out).permute(3, 2, 0, 1)
         else:
@@ -133,21 +129,29 @@ class Loan:
 
     def norm(self, layer: nn.Module) -> Norm:
         """Use a GroupNorm or LayerNorm where its parameters are."""
-        if type(layer) not in (nn.GroupNorm, nn.LayerNorm):
-            raise Unsupported(f"a {kind(layer)} where a GroupNorm or LayerNorm was expected")
-        parts: Any = layer
+        parts = self.open(layer, nn.GroupNorm, nn.LayerNorm)
         if parts.weight is None or parts.bias is None:
             raise Unsupported(f"{kind(layer)} without weight and bias")
         self._keep(parts.weight)
         self._keep(parts.bias)
-        groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else 0
+        groups = parts.num_groups if type(layer) is nn.GroupNorm else 0
+        if not groups and parts.normalized_shape != tuple(parts.weight.shape):
+            raise Unsupported(f"a LayerNorm over {parts.normalized_shape}")
         return Norm(parts.weight.detach(), parts.bias.detach(), groups, parts.eps)
 
     def intact(self) -> bool:
         """Whether every parameter is still where it was lent and nothing watched was replaced."""
-        return bool(self._watch.intact()) and all(
-            lent.parameter.data_ptr() == lent.address for lent in self._lent.values()
+        for lent in self._strayed:
+            lent.collect()
+        return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
+            self._watch.intact()
         )
+
+    def seal(self) -> None:
+        super().seal()
+        self._parameters = [lent.parameter for lent in self._lent.values()]
+        self._addresses = [lent.address for lent in self._lent.values()]
+        self._strayed = [lent for lent in self._lent.values() if lent.homes]
 
     def refresh(self, scale: float = 1.0) -> None:
         """Bring the effective weights under LoRA adapters up to date, in place.
@@ -164,37 +168,46 @@ class Loan:
         if self._merges.refresh(scale):
             self.epoch = next(_EPOCHS)
 
-    def hooked(self) -> bool:
-        """Whether a forward hook would be passed over."""
-        return any(self._hooks)
+    @property
+    def over(self) -> bool:
+        """Whether nothing is lent."""
+        return not self._lent
 
     def end(self) -> None:
         """Give every parameter memory of its own again, laid out as before; values stay as now."""
         for lent in self._lent.values():
-            parameter = lent.parameter
-            if parameter.data_ptr() == lent.address:  # else somebody else has moved it meanwhile
-                own = torch.empty_strided(
-                    parameter.shape, lent.stride, dtype=parameter.dtype, device=parameter.device
-                )
-                parameter.data = own.copy_(parameter.detach())
+            lent.give_back()
         self._lent.clear()
+
+    def width(self, layer: nn.Module) -> int:
+        """Rows N of a linear layer's weight."""
+        rows: int = self._base(layer, nn.Linear, nn.Conv2d).weight.shape[0]
+        return rows
+
+    def _base(self, layer: nn.Module, *known: type) -> Reader:
+        """Read a layer, or the one that a LoRA layer stands for."""
+        base = base_of(layer)
+        if base is not layer:
+            self.open(layer, type(layer))
+        return self.open(base, *known)
 
     def _place(self, sources: list[Any], *shape: int) -> Tensor:
         """Memory for `sources`; large ones leave the GPU before it comes, not after."""
         if self._rehearsal:
             return torch.empty(shape, dtype=self.dtype, device="meta")
-        strides = [source.stride() for source in sources]
+        for source in sources:
+            stride = _dense(source, source.stride())
+            self._lent[id(source)] = Lent(source, 0, stride, self._handed.homes(source))
         large = sum(source.nbytes for source in sources) > _LARGE and self.device.type != "cpu"
         try:
             for source in sources if large else ():
                 source.data = source.detach().cpu()
-            memory = torch.empty(shape, dtype=self.dtype, device=self.device)
+            with torch.inference_mode(self._mode):
+                memory = torch.empty(shape, dtype=self.dtype, device=self.device)
         except BaseException:
             for source in sources if large else ():
                 source.data = source.detach().to(self.device)
             raise
-        for source, stride in zip(sources, strides, strict=True):
-            self._lent[id(source)] = _Lent(source, 0, _dense(source, stride))
         return memory
 
     def _fill(self, layer: Any, view: Tensor) -> None:
@@ -209,20 +222,31 @@ class Loan:
     def _lend(self, parameter: Tensor, view: Tensor) -> None:
         if self._rehearsal:
             return
-        view.copy_(parameter.detach())
-        parameter.data = view
-        stride = self._lent[id(parameter)].stride
-        self._lent[id(parameter)] = _Lent(parameter, parameter.data_ptr(), stride)
+        with torch.inference_mode(self._mode):
+            view.copy_(parameter.detach())
+            parameter.data = view
+        lent = self._lent[id(parameter)]
+        for home in lent.homes:
+            home.left()
+        self._lent[id(parameter)] = replace(lent, address=parameter.data_ptr())
 
     def _keep(self, parameter: Tensor) -> None:
         """Use a parameter where it is."""
         self._check(parameter)
         if not parameter.is_contiguous():
             raise Unsupported("a strided bias or norm")
-        self._lent[id(parameter)] = _Lent(parameter, parameter.data_ptr(), parameter.stride())
+        if not self._rehearsal:
+            self._lent[id(parameter)] = Lent(parameter, parameter.data_ptr())
 
     def _check(self, *parameters: Tensor) -> None:
         for parameter in parameters:
+            if type(parameter) not in (nn.Parameter, Tensor) or parameter.layout != torch.strided:
+                name = f"{type(parameter).__module__}.{type(parameter).__qualname__}"
+                raise Unsupported(
+                    f"weights kept as {parameter.layout} {name}, not as plain numbers"
+                )
+            if parameter.is_inference() != self._mode:
+                raise Unsupported("weights of which some were made in torch.inference_mode")
             if parameter.dtype != self.dtype or parameter.device != self.device:
                 raise Unsupported(
                     f"weights of {parameter.dtype} on {parameter.device} beside {self.dtype} on"
@@ -234,18 +258,22 @@ class Loan:
         self._seen |= identities
 
 
-def _check_conv(layer: nn.Conv2d, kernel: int, stride: int, padding: int) -> None:
-    if (
-        layer.kernel_size != (kernel, kernel)
-        or layer.stride != (stride, stride)
-        or layer.padding != (padding, padding)
-        or layer.padding_mode != "zeros"
-        or layer.groups != 1
-        or layer.dilation != (1, 1)
-    ):
+def _check_conv(layer: Reader, kernel: int, stride: int, padding: int) -> None:
+    """By its weight, not by its kernel_size: so does torch."""
+    wanted = {
+        "stride": (stride, stride),
+        "padding": (padding, padding),
+        "padding_mode": "zeros",
+        "groups": 1,
+        "dilation": (1, 1),
+    }
+    found = {name: getattr(layer, name) for name in wanted}
+    sides = tuple(layer.weight.shape[2:])
+    if found != wanted or sides != (kernel, kernel):
+        described = ", ".join(f"{name} {value}" for name, value in found.items())
         raise Unsupported(
-            f"{layer} where a plain {kernel}×{kernel} convolution of stride {stride} and padding"
-            f" {padding} was expected"
+            f"a {'×'.join(map(str, sides))} convolution with {described} where a plain"
+            f" {kernel}×{kernel} convolution of stride {stride} and padding {padding} was expected"
         )
 
 

@@ -24,6 +24,8 @@ class ControlNet(Trunk):
     """diffusers' ControlNetConditioningEmbedding: called, not borrowed."""
     flipped: bool
     """Whether it wants the picture's channels in the opposite order."""
+    pooled: bool
+    """Whether each residual is to be averaged over the picture (`global_pool_conditions`)."""
 
     def __call__(
         self,
@@ -89,17 +91,20 @@ class ControlNet(Trunk):
 
 def borrow_controlnet(module: Any, loan: Loan) -> ControlNet:
     """Lend a ControlNetModel's weights; raises Unsupported for what this runtime is not."""
-    require(module.encoder_hid_proj is None, "a projection of the text (encoder_hid_proj)")
-    order = module.config.controlnet_conditioning_channel_order
+    controlnet, config = loan.open(module, "ControlNetModel"), loan.config(module)
+    require(controlnet.encoder_hid_proj is None, "a projection of the text (encoder_hid_proj)")
+    order = config.controlnet_conditioning_channel_order
     require(order in ("rgb", "bgr"), f"pictures in the order {order!r}")
-    trunk, _, attentions = borrow_trunk(module, loan)
+    trunk, _, attentions = borrow_trunk(controlnet, config, loan)
     borrow_ip_adapters(None, attentions, loan)  # raises where it has any
-    convolutions = (*module.controlnet_down_blocks, module.controlnet_mid_block)
+    convolutions = loan.each(controlnet.controlnet_down_blocks)
     net = ControlNet(
         **trunk,
-        outs=tuple(loan.linear(convolution) for convolution in convolutions),
-        embedding=module.controlnet_cond_embedding,
+        outs=tuple(map(loan.linear, (*convolutions, controlnet.controlnet_mid_block))),
+        embedding=loan.called(controlnet.controlnet_cond_embedding),
         flipped=order == "bgr",
+        pooled=bool(config.global_pool_conditions),
     )
     require(len(net.outs) == net.skips + 1, "another number of 1×1 convolutions than of skips")
+    loan.seal()
     return net

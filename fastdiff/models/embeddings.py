@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.kernels.linear import linear
@@ -45,19 +45,21 @@ class Embedding:
         return linear(h, self.second.weight, self.second.bias)
 
 
-def borrow_sinusoid(module: Any) -> Sinusoid:
+def borrow_sinusoid(module: Any, loan: Loan) -> Sinusoid:
     """From a Timesteps."""
-    require(module.scale == 1, "scaled sinusoids")
-    return Sinusoid(module.num_channels, module.flip_sin_to_cos, module.downscale_freq_shift)
+    time = loan.open(module, "Timesteps")
+    require(time.scale == 1, "scaled sinusoids")
+    return Sinusoid(time.num_channels, time.flip_sin_to_cos, time.downscale_freq_shift)
 
 
 def borrow_embedding(module: Any, loan: Loan) -> Embedding:
     """From a TimestepEmbedding."""
-    require(type(module.act) is nn.SiLU, "an activation other than SiLU in the time embedding")
-    require(module.post_act is None, "an activation after the time embedding")
-    condition = module.cond_proj
+    embedding = loan.open(module, "TimestepEmbedding")
+    loan.silu(embedding.act, "an activation in the time embedding")
+    require(embedding.post_act is None, "an activation after the time embedding")
+    condition = embedding.cond_proj
     return Embedding(
-        loan.linear(module.linear_1),
-        loan.linear(module.linear_2),
+        loan.linear(embedding.linear_1),
+        loan.linear(embedding.linear_2),
         None if condition is None else loan.linear(condition),
     )

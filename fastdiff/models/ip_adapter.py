@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.linear import linear
-from fastdiff.models.blocks import Columns, expect, require
-from fastdiff.models.borrow import Loan, Weights, kind
+from fastdiff.models.blocks import Columns, require
+from fastdiff.models.borrow import Loan, Weights
+from fastdiff.models.reads import Reader
+from fastdiff.models.watch import kind
 
 PROCESSOR = "IPAdapterAttnProcessor2_0"
 """diffusers' attention processor of a cross-attention under IP-Adapters."""
@@ -80,29 +82,33 @@ class IPAdapters:
         return scales
 
 
-def borrow_ip_adapters(projection: Any, attentions: Sequence[Any], loan: Loan) -> IPAdapters | None:
-    """From a U-Net's encoder_hid_proj and its cross-attentions; None where it has no IP-Adapter."""
-    processors = tuple(attention.processor for attention in attentions)
-    carried = [kind(processor) == PROCESSOR for processor in processors]
+def borrow_ip_adapters(
+    projection: Any, attentions: Sequence[Reader], loan: Loan
+) -> IPAdapters | None:
+    """From a U-Net's encoder_hid_proj and its cross-attentions, as read; None where it has none."""
+    carried = [kind(attention.processor) == PROCESSOR for attention in attentions]
     if projection is None:
         require(not any(carried), "IP-Adapter processors without a projection (encoder_hid_proj)")
         return None
-    expect(projection, "MultiIPAdapterImageProjection")
+    projecting = loan.open(loan.called(projection), "MultiIPAdapterImageProjection")
     require(all(carried), "IP-Adapters in some of the cross-attentions only")
-    count = len(projection.image_projection_layers)
-    packed = [Columns() for _ in range(count)]
-    for attention, processor in zip(attentions, processors, strict=True):
+    count = len(projecting.image_projection_layers)
+    packed = [Columns(loan) for _ in range(count)]
+    for attention in attentions:
+        processor = loan.open(attention.processor, PROCESSOR)
+        both = loan.each(processor.to_k_ip), loan.each(processor.to_v_ip)
         require(
-            len(processor.to_k_ip) == len(processor.to_v_ip) == count,
+            all(len(layers) == count for layers in both),
             "IP-Adapter processors of another number of adapters than their projection",
         )
-        for columns, *layers in zip(packed, processor.to_k_ip, processor.to_v_ip, strict=True):
+        for columns, *layers in zip(packed, *both, strict=True):
             require(
-                all(layer.weight.shape[0] == attention.inner_dim for layer in layers),
+                all(loan.width(layer) == attention.inner_dim for layer in layers),
                 "IP-Adapter keys and values of another width than the text's",
             )
             columns.take(*layers)
     weights = tuple(loan.linear(*columns.layers) for columns in packed)
     require(all(w.bias is None for w in weights), "IP-Adapter projections with a bias")
     widths = tuple(attention.inner_dim for attention in attentions)
+    processors = tuple(attention.processor for attention in attentions)
     return IPAdapters(projection, processors, widths, weights)

@@ -136,7 +136,8 @@ class Merges:
         """
         if self._noted is not None and scale == self._scale and self._noted.holds():
             return False
-        with torch.inference_mode(False), torch.no_grad():
+        inference = any(out.is_inference() for _, out in self._layers)
+        with torch.inference_mode(inference), torch.no_grad():
             return self._rewrite(scale)
 
     def _rewrite(self, scale: float) -> bool:

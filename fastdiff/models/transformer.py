@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.geglu import geglu
@@ -12,24 +12,26 @@ from fastdiff.kernels.linear import linear
 from fastdiff.models.blocks import (
     PLAIN_PROCESSORS,
     Columns,
-    check_attention,
-    expect,
+    open_attention,
     repeated,
     require,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.ip_adapter import PROCESSOR
+from fastdiff.models.lora import base_of
+from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, projected
+from fastdiff.models.watch import kind
 
 
 class CrossColumns(Columns):
     """Columns of the text's keys and values, and the cross-attentions that they belong to."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.attentions: list[Any] = []
+    def __init__(self, loan: Loan) -> None:
+        super().__init__(loan)
+        self.attentions: list[Reader] = []
 
-    def take_cross(self, attention: Any) -> slice:
+    def take_cross(self, attention: Reader) -> slice:
         self.attentions.append(attention)
         return self.take(attention.to_k, attention.to_v)
 
@@ -80,31 +82,32 @@ class Block:
 
 def borrow_block(module: Any, loan: Loan, text: CrossColumns) -> Block:
     """From a BasicTransformerBlock."""
-    expect(module, "BasicTransformerBlock")
-    require(module.norm_type == "layer_norm", f"transformer norms of type {module.norm_type}")
-    require(module.attn2 is not None, "a transformer block without cross-attention")
-    require(not module.only_cross_attention, "cross-attention in place of self-attention")
-    require(module.pos_embed is None, "positional embeddings in a transformer block")
-    require(getattr(module, "fuser", None) is None, "a gated (GLIGEN) transformer block")
-    expect(module.ff.net[0], "GEGLU")
-    own, cross = module.attn1, module.attn2
-    check_attention(own)
-    check_attention(cross, *PLAIN_PROCESSORS, PROCESSOR)
+    block = loan.open(module, "BasicTransformerBlock")
+    require(block.norm_type == "layer_norm", f"transformer norms of type {block.norm_type}")
+    require(block.attn2 is not None, "a transformer block without cross-attention")
+    require(not block.only_cross_attention, "cross-attention in place of self-attention")
+    require(block.pos_embed is None, "positional embeddings in a transformer block")
+    require(getattr(block, "fuser", None) is None, "a gated (GLIGEN) transformer block")
+    own, out1 = open_attention(block.attn1, loan, residual=False)
+    either = (*PLAIN_PROCESSORS, PROCESSOR)
+    cross, out2 = open_attention(block.attn2, loan, residual=False, processors=either)
+    gate, dropout, ff = loan.each(loan.open(block.ff, "FeedForward").net, 3)
+    loan.inert(dropout)
     for part in (own, cross):
         require(part.group_norm is None, "a group norm inside a transformer block's attention")
     require(own.heads == cross.heads, "self- and cross-attention with different heads")
     return Block(
         heads=own.heads,
-        norm1=loan.norm(module.norm1),
+        norm1=loan.norm(block.norm1),
         qkv=loan.linear(own.to_q, own.to_k, own.to_v),
-        out1=loan.linear(own.to_out[0]),
-        norm2=loan.norm(module.norm2),
+        out1=loan.linear(out1),
+        norm2=loan.norm(block.norm2),
         q=loan.linear(cross.to_q),
         text=text.take_cross(cross),
-        out2=loan.linear(cross.to_out[0]),
-        norm3=loan.norm(module.norm3),
-        geglu=loan.linear(module.ff.net[0].proj),
-        ff=loan.linear(module.ff.net[2]),
+        out2=loan.linear(out2),
+        norm3=loan.norm(block.norm3),
+        geglu=loan.linear(loan.open(gate, "GEGLU").proj),
+        ff=loan.linear(ff),
     )
 
 
@@ -126,11 +129,16 @@ class Transformer:
 
 def borrow_transformer(module: Any, loan: Loan, text: CrossColumns) -> Transformer:
     """From a Transformer2DModel over pictures, its projections linear or 1×1 convolutions."""
-    expect(module, "Transformer2DModel")
-    require(module.is_input_continuous, "a transformer over patches or codes")
+    transformer = loan.open(module, "Transformer2DModel")
+    require(transformer.is_input_continuous, "a transformer over patches or codes")
+    inwards, outwards = transformer.proj_in, transformer.proj_out
+    for layer in map(base_of, (inwards, outwards)):
+        flat = isinstance(layer, nn.Linear)
+        require(flat == bool(transformer.use_linear_projection), f"a {kind(layer)} as projection")
+    blocks = loan.each(transformer.transformer_blocks)
     return Transformer(
-        norm=loan.norm(module.norm),
-        proj_in=loan.linear(module.proj_in),
-        blocks=tuple(borrow_block(block, loan, text) for block in module.transformer_blocks),
-        proj_out=loan.linear(module.proj_out),
+        norm=loan.norm(transformer.norm),
+        proj_in=loan.linear(inwards),
+        blocks=tuple(borrow_block(block, loan, text) for block in blocks),
+        proj_out=loan.linear(outwards),
     )

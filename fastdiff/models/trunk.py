@@ -15,25 +15,24 @@ from fastdiff.models.blocks import (
     Down,
     Resnet,
     Up,
-    borrow_down,
+    borrow_resamplers,
     borrow_resnet,
-    borrow_up,
-    expect,
-    only,
     repeated,
     require,
 )
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved
 from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
-from fastdiff.models.watch import FREEU
 
 _BLOCKS = {
     "down": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "mid": ("UNetMidBlock2DCrossAttn",),
     "up": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+_FREEU = ("s1", "s2", "b1", "b2")
+"""What FreeU sets on a block."""
 
 
 @dataclass(frozen=True)
@@ -144,51 +143,50 @@ class Trunk:
             return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
 
 
-def borrow_stage(block: Any, part: str, loan: Loan, rows: Columns, text: CrossColumns) -> Stage:
+def borrow_stage(module: Any, part: str, loan: Loan, rows: Columns, text: CrossColumns) -> Stage:
     """From a block of the "down", "mid" or "up" part."""
-    expect(block, *_BLOCKS[part])
-    require(all(getattr(block, name, None) is None for name in FREEU), "FreeU")
-    resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in block.resnets)
-    attentions = getattr(block, "attentions", None) or [None] * len(resnets)
-    down, up = (only(getattr(block, name, None)) for name in ("downsamplers", "upsamplers"))
+    block, crossed = loan.open(module, *_BLOCKS[part]), "Cross" in type(module).__name__
+    require(all(getattr(block, name, None) is None for name in _FREEU), "FreeU")
+    told = bool(getattr(block, "has_cross_attention", False))
+    require(told == crossed, "a block that is told of the text, or not, against its class")
+    resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in loan.each(block.resnets))
+    attentions = loan.each(block.attentions) if crossed else [None] * len(resnets)
     return Stage(
         resnets,
         tuple(a if a is None else borrow_transformer(a, loan, text) for a in attentions),
-        down if down is None else borrow_down(down, loan),
-        up if up is None else borrow_up(up, loan),
+        *borrow_resamplers(block, loan),
     )
 
 
 def borrow_trunk(
-    module: Any, loan: Loan, ups: Sequence[Any] = ()
-) -> tuple[dict[str, Any], tuple[Stage, ...], list[Any]]:
-    """From a UNet2DConditionModel or a ControlNetModel.
+    net: Reader, config: Reader, loan: Loan, ups: Sequence[Any] = ()
+) -> tuple[dict[str, Any], tuple[Stage, ...], list[Reader]]:
+    """From the reads of a UNet2DConditionModel or a ControlNetModel.
 
     Returns:
         The fields of its Trunk; the stages of the blocks `ups`; its cross-attentions in the order
         of the text's columns.
     """
-    config = module.config
     require(
         config.addition_embed_type in (None, "text_time"),
         f"addition_embed_type {config.addition_embed_type!r}",
     )
-    require(module.class_embedding is None, "class embeddings")
-    rows, text = Columns(), CrossColumns()
-    downs = tuple(borrow_stage(block, "down", loan, rows, text) for block in module.down_blocks)
-    middle = module.mid_block
+    require(net.class_embedding is None, "class embeddings")
+    rows, text = Columns(loan), CrossColumns(loan)
+    blocks, middle = loan.each(net.down_blocks), net.mid_block
+    downs = tuple(borrow_stage(block, "down", loan, rows, text) for block in blocks)
     mid = None if middle is None else borrow_stage(middle, "mid", loan, rows, text)
     stages = tuple(borrow_stage(block, "up", loan, rows, text) for block in ups)
     require(bool(text.layers), "a U-Net without cross-attention")
-    added = getattr(module, "add_embedding", None)
+    added = net.add_embedding if config.addition_embed_type else None
     fields = {
-        "sinusoid": borrow_sinusoid(module.time_proj),
-        "time": borrow_embedding(module.time_embedding, loan),
-        "added_sinusoid": None if added is None else borrow_sinusoid(module.add_time_proj),
+        "sinusoid": borrow_sinusoid(net.time_proj, loan),
+        "time": borrow_embedding(net.time_embedding, loan),
+        "added_sinusoid": None if added is None else borrow_sinusoid(net.add_time_proj, loan),
         "added": None if added is None else borrow_embedding(added, loan),
         "rows": loan.linear(*rows.layers),
         "text": loan.linear(*text.layers),
-        "conv_in": loan.conv(module.conv_in),
+        "conv_in": loan.conv(net.conv_in),
         "downs": downs,
         "mid": mid,
     }

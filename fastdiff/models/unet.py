@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
@@ -125,35 +125,30 @@ class UNet(Trunk):
 
 def borrow_unet(module: Any, loan: Loan) -> UNet:
     """Lend a UNet2DConditionModel's weights; raises Unsupported for what this runtime is not."""
-    _check(module)
-    trunk, ups, attentions = borrow_trunk(module, loan, module.up_blocks)
-    projection = getattr(module, "encoder_hid_proj", None)
-    return UNet(
+    net, config = loan.open(module, "UNet2DConditionModel"), loan.config(module)
+    require(net.time_embed_act is None, "an activation on the time embedding")
+    require(not config.center_input_sample, "center_input_sample")
+    projection = getattr(net, "encoder_hid_proj", None)
+    require(
+        config.encoder_hid_dim_type == (None if projection is None else "ip_image_proj"),
+        f"a projection of the text (encoder_hid_dim_type {config.encoder_hid_dim_type!r})",
+    )
+    require(
+        getattr(net, "text_encoder_hid_proj", None) is None,
+        "a projection of the text beside IP-Adapters (Kolors)",
+    )
+    require(getattr(net, "position_net", None) is None, "GLIGEN")
+    require(net.conv_norm_out is not None, "a U-Net without a norm before its output")
+    loan.silu(net.conv_act)
+    trunk, ups, attentions = borrow_trunk(net, config, loan, loan.each(net.up_blocks))
+    times = sum(stage.up is not None for stage in ups)
+    require(net.num_upsamplers == times, f"num_upsamplers {net.num_upsamplers}")
+    unet = UNet(
         **trunk,
         ip_adapters=borrow_ip_adapters(projection, attentions, loan),
         ups=ups,
-        norm_out=loan.norm(module.conv_norm_out),
-        conv_out=loan.conv(module.conv_out),
+        norm_out=loan.norm(net.conv_norm_out),
+        conv_out=loan.conv(net.conv_out),
     )
-
-
-def _check(module: Any) -> None:
-    config = module.config
-    require(module.time_embed_act is None, "an activation on the time embedding")
-    require(
-        config.time_embedding_type == "positional",
-        f"time_embedding_type {config.time_embedding_type!r}",
-    )
-    require(not config.center_input_sample, "center_input_sample")
-    require(
-        getattr(module, "encoder_hid_proj", None) is None
-        or config.encoder_hid_dim_type == "ip_image_proj",
-        "a projection of the text (encoder_hid_proj: Kandinsky, Kolors)",
-    )
-    require(
-        getattr(module, "text_encoder_hid_proj", None) is None,
-        "a projection of the text beside IP-Adapters (Kolors)",
-    )
-    require(getattr(module, "position_net", None) is None, "GLIGEN")
-    require(module.conv_norm_out is not None, "a U-Net without a norm before its output")
-    require(type(module.conv_act) is nn.SiLU, "an activation other than SiLU")
+    loan.seal()
+    return unet

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
@@ -12,15 +12,11 @@ from fastdiff.models.blocks import (
     PictureAttention,
     Resnet,
     Up,
-    borrow_down,
     borrow_picture_attention,
+    borrow_resamplers,
     borrow_resnet,
-    borrow_up,
     channels_first,
     channels_last,
-    expect,
-    only,
-    require,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.sums import Sum, convolved
@@ -102,49 +98,52 @@ class Encoder:
 
 def borrow_decoder(module: Any, loan: Loan) -> Decoder:
     """Lend the weights of an AutoencoderKL's decoder; raises Unsupported for other structures."""
-    _check(module)
-    return Decoder(
-        conv_in=loan.conv(module.conv_in),
-        mid=_middle(module.mid_block, loan),
-        stages=tuple(_stage(block, "UpDecoderBlock2D", loan) for block in module.up_blocks),
-        norm_out=loan.norm(module.conv_norm_out),
-        conv_out=loan.conv(module.conv_out),
+    net = loan.open(module, "Decoder")
+    loan.silu(net.conv_act)
+    blocks = loan.each(net.up_blocks)
+    decoder = Decoder(
+        conv_in=loan.conv(net.conv_in),
+        mid=_middle(net.mid_block, loan),
+        stages=tuple(_stage(block, "UpDecoderBlock2D", loan) for block in blocks),
+        norm_out=loan.norm(net.conv_norm_out),
+        conv_out=loan.conv(net.conv_out),
     )
+    loan.seal()
+    return decoder
 
 
 def borrow_encoder(module: Any, loan: Loan) -> Encoder:
     """Lend the weights of an AutoencoderKL's encoder; raises Unsupported for other structures."""
-    _check(module)
-    return Encoder(
-        conv_in=loan.conv(module.conv_in),
-        stages=tuple(_stage(block, "DownEncoderBlock2D", loan) for block in module.down_blocks),
-        mid=_middle(module.mid_block, loan),
-        norm_out=loan.norm(module.conv_norm_out),
-        conv_out=loan.conv(module.conv_out),
+    net = loan.open(module, "Encoder")
+    loan.silu(net.conv_act)
+    blocks = loan.each(net.down_blocks)
+    encoder = Encoder(
+        conv_in=loan.conv(net.conv_in),
+        stages=tuple(_stage(block, "DownEncoderBlock2D", loan) for block in blocks),
+        mid=_middle(net.mid_block, loan),
+        norm_out=loan.norm(net.conv_norm_out),
+        conv_out=loan.conv(net.conv_out),
     )
+    loan.seal()
+    return encoder
 
 
 def _finish(x: Sum, norm: Norm, conv: Weights) -> Tensor:
     return conv2d(x.group_normed(norm, silu=True), conv.weight, conv.bias)
 
 
-def _check(module: Any) -> None:
-    require(type(module.conv_act) is nn.SiLU, "an activation other than SiLU")
+def _stage(module: Any, expected: str, loan: Loan) -> Stage:
+    block = loan.open(module, expected)
+    resnets = tuple(borrow_resnet(resnet, loan) for resnet in loan.each(block.resnets))
+    down, up = borrow_resamplers(block, loan)
+    return Stage(resnets, down or up)
 
 
-def _stage(block: Any, expected: str, loan: Loan) -> Stage:
-    expect(block, expected)
-    down, up = (only(getattr(block, name, None)) for name in ("downsamplers", "upsamplers"))
-    resample: Down | Up | None = None
-    if down is not None:
-        resample = borrow_down(down, loan)
-    elif up is not None:
-        resample = borrow_up(up, loan)
-    return Stage(tuple(borrow_resnet(resnet, loan) for resnet in block.resnets), resample)
-
-
-def _middle(block: Any, loan: Loan) -> Middle:
-    expect(block, "UNetMidBlock2D")
-    resnets = [borrow_resnet(resnet, loan) for resnet in block.resnets]
-    attentions = [a if a is None else borrow_picture_attention(a, loan) for a in block.attentions]
+def _middle(module: Any, loan: Loan) -> Middle:
+    block = loan.open(module, "UNetMidBlock2D")
+    resnets = [borrow_resnet(resnet, loan) for resnet in loan.each(block.resnets)]
+    attentions = [
+        attention if attention is None else borrow_picture_attention(attention, loan)
+        for attention in loan.each(block.attentions)
+    ]
     return Middle(resnets[0], tuple(zip(attentions, resnets[1:], strict=True)))

@@ -9,32 +9,8 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.dispatch import NATIVE
 
-FREEU = ("s1", "s2", "b1", "b2")
-"""What FreeU sets on a block."""
-
-SETTINGS = (
-    "eps",
-    "num_groups",
-    "padding",
-    "padding_mode",
-    "stride",
-    "heads",
-    "output_scale_factor",
-    "rescale_output_factor",
-    "residual_connection",
-    "time_embedding_norm",
-    "skip_time_act",
-    "flip_sin_to_cos",
-    "downscale_freq_shift",
-    *FREEU,
-)
-"""Attributes of modules that say what they compute: numbers, words, or None."""
-
-_READ = (*SETTINGS, "processor", "training")
-"""Attributes that a compact network depends on: each must stay the object it is."""
-
-_ABSENT = ("forward", "_conv_forward", FREEU[0])
-"""Attributes that hooks, offloading, seamless tiling and FreeU would add to a module."""
+Item = tuple[dict[str, Any], str, Any]
+"""A dict, a key, and the value that must stay there; None also stands for a missing key."""
 
 _PROBE = 64
 """Leading values of a tensor that are compared."""
@@ -54,13 +30,13 @@ def kind(thing: Any) -> str:
 
 def watch(
     modules: Sequence[nn.Module],
-    items: Iterable[tuple[dict[str, Any], str, Any]] = (),
+    items: Iterable[Item] = (),
     dicts: Iterable[dict[Any, Any]] = (),
 ) -> Any:
-    """Note class, children, parameters and what is read of each module.
+    """Note class, children and parameters of each module, and `items`.
 
     Args:
-        items: further (dict, key, value) that must stay so; None also stands for a missing key.
+        items: what else must stay so.
         dicts: further dicts that must keep their number of keys.
 
     Returns:
@@ -68,32 +44,25 @@ def watch(
     """
     items, dicts = list(items), list(dicts)
     for module in modules:
-        names = vars(module)
-        items += [(names, name, names.get(name)) for name in _READ if name in names]
-        items += [(names, name, names.get(name)) for name in _ABSENT]
         for kept in (module._modules, module._parameters):
             items += [(kept, name, value) for name, value in kept.items()]
             dicts.append(kept)
     return (_SlowWatch if NATIVE is None else NATIVE.Watch)(items, list(modules), dicts)
 
 
-def settings(root: nn.Module) -> list[tuple[str, str, Any]]:
-    """Module, attribute and value of all SETTINGS within `root`."""
-    return [
-        (name, key, value)
-        for name, module in root.named_modules()
-        for key in SETTINGS
-        if (value := vars(module).get(key)) is not None
-    ]
-
-
 def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
     """The dicts in which forward hooks would be; raises Unsupported where there is one."""
     modules = list(modules)
     found: list[Any] = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-    if any(found) or any(map(_wrapped, modules)):
+    if any(found) or any(replaced(module, "forward") for module in modules):
         raise Unsupported("a hook that wraps one of its modules")
     return found
+
+
+def replaced(thing: Any, name: str) -> bool:
+    """Whether a function of its own stands for a method; removed hooks leave the class's behind."""
+    own = vars(thing).get(name)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(thing), name)
 
 
 class Unwritten:
@@ -159,12 +128,3 @@ class _SlowWatch:
             and all(type(thing) is known for thing, known in self._types)
             and all(len(names) == count for names, count in self._dicts)
         )
-
-
-def _wrapped(module: nn.Module) -> bool:
-    """Whether another function stands for the module's own; removed hooks leave its own behind."""
-    return any(
-        getattr(vars(module)[name], "__func__", None) is not getattr(type(module), name)
-        for name in ("forward", "_conv_forward")
-        if name in vars(module)
-    )

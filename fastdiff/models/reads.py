@@ -1,0 +1,152 @@
+"""What a compact network reads of modules, noted as it is read.
+
+A value that was read must stay the object it is for as long as the network stands for the modules;
+watch and fingerprints derive from the notes, so there is no list of attributes to keep by hand.
+"""
+
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from fastdiff.models.lora import without_adapters
+from fastdiff.models.originals import Reached, reached
+from fastdiff.models.watch import Item, Unsupported, hooks, kind, replaced, watch
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+"""What a setting is made of."""
+
+Setting = tuple[str, str, Any]
+"""Path of a module or what it holds, attribute, value."""
+
+
+class Reader:
+    """A module, or what it holds: asked for an attribute, it notes that and its value."""
+
+    def __init__(self, reads: "Reads", thing: Any) -> None:
+        self._reads, self._thing = reads, thing
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._thing, name, None)
+        self._reads.note(self._thing, name, value)
+        if value is None and not hasattr(self._thing, name):
+            raise AttributeError(f"a {kind(self._thing)} without {name}")
+        return value
+
+
+class Reads:
+    """Reads `root` and all within it; `seal` ends that and begins the watch.
+
+    A module that computes must be of a class that the reader knows by name, with the functions it
+    came with. Modules of adapters are read elsewhere.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root, self._modules = root, without_adapters(root)
+        self._hooks = hooks(self._modules)
+        self.opened: dict[int, Any] = {}
+        """Modules and what they hold, by id, of which attributes are read."""
+        self._foreign: set[int] = set()
+        """Modules that are called, so that what they compute is theirs."""
+        self._notes: dict[tuple[int, str], Item] = {}
+        self.values: list[tuple[Any, str, Any]] = []
+        """(module or what it holds, attribute, value) of all that was read."""
+        self._watch: Any = None
+
+    def open(self, thing: Any, *known: str | type) -> Reader:
+        """What reads of `thing` go through; Unsupported unless its class is one of the `known`."""
+        named = kind(thing) in known or type(thing) in known
+        if not named:
+            names = " or ".join(k if isinstance(k, str) else k.__name__ for k in known)
+            raise Unsupported(f"a {kind(thing)} where a {names} was expected")
+        self.opened[id(thing)] = thing
+        return Reader(self, thing)
+
+    def config(self, module: Any) -> Reader:
+        """What reads of a module's config go through; diffusers replaces it as a whole."""
+        self.note(module, "_internal_dict", module.config)
+        return Reader(self, module.config)
+
+    def each(self, modules: Any, count: int | None = None) -> list[Any]:
+        """The modules of a ModuleList, `count` of them if given."""
+        self.open(modules, nn.ModuleList)
+        if count is not None and len(modules) != count:
+            raise Unsupported(f"{len(modules)} modules where {count} were expected")
+        return list(modules)
+
+    def inert(self, module: Any) -> None:
+        """Read a module that returns what it is given, as a Dropout does after eval()."""
+        if type(module) is not nn.Identity:
+            dropout = self.open(module, nn.Dropout)
+            if dropout.p > 0 and dropout.training:
+                raise Unsupported("a module in training mode")
+        self.opened[id(module)] = module
+
+    def silu(self, module: Any, what: str = "an activation") -> None:
+        """Read a SiLU."""
+        if type(module) is not nn.SiLU:
+            raise Unsupported(f"{what} other than SiLU")
+        self.open(module, nn.SiLU)
+
+    def called(self, module: nn.Module) -> Any:
+        """A module that is called as it is; nothing of it is read."""
+        self._foreign.update(id(part) for part in module.modules())
+        return module
+
+    def note(self, thing: Any, name: str, value: Any) -> None:
+        """Note that an attribute was read; missing ones count as None."""
+        if (id(thing), name) in self._notes:
+            return
+        held = vars(thing)
+        kept = held.get(name)
+        self._notes[id(thing), name] = (held, name, kept)
+        self.values.append((thing, name, value))
+
+    def seal(self) -> None:
+        """Watch all that was read from now on; to be called when nothing is left to be read.
+
+        Raises:
+            Unsupported: a module within the root was not read, or some code is not its own.
+        """
+        unread = {id(m) for m in self._modules} - self.opened.keys() - self._foreign
+        for name, module in self._root.named_modules():
+            if id(module) in unread:
+                raise Unsupported(f"{name}, a {kind(module)} that diffusers does not have there")
+        code = reached(type(thing) for thing in self.opened.values())
+        items = [*self._notes.values(), *code.items, *self._overrides(code)]
+        self._watch = watch(self._modules, items, (*code.dicts, *self._hooks))
+
+    def adopt(self, other: "Reads") -> None:
+        """Watch what another has read of the same root, in place of reading it."""
+        self._watch, self.values = other._watch, other.values
+
+    def settings(self) -> list[Setting]:
+        """All numbers and words that were read, by path; they say what the modules compute."""
+        paths = {id(module): name for name, module in self._root.named_modules()}
+        for module in self._root.modules():
+            for name, held in vars(module).items():
+                paths.setdefault(id(held), f"{paths[id(module)]}.{name}")
+        found = ((paths[id(t)], name, v) for t, name, v in self.values if isinstance(v, _PLAIN))
+        return sorted(found, key=lambda setting: setting[:2])
+
+    def _overrides(self, code: Reached) -> Iterator[Item]:
+        """Where a function of an object's own would hide its class's: there is none."""
+        methods: dict[type, list[str]] = {}
+        for thing in self.opened.values():
+            held = vars(thing)
+            for name in methods.setdefault(type(thing), _methods(type(thing), code)):
+                if replaced(thing, name):
+                    raise Unsupported(f"a {kind(thing)} with a {name} of its own")
+                yield held, name, held.get(name)
+
+
+def _methods(cls: type, code: Reached) -> list[str]:
+    """Names of a class's functions that are reached, less those that every module has."""
+    found = {
+        name
+        for base in cls.__mro__
+        for name, value in vars(base).items()
+        if name in code.names and isinstance(value, FunctionType)
+    }
+    return [name for name in found if name == "forward" or not hasattr(nn.Module, name)]

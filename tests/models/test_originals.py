@@ -1,0 +1,184 @@
+"""What diffusers' code would compute counts, whoever wrote it: subclasses, patches, overrides."""
+
+import functools
+import types
+import warnings
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from small import NETS
+from torch import nn
+from torch.nn import functional as F
+
+import fastdiff
+from fastdiff.compiler.slot import slot_of
+from fastdiff.models.originals import reached
+
+
+@pytest.fixture(scope="module", params=NETS)
+def network(request):
+    torch.manual_seed(0)
+    model, net, given, options = NETS[request.param]()
+    fastdiff.compile(model)
+    with torch.no_grad():
+        net(*given, **options)
+    return net, lambda call: whole(call(*given, **options))
+
+
+def whole(out):
+    """All numbers of a result."""
+    if isinstance(out, tuple | list):
+        return torch.cat([whole(part) for part in out])
+    return out.flatten() if torch.is_tensor(out) else whole(tuple(out.values()))
+
+
+def halved(forward):
+    """Another function in a forward's place: half of every tensor that it returns."""
+
+    @functools.wraps(forward)
+    def half(*given, **options):
+        out = forward(*given, **options)
+        if isinstance(out, tuple):
+            return (out[0] * 0.5, *out[1:])
+        return out * 0.5 if torch.is_tensor(out) else out
+
+    return half
+
+
+def check(net, run, where, slow=True):
+    """The net's call gives what its modules' own code gives."""
+    slot = slot_of(net)
+    calls = slot.fast
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = run(net)
+    wanted = run(net._call_impl)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=where)
+    assert (slot.fast == calls) == slow, f"{where}: {slot.refused}"
+
+
+def one_of_each(net):
+    """An object of every class that is read."""
+    return {type(thing): thing for thing in slot_of(net).loan.opened.values()}
+
+
+@torch.no_grad()
+def test_subclasses(network):
+    """Every class in turn, its object of the user's own subclass, with the class's name."""
+    net, run = network
+    plain = run(net)
+    changed = 0
+    for cls, thing in one_of_each(net).items():
+        entry = "__call__" if not isinstance(thing, nn.Module) else "forward"
+        own = {entry: halved(getattr(cls, entry)), "__module__": "mine"}
+        thing.__class__ = type(cls.__name__, (cls,), own)
+        try:
+            check(net, run, f"{cls.__name__} subclassed")
+            changed += not torch.allclose(run(net._call_impl), plain, rtol=1e-2)
+        finally:
+            thing.__class__ = cls
+    check(net, run, "as before", slow=False)
+    assert changed > 6
+
+
+@torch.no_grad()
+def test_patches(network):
+    """Every function that is reached, patched where it lies, before it is borrowed and after."""
+    net, run = network
+    classes = list(one_of_each(net))
+    names = reached(classes).names
+    owners = {base for cls in classes for base in cls.__mro__}
+    patched = 0
+    for owner in sorted(owners, key=lambda cls: cls.__qualname__):
+        ours = owner.__module__.partition(".")[0] in ("torch", "diffusers")
+        for name, function in list(vars(owner).items()):
+            used = isinstance(function, types.FunctionType) and (
+                name in ("forward", "__call__") or (name in names and not name.startswith("__"))
+            )
+            if not ours or owner is nn.Module or not used:
+                continue
+            setattr(owner, name, halved(function))
+            try:
+                check(net, run, f"{owner.__qualname__}.{name} patched")
+            finally:
+                setattr(owner, name, function)
+            patched += 1
+    assert patched > 12
+    check(net, run, "as before", slow=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (F, "scaled_dot_product_attention"),
+        (F, "silu"),
+        (F, "group_norm"),
+        (F, "linear"),
+        (F, "interpolate"),
+        (nn.Module, "__call__"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_functions_of_modules(monkeypatch, held, name):
+    """As people do who bring attention kernels of their own."""
+    _, net, given, options = NETS["sd15 of LCM"]()
+    fastdiff.compile(net)
+    run = lambda call: whole(call(*given, **options))  # noqa: E731
+    plain = run(net)
+    calls = []
+    own = getattr(held, name)
+
+    def spy(*given, **options):
+        calls.append(name)
+        return own(*given, **options)
+
+    monkeypatch.setattr(held, name, spy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        torch.testing.assert_close(run(net), plain, rtol=1e-3, atol=1e-4)
+    assert calls
+    if name != "__call__":
+        assert "another function" in slot_of(net).refused
+    monkeypatch.undo()
+    torch.testing.assert_close(run(net), plain)
+    assert slot_of(net).refused is None
+
+
+@torch.no_grad()
+def test_functions_of_objects(network):
+    """A method in an object's own dict stands before its class's."""
+    net, run = network
+    for cls, thing in one_of_each(net).items():
+        if not isinstance(thing, nn.Module):
+            continue
+        thing.forward = halved(thing.forward)
+        check(net, run, f"{cls.__name__}'s own forward")
+        del thing.forward
+    check(net, run, "as before", slow=False)
+
+
+@torch.no_grad()
+def test_methods_that_processors_ask_for():
+    """diffusers' processors call methods of the attention that they are given."""
+    _, net, given, options = NETS["sd21, classic attention"]()
+    fastdiff.compile(net)
+    run = lambda call: whole(call(*given, **options))  # noqa: E731
+    run(net)
+    attention = next(m for m in net.modules() if type(m) is Attention)
+    own = attention.get_attention_scores
+    attention.get_attention_scores = lambda *given: own(*given).flip(-1)
+    check(net, run, "get_attention_scores of its own")
+
+
+@torch.no_grad()
+def test_removed_hooks_leave_nothing():
+    """accelerate puts the forward that it found back into the object's dict."""
+    _, net, given, options = NETS["sd15 of LCM"]()
+    fastdiff.compile(net)
+    run = lambda call: whole(call(*given, **options))  # noqa: E731
+    run(net)
+    for module in net.modules():
+        module.forward = module.forward
+    check(net, run, "a forward left behind", slow=False)

@@ -1,0 +1,190 @@
+"""What a network reads of diffusers' modules is all that diffusers' code reads, and is watched."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+
+import pytest
+import torch
+from small import NETS, unet
+from torch import nn
+
+import fastdiff
+from fastdiff.compiler.slot import slot_of
+from fastdiff.models.originals import reached
+from fastdiff.models.settings import settings
+
+UNREAD = {
+    # under gradients alone, where the module's own call runs
+    "_gradient_checkpointing_func",
+    "gradient_checkpointing",
+    # to split what is computed, never what comes out
+    "_chunk_dim",
+    "_chunk_size",
+    # of FreeU, which shows in s1 to b2
+    "resolution_idx",
+    # of other inputs than pictures
+    "is_input_patches",
+    "is_input_vectorized",
+    "use_additional_conditions",
+    # in memory or beside it
+    "inplace",
+    # ours
+    "_compiled_call_impl",
+    # where padding is not of zeros
+    "_reversed_padding_repeated_twice",
+    # of other projections of the text than IP-Adapters'
+    "only_cross_attention",
+}
+"""Attributes with the names of such as diffusers' code reads, which change nothing here."""
+OTHERS = {
+    "Attention": {"dropout", "scale"},  # what another processor or class has by these names
+    "BasicTransformerBlock": {"dim", "dropout"},
+    "GroupNorm": {"num_channels"},
+    "Conv2d": {"out_channels"},
+    "ResnetBlock2D": {"out_channels"},
+    "Upsample2D": {"out_channels"},
+    "Downsample2D": {"out_channels", "name"},
+    "Transformer2DModel": {"out_channels", "_internal_dict"},
+    "UNetMidBlock2DCrossAttn": {"out_channels"},
+}
+"""The same by class."""
+
+
+@pytest.fixture(scope="module", params=NETS)
+def network(request):
+    torch.manual_seed(0)
+    model, net, given, options = NETS[request.param]()
+    fastdiff.compile(model)
+    with torch.no_grad():
+        net(*given, **options)
+    assert slot_of(net).fast == 1
+    return net, given, options
+
+
+def others(value):
+    """Other values of the kind."""
+    match value:
+        case bool():
+            return [not value]
+        case int():
+            return [value * 2, value + 1, max(1, value // 2)]
+        case float():
+            return [value * 2, value + 0.5]
+        case str():
+            return ["circular", "scale_shift", "layer_norm_i2vgen", "text", "bgr", "rgb", "conv"]
+        case tuple():
+            return [tuple(side + 1 for side in value), tuple(2 * side for side in value)]
+        case None:
+            return [True, 2, nn.Tanh(), torch.ones(1)]
+        case nn.Parameter():
+            return [nn.Parameter(1.5 * value.detach().clone())]
+        case nn.Module():
+            return [Doubled(value), None, doubled(value)]
+        case Mapping():
+            return [dict(value)]
+    return [None]
+
+
+class Doubled(nn.Module):
+    """Somebody's own module around another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given, **options):
+        return self.inner(*given, **options) * 2
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["inner"], name)
+
+
+def doubled(module):
+    other = copy.deepcopy(module)
+    for weight in other.parameters():
+        weight.data = weight.data * 1.5
+    return other
+
+
+def results(call):
+    """Tensors of a call, or why there are none."""
+    try:
+        out = call()
+    except Exception as error:  # of diffusers or torch
+        return type(error)
+    out = out if isinstance(out, tuple) else (out,)
+    flat = [t for part in out for t in (part if isinstance(part, list | tuple) else [part])]
+    return [t.sample if hasattr(t, "sample") and not torch.is_tensor(t) else t for t in flat]
+
+
+@torch.no_grad()
+def test_everything_read_is_watched(network):
+    net, given, options = network
+    seen = {}
+    options = options | ({} if len(given) == 1 else {"return_dict": False})
+    slot = slot_of(net)
+    for thing, name, value in slot.loan.values:
+        seen.setdefault((type(thing).__qualname__, name), (thing, value))
+    assert len(seen) > 40
+    before = results(lambda: net._call_impl(*given, **options))
+    moved = 0
+    for (kind, name), (thing, value) in seen.items():
+        there = hasattr(thing, name)
+        for other in others(value):
+            try:
+                setattr(thing, name, other)
+            except (TypeError, AttributeError):  # not for a user either
+                continue
+            wanted = results(lambda: net._call_impl(*given, **options))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                found = results(lambda: net(*given, **options))
+            setattr(thing, name, value) if there else delattr(thing, name)
+            where = f"{kind}.{name}: {value!r:.40} -> {other!r:.40}"
+            if isinstance(wanted, type):
+                assert isinstance(found, type), where
+                continue
+            assert not isinstance(found, type), f"{where}: {found}"
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=where)
+            moved += any(
+                a.shape != b.shape or not torch.allclose(a, b, atol=1e-3)
+                for a, b in zip(wanted, before, strict=True)
+            )
+    assert moved > 20
+    fast = slot.fast
+    net(*given, **options)
+    assert slot.fast == fast + 1, slot.refused
+
+
+@torch.no_grad()
+def test_what_diffusers_reads_is_read(network):
+    net, _, _ = network
+    slot = slot_of(net)
+    opened = list(slot.loan.opened.values())
+    read = {(id(thing), name) for thing, name, _ in slot.loan.values}
+    names = reached(map(type, opened)).names
+    plain = vars(nn.Module()).keys()
+    missed = {
+        (type(thing).__name__, name)
+        for thing in opened
+        for name in (vars(thing).keys() & names) - plain
+        if (id(thing), name) not in read and name not in UNREAD
+    }
+    assert {(kind, name) for kind, name in missed if name not in OTHERS.get(kind, ())} == set()
+
+
+def test_settings_are_what_is_read():
+    """Equal weights, other heads: other settings; the same network, loaded anew: the same."""
+    net, _, _, _ = unet("sd15")
+    first = settings(net)
+    assert ("down_blocks.0.attentions.0.transformer_blocks.0.attn1", "heads", 4) in first
+    assert ("time_proj", "scale", 1) in first
+    assert ("_internal_dict", "center_input_sample", False) in first
+    assert settings(copy.deepcopy(net)) == first
+    net.time_proj.downscale_freq_shift = 1
+    assert settings(net) != first
