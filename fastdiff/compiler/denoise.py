@@ -178,8 +178,8 @@ class Denoising:
         self.latents = _tensor("latents", returned.pop("latents", latents))
         if type(pipe) is not cls:
             raise UserError(
-                f"callback_on_step_end made the pipeline a {type(pipe).__name__}; do that between two"
-                " pictures"
+                f"callback_on_step_end made the pipeline a {type(pipe).__name__}, while it draws;"
+                " do that between two pictures"
             )
         before, self.given = self.given, self._told(returned)
         if run.at == len(call.timesteps):
@@ -273,4 +273,4 @@ def _tensor(name: str, value: Any) -> Tensor:
 def _leave(condition: bool, what: str) -> None:
     """Raise Unsupported where a callback did what only diffusers' loop can follow."""
     if condition:
-        raise Unsupported(f"from the step on before which callback_on_step_end {what}")
+        raise Unsupported(f"after callback_on_step_end {what}")

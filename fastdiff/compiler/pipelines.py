@@ -183,7 +183,7 @@ def _entered(frame: FrameType, call: CodeType) -> _Entered | None:
         caller = caller.f_back
     if caller is None or caller.f_code is not call:
         return None
-    entered: _Entered = caller.f_locals["entered"]
+    entered: _Entered | None = caller.f_locals.get("entered")
     return entered
 
 

@@ -41,8 +41,8 @@ def own_helper(function: Any, name: str) -> bool:
 
 
 def foreign(instance: Any, entries: tuple[str, ...]) -> str | None:
-    """The name of something that is not original and that the methods `entries` of `instance` reach;
-    None where all of it is.
+    """The name of what is not original among all that the methods `entries` of `instance` reach;
+    None where everything is.
 
     Methods, properties and the helpers in their modules are followed. Attributes of the instance
     count where they hide a method, or can be called and are no library's own.
