@@ -14,9 +14,10 @@ from fastdiff.compiler.slot import slot_of
 from fastdiff.compiler.steps import StepUNet
 from fastdiff.errors import UserError
 from fastdiff.models import Unsupported
+from fastdiff.runtime.contents import Standing
 from fastdiff.runtime.hoist import Conditions, Hoisted, hoist
 from fastdiff.runtime.loop import Mark, Run
-from fastdiff.runtime.schedulers import probe
+from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
 
 Callback = Callable[..., dict[str, Any]]
 
@@ -61,21 +62,33 @@ class Denoising:
         self.scheduler, self.guided = pipe.scheduler, pipe.do_classifier_free_guidance
         self.unet = self._offer()
         self.table = probe(pipe.scheduler, call.step_options, call.timesteps)
-        if call.callback is not None and not self.table.editable:
-            name = type(pipe.scheduler).__name__
-            raise Unsupported(f"a callback might change the latents, which {name} keeps to itself")
+        if call.callback is not None and self.table.keeps:
+            name, kept = type(pipe.scheduler).__name__, self.table.keeps[0]
+            raise Unsupported(f"a callback might look at what {name} keeps in its {kept}")
         self.hoisted = self._hoist()
         self.noises: dict[int, Tensor] = {}
         """What was drawn since the last mark, by step: repeated steps must not draw again."""
         self.reached = 0
         """Steps that the progress bar has seen."""
+        self.latents: Tensor | None = None
+        """What the last callback made of the latents."""
+        self.left: str | None = None
+        """Why the plan left the rest of the steps to diffusers."""
 
-    def run(self) -> None:
-        """All steps; the result replaces the values of the call's latents."""
+    def run(self) -> int:
+        """All steps, or those up to one that only diffusers can take, where `left` says why.
+
+        What diffusers is to go on from replaces the call's latents, and its conditions where a
+        callback returned others.
+
+        Returns:
+            How many steps diffusers is to pass over.
+        """
         guarded = self.unet.dtype == torch.float16 and not overflowed(self.call.latents)
         mark = self._run_from(None, guarded)
         if mark is not None:
             self._run_from(mark, guarded=False)
+        return len(self.call.timesteps) if self.left is None else self.reached
 
     def _run_from(self, mark: Mark | None, guarded: bool) -> Mark | None:
         """All steps from a mark on; where float16 overflowed, the mark to go on from in float32."""
@@ -85,7 +98,7 @@ class Denoising:
                 run.go_back(mark)
             right = self._advance(run, guarded)
             if right is None:
-                call.latents.copy_(run.latents(call.latents.dtype))
+                self._hand_over(run)
                 return None
             where = "the engine"
             if not self.slot.kind.frozen:
@@ -99,7 +112,7 @@ class Denoising:
         """Steps from `run.at` on; a mark to go back to if float16 overflowed after it."""
         call, count = self.call, len(self.call.timesteps)
         mark: Mark | None = None
-        while run.at < count and not self.pipe._interrupt:
+        while run.at < count and self.left is None and not self.pipe.interrupt:
             i = run.at
             if guarded and (mark is None or call.callback is not None):
                 mark = run.mark()
@@ -111,6 +124,7 @@ class Denoising:
                     self.noises[i] = noise
             run.advance(noise)
             self.slot.fast += 1
+            vars(self.scheduler).update(self.table.states[i])  # previews look up their sigma by it
             looked_at = call.callback is not None or run.at == count
             if guarded and looked_at and not run.finite():
                 return mark
@@ -118,6 +132,16 @@ class Denoising:
                 self._look(call.callback, run, i)
             self._show(i)
         return None
+
+    def _hand_over(self, run: Run) -> None:
+        """Give diffusers what it goes on from, in the tensors that it has in its variables."""
+        call = self.call
+        latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
+        call.latents.data = latents
+        for field in EMBEDDINGS.values():
+            before, now = getattr(call.conditions, field), getattr(self.given, field)
+            if before is not now:
+                before.data = now
 
     def _repeat(self, run: Run, mark: Mark) -> None:
         """The steps since `mark` once more."""
@@ -147,51 +171,67 @@ class Denoising:
 
     def _look(self, callback: Callback, run: Run, i: int) -> None:
         """Let the callback see the latents; honour what it does to them and to the pipeline."""
-        pipe, call, version = self.pipe, self.call, self.slot.version
-        if hasattr(self.scheduler, "_step_index"):  # previews look up their sigma by it
-            self.scheduler._step_index = (self.scheduler._begin_index or 0) + i + 1
+        pipe, call, version, cls = self.pipe, self.call, self.slot.version, type(self.pipe)
+        standing = Standing(self.scheduler)
         latents = run.latents(call.latents.dtype)
         returned = callback(pipe, i, call.timesteps[i], {"latents": latents})
-        following = returned.pop("latents", latents)  # that very tensor may have been edited
-        self._refuse(following.shape != latents.shape, "gave latents of another shape")
-        self._refuse(slot_of(pipe.unet) is not self.slot, "replaced the U-Net")
-        self._refuse(pipe.scheduler is not self.scheduler, "replaced the scheduler")
-        self._refuse(
-            pipe.do_classifier_free_guidance != self.guided,
-            "switched guidance on or off, but left the prompt as it was: ask for prompt_embeds"
-            " in callback_on_step_end_tensor_inputs and return them",
-        )
-        run.set_latents(following)
-        run.guide(*self._guidance())
-        changed = self._told(returned)
+        self.latents = _tensor("latents", returned.pop("latents", latents))
+        if type(pipe) is not cls:
+            raise UserError(
+                f"callback_on_step_end made the pipeline a {type(pipe).__name__}, while it draws;"
+                " do that between two pictures"
+            )
+        before, self.given = self.given, self._told(returned)
+        if run.at == len(call.timesteps):
+            return  # whatever else it changed, no step follows
+        try:
+            self._follow(run, standing, changed=before is not self.given, version=version)
+        except Unsupported as reason:
+            self.left = str(reason)
+
+    def _follow(self, run: Run, standing: Standing, changed: bool, version: int) -> None:
+        """Take the next step as a callback wants it; Unsupported where only diffusers can."""
+        pipe, latents, made = self.pipe, self.latents, self.call.latents
+        assert latents is not None
+        alike = latents.shape == made.shape and latents.dtype == made.dtype
+        _leave(not alike or latents.device != made.device, "gave other latents than it was given")
+        for name, field in EMBEDDINGS.items():
+            first, now = getattr(self.call.conditions, field), getattr(self.given, field)
+            _leave(now is not first and now.shape != first.shape, f"gave {name} of another shape")
+        _leave(slot_of(pipe.unet) is not self.slot, "replaced the U-Net")
+        _leave(pipe.scheduler is not self.scheduler, "replaced the scheduler")
+        _leave(not standing.holds(), "changed the scheduler")
+        try:
+            refuse_foreign(self.scheduler)
+        except NotLinear as reason:
+            _leave(True, f"changed the scheduler ({reason})")
+        _leave(pipe.do_classifier_free_guidance != self.guided, "switched guidance on or off")
         try:
             unet = self._offer()
         except Unsupported as reason:
-            self._refuse(True, f"changed the U-Net beyond what fastdiff computes ({reason})")
-        self._refuse(unet.network is not run.network, "replaced parts of the U-Net")
+            _leave(True, f"changed the U-Net beyond what fastdiff computes ({reason})")
+        _leave(unet.network is not run.network, "replaced parts of the U-Net")
         adapted = unet.network.ip_adapters is not None  # their scales may be others now
+        hoisted = self.hoisted
         if changed or adapted or self.slot.version != version:
             hoisted = self._hoist()
             pairs = zip(hoisted.images, self.hoisted.images, strict=True)
-            self._refuse(
+            _leave(
                 any(now.shape[1] > first.shape[1] for now, first in pairs),
                 "switched on an IP-Adapter that was off",
             )
             run.condition(hoisted)
+        run.set_latents(latents)
+        run.guide(*self._guidance())
 
-    def _told(self, returned: dict[str, Any]) -> bool:
-        """Take over the embeddings that a callback returned; whether there were any."""
-        fields = {name: field for name, field in EMBEDDINGS.items() if name in returned}
-        for name, field in fields.items():
-            before, after = getattr(self.given, field), returned[name]
-            same = isinstance(before, Tensor) and before.shape == after.shape
-            self._refuse(not same, f"returned {name} of another shape")
-            self.given = replace(self.given, **{field: after})
-        return bool(fields)
-
-    def _refuse(self, condition: bool, what: str) -> None:
-        if condition:
-            raise UserError(f"callback_on_step_end {what}; do that between two pictures")
+    def _told(self, returned: dict[str, Any]) -> Conditions:
+        """What the network is told once a callback has returned embeddings."""
+        others = {
+            field: _tensor(name, returned[name])
+            for name, field in EMBEDDINGS.items()
+            if name in returned and getattr(self.given, field) is not None
+        }
+        return replace(self.given, **others) if others else self.given
 
     def _guidance(self) -> tuple[float, float]:
         """Scale and rescale as the pipeline has them now; diffusers ignores a negative rescale."""
@@ -219,3 +259,18 @@ class Denoising:
         hoisted = hoist(self.unet.network, self.call.timesteps, given)
         fit_images(self.unet.network, given, hoisted.images)
         return hoisted
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """`value`, which a callback returned as `name`."""
+    if not isinstance(value, Tensor):
+        raise UserError(
+            f"callback_on_step_end returned a {type(value).__name__} as {name}; return a tensor"
+        )
+    return value
+
+
+def _leave(condition: bool, what: str) -> None:
+    """Raise Unsupported where a callback did what only diffusers' loop can follow."""
+    if condition:
+        raise Unsupported(f"after callback_on_step_end {what}")

@@ -5,7 +5,8 @@ the first time the prompt is encoded, the latents are drawn, the timesteps are s
 its local variables, under the names by which its callbacks know them. There the plan runs all
 steps, writes the result into the latents, and the answer to this and the following questions is
 yes. So everything before and after the loop stays diffusers', and wherever the plan does not apply
-(or a later diffusers asks no longer) diffusers' own loop runs, with our networks inside.
+(or a later diffusers asks no longer) diffusers' own loop runs, with our networks inside. Where a
+callback does what no plan can follow, the answer is no again from the next step on.
 """
 
 import functools
@@ -15,16 +16,19 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
+from torch.utils import _contextlib
 
 from fastdiff.compiler.denoise import Call, Denoising
 from fastdiff.compiler.fits import refuse
 from fastdiff.models import Unsupported
 from fastdiff.runtime.hoist import Conditions
+from fastdiff.runtime.originals import original, own_helper, own_method
 from fastdiff.runtime.schedulers import NotLinear
 
 PLANNED = (
@@ -36,7 +40,7 @@ PLANNED = (
 """Pipelines whose step is nothing but the U-Net, guidance and the scheduler."""
 
 _LOCALS = (
-    *("latents", "prompt_embeds", "timestep_cond", "timesteps", "extra_step_kwargs"),
+    *("i", "latents", "prompt_embeds", "timestep_cond", "timesteps", "extra_step_kwargs"),
     *("progress_bar", "num_warmup_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
@@ -61,10 +65,20 @@ class Loop:
     planned: int = 0
     """Loops that ran as a plan since compile."""
     own: Counter[str] = field(default_factory=Counter)
-    """Loops that diffusers ran, by reason."""
-    skip: bool = False
-    """Whether the loop under way has been run: diffusers is to pass over its steps."""
+    """Loops that diffusers ran, in whole or from a step on, by reason."""
+    running: int = 0
+    """Calls under way."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+
+@dataclass
+class _Entered:
+    """A call under way: a variable of our own frame, so it ends with it however that ends."""
+
+    loop: Loop
+    asked: bool = False
+    passed: int = 0
+    """Steps that were run here: diffusers is to pass over them."""
 
 
 def loop_of(pipe: Any) -> Loop | None:
@@ -75,17 +89,23 @@ def loop_of(pipe: Any) -> Loop | None:
 
 def take_loop(pipe: Any) -> None:
     """Run the loops of `pipe` as plans from now on; it keeps its class's name and its place."""
-    own: Any = type(pipe)
-    theirs = {own.__module__.split(".")[0], own.__call__.__module__.split(".")[0]} == {"diffusers"}
-    if own.__name__ in PLANNED and theirs and loop_of(pipe) is None:
+    own: Any = _own_class(type(pipe))
+    call = vars(own).get("__call__")
+    if own.__name__ in PLANNED and original(call, own, "__call__") and loop_of(pipe) is None:
         vars(pipe)[_LOOP] = Loop()
         pipe.__class__ = _planned(own)
 
 
 def release_loop(pipe: Any) -> None:
-    """Undo `take_loop`."""
-    if vars(pipe).pop(_LOOP, None) is not None:
-        pipe.__class__ = type(pipe).__bases__[0]
+    """Undo `take_loop`; a call under way keeps the class for as long as it needs it."""
+    loop = vars(pipe).pop(_LOOP, None)
+    if loop is not None and not loop.running:
+        pipe.__class__ = _own_class(type(pipe))
+
+
+def _own_class(cls: Any) -> Any:
+    """The class that a planned one stands for."""
+    return vars(cls).get(_LOOP, cls)
 
 
 @functools.cache
@@ -93,10 +113,13 @@ def _planned(own: Any) -> Any:
     """The subclass of a pipeline class that runs its loops as plans."""
 
     signature = inspect.signature(own.__call__)
+    loop_code = inspect.unwrap(own.__call__).__code__
 
     @functools.wraps(own.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loop = vars(self)[_LOOP]
+        loop = loop_of(self)
+        if loop is None:  # made by `type(pipe)(...)`, or restored
+            return own.__call__(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         if isinstance(given.arguments.get("latents"), Tensor):
             # some pipelines begin with that very tensor; the plan writes its result there
@@ -104,23 +127,35 @@ def _planned(own: Any) -> Any:
             given.arguments["latents"] = latents
         # a pipeline keeps the state of its call in itself: a second thread waits
         with loop.lock:
-            before, loop.skip = loop.skip, False
+            entered = _Entered(loop)  # `interrupt` looks for it here
+            loop.running += 1
             try:
                 return own.__call__(*given.args, **given.kwargs)
             except _Carried as carried:
                 raise carried.error from None
             finally:
-                loop.skip = before
+                loop.running -= 1
+                if not loop.running and loop_of(self) is None and type(self) is made:
+                    self.__class__ = own
+                del entered
 
-    def interrupt(self: Any) -> bool:
-        loop, frame = vars(self)[_LOOP], sys._getframe(1)
-        local = frame.f_locals if frame.f_code.co_name == "__call__" else {}
-        if local.get("self") is self and local.get("i") == 0 and not loop.skip:
-            try:
-                loop.skip = _run(self, loop, local)
-            except AttributeError as error:  # from a property it would ask __getattr__ instead
-                raise _Carried(error) from error
-        return bool(loop.skip or own.interrupt.fget(self))
+    entry: Any = call
+
+    def interrupt(self: Any) -> Any:
+        frame = sys._getframe(1)
+        if frame.f_code is loop_code:
+            entered = _entered(frame, entry.__code__)
+            if entered is None:
+                _count_stranger(self, frame.f_locals)
+            elif not entered.asked:
+                entered.asked = True
+                try:
+                    entered.passed = _run(self, entered.loop, frame)
+                except AttributeError as error:  # from a property it would ask __getattr__ instead
+                    raise _Carried(error) from error
+            if entered is not None and entered.passed and frame.f_locals["i"] < entered.passed:
+                return True
+        return super(made, self).interrupt
 
     def reduce(self: Any, protocol: int) -> Any:
         """A copy or pickle is plain diffusers."""
@@ -134,32 +169,66 @@ def _planned(own: Any) -> Any:
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
         "__doc__": own.__doc__,
+        _LOOP: own,
     }
-    return type(own.__name__, (own,), members)
+    made: Any = type(own.__name__, (own,), members)
+    return made
 
 
-def _run(pipe: Any, loop: Loop, local: Mapping[str, Any]) -> bool:
-    """Run the loop that `local` is about to begin; False where diffusers has to."""
+def _entered(frame: FrameType, call: CodeType) -> _Entered | None:
+    """The call whose loop `frame` runs; None where anything but our own `call` entered it, for that
+    may keep the latents, or run the loop twice."""
+    caller = frame.f_back
+    while caller is not None and caller.f_code.co_filename == _contextlib.__file__:
+        caller = caller.f_back
+    if caller is None or caller.f_code is not call:
+        return None
+    entered: _Entered | None = caller.f_locals.get("entered")
+    return entered
+
+
+def _count_stranger(pipe: Any, local: Mapping[str, Any]) -> None:
+    loop = loop_of(pipe)
+    if loop is not None and local.get("i") == 0:
+        loop.own["its __call__ was entered from elsewhere than the compiled pipeline"] += 1
+
+
+def _run(pipe: Any, loop: Loop, frame: FrameType) -> int:
+    """Run the loop that `frame` is about to begin: how many steps are done, which are none where
+    diffusers has to run it."""
     try:
-        denoising = Denoising(pipe, _call(local))
+        denoising = Denoising(pipe, _call(pipe, frame.f_locals, frame.f_globals))
     except (Unsupported, NotLinear) as reason:
         loop.own[str(reason)] += 1
-        return False
-    denoising.run()
-    loop.planned += 1
-    return True
+        return 0
+    done = denoising.run()
+    if denoising.left is None:
+        loop.planned += 1
+    else:
+        loop.own[denoising.left] += 1
+    return done
 
 
-def _call(local: Mapping[str, Any]) -> Call:
+def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Call:
     """The loop that is about to begin, from the local variables of diffusers' `__call__`."""
     missing = [name for name in _LOCALS if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
+    if local["i"] != 0:
+        raise Unsupported("this version of diffusers asks after its first step only")
+    if not own_method(pipe, "prepare_latents"):
+        raise Unsupported("its prepare_latents was replaced, and may keep the latents it gives")
+    rescale = helpers.get("rescale_noise_cfg")
+    if rescale is not None and not own_helper(rescale, "rescale_noise_cfg"):
+        raise Unsupported("rescale_noise_cfg was replaced")
     callback = local["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         raise Unsupported(f"a {type(callback).__name__} may change anything between the steps")
     if callback is not None and local["callback_on_step_end_tensor_inputs"] != ["latents"]:
         raise Unsupported("callback_on_step_end asks for more than the latents")
+    kept = not pipe.do_classifier_free_guidance and not own_method(pipe, "encode_prompt")
+    if callback is not None and kept:
+        raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
     refuse(callback=local.get("callback"))
     return Call(
         latents=local["latents"],

@@ -10,21 +10,19 @@ A scheduler that is not linear (thresholding, clipping) leaves a residual and is
 that cannot be followed. `trajectory` runs it, `recurrence` fits the coefficients.
 """
 
-import hashlib
-import marshal
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
-from types import CodeType, FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.kernels.guided_step.spec import GUIDANCE, HISTORY, NEXT_SCALE, NOISE, RESCALE, SAMPLE
+from fastdiff.runtime.contents import digest_of
+from fastdiff.runtime.originals import foreign
 from fastdiff.runtime.recurrence import (
     ALLOWED,
     EXACT,
@@ -36,7 +34,7 @@ from fastdiff.runtime.recurrence import (
 )
 from fastdiff.runtime.trajectory import PICTURE, NotLinear, run
 
-__all__ = ["NotLinear", "Table", "probe"]
+__all__ = ["NotLinear", "Table", "probe", "refuse_foreign"]
 
 SPREAD = 30.0
 """Deviation of the random samples that must follow the table: outside every clipping range."""
@@ -64,8 +62,12 @@ class Table:
     """What the noise is drawn in, whatever the network's dtype; None: in the network's dtype."""
     residual: float
     """Largest deviation of a step from the recurrence, relative to its coefficients."""
-    editable: bool
-    """Whether it still holds when a callback changes the samples between the steps."""
+    states: tuple[Mapping[str, Any], ...]
+    """Plain attributes that change, such as `_step_index`, as the scheduler has them after each
+    step."""
+    keeps: tuple[str, ...]
+    """Attributes in which the scheduler keeps something else from step to step, such as past
+    predictions. Where there are none, a callback may change the samples between the steps."""
 
     @property
     def depth(self) -> int:
@@ -101,8 +103,10 @@ def probe(
             `scheduler.timesteps`: image to image, `denoising_end`.
 
     Raises:
-        NotLinear: it thresholds, clips, looks back on more than three steps, or cannot be run.
+        NotLinear: it is not all diffusers' own (and is not run then), thresholds, clips, looks back
+            on more than three steps, or cannot be run.
     """
+    refuse_foreign(scheduler)
     options = {k: v for k, v in (step_options or {}).items() if k != "generator"}
     if timesteps is None:
         timesteps = getattr(scheduler, "timesteps", None)
@@ -128,6 +132,14 @@ def probe(
     return found
 
 
+def refuse_foreign(scheduler: Any) -> None:
+    """Raise NotLinear unless all that a step of `scheduler` runs is diffusers' own: what others
+    wrote may keep, log or count what it sees."""
+    name = foreign(scheduler, ("step", "scale_model_input", "add_noise"))
+    if name is not None:
+        raise NotLinear(f"{type(scheduler).__name__}: its {name} is not diffusers' own")
+
+
 _Key = tuple[type, Any, str]
 _FOUND: dict[_Key, Table | str] = {}
 """Tables, and why there is none."""
@@ -137,40 +149,10 @@ _LOCK = threading.Lock()
 def _key(scheduler: Any, arguments: list[Any]) -> _Key | None:
     """All that a scheduler's steps depend on: its code, options, every table it keeps and where it
     stands; None if some of it cannot be compared."""
-    digest = hashlib.sha256()
-    try:
-        for part in _content([vars(scheduler), arguments]):
-            digest.update(len(part).to_bytes(8, "big") + part)
-    except TypeError:
+    digest = digest_of([vars(scheduler), arguments])
+    if digest is None:
         return None
-    return type(scheduler), getattr(type(scheduler), "step", None), digest.hexdigest()
-
-
-def _content(value: Any) -> Iterable[bytes]:
-    """Bytes that differ where the value does. TypeError: it is not made of data."""
-    yield type(value).__qualname__.encode()
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        yield repr((value.dtype, value.shape)).encode()
-        yield value.tobytes()
-    elif isinstance(value, Mapping):
-        yield repr(list(value)).encode()
-        yield from _content(list(value.values()))
-    elif isinstance(value, list | tuple):
-        yield str(len(value)).encode()
-        for item in value:
-            yield from _content(item)
-    elif isinstance(value, FunctionType):
-        code = value.__code__
-        outside = code.co_names or code.co_freevars or value.__defaults__ or value.__kwdefaults__
-        if outside or any(isinstance(constant, CodeType) for constant in code.co_consts):
-            raise TypeError("what the function depends on is not all in its code")
-        yield marshal.dumps(code)
-    elif isinstance(value, str | int | float | np.generic | torch.dtype | torch.device | None):
-        yield repr(value).encode()
-    else:
-        raise TypeError(f"cannot compare a {type(value).__name__}")
+    return type(scheduler), getattr(type(scheduler), "step", None), digest
 
 
 def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -> Table:
@@ -219,5 +201,6 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         draws=trajectory.draws,
         noise_dtype=trajectory.noise_dtype,
         residual=worst,
-        editable=editable,
+        states=trajectory.states,
+        keeps=trajectory.keeps,
     )

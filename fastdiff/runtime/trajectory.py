@@ -37,6 +37,10 @@ class Trajectory:
     """Whether each step drew noise."""
     noise_dtype: torch.dtype | None
     """What the noise is drawn in, whatever the network's dtype; None: in the network's dtype."""
+    states: tuple[Mapping[str, Any], ...]
+    """Of the attributes that the steps change, those that are plain, after each step."""
+    keeps: tuple[str, ...]
+    """Those that are not."""
 
 
 def run(
@@ -57,6 +61,7 @@ def run(
     """
     count, options = len(timesteps), {**step_options, "return_dict": False}
     drawn: dict[int, torch.dtype] = {}
+    changes = _Changes()
     at = 0
 
     def whole(known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +78,7 @@ def run(
         scale = getattr(own, "scale_model_input", lambda sample, _: sample)
         samples, inputs = [], []
         results: list[Tensor] = []
+        changes.note(own)
         for at, timestep in enumerate(timesteps):
             samples.append(results[-1] + edits[at] if at else edits[0])
             inputs.append(scale(samples[-1].clone(), timestep))  # clones: it may work in place
@@ -80,6 +86,7 @@ def run(
             if moved[0].shape != PICTURE:
                 raise NotLinear(f"it makes {tuple(PICTURE)} into {tuple(moved[0].shape)}")
             results.append(moved[0])
+            changes.note(own)
         return torch.stack(samples), torch.stack(inputs), torch.stack(results)
 
     try:
@@ -87,6 +94,7 @@ def run(
             samples, inputs, results = torch.func.vmap(whole)(known)
     except Exception as error:  # it is foreign code: its own loop may raise it where it matters
         raise NotLinear(f"it cannot be followed: {_reason(error, scheduler)}") from error
+    states, keeps = changes.states()
     finite = results.isfinite().flatten(2).all(2).all(0)
     if not finite.all():
         raise NotLinear("it gives numbers that are not finite")
@@ -99,7 +107,59 @@ def run(
         inputs=inputs.double().flatten(2),
         draws=tuple(i in drawn for i in range(count)),
         noise_dtype=next(iter(dtypes - {known.dtype}), None),
+        states=states,
+        keeps=keeps,
     )
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Changes:
+    """What the steps of a scheduler change of its attributes."""
+
+    def __init__(self) -> None:
+        self._noted: list[dict[str, Any]] = []
+
+    def note(self, scheduler: Any) -> None:
+        """The attributes as they are; lists change in place."""
+        self._noted.append({name: _frozen(value) for name, value in vars(scheduler).items()})
+
+    def states(self) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+        """`Trajectory.states` and `Trajectory.keeps`."""
+        first, *later = self._noted
+        pairs = zip(self._noted, later, strict=False)
+        names = {
+            name
+            for before, after in pairs
+            for name in after
+            if name not in before or not _same(before[name], after[name])
+        }
+        keeps = {
+            name
+            for name in names
+            for noted in later
+            if name in noted and not isinstance(noted[name], _PLAIN)
+        }
+        plain = sorted(names - keeps)
+        states = tuple({name: noted[name] for name in plain if name in noted} for noted in later)
+        return states, tuple(sorted(keeps))
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple(value), tuple(map(_frozen, value.values()))
+    return value
+
+
+def _same(before: Any, after: Any) -> bool:
+    if isinstance(before, tuple) and isinstance(after, tuple):
+        return len(before) == len(after) and all(map(_same, before, after))
+    if isinstance(before, _PLAIN) and isinstance(after, _PLAIN):
+        return type(before) is type(after) and before == after
+    return before is after
 
 
 def _reason(error: Exception, scheduler: Any) -> str:
@@ -118,9 +178,6 @@ def _reason(error: Exception, scheduler: Any) -> str:
 
 def _copy(scheduler: Any, draw: Callable[..., Tensor]) -> Any:
     """A copy on the CPU that draws its noise from `draw`; nothing outside it is changed."""
-    for name in ("step", "scale_model_input"):
-        if name in vars(scheduler):  # a function there may hold on to the user's own scheduler
-            raise NotLinear(f"its {name} was replaced by another one")
     own = copy.deepcopy(scheduler)
     for name, value in vars(own).items():
         if isinstance(value, Tensor):

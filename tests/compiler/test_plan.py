@@ -17,7 +17,6 @@ from diffusers import (
 
 import fastdiff
 from fastdiff.bench.presets import build
-from fastdiff.errors import UserError
 from fastdiff.kernels.contract import poisoned_memory
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -192,11 +191,19 @@ def test_a_second_loop_meanwhile_reads_no_stale_memory(pipe):
     want, pictures = draw(other), []
     fastdiff.compile(pipe)
     fastdiff.compile(other)
+    own = pipe.progress_bar
+
+    def progress_bar(*args, **kwargs):  # a callback would see diffusers' loop
+        bar = own(*args, **kwargs)
+        update = bar.update
+        bar.update = lambda n=1: (pictures.append(draw(other)), update(n))
+        return bar
+
+    pipe.progress_bar = progress_bar
     with poisoned_memory():
-        draw(
-            pipe, callback_on_step_end=lambda pipe, i, t, kwargs: pictures.append(draw(other)) or {}
-        )
-    assert len(pictures) == 7
+        draw(pipe)
+    assert planned(pipe), loops(pipe)
+    assert len(pictures) == 4
     assert all(relative_error(picture, want) <= 1e-4 for picture in pictures)
 
 
@@ -382,31 +389,6 @@ class TestCallbacks:
             seen.append(steps)
         assert seen[0] == seen[1] == [1, 2, 3, 4]
 
-    @pytest.mark.parametrize(
-        ("change", "reason"),
-        [
-            (lambda pipe, x: {"latents": x[:, :, :1]}, "another shape"),
-            (lambda pipe, x: {"prompt_embeds": x}, "another shape"),
-            (lambda pipe, x: setattr(pipe, "scheduler", copy.copy(pipe.scheduler)), "scheduler"),
-            (lambda pipe, x: setattr(pipe, "unet", copy.deepcopy(pipe.unet)), "U-Net"),
-            (lambda pipe, x: setattr(pipe, "_guidance_scale", 1.0), "guidance on or off"),
-            (lambda pipe, x: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4), "FreeU"),
-            (lambda pipe, x: fastdiff.restore(pipe) and {}, "replaced the U-Net"),
-        ],
-        ids=["shape", "text", "scheduler", "unet", "guidance", "freeu", "restore"],
-    )
-    def test_that_does_what_a_plan_cannot_follow(self, pipe, change, reason):
-        fastdiff.compile(pipe)
-        calls = []
-
-        def callback(pipe, i, t, kwargs):
-            calls.append(i)
-            return change(pipe, kwargs["latents"]) or {}
-
-        with pytest.raises(UserError, match=reason):
-            draw(pipe, callback_on_step_end=callback)
-        assert calls == [0]  # no step ran twice
-
     def test_that_asks_for_more_sees_diffusers_loop(self, pipe):
         options = {
             "callback_on_step_end": lambda pipe, i, t, kwargs: {
@@ -523,7 +505,12 @@ def test_a_method_replaced_on_the_pipeline_is_honoured(pipe):
     want = draw(copy.copy(pipe))
     fastdiff.compile(pipe)
     assert relative_error(draw(pipe), want) <= 1e-4
-    assert planned(pipe)
+    assert "prepare_latents was replaced" in loops(pipe).why
+    given = torch.randn(1, 4, 8, 8)  # such a one may give what it goes on to use
+    pipe.prepare_latents = lambda *args, **kwargs: given
+    kept = given.clone()
+    assert torch.equal(draw(pipe), draw(pipe))
+    assert torch.equal(given, kept)
 
 
 class TestOverflow:

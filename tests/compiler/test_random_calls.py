@@ -28,6 +28,8 @@ SCHEDULERS = {
     "Heun": (diffusers.HeunDiscreteScheduler, {}),
     "LCM": (diffusers.LCMScheduler, {}),
 }
+HISTORIES = ("PNDM", "DPM++ 2M Karras", "DPM++ SDE", "UniPC", "Heun")
+"""They keep predictions or samples, so with a callback their loop is diffusers'."""
 UNET = {
     "sample_size": 8,
     "block_out_channels": (32, 64),
@@ -144,9 +146,10 @@ def test_random_calls(xl, calls):
     seed = 20261122 + xl
     dice = random.Random(seed)
     plan, eager, exact = fastdiff.compile(make(xl)), make(xl), make(xl).to(torch.float64)
-    live, resident = [], []
+    live, resident, shows = [], [], 0
     for at in range(calls):
         call = random_call(dice)
+        shows += call["callback"] is not None and call["scheduler"] in HISTORIES
         got, single, truth = draw(plan, call), draw(eager, call), draw(exact, call)
         verdict = judge("latents", got.float(), single, truth)
         assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
@@ -154,7 +157,8 @@ def test_random_calls(xl, calls):
             live.append(live_bytes())
             resident.append(resident_bytes())
     (loop,) = [part for part in fastdiff.report(plan).parts if part.name == "loop"]
-    assert int(loop.why.split()[0]) >= 0.8 * calls, loop  # most of them ran as plans
+    # those that show no history to a callback; most of them ran as plans
+    assert int(loop.why.split()[0]) >= 0.8 * (calls - shows), loop
     if calls == 200:
         for sizes in (live, resident):
             assert median(sizes[15:]) <= 1.02 * median(sizes[5:10])

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastdiff.kernels.guided_step import guided_step
+from fastdiff.runtime import schedulers
+from fastdiff.runtime.contents import digest_of
 from fastdiff.runtime.schedulers import NotLinear, probe
 
 BETAS = {
@@ -349,6 +351,13 @@ def test_probing_leaves_the_scheduler_as_it_was():
     assert before["model_outputs"] == scheduler.model_outputs
 
 
+@pytest.fixture
+def trusted(monkeypatch):
+    """Schedulers of users are probed as if they were diffusers' own: a later diffusers may do what
+    they do here."""
+    monkeypatch.setattr(schedulers, "refuse_foreign", lambda scheduler: None)
+
+
 class InPlace(diffusers.DDIMScheduler):
     def step(self, model_output, timestep, sample, **options):
         moved = super().step(model_output, timestep, sample, **options)
@@ -356,6 +365,7 @@ class InPlace(diffusers.DDIMScheduler):
         return (sample.copy_(moved[0]),)
 
 
+@pytest.mark.usefixtures("trusted")
 def test_a_step_may_work_in_place():
     scheduler = InPlace(**BETAS, clip_sample=False)
     scheduler.set_timesteps(9)
@@ -372,6 +382,7 @@ class Overridden(diffusers.DDIMScheduler):
         return (type(self).change(moved, sample),)
 
 
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize(
     "change",
     {
@@ -407,6 +418,7 @@ def test_what_is_not_linear_is_refused(change):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("trusted")
 def test_scaling_that_is_not_linear_is_refused():
     class Clipping(diffusers.EulerDiscreteScheduler):
         def scale_model_input(self, sample, timestep):
@@ -423,9 +435,28 @@ def test_a_replaced_step_is_refused_and_not_run():
     scheduler.set_timesteps(6)
     own = scheduler.step
     scheduler.step = lambda *args, **options: own(*args, **options)
-    with pytest.raises(NotLinear, match="step was replaced"):
+    with pytest.raises(NotLinear, match="its step is not diffusers' own"):
         probe(scheduler)
     assert scheduler._step_index is None
+
+
+@pytest.mark.parametrize("name", NAMES + FLOW)
+def test_what_steps_change_is_known(name):
+    """What a real run changes: all plain attributes are in the table, the others named."""
+    scheduler = make(name)
+    scheduler.set_timesteps(5)
+    table = probe(scheduler)
+    x = first_sample(scheduler)
+    kept = set()
+    for t, state in zip(scheduler.timesteps, table.states, strict=True):
+        before = {key: digest_of(value) for key, value in vars(scheduler).items()}
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+        x = scheduler.step(network(scale(x, t), t), t, x, return_dict=False)[0]
+        after = {key: digest_of(value) for key, value in vars(scheduler).items()}
+        assert {key: vars(scheduler)[key] for key in state} == state
+        kept |= {key for key in after if key not in state and before.get(key) != after[key]}
+    assert kept <= set(table.keeps)
+    assert bool(kept) == bool(table.keeps)
 
 
 def test_without_timesteps_there_is_no_table():
@@ -442,6 +473,7 @@ def test_longer_histories_are_refused():
         probe(scheduler)
 
 
+@pytest.mark.usefixtures("trusted")
 def test_what_is_remembered_is_never_anothers():
     """Functions and classes of the same name, tables inside lists and refusals."""
     table = {}

@@ -1,0 +1,76 @@
+"""What an object holds, as one number; and whether it still holds what it held."""
+
+import hashlib
+import marshal
+from collections.abc import Iterable, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def digest_of(value: Any) -> str | None:
+    """A digest that differs where the data in `value` does; None if some cannot be compared."""
+    digest = hashlib.sha256()
+    try:
+        for part in _content(value):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    except TypeError:
+        return None
+    return digest.hexdigest()
+
+
+class Standing:
+    """The attributes of an object as they stand; what is edited in place counts as changed."""
+
+    def __init__(self, instance: Any) -> None:
+        self._instance, self._values = instance, dict(vars(instance))
+        self._versions = {
+            name: _version(value)
+            for name, value in self._values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def holds(self) -> bool:
+        """Whether the attributes are still equal to what they were."""
+        now, before = vars(self._instance), self._values
+        if any(_version(before[name]) != version for name, version in self._versions.items()):
+            return False
+        if now.keys() == before.keys() and all(now[name] is before[name] for name in before):
+            return True
+        digest = digest_of(now)
+        return digest is not None and digest == digest_of(before)
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with edits in place; tensors of inference mode do not count theirs."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _content(value: Any) -> Iterable[bytes]:
+    """Bytes that differ where the value does. TypeError: it is not made of data."""
+    yield type(value).__qualname__.encode()
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield repr((value.dtype, value.shape)).encode()
+        yield value.tobytes()
+    elif isinstance(value, Mapping):
+        yield repr(list(value)).encode()
+        yield from _content(list(value.values()))
+    elif isinstance(value, list | tuple):
+        yield str(len(value)).encode()
+        for item in value:
+            yield from _content(item)
+    elif isinstance(value, FunctionType):
+        code = value.__code__
+        outside = code.co_names or code.co_freevars or value.__defaults__ or value.__kwdefaults__
+        if outside or any(isinstance(constant, CodeType) for constant in code.co_consts):
+            raise TypeError("what the function depends on is not all in its code")
+        yield marshal.dumps(code)
+    elif isinstance(value, str | int | float | np.generic | torch.dtype | torch.device | None):
+        yield repr(value).encode()
+    else:
+        raise TypeError(f"cannot compare a {type(value).__name__}")
