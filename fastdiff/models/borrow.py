@@ -69,6 +69,7 @@ class Loan(Reads):
         self._strayed: list[Lent] = []
         self._seen: set[int] = set()
         self._merges = Merges()
+        self.note(root, "training", root.training)
         if root.training:
             raise Unsupported("a module in training mode")
         self.epoch = next(_EPOCHS)
