@@ -29,7 +29,7 @@ def load_demo(
     Raises ImportError where diffusers or transformers is not installed.
     """
     try:
-        with _quiet():
+        with quiet():
             from diffusers import StableDiffusionPipeline
 
             load: Any = StableDiffusionPipeline.from_pretrained
@@ -43,7 +43,7 @@ def load_demo(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Import and load without progress bars or advice (no torchvision, …); then as before."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
