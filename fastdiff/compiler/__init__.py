@@ -95,12 +95,14 @@ class Report:
     """What runs fast and what does not; `str(report)` is a table."""
 
     parts: tuple[Part, ...]
+    note: str | None = None
+    """What makes all of them slower than they need be."""
 
     def __str__(self) -> str:
         name = max(len(part.name) for part in self.parts)
         runs = max(len(part.runs) for part in self.parts)
         lines = (f"{p.name:{name}}  {p.runs:{runs}}  {p.why}".rstrip() for p in self.parts)
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def report(target: Any) -> Report:
@@ -119,7 +121,15 @@ def report(target: Any) -> Report:
     if hasattr(target, "scheduler"):
         ours.append(loop_part(loop_of(target)))
     theirs = [Part(name, "diffusers", why) for name, why in eager_parts(target).items()]
-    return Report((*ours, *theirs))
+    return Report((*ours, *theirs), _note(parts))
+
+
+def _note(parts: dict[str, Any]) -> str | None:
+    from fastdiff.kernels import dispatch
+
+    weights = (next(module.parameters(), None) for module, _ in parts.values())
+    on_cpu = any(weight is not None and weight.device.type == "cpu" for weight in weights)
+    return dispatch.NOT_BUILT if on_cpu and dispatch.NATIVE is None else None
 
 
 def _part(name: str, slot: Slot | None) -> Part:
