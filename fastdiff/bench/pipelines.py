@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastdiff.bench.saved import check_folder
+from fastdiff.devices import refusal
 from fastdiff.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,11 +58,8 @@ def check_device(device: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device is {device!r}; choose cpu, cuda or cuda:N")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used here: {reason}") from error
+    if reason := refusal(device):
+        raise UserError(f"--device {device} cannot be used here: {reason}")
     return device
 
 
