@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def check_folder(folder: Path) -> Saved:
     for files in found.values():
         for file in files.get(variant) or files[None]:
             _check_whole(file)
-    _need_text_alone(folder, networks)
+    _need_text_alone(folder, pipeline, networks)
     return Saved(
         folder,
         pipeline,
@@ -104,10 +104,9 @@ def _pipeline(folder: Path, index: dict[str, Any]) -> str:
     return FROM_TEXT[name]
 
 
-def _need_text_alone(folder: Path, networks: dict[str, tuple[str, str]]) -> None:
+def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> None:
     """UserError where the U-Net reads more than latents: an inpainting model's mask and picture."""
-    if not {"unet", "vae"} <= set(networks):
-        missing = "unet" if "unet" not in networks else "vae"
+    for missing in {"unet", "vae"} - set(networks):
         raise UserError(f"{folder} has no {missing}; save or copy the pipeline again")
     unet, vae = (_read_json(folder / name / "config.json") for name in ("unet", "vae"))
     takes, given = unet.get("in_channels", 4), vae.get("latent_channels", 4)
@@ -115,6 +114,11 @@ def _need_text_alone(folder: Path, networks: dict[str, tuple[str, str]]) -> None
         raise UserError(
             f"{folder}: its U-Net takes {takes} channels where latents have {given}, so it draws"
             " from a picture, not from a text alone"
+        )
+    if pipeline == LCM and unet.get("time_cond_proj_dim") is None:
+        raise UserError(
+            f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} asks for; save it as a"
+            f" {CLASSES[0]}"
         )
 
 

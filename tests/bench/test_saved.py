@@ -8,12 +8,13 @@ import torch
 from command import run
 from diffusers import (
     LatentConsistencyModelImg2ImgPipeline,
-    LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
 
@@ -139,7 +140,6 @@ def test_commands_say_so_too(folder, tmp_path):
 OTHERS = {
     StableDiffusionImg2ImgPipeline: StableDiffusionPipeline,
     StableDiffusionInpaintPipeline: StableDiffusionPipeline,
-    LatentConsistencyModelImg2ImgPipeline: LatentConsistencyModelPipeline,
 }
 
 
@@ -176,10 +176,30 @@ def test_every_class_that_compile_takes_is_loaded_or_refused_in_one_sentence(fol
     for name in PIPELINES:
         edit_json(folder / "model_index.json", _class_name=name)
         if name in FROM_TEXT:
-            check_folder(folder)
+            edit_json(folder / "unet/config.json", time_cond_proj_dim=32)
+            assert check_folder(folder).pipeline in FROM_TEXT
             continue
         with pytest.raises(UserError, match=f"holds a {name}; supported are .* from a text"):
             check_folder(folder)
+
+
+def test_latent_consistency_models(demo, tmp_path):
+    config = dict(demo.unet.config) | {"time_cond_proj_dim": 32}
+    unet = UNet2DConditionModel(**config).eval()
+    unet.load_state_dict(demo.unet.state_dict(), strict=False)
+    parts = demo.components | {"unet": unet, "scheduler": LCMScheduler()}
+    kind, folder = LatentConsistencyModelImg2ImgPipeline, tmp_path / "pipe"
+    kind(**parts, requires_safety_checker=False).save_pretrained(folder)
+    shared = ("--pipe", folder, "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.png")
+    assert run("generate", "sun", *shared)[0] == 0
+    code, _, err = run("generate", "sun", "--negative-prompt", "rain", *shared)
+    assert code == 2
+    assert "a LatentConsistencyModelPipeline takes none" in err
+    code, out, _ = run("bench", folder, "--steps", 1, "--rounds", 2, "--backends", "fastdiff")
+    assert code == 0, out
+    edit_json(folder / "unet/config.json", time_cond_proj_dim=None)
+    with pytest.raises(UserError, match="its U-Net has no time_cond_proj_dim"):
+        check_folder(folder)
 
 
 def test_a_u_net_that_reads_a_mask_is_refused(folder):
