@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff.cli.engines import EngineOptions, write_engines
-from fastdiff.cli.options import Dtype, Preset, Scale, app, choose_pipe
+from fastdiff.cli.options import Preset, Scale, app, choose_pipe
 from fastdiff.cli.repository import write_repository
 from fastdiff.errors import UserError
 
@@ -29,7 +29,9 @@ def export(
     ] = None,
     preset: Preset = None,
     scale: Scale = 1.0,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; fp32 if absent, of --trt fp16.")
+    ] = None,
     opset: Annotated[
         str, typer.Option(help="auto (20 for ONNX Runtime, 22 for TensorRT) or 18 to 23.")
     ] = "auto",
