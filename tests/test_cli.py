@@ -179,6 +179,18 @@ def test_without_a_scale_it_is_that_of_the_pipeline(tmp_path, monkeypatch):
     assert asked == [4.0, 5.5, 0.0]
 
 
+def test_help_names_the_dtype_that_export_takes(tmp_path, capsys):
+    assert run("export", "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "fp32 if absent, of --trt fp16" in text
+    for option, kinds in (("--onnx", {"float32"}), ("--trt", {"float16"})):
+        more = ("--target", "sm_89") if option == "--trt" else ()
+        assert run("export", option, tmp_path / "x", *more, "--dry-run", "--json") == 0
+        document = json.loads(capsys.readouterr().out)
+        rows = document.get("parts") or document["engines"]
+        assert {row["dtype"] for row in rows} == kinds
+
+
 def test_env_is_lines_or_json(capsys):
     assert run("env") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -43,8 +43,9 @@ def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
 def least(pipe: Any, height: int, width: int) -> int:
     """Bytes of what one convolution of the U-Net's first block reads and writes, guided."""
     unet, factor = pipe.unet, pipe.vae_scale_factor
-    channels: int = unet.config.block_out_channels[0]
-    return 2 * 2 * channels * (height // factor) * (width // factor) * int(unet.dtype.itemsize)
+    channels = int(unet.config.block_out_channels[0])
+    numbers = 2 * channels * (height // int(factor)) * (width // int(factor))
+    return 2 * numbers * int(unet.dtype.itemsize)
 
 
 def available() -> int | None:
