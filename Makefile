@@ -29,6 +29,7 @@ gpu: .venv/ready
 	test -d .venv || $(PYTHON) -m venv $(if $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes),--system-site-packages) .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	@$(BIN)/fastdiff env | grep "C++ compiler" || true
 	touch $@
 
 clean:

@@ -4,17 +4,19 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import triton
+from diffusers import StableDiffusionPipeline
+from disks import small_disk
 from PIL import Image
 
 from fastdiff.cli import main
-from fastdiff.demo import load_demo
+from fastdiff.demo import DEMO_FOLDER, load_demo
 
 
 def run(*arguments):
@@ -33,6 +35,7 @@ BAD = {
     "give one of them": ("bench", "{tmp}", "--preset", "tiny"),
     "is no folder": ("bench", "{tmp}/nothing"),
     "has no model_index.json": ("bench", "{tmp}"),
+    "--scale is nan": ("bench", "--preset", "tiny", "--scale", "nan"),
     "--height is 70": ("bench", "--height", "70"),
     "--dtype is 'int8'": ("bench", "--dtype", "int8"),
     "--device is 'toaster'": ("bench", "--device", "toaster"),
@@ -49,6 +52,15 @@ BAD_GENERATE = {
     "--dtype is 'int8'": (*OUT, "--dtype", "int8"),
     "{tmp}/no does not exist": ("--out", "{tmp}/no/x.png"),
     "Pillow writes no .xyz file": ("--out", "{tmp}/x.xyz"),
+    "Pillow writes no .xbm file of colours": ("--out", "{tmp}/x.xbm"),
+    "--out {tmp} is a folder": ("--out", "{tmp}"),
+    "--guidance-scale is nan": (*OUT, "--guidance-scale", "nan"),
+    "--guidance-scale is inf": (*OUT, "--guidance-scale", "1e999"),
+    "--guidance-scale is -inf": (*OUT, "--guidance-scale=-inf"),
+    "--steps is -3": (*OUT, "--steps", "-3"),
+    "--height is 0": (*OUT, "--height", "0"),
+    "--height is -64": (*OUT, "--height", "-64"),
+    "--device is 'gpu'": (*OUT, "--device", "gpu"),
 }
 
 
@@ -112,6 +124,71 @@ def test_generate_compiled_draws_the_same_picture(tmp_path):
         assert run("generate", "sunflower", *arguments) == 0
         pictures.append(np.asarray(Image.open(path)).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # a rounding of the 8-bit levels
+
+
+def test_numbers_that_are_not_finite_are_no_picture(tmp_path, capsys):
+    path = tmp_path / "x.png"
+    scale = ("--guidance-scale", "1e38")
+    assert run("generate", "sun", "--out", path, "--steps", 2, "--device", "cpu", *scale) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "not finite, in torch.float32 with guidance 1e+38; give a smaller" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_picture(tmp_path, capsys):
+    with small_disk(tmp_path, 4096) as reason:
+        path = tmp_path / "x.tiff"  # not compressed: 12 kB
+        assert run("generate", "sun", "--out", path, "--steps", 1, "--device", "cpu") == 2
+        assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.strip() == f"fastdiff: {path} cannot be written: {reason}"
+
+
+def test_a_device_that_is_full_stays(tmp_path, capsys):
+    path = tmp_path / "x.png"
+    path.symlink_to("/dev/full")
+    assert run("generate", "sun", "--out", path, "--steps", 1, "--device", "cpu") == 2
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert path.is_char_device()
+
+
+def test_what_a_format_cannot_hold_is_one_sentence(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "x.webp"
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "__call__",
+        lambda pipe, *args, guidance_scale=1, **kwargs: SimpleNamespace(
+            images=np.zeros((1, 16384, 8, 3))
+        ),
+    )
+    assert run("generate", "sun", "--out", path, "--eager") == 2
+    assert "x.webp cannot be written: encoding error 5" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_scale_it_is_that_of_the_pipeline(tmp_path, monkeypatch):
+    asked = []
+
+    def call(pipe, *args, guidance_scale=5.5, **kwargs):
+        asked.append(guidance_scale)
+        return SimpleNamespace(images=np.zeros((1, 8, 8, 3)))
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    for more in ((), ("--pipe", DEMO_FOLDER), ("--pipe", DEMO_FOLDER, "--guidance-scale", "0")):
+        assert run("generate", "sun", "--out", tmp_path / "x.png", "--eager", *more) == 0
+    assert asked == [4.0, 5.5, 0.0]
+
+
+def test_help_names_the_dtype_that_export_takes(tmp_path, capsys):
+    assert run("export", "--help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "fp32 if absent, of --trt fp16" in text
+    for option, kinds in (("--onnx", {"float32"}), ("--trt", {"float16"})):
+        more = ("--target", "sm_89") if option == "--trt" else ()
+        assert run("export", option, tmp_path / "x", *more, "--dry-run", "--json") == 0
+        document = json.loads(capsys.readouterr().out)
+        rows = document.get("parts") or document["engines"]
+        assert {row["dtype"] for row in rows} == kinds
 
 
 def test_env_is_lines_or_json(capsys):

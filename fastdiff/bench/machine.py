@@ -84,15 +84,11 @@ def cpu_model() -> str:
 def native() -> dict[str, str | None]:
     """The C++ kernels: the SIMD level they chose, or why there are none and what to do."""
     try:
-        from fastdiff.kernels.dispatch import NATIVE
+        from fastdiff.kernels.dispatch import NATIVE, NOT_BUILT
     except ImportError as error:
         return {"isa": None, "note": f"built, but does not load: {error}"}
     if NATIVE is None:
-        return {
-            "isa": None,
-            "note": "not built, so CPU kernels run as plain torch, slower; "
-            "install a C++ compiler, then pip install fastdiff again",
-        }
+        return {"isa": None, "note": NOT_BUILT}
     return {"isa": f"{NATIVE.isa()}, threads: {NATIVE.thread_runtime()}", "note": None}
 
 

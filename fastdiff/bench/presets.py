@@ -4,16 +4,18 @@ Scaling keeps the block structure and the head widths, and takes heads away: SD1
 2 heads of 40, 80 and 160 instead of 8, and a picture a quarter as high and wide.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -26,7 +28,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from fastdiff.demo import DEMO_FOLDER
+from fastdiff.bench.saved import Saved
+from fastdiff.demo import DEMO_FOLDER, quiet
 from fastdiff.errors import UserError
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -161,10 +164,37 @@ def blueprint(name: str) -> tuple[torch.nn.Module, int]:
         return _make(UNet2DConditionModel, **config).eval(), config["sample_size"]
 
 
-def from_folder(folder: Path, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline saved in `folder`, on the CPU; checked by `pipelines.load`."""
-    read: Any = DiffusionPipeline.from_pretrained
-    return read(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+def from_folder(saved: Saved, dtype: torch.dtype) -> Any:
+    """The pipeline that was checked by `saved.check_folder`, on the CPU, loaded in silence.
+
+    Raises UserError where a file lacks weights that a network has: transformers would draw them at
+    random, and diffusers leave them without memory.
+    """
+    shared: Any = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    with quiet():
+        encoders = {}
+        for net in saved.networks:
+            if net.library == "transformers":
+                read: Any = getattr(transformers, net.kind).from_pretrained
+                encoders[net.folder.name], told = read(
+                    net.folder, variant=net.variant, output_loading_info=True, **shared
+                )
+                _need_all(net.folder, told["missing_keys"])
+        pipeline: Any = getattr(diffusers, saved.pipeline)
+        pipe = pipeline.from_pretrained(saved.folder, variant=saved.variant, **shared, **encoders)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            weights = module.named_parameters()
+            _need_all(saved.folder / name, [key for key, weight in weights if weight.is_meta])
+    return pipe
+
+
+def _need_all(folder: Path, missing: Collection[str]) -> None:
+    if missing:
+        raise UserError(
+            f"{folder}: its weights lack {min(missing)}, one of {len(missing)} that its config.json"
+            " asks for; save or copy it again"
+        )
 
 
 def unet_config(preset: Preset, scale: float, texts: list[Text]) -> dict[str, Any]:

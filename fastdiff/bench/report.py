@@ -28,11 +28,13 @@ COLUMNS = (
 )
 
 
-def show(result: Result) -> None:
-    """Print the table and, below it, all that a number needs to be believed."""
+def show(result: Result, note: str | None = None) -> None:
+    """Print `note`, the table and, below it, all that a number needs to be believed."""
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
+    if note:
+        console.print(Text(note, style="yellow"), soft_wrap=True)
     table = Table(*COLUMNS, title=result.rows[0].case, title_justify="left", pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

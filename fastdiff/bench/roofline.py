@@ -18,7 +18,8 @@ import torch
 
 from fastdiff.bench.blocks import Block, count_blocks
 from fastdiff.bench.gpus import Gpu, gpu_here, gpu_named
-from fastdiff.bench.pipelines import CLASSES, check_size, check_steps
+from fastdiff.bench.pipelines import check_size, check_steps
+from fastdiff.bench.saved import CLASSES
 from fastdiff.bench.stopwatch import time_blocks
 from fastdiff.bench.tally import Tally
 from fastdiff.bench.timing import picture

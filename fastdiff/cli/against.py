@@ -19,14 +19,14 @@ OF_PIPELINES = ("preset", "scale", "steps", "height", "width", "backends")
 
 def against(context: typer.Context) -> None:
     """Time both states that bench's options name, write what was asked for, print the report."""
-    from fastdiff.bench.pipelines import check_folder
     from fastdiff.bench.progress import shares
-    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.bench.saved import check_folder
     from fastdiff.regression import paired, states
     from fastdiff.regression.compare import compare
     from fastdiff.regression.documents import pair_of
     from fastdiff.regression.pairs import race
     from fastdiff.regression.reports.terminal import show
+    from fastdiff.written import check_writable, write_file
 
     given = context.params
     if lost := [name for name in ALONE if was_given(context, name)]:
@@ -144,7 +144,7 @@ def share(option: str, text: str) -> float:
 
 def _folder(folder: str, base: Any, new: Any) -> str:
     """Relative where each state has its own, else the one that is here."""
-    from fastdiff.bench.pipelines import check_folder
+    from fastdiff.bench.saved import check_folder
 
     top = new.root.resolve()
     if Path(folder).is_absolute() and Path(folder).resolve().is_relative_to(top):

@@ -1,7 +1,10 @@
 """generate: one picture."""
 
+import inspect
+import math
+from io import BytesIO
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +19,10 @@ def generate(
     steps: Steps = 25,
     seed: Seed = 0,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="How closely to follow the prompt; 4 for the demo.")
+        float | None,
+        typer.Option(
+            help="How closely to follow the prompt; the pipeline's own if absent, 4 for the demo."
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     pipe: Annotated[Path | None, typer.Option(help="A pipeline's folder, not the demo.")] = None,
@@ -28,24 +34,32 @@ def generate(
 ) -> None:
     """Draw one picture."""
     at_least("--steps", steps, 1)
-    from PIL import Image
-
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import step_bar
-    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.bench.room import room
+    from fastdiff.written import check_writable, write_file
 
     check_writable(out, "--out")
-    Image.init()
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise UserError(
-            f"--out {out}: Pillow writes no {out.suffix or 'suffix-less'} file; use .png"
-        )
+    kind = _format(out)
     device = check_device(device)
     painter = load_pipe(pipe, check_dtype(dtype, device), device)
     check_steps(painter, steps)
     height, width = check_size(painter, height, width)
+    known = inspect.signature(painter.__call__).parameters
+    if negative_prompt is not None and "negative_prompt" not in known:
+        raise UserError(f"--negative-prompt: a {type(painter).__name__} takes none; leave it out")
     if guidance_scale is None:
-        guidance_scale = 7.5 if pipe else 4.0  # diffusers' own default; the demo's best
+        guidance_scale = known["guidance_scale"].default if pipe else 4.0
+    wanted = {
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "output_type": "np",
+    }
     if not eager:
         import fastdiff
 
@@ -53,14 +67,51 @@ def generate(
     painter.progress_bar = step_bar
     import torch
 
-    image = painter(
-        prompt,
-        negative_prompt=negative_prompt,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        generator=torch.Generator("cpu").manual_seed(seed),
-    ).images[0]
-    write_file(out, image.save)
+    with room(painter, height, width, device):
+        drawn = painter(
+            prompt,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            **{name: value for name, value in wanted.items() if value is not None},
+        ).images
+        image = _picture(painter, drawn, guidance_scale)
+    encoded = _encoded(image, out, kind)
+    write_file(out, lambda path: path.write_bytes(encoded))
     print(out)
+
+
+def _format(out: Path) -> str:
+    """Pillow's name of the format that `out` ends in; UserError unless it takes colours."""
+    from PIL import Image
+
+    Image.init()
+    suffix = out.suffix.lower()
+    kind = Image.registered_extensions().get(suffix, "")
+    try:
+        Image.new("RGB", (8, 8)).save(BytesIO(), kind)
+    except (KeyError, OSError, ValueError):
+        raise UserError(
+            f"--out {out}: Pillow writes no {suffix or 'suffix-less'} file of colours; use .png"
+        ) from None
+    return kind
+
+
+def _picture(painter: Any, drawn: Any, guidance_scale: float) -> Any:
+    """The one picture of [1, H, W, 3] in [0, 1], as the pipeline itself makes it of them."""
+    import numpy as np
+
+    if not np.isfinite(drawn).all():
+        raise UserError(
+            f"the picture holds numbers that are not finite, in {painter.unet.dtype} with guidance"
+            f" {guidance_scale:g}; give a smaller --guidance-scale, or --dtype fp32"
+        )
+    return painter.image_processor.numpy_to_pil(drawn)[0]
+
+
+def _encoded(image: Any, out: Path, kind: str) -> bytes:
+    """The file's bytes: Pillow takes a disk that is full amid a file for one that is not."""
+    file = BytesIO()
+    try:
+        image.save(file, kind)
+    except (OSError, ValueError) as error:  # what a format cannot hold: 20000 pixels of .webp
+        raise UserError(f"{out} cannot be written: {error}; use .png") from error
+    return file.getvalue()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff.cli.engines import EngineOptions, write_engines
-from fastdiff.cli.options import Dtype, Preset, Scale, app, choose_pipe
+from fastdiff.cli.options import Preset, Scale, app, choose_pipe
 from fastdiff.cli.repository import write_repository
 from fastdiff.errors import UserError
 
@@ -29,7 +29,9 @@ def export(
     ] = None,
     preset: Preset = None,
     scale: Scale = 1.0,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; fp32 if absent, of --trt fp16.")
+    ] = None,
     opset: Annotated[
         str, typer.Option(help="auto (20 for ONNX Runtime, 22 for TensorRT) or 18 to 23.")
     ] = "auto",
@@ -133,9 +135,8 @@ def _verify(
     pipe: Any, networks: Any, out: Path, ort_fused: bool, log: Callable[[str], object]
 ) -> tuple[dict[str, Any], str]:
     """The parity report as JSON and as Markdown, both written into `out`."""
-    from fastdiff.bench.results import write_file
     from fastdiff.export import fused, parity
-    from fastdiff.export.folder import told
+    from fastdiff.written import told, write_file
 
     runnable = fused.spelled_out(out, networks) if ort_fused else nullcontext(out)
     with runnable as place, told(place):  # what the bisection runs lies there a while

@@ -14,7 +14,6 @@ from fastdiff.cli.options import (
     Scale,
     Seed,
     Side,
-    Steps,
     app,
     at_least,
     choose_pipe,
@@ -30,11 +29,14 @@ def bench(
     preset: Preset = None,
     scale: Scale = 1.0,
     backends: Annotated[
-        str, typer.Option(help="Comma-separated; eager is always run.")
+        str,
+        typer.Option(
+            help="Comma-separated; eager is always run, but with --against fastdiff if absent."
+        ),
     ] = "eager,channels_last,inductor,fastdiff",
     dtype: Dtype = None,
     device: Device = None,
-    steps: Steps = 20,
+    steps: Annotated[int, typer.Option(help="Denoising steps; with --against 10.")] = 20,
     height: Side = None,
     width: Side = None,
     rounds: Annotated[int, typer.Option(help="Pictures timed per backend.")] = 15,
@@ -90,13 +92,15 @@ def bench(
 
         return price(context)
     from fastdiff.bench.backends import ON_ENGINES, choose
-    from fastdiff.bench.machine import commit, machine, versions
+    from fastdiff.bench.machine import commit, machine, native, versions
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import status
     from fastdiff.bench.report import show
-    from fastdiff.bench.results import Result, check_writable, to_json, write_file
+    from fastdiff.bench.results import Result, to_json
+    from fastdiff.bench.room import room
     from fastdiff.bench.run import Settings
     from fastdiff.bench.run import bench as run
+    from fastdiff.written import check_writable, write_file
 
     if json_file:
         check_writable(json_file, "--json")
@@ -126,13 +130,13 @@ def bench(
         prompt="red heart",
         engines=engines,
     )
-    with status() as log:
+    with status() as log, room(pipe, height, width, device):
         rows = tuple(run(pipe, settings, log))
     command = shlex.join(["fastdiff", *context.obj])
     result = Result(machine(), versions(), commit(), command, rows)
     if json_file:
         write_file(json_file, lambda path: path.write_text(to_json(result), encoding="utf-8"))
-    show(result)
+    show(result, native()["note"] if device == "cpu" else None)
     if any(row.failed for row in rows):
         raise typer.Exit(1)
 
@@ -163,7 +167,8 @@ def count(
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import status
     from fastdiff.bench.report import show_counts
-    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.bench.room import room
+    from fastdiff.written import check_writable, write_file
 
     if json_file:
         check_writable(json_file, "--json")
@@ -174,7 +179,8 @@ def count(
         pipe, case = choose_pipe(folder, preset, scale, torch_dtype, device)
         check_steps(pipe, steps)
         height, width = check_size(pipe, height, width)
-        rows = tuple(counters.count_pipe(pipe.to(device), steps, height, width, log, draw))
+        with room(pipe, height, width, device):
+            rows = tuple(counters.count_pipe(pipe.to(device), steps, height, width, log, draw))
     case = f"{case}, {str(torch_dtype).removeprefix('torch.')}, {device}, {width}×{height}"
     command = shlex.join(["fastdiff", *context.obj])
     result = counters.Result(case, machine(), versions(), commit(), command, rows)

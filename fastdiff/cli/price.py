@@ -20,12 +20,13 @@ def price(context: typer.Context) -> None:
     compute it.
     """
     from fastdiff.bench.gpus import gpu_named
-    from fastdiff.bench.pipelines import check_device, check_dtype
+    from fastdiff.bench.pipelines import check_device, check_dtype, check_size
     from fastdiff.bench.progress import status
-    from fastdiff.bench.results import check_writable, write_file
     from fastdiff.bench.roofline import roofline
     from fastdiff.bench.roofline_table import to_json
+    from fastdiff.bench.room import room
     from fastdiff.compiler import compile
+    from fastdiff.written import check_writable, write_file
 
     given = context.params
     if not given["roofline"]:
@@ -46,14 +47,15 @@ def price(context: typer.Context) -> None:
         log("loading")
         pipe, case = choose_pipe(folder, given["preset"], given["scale"], dtype, device)
         log("counting")
-        result = roofline(
-            compile(pipe.to(device)),  # for good: to restore a large network takes its time
-            given["gpu"],
-            steps=given["steps"],
-            height=given["height"],
-            width=given["width"],
-            rounds=given["rounds"] if on_gpu or given["measure"] else 0,
-        )
+        with room(pipe, *check_size(pipe, given["height"], given["width"]), device):
+            result = roofline(
+                compile(pipe.to(device)),  # for good: to restore a large network takes its time
+                given["gpu"],
+                steps=given["steps"],
+                height=given["height"],
+                width=given["width"],
+                rounds=given["rounds"] if on_gpu or given["measure"] else 0,
+            )
     if json_file:
         text = to_json(result, case, shlex.join(["fastdiff", *context.obj]))
         write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))

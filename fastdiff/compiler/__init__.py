@@ -3,17 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastdiff.compiler.options import BACKENDS, FASTDIFF, LOOP, Options
+from fastdiff.compiler.options import FASTDIFF, LOOP, Options, chosen
 from fastdiff.compiler.slot import Slot, slot_of
 from fastdiff.errors import UserError
 
 __all__ = ["Options", "Report", "compile", "report", "restore"]
 
 T = TypeVar("T")
-_DEFAULT = Options()
 
 
-def compile(target: T, options: Options = _DEFAULT) -> T:
+def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     """Make a pipeline or model fast, in place, without changing what it draws.
 
     Its networks run as compact networks on the same weights. The target stays the object and class
@@ -24,15 +23,18 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
         target: a Stable Diffusion pipeline (see `compiler.adapters.PIPELINES`), a bare
             UNet2DConditionModel or AutoencoderKL, on any device, in any dtype.
         options: see `Options`.
+        keywords: the same by name, as `backend="ort"`.
 
     Returns:
         `target` itself. Compiling it again changes nothing.
 
     Raises:
-        ValueError: the target is not known, `options.ignore` names no part of it, nothing in it
-            can be made fast, or the backend asked for cannot run; the message says why.
+        ValueError: the target or an option is not known, `ignore` names no part of the target,
+            nothing in it can be made fast, or the backend asked for cannot run; the message says
+            why.
     """
-    parts = _parts(target, options)
+    options = chosen(options, keywords)
+    parts = _left(target, options)
     _refuse_compiled(parts)
     parts = _with_engine(target, parts, options)
     from fastdiff.compiler.pipelines import take_loop
@@ -93,12 +95,14 @@ class Report:
     """What runs fast and what does not; `str(report)` is a table."""
 
     parts: tuple[Part, ...]
+    note: str | None = None
+    """What makes all of them slower than they need be."""
 
     def __str__(self) -> str:
         name = max(len(part.name) for part in self.parts)
         runs = max(len(part.runs) for part in self.parts)
         lines = (f"{p.name:{name}}  {p.runs:{runs}}  {p.why}".rstrip() for p in self.parts)
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def report(target: Any) -> Report:
@@ -117,7 +121,15 @@ def report(target: Any) -> Report:
     if hasattr(target, "scheduler"):
         ours.append(loop_part(loop_of(target)))
     theirs = [Part(name, "diffusers", why) for name, why in eager_parts(target).items()]
-    return Report((*ours, *theirs))
+    return Report((*ours, *theirs), _note(parts))
+
+
+def _note(parts: dict[str, Any]) -> str | None:
+    from fastdiff.kernels import dispatch
+
+    weights = (next(module.parameters(), None) for module, _ in parts.values())
+    on_cpu = any(weight is not None and weight.device.type == "cpu" for weight in weights)
+    return dispatch.NOT_BUILT if on_cpu and dispatch.NATIVE is None else None
 
 
 def _part(name: str, slot: Slot | None) -> Part:
@@ -141,10 +153,6 @@ def _refuse_compiled(parts: dict[str, Any]) -> None:
 
 def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[str, Any]:
     """`parts` with the U-Net on the backend that `options` ask for."""
-    if options.backend not in BACKENDS:
-        raise UserError(f"Options.backend is {options.backend!r}; choose {', '.join(BACKENDS)}")
-    if options.backend == FASTDIFF and options.engines is not None:
-        raise UserError(f"Options.engines is {options.engines}, which needs a backend to run it")
     for name, (module, _) in parts.items():
         slot, wanted = slot_of(module), options.backend if name == "unet" else FASTDIFF
         other = options.engines is not None or options.ort_graphs
@@ -168,7 +176,22 @@ def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[s
     return parts | {"unet": (module, kind)}
 
 
-def _parts(target: Any, options: Options = _DEFAULT) -> dict[str, Any]:
+def _left(target: Any, options: Options) -> dict[str, Any]:
+    """The parts of `target` that `options` do not ignore."""
+    found = _parts(target)
+    if options.ignore:
+        reported = {part.name for part in report(target).parts}
+        names = reported | {name.split(".")[0] for name in reported}
+        if unknown := set(options.ignore) - names:
+            raise UserError(
+                f"Options.ignore names {min(unknown)!r}; {type(target).__name__} has"
+                f" {', '.join(sorted(names))}"
+            )
+    ignored = set(options.ignore)
+    return {n: part for n, part in found.items() if not ignored & {n, n.split(".")[0]}}
+
+
+def _parts(target: Any) -> dict[str, Any]:
     try:
         from fastdiff.compiler.adapters import parts
     except ModuleNotFoundError as missing:
@@ -176,14 +199,6 @@ def _parts(target: Any, options: Options = _DEFAULT) -> dict[str, Any]:
             f"fastdiff.compile needs {missing.name}: pip install 'fastdiff[diffusers]'"
         ) from missing
     try:
-        found = parts(target)
+        return parts(target)
     except ValueError as unknown:
         raise UserError(str(unknown)) from None
-    names = {name.split(".")[0] for name in found} | {LOOP}
-    for name in options.ignore:
-        if name not in names:
-            raise UserError(
-                f"Options.ignore names {name!r}; {type(target).__name__} has"
-                f" {', '.join(sorted(names))}"
-            )
-    return {name: part for name, part in found.items() if name.split(".")[0] not in options.ignore}

@@ -1,7 +1,10 @@
 """What `fastdiff.compile` may be told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from fastdiff.errors import UserError
 
 FASTDIFF = "fastdiff"
 """The backend that computes with kernels of our own."""
@@ -12,11 +15,15 @@ LOOP = "loop"
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of `fastdiff.compile`. Every default is lossless."""
+    """Choices of `fastdiff.compile`. Every default is lossless.
+
+    Raises ValueError where one is none of those offered, or two contradict each other.
+    """
 
     ignore: tuple[str, ...] = ()
-    """Components to leave as they are, e.g. ("vae",), or ("loop",) for diffusers' own denoising
-    loop around our networks. Gains nothing; costs their speed."""
+    """Parts to leave as they are, as `report` names them or the component that they belong to: e.g.
+    ("vae",), ("vae.decoder",), or ("loop",) for diffusers' own denoising loop around our networks.
+    Gains nothing; costs their speed."""
     backend: str = FASTDIFF
     """Who computes the U-Net: "fastdiff", "ort" (ONNX Runtime) or "tensorrt" (either flavour)."""
     engines: str | Path | None = None
@@ -25,3 +32,42 @@ class Options:
     ort_graphs: bool = False
     """Whether ONNX Runtime keeps a CUDA graph for every shape. Gains launches at small sizes, costs
     memory."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ignore, list | tuple | set | frozenset) or not all(
+            isinstance(name, str) for name in self.ignore
+        ):
+            raise UserError(
+                f'Options.ignore is {self.ignore!r}; give a tuple of names, as ("vae",)'
+            )
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if self.backend not in BACKENDS:
+            raise UserError(f"Options.backend is {self.backend!r}; choose {', '.join(BACKENDS)}")
+        if not isinstance(self.engines, str | Path | None) or self.engines == "":
+            raise UserError(
+                f"Options.engines is {self.engines!r}; give the folder that fastdiff export wrote"
+            )
+        if not isinstance(self.ort_graphs, bool):
+            raise UserError(f"Options.ort_graphs is {self.ort_graphs!r}; give True or False")
+        if self.backend == FASTDIFF and self.engines is not None:
+            raise UserError(f"Options.engines is {self.engines}, which needs a backend to run it")
+        if self.ort_graphs and self.backend != "ort":
+            raise UserError(f'Options.ort_graphs goes with the backend "ort"; got {self.backend!r}')
+
+
+def chosen(options: Options | None, keywords: dict[str, Any]) -> Options:
+    """The options that a caller gave as one object or as keywords; UserError for anything else."""
+    names = ", ".join(field.name for field in fields(Options))
+    if options is None:
+        for name in keywords:
+            if name not in names.split(", "):
+                raise UserError(f"compile knows no {name!r}; its options are {names}")
+        return Options(**keywords)
+    if not isinstance(options, Options):
+        raise UserError(
+            f"compile's options are a {type(options).__name__}; give fastdiff.Options(...), or"
+            f" keywords: {names}"
+        )
+    if keywords:
+        raise UserError(f"compile was given options and the keyword {min(keywords)}; give one")
+    return options

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fastdiff.devices import refusal
+from fastdiff.errors import UserError
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
@@ -26,10 +29,20 @@ def load_demo(
 
     It draws [64, 64, 3] pictures from [4, 16, 16] latents; prompts are cut to 22 tokens.
     Guidance 3 to 4 and 25 DDIM steps (the scheduler it comes with) look cleanest.
-    Raises ImportError where diffusers or transformers is not installed.
+    Raises ValueError where torch cannot compute in `dtype` on `device`, ImportError where diffusers
+    or transformers is not installed.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"load_demo's dtype is {dtype!r}; give torch.float32, bfloat16 or float16")
+    if reason := refusal(device):
+        raise UserError(f"load_demo's device {str(device)!r} cannot be used here: {reason}")
+    if reason := refusal(device, dtype):
+        raise UserError(
+            f"load_demo's dtype {dtype} cannot be computed with on {device} ({reason}); give"
+            " torch.float32, bfloat16 or float16"
+        )
     try:
-        with _quiet():
+        with quiet():
             from diffusers import StableDiffusionPipeline
 
             load: Any = StableDiffusionPipeline.from_pretrained
@@ -43,7 +56,7 @@ def load_demo(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Import and load without progress bars or advice (no torchvision, …); then as before."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log

@@ -307,12 +307,15 @@ def test_another_folder_is_not_passed_over(demo_onnx, on_ort):
         fastdiff.compile(on_ort, Options(backend="ort", engines=demo_onnx))
 
 
-def test_options_that_contradict_are_named(demo):
-    for options, message in (
-        (Options(backend="onnx"), "Options.backend is 'onnx'; choose fastdiff, ort, tensorrt"),
-        (Options(engines="x"), "Options.engines is x, which needs a backend"),
-    ):
-        with pytest.raises(UserError, match=message):
-            fastdiff.compile(copy.deepcopy(demo), options)
+def test_keywords_are_options(demo_onnx, demo):
+    by_keyword, by_object = (copy.deepcopy(demo) for _ in range(2))
+    fastdiff.compile(by_keyword, backend="ort", engines=demo_onnx, ignore=("loop",))
+    fastdiff.compile(by_object, Options(backend="ort", engines=demo_onnx, ignore=("loop",)))
+    assert fastdiff.report(by_keyword) == fastdiff.report(by_object)
+    assert slot_of(by_keyword.unet).kind.runner == "ort"
+    assert loop_of(by_keyword) is None
+
+
+def test_a_backend_without_a_u_net_is_refused(demo):
     with pytest.raises(UserError, match="computes a U-Net, and there is none"):
         fastdiff.compile(copy.deepcopy(demo.vae), Options(backend="ort"))

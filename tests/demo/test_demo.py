@@ -111,3 +111,29 @@ def test_without_diffusers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_diffusers)
     with pytest.raises(ImportError, match=r"pip install fastdiff\[diffusers\]"):
         fastdiff.load_demo()
+
+
+NO_PLACE = {
+    "device 'toaster' cannot be used here": {"device": "toaster"},
+    "device '' cannot": {"device": ""},
+    "device 'cuda:99' cannot": {"device": "cuda:99"},
+    "device '3.5' cannot": {"device": 3.5},
+    "dtype is 'fp16'; give torch.float32": {"dtype": "fp16"},
+    "dtype torch.int8 cannot be computed with on cpu": {"dtype": torch.int8},
+    "dtype torch.float8_e4m3fn cannot be": {"dtype": torch.float8_e4m3fn},
+}
+
+
+@pytest.mark.parametrize("message", NO_PLACE)
+def test_where_it_cannot_run_is_one_sentence(message):
+    with pytest.raises(ValueError, match=message) as caught:
+        fastdiff.load_demo(**NO_PLACE[message])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_sentence():
+    for device in ("cuda", torch.device("cuda", 0)):
+        with pytest.raises(ValueError, match=r"device 'cuda(:0)?' cannot be used here") as caught:
+            fastdiff.load_demo(device=device)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,84 @@
+"""Whether a picture fits in memory: one sentence where it does not, before the system kills us."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.errors import UserError
+
+TOLD = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "overflowed")
+"""What RuntimeErrors of torch say that are a want of memory."""
+MEMORY = Path("/proc/meminfo")
+GROUP = Path("/sys/fs/cgroup")
+
+
+@contextmanager
+def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
+    """Draw within it. Sides in pixels. UserError where memory does not suffice: at once where one
+    layer alone needs more than there is, else when torch asks for more."""
+    asked = f"--width {width} and --height {height}"
+    free = None if device.startswith("cuda") else available()
+    if free is not None and (need := least(pipe, height, width)) > free:
+        raise UserError(
+            f"{asked} need {_size(need)} of memory at least, and {_size(free)} are free; ask for"
+            " fewer pixels"
+        )
+    try:
+        with _limit(free):
+            yield
+    except (MemoryError, RuntimeError) as error:
+        wants = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not wants and not any(words in str(error) for words in TOLD):
+            raise
+        raise UserError(
+            f"{asked} need more memory than there is on {device}; ask for fewer pixels, or close"
+            " what else takes memory"
+        ) from error
+
+
+def least(pipe: Any, height: int, width: int) -> int:
+    """Bytes of what one convolution of the U-Net's first block reads and writes, guided."""
+    unet, factor = pipe.unet, pipe.vae_scale_factor
+    channels = int(unet.config.block_out_channels[0])
+    numbers = 2 * channels * (height // int(factor)) * (width // int(factor))
+    return 2 * numbers * int(unet.dtype.itemsize)
+
+
+def available() -> int | None:
+    """Bytes that this process can still take, with swap and its group's limit; None if unknown."""
+    try:
+        lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
+        free = 1024 * sum(int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree"))
+    except (OSError, ValueError, KeyError):
+        return None
+    try:
+        most, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no group of its own, or one without a limit
+        return free
+    return min(free, max(0, most - used))
+
+
+@contextmanager
+def _limit(free: int | None) -> Iterator[None]:
+    """Refuse this process more than `free` bytes: an allocation then fails, where Linux would grant
+    it and kill the process when it is used."""
+    if free is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text()
+    held = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
+    most = [limit for limit in (1024 * held + free, *before) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(most), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.0f} GiB" if count >= 2**33 else f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,200 @@
+"""What a folder of `save_pretrained` holds: all that can be checked before a weight is read."""
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdiff.errors import UserError
+
+CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+LCM = "LatentConsistencyModelPipeline"
+FROM_TEXT = {name: name for name in (*CLASSES, LCM)} | {
+    "StableDiffusionImg2ImgPipeline": CLASSES[0],
+    "StableDiffusionInpaintPipeline": CLASSES[0],
+    "StableDiffusionXLImg2ImgPipeline": CLASSES[1],
+    "StableDiffusionXLInpaintPipeline": CLASSES[1],
+    "LatentConsistencyModelImg2ImgPipeline": LCM,
+}
+"""By the class in a folder, the class that draws from a text with the same components."""
+LIBRARIES = {
+    "diffusers": "diffusion_pytorch_model",
+    "transformers": "model",
+    "stable_diffusion": "model",
+}
+"""Where a component may come from, and how the names of its weights begin there."""
+LFS_POINTER = b"version https://git-lfs"
+SUFFIX = ".safetensors"
+
+# What a component's folder must hold, by how its name begins; any other is a network.
+_FILES: dict[str, tuple[str, ...]] = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer_config.json",),
+    "feature_extractor": ("preprocessor_config.json",),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A component with weights: its folder, its class, and the variant of its files to be read,
+    None for those without one."""
+
+    folder: Path
+    library: str
+    kind: str
+    variant: str | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that was checked, and the pipeline that it is loaded as."""
+
+    folder: Path
+    pipeline: str
+    networks: tuple[Network, ...]
+
+    @property
+    def variant(self) -> str | None:
+        """The variant to ask diffusers for; it takes plain files where a network has no other."""
+        return next((net.variant for net in self.networks if net.variant), None)
+
+
+def check_folder(folder: Path) -> Saved:
+    """Raise UserError unless `folder` holds a complete pipeline that draws from a text."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give a pipeline saved with save_pretrained()")
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    index = _read_json(index_file)
+    pipeline = _pipeline(folder, index)
+    networks: dict[str, tuple[str, str]] = {}
+    for component, origin in index.items():
+        if isinstance(origin, list) and len(origin) == 2 and origin[0] is not None:
+            if origin[0] not in LIBRARIES:
+                raise UserError(f"{index_file}: {component} comes from {origin[0]}, not a library")
+            if _check_component(folder / component):
+                networks[component] = (str(origin[0]), str(origin[1]))
+    found = {name: _weights(folder / name, LIBRARIES[net[0]]) for name, net in networks.items()}
+    variant = _variant(folder, found)
+    for files in found.values():
+        for file in files.get(variant) or files[None]:
+            _check_whole(file)
+    _need_text_alone(folder, pipeline, networks)
+    return Saved(
+        folder,
+        pipeline,
+        tuple(
+            Network(folder / name, library, kind, variant if variant in found[name] else None)
+            for name, (library, kind) in networks.items()
+        ),
+    )
+
+
+def _pipeline(folder: Path, index: dict[str, Any]) -> str:
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in FROM_TEXT:
+        raise UserError(
+            f"{folder} holds a {name}; supported are {', '.join(FROM_TEXT)}, which draw from a text"
+        )
+    if index.get("requires_aesthetics_score"):
+        raise UserError(f"{folder} holds a refiner, which goes on from a picture, not from a text")
+    return FROM_TEXT[name]
+
+
+def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> None:
+    """UserError where the U-Net reads more than latents: an inpainting model's mask and picture."""
+    for missing in {"unet", "vae"} - set(networks):
+        raise UserError(f"{folder} has no {missing}; save or copy the pipeline again")
+    unet, vae = (_read_json(folder / name / "config.json") for name in ("unet", "vae"))
+    takes, given = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if takes != given:
+        raise UserError(
+            f"{folder}: its U-Net takes {takes} channels where latents have {given}, so it draws"
+            " from a picture, not from a text alone"
+        )
+    if pipeline == LCM and unet.get("time_cond_proj_dim") is None:
+        raise UserError(
+            f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} asks for; save it as a"
+            f" {CLASSES[0]}"
+        )
+
+
+def _check_component(folder: Path) -> bool:
+    """Whether it is a network; UserError where a file is missing or no JSON."""
+    files = next((f for kind, f in _FILES.items() if folder.name.startswith(kind)), None)
+    for name in files or ("config.json",):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; save or copy the pipeline again")
+    for path in sorted(folder.glob("*.json")):
+        _read_json(path)
+    return files is None
+
+
+def _weights(folder: Path, stem: str) -> dict[str | None, list[Path]]:
+    """The files of weights by variant. Safetensors only: a .bin or .ckpt file is a pickle, which
+    can run any code when read."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob(f"{stem}*{SUFFIX}")):
+        rest = path.name.removeprefix(stem).removesuffix(SUFFIX)
+        variant = re.sub(r"-\d+-of-\d+", "", rest).removeprefix(".")
+        found.setdefault(variant or None, []).append(path)
+    for index_file in folder.glob(f"{stem}{SUFFIX}.index*.json"):
+        for shard in _shards(index_file):
+            if not (folder / shard).is_file():
+                raise UserError(f"{folder / shard} is missing, though {index_file.name} names it")
+    if found:
+        return found
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt"))
+    if pickles:
+        raise UserError(
+            f"{folder} holds only pickled weights ({pickles[0]}), which are never read; "
+            "save it again with safe_serialization=True"
+        )
+    raise UserError(f"{folder} has no {SUFFIX} file; save or copy the pipeline again")
+
+
+def _shards(index_file: Path) -> Iterator[str]:
+    names = _read_json(index_file).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index_file} has no weight_map; save or copy the pipeline again")
+    yield from sorted(set(names.values()))
+
+
+def _variant(folder: Path, found: dict[str, dict[str | None, list[Path]]]) -> str | None:
+    """None where every network has files without a variant, else the one that completes them."""
+    lacking = [set(files) for files in found.values() if None not in files]
+    if not lacking:
+        return None
+    if common := set.intersection(*lacking):
+        return min(name for name in common if name)
+    held = (f"{name} as {'/'.join(map(str, v))}" for name, v in found.items() if None not in v)
+    raise UserError(f"{folder} holds {', '.join(held)}, no one variant of all; save it again")
+
+
+def _check_whole(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{path} is a Git LFS pointer, not the weights that it stands for; run git lfs"
+                    " pull"
+                )
+        with safe_open(path, framework="pt"):  # reads where each tensor lies, none of them
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}; save or copy it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value

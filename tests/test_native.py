@@ -1,0 +1,49 @@
+"""Without the C++ kernels a CPU is as slow as eager: everyone who measures or asks is told."""
+
+import subprocess
+import sys
+
+import pytest
+from command import environment, run
+
+import fastdiff
+from fastdiff.kernels import dispatch
+
+BLOCKED = """
+import sys
+sys.modules["fastdiff._C"] = None  # as where no compiler was found
+import fastdiff, fastdiff.cli
+from fastdiff.kernels.dispatch import NATIVE
+assert NATIVE is None
+pipe = fastdiff.compile(fastdiff.load_demo())
+print(fastdiff.report(pipe))
+fastdiff.cli.main(["env"])
+"""
+HOW = "install a C++ compiler, then fastdiff again"
+
+
+def test_report_and_env_say_so_in_one_line_each():
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if HOW in line]
+    assert [line.startswith("- fastdiff._C: ") for line in said] == [False, True]
+    assert all("as fast as eager, not two to three times as fast" in line for line in said)
+
+
+def test_bench_says_so_above_its_table(monkeypatch):
+    monkeypatch.setattr(dispatch, "NATIVE", None)
+    arguments = ("--backends", "eager", "--rounds", 2, "--steps", 1, "--device", "cpu")
+    code, out, _ = run("bench", *arguments)
+    assert code == 0
+    assert out.splitlines()[0] == dispatch.NOT_BUILT
+    assert HOW in out.splitlines()[0]
+
+
+def test_nothing_is_said_where_they_are(demo):
+    if dispatch.NATIVE is None:
+        pytest.skip("not built")
+    assert fastdiff.report(demo).note is None
+    assert dispatch.NOT_BUILT not in str(fastdiff.report(demo))
+    assert HOW not in run("env")[1]
