@@ -29,9 +29,9 @@ from benchmarks.clock import Budget
 from benchmarks.race import medians, race
 from benchmarks.shapes import full, tiny, triton_kernels
 from fastdiff.bench.machine import commit, machine, versions
-from fastdiff.bench.results import write_file
 from fastdiff.kernels.contract import Case, verify
 from fastdiff.kernels.dispatch import Kernel
+from fastdiff.written import write_file
 
 Rows = list[dict[str, Any]]
 FASTDIFF = [sys.executable, "-m", "fastdiff"]

@@ -21,12 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastdiff.bench.machine import machine, versions
-from fastdiff.bench.results import write_file
 from fastdiff.regression import states
 from fastdiff.regression.compare import compare
 from fastdiff.regression.documents import pair_of
 from fastdiff.regression.paired import document
 from fastdiff.regression.pairs import Settings, Until, race
+from fastdiff.written import write_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/regression"))

@@ -30,13 +30,13 @@ from benchmarks.clock import Budget
 from benchmarks.shapes import full, tiny, triton_kernels
 from fastdiff.bench.kernels import inputs_of, sampler
 from fastdiff.bench.machine import commit, machine, versions
-from fastdiff.bench.results import check_writable, write_file
 from fastdiff.bench.stats import Ratio, speedup
 from fastdiff.errors import UserError
 from fastdiff.kernels.contract import Case, architecture, verify
 from fastdiff.kernels.dispatch import Kernel
 from fastdiff.kernels.inspect import compiled, planned
 from fastdiff.kernels.tuned import SCHEMA, forced, key, recorded
+from fastdiff.written import check_writable, write_file
 
 FLOOR = 0.03
 """Share by which times may differ and still be the same, as in a report."""

@@ -1,17 +1,12 @@
 """What a bench hands back, and its file: schema `fastdiff.bench/1`."""
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from fastdiff.bench.receipt import Receipt
 from fastdiff.bench.stats import Ratio
-from fastdiff.errors import UserError
 from fastdiff.jsonable import finite
 
 SCHEMA = "fastdiff.bench/1"
@@ -67,26 +62,3 @@ def to_json(result: Result) -> str:
     """The result as schema `fastdiff.bench/1`; infinities and NaN as null."""
     document = finite({"schema": SCHEMA, **asdict(result)})
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then rename it: all of it or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp's files are for their owner alone
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(path: Path, option: str) -> None:
-    """Raise UserError unless `path` can become a file; before an hour of work, not after."""
-    if not path.parent.is_dir():
-        raise UserError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; give a file name")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: the folder {path.parent} cannot be written to")

@@ -21,12 +21,12 @@ def against(context: typer.Context) -> None:
     """Time both states that bench's options name, write what was asked for, print the report."""
     from fastdiff.bench.pipelines import check_folder
     from fastdiff.bench.progress import shares
-    from fastdiff.bench.results import check_writable, write_file
     from fastdiff.regression import paired, states
     from fastdiff.regression.compare import compare
     from fastdiff.regression.documents import pair_of
     from fastdiff.regression.pairs import race
     from fastdiff.regression.reports.terminal import show
+    from fastdiff.written import check_writable, write_file
 
     given = context.params
     if lost := [name for name in ALONE if was_given(context, name)]:

@@ -32,7 +32,7 @@ def generate(
 
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import step_bar
-    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.written import check_writable, write_file
 
     check_writable(out, "--out")
     Image.init()

@@ -43,12 +43,12 @@ def write_engines(
     load: the pipeline and its parts.
     """
     from fastdiff.bench.progress import phases
-    from fastdiff.bench.results import check_writable
     from fastdiff.engines import trt
     from fastdiff.export import shapes
     from fastdiff.export import trt as builder
     from fastdiff.export.folder import check_new
     from fastdiff.export.parts import left_out
+    from fastdiff.written import check_writable
 
     wanted = shapes.parse(asked.shapes, asked.static)
     compatible = tuple(asked.compatible.split(",")) if asked.compatible is not None else ()

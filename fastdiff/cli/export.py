@@ -133,9 +133,8 @@ def _verify(
     pipe: Any, networks: Any, out: Path, ort_fused: bool, log: Callable[[str], object]
 ) -> tuple[dict[str, Any], str]:
     """The parity report as JSON and as Markdown, both written into `out`."""
-    from fastdiff.bench.results import write_file
     from fastdiff.export import fused, parity
-    from fastdiff.export.folder import told
+    from fastdiff.written import told, write_file
 
     runnable = fused.spelled_out(out, networks) if ort_fused else nullcontext(out)
     with runnable as place, told(place):  # what the bisection runs lies there a while

@@ -110,7 +110,7 @@ def inspect_kernels(
     from fastdiff.bench.kernels import cases
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.progress import status
-    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.written import check_writable, write_file
 
     try:
         from fastdiff.kernels.inspect import SHARED_LIMIT, table

@@ -28,7 +28,7 @@ def graph(
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.presets import PRESETS, blueprint
-    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.written import check_writable, write_file
 
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}; choose one of {', '.join(PRESETS)}")

@@ -94,9 +94,10 @@ def bench(
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import status
     from fastdiff.bench.report import show
-    from fastdiff.bench.results import Result, check_writable, to_json, write_file
+    from fastdiff.bench.results import Result, to_json
     from fastdiff.bench.run import Settings
     from fastdiff.bench.run import bench as run
+    from fastdiff.written import check_writable, write_file
 
     if json_file:
         check_writable(json_file, "--json")
@@ -163,7 +164,7 @@ def count(
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import status
     from fastdiff.bench.report import show_counts
-    from fastdiff.bench.results import check_writable, write_file
+    from fastdiff.written import check_writable, write_file
 
     if json_file:
         check_writable(json_file, "--json")

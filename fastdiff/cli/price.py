@@ -22,10 +22,10 @@ def price(context: typer.Context) -> None:
     from fastdiff.bench.gpus import gpu_named
     from fastdiff.bench.pipelines import check_device, check_dtype
     from fastdiff.bench.progress import status
-    from fastdiff.bench.results import check_writable, write_file
     from fastdiff.bench.roofline import roofline
     from fastdiff.bench.roofline_table import to_json
     from fastdiff.compiler import compile
+    from fastdiff.written import check_writable, write_file
 
     given = context.params
     if not given["roofline"]:

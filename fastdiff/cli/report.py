@@ -39,8 +39,8 @@ def report(
     everything: Annotated[bool, typer.Option("--all", help="Rows that are the same, too.")] = False,
 ) -> None:
     """Is it slower? Exit 0: no, 1: yes, 2: bad input, 3: it cannot be told."""
-    from fastdiff.bench.results import check_writable, write_file
     from fastdiff.regression.history import read as read_history
+    from fastdiff.written import check_writable, write_file
 
     places = {
         "--markdown": markdown,

@@ -14,6 +14,7 @@ import torch
 
 from fastdiff import installed
 from fastdiff.errors import UserError
+from fastdiff.written import told
 
 PACKAGES = ("fastdiff", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -56,15 +57,6 @@ def new_folder(out: Path) -> Iterator[Path]:
                 raise
         finally:
             os.close(lock)
-
-
-@contextmanager
-def told(out: Path) -> Iterator[None]:
-    """UserError where the system refuses what `out` needs."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def _take(lock: int, partial: Path, out: Path) -> None:

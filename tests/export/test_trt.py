@@ -4,13 +4,11 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ import pytest
 import tensorrt_rtx
 import torch
 from command import run
+from disks import small_disk
 
 import fastdiff
 from fastdiff.bench.progress import phases, status
@@ -428,24 +427,6 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, demo_half, premade, tmp
     assert len(steps) < 10  # of hundreds
     assert signal.getsignal(signal.SIGINT) is before
     assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def small_disk(folder, size):
-    """Nowhere in `folder` can `size` bytes be written: a small tmpfs, else a limit on files."""
-    mount = ("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
-    if subprocess.run(mount, capture_output=True).returncode == 0:
-        try:
-            yield "No space left on device"
-        finally:
-            subprocess.run(("umount", folder), check=True)
-        return
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield "File too large"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_sentence(built, tmp_path):
