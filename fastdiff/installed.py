@@ -1,7 +1,25 @@
-"""Versions of what is installed."""
+"""Versions of what is installed, and which extra brings what is not."""
 
 from collections.abc import Iterable
 from importlib import metadata
+
+EXTRAS = {
+    "triton": "gpu",
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+    "accelerate": "diffusers",
+    "safetensors": "diffusers",
+    "PIL": "diffusers",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "tensorrt": "trt",
+    "tensorrt_rtx": "trt-rtx",
+    "tritonclient": "triton-server",
+    "jinja2": "report",
+    "matplotlib": "report",
+}
+"""By module: the extra of pyproject.toml that has it."""
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -47,6 +47,17 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@contextmanager
+def afterwards(path: Path | None, text: Callable[[], str]) -> Iterator[None]:
+    """Write `text()` once the block has shown what is in it: no full disk loses what was measured,
+    and no closed pipe what was to be kept."""
+    try:
+        yield
+    finally:
+        if path is not None:
+            write_text(path, text())
+
+
 def check_writable(path: Path, option: str) -> None:
     """Raise UserError unless `path` can become a file; before an hour of work, not after."""
     with told(path):  # of a name too long, or a folder on the way that is closed to us

@@ -252,13 +252,18 @@ def test_inspect_writes_and_prints_one_document(static_table, capsys, tmp_path):
     assert document["rows"] == [asdict(StaticRow("group_norm_silu", 90))]
 
 
-def test_inspect_prints_a_line_for_each_kernel(static_table, capsys):
+def test_inspect_prints_a_line_for_each_kernel(static_table, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
     assert run("inspect", "--arch", "90", "--arch", "120") == 0
-    head, _, *lines = (line for line in capsys.readouterr().out.splitlines() if line.strip())
+    _, _, head, _, *lines, _ = capsys.readouterr().out.splitlines()
     assert all(name in head for name in ("regs", "spill", "occupancy", "limited by", "load B"))
-    assert [line.split()[0] for line in lines] == ["attention"] * 2 + ["guided_step"] * 2
-    assert all(line.split()[10:13] == ["31%", "shared", "memory"] for line in lines)
-    assert max(map(len, lines)) <= 200
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    kernel = "_statistics_kernel · sdxl-cfg-multistep · float16"
+    ops = ["attention"] * 2 + ["guided_step"] * 2
+    assert [row[0] for row in rows] == [
+        f"{op} · {kernel} · sm_{arch}" for op, arch in zip(ops, [90, 120] * 2, strict=True)
+    ]
+    assert all(row[6:8] == ["31%", "shared memory"] for row in rows)
 
 
 def test_inspect_exits_with_1_and_says_what_may_not_be(static_table, capsys, tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def test_dependency_direction(path):
         "errors",
         "installed",
         "jsonable",
+        "tables",
         "written",
         "__version__",
     }

@@ -1,6 +1,7 @@
 """The ways to run a pipeline that a bench compares: a name and a function that prepares a copy."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def channels_last(pipe: Any) -> None:
 def inductor(pipe: Any) -> None:
     """torch.compile of the U-Net and of the VAE's decoder; max-autotune on a GPU."""
     on_gpu = pipe.device.type == "cuda"
+    if on_gpu and find_spec("triton") is None:
+        raise Unavailable("torch.compile needs triton on a GPU, and it is not installed")
     if not on_gpu:
         _need_compiler()
     mode = "max-autotune" if on_gpu else "default"

@@ -17,6 +17,9 @@ Number = tuple[float, str]
 PEAK = "peak bytes"
 """The unit of what jitters a little after all: a scalar more or less that is alive by chance."""
 
+DRAWN = ("recordings", "graphs", PEAK)
+"""Units of what only drawn pictures tell: `fastdiff count --draw`."""
+
 _RECORDINGS = {
     "first": "first size",
     "again": "same size again",

@@ -1,4 +1,4 @@
-"""What GPUs can do at most: figures of their makers, and rates measured on them where we have any.
+"""What GPUs can do at most: figures of their makers, and what real ones are reported to reach.
 
 Products are dense (datasheets like to print the rate for half of the weights being zero, twice as
 much) and accumulate in float32, as torch's do; GeForce cards are twice as fast when they do not.
@@ -30,31 +30,31 @@ class Gpu:
     bandwidth: float
     memory: int
     source: str
-    measured_tflops: float | None = None
-    """A large bfloat16 matrix product."""
-    measured_bandwidth: float | None = None
-    """A large copy, read and written bytes together."""
-    measured_source: str | None = None
+    reported_tflops: float | None = None
+    """By a large bfloat16 matrix product, without samples that anyone could look at."""
+    reported_bandwidth: float | None = None
+    """Likewise by a large copy, read and written bytes together."""
+    reported_source: str | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s that products of a dtype reach at most: as measured, else as the maker says."""
+        """FLOP/s that products of a dtype reach at most: as reported, else as the maker says."""
         if dtype == torch.float32:
             return 1e12 * self.tflops_fp32
-        return 1e12 * (self.measured_tflops or self.tflops_fp16)
+        return 1e12 * (self.reported_tflops or self.tflops_fp16)
 
     @property
     def bytes_per_s(self) -> float:
-        """Of device memory, as measured, else as the maker says."""
-        return 1e12 * (self.measured_bandwidth or self.bandwidth)
+        """Of device memory, as reported, else as the maker says."""
+        return 1e12 * (self.reported_bandwidth or self.bandwidth)
 
 
 _ALL = (
     Gpu(
         *("h200", "NVIDIA H200", "sm_90", 989.4, 494.7, 4.8, 141),
         "NVIDIA H200 Tensor Core GPU datasheet, its rates with sparsity halved",
-        measured_tflops=790.0,
-        measured_bandwidth=4.3,
-        measured_source="a large bfloat16 product and a copy on an H200, rounded; no samples kept",
+        reported_tflops=790.0,
+        reported_bandwidth=4.3,
+        reported_source="a large bfloat16 product and a copy on an H200, rounded, no samples kept",
     ),
     Gpu("h100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4, 494.7, 3.35, 80, _HOPPER),
     Gpu("h100-pcie", "NVIDIA H100 PCIe", "sm_90", 756.0, 378.0, 2.0, 80, _HOPPER),

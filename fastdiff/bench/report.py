@@ -1,19 +1,16 @@
 """The tables of bench and counters, on stdout."""
 
 import math
-import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from fastdiff import tables
 from fastdiff.bench import counters
 from fastdiff.bench.results import Result, Row
 from fastdiff.bench.stats import Ratio
 from fastdiff.bench.tally import KINDS, total
 
-PIPED_WIDTH = 140
 COLUMNS = (
     "backend",
     "steps/s",
@@ -30,18 +27,11 @@ COLUMNS = (
 
 def show(result: Result, note: str | None = None) -> None:
     """Print `note`, the table and, below it, all that a number needs to be believed."""
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
+    console = tables.printer()
     if note:
         console.print(Text(note, style="yellow"), soft_wrap=True)
-    table = Table(*COLUMNS, title=result.rows[0].case, title_justify="left", pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.no_wrap = True
-    for row in result.rows:
-        table.add_row(*_cells(row), style="red" if row.failed else "")
-    console.print(table)
+    shown = [tables.Row(_cells(row), "red" if row.failed else "") for row in result.rows]
+    tables.show(console, result.rows[0].case, COLUMNS, shown)
     for row in result.rows:
         if row.failed:
             line = f"{row.backend}: FAILED its receipt, so its speed is not told. {_why(row)}"
@@ -54,19 +44,15 @@ def show(result: Result, note: str | None = None) -> None:
 
 def show_counts(result: counters.Result) -> None:
     """Print what a step and an image take, a line each per backend, and what the words mean."""
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
     kinds = [
         kind
         for kind in KINDS
         if any(kind in work for row in result.rows for work in (row.counts.step, row.counts.image))
     ]
-    table = Table("backend", "per", title=result.case, title_justify="left", pad_edge=False)
     on_gpu = any(row.counts.step_kernels is not None for row in result.rows)
     gpu = ["GPU kernels"] if on_gpu else []
-    for name in ("launches", *gpu, "MB", "GFLOP", *kinds):
-        table.add_column(name, justify="right")
+    head = ("backend", "per", "launches", *gpu, "MB", "GFLOP", *kinds)
+    rows = []
     for row in result.rows:
         counts = row.counts
         for per, work, kernels in (
@@ -74,7 +60,7 @@ def show_counts(result: counters.Result) -> None:
             ("image", counts.image, counts.image_kernels),
         ):
             all_kinds = total(work)
-            table.add_row(
+            cells = (
                 row.backend,
                 per,
                 str(all_kinds.launches),
@@ -83,7 +69,9 @@ def show_counts(result: counters.Result) -> None:
                 f"{all_kinds.flops / 1e9:.2f}",
                 *(str(work[kind].launches) if kind in work else "0" for kind in kinds),
             )
-    console.print(table)
+            rows.append(tables.Row(cells))
+    console = tables.printer()
+    tables.show(console, result.case, head, rows, left=("per",))
     names = ("fastdiff", "torch", "diffusers", "transformers")
     for line in (
         "step: an image of one step more, less the image; image: what its steps do not explain",

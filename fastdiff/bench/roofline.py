@@ -67,6 +67,8 @@ class Roofline:
     width: int
     """Pixels."""
     rows: tuple[Row, ...]
+    assumed: tuple[str, ...] = ()
+    """What was not asked for and not found here: a sentence each."""
 
     @property
     def step_ms(self) -> float:
@@ -103,7 +105,8 @@ def roofline(
         pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline; its dtype and device count.
             float16 on a CPU is refused, which our kernels do not compute there: bfloat16 costs
             a GPU the same.
-        gpu: a name in `fastdiff.bench.gpus.GPUS`; if None the one that torch sees, else "h200".
+        gpu: a name in `fastdiff.bench.gpus.GPUS`; if None the one that torch sees, else "h200",
+            and the result says that it was assumed.
         steps: of the picture; they share what is done once.
         height, width: pixels; the pipeline's own if None.
         rounds: how often each block is run to measure it, 0 for not at all; if None 9 on a GPU and
@@ -115,11 +118,12 @@ def roofline(
     """
     _check(pipe)
     kind = gpu_named(gpu) if gpu else gpu_here()
+    assumed: tuple[str, ...] = ()
     if kind is None:
         if pipe.device.type == "cuda":
             name = torch.cuda.get_device_name(pipe.device)
             raise UserError(f"the rates of {name} are not known here; name the GPU to price on")
-        kind = gpu_named(DEFAULT)
+        kind, assumed = gpu_named(DEFAULT), (f"{DEFAULT}, as no GPU is here and none was named",)
     if steps < 1:
         raise UserError(f"got {steps} steps; give at least 1")
     check_steps(pipe, steps)
@@ -144,6 +148,7 @@ def roofline(
         height=height,
         width=width,
         rows=_rows(blocks, times, kind, dtype, steps),
+        assumed=assumed,
     )
 
 

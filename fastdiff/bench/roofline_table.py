@@ -6,29 +6,23 @@ from io import StringIO
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from fastdiff import tables
 from fastdiff.bench.machine import commit, cpu_model, machine, versions
 from fastdiff.bench.roofline import Roofline
 
 SCHEMA = "fastdiff.roofline/1"
-WIDTH = 120
+HEAD = ("block", "per", "launches", "GFLOP", "MB", "floor ms", "bound by", "share", "measured ms")
+LEFT = ("per", "bound by")
 
 
 def text(roofline: Roofline) -> str:
     """The table and, below it, where its figures come from."""
     measured = _measured(roofline)
-    table = Table(title=_title(roofline), title_justify="left", pad_edge=False)
-    table.add_column("block")
-    table.add_column("per")
-    for name in ("launches", "GFLOP", "MB", "floor ms", "bound by", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if measured:
-        table.add_column("measured ms", justify="right", no_wrap=True)
+    rows = []
     for row in roofline.rows:
         measured_ms = "–" if row.measured_ms is None else f"{row.measured_ms:.3f}"
-        table.add_row(
+        cells = (
             row.block,
             row.per,
             str(row.launches),
@@ -39,11 +33,12 @@ def text(roofline: Roofline) -> str:
             f"{row.share:.1%}",
             *([measured_ms] if measured else []),
         )
+        rows.append(tables.Row(cells))
     out = StringIO()
-    console = Console(file=out, width=WIDTH, highlight=False)
-    console.print(table)
+    console = tables.printer(out)
+    tables.show(console, _title(roofline), HEAD[: None if measured else -1], rows, LEFT)
     for line in _footer(roofline, measured):
-        console.print(line, style="dim", markup=False, soft_wrap=True)
+        console.print(line, style="dim", markup=False)
     return out.getvalue().rstrip("\n")
 
 
@@ -82,20 +77,23 @@ def _title(roofline: Roofline) -> str:
 
 def _footer(roofline: Roofline, measured: bool) -> list[str]:
     gpu = roofline.gpu
-    product_measured = gpu.measured_tflops is not None and roofline.dtype != "float32"
-    copy_measured = gpu.measured_bandwidth is not None
+    product_reported = gpu.reported_tflops is not None and roofline.dtype != "float32"
+    copy_reported = gpu.reported_bandwidth is not None
     tflops = gpu.rate(getattr(torch, roofline.dtype)) / 1e12
-    sources = [gpu.source]
-    if gpu.measured_source and (product_measured or copy_measured):
-        sources.append(f"measured: {gpu.measured_source}")
+    sources = []
+    if not (product_reported and copy_reported):
+        sources.append(f"specified: {gpu.source}")
+    if gpu.reported_source and (product_reported or copy_reported):
+        sources.append(f"reported: {gpu.reported_source}")
     return [
         f"floor of a step {roofline.step_ms:.3f} ms ({1e3 / roofline.step_ms:.0f} steps/s), of an"
         f" image {roofline.image_ms:.1f} ms: arithmetic, no measurement",
-        f"{tflops:g} TFLOP/s {'measured' if product_measured else 'specified'},"
-        f" {gpu.bytes_per_s / 1e12:g} TB/s {'measured' if copy_measured else 'specified'}"
+        *(f"assumed: {sentence}" for sentence in roofline.assumed),
+        f"{tflops:g} TFLOP/s {'reported' if product_reported else 'specified'},"
+        f" {gpu.bytes_per_s / 1e12:g} TB/s {'reported' if copy_reported else 'specified'}"
         f" ({'; '.join(sources)})",
         "MB: all that launches read and write; what a cache keeps between two need not be moved",
         f"measured on {device_name(roofline.device)}: kernels called one by one, not replayed"
         if measured
-        else "not measured",
+        else "no block was measured",
     ]

@@ -16,6 +16,7 @@ from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Row
 from fastdiff.bench.stats import speedup
 from fastdiff.bench.timing import Drawing, Request, draw, interleave
+from fastdiff.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Settings:
     rounds: int
     seed: int
     prompt: str
+    asked: tuple[str, ...] = ()
+    """Backends that were asked for by name: one that cannot run is no row, but an error."""
     engines: Path | None = None
     """What `fastdiff export` wrote for this pipeline."""
 
@@ -42,6 +45,8 @@ def bench(
 
     `pipe` is on the CPU and becomes the eager baseline on `settings.device`. A backend is timed
     only if its receipt is green; `log` hears what is under way.
+
+    Raises UserError where one that was asked for cannot run here, before anything is timed.
     """
     device = torch.device(settings.device)
     before = baseline(device)
@@ -64,6 +69,9 @@ def bench(
         try:
             rows[name] = _prepare(row, contender, request, truth, before, settings.engines)
         except Unavailable as reason:
+            if name in settings.asked:
+                sentence = f"--backends {name} cannot run here: {reason}"
+                raise UserError(sentence) from reason
             rows[name] = replace(row, unavailable=str(reason))
             continue
         if not rows[name].failed:

@@ -166,8 +166,11 @@ def _logs(below: Sequence[float], above: Sequence[float]) -> NDArray[np.float64]
 
 def _median(logs: NDArray[np.float64]) -> Estimate:
     """Maritz and Jarrett's error of a median, a bootstrap's without its drawing; scipy's version of
-    it is some percent larger where there are few."""
-    error = float(mjci(logs, [0.5])[0]) if len(logs) > 1 else inf
+    it is some percent larger where there are few, and says nothing of two."""
+    error = inf
+    if len(logs) > 2:
+        with np.errstate(invalid="ignore"):  # of equal samples its square is rounded below zero
+            error = float(np.nan_to_num(mjci(logs, [0.5])[0], nan=0.0))
     return Estimate(float(np.median(logs)), error, len(logs))
 
 
@@ -198,9 +201,9 @@ def _missing(estimate: Estimate, edge: float, alpha: float) -> int:
     """Samples until the interval, narrowing by the root of their number, lies to one side of the
     floor's edge. Where the estimate itself lies at the edge: until it is a third of the floor."""
     least = max(1, LEAST - estimate.samples)
-    if estimate.samples < 2:
-        return least
     lo, hi = estimate.interval(alpha)
+    if lo == -inf:
+        return least
     distance = abs(abs(estimate.log) - edge)
     wanted = estimate.samples * ((hi - lo) / 2 / max(distance, edge / 3)) ** 2
     return max(least, ceil(wanted) - estimate.samples)

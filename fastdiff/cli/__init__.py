@@ -1,13 +1,20 @@
 """The command line: parse, call one function, print. Data on stdout, progress on stderr."""
 
+import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
+from fastdiff import installed
 from fastdiff.cli import draw, export, facts, graph, measure, report  # noqa: F401  each adds its commands
 from fastdiff.cli.options import app
 from fastdiff.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What the system says where nothing more can be written."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,14 +26,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
-        app(arguments, prog_name="fastdiff", obj=arguments)
+        try:
+            app(arguments, prog_name="fastdiff", obj=arguments)
+        finally:
+            sys.stdout.flush()  # what a full disk does not take is told of here, not at exit
     except UserError as error:
-        from rich.console import Console
+        _refuse(str(error))
+    except Exception as error:
+        if sentence := _missing(error, arguments) or _full(error):
+            _refuse(sentence)
+        traceback.print_exc()  # a fault of ours
+        sys.exit(2)  # Python's own exit code for it is 1, which says "slower"
 
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"fastdiff: {error}", style="red", markup=False
-        )
-        sys.exit(2)
-    except Exception:  # a fault of ours; Python's own exit code for it is 1, which says "slower"
-        traceback.print_exc()
-        sys.exit(2)
+
+def _refuse(sentence: str) -> NoReturn:
+    """The sentence in red, and exit 2."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"fastdiff: {sentence}", style="red", markup=False
+    )
+    sys.exit(2)
+
+
+def _missing(error: BaseException | None, arguments: Sequence[str]) -> str | None:
+    """Which optional package is not installed, if that is behind the error, and what has it."""
+    while error is not None:  # diffusers and transformers wrap it in errors of their own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if isinstance(error, ImportError):
+            if "fastdiff[" in reason:
+                return reason
+            words = re.findall(r"\w+", error.name or reason)
+            package = next((word for word in words if word in installed.EXTRAS), None)
+            if package is not None and "fastdiff" not in words:
+                extra = f"fastdiff[{installed.EXTRAS[package]}]"
+                return f"{arguments[0]} needs {package} ({reason}); {extra} has it"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _full(error: Exception) -> str | None:
+    """That nothing more can be written, if that is the error, to stdout or where we do not ask."""
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return None
+    if sys.stdout is sys.__stdout__:  # the rest of it would be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; make room and run it again"

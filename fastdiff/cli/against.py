@@ -26,7 +26,7 @@ def against(context: typer.Context) -> None:
     from fastdiff.regression.documents import pair_of
     from fastdiff.regression.pairs import race
     from fastdiff.regression.reports.terminal import show
-    from fastdiff.written import check_writable, write_file
+    from fastdiff.written import afterwards, check_writable
 
     given = context.params
     if lost := [name for name in ALONE if was_given(context, name)]:
@@ -51,11 +51,9 @@ def against(context: typer.Context) -> None:
         raise UserError(_nothing(settings, done.rows))
     command = shlex.join(["fastdiff", *context.obj])
     document = paired.document(done, places, _case(context, settings), settings.threads, command)
-    if json_file:
-        text = paired.to_json(document)
-        write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))
     comparison = compare(pair_of(document), command)
-    show(comparison)
+    with afterwards(json_file, lambda: paired.to_json(document)):
+        show(comparison)
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)
 

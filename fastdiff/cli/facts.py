@@ -13,12 +13,8 @@ from fastdiff.cli.options import app
 from fastdiff.errors import UserError
 
 SCHEMA = "fastdiff.static/1"
+WHICH = ("op", "kernel", "case", "dtype")
 COLUMNS = {
-    "op": "op",
-    "kernel": "kernel",
-    "case": "case",
-    "dtype": "dtype",
-    "arch": "arch",
     "num_warps": "warps",
     "num_stages": "stages",
     "registers": "regs",
@@ -33,7 +29,7 @@ COLUMNS = {
     "mma": "mma",
     "bound": "bound",
 }
-"""Of the table of kernels: a row's field and what stands above it."""
+"""Of the table of kernels: a row's field beside its name, and what stands above it."""
 
 
 @app.command()
@@ -110,12 +106,9 @@ def inspect_kernels(
     from fastdiff.bench.kernels import cases
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.progress import status
-    from fastdiff.written import check_writable, write_file
+    from fastdiff.kernels.inspect import SHARED_LIMIT, table
+    from fastdiff.written import afterwards, check_writable
 
-    try:
-        from fastdiff.kernels.inspect import SHARED_LIMIT, table
-    except ImportError as error:
-        raise UserError(f"inspect needs triton ({error}); pip install fastdiff[gpu]") from error
     if unknown := set(arch or ()) - set(SHARED_LIMIT):
         known = ", ".join(map(str, SHARED_LIMIT))
         raise UserError(f"--arch is {min(unknown)}; choose from {known}")
@@ -133,28 +126,25 @@ def inspect_kernels(
         "rows": rows,
     }
     text = json_module.dumps(document, indent=1) + "\n"
-    if out:
-        write_file(out, lambda path: path.write_text(text, encoding="utf-8"))
-    if json:
-        print(text, end="")
-    else:
-        show_kernels(rows)
+    with afterwards(out, lambda: text):
+        if json:
+            print(text, end="")
+        else:
+            show_kernels(rows)
     if faults := [fault for row in found for fault in row.faults]:
         print(*faults, sep="\n", file=sys.stderr)
         raise typer.Exit(1)
 
 
 def show_kernels(rows: list[dict[str, Any]]) -> None:
-    """One line for each row."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    """A row for each, named as in a report."""
+    from fastdiff import tables
 
-    shown = Table(*COLUMNS.values(), box=SIMPLE_HEAD, pad_edge=False)
+    shown = []
     for row in rows:
         cells = {**row, "occupancy": f"{row['occupancy']:.0%}"}
-        shown.add_row(*(str(cells[name]) for name in COLUMNS))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    console.print(shown)
+        name = " · ".join((*(row[key] for key in WHICH), f"sm_{row['arch']}"))
+        shown.append(tables.Row((name, *(str(cells[key]) for key in COLUMNS))))
+    head = ("kernel", *COLUMNS.values())
+    left = [COLUMNS[key] for key in ("limited_by", "mma", "bound")]
+    tables.show(tables.printer(), "what the kernels compile to", head, shown, left)

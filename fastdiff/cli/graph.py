@@ -13,6 +13,7 @@ from fastdiff.errors import UserError
 
 SCHEMA = "fastdiff.graph/1"
 TOKENS = 77
+HEAD = ("kernel", "launches", "MB", "GFLOP", "floor ms")
 
 
 @app.command()
@@ -25,20 +26,17 @@ def graph(
 ) -> None:
     """The launches of one guided step by kernel, their bytes, FLOPs and floors; no GPU needed."""
     from fastdiff.bench.gpus import gpu_named
+    from fastdiff.bench.graph import rows
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.presets import PRESETS, blueprint
-    from fastdiff.written import check_writable, write_file
+    from fastdiff.written import afterwards, check_writable
 
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}; choose one of {', '.join(PRESETS)}")
     priced = gpu_named(gpu)
     if out:
         check_writable(out, "--out")
-    try:
-        from fastdiff.bench.graph import rows
-    except ImportError as error:
-        raise UserError(f"graph needs triton ({error}); pip install fastdiff[gpu]") from error
     network, side = blueprint(preset)
     found = rows(network, priced, check_dtype(dtype, "cuda"), side, TOKENS)
     document: dict[str, Any] = {
@@ -55,29 +53,25 @@ def graph(
         "floor_ms": sum(row.floor_ms for row in found),
         "rows": [asdict(row) for row in found],
     }
-    if out:
-        text = json.dumps(document, indent=1) + "\n"
-        write_file(out, lambda path: path.write_text(text, encoding="utf-8"))
-    _show(document)
+    with afterwards(out, lambda: json.dumps(document, indent=1) + "\n"):
+        _show(document)
 
 
 def _show(document: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from fastdiff import tables
 
-    table = Table(title=f"{document['case']}, floors on {document['gpu']}", title_justify="left")
-    table.add_column("kernel")
-    for name in ("launches", "MB", "GFLOP", "floor ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in (*document["rows"], document):
-        table.add_row(
-            str(row.get("kernel", "all")),
-            str(row["launches"]),
-            f"{row['bytes'] / 1e6:.1f}",
-            f"{row['flops'] / 1e9:.1f}",
-            f"{row['floor_ms']:.4f}",
+    rows = [
+        tables.Row(
+            (
+                row.get("kernel", "all"),
+                str(row["launches"]),
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{row['flops'] / 1e9:.1f}",
+                f"{row['floor_ms']:.4f}",
+            ),
+            apart=row is document,
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 100
-    console.print(table)
+        for row in (*document["rows"], document)
+    ]
+    title = f"{document['case']}, floors on {document['gpu']}"
+    tables.show(tables.printer(), title, HEAD, rows)

@@ -100,11 +100,14 @@ def bench(
     from fastdiff.bench.room import room
     from fastdiff.bench.run import Settings
     from fastdiff.bench.run import bench as run
-    from fastdiff.written import check_writable, write_file
+    from fastdiff.written import afterwards, check_writable
 
     if json_file:
         check_writable(json_file, "--json")
     names = choose(backends)
+    asked = names if was_given(context, "backends") else ()
+    if "tensorrt" in names and not engines:
+        raise UserError("--backends tensorrt needs --engines: what fastdiff export --trt wrote")
     if engines:
         from fastdiff.compiler.engines import check_folder
 
@@ -121,6 +124,7 @@ def bench(
     settings = Settings(
         case=f"{case}, {kind}, {device}, {width}×{height}, {steps} steps",
         backends=names,
+        asked=asked,
         device=device,
         steps=steps,
         height=height,
@@ -134,9 +138,8 @@ def bench(
         rows = tuple(run(pipe, settings, log))
     command = shlex.join(["fastdiff", *context.obj])
     result = Result(machine(), versions(), commit(), command, rows)
-    if json_file:
-        write_file(json_file, lambda path: path.write_text(to_json(result), encoding="utf-8"))
-    show(result, native()["note"] if device == "cpu" else None)
+    with afterwards(json_file, lambda: to_json(result)):
+        show(result, native()["note"] if device == "cpu" else None)
     if any(row.failed for row in rows):
         raise typer.Exit(1)
 
@@ -168,7 +171,7 @@ def count(
     from fastdiff.bench.progress import status
     from fastdiff.bench.report import show_counts
     from fastdiff.bench.room import room
-    from fastdiff.written import check_writable, write_file
+    from fastdiff.written import afterwards, check_writable
 
     if json_file:
         check_writable(json_file, "--json")
@@ -184,7 +187,5 @@ def count(
     case = f"{case}, {str(torch_dtype).removeprefix('torch.')}, {device}, {width}×{height}"
     command = shlex.join(["fastdiff", *context.obj])
     result = counters.Result(case, machine(), versions(), commit(), command, rows)
-    if json_file:
-        text = counters.to_json(result)
-        write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))
-    show_counts(result)
+    with afterwards(json_file, lambda: counters.to_json(result)):
+        show_counts(result)

@@ -44,16 +44,13 @@ def choose_pipe(
 
 def load_pipe(folder: Path | None, dtype: Any, device: str) -> Any:
     """The pipeline in `folder`, or the demo."""
-    from fastdiff.bench.pipelines import load
+    if folder:
+        from fastdiff.bench.pipelines import load
 
-    try:
-        if folder:
-            return load(folder, dtype, device)
-        from fastdiff.demo import load_demo
+        return load(folder, dtype, device)
+    from fastdiff.demo import load_demo
 
-        return load_demo(dtype, device)
-    except ImportError as error:
-        raise UserError(f"{error}; pip install fastdiff[diffusers]") from error
+    return load_demo(dtype, device)
 
 
 def at_least(option: str, value: int, least: int) -> None:

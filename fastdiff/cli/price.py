@@ -1,6 +1,7 @@
 """bench --roofline: what each block of a pipeline costs a GPU at least."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -26,7 +27,7 @@ def price(context: typer.Context) -> None:
     from fastdiff.bench.roofline_table import to_json
     from fastdiff.bench.room import room
     from fastdiff.compiler import compile
-    from fastdiff.written import check_writable, write_file
+    from fastdiff.written import afterwards, check_writable
 
     given = context.params
     if not given["roofline"]:
@@ -56,7 +57,9 @@ def price(context: typer.Context) -> None:
                 width=given["width"],
                 rounds=given["rounds"] if on_gpu or given["measure"] else 0,
             )
-    if json_file:
-        text = to_json(result, case, shlex.join(["fastdiff", *context.obj]))
-        write_file(json_file, lambda path: path.write_text(text, encoding="utf-8"))
-    print(result)
+    if given["dtype"] is None and not on_gpu:
+        why = "bfloat16, as no --dtype was given: it costs a GPU what float16 does"
+        result = replace(result, assumed=(*result.assumed, why))
+    command = shlex.join(["fastdiff", *context.obj])
+    with afterwards(json_file, lambda: to_json(result, case, command)):
+        print(result)

@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def report(
 ) -> None:
     """Is it slower? Exit 0: no, 1: yes, 2: bad input, 3: it cannot be told."""
     from fastdiff.regression.history import read as read_history
-    from fastdiff.written import check_writable, write_file
+    from fastdiff.written import afterwards, check_writable, told, write_text
 
     places = {
         "--markdown": markdown,
@@ -53,11 +54,6 @@ def report(
         if path is not None:
             check_writable(path, option)
 
-    def write(path: Path | None, text: Callable[[], str]) -> None:
-        if path is not None:
-            content = text()
-            write_file(path, lambda file: file.write_text(content, encoding="utf-8"))
-
     if roofline and html is None:
         raise UserError("--roofline goes with --html, which draws it")
     if base is None:
@@ -67,8 +63,7 @@ def report(
             raise UserError(f"{lost[0]} needs states to compare; give BASE.json and NEW.json")
         from fastdiff.regression.reports.page import history_page
 
-        points = read_history(history)
-        write(html, lambda: history_page(points))
+        write_text(html, history_page(read_history(history)))
         print(html)
         return
     from fastdiff.regression.compare import compare
@@ -84,14 +79,21 @@ def report(
     wanted = None if floor is None else share("--floor", floor)
     found = compare(read_pair(base, new), shlex.join(["fastdiff", *context.obj]), wanted)
     past = None if history is None else read_history(history)
-    write(markdown, lambda: to_markdown(found))
-    write(html, lambda: page(found, past, [read_roofline(path) for path in roofline or ()]))
-    write(junit, lambda: to_junit(found))
-    write(json_file, lambda: as_json.to_json(found))
-    write(pytest_benchmark, lambda: foreign.to_pytest_benchmark(found))
+    blocks = [read_roofline(path) for path in roofline or ()]
+    kinds: dict[str, Callable[[], str]] = {
+        "--markdown": lambda: to_markdown(found),
+        "--html": lambda: page(found, past, blocks),
+        "--junit": lambda: to_junit(found),
+        "--json": lambda: as_json.to_json(found),
+        "--pytest-benchmark": lambda: foreign.to_pytest_benchmark(found),
+    }
+    texts = {path: kinds[option]() for option, path in places.items() if path is not None}
+    with ExitStack() as written:
+        for path, text in texts.items():
+            written.enter_context(afterwards(path, lambda text=text: text))  # type: ignore[misc]
+        show(found, everything)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as file:
+        with told(Path(summary)), Path(summary).open("a", encoding="utf-8") as file:
             file.write(to_markdown(found) + "\n")
-    show(found, everything)
     if found.exit_code:
         raise typer.Exit(found.exit_code)

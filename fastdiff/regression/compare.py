@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.bench.gates import PEAK, Number
+from fastdiff.bench.gates import DRAWN, PEAK, Number
 from fastdiff.bench.stats import (
     CONFIDENCE,
     Estimate,
@@ -66,7 +66,7 @@ def compare(pair: Pair, command: str, floor: float | None = None) -> Comparison:
         paired=pair.taken_in_turn,
         command=command,
         case=" / ".join(cases),
-        differences=(*other, *machines, *updates, *_silent(pair)),
+        differences=(*other, *machines, *updates, *_silent(pair), *_undrawn(pair)),
     )
 
 
@@ -137,8 +137,14 @@ def _middle_of_rows(rows: Iterable[Sequence[float]]) -> float:
 
 def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: bool) -> list[Line]:
     base, new = pair.base.counts, pair.new.counts
-    both = [name for name in base if name in new]
     lines = []
+    if undrawn := _undrawn(pair):
+        base, new = ({k: n for k, n in side.items() if n[1] not in DRAWN} for side in (base, new))
+        if pair.base.drawn:  # what was gated once is not let go in silence
+            lines.append(
+                Line("drawn pictures", "count", "", None, None, "incomparable", undrawn[0])
+            )
+    both = [name for name in base if name in new]
     for name in both:
         apart = [*updates, *(machines if base[name][1] in OF_THE_GPU else [])]
         line = _counted(name, base[name], new[name], apart)
@@ -161,7 +167,9 @@ def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: boo
                 verdict="incomparable",
                 note=f"only in {where}",
             )
-            if not pair.taken_in_turn and not updates:  # a baseline that is no longer one
+            if (
+                not pair.taken_in_turn and not updates and not other_case
+            ):  # a baseline that is no longer one
                 note = f"only in {where}: if that is meant, count BASE again and commit it"
                 line = replace(line, verdict="slower", note=note)
             lines.append(line)
@@ -172,6 +180,17 @@ def _silent(pair: Pair) -> list[str]:
     """Whether one of two states is from before it could count anything."""
     silent = [name for name, side in (("BASE", pair.base), ("NEW", pair.new)) if not side.counts]
     return [f"{silent[0]} counts nothing, so no counters are compared"] if len(silent) == 1 else []
+
+
+def _undrawn(pair: Pair) -> list[str]:
+    """Whether only one of two counts drew pictures, too: nobody asked for the other's rows."""
+    if None in (pair.base.drawn, pair.new.drawn) or pair.base.drawn == pair.new.drawn:
+        return []
+    has, lacks = ("BASE", "NEW") if pair.base.drawn else ("NEW", "BASE")
+    return [
+        f"only {has} was counted with --draw, so recordings, compilations and peak memory are not"
+        f" compared; count {lacks} with --draw, too"
+    ]
 
 
 def _counted(name: str, base: Number, new: Number, updates: list[str]) -> Line:

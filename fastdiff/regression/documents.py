@@ -39,6 +39,8 @@ class Side:
     counts: dict[str, Number] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     """Rows that computed something else, and what; they have no times."""
+    drawn: bool | None = None
+    """Whether pictures were drawn to count; None where that is not a choice."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def pair_of(document: dict[str, Any]) -> Pair:
             str(row["name"]): Timed(_times(row["name"], row[side])) for row in document["times"]
         }
         counts = {
-            name: (_number(name, value), str(unit))
+            name: (number(name, value), str(unit))
             for name, (value, unit) in document["counts"][side].items()
         }
         for name in document["rows"][side]:  # what this state can run, though the other cannot
@@ -153,18 +155,19 @@ def _bench(name: str, document: dict[str, Any]) -> Side:
             if len(yardstick) != len(row[key]):
                 raise UserError(f"{title} has {len(row[key])} rounds, eager {len(yardstick)}")
         if row["peak_mem_bytes"] is not None:
-            counts[f"{title} · peak memory"] = (_number(title, row["peak_mem_bytes"]), "peak bytes")
+            counts[f"{title} · peak memory"] = (number(title, row["peak_mem_bytes"]), "peak bytes")
     return Side(_state(name, document), eager["case"], times, counts, wrong)
 
 
 def _counts(name: str, document: dict[str, Any]) -> Side:
     counts = {
-        f"{row['backend']} · {title}": (_number(title, value), unit)
+        f"{row['backend']} · {title}": (number(title, value), unit)
         for row in document["rows"]
         if row["backend"] != "eager"  # what diffusers and torch do is not ours to answer for
         for title, (value, unit) in numbers(row).items()
     }
-    return Side(_state(name, document), document["case"], counts=counts)
+    drawn = any(row.get("drawn") for row in document["rows"])
+    return Side(_state(name, document), document["case"], counts=counts, drawn=drawn)
 
 
 _STATIC = ("registers", "spills", "shared", "occupancy", "load", "store", "narrow")
@@ -177,7 +180,7 @@ def _static(name: str, document: dict[str, Any]) -> Side:
         keys = (row["op"], row["kernel"], row["case"], row["dtype"], f"sm_{row['arch']}")
         title = " · ".join(keys)
         for unit in _STATIC:
-            counts[f"{title} · {unit}"] = (_number(title, row[unit]), unit)
+            counts[f"{title} · {unit}"] = (number(title, row[unit]), unit)
         counts[f"{title} · matrix instructions"] = (_MMA.index(row["mma"]), "generation")
     return Side(_state(name, document), "Triton kernels", counts=counts)
 
@@ -194,7 +197,7 @@ def _pytest_benchmark(name: str, document: dict[str, Any]) -> Side:
         stats = row["stats"]
         samples = stats.get("data") or [stats["median"]]
         times[row["fullname"]] = Timed(
-            _times(row["fullname"], [[1e3 * _number(row["name"], value) for value in samples]])
+            _times(row["fullname"], [[1e3 * number(row["name"], value) for value in samples]])
         )
     ours = machine.get("fastdiff")  # what our own suites add to it
     case = ""
@@ -233,14 +236,15 @@ def _state(name: str, document: dict[str, Any]) -> State:
 
 def _times(name: str, processes: Any) -> Times:
     read = tuple(
-        tuple(_number(name, sample, least=1e-12) for sample in process) for process in processes
+        tuple(number(name, sample, least=1e-12) for sample in process) for process in processes
     )
     if not all(read):
         raise UserError(f"{name} has no samples; measure again")
     return read
 
 
-def _number(name: str, value: Any, least: float = -math.inf) -> float:
+def number(name: str, value: Any, least: float = -math.inf) -> float:
+    """`value` if it is one that can have been measured. UserError for any other."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise UserError(f"{name} has {value!r} where a number is expected; measure again")
     if not math.isfinite(value) or value < least:

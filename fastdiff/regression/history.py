@@ -5,6 +5,7 @@ own: nothing absolute is compared across machines.
 """
 
 import json
+import math
 import re
 import subprocess
 from dataclasses import dataclass
@@ -75,9 +76,10 @@ def _points(path: Path) -> list[Point]:
 
 
 def _ratio(ratio: dict[str, Any]) -> dict[str, float]:
-    return {
-        ours: float(ratio[its]) for ours, its in (("value", "median"), ("lo", "lo"), ("hi", "hi"))
-    }
+    found = {"value": float(ratio["median"]), "lo": float(ratio["lo"]), "hi": float(ratio["hi"])}
+    if lost := [name for name, value in found.items() if not 0 < value < math.inf]:
+        raise ValueError(f"its ratio is {found[lost[0]]}")
+    return found
 
 
 @cache

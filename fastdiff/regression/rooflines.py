@@ -8,7 +8,7 @@ import torch
 
 from fastdiff.bench.gpus import Gpu, gpu_called
 from fastdiff.errors import UserError
-from fastdiff.regression.documents import checked, load
+from fastdiff.regression.documents import checked, load, number
 from fastdiff.regression.reports.roofline import Roofline, RoofPoint
 
 
@@ -23,11 +23,10 @@ def read(path: Path) -> Roofline:
 
 
 def _blocks(document: dict[str, Any]) -> Roofline:
-    gpu = Gpu(**document["gpu"])
-    points = tuple(
-        RoofPoint(row["block"], row["flops"], row["bytes"], row["measured_ms"])
-        for row in document["rows"]
-    )
+    # rates that have been reported were once called measured
+    facts = {name.replace("measured_", "reported_"): of for name, of in document["gpu"].items()}
+    points = tuple(_point(row["block"], row, row["measured_ms"]) for row in document["rows"])
+    gpu = Gpu(**facts)
     return _roof(gpu, getattr(torch, document["dtype"]), points)
 
 
@@ -38,10 +37,9 @@ def _suite(document: dict[str, Any]) -> Roofline:
     if gpu is None:
         raise UserError("its kernels ran on nothing whose rates are known; measure on a GPU")
     points = tuple(
-        RoofPoint(
+        _point(
             row["name"],
-            row["extra_info"]["flops"],
-            row["extra_info"]["bytes"],
+            row["extra_info"],
             1e3 * median(row["stats"].get("data") or [row["stats"]["median"]]),
         )
         for row in rows
@@ -49,5 +47,12 @@ def _suite(document: dict[str, Any]) -> Roofline:
     return _roof(gpu, getattr(torch, facts["dtype"]), points)
 
 
+def _point(name: str, work: dict[str, Any], ms: float | None) -> RoofPoint:
+    flops, moved = number(name, work["flops"], 0), number(name, work["bytes"], 0)
+    return RoofPoint(name, flops, moved, None if ms is None else number(name, ms, 1e-12))
+
+
 def _roof(gpu: Gpu, dtype: torch.dtype, points: tuple[RoofPoint, ...]) -> Roofline:
-    return Roofline(gpu.device, gpu.rate(dtype) / 1e12, gpu.bytes_per_s / 1e12, points)
+    rates = (number(gpu.name, rate, 1e-12) for rate in (gpu.rate(dtype), gpu.bytes_per_s))
+    tflops, tbytes = (rate / 1e12 for rate in rates)
+    return Roofline(gpu.device, tflops, tbytes, points)

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+from fastdiff.bench import run as running
 from fastdiff.bench.backends import BACKENDS, Unavailable, choose
+from fastdiff.bench.run import Settings
 from fastdiff.cli import main
 from fastdiff.errors import UserError
 
@@ -19,7 +21,7 @@ def run_bench(tmp_path, backends, *more):
     short = ("--steps", "2", "--rounds", "2", "--device", "cpu", "--json", str(path))
     with pytest.raises(SystemExit) as caught:
         main(["bench", "--backends", backends, *short, *more])
-    return caught.value.code, json.loads(path.read_text())
+    return caught.value.code, json.loads(path.read_text()) if path.exists() else None
 
 
 def bad_step(pipe):
@@ -67,12 +69,15 @@ def test_rows_follow_the_schema(tmp_path, capsys):
 
 def test_liars_are_red_and_untold_and_the_absent_say_why(tmp_path, capsys, monkeypatch):
     broken = ("bad_step", "bad_picture", "bad_nan")
-    for backend in (bad_step, bad_picture, bad_nan, missing):
+    for backend in (bad_step, bad_picture, bad_nan):
         monkeypatch.setitem(BACKENDS, backend.__name__, backend)
+    monkeypatch.setitem(BACKENDS, "inductor", missing)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
-    code, document = run_bench(tmp_path, ",".join((*broken, "missing")))
+    # as if bench had chosen them itself
+    monkeypatch.setattr(running, "Settings", lambda **of: Settings(**of | {"asked": ()}))
+    code, document = run_bench(tmp_path, ",".join((*broken, "inductor")))
     out = capsys.readouterr().out
     assert code == 1
     rows = {row["backend"]: row for row in document["rows"]}
@@ -85,9 +90,9 @@ def test_liars_are_red_and_untold_and_the_absent_say_why(tmp_path, capsys, monke
         cells = next(line for line in out.splitlines() if name in line)
         assert cells.count("–") == 3  # steps/s, images/s, ratio
     assert rows["eager"]["steps_per_s"] > 0
-    assert rows["missing"]["unavailable"] == "this machine has no such engine"
-    assert rows["missing"]["receipt"] is None
-    assert "missing: not run: this machine has no such engine" in out
+    assert rows["inductor"]["unavailable"] == "this machine has no such engine"
+    assert rows["inductor"]["receipt"] is None
+    assert "inductor: not run: this machine has no such engine" in out
 
 
 def test_onnx_runtime_stands_in_the_same_table(tmp_path, capsys, demo_onnx):
@@ -103,10 +108,12 @@ def test_onnx_runtime_stands_in_the_same_table(tmp_path, capsys, demo_onnx):
 
 def test_a_row_is_not_eager_under_an_engines_name(tmp_path, capsys, demo_onnx):
     size = ["--height", "72", "--width", "72"]  # 18 latents, which cannot be halved twice
-    _, document = run_bench(tmp_path, "ort", "--engines", str(demo_onnx), *size)
-    _, ort = document["rows"]
-    assert ort["unavailable"].startswith("the U-Net ran eagerly: sample has the sides [18, 18]")
-    assert ort["samples_ms"] == []
+    code, document = run_bench(tmp_path, "ort", "--engines", str(demo_onnx), *size)
+    assert (code, document) == (2, None)
+    sentence = (
+        "fastdiff: --backends ort cannot run here: the U-Net ran eagerly: sample has the sides"
+    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith(sentence)
 
 
 def test_engines_that_no_backend_runs_are_refused(tmp_path, capsys, demo_onnx):
@@ -135,9 +142,29 @@ def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, dem
         assert err.count("\n") == 1
 
 
-def test_only_a_failed_receipt_fails_the_bench(tmp_path, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "missing", missing)
-    assert run_bench(tmp_path, "missing", "--steps", "1")[0] == 0
+@pytest.mark.parametrize("name", ["inductor", "ort"])
+def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(
+    tmp_path, capsys, monkeypatch, name
+):
+    """Before anything is timed; one of bench's own choice is a row that says why."""
+    monkeypatch.setitem(BACKENDS, name, missing)
+    monkeypatch.setattr(running, "interleave", None)
+    code, document = run_bench(tmp_path, f"eager,{name}", "--steps", "1")
+    out, err = capsys.readouterr()
+    assert (code, document, out) == (2, None, "")
+    assert err.splitlines()[-1] == (
+        f"fastdiff: --backends {name} cannot run here: this machine has no such engine"
+    )
+
+
+def test_tensorrt_names_the_option_of_the_command_line(tmp_path, capsys):
+    code, document = run_bench(tmp_path, "eager,tensorrt")
+    assert (code, document) == (2, None)
+    out, err = capsys.readouterr()
+    assert (out, err) == (
+        "",
+        "fastdiff: --backends tensorrt needs --engines: what fastdiff export --trt wrote\n",
+    )
 
 
 def test_backends_are_chosen_by_name_and_eager_comes_first():

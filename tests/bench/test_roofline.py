@@ -166,8 +166,8 @@ def test_gpus():
     for name, gpu in GPUS.items():
         assert gpu_named(name.upper()) is gpu
         assert gpu_called(gpu.device) is gpu
-        assert (gpu.measured_tflops or 0) <= gpu.tflops_fp16
-        assert (gpu.measured_bandwidth or 0) <= gpu.bandwidth
+        assert (gpu.reported_tflops or 0) <= gpu.tflops_fp16
+        assert (gpu.reported_bandwidth or 0) <= gpu.bandwidth
         assert gpu.tflops_fp32 <= gpu.tflops_fp16 / 2 + 3  # L40S: its datasheet rounds
     assert gpu_called("NVIDIA GeForce RTX 4090 Laptop GPU") is None
     with pytest.raises(UserError, match="--gpu is 'voodoo'; choose one of h200, h100"):
@@ -211,7 +211,7 @@ def test_full_size_sd15():
     assert 0.95 * 1.61e12 < step + once < 1.61e12
     assert priced.step_ms == pytest.approx(1e3 * step / 790e12, rel=0.05)  # bound by compute
     assert all(row.measured_ms is None for row in priced.rows)
-    assert "not measured" in str(priced)
+    assert "no block was measured" in str(priced)
 
 
 def test_command_writes_what_it_prints(tmp_path):
@@ -219,6 +219,7 @@ def test_command_writes_what_it_prints(tmp_path):
     options = ("--roofline", "--gpu", "rtx4090", "--steps", "2", "--rounds", "2", "--measure")
     code, out, err = run("bench", *options, "--json", file)
     assert code == 0, err
+    out = " ".join(out.split())  # lines are as wide as what they are read on
     written = json.loads(file.read_text())
     assert written["schema"] == "fastdiff.roofline/1"
     assert written["gpu"]["tflops_fp16"] == 165.2
@@ -231,6 +232,26 @@ def test_command_writes_what_it_prints(tmp_path):
         assert row["bound"] in ("compute", "memory")
     assert "measured ms" in out
     assert f"measured on {written['measured_on']}: kernels called one by one" in out
+
+
+def test_a_ceiling_says_what_it_is_and_what_was_assumed(tmp_path, pipe):
+    """Nobody kept a sample of the H200's rates; the RTX 4090's are its maker's."""
+    file = tmp_path / "roofline.json"
+    code, out, err = run("bench", "--roofline", "--steps", "2", "--device", "cpu", "--json", file)
+    assert code == 0, err
+    out = " ".join(out.split())
+    assert "assumed: h200, as no GPU is here and none was named" in out
+    assert "assumed: bfloat16, as no --dtype was given" in out
+    assert "790 TFLOP/s reported, 4.3 TB/s reported (reported: a large bfloat16 product" in out
+    assert "measured" not in out.replace("no block was measured", "")
+    assert len(json.loads(file.read_text())["assumed"]) == 2
+    asked = roofline(pipe, "rtx4090", steps=2)
+    assert asked.assumed == ()
+    text = " ".join(str(asked).split())
+    assert "82.6 TFLOP/s specified, 1.008 TB/s specified (specified: NVIDIA Ada GPU" in text
+    in_float32 = " ".join(str(roofline(pipe, "h200", steps=2)).split())
+    assert "494.7 TFLOP/s specified, 4.3 TB/s reported (specified: NVIDIA H200" in in_float32
+    assert "assumed" not in text + in_float32
 
 
 @pytest.mark.parametrize(

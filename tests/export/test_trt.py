@@ -253,13 +253,13 @@ def test_loading_needs_a_gpu(built, monkeypatch):
         trt.load(built.out / "sm_89/unet", torch.device("cuda"))
 
 
-def test_a_bench_without_a_gpu_says_why_the_row_is_absent(built, monkeypatch):
+def test_a_bench_without_a_gpu_says_why_it_cannot_be_as_asked(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     short = ("--steps", "1", "--rounds", "2", "--engines", built.out)
-    code, out, _ = run("bench", "--backends", "eager,tensorrt", *short)
-    assert code == 0
-    why = "tensorrt: not run: .*/unet needs an NVIDIA GPU \\(sm_.*\\), and there is none here"
-    assert re.search(why, " ".join(out.split()))
+    code, out, err = run("bench", "--backends", "eager,tensorrt", *short)
+    assert (code, out) == (2, "")
+    why = "--backends tensorrt cannot run here: .*/unet needs an NVIDIA GPU .*, and there is none"
+    assert re.search(why, err.splitlines()[-1])
 
 
 def test_loading_needs_the_gpu_it_was_built_for(built, monkeypatch):

@@ -211,6 +211,30 @@ def test_a_baseline_that_lacks_a_row_is_none(against):
     assert against(older, more).exit_code == 3
 
 
+def test_counts_with_and_without_draw_are_compared_in_what_both_have(against):
+    plain = changed(COUNTS, rows=[row | {"drawn": None} for row in COUNTS["rows"]])
+    found = against(plain, COUNTS)
+    assert {line.verdict for line in found.lines} == {"same"}
+    assert found.exit_code == 0
+    (sentence,) = found.differences
+    assert sentence.startswith("only NEW was counted with --draw, so recordings, compilations and")
+    found = against(COUNTS, plain)  # what was gated is not let go in silence
+    (line,) = (line for line in found.lines if line.verdict != "same")
+    assert (line.name, line.verdict, found.exit_code) == ("drawn pictures", "incomparable", 3)
+    assert line.note.endswith("count NEW with --draw, too")
+    more = changed(plain)
+    more["rows"][1]["counts"]["step"]["conv"]["launches"] += 1
+    assert against(COUNTS, more).exit_code == 1
+
+
+def test_a_row_of_another_case_is_no_more_than_the_others(against):
+    on_gpu = changed(COUNTS, case="demo, float16, cuda")
+    on_gpu["rows"][1]["counts"] |= {"step_kernels": 9, "image_kernels": 9}
+    found = against(COUNTS, on_gpu)
+    assert {line.verdict for line in found.lines} == {"incomparable"}
+    assert found.exit_code == 3
+
+
 def test_what_depends_on_the_machine_is_not_counted_across_machines(against):
     elsewhere = changed(COUNTS, machine=COUNTS["machine"] | {"cpu": "Intel"})
     elsewhere["rows"][1]["drawn"]["peak_bytes"] *= 2

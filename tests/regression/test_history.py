@@ -89,3 +89,10 @@ def test_a_broken_file_is_named(tmp_path, write, facts):
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
         read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_ratio_that_no_measurement_gives_is_one_sentence(tmp_path, write, value):
+    path = write("machine/a.json", document(value=value))
+    with pytest.raises(UserError, match=f"^{path} says it is fastdiff.bench/1, but .*its ratio is"):
+        read(tmp_path)

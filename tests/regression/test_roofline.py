@@ -1,9 +1,16 @@
 """Points under a roof."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from fastdiff.errors import UserError
 from fastdiff.regression.reports.roofline import Roofline, RoofPoint
+from fastdiff.regression.rooflines import read
 
+COMMITTED = Path(__file__).parents[2] / "benchmarks/results/roofline/sd15-h200.json"
 ROOF = Roofline("gpu", 100.0, 2.0, ())
 
 
@@ -16,3 +23,15 @@ def test_the_roof():
     assert ROOF.share(replace(point, ms=None)) is None
     odd = replace(ROOF, points=(point, replace(point, flops=0), replace(point, bytes=0)))
     assert odd.drawable == [point]
+
+
+@pytest.mark.parametrize("field", ["flops", "bytes", "measured_ms"])
+def test_a_number_that_is_none_is_one_sentence(tmp_path, field):
+    """The committed file is one of before rates without samples were called reported."""
+    document = json.loads(COMMITTED.read_text())
+    assert read(COMMITTED).tflops == document["gpu"]["measured_tflops"] == 790
+    document["rows"][3][field] = float("nan")
+    path = tmp_path / "roofline.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=f"^{path}: conv in has a sample of nan"):
+        read(path)

@@ -1,8 +1,15 @@
 """The table on stdout."""
 
+import pytest
 from regression import synthetic
 
 from fastdiff.regression.reports.terminal import show
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A row is one line; tests/test_widths.py has the others."""
+    monkeypatch.setenv("COLUMNS", "140")
 
 
 def printed(capsys, *arguments, **options):

@@ -1,15 +1,12 @@
 """A comparison as a table on stdout."""
 
-import sys
-
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from fastdiff import tables
 from fastdiff.regression.comparison import Comparison, Line
 from fastdiff.regression.reports import words
 
-PIPED_WIDTH = 140  # as bench.report's, whose import takes torch and three seconds
+HEAD = ("name", "base", "new", "ratio [interval]", "verdict", "n")
 STYLES = {
     "slower": "bold red",
     "faster": "green",
@@ -24,25 +21,20 @@ def show(comparison: Comparison, everything: bool = False) -> None:
 
     everything: the rows that did not change, too, instead of their number.
     """
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    table = Table(title=Text(words.headline(comparison)), title_justify="left", pad_edge=False)
-    table.add_column("name", overflow="fold", ratio=1)
-    for name in ("base", "new", "ratio [interval]", "verdict", "n"):
-        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+    console = tables.printer()
     same = [line for line in comparison.lines if line.verdict == "same"]
     changed = [line for line in comparison.lines if line.verdict != "same"]
-    for line in changed + (same if everything else []):
-        table.add_row(*_cells(line), style="dim" if line.verdict == "same" else "")
+    rows = [
+        tables.Row(_cells(line), "dim" if line.verdict == "same" else "")
+        for line in changed + (same if everything else [])
+    ]
     if same and not everything:
         names = "row is" if len(same) == 1 else "rows are"
-        table.add_row(Text(f"{len(same)} {names} the same", style="dim"), *[""] * 5)
+        rows.append(tables.Row([f"{len(same)} {names} the same"], "dim"))
     if comparison.geomean:
-        table.add_section()
         mean = words.geomean(comparison.geomean)
-        table.add_row("geometric mean of the times", "", "", mean, "", "")
-    console.print(table)
+        rows.append(tables.Row(["geometric mean of the times", "", "", mean], apart=True))
+    tables.show(console, words.headline(comparison), HEAD, rows, left=("verdict",))
     for line in changed:
         if line.note:
             note = f"{words.plain(line.name)}: {words.plain(line.note, 400)}"

@@ -9,6 +9,7 @@ from fastdiff.regression.comparison import UNDECIDED, Comparison, Line, State, V
 
 NONE = "–"
 LONGEST = 160
+BOUNDLESS = 1e12
 SEPARATOR = " · "
 MARKS = {"slower": "❌", "faster": "✅", "same": "➖", "inconclusive": "❔", "incomparable": "⚠️"}
 COUNTED = {"slower": "more", "faster": "less"}
@@ -40,7 +41,9 @@ def amount(value: float | None, unit: str) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio: 1.104, 12.3."""
+    """A ratio: 1.104, 12.3, or an end that nothing bounds."""
+    if abs(value) >= BOUNDLESS:
+        return "∞"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
