@@ -44,3 +44,15 @@ def inputs_for(unet, shape, dtype=torch.float32):
             "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(batch, 1).to(dtype),
         }
     return sample, text, added
+
+
+def noisy(module, seed=0):
+    """Random weights under which every layer keeps its input's scale, zero convolutions too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1:
+            fan_in = weight.numel() // weight.shape[0]
+            torch.nn.init.normal_(weight, 0.0, fan_in**-0.5, generator)
+        else:
+            torch.nn.init.normal_(weight, float(not name.endswith("bias")), 0.1, generator)
+    return module.eval()
