@@ -1,6 +1,7 @@
 """Three hundred sequences of three edits, each against the same edits of the eager pipeline.
 
-`python -m edits` (in `tests`) tries single edits by name, and lists what is at fault.
+`PYTHONPATH=tests python -m edits WORD` tries single edits by name; `python -m edits random` lists
+all sequences at fault.
 """
 
 import pytest
@@ -18,6 +19,7 @@ def test_random_edits(number):
     assert fault is None, f"{sequence}: {fault}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["after", "before"])
 @pytest.mark.parametrize("edit", TABLE.values(), ids=TABLE)
 def test_each_edit(edit, when):
