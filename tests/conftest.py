@@ -23,7 +23,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
-LONGEST = ("test_readme.py", "test_workflows.py", "test_trt.py")
+LONGEST = ("test_readme.py", "test_workflows.py", "test_trt.py", "test_random_edits.py")
 """Files of minutes: begun last, one worker would wait for the other to end them."""
 
 

@@ -48,6 +48,18 @@ def inputs_for(unet, shape, dtype=torch.float32):
     return sample, text, added
 
 
+def noisy(module, seed=0):
+    """Random weights under which every layer keeps its input's scale, zero convolutions too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1:
+            fan_in = weight.numel() // weight.shape[0]
+            torch.nn.init.normal_(weight, 0.0, fan_in**-0.5, generator)
+        else:
+            torch.nn.init.normal_(weight, float(not name.endswith("bias")), 0.1, generator)
+    return module.eval()
+
+
 def shallow(name):
     """A network's config with two blocks of one layer on each side."""
     config = NETWORKS[name]
@@ -77,9 +89,7 @@ def classic(name):
 def controlnet(name):
     _, _, (sample, step, text), options = unet(name)
     config = {key: value for key, value in shallow(name).items() if key != "up_block_types"}
-    net = ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32)).eval()
-    for weight in net.parameters():  # convolutions of zeros would hide everything
-        torch.nn.init.normal_(weight, 0.1, 0.1)
+    net = noisy(ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32)))
     return net, net, (sample, step, text, torch.rand(2, 3, 16, 16)), options
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from small import noisy
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -37,18 +38,6 @@ def small():
 def unet(small):
     torch.manual_seed(3)
     return UNet2DConditionModel(**small).eval()
-
-
-def noisy(module, seed=0):
-    """Random weights under which every layer keeps its input's scale, zero convolutions too."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in module.named_parameters():
-        if weight.ndim > 1:
-            fan_in = weight.numel() // weight.shape[0]
-            torch.nn.init.normal_(weight, 0.0, fan_in**-0.5, generator)
-        else:
-            torch.nn.init.normal_(weight, float(not name.endswith("bias")), 0.1, generator)
-    return module.eval()
 
 
 @pytest.fixture(scope="session")

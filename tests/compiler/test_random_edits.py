@@ -1,0 +1,35 @@
+"""Three hundred sequences of three edits, each against the same edits of the eager pipeline.
+
+`PYTHONPATH=tests python -m edits WORD` tries single edits by name; `python -m edits random` lists
+all sequences at fault.
+"""
+
+import pytest
+from edits import KINDS, TABLE
+from edits.sequences import alone, drawn_at_random, first_fault
+
+NUMBERS = range(300)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"sequence-{number}")
+def test_random_edits(number):
+    """After each edit the compiled pipeline draws, raises and saves what the eager one does."""
+    sequence = drawn_at_random(number)
+    fault = first_fault(sequence)
+    assert fault is None, f"{sequence}: {fault}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["after", "before"])
+@pytest.mark.parametrize("edit", TABLE.values(), ids=TABLE)
+def test_each_edit(edit, when):
+    """Alone, after compile and before it."""
+    sequence = alone(edit, int(when == "before"))
+    fault = first_fault(sequence)
+    assert fault is None, f"{sequence}: {fault}"
+
+
+def test_each_kind_is_drawn_as_often_as_the_others():
+    drawn = [edit for number in NUMBERS for edit in drawn_at_random(number).edits]
+    assert {edit.kind for edit in drawn} == set(KINDS)
+    assert len({edit.id for edit in drawn}) > 300  # of the table's rows
