@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdiff.compiler.controlnets import borrow_step_controlnet, call_controlnet
 from fastdiff.compiler.engines import EngineStep, open_unet
 from fastdiff.compiler.fits import fits, one_text_each, refuse
+from fastdiff.compiler.found import plain
 from fastdiff.compiler.options import Options
 from fastdiff.compiler.slot import Kind
 from fastdiff.compiler.steps import Extras, StepUNet, borrow_step_unet
@@ -30,8 +31,8 @@ from fastdiff.models import (
     borrow_decoder,
     borrow_encoder,
 )
-from fastdiff.models.borrow import kind
 from fastdiff.models.blocks import channels_first, channels_last
+from fastdiff.models.borrow import kind
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.recordings import Recorded
 
@@ -99,7 +100,7 @@ def parts(target: Any) -> dict[str, tuple[nn.Module, Kind]]:
     return (
         ({} if unet is None else {"unet": (unet, UNET)})
         | _controlnets(has.get("controlnet"))
-        | (_autoencoder(vae) if isinstance(vae, AutoencoderKL) else {})
+        | (_autoencoder(vae) if isinstance(plain(vae), AutoencoderKL) else {})
     )
 
 
@@ -118,12 +119,12 @@ def components(target: Any) -> dict[str, Any]:
 
 
 def _bare(target: Any) -> str | None:
-    return next((name for model, name in _BARE.items() if isinstance(target, model)), None)
+    return next((name for model, name in _BARE.items() if isinstance(plain(target), model)), None)
 
 
 def _controlnets(net: Any) -> dict[str, tuple[nn.Module, Kind]]:
-    nets: dict[str, Any] = {"controlnet": net} if isinstance(net, ControlNetModel) else {}
-    if isinstance(net, MultiControlNetModel):  # one may be there more than once
+    nets: dict[str, Any] = {"controlnet": net} if isinstance(plain(net), ControlNetModel) else {}
+    if isinstance(plain(net), MultiControlNetModel):  # one may be there more than once
         once = {id(each): each for each in getattr(net, "nets", ())}
         nets = {f"controlnet.{i}": each for i, each in enumerate(once.values())}
     return {name: (each, CONTROLNET) for name, each in nets.items()}

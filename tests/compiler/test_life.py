@@ -120,7 +120,9 @@ def test_memory_is_flat_over_pipelines(tiny):
         draw(pipe, num_inference_steps=1)
         del pipe
         gc.collect()
-        return live_bytes(), sum(isinstance(o, Slot | Loan | nn.Module) for o in gc.get_objects())
+        return live_bytes(), sum(
+            issubclass(type(o), Slot | Loan | nn.Module) for o in gc.get_objects()
+        )
 
     counts = [once() for _ in range(5)]
     assert counts[1:] == [counts[1]] * 4
@@ -227,7 +229,7 @@ def test_restore_finds_what_was_compiled(tiny, taken):
     elif taken in ("replaced", "set to None"):
         assert before["unet"].runs == "eager"
     assert fastdiff.restore(pipe) is pipe
-    assert owned(unet) and owned(decoder) and owned(encoder)
+    assert all(map(owned, (unet, decoder, encoder)))
     for net in (unet, decoder, encoder):
         net._compiled_call_impl = None
     pipe.unet, pipe.vae = unet, getattr(pipe.vae, "_orig_mod", pipe.vae)
@@ -247,7 +249,8 @@ def test_a_slot_whose_place_was_given_up_is_taken_anew(tiny):
         fastdiff.compile(pipe)
     first, pipe.unet._compiled_call_impl = kept_slot(pipe.unet), None
     fastdiff.compile(pipe)
-    assert first.ended and slot_of(pipe.unet) is kept_slot(pipe.unet) is not first
+    assert first.ended
+    assert slot_of(pipe.unet) is kept_slot(pipe.unet) is not first
     fastdiff.restore(pipe)
     assert owned(pipe.unet)
 
