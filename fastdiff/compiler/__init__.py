@@ -58,7 +58,7 @@ def compile(target: T, options: Options = _DEFAULT) -> T:
             if slot.refused and slot.kind.runner != FASTDIFF:
                 raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
         if slots and all(slot.refused for slot in slots):
-            raise UserError(_nothing(target, {slot.name: slot.refused for slot in slots}))
+            raise UserError(_nothing(target, {slot.name: str(slot.refused) for slot in slots}))
         for slot in slots:
             slot.put()
         if "unet" in parts and LOOP not in options.ignore:
