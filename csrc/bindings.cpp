@@ -17,6 +17,7 @@
 #endif
 #include "kernels.h"
 #include "parallel.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace fastdiff;
@@ -200,41 +201,6 @@ void run_cuda_group_norm_silu(int dtype, bool vector,
 }
 #endif
 
-// Many "this attribute is still that object" at once: asked before every step of a network whose
-// weights are lent, when the objects have long left the caches, so it must touch little.
-class Watch {
- public:
-  // items: (dict, key, value), where None also stands for a key that is missing;
-  // objects: each must keep its class; sizes: dicts that must keep their number of keys.
-  Watch(std::vector<std::tuple<py::dict, py::object, py::object>> items,
-        std::vector<py::object> objects, std::vector<py::dict> dicts)
-      : items_(std::move(items)), dicts_(std::move(dicts)) {
-    for (py::object& object : objects) {
-      PyTypeObject* type = Py_TYPE(object.ptr());
-      types_.emplace_back(std::move(object), type);
-    }
-    for (const py::dict& dict : dicts_) sizes_.push_back(PyDict_Size(dict.ptr()));
-  }
-
-  bool intact() const {
-    for (const auto& [dict, key, value] : items_) {
-      PyObject* now = PyDict_GetItem(dict.ptr(), key.ptr());
-      if ((now ? now : Py_None) != value.ptr()) return false;
-    }
-    for (const auto& [object, type] : types_)
-      if (Py_TYPE(object.ptr()) != type) return false;
-    for (size_t i = 0; i < dicts_.size(); ++i)
-      if (PyDict_Size(dicts_[i].ptr()) != sizes_[i]) return false;
-    return true;
-  }
-
- private:
-  std::vector<std::tuple<py::dict, py::object, py::object>> items_;
-  std::vector<std::pair<py::object, PyTypeObject*>> types_;
-  std::vector<py::dict> dicts_;
-  std::vector<Py_ssize_t> sizes_;
-};
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -265,7 +231,7 @@ PYBIND11_MODULE(_C, m) {
       .def("stop", &Tape::stop)
       .def("run", &Tape::run, py::call_guard<py::gil_scoped_release>())
       .def("__len__", &Tape::size);
-  py::class_<Watch>(m, "Watch")
+  py::class_<Watch>(m, "Watch", py::custom_type_setup(&Watch::collected))
       .def(py::init<std::vector<std::tuple<py::dict, py::object, py::object>>,
                     std::vector<py::object>, std::vector<py::dict>>())
       .def("intact", &Watch::intact);

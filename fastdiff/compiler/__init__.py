@@ -1,10 +1,15 @@
 """`fastdiff.compile`, `fastdiff.restore` and `fastdiff.report`."""
 
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import nn
+
+from fastdiff.compiler.found import forget, plain, remember, remembered, torch_compiled
 from fastdiff.compiler.options import FASTDIFF, LOOP, Options, chosen
-from fastdiff.compiler.slot import Slot, slot_of
+from fastdiff.compiler.slot import Slot, kept_slot, slot_of
 from fastdiff.errors import UserError
 
 __all__ = ["Options", "Report", "compile", "report", "restore"]
@@ -39,30 +44,41 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     parts = _with_engine(target, parts, options)
     from fastdiff.compiler.pipelines import take_loop
 
+    if not parts and not options.ignore:
+        raise UserError(_nothing(target, _eager_parts(target)))
+    for module, _ in parts.values():
+        if slot_of(module) is None and (lost := kept_slot(module)) is not None:
+            lost.end()  # its place was taken, and given up again
     slots = [
         Slot(name, module, kind)
         for name, (module, kind) in parts.items()
         if slot_of(module) is None
     ]
-    for slot in slots:
-        slot.take()
-        if slot.refused and slot.kind.runner != FASTDIFF:
-            raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
-    if slots and all(slot.refused for slot in slots):
-        reasons = "; ".join(f"{slot.name}: {slot.refused}" for slot in slots)
-        raise UserError(f"nothing in this {type(target).__name__} can be made fast: {reasons}")
-    for slot in slots:
-        slot.module._compiled_call_impl = slot
-    if not {"unet", LOOP} & set(options.ignore):
-        take_loop(target)
+    try:
+        for slot in slots:
+            slot.take()
+            if slot.refused and slot.kind.runner != FASTDIFF:
+                raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
+        if slots and all(slot.refused for slot in slots):
+            raise UserError(_nothing(target, {slot.name: str(slot.refused) for slot in slots}))
+        for slot in slots:
+            slot.put()
+        if "unet" in parts and LOOP not in options.ignore:
+            take_loop(target)
+    except BaseException:
+        _end(slots)
+        raise
+    remember(target, (module for module, _ in parts.values()))
     return target
 
 
 def restore(target: T) -> T:
     """Undo `compile`: eager calls, and parameters in contiguous memory of their own.
 
-    A model that several pipelines share is eager in all of them afterwards. Restore before moving
-    a pipeline away for good: what the kernels' layout needs is given back at the next call only.
+    Modules that were replaced since, or that torch.compile has taken, are restored, too; what
+    torch.compile made stays. A model that several pipelines share is eager in all of them
+    afterwards. Restore before moving a pipeline away for good: what the kernels' layout needs is
+    given back at the next call only.
 
     Returns:
         `target` itself; eager outputs are bit for bit what they were before `compile`.
@@ -70,13 +86,18 @@ def restore(target: T) -> T:
     parts = _parts(target)
     from fastdiff.compiler.pipelines import release_loop
 
-    for module, _ in parts.values():
-        slot = slot_of(module)
-        if slot is not None:
-            del module._compiled_call_impl
-            slot.end()
+    modules = [*(plain(module) for module, _ in parts.values()), *remembered(target)]
+    _end([slot for module in modules if (slot := kept_slot(module)) is not None])
     release_loop(target)
+    forget(target)
     return target
+
+
+def _end(slots: Iterable[Slot]) -> None:
+    """Give back what each slot has, whatever becomes of the others."""
+    with ExitStack() as stack:
+        for slot in slots:
+            stack.callback(slot.end)
 
 
 @dataclass(frozen=True)
@@ -85,8 +106,8 @@ class Part:
 
     name: str
     runs: str
-    """"fastdiff" or another backend's name, "eager" (it would, but something stands in the way) or
-    "diffusers"."""
+    """"fastdiff" or another backend's name, "eager" (it would, but something stands in the way),
+    "torch.compile" or "diffusers"."""
     why: str
 
 
@@ -99,16 +120,18 @@ class Report:
     """What makes all of them slower than they need be."""
 
     def __str__(self) -> str:
-        name = max(len(part.name) for part in self.parts)
-        runs = max(len(part.runs) for part in self.parts)
+        name = max((len(part.name) for part in self.parts), default=0)
+        runs = max((len(part.runs) for part in self.parts), default=0)
         lines = (f"{p.name:{name}}  {p.runs:{runs}}  {p.why}".rstrip() for p in self.parts)
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def report(target: Any) -> Report:
-    """List what runs on fastdiff, what runs eagerly, and why."""
+    """Who runs each component of a pipeline, or the parts of it, and why.
+
+    Components that are None have no row.
+    """
     parts = _parts(target)
-    from fastdiff.compiler.adapters import eager_parts
     from fastdiff.compiler.pipelines import Loop, loop_of
 
     def loop_part(loop: Loop | None) -> Part:
@@ -117,10 +140,15 @@ def report(target: Any) -> Report:
         notes = [f"{count} ran in diffusers' own loop: {why}" for why, count in loop.own.items()]
         return Part(LOOP, "fastdiff", "; ".join([f"{loop.planned} loops", *notes]))
 
-    ours = [_part(name, slot_of(module)) for name, (module, _) in parts.items()]
+    ours = [_part(name, module) for name, (module, _) in parts.items()]
     if hasattr(target, "scheduler"):
-        ours.append(loop_part(loop_of(target)))
-    theirs = [Part(name, "diffusers", why) for name, why in eager_parts(target).items()]
+        loop = loop_of(target)
+        ours.append(loop_part(loop))
+        if target.scheduler is not None:
+            runner, does = ("diffusers", "steps") if loop is None else ("fastdiff", "coefficients")
+            of_whom = f"{does} of {type(target.scheduler).__name__}, part of the loop"
+            ours.append(Part("scheduler", runner, of_whom))
+    theirs = [Part(name, "diffusers", why) for name, why in _eager_parts(target).items()]
     return Report((*ours, *theirs), _note(parts))
 
 
@@ -132,22 +160,45 @@ def _note(parts: dict[str, Any]) -> str | None:
     return dispatch.NOT_BUILT if on_cpu and dispatch.NATIVE is None else None
 
 
-def _part(name: str, slot: Slot | None) -> Part:
-    if slot is None:
+def _part(name: str, module: nn.Module) -> Part:
+    slot = kept_slot(plain(module))
+    notes = [] if slot is None else _notes(slot)
+    if slot_of(module) is None and torch_compiled(module):
+        lent = [] if slot is None else ["its weights are lent until it is restored"]
+        reason = "not compiled by fastdiff: torch.compile stands in its place"
+        return Part(name, "torch.compile", "; ".join([reason, *lent, *notes]))
+    if slot is None or slot_of(module) is None:
         return Part(name, "eager", "not compiled")
-    notes = [f"{count} calls ran eagerly: {why}" for why, count in slot.eager.items()]
-    notes += [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
     if slot.refused is not None:
         return Part(name, "eager", "; ".join([slot.refused, *notes]))
     return Part(name, slot.kind.runner, "; ".join([f"{slot.fast} calls", *notes]))
 
 
+def _notes(slot: Slot) -> list[str]:
+    notes = [f"{count} calls ran eagerly: {why}" for why, count in slot.eager.items()]
+    return notes + [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
+
+
+def _nothing(target: Any, reasons: dict[str, str]) -> str:
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"nothing in this {type(target).__name__} can be made fast: {why}"
+
+
+def _eager_parts(target: Any) -> dict[str, str]:
+    from fastdiff.compiler.adapters import eager_parts
+
+    return eager_parts(target)
+
+
 def _refuse_compiled(parts: dict[str, Any]) -> None:
     for name, (module, _) in parts.items():
-        if slot_of(module) is None and vars(module).get("_compiled_call_impl") is not None:
+        if slot_of(module) is None and torch_compiled(module):
+            undo = "set its _compiled_call_impl to None"
+            if plain(module) is not module:
+                undo = "put its _orig_mod in its place"
             raise UserError(
-                f"{name} was compiled with torch.compile already; build the pipeline anew and"
-                " compile it with fastdiff alone"
+                f"{name} was compiled with torch.compile already; {undo} and compile it with"
+                f" fastdiff alone, or leave it so with Options(ignore=({name.split('.')[0]!r},))"
             )
 
 

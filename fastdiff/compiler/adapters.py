@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdiff.compiler.controlnets import borrow_step_controlnet, call_controlnet
 from fastdiff.compiler.engines import EngineStep, open_unet
 from fastdiff.compiler.fits import fits, one_text_each, refuse
+from fastdiff.compiler.found import plain
 from fastdiff.compiler.options import Options
 from fastdiff.compiler.slot import Kind
 from fastdiff.compiler.steps import Extras, StepUNet, borrow_step_unet
@@ -31,6 +32,7 @@ from fastdiff.models import (
     borrow_encoder,
 )
 from fastdiff.models.blocks import channels_first, channels_last
+from fastdiff.models.borrow import kind
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.recordings import Recorded
 
@@ -65,6 +67,9 @@ EAGER_PARTS = {
     "image_encoder": "once per picture",
     "safety_checker": "once per picture",
     "adapter": "once per picture",
+    "tokenizer": "no network: words to numbers, once per prompt",
+    "tokenizer_2": "no network: words to numbers, once per prompt",
+    "feature_extractor": "no network: pixels to pixels, once per picture",
     "controlnet": "of a kind that fastdiff does not compute",
     "controlnet.controlnet_cond_embedding": "small convolutions over the picture, in every step",
     "unet.encoder_hid_proj": "projects an IP-Adapter's pictures to a few tokens",
@@ -73,38 +78,53 @@ EAGER_PARTS = {
 }
 """What is left to diffusers on purpose, and why."""
 
+_BARE = {UNet2DConditionModel: "unet", AutoencoderKL: "vae", ControlNetModel: "controlnet"}
+"""The models that can be compiled by themselves, by the name that they have in a pipeline."""
+
 
 def parts(target: Any) -> dict[str, tuple[nn.Module, Kind]]:
     """The modules of a pipeline or a bare model that can be taken over, by dotted name.
 
+    What torch.compile wrapped is among them as it is. Nothing where the pipeline has no such part.
+
     Raises:
         ValueError: `target` is neither a known pipeline nor a known model.
     """
-    if isinstance(target, UNet2DConditionModel):
-        return _unet(target)
-    if isinstance(target, AutoencoderKL):
-        return _autoencoder(target)
-    if isinstance(target, ControlNetModel):
-        return _controlnets(target)
-    if type(target).__name__ not in PIPELINES:
+    if _bare(target) is None and type(target).__name__ not in PIPELINES:
         raise ValueError(
             f"fastdiff does not know {type(target).__name__}; it accelerates"
             f" {', '.join(PIPELINES)}, UNet2DConditionModel, ControlNetModel and AutoencoderKL"
         )
+    has = components(target)
+    unet, vae = has.get("unet"), has.get("vae")
     return (
-        _unet(target.unet)
-        | _controlnets(getattr(target, "controlnet", None))
-        | (_autoencoder(target.vae) if isinstance(target.vae, AutoencoderKL) else {})
+        ({} if unet is None else {"unet": (unet, UNET)})
+        | _controlnets(has.get("controlnet"))
+        | (_autoencoder(vae) if isinstance(plain(vae), AutoencoderKL) else {})
     )
 
 
-def _unet(unet: Any) -> dict[str, tuple[nn.Module, Kind]]:
-    return {"unet": (unet, UNET)}
+def components(target: Any) -> dict[str, Any]:
+    """What a pipeline has been given, and every further module in it; no None. A bare model is one
+    component."""
+    if (name := _bare(target)) is not None:
+        return {name: target}
+    given = [name for name, of in target.config.items() if isinstance(of, tuple | list)]
+    found = {name: getattr(target, name, None) for name in dict.fromkeys((*given, *vars(target)))}
+    return {
+        name: part
+        for name, part in found.items()
+        if part is not None and (name in given or isinstance(part, nn.Module))
+    }
+
+
+def _bare(target: Any) -> str | None:
+    return next((name for model, name in _BARE.items() if isinstance(plain(target), model)), None)
 
 
 def _controlnets(net: Any) -> dict[str, tuple[nn.Module, Kind]]:
-    nets: dict[str, Any] = {"controlnet": net} if isinstance(net, ControlNetModel) else {}
-    if isinstance(net, MultiControlNetModel):  # one may be there more than once
+    nets: dict[str, Any] = {"controlnet": net} if isinstance(plain(net), ControlNetModel) else {}
+    if isinstance(plain(net), MultiControlNetModel):  # one may be there more than once
         once = {id(each): each for each in getattr(net, "nets", ())}
         nets = {f"controlnet.{i}": each for i, each in enumerate(once.values())}
     return {name: (each, CONTROLNET) for name, each in nets.items()}
@@ -112,20 +132,26 @@ def _controlnets(net: Any) -> dict[str, tuple[nn.Module, Kind]]:
 
 def _autoencoder(vae: Any) -> dict[str, tuple[nn.Module, Kind]]:
     # encoder and decoder, not the whole: slicing, tiling and the quant convolutions stay diffusers'
-    return {"vae.encoder": (vae.encoder, CODER), "vae.decoder": (vae.decoder, CODER)}
+    halves = {name: getattr(vae, name, None) for name in ("encoder", "decoder")}
+    return {f"vae.{name}": (half, CODER) for name, half in halves.items() if half is not None}
 
 
 def eager_parts(target: Any) -> dict[str, str]:
-    """Parts that `target` has and that stay with diffusers, with the reason."""
-    components = {"vae": target} if isinstance(target, AutoencoderKL) else vars(target)
+    """Parts that `target` has and that stay with diffusers, with the reason: every component but
+    the scheduler, and what is left of those that are taken over."""
+    has = components(target)
     taken = {path.partition(".")[0] for path in parts(target)}
+    whole = {
+        name: EAGER_PARTS.get(name, f"{kind(part)}, which fastdiff does not compute")
+        for name, part in has.items()
+        if name not in taken | {"scheduler"}
+    }
 
-    def has(path: str) -> bool:
+    def within(path: str) -> bool:
         component, _, part = path.partition(".")
-        found = components.get(component) or getattr(target, component, None)
-        return found is not None and (not part or getattr(found, part, None) is not None)
+        return component in has and bool(part) and getattr(has[component], part, None) is not None
 
-    return {path: why for path, why in EAGER_PARTS.items() if path not in taken and has(path)}
+    return whole | {path: why for path, why in EAGER_PARTS.items() if within(path)}
 
 
 @dataclass(frozen=True)

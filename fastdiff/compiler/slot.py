@@ -2,6 +2,7 @@
 
 The slot sits where `nn.Module.compile()` puts a compiled call (`_compiled_call_impl`): the module
 stays the object, class and state_dict it was, and a deepcopy or pickle of it is plain diffusers.
+The module keeps the slot beside it, too: `nn.Module.compile()` replaces a call without asking.
 """
 
 import threading
@@ -24,10 +25,12 @@ from fastdiff.compiler.promotion import (
     overflowed,
     version_of,
 )
-from fastdiff.kernels.observe import is_counting, observed
+from fastdiff.compiler.transforms import transformed
 from fastdiff.models.borrow import Loan, Unsupported
 from fastdiff.models.state import Gate, Handed
 from fastdiff.models.watch import Unwritten
+
+_CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Slot:
         self._gate = Gate(self._give_back, self._handed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # first of all: dynamo traces neither locks nor warnings
+            return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
             network = self.offer(args, kwargs, scale=self.kind.scale(*args, **kwargs))
             result = self._guarded(network, args, kwargs)
@@ -101,6 +106,14 @@ class Slot:
     def __bool__(self) -> bool:
         # peft and others take a true one for torch.compile's, after which hotswapping would be late
         return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle of the module has none."""
+        return type(None), ()
+
+    def put(self) -> None:
+        """Stand for the module's calls."""
+        vars(self.module).update({_CALL: self, _KEPT: self})
 
     def offer(self, *given: Any, scale: float = 1.0) -> Any:
         """The network on the module as it is now, for a call with the tensors in `given`.
@@ -182,10 +195,14 @@ class Slot:
                 self._gate.stand_before(self.module.modules())
 
     def end(self) -> None:
-        """Give the weights back for good."""
+        """Give the weights back for good, and the module its own call."""
         self.ended = True
         self.release()
         self._gate.leave()
+        names = vars(self.module)
+        for name in (_CALL, _KEPT):  # another call than ours stays
+            if names.get(name) is self:
+                del names[name]
 
     def _give_back(self) -> None:
         """Give back what is lent until the next use."""
@@ -228,13 +245,8 @@ class Slot:
             or any(tensor.requires_grad for tensor in tensors)
         ):
             return "gradients are enabled; call it under torch.no_grad()"
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._get_tracing_state() is not None
-            or (observed() and not is_counting())
-            or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
-        ):
-            return "it is traced or counted"
+        if reason := transformed(leaves):
+            return reason
         if tensors and torch.is_autocast_enabled(tensors[0].device.type):
             return "autocast is on"
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
@@ -244,5 +256,12 @@ class Slot:
 
 def slot_of(module: Any) -> Slot | None:
     """The slot that stands for a module's calls, or None."""
-    slot = getattr(module, "__dict__", {}).get("_compiled_call_impl")
+    slot = getattr(module, "__dict__", {}).get(_CALL)
     return slot if isinstance(slot, Slot) else None
+
+
+def kept_slot(module: Any) -> Slot | None:
+    """The slot that was given to a module, whoever stands for its calls since; None: there is none,
+    or it was ended."""
+    slot = getattr(module, "__dict__", {}).get(_KEPT)
+    return slot if isinstance(slot, Slot) and slot.module is module else None

@@ -1,12 +1,15 @@
 """Registers each kernel once as a torch op and finds its implementations.
 
-`fastdiff::<name>` runs on CPU tensors through `cpu.py`, on CUDA tensors through `gpu.py` (imported
-on the first CUDA call, so that triton stays optional) and on fake tensors through the reference.
-An explicit `implementation(name, which)` that cannot run raises; nothing falls back silently.
+`fastdiff::<name>` runs on CPU tensors through `cpu.py` (plain torch where that raises `NotNative`),
+on CUDA tensors through `gpu.py` (imported on the first CUDA call, so that triton stays optional)
+and on fake tensors through the reference. An explicit `implementation(name, which)` that cannot run
+raises; nothing falls back silently.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -37,6 +40,25 @@ NOT_BUILT = (
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
+class NotNative(ValueError):
+    """Arguments that a kernel in C++ does not take; the message says which, and what it takes."""
+
+
+def native_dtype(what: str, x: torch.Tensor) -> int:
+    """The C++ kernels' number of x's dtype; NotNative where they do not take x. `what`: the op."""
+    if NATIVE is None:
+        raise NotNative(f"{what}: its kernel in C++ was not built; install with a C++ compiler")
+    if x.dtype not in NATIVE_DTYPES:
+        raise NotNative(f"{what}: got {x.dtype}; the kernel in C++ takes {_list(NATIVE_DTYPES)}")
+    if x.numel() == 0:
+        raise NotNative(f"{what}: got {list(x.shape)}; the kernel in C++ takes no empty tensor")
+    return NATIVE_DTYPES[x.dtype]
+
+
+def _list(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, names))
+
+
 def expects(
     what: str, tensor: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]
 ) -> None:
@@ -61,6 +83,9 @@ class Kernel:
     spec: KernelSpec
     op: Any
     implementations: dict[str, Callable[[], Callable[..., Any]]]
+    """As the op runs them: "cpu" is plain torch where `own` raises NotNative."""
+    own: Callable[..., Any]
+    """`run` of `cpu.py` alone."""
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -72,10 +97,12 @@ def register(
     cpu: Callable[..., Any],
     gpu: str | None = None,
     others: Mapping[str, str] | None = None,
+    otherwise: Callable[..., Any] | None = None,
 ) -> Any:
     """Define `fastdiff::<spec.name>`; returns the op's overload.
 
-    `cpu` runs CPU tensors. `gpu` names the module whose `run` is the Triton implementation; None
+    `cpu` runs CPU tensors, `otherwise` (default: the reference) those for which it raises
+    NotNative. `gpu` names the module whose `run` is the Triton implementation; None
     means that the reference (a library call such as a cuDNN convolution) runs on CUDA tensors.
     `others`: modules with a `run`, by the name of the implementation; only `implementation` asks
     for them.
@@ -87,15 +114,23 @@ def register(
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
         return implementations["triton"]()(*args, **kwargs)
 
+    plain = otherwise or spec.reference
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return cpu(*args, **kwargs)
+        except NotNative:
+            return plain(*args, **kwargs)
+
     _LIBRARY.define(spec.name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(spec.name, cpu, "CPU")
+    _LIBRARY.impl(spec.name, on_cpu, "CPU")
     _LIBRARY.impl(spec.name, on_cuda if gpu else spec.reference, "CUDA")
     torch.library.register_fake(f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY)
     modules = ({"triton": gpu} if gpu else {}) | dict(others or {})
-    implementations = {"reference": lambda: spec.reference, "cpu": lambda: cpu}
+    implementations = {"reference": lambda: spec.reference, "cpu": lambda: on_cpu}
     implementations |= {which: loader(module) for which, module in modules.items()}
     op = getattr(torch.ops.fastdiff, spec.name).default
-    KERNELS[spec.name] = Kernel(spec, op, implementations)
+    KERNELS[spec.name] = Kernel(spec, op, implementations, cpu)
     return op
 
 
@@ -108,10 +143,45 @@ def all_kernels() -> dict[str, Kernel]:
 
 
 def implementation(name: str, which: str) -> Callable[..., Any]:
-    """The implementation `which` of a kernel ("reference", "cpu", "triton", "cuda"), or ValueError
-    where it has none of that name."""
+    """The implementation `which` of a kernel ("reference", "cpu", "triton", "cuda").
+
+    Called, it runs that or raises ValueError where it cannot compute what it is given: for tensors
+    on another device, of dtypes or with options that it does not take.
+
+    Raises:
+        ValueError: the kernel has no implementation of that name.
+    """
     kernel = KERNELS[name]
     if which not in kernel.implementations:
         valid = ", ".join(kernel.implementations)
         raise ValueError(f"{name} has no implementation {which!r}; it has: {valid}")
-    return kernel.implementations[which]()
+    run = kernel.own if which == "cpu" else kernel.implementations[which]()
+    if which not in ("cpu", "triton"):  # the reference takes all, others look themselves
+        return run
+
+    @wraps(run)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_request(kernel.spec, which, (*args, *kwargs.values()))
+        return run(*args, **kwargs)
+
+    return checked
+
+
+def _check_request(spec: KernelSpec, which: str, arguments: Iterable[Any]) -> None:
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+    devices = {tensor.device.type for tensor in tensors}
+    taken = {"cpu"} if which == "cpu" or interpreted() else {"cuda"}
+    if not devices <= taken:
+        raise ValueError(
+            f"{spec.name}: got tensors on {_list(sorted(devices))}; {which!r} takes those on"
+            f" {_list(taken)}"
+        )
+    if which == "triton" and tensors[0].dtype not in spec.dtypes:
+        raise ValueError(
+            f"{spec.name}: got {tensors[0].dtype}; {which!r} takes {_list(spec.dtypes)}"
+        )
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run under its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

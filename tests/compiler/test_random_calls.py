@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import diffusers
 import pytest
@@ -84,15 +85,13 @@ def random_call(dice):
     }
 
 
-class SingleDraws(torch.overrides.TorchFunctionMode):
-    """Noise drawn as float32 whatever is asked for: the same numbers in every precision."""
+_RANDN = torch.randn
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not torch.randn:
-            return function(*args, **kwargs)
-        wanted = kwargs.get("dtype") or torch.get_default_dtype()
-        return function(*args, **{**kwargs, "dtype": torch.float32}).to(wanted)
+
+def single_draws(*args, **kwargs):
+    """Noise drawn as float32 whatever is asked for: the same numbers in every precision."""
+    wanted = kwargs.get("dtype") or torch.get_default_dtype()
+    return _RANDN(*args, **{**kwargs, "dtype": torch.float32}).to(wanted)
 
 
 def draw(pipe, call):
@@ -121,7 +120,7 @@ def draw(pipe, call):
             "latents": kwargs["latents"] * factor
         }
     height, width = call["size"]
-    with SingleDraws():
+    with patch.object(torch, "randn", single_draws):
         return pipe(
             **given,
             height=height * pipe.vae_scale_factor,

@@ -42,7 +42,7 @@ def test_first_norm_of_a_block(which, module, chunks, norms):
     with torch.no_grad():
         rows = module.float().linear(module.silu(emb)).chunk(chunks, dim=1)
         for shift, scale in norms:
-            y, total = implementation("ada_norm", which)(
+            y, total = KERNELS["ada_norm"].implementations[which]()(
                 x, 1e-6, scale=rows[scale], shift=rows[shift]
             )
             assert total.shape == (0,)
@@ -68,7 +68,7 @@ def test_gated_residual_and_second_norm_of_a_block(which):
         h = h + g.unsqueeze(1) * a
         return norm2(h) * (1 + s[:, None]) + t[:, None] if normed else h
 
-    y, total = implementation("ada_norm", which)(
+    y, total = KERNELS["ada_norm"].implementations[which]()(
         attention, 1e-6, scale=scale, shift=shift, gate=gate, residual=hidden
     )
     inside(y, wanted)

@@ -4,9 +4,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastdiff.kernels.attention import attention
 from fastdiff.kernels.contract import Case, KernelSpec, max_error, poisoned_memory, verify
-from fastdiff.kernels.dispatch import KERNELS, NATIVE, all_kernels, implementation
+from fastdiff.kernels.dispatch import (
+    KERNELS,
+    NATIVE,
+    NATIVE_DTYPES,
+    NotNative,
+    all_kernels,
+    implementation,
+)
+from fastdiff.kernels.geglu import geglu
 from fastdiff.kernels.linear.spec import SPEC as LINEAR
+from fastdiff.kernels.observe import counting
 
 ALL = [(kernel, case) for kernel in all_kernels().values() for case in kernel.spec.cases]
 IDS = [f"{kernel.spec.name}-{case.name}" for kernel, case in ALL]
@@ -112,3 +122,82 @@ def test_bytes_and_flops_by_hand():
         spec: KernelSpec = specs[name]
         assert spec.bytes(case, 2) == moved
         assert flops is None or spec.flops(case) == flops
+
+
+REFUSED = {
+    "ada_norm": lambda c: c.get("rms") or c.get("modulated") or not c.get("affine"),
+    "linear": lambda c: not c.get("packed", True),
+    "conv2d": lambda c: not c.get("packed", True),
+    "geglu": lambda c: c.D > 1,  # their weights are stored by rows
+    "group_norm_silu": lambda c: c.get("shift") or (c.get("beside") and c.get("residual")),
+}
+"""Cases that a kernel in C++ does not compute in any dtype."""
+ASKED = [
+    (kernel, case, dtype)
+    for kernel, case in ALL
+    for dtype in (*kernel.spec.dtypes, torch.float64)
+    if kernel.spec.name not in PLAIN  # those are torch by contract
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "dtype"),
+    ASKED,
+    ids=[f"{k.spec.name}-{c.name}-{str(d).removeprefix('torch.')}" for k, c, d in ASKED],
+)
+def test_what_is_asked_for_by_name_runs_or_says_why_not(kernel, case, dtype):
+    """The C++ kernel is called, or one sentence says what it got and what it takes."""
+    name = kernel.spec.name
+    inputs = kernel.spec.inputs(case, dtype, torch.device("cpu"), torch.Generator())
+    known = NATIVE is not None and (dtype in NATIVE_DTYPES or name == "concat")
+    with counting() as called:
+        if known and not REFUSED.get(name, lambda case: False)(case):
+            implementation(name, "cpu")(**inputs)
+            assert called
+        else:
+            refusal = "got .* takes" if NATIVE else "not built"
+            with pytest.raises(
+                NotNative, match=f"^(joint_)?{name.removeprefix('joint_')}: .*{refusal}"
+            ):
+                implementation(name, "cpu")(**inputs)
+            assert not called
+
+
+ELSEWHERE = [
+    (kernel, which)
+    for kernel in KERNELS.values()
+    for which in kernel.implementations
+    if which != "reference"
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "which"), ELSEWHERE, ids=[f"{k.spec.name}-{w}" for k, w in ELSEWHERE]
+)
+def test_tensors_elsewhere_and_dtypes_of_nobody_are_refused(kernel, which, monkeypatch):
+    if which == "cuda":
+        pytest.skip("built with -DFASTDIFF_CUDA=ON only; see test_cuda.py")
+    name, case = kernel.spec.name, kernel.spec.cases[-1]
+    inputs = kernel.spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
+    elsewhere = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    run = implementation(name, which)
+    with pytest.raises(ValueError, match=f"{name}: got tensors on meta; '{which}' takes"):
+        run(**elsewhere)
+    if which == "triton":
+        double = kernel.spec.inputs(case, torch.float64, torch.device("cpu"), torch.Generator())
+        with pytest.raises(ValueError, match=f"{name}: got torch.float64; 'triton' takes"):
+            run(**double)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(ValueError, match=f"{name}: got tensors on cpu; 'triton' takes .* cuda"):
+            run(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_an_argument_that_names_the_kernel_falls_back_nowhere(dtype):
+    q, h, weight = torch.ones(1, 4, 1, 8), torch.ones(1, 4, 8), torch.ones(16, 8)
+    q, h, weight = (tensor.to(dtype) for tensor in (q, h, weight))
+    with pytest.raises(ValueError, match=f"attention: got {dtype}"):
+        attention(q, q, q, impl="cpu")
+    with pytest.raises(ValueError, match=f"geglu: got {dtype}"):
+        geglu(h, weight, impl="cpu")
+    assert attention(q, q, q).dtype == geglu(h, weight).dtype == dtype  # not asked for: torch's

@@ -95,14 +95,18 @@ def test_strides_that_are_taken_and_refused():
     """Strides that are no multiple of 16 bytes, and a batch that is no single run of rows."""
     weight = torch.randn(2 * 24, 16)
     x = torch.randn(6, 21)[:, 3:19]
-    for impl in ("triton", "split", "cpu", "auto"):
+    packed = weight.t().contiguous().t()  # by columns, which the C++ kernel alone takes
+    rows = [("triton", weight), ("split", weight), ("cpu", packed), ("auto", weight)]
+    for impl, given in rows:
         torch.testing.assert_close(
-            geglu(x, weight, impl=impl), SPEC.reference(x, weight), rtol=1e-5, atol=1e-5
+            geglu(x, given, impl=impl), SPEC.reference(x, weight), rtol=1e-5, atol=1e-5
         )
+    with pytest.raises(ValueError, match=r"geglu: got a weight of strides \(16, 1\)"):
+        geglu(x, weight, impl="cpu")
     with pytest.raises(ValueError, match=r"geglu: x .* strides \(\d+, \d+, \d+\)"):
         geglu(torch.randn(3, 4, 16).transpose(0, 1), weight, impl="triton")
     with pytest.raises(ValueError, match=r"geglu: weight has strides \(1, 48\)"):
-        geglu(x, weight.t().contiguous().t(), impl="triton")
+        geglu(x, packed, impl="triton")
     every_other = torch.ones(96)[::2]
     with pytest.raises(ValueError, match=r"geglu: bias has strides \(2,\)"):
         geglu(x, weight, every_other, impl="triton")

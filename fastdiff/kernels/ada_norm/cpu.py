@@ -1,9 +1,9 @@
-"""`ada_norm` on a CPU: LayerNorm with weight and bias in C++, everything else torch's."""
+"""`ada_norm` on a CPU: LayerNorm with weight and bias in C++; all else it refuses."""
 
 from torch import Tensor
 
-from fastdiff.kernels.ada_norm.spec import check, reference, summed
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.ada_norm.spec import check, summed
+from fastdiff.kernels.dispatch import NATIVE, NotNative, native_dtype
 
 
 def run(
@@ -18,11 +18,12 @@ def run(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, bias, scale, shift, gate, residual, rms)
-    dtype = NATIVE_DTYPES.get(x.dtype)
-    unknown = NATIVE is None or dtype is None or x.numel() == 0
-    more = rms or scale is not None or shift is not None
-    if unknown or more or weight is None or bias is None:
-        return reference(x, eps, weight, bias, scale, shift, gate, residual, rms)
+    dtype = native_dtype("ada_norm", x)
+    if rms or scale is not None or shift is not None or weight is None or bias is None:
+        raise NotNative(
+            "ada_norm: got RMSNorm, scale or shift, or no weight and bias; the kernel in C++ takes"
+            " a LayerNorm with weight and bias alone"
+        )
     total = summed(x, gate, residual).contiguous()
     width = x.shape[-1]
     y = x.new_empty(x.shape)

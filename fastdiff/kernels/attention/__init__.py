@@ -11,7 +11,7 @@ from fastdiff.kernels.attention.spec import SPEC
 from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.dispatch import implementation, register
 
-_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.attention.gpu")
+_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.attention.gpu", otherwise=cpu.plain)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def attention(
         impl = choose(q.shape[3], k.shape[1]).run
     if impl == "sdpa":
         return _sdpa(q, k, v, mask, scale)
-    if impl in ("auto", "triton" if on_gpu(q) else "cpu"):
+    if impl == "auto" or (impl == "triton" and on_gpu(q)):
         out: Tensor = _op(q, k, v, mask, scale)
         return out
     named: Tensor = implementation("attention", impl)(q, k, v, mask, scale)

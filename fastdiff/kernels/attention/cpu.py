@@ -5,18 +5,17 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
+from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    dtype = NATIVE_DTYPES.get(q.dtype)
-    plain = mask is None or mask.dtype == q.dtype
-    if NATIVE is None or dtype is None or not plain or q.numel() == 0 or k.numel() == 0:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return (
-            F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).contiguous()
+    dtype = native_dtype("attention", q)
+    native_dtype("attention", k)
+    if mask is not None and mask.dtype != q.dtype:
+        raise NotNative(
+            f"attention: got a mask of {mask.dtype}; the kernel in C++ takes q's {q.dtype}"
         )
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     batch, queries, heads, width = q.shape
@@ -39,3 +38,11 @@ def run(
         out.data_ptr(),
     )
     return out
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """torch's, for what `run` does not take."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).contiguous()

@@ -1,12 +1,11 @@
-"""`conv2d` on a CPU: our own loop on borrowed weights, else torch's (oneDNN)."""
+"""`conv2d` on a CPU: our own loop, on borrowed weights."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.conv2d.spec import reference
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
+from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
 
 
 def run(
@@ -18,9 +17,12 @@ def run(
     size: Sequence[int] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = NATIVE_DTYPES.get(x.dtype)
-    if NATIVE is None or dtype is None or not _packed(weight) or x.numel() == 0:
-        return reference(x, weight, bias, stride, padding, size, residual)
+    dtype = native_dtype("conv2d", x)
+    if not _packed(weight):
+        raise NotNative(
+            f"conv2d: got a weight of strides {weight.stride()}; the kernel in C++ takes columns"
+            " side by side, as `models.borrow` lays them out"
+        )
     x = x.contiguous()
     batch, height, width, _ = x.shape
     columns, kernel, ld = weight.shape[0], weight.shape[2], weight.stride(1)

@@ -11,7 +11,7 @@ from fastdiff.kernels.geglu import cpu
 from fastdiff.kernels.geglu.spec import SPEC
 from fastdiff.kernels.gelu_gate import gelu_gate
 
-_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.geglu.gpu")
+_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.geglu.gpu", otherwise=cpu.plain)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "au
         impl = choose(x.numel() // max(x.shape[-1], 1), x.shape[-1]).run
     if impl == "split":
         return gelu_gate(F.linear(x, weight, bias))
-    if impl in ("auto", "triton" if on_gpu(x) else "cpu"):
+    if impl == "auto" or (impl == "triton" and on_gpu(x)):
         out: Tensor = _op(x, weight, bias)
         return out
     named: Tensor = implementation("geglu", impl)(x, weight, bias)

@@ -37,7 +37,7 @@ def gelu_gate(h: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
             f"gelu_gate: bias is {bias.dtype} {list(bias.shape)}; expected {h.dtype}"
             f" [{h.shape[-1]}]"
         )
-    if impl in ("auto", "triton" if on_gpu(h) else "cpu"):
+    if impl == "auto" or (impl == "triton" and on_gpu(h)):
         out: Tensor = _op(h, bias)
         return out
     named: Tensor = implementation("gelu_gate", impl)(h, bias)

@@ -4,8 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.kernels.concat.cpu import run as concat
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
-from fastdiff.kernels.group_norm_silu.spec import reference
+from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
 
 
 def run(
@@ -21,12 +20,13 @@ def run(
     shift: Tensor | None = None,
     statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = NATIVE_DTYPES.get(x.dtype)
+    dtype = native_dtype("group_norm_silu", x)
     foreign = shift is not None or statistics is not None
-    foreign |= beside is not None and residual is not None
-    if NATIVE is None or dtype is None or x.numel() == 0 or foreign:
-        added = row, residual, beside, shift, statistics
-        return reference(x, weight, bias, groups, eps, silu, *added)
+    if foreign or (beside is not None and residual is not None):
+        raise NotNative(
+            "group_norm_silu: got shift, statistics, or beside with residual; the kernel in C++"
+            " takes row, and residual or beside"
+        )
     if beside is not None:
         x = concat(x, beside)
         row = None if row is None else F.pad(row, (0, beside.shape[3]))

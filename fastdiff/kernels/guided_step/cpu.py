@@ -1,10 +1,9 @@
-"""`guided_step` on a CPU: our own loop on float32 state, else torch's ops."""
+"""`guided_step` on a CPU: our own loop, on float32 state."""
 
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
-from fastdiff.kernels.guided_step.spec import reference
+from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
 
 
 def run(
@@ -16,10 +15,11 @@ def run(
     step: Tensor,
     noise: Tensor | None = None,
 ) -> None:
-    dtype = NATIVE_DTYPES.get(model_output.dtype)
-    if NATIVE is None or dtype is None or sample.dtype != torch.float32 or sample.numel() == 0:
-        reference(model_output, sample, history, following, table, step, noise)
-        return
+    dtype = native_dtype("guided_step", model_output)
+    if sample.dtype != torch.float32:
+        raise NotNative(
+            f"guided_step: got samples of {sample.dtype}; the kernel in C++ takes torch.float32"
+        )
     batch, depth = sample.shape[0], history.shape[1]
     copies = model_output.shape[0] // batch
     expects(

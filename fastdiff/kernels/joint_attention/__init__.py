@@ -6,7 +6,7 @@ from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.joint_attention import cpu
 from fastdiff.kernels.joint_attention.spec import SPEC
 
-_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.joint_attention.gpu")
+_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.joint_attention.gpu", otherwise=cpu.plain)
 
 
 def joint_attention(

@@ -10,3 +10,8 @@ from fastdiff.kernels.joint_attention.spec import reference
 
 def run(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return reference(*arguments, **options | {"attend": cpu.run})
+
+
+def plain(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """By torch's attention, for what `run` does not take."""
+    return reference(*arguments, **options | {"attend": cpu.plain})

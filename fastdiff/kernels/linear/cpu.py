@@ -1,9 +1,9 @@
-"""`linear` on a CPU: our own loop on borrowed weights, else torch's."""
+"""`linear` on a CPU: our own loop, on borrowed weights."""
 
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES, expects
-from fastdiff.kernels.linear.spec import ACTIVATIONS, reference
+from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
+from fastdiff.kernels.linear.spec import ACTIVATIONS
 
 GEGLU = 2
 """The C++ loop's activation that halves the columns, `kGeglu` of csrc."""
@@ -16,8 +16,7 @@ def run(
     act: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    out = native("linear", x, weight, bias, ACTIVATIONS[act], residual)
-    return reference(x, weight, bias, act, residual) if out is None else out
+    return native("linear", x, weight, bias, ACTIVATIONS[act], residual)
 
 
 def native(
@@ -27,14 +26,17 @@ def native(
     bias: Tensor | None,
     activation: int,
     residual: Tensor | None = None,
-) -> Tensor | None:
-    """act(x weightᵀ + bias) + residual by our own loop; None where it does not take the arguments.
+) -> Tensor:
+    """act(x weightᵀ + bias) + residual by our own loop; NotNative where it does not take these.
 
     `what` is the op that errors name, `activation` the C++ loop's number of act.
     """
-    dtype = NATIVE_DTYPES.get(x.dtype)
-    if NATIVE is None or dtype is None or weight.stride(0) != 1 or x.numel() == 0:
-        return None
+    dtype = native_dtype(what, x)
+    if weight.stride(0) != 1:
+        raise NotNative(
+            f"{what}: got a weight of strides {weight.stride()}; the kernel in C++ takes columns"
+            " side by side, as `models.borrow` lays them out"
+        )
     x = x.contiguous()
     columns, inner = weight.shape
     rows = x.numel() // inner
