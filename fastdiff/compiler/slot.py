@@ -212,11 +212,11 @@ class Slot:
 
     def release(self) -> None:
         """Give the weights back."""
-        loan, self.loan, self.network, self.promotion = self.loan, None, None, None
-        self._unwritten = None
-        if loan is not None:
+        self.network, self.promotion, self._unwritten = None, None, None
+        if self.loan is not None:
             with torch.inference_mode(False), torch.no_grad():
-                loan.end()
+                self.loan.end()
+            self.loan = None
 
     def _ready(self, scale: float) -> Any:
         """The network on the module as it is now, or None where that is refused."""

@@ -79,11 +79,14 @@ def borrow_resnet(module: Any, loan: Loan, rows: "Columns | None" = None) -> Res
     require(projected == (rows is not None), "a resnet with or without a time embedding")
     loan.silu(resnet.nonlinearity)
     loan.inert(resnet.dropout)
+    conv1, conv2 = loan.conv(resnet.conv1), loan.conv(resnet.conv2)
+    same = conv1.weight.shape[1] == conv2.weight.shape[0]
+    require(same or shortcut is not None, "a resnet of other channels without a shortcut")
     return Resnet(
         norm1=loan.norm(resnet.norm1),
-        conv1=loan.conv(resnet.conv1),
+        conv1=conv1,
         norm2=loan.norm(resnet.norm2),
-        conv2=loan.conv(resnet.conv2),
+        conv2=conv2,
         shortcut=None if shortcut is None else loan.linear(shortcut),
         row=None if rows is None else rows.take(resnet.time_emb_proj),
     )

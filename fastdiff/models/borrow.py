@@ -241,7 +241,7 @@ class Loan(Reads):
 
     def _check(self, *parameters: Tensor) -> None:
         for parameter in parameters:
-            if type(parameter) not in (nn.Parameter, Tensor) or parameter.layout != torch.strided:
+            if type(parameter) is not nn.Parameter or parameter.layout != torch.strided:
                 name = f"{type(parameter).__module__}.{type(parameter).__qualname__}"
                 raise Unsupported(
                     f"weights kept as {parameter.layout} {name}, not as plain numbers"

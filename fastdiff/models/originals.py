@@ -5,6 +5,7 @@ modules can reach by its name must be theirs: not a subclass's, not a patch of a
 or of `torch.nn.functional`. What was found is watched by identity afterwards.
 """
 
+import copyreg
 import gc
 import sys
 from collections.abc import Iterable, Iterator
@@ -148,6 +149,11 @@ def _package(cls: type) -> str:
 
 
 def _dict_of(cls: type) -> dict[str, Any]:
-    """The dict behind a class's `__dict__`, which shows it read-only and cannot be watched."""
+    """The dict behind a class's `__dict__`, which shows it read-only and cannot be watched.
+
+    Python adds two entries when it is first asked for them: by copies, and by who reads types.
+    """
+    copyreg._slotnames(cls)  # type: ignore[attr-defined]
+    _ = cls.__annotations__
     (held,) = (d for d in gc.get_referents(vars(cls)) if isinstance(d, dict))
     return held
