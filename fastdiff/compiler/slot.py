@@ -27,7 +27,7 @@ from fastdiff.compiler.promotion import (
 )
 from fastdiff.compiler.transforms import transformed
 from fastdiff.models.borrow import Loan, Unsupported
-from fastdiff.models.state import Gate, Handed
+from fastdiff.models.state import Copies
 from fastdiff.models.watch import Unwritten
 
 _CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
@@ -74,16 +74,10 @@ class Slot:
     """The layers that overflowed since compile."""
     ended: bool = False
     """Whether the module was restored: whoever still holds the slot borrows nothing any more."""
-    _gate: Gate = field(init=False, repr=False)
-    _handed: Handed = field(default_factory=Handed, repr=False)
-    _copying: bool = False
-    """Whether the module is being copied by us, who need no strides."""
+    _copies: Copies = field(default_factory=Copies, repr=False)
     _unwritten: Unwritten | None = None
     """The weights, for as long as a frozen network is taken."""
-    _taking: Any = field(default_factory=threading.RLock, repr=False)
-
-    def __post_init__(self) -> None:
-        self._gate = Gate(self._give_back, self._handed)
+    _taking: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # first of all: dynamo traces neither locks nor warnings
@@ -134,11 +128,7 @@ class Slot:
 
     def promote(self, where: str, scale: float = 1.0) -> None:
         """Offer a float32 copy until the weights change, since float16 overflowed in `where`."""
-        self._copying = True
-        try:
-            module, version = float32_copy(self.module), self.version
-        finally:
-            self._copying = False
+        module, version = float32_copy(self.module), self.version
         with torch.inference_mode(False), torch.no_grad():
             loan = Loan(module)
             network = (self.kind.exact or self.kind.borrow)(module, loan)
@@ -182,7 +172,8 @@ class Slot:
             except Unsupported as unsupported:
                 self.refused = str(unsupported)
                 return
-            self.refused, self.loan = None, Loan(self.module, handed=self._handed)
+            self.refused = None
+            self.loan = Loan(self.module, copies=self._copies)
             if self.kind.frozen:
                 self._unwritten = Unwritten(self.module.parameters())
             try:
@@ -191,24 +182,15 @@ class Slot:
             except BaseException:
                 self.release()
                 raise
-            if not self.loan.over:
-                self._gate.stand_before(self.module.modules())
 
     def end(self) -> None:
         """Give the weights back for good, and the module its own call."""
         self.ended = True
         self.release()
-        self._gate.leave()
         names = vars(self.module)
         for name in (_CALL, _KEPT):  # another call than ours stays
             if names.get(name) is self:
                 del names[name]
-
-    def _give_back(self) -> None:
-        """Give back what is lent until the next use."""
-        with self._taking:
-            if self.loan is not None and not self.loan.over and not self._copying:
-                self.release()
 
     def release(self) -> None:
         """Give the weights back."""

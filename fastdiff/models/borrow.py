@@ -1,7 +1,7 @@
 """Weights lent, not copied: parameters become views into buffers laid out for the kernels.
 
-A lent parameter keeps its identity, shape, values and name; only its memory moves. So `state_dict`,
-`save_pretrained` and edits in place go on working, and the kernels see those edits.
+A lent parameter keeps its identity, shape, values and name; only its memory moves. So savers and
+edits in place go on working (see `state`), and the kernels see those edits.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 from fastdiff.models.lora import Merges, base_of, parts
 from fastdiff.models.reads import Reader, Reads
-from fastdiff.models.state import Handed, Lent
+from fastdiff.models.state import Copies, Gate, Lent, apart
 from fastdiff.models.watch import Unsupported, kind
 
 __all__ = ["Loan", "Norm", "Unsupported", "Weights", "kind"]
@@ -58,15 +58,19 @@ class Loan(Reads):
     """Grows with every loan taken in this process, and when `refresh` has rewritten weights."""
 
     def __init__(
-        self, root: nn.Module, rehearsal: bool = False, handed: Handed | None = None
+        self,
+        root: nn.Module,
+        rehearsal: bool = False,
+        copies: Copies | None = None,
     ) -> None:
+        """`copies`: those that state dicts got during former loans of `root`."""
         super().__init__(root)
-        self._rehearsal, self._handed = rehearsal, handed or Handed()
-        self._handed.forget()
+        self._rehearsal, self._copies = rehearsal, copies or Copies()
+        self._copies.collect()
+        self._gate: Gate | None = None
         self._lent: dict[int, Lent] = {}
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
-        self._strayed: list[Lent] = []
         self._seen: set[int] = set()
         self._merges = Merges()
         self.note(root, "training", root.training)
@@ -142,8 +146,7 @@ class Loan(Reads):
 
     def intact(self) -> bool:
         """Whether every parameter is still where it was lent and nothing watched was replaced."""
-        for lent in self._strayed:
-            lent.collect()
+        self._copies.collect()
         return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
             self._watch.intact()
         )
@@ -152,7 +155,9 @@ class Loan(Reads):
         super().seal()
         self._parameters = [lent.parameter for lent in self._lent.values()]
         self._addresses = [lent.address for lent in self._lent.values()]
-        self._strayed = [lent for lent in self._lent.values() if lent.homes]
+        if self._lent:
+            self._copies.parted()
+            self._gate = Gate(self.modules, self._found, self._copies)
 
     def refresh(self, scale: float = 1.0) -> None:
         """Bring the effective weights under LoRA adapters up to date, in place.
@@ -169,15 +174,14 @@ class Loan(Reads):
         if self._merges.refresh(scale):
             self.epoch = next(_EPOCHS)
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing is lent."""
-        return not self._lent
-
     def end(self) -> None:
         """Give every parameter memory of its own again, laid out as before; values stay as now."""
+        if self._gate is not None:
+            self._gate.leave()
+        self._copies.collect()
         for lent in self._lent.values():
-            lent.give_back()
+            lent.give_back(self._copies.of(lent.parameter))
+        self._copies.parted()
         self._lent.clear()
 
     def width(self, layer: nn.Module) -> int:
@@ -197,8 +201,7 @@ class Loan(Reads):
         if self._rehearsal:
             return torch.empty(shape, dtype=self.dtype, device="meta")
         for source in sources:
-            stride = _dense(source, source.stride())
-            self._lent[id(source)] = Lent(source, 0, stride, self._handed.homes(source))
+            self._lent[id(source)] = Lent(source, 0, _dense(source, source.stride()))
         large = sum(source.nbytes for source in sources) > _LARGE and self.device.type != "cpu"
         try:
             for source in sources if large else ():
@@ -225,11 +228,14 @@ class Loan(Reads):
             return
         with torch.inference_mode(self._mode):
             view.copy_(parameter.detach())
-            parameter.data = view
+            parameter.data = apart(view)
         lent = self._lent[id(parameter)]
-        for home in lent.homes:
-            home.left()
         self._lent[id(parameter)] = replace(lent, address=parameter.data_ptr())
+
+    def _found(self, parameter: Tensor) -> Lent | None:
+        """How a parameter is lent, if it still is."""
+        lent = self._lent.get(id(parameter))
+        return lent if lent is not None and parameter.data_ptr() == lent.address else None
 
     def _keep(self, parameter: Tensor) -> None:
         """Use a parameter where it is."""

@@ -43,8 +43,8 @@ class Reads:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._root, self._modules = root, without_adapters(root)
-        self._hooks = hooks(self._modules)
+        self._root, self.modules = root, without_adapters(root)
+        self._hooks = hooks(self.modules)
         self.opened: dict[int, Any] = {}
         """Modules and what they hold, by id, of which attributes are read."""
         self._foreign: set[int] = set()
@@ -109,13 +109,13 @@ class Reads:
         Raises:
             Unsupported: a module within the root was not read, or some code is not its own.
         """
-        unread = {id(m) for m in self._modules} - self.opened.keys() - self._foreign
+        unread = {id(m) for m in self.modules} - self.opened.keys() - self._foreign
         for name, module in self._root.named_modules():
             if id(module) in unread:
                 raise Unsupported(f"{name}, a {kind(module)} that diffusers does not have there")
         code = reached(type(thing) for thing in self.opened.values())
         items = [*self._notes.values(), *code.items, *self._overrides(code)]
-        self._watch = watch(self._modules, items, (*code.dicts, *self._hooks))
+        self._watch = watch(self.modules, items, (*code.dicts, *self._hooks))
 
     def adopt(self, other: "Reads") -> None:
         """Watch what another has read of the same root, in place of reading it."""
