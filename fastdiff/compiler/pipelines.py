@@ -27,8 +27,8 @@ from torch.utils import _contextlib
 from fastdiff.compiler.denoise import Call, Denoising
 from fastdiff.compiler.fits import refuse
 from fastdiff.models import Unsupported
+from fastdiff.models.originals import original, own_helper, own_method
 from fastdiff.runtime.hoist import Conditions
-from fastdiff.runtime.originals import original, own_helper, own_method
 from fastdiff.runtime.schedulers import NotLinear
 
 PLANNED = (

@@ -1,8 +1,10 @@
-"""Whether the code of modules is what torch and diffusers came with.
+"""Whether code is what torch and diffusers came with: neither overridden, nor patched, nor wrapped.
 
-A compact network stands for what their functions compute. So every function that a call of the
-modules can reach by its name must be theirs: not a subclass's, not a patch of a class, of a module
-or of `torch.nn.functional`. What was found is watched by identity afterwards.
+Compact networks and tables stand for what the functions of diffusers and torch compute. So every
+function that a call can reach must be theirs: not a subclass's, not a patch of a class, of a module
+or of `torch.nn.functional`. A function is known by where its code was written, which neither a
+subclass nor `functools.wraps` can borrow; what it reaches is followed by name, so anything is taken
+for reached that bears the name of something it uses. What was found is watched by identity.
 """
 
 import copyreg
@@ -15,14 +17,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastdiff.models.watch import Item, Unsupported, watch
+from fastdiff.models.watch import Item, Unsupported, replaced, watch
 
 PACKAGES = ("torch", "diffusers", "peft")
-"""Whose code compact networks stand for."""
+"""Whose code we stand for."""
+MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "forward")
+"""Where calls of modules and processors begin."""
 
-_ENTRIES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "forward")
-_KNOWN = {*PACKAGES, *sys.stdlib_module_names, "numpy", "packaging", "typing_extensions"}
+_KNOWN = {*PACKAGES, *sys.stdlib_module_names, "numpy", "scipy", "packaging", "typing_extensions"}
 """Those, and the packages that they call for what is no part of a picture."""
+_KEPT = 64
+"""How many sets of classes are remembered."""
 
 
 class Reached(NamedTuple):
@@ -35,43 +40,101 @@ class Reached(NamedTuple):
     names: frozenset[str]
     """Of all that code, as attributes or globals."""
 
+    def methods(self, cls: type) -> list[str]:
+        """Names of functions of `cls` that are reached, less those that every module has."""
+        found = {
+            name
+            for base in cls.__mro__
+            for name, value in vars(base).items()
+            if name in self.names and isinstance(value, FunctionType)
+        }
+        return [name for name in found if name == "forward" or not hasattr(nn.Module, name)]
 
-_FOUND: dict[frozenset[type], tuple[Reached, Any]] = {}
+
+_FOUND: dict[tuple[frozenset[type], tuple[str, ...]], tuple[Reached, Any]] = {}
 """What was found before, and what watches whether it still is so."""
 
 
-def reached(classes: Iterable[type]) -> Reached:
-    """Follow the calls of objects of `classes`, by name, through their classes and modules.
-
-    A name counts wherever a class has it, whatever object it is asked of: rather too much is
-    reached than too little.
+def reached(classes: Iterable[type], entries: tuple[str, ...] = MODULES) -> Reached:
+    """Follow the methods `entries` of objects of `classes` through their classes and modules.
 
     Raises:
         Unsupported: a function on the way is not its class's or module's own.
     """
-    key = frozenset(classes)
+    key = frozenset(classes), entries
     if key not in _FOUND or not _FOUND[key][1].intact():
-        found = _follow(key)
+        found = _follow(*key)
+        while len(_FOUND) >= _KEPT:
+            _FOUND.pop(next(iter(_FOUND)), None)
         _FOUND[key] = found, watch((), found.items, found.dicts)
     return _FOUND[key][0]
 
 
-def _follow(classes: Iterable[type]) -> Reached:
-    owners = {base for cls in classes for base in cls.__mro__ if _package(base) in PACKAGES}
-    found, names, todo = dict[tuple[int, str], Item](), set[str](), [*_ENTRIES]
+def check_own(instance: Any, entries: tuple[str, ...]) -> None:
+    """Raise Unsupported unless all that the methods `entries` of an object reach is original.
+
+    Attributes of the object count where they hide a method, or are functions of strangers.
+    """
+    cls = type(instance)
+    code = reached([cls], entries)
+    own, methods = vars(instance), code.methods(cls)
+    for name in code.names & own.keys():
+        where = f"{cls.__name__}.{name}"
+        if name in methods and replaced(instance, name):
+            raise _stranger(where)
+        if callable(own[name]) and not isinstance(own[name], type):
+            list(_links(own[name], where))
+
+
+def original(function: Any, owner: type, name: str) -> bool:
+    """Whether `function`, which stands in `vars(owner)`, is what `owner`'s module defines there."""
+    method = f"{owner.__qualname__}.{name}"
+    try:
+        links = [*_links(function, method)]
+    except Unsupported:
+        return False
+    home = vars(sys.modules.get(owner.__module__, sys))
+    return any(
+        # Module's __call__ and forward are names for others of its functions
+        link.__globals__ is home and (link.__code__.co_qualname == method or owner is nn.Module)
+        for link in links
+    )
+
+
+def own_method(instance: Any, name: str) -> bool:
+    """Whether `instance.name` is a method that is original, in whichever class it was found."""
+    owner = next((base for base in type(instance).__mro__ if name in vars(base)), object)
+    return name not in vars(instance) and original(vars(owner).get(name), owner, name)
+
+
+def own_helper(function: Any, name: str) -> bool:
+    """Whether what a module knows as `name` is a library's function of that name."""
+    try:
+        links = [*_links(function, name)]
+    except Unsupported:
+        return False
+    return any(link.__code__.co_qualname == name for link in links)
+
+
+def _follow(classes: Iterable[type], entries: tuple[str, ...]) -> Reached:
+    bases = {base for cls in classes for base in cls.__mro__}
+    owners = {base for base in bases if _package(base) not in sys.stdlib_module_names}
+    found, names, todo = dict[tuple[int, str], Item](), set[str](), [*entries]
     while todo:
         name = todo.pop()
-        if name in names or (name.startswith("__") and name not in _ENTRIES):
+        if name in names or (name.startswith("__") and name not in entries):
             continue
         names.add(name)
         for owner in owners:
             held = _dict_of(owner)
-            if name in held:
-                found[id(held), name] = (held, name, held[name])
-                links = [*_links(held[name], f"{owner.__qualname__}.{name}")]
-                _check_own(links, owner, name)
-                for function in links:
-                    todo += _scan(function, found)
+            if name not in held:
+                continue
+            found[id(held), name] = (held, name, held[name])
+            links = [*_links(held[name], f"{owner.__qualname__}.{name}")]
+            if _package(owner) not in PACKAGES or (links and not original(held[name], owner, name)):
+                raise _stranger(f"{owner.__qualname__}.{name}", links)
+            for function in links:
+                todo += _scan(function, found)
     return Reached([*found.values()], [_dict_of(owner) for owner in owners], frozenset(names))
 
 
@@ -82,36 +145,17 @@ def _scan(function: FunctionType, found: dict[tuple[int, str], Item]) -> Iterato
     modules = [vars(v) for n in names if isinstance(v := outside.get(n), ModuleType)]
     for held in (outside, *(m for m in modules if _root(m["__name__"]) in PACKAGES)):
         for name in names & held.keys():
-            value = held[name]
+            value, where = held[name], f"{held['__name__']}.{name}"
             if not callable(value) or isinstance(value, type) or (id(held), name) in found:
                 continue
             found[id(held), name] = (held, name, value)
-            links = [*_links(value, f"{held['__name__']}.{name}")]
-            if held is not outside:
-                require_named(value, name, held["__name__"])
-            for link in links:
-                if _root(link.__module__) == "diffusers":
-                    yield from _scan(link, found)
-
-
-def require_named(value: Any, name: str, module: str) -> None:
-    """Raise Unsupported where a module has under `name` a function of another name."""
-    own = getattr(value, "__name__", name)
-    if own.strip("_") != name.strip("_"):
-        raise Unsupported(f"{module}.{name}, which is another function now: {own}")
-
-
-def _check_own(links: list[FunctionType], owner: type, name: str) -> None:
-    """Raise Unsupported unless one of a function's links was written as `owner`'s `name`."""
-    home, method = vars(sys.modules.get(owner.__module__, sys)), f"{owner.__qualname__}.{name}"
-    alias = owner is nn.Module  # __call__ and forward are names for others of its functions
-    own = (
-        link.__globals__ is home and (alias or link.__code__.co_qualname == method)
-        for link in links
-    )
-    if links and not any(own):
-        written = links[-1].__code__.co_qualname
-        raise Unsupported(f"{method}, which is another function now: {written}")
+            links = [*_links(value, where)]
+            theirs = [link for link in links if _root(link.__module__) == "diffusers"]
+            called = getattr(value, "__name__", name) if held is not outside else name
+            if called.strip("_") != name.strip("_") or (theirs and not own_helper(value, name)):
+                raise _stranger(where, links)
+            for link in theirs:
+                yield from _scan(link, found)
 
 
 def _links(value: Any, where: str) -> Iterator[FunctionType]:
@@ -124,15 +168,20 @@ def _links(value: Any, where: str) -> Iterator[FunctionType]:
     elif isinstance(value, cached_property):
         value = value.func
     value = getattr(value, "__func__", value)
-    while value is not None:
+    while callable(value) and not isinstance(value, type):
         package = _package(type(value))
         if isinstance(value, FunctionType):
             package = _root(value.__globals__.get("__name__"))
             yield value
         if package not in _KNOWN or isinstance(value, partial | partialmethod):
-            name = getattr(value, "__qualname__", type(value).__qualname__)
-            raise Unsupported(f"{where}, which is another function now: {package}'s {name}")
+            raise _stranger(where, [value])
         value = getattr(value, "__wrapped__", None)
+
+
+def _stranger(where: str, links: list[Any] | None = None) -> Unsupported:
+    """`where`: a function; `links`: what stands there instead."""
+    now = "".join(f": {getattr(link, '__qualname__', link)}" for link in (links or [])[-1:])
+    return Unsupported(f"{where} is not its library's own{now}")
 
 
 def _names(code: CodeType) -> set[str]:

@@ -5,7 +5,6 @@ watch and fingerprints derive from the notes, so there is no list of attributes 
 """
 
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -135,18 +134,7 @@ class Reads:
         methods: dict[type, list[str]] = {}
         for thing in self.opened.values():
             held = vars(thing)
-            for name in methods.setdefault(type(thing), _methods(type(thing), code)):
+            for name in methods.setdefault(type(thing), code.methods(type(thing))):
                 if replaced(thing, name):
                     raise Unsupported(f"a {kind(thing)} with a {name} of its own")
                 yield held, name, held.get(name)
-
-
-def _methods(cls: type, code: Reached) -> list[str]:
-    """Names of a class's functions that are reached, less those that every module has."""
-    found = {
-        name
-        for base in cls.__mro__
-        for name, value in vars(base).items()
-        if name in code.names and isinstance(value, FunctionType)
-    }
-    return [name for name in found if name == "forward" or not hasattr(nn.Module, name)]

@@ -62,7 +62,8 @@ def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
 def replaced(thing: Any, name: str) -> bool:
     """Whether a function of its own stands for a method; removed hooks leave the class's behind."""
     own = vars(thing).get(name)
-    return own is not None and getattr(own, "__func__", None) is not getattr(type(thing), name)
+    left = getattr(own, "__func__", None) is getattr(type(thing), name)
+    return own is not None and not (left and getattr(own, "__self__", None) is thing)
 
 
 class Unwritten:

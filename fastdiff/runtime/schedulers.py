@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.guided_step.spec import GUIDANCE, HISTORY, NEXT_SCALE, NOISE, RESCALE, SAMPLE
+from fastdiff.models.originals import check_own
+from fastdiff.models.watch import Unsupported
 from fastdiff.runtime.contents import digest_of
-from fastdiff.runtime.originals import foreign
 from fastdiff.runtime.recurrence import (
     ALLOWED,
     EXACT,
@@ -135,10 +136,15 @@ def probe(
 def refuse_foreign(scheduler: Any) -> None:
     """Raise NotLinear unless all that a step of `scheduler` runs is diffusers' own: what others
     wrote may keep, log or count what it sees."""
-    name = foreign(scheduler, ("step", "scale_model_input", "add_noise"))
-    if name is not None:
-        raise NotLinear(f"{type(scheduler).__name__}: its {name} is not diffusers' own")
+    try:
+        check_own(scheduler, (*_STEPS, *_ACCESS))
+    except Unsupported as stranger:
+        raise NotLinear(f"{type(scheduler).__name__}: {stranger}") from stranger
 
+
+_STEPS = ("step", "scale_model_input", "add_noise")
+_ACCESS = ("__getattribute__", "__getattr__", "__setattr__", "__deepcopy__", "__reduce_ex__")
+"""What runs without being named when attributes are read or written, and copies made."""
 
 _Key = tuple[type, Any, str]
 _FOUND: dict[_Key, Table | str] = {}

@@ -348,7 +348,7 @@ def test_a_logging_scheduler_is_called_as_eager_calls_it(pipe, name):
     expected, log[:] = list(log), []
     torch.testing.assert_close(draw(fast), want, rtol=1e-6, atol=1e-6)
     assert log == expected
-    assert "not diffusers' own" in str(loop_of(fast).own)
+    assert "not its library's own" in str(loop_of(fast).own)
 
 
 # Calls that come by another way

@@ -3,15 +3,27 @@
 import functools
 import inspect
 import sys
+from types import FunctionType
 
 import diffusers
 import pytest
 from diffusers import SchedulerMixin
 
-from fastdiff.runtime import originals
-from fastdiff.runtime.originals import foreign, original, own_helper, own_method
+from fastdiff.models import Unsupported, originals
+from fastdiff.models.originals import original, own_helper, own_method
+from fastdiff.runtime.schedulers import _ACCESS, _STEPS
 
-ENTRIES = ("step", "scale_model_input", "add_noise")
+ENTRIES = (*_STEPS, *_ACCESS)
+
+
+def foreign(instance, entries):
+    """The name of what is not diffusers' own among all that is reached; None where all is."""
+    try:
+        originals.check_own(instance, entries)
+    except Unsupported as stranger:
+        where, *_ = str(stranger).split(" is not its library's own")
+        return where.rpartition(".")[2]
+    return None
 
 
 def classes():
@@ -28,8 +40,9 @@ def classes():
 
 
 def reached(cls):
-    foreign(cls(), ENTRIES)
-    return sorted(originals._REACHED[cls].methods)
+    names = originals.reached([cls], ENTRIES).names
+    there = {name for base in cls.__mro__[:-1] for name in vars(base)}
+    return sorted(n for n in names & there if isinstance(getattr(cls, n), FunctionType | property))
 
 
 def wrapped(value):
@@ -66,6 +79,8 @@ def test_every_method_overridden_or_patched_shows(cls, monkeypatch):
         if not isinstance(value, property) and not name.startswith("__"):
             instance = object.__new__(cls)
             vars(instance)[name] = value.__get__(instance)
+            assert foreign(instance, ENTRIES) is None
+            vars(instance)[name] = value.__get__(object.__new__(cls))
             assert foreign(instance, ENTRIES) == name
 
 

@@ -435,7 +435,7 @@ def test_a_replaced_step_is_refused_and_not_run():
     scheduler.set_timesteps(6)
     own = scheduler.step
     scheduler.step = lambda *args, **options: own(*args, **options)
-    with pytest.raises(NotLinear, match="its step is not diffusers' own"):
+    with pytest.raises(NotLinear, match="step is not its library's own"):
         probe(scheduler)
     assert scheduler._step_index is None
 
