@@ -179,9 +179,13 @@ def borrow_trunk(
     stages = tuple(borrow_stage(block, "up", loan, rows, text) for block in ups)
     require(bool(text.layers), "a U-Net without cross-attention")
     added = net.add_embedding if config.addition_embed_type else None
+    sinusoid = borrow_sinusoid(net.time_proj, loan)
+    time = borrow_embedding(net.time_embedding, loan)
+    wide = time.first.weight.shape[1]
+    require(sinusoid.width == wide, f"a time embedding of {wide} columns for {sinusoid.width}")
     fields = {
-        "sinusoid": borrow_sinusoid(net.time_proj, loan),
-        "time": borrow_embedding(net.time_embedding, loan),
+        "sinusoid": sinusoid,
+        "time": time,
         "added_sinusoid": None if added is None else borrow_sinusoid(net.add_time_proj, loan),
         "added": None if added is None else borrow_embedding(added, loan),
         "rows": loan.linear(*rows.layers),

@@ -29,17 +29,9 @@ OTHERS: dict[str, list[Any]] = {
 }
 """Values to set in place of what is there; others follow from the value."""
 
-CONSTRUCTION = (
-    *("channels", "num_channels", "groups", "stride", "dilation", "name", "is_input_continuous"),
-    *("has_cross_attention", "only_cross_attention", "use_linear_projection"),
-)
-"""Attributes that say which children there are: diffusers refuses other values than theirs."""
-
 
 def other_values(name: str, value: Any) -> list[Any]:
     """Values that diffusers accepts of an attribute, other than its own."""
-    if name in CONSTRUCTION:
-        return []
     if name in OTHERS:
         return [other for other in OTHERS[name] if other != value]
     if isinstance(value, bool):
