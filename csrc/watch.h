@@ -31,7 +31,8 @@ class Watch {
   bool intact() const {
     if (cleared_) return false;
     for (const auto& [dict, key, value] : items_) {
-      PyObject* now = PyDict_GetItem(dict.ptr(), key.ptr());
+      // keys are names, whose hashes never fail; PyDict_GetItem would put errors aside each time
+      PyObject* now = PyDict_GetItemWithError(dict.ptr(), key.ptr());
       if ((now ? now : Py_None) != value.ptr()) return false;
     }
     for (const auto& [object, type] : types_)

@@ -98,8 +98,7 @@ class Reads:
         if (id(thing), name) in self._notes:
             return
         held = vars(thing)
-        kept = held.get(name)
-        self._notes[id(thing), name] = (held, name, kept)
+        self._notes[id(thing), name] = (held, name, held.get(name))
         self.values.append((thing, name, value))
 
     def seal(self) -> None:
@@ -113,7 +112,9 @@ class Reads:
             if id(module) in unread:
                 raise Unsupported(f"{name}, a {kind(module)} that diffusers does not have there")
         code = reached(type(thing) for thing in self.opened.values())
-        items = [*self._notes.values(), *code.items, *self._overrides(code)]
+        # children and parameters are watched where they lie
+        notes = (n for n in self._notes.values() if not _kept(n[0], n[1]))
+        items = [*notes, *code.items, *self._overrides(code)]
         self._watch = watch(self.modules, items, (*code.dicts, *self._hooks))
 
     def adopt(self, other: "Reads") -> None:
@@ -138,3 +139,8 @@ class Reads:
                 if replaced(thing, name):
                     raise Unsupported(f"a {kind(thing)} with a {name} of its own")
                 yield held, name, held.get(name)
+
+
+def _kept(held: dict[str, Any], name: str) -> bool:
+    """Whether the name is a child's or a parameter's."""
+    return name in held.get("_modules", ()) or name in held.get("_parameters", ())
