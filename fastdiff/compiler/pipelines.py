@@ -47,6 +47,12 @@ _LOCALS = (
 """Variables of diffusers' `__call__` that a plan is made from."""
 
 
+_ASKED = (
+    *("guidance_scale", "guidance_rescale", "do_classifier_free_guidance"),
+    *("cross_attention_kwargs", "progress_bar"),
+)
+"""What diffusers asks the pipeline for in every step, and a plan once."""
+
 _LOOP = "_fastdiff_loop"
 
 
@@ -218,6 +224,9 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Ca
         raise Unsupported("this version of diffusers asks after its first step only")
     if not own_method(pipe, "prepare_latents"):
         raise Unsupported("its prepare_latents was replaced, and may keep the latents it gives")
+    for name in _ASKED:
+        if hasattr(type(pipe), name) and not own_method(pipe, name):
+            raise Unsupported(f"its {name} was replaced, and may change from step to step")
     rescale = helpers.get("rescale_noise_cfg")
     if rescale is not None and not own_helper(rescale, "rescale_noise_cfg"):
         raise Unsupported("rescale_noise_cfg was replaced")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastdiff.models.watch import Unwritten
+
 
 @dataclass(frozen=True)
 class Promotion:
@@ -19,6 +21,8 @@ class Promotion:
     module: nn.Module
     version: int
     """State of the module's weights when they were copied."""
+    unwritten: Unwritten
+    """Tells what `version` does not: writes through `.data`."""
 
 
 def overflowed(values: Any) -> bool:

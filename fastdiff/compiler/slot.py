@@ -27,7 +27,7 @@ from fastdiff.compiler.promotion import (
 )
 from fastdiff.compiler.transforms import transformed
 from fastdiff.models.borrow import Loan, Unsupported
-from fastdiff.models.state import Copies
+from fastdiff.models.state import Homes
 from fastdiff.models.watch import Unwritten
 
 _CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
@@ -74,7 +74,7 @@ class Slot:
     """The layers that overflowed since compile."""
     ended: bool = False
     """Whether the module was restored: whoever still holds the slot borrows nothing any more."""
-    _copies: Copies = field(default_factory=Copies, repr=False)
+    _homes: Homes = field(default_factory=dict, repr=False)
     _unwritten: Unwritten | None = None
     """The weights, for as long as a frozen network is taken."""
     _taking: Any = field(default_factory=threading.Lock, repr=False)
@@ -121,7 +121,8 @@ class Slot:
         if network is None:
             raise Unsupported(reason or self.refused or "")
         if self.promotion is not None:
-            if self.promotion.version == self.version:
+            same = self.promotion.version == self.version
+            if same and self.promotion.unwritten.values_hold():
                 return self.promotion.network
             self.promotion = None
         return network
@@ -133,7 +134,8 @@ class Slot:
             loan = Loan(module)
             network = (self.kind.exact or self.kind.borrow)(module, loan)
             loan.refresh(scale)
-        self.promotion = Promotion(network, module, version)
+        unwritten = Unwritten(self.module.parameters())
+        self.promotion = Promotion(network, module, version, unwritten)
         if where not in self.promoted:
             self.promoted.append(where)
 
@@ -173,7 +175,7 @@ class Slot:
                 self.refused = str(unsupported)
                 return
             self.refused = None
-            self.loan = Loan(self.module, copies=self._copies)
+            self.loan = Loan(self.module, homes=self._homes)
             if self.kind.frozen:
                 self._unwritten = Unwritten(self.module.parameters())
             try:

@@ -5,7 +5,8 @@ edits in place go on working (see `state`), and the kernels see those edits.
 """
 
 import itertools
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 from fastdiff.models.lora import Merges, base_of, parts
 from fastdiff.models.reads import Reader, Reads
-from fastdiff.models.state import Copies, Gate, Lent, apart
+from fastdiff.models.state import Gate, Homes, Lent
 from fastdiff.models.watch import Unsupported, kind
 
 __all__ = ["Loan", "Norm", "Unsupported", "Weights", "kind"]
@@ -61,14 +62,18 @@ class Loan(Reads):
         self,
         root: nn.Module,
         rehearsal: bool = False,
-        copies: Copies | None = None,
+        homes: Homes | None = None,
     ) -> None:
-        """`copies`: those that state dicts got during former loans of `root`."""
+        """`homes`: that state dicts got during former loans of `root`."""
         super().__init__(root)
-        self._rehearsal, self._copies = rehearsal, copies or Copies()
-        self._copies.collect()
-        self._gate: Gate | None = None
+        self._rehearsal, self._homes = rehearsal, {} if homes is None else homes
         self._lent: dict[int, Lent] = {}
+        self._gate: Gate | None = None
+        self._moving = threading.RLock()
+        self._looked_at = False
+        """Whether those whose strides savers refuse went home since the last use."""
+        self._held: list[Lent] = []
+        """Those of which a state dict holds memory that they had."""
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
         self._seen: set[int] = set()
@@ -146,18 +151,33 @@ class Loan(Reads):
 
     def intact(self) -> bool:
         """Whether every parameter is still where it was lent and nothing watched was replaced."""
-        self._copies.collect()
+        with self._moving:
+            if self._looked_at:
+                self._looked_at = False
+                for lent in self._lent.values():
+                    lent.come_back()
+                self._held = [*self._lent.values()]
+            if self._held:
+                self._held = [lent for lent in self._held if lent.collect()]
         return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
             self._watch.intact()
         )
 
     def seal(self) -> None:
         super().seal()
-        self._parameters = [lent.parameter for lent in self._lent.values()]
-        self._addresses = [lent.address for lent in self._lent.values()]
-        if self._lent:
-            self._copies.parted()
-            self._gate = Gate(self.modules, self._found, self._copies)
+        self._held = [*self._lent.values()]
+        self._parameters = [lent.parameter for lent in self._held]
+        self._addresses = [lent.address for lent in self._held]
+        if self._held:
+            self._gate = Gate(self.modules, self._found, self._go_home)
+
+    def _go_home(self) -> None:
+        """Before somebody looks at the parameters."""
+        with self._moving:
+            self._looked_at = True
+            for lent in self._lent.values():
+                if lent.strays:
+                    lent.go_home()
 
     def refresh(self, scale: float = 1.0) -> None:
         """Bring the effective weights under LoRA adapters up to date, in place.
@@ -178,11 +198,10 @@ class Loan(Reads):
         """Give every parameter memory of its own again, laid out as before; values stay as now."""
         if self._gate is not None:
             self._gate.leave()
-        self._copies.collect()
-        for lent in self._lent.values():
-            lent.give_back(self._copies.of(lent.parameter))
-        self._copies.parted()
-        self._lent.clear()
+        with self._moving:
+            for lent in self._lent.values():
+                lent.go_home()
+            self._lent.clear()
 
     def width(self, layer: nn.Module) -> int:
         """Rows N of a linear layer's weight."""
@@ -200,8 +219,6 @@ class Loan(Reads):
         """Memory for `sources`; large ones leave the GPU before it comes, not after."""
         if self._rehearsal:
             return torch.empty(shape, dtype=self.dtype, device="meta")
-        for source in sources:
-            self._lent[id(source)] = Lent(source, 0, _dense(source, source.stride()))
         large = sum(source.nbytes for source in sources) > _LARGE and self.device.type != "cpu"
         try:
             for source in sources if large else ():
@@ -226,11 +243,8 @@ class Loan(Reads):
     def _lend(self, parameter: Tensor, view: Tensor) -> None:
         if self._rehearsal:
             return
-        with torch.inference_mode(self._mode):
-            view.copy_(parameter.detach())
-            parameter.data = apart(view)
-        lent = self._lent[id(parameter)]
-        self._lent[id(parameter)] = replace(lent, address=parameter.data_ptr())
+        homes = self._homes.setdefault(id(parameter), [])
+        self._lent[id(parameter)] = Lent(parameter, view, homes)
 
     def _found(self, parameter: Tensor) -> Lent | None:
         """How a parameter is lent, if it still is."""
@@ -243,7 +257,7 @@ class Loan(Reads):
         if not parameter.is_contiguous():
             raise Unsupported("a strided bias or norm")
         if not self._rehearsal:
-            self._lent[id(parameter)] = Lent(parameter, parameter.data_ptr())
+            self._lent[id(parameter)] = Lent(parameter)
 
     def _check(self, *parameters: Tensor) -> None:
         for parameter in parameters:
@@ -252,6 +266,8 @@ class Loan(Reads):
                 raise Unsupported(
                     f"weights kept as {parameter.layout} {name}, not as plain numbers"
                 )
+            if parameter.device.type == "cpu" and parameter.is_shared():
+                raise Unsupported("weights in memory that other processes share")
             if parameter.is_inference() != self._mode:
                 raise Unsupported("weights of which some were made in torch.inference_mode")
             if parameter.dtype != self.dtype or parameter.device != self.device:
@@ -282,11 +298,3 @@ def _check_conv(layer: Reader, kernel: int, stride: int, padding: int) -> None:
             f"a {'×'.join(map(str, sides))} convolution with {described} where a plain"
             f" {kernel}×{kernel} convolution of stride {stride} and padding {padding} was expected"
         )
-
-
-def _dense(parameter: Tensor, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides to go back to: the former ones, or plain ones where those left gaps."""
-    former = torch.empty_strided(parameter.shape, stride, device="meta")
-    last = former.ndim == 4 and former.is_contiguous(memory_format=torch.channels_last)
-    plain = torch.empty(parameter.shape, device="meta").stride()
-    return stride if last or former.is_contiguous() else plain

@@ -195,6 +195,7 @@ def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
     items: list[tuple[dict[str, Any], str, Any]] = []
     dicts: list[dict[Any, Any]] = []
     tensors: list[Tensor] = []
+    modules: list[nn.Module] = []
     for layer, layer_parts in zip(layers, added, strict=True):
         items += [(vars(layer), key, vars(layer).get(key)) for key in _STATE]
         dicts.append(layer.lora_A._modules)  # an adapter may be active before it is there
@@ -203,15 +204,15 @@ def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
             items.append((layer.scaling, part.name, part.scaling))
             for held, module in ((layer.lora_A, part.down), (layer.lora_B, part.up)):
                 items.append((held._modules, part.name, module))
-                items.append((module._parameters, "weight", module.weight))
                 items.append((vars(module), "forward", None))
                 dicts += hooks([module])
+                modules.append(module)
             if isinstance(part.dropout, nn.Dropout):
                 names = vars(part.dropout)
                 items += [(names, key, names[key]) for key in ("p", "training")]
             tensors += part.tensors
     return _Noted(
-        watch((), items, dicts),
+        watch(modules, items, dicts),
         [(names, tuple(names)) for names in _lists(layers)],
         Unwritten(tensors),
     )

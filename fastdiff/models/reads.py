@@ -115,7 +115,8 @@ class Reads:
         # children and parameters are watched where they lie
         notes = (n for n in self._notes.values() if not _kept(n[0], n[1]))
         items = [*notes, *code.items, *self._overrides(code)]
-        self._watch = watch(self.modules, items, (*code.dicts, *self._hooks))
+        others = [thing for thing in self.opened.values() if not isinstance(thing, nn.Module)]
+        self._watch = watch(self.modules, items, (*code.dicts, *self._hooks), others)
 
     def adopt(self, other: "Reads") -> None:
         """Watch what another has read of the same root, in place of reading it."""

@@ -1,17 +1,16 @@
 """Parameters in the kernels' memory, and what those see who ask modules for their state.
 
 Savers take parameters that share a storage for one and drop the rest, or refuse strides. So a lent
-parameter has a storage of its own, cut out of the kernels' memory, where its numbers lie in a row;
-where they do not, state dicts, pickles and deepcopies hold a copy, laid out as before. That takes
-the memory of those weights once more, but only while somebody keeps it; to give the weights back
-instead would cost a new recording at the next use, and PEFT asks for state dicts to swap adapters.
-What is written into the copy in a state dict counts as written into the parameter.
+parameter has a storage of its own, cut out of the kernels' memory, where its numbers lie in a row.
+Where they do not, it goes home before a state dict, a pickle or a copy is made: to memory laid out
+as before, which is its own until the next use brings it back, with all that was written meanwhile.
+That takes the memory of those weights once more until then. To free the kernels' instead would cost
+a new recording at each use, and PEFT asks for state dicts to swap adapters.
 """
 
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,138 +26,155 @@ def apart(view: Tensor) -> Tensor:
         return view
     start = view.storage_offset() * view.element_size()
     storage = view.untyped_storage()[start : start + view.nbytes]
-    return torch.empty(0, dtype=view.dtype, device=view.device).set_(
-        storage, 0, view.shape, view.stride()
-    )
+    own = torch.empty(0, dtype=view.dtype, device=view.device)
+    return own.set_(storage, 0, view.shape, view.stride())
 
 
-@dataclass(frozen=True)
+class Home:
+    """Memory that a parameter had, which a state dict holds."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = weakref.ref(tensor), tensor._version
+
+    @property
+    def held(self) -> Tensor | None:
+        """It, as long as somebody holds it."""
+        return self._tensor()
+
+    def is_of(self, parameter: Tensor) -> bool:
+        held = self.held
+        return held is not None and held.data_ptr() == parameter.data_ptr()
+
+    def written(self) -> bool:
+        """Whether something was written there since this was last asked."""
+        held, before = self.held, self._version
+        self._version = before if held is None else held._version
+        return self._version != before
+
+
+Homes = dict[int, list[Home]]
+"""By the id of the parameter; they outlast a loan."""
+
+
 class Lent:
-    """A parameter whose memory the runtime reads."""
+    """A parameter whose memory the runtime reads: `view`, or what it has where that is None."""
 
-    parameter: Tensor
-    address: int
-    """Where it lies, for as long as nobody else moves it."""
-    stride: tuple[int, ...] | None = None
-    """Of the memory that it gets back; None: it was left where it is."""
+    def __init__(
+        self, parameter: Tensor, view: Tensor | None = None, homes: list[Home] | None = None
+    ) -> None:
+        self.parameter, self._view = parameter, view
+        self._stride, self._at_home = _dense(parameter), True
+        self._homes = [] if homes is None else homes
+        self._homes[:] = [home for home in self._homes if home.is_of(parameter)]
+        self.address = parameter.data_ptr()
+        """Where it lies, for as long as nobody else moves it."""
+        self.come_back()
+        self.strays = parameter.stride() != self._stride
 
-    def memory(self) -> Tensor:
-        """Memory as the parameter had it before."""
-        like = self.parameter
-        with torch.inference_mode(like.is_inference()):
-            return torch.empty_strided(
-                like.shape, self.stride or like.stride(), dtype=like.dtype, device=like.device
-            )
-
-    def give_back(self, home: Tensor | None) -> None:
-        """Move the parameter to `home`, or to memory of its own."""
-        if self.stride is None or self.parameter.data_ptr() != self.address:
+    def go_home(self) -> None:
+        """To memory laid out as it had it: the same, where somebody holds on to that."""
+        if self._view is None or self._at_home or self.parameter.data_ptr() != self.address:
             return
-        own = self.memory() if home is None else home
-        with torch.inference_mode(self.parameter.is_inference()):
-            self.parameter.data = own.copy_(self.parameter.detach())
+        self.collect()
+        home = next((held for home in self._homes if (held := home.held) is not None), None)
+        if home is None:
+            like = self.parameter
+            with torch.inference_mode(like.is_inference()):
+                home = torch.empty_strided(
+                    like.shape, self._stride, dtype=like.dtype, device=like.device
+                )
+        self._move(home)
+        self._at_home = True
 
+    def come_back(self) -> None:
+        """To the kernels' memory; not where somebody else has moved it from home."""
+        if self._view is None or not self._at_home or self.parameter.data_ptr() != self.address:
+            return
+        self._move(apart(self._view))
+        self._at_home = False
+        for home in self._homes:
+            home.written()
 
-class Copies:
-    """What state dicts hold of lent parameters, for as long as somebody keeps it."""
-
-    def __init__(self) -> None:
-        self._copies: dict[int, list[_Copy]] = {}
-
-    def add(self, parameter: Tensor, tensor: Tensor) -> None:
-        self._copies.setdefault(id(parameter), []).append(_Copy(parameter, tensor))
-
-    def collect(self) -> None:
-        """Take over what was written into the copies."""
-        for key in [*self._copies]:
-            self._copies[key] = [copy for copy in self._copies[key] if copy.collect()]
-            if not self._copies[key]:
-                del self._copies[key]
-
-    def parted(self) -> None:
-        """Parameters have moved: those whose memory a copy was are elsewhere now."""
-        for copies in self._copies.values():
-            for copy in copies:
-                copy.parted()
-
-    def of(self, parameter: Tensor) -> Tensor | None:
-        """The newest copy of a parameter, which takes over what was written into it."""
-        copies = self._copies.get(id(parameter), [])
-        living = [copy.tensor() for copy in copies if copy.collect()]
-        return living[-1] if living else None
-
-
-class _Copy:
-    def __init__(self, parameter: Tensor, tensor: Tensor) -> None:
-        self.parameter, self.tensor = weakref.ref(parameter), weakref.ref(tensor)
-        self.parted()
-
-    def parted(self) -> None:
-        """Note where the parameter is, and that the copy holds what it holds."""
-        parameter, tensor = self.parameter(), self.tensor()
-        if parameter is not None and tensor is not None:
-            self._address, self._version = parameter.data_ptr(), tensor._version
+    def hand_out(self, tensor: Tensor) -> None:
+        """Note that a state dict holds `tensor`, the parameter's memory now."""
+        self._homes.append(Home(tensor))
 
     def collect(self) -> bool:
-        """Whether the copy still counts; not once others have moved the parameter."""
-        parameter, tensor = self.parameter(), self.tensor()
-        if parameter is None or tensor is None or parameter.data_ptr() != self._address:
-            return False
-        if tensor._version != self._version and tensor.data_ptr() != self._address:
-            with torch.no_grad():
-                parameter.data.copy_(tensor)
-        self._version = tensor._version
-        return True
+        """Take over what was written at home; whether anybody holds on to that memory."""
+        self._homes[:] = [home for home in self._homes if home.held is not None]
+        for home in self._homes:
+            held = home.held
+            away = held is not None and home.written() and not home.is_of(self.parameter)
+            if away and self.parameter.data_ptr() == self.address:
+                self._copy(self.parameter.data, held)
+        return bool(self._homes)
+
+    def _move(self, memory: Tensor) -> None:
+        if memory.data_ptr() != self.parameter.data_ptr():
+            self._copy(memory, self.parameter.detach())
+        with torch.inference_mode(self.parameter.is_inference()):
+            self.parameter.data = memory
+        self.address = memory.data_ptr()
+
+    def _copy(self, to: Tensor, of: Any) -> None:
+        with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
+            to.copy_(of)
+
+
+def _dense(parameter: Tensor) -> tuple[int, ...]:
+    """The strides to go home to: the parameter's, or plain ones where those leave gaps."""
+    former = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
+    last = former.ndim == 4 and former.is_contiguous(memory_format=torch.channels_last)
+    if last or former.is_contiguous():
+        return parameter.stride()
+    return torch.empty(parameter.shape, device="meta").stride()
 
 
 class Gate:
-    """Stands before the state of lent parameters' modules."""
+    """Stands before the state of lent parameters' modules: `go_home` comes first."""
 
     def __init__(
         self,
         modules: Iterable[nn.Module],
         lent: Callable[[Tensor], Lent | None],
-        copies: Copies,
+        go_home: Callable[[], None],
     ) -> None:
         self._modules: list[Any] = list(modules)
-        self._lent, self._copies = lent, copies
+        self._lent, self._go_home = lent, go_home
         for module in self._modules:
+            module._state_dict_pre_hooks[_KEY] = self._ask
             module._state_dict_hooks[_KEY] = self._hand_out
+            module._state_dict_hooks.move_to_end(_KEY, last=False)  # others may change the entries
             vars(module)[_GETSTATE] = partial(self._state_of, module)
 
     def leave(self) -> None:
         for module in self._modules:
-            module._state_dict_hooks.pop(_KEY, None)
-            vars(module).pop(_GETSTATE, None)
+            if vars(module).get(_GETSTATE) is not None:
+                module._state_dict_pre_hooks.pop(_KEY, None)
+                module._state_dict_hooks.pop(_KEY, None)
+                vars(module).pop(_GETSTATE)
         self._modules = []
 
+    def _ask(self, *_: Any) -> None:
+        self._go_home()
+
     def _hand_out(self, module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
-        """Put copies where a state dict would hold strided views."""
+        """Let a state dict hold tensors whose versions tell writes into them from others."""
         for name, parameter in module._parameters.items():
-            if parameter is None or state.get(prefix + name) is parameter:
+            given = state.get(prefix + name)
+            lent = None if parameter is None else self._lent(parameter)
+            if lent is None or given is parameter or not isinstance(given, Tensor):
                 continue
-            if (copy := self._plain(parameter)) is None:
-                continue
-            state[prefix + name] = copy
-            if not copy.is_inference():
-                self._copies.add(parameter, copy)
+            own = lent.parameter.data
+            if given.data_ptr() == own.data_ptr() and not own.is_inference():
+                state[prefix + name] = own
+                lent.hand_out(own)
 
     def _state_of(self, module: Any) -> dict[str, Any]:
         """What a deepcopy or pickle of a module holds: nothing of ours."""
+        self._go_home()
         state: dict[str, Any] = getattr(type(module), _GETSTATE)(module)
-        hooks, parameters = state["_state_dict_hooks"], dict(state["_parameters"])
         state.pop(_GETSTATE, None)
-        state["_state_dict_hooks"] = OrderedDict((k, v) for k, v in hooks.items() if k != _KEY)
-        for name, parameter in parameters.items():
-            if (copy := self._plain(parameter)) is not None:
-                parameters[name] = nn.Parameter(copy, requires_grad=parameter.requires_grad)
-        return state | {"_parameters": parameters}
-
-    def _plain(self, parameter: Any) -> Tensor | None:
-        """A copy of a parameter that lies in other strides than it did; of all others None."""
-        lent = None if parameter is None else self._lent(parameter)
-        if lent is None or lent.stride in (None, parameter.stride()):
-            return None
-        self._copies.of(parameter)
-        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-            return lent.memory().copy_(parameter.detach())
+        for name in ("_state_dict_pre_hooks", "_state_dict_hooks"):
+            state[name] = OrderedDict((k, v) for k, v in state[name].items() if k != _KEY)
+        return state

@@ -32,12 +32,14 @@ def watch(
     modules: Sequence[nn.Module],
     items: Iterable[Item] = (),
     dicts: Iterable[dict[Any, Any]] = (),
+    things: Iterable[Any] = (),
 ) -> Any:
     """Note class, children and parameters of each module, and `items`.
 
     Args:
         items: what else must stay so.
         dicts: further dicts that must keep their number of keys.
+        things: other objects that must keep their class.
 
     Returns:
         An object whose `intact()` says whether all of that still holds.
@@ -47,7 +49,8 @@ def watch(
         for kept in (module._modules, module._parameters):
             items += [(kept, name, value) for name, value in kept.items()]
             dicts.append(kept)
-    return (_SlowWatch if NATIVE is None else NATIVE.Watch)(items, list(modules), dicts)
+    kind = _SlowWatch if NATIVE is None else NATIVE.Watch
+    return kind(items, [*modules, *things], dicts)
 
 
 def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:

@@ -17,13 +17,9 @@ from fastdiff.compiler.slot import slot_of
 from fastdiff.models.originals import reached
 
 
-@pytest.fixture(scope="module", params=NETS)
-def network(request):
-    torch.manual_seed(0)
-    model, net, given, options = NETS[request.param]()
-    fastdiff.compile(model)
-    with torch.no_grad():
-        net(*given, **options)
+@pytest.fixture(scope="module")
+def network(compiled):
+    net, given, options = compiled
     return net, lambda call: whole(call(*given, **options))
 
 

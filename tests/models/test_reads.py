@@ -4,12 +4,10 @@ import copy
 import warnings
 from collections.abc import Mapping
 
-import pytest
 import torch
-from small import NETS, unet
+from small import unet
 from torch import nn
 
-import fastdiff
 from fastdiff.compiler.slot import slot_of
 from fastdiff.models.originals import reached
 from fastdiff.models.settings import settings
@@ -49,17 +47,6 @@ OTHERS = {
     "UNetMidBlock2DCrossAttn": {"out_channels"},
 }
 """The same by class."""
-
-
-@pytest.fixture(scope="module", params=NETS)
-def network(request):
-    torch.manual_seed(0)
-    model, net, given, options = NETS[request.param]()
-    fastdiff.compile(model)
-    with torch.no_grad():
-        net(*given, **options)
-    assert slot_of(net).fast == 1
-    return net, given, options
 
 
 def others(value):
@@ -122,8 +109,8 @@ def results(call):
 
 
 @torch.no_grad()
-def test_everything_read_is_watched(network):
-    net, given, options = network
+def test_everything_read_is_watched(compiled):
+    net, given, options = compiled
     seen = {}
     options = options | ({} if len(given) == 1 else {"return_dict": False})
     slot = slot_of(net)
@@ -162,8 +149,8 @@ def test_everything_read_is_watched(network):
 
 
 @torch.no_grad()
-def test_what_diffusers_reads_is_read(network):
-    net, _, _ = network
+def test_what_diffusers_reads_is_read(compiled):
+    net, _, _ = compiled
     slot = slot_of(net)
     opened = list(slot.loan.opened.values())
     read = {(id(thing), name) for thing, name, _ in slot.loan.values}
