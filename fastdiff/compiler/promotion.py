@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastdiff.models.watch import Unwritten
+from fastdiff.models.watch import Unwritten, version
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,7 @@ def as_type(values: Any, given: torch.dtype, wanted: torch.dtype) -> Any:
 
 def version_of(module: nn.Module) -> int:
     """Grows with every edit in place of a parameter that autograd can see."""
-    return sum(map(_version, module.parameters()))
-
-
-def _version(parameter: Tensor) -> int:
-    try:
-        return parameter._version
-    except RuntimeError:  # made in inference mode, even where its memory no longer is
-        return 0
+    return sum(version(parameter) or 0 for parameter in module.parameters())
 
 
 def float32_copy(module: nn.Module) -> nn.Module:

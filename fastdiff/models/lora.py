@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.watch import Unsupported, Unwritten, hooks, watch
+from fastdiff.models.watch import Unsupported, Unwritten, hooks, version, watch
 
 _LAYERS = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.layer", "Conv2d")}
 _WINDOW = ("stride", "padding", "dilation", "padding_mode", "groups")
@@ -165,13 +165,9 @@ def _recipe(base: Tensor, added: list[_Part], scale: float) -> tuple[Any, ...]:
     tensors = [base, *(tensor for part in added for tensor in part.tensors)]
     scalings = [p.scaling for p in added if not isinstance(p.scaling, Tensor)]
     return (
-        *((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors),
+        *((id(tensor), tensor.data_ptr(), version(tensor)) for tensor in tensors),
         *(scalings + [scale] if added else ()),
     )
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)

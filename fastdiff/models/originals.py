@@ -26,6 +26,8 @@ MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "forwa
 
 _KNOWN = {*PACKAGES, *sys.stdlib_module_names, "numpy", "scipy", "packaging", "typing_extensions"}
 """Those, and the packages that they call for what is no part of a picture."""
+_DRAWN = "randn_tensor"
+"""What draws noise for us, too: whatever it calls draws for both."""
 _KEPT = 64
 """How many sets of classes are remembered."""
 
@@ -154,7 +156,7 @@ def _scan(function: FunctionType, found: dict[tuple[int, str], Item]) -> Iterato
             called = getattr(value, "__name__", name) if held is not outside else name
             if called.strip("_") != name.strip("_") or (theirs and not own_helper(value, name)):
                 raise _stranger(where, links)
-            for link in theirs:
+            for link in theirs if name != _DRAWN else ():
                 yield from _scan(link, found)
 
 

@@ -78,6 +78,8 @@ class Reads:
         """Read a module that returns what it is given, as a Dropout does after eval()."""
         if type(module) is not nn.Identity:
             dropout = self.open(module, nn.Dropout)
+            if not 0 <= dropout.p <= 1:
+                raise Unsupported(f"a Dropout of {dropout.p}")
             if dropout.p > 0 and dropout.training:
                 raise Unsupported("a module in training mode")
         self.opened[id(module)] = module

@@ -69,6 +69,15 @@ def replaced(thing: Any, name: str) -> bool:
     return own is not None and not (left and getattr(own, "__self__", None) is thing)
 
 
+def version(tensor: Tensor) -> int | None:
+    """Grows with every edit in place that autograd can see; None where torch does not count them:
+    in what was made in inference mode, even where its memory no longer is."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
 class Unwritten:
     """Whether tensors are where they were and hold what they held.
 
@@ -80,7 +89,7 @@ class Unwritten:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = list(tensors)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versioned = [tensor for tensor in self._tensors if version(tensor) is not None]
         self._versions = [tensor._version for tensor in self._versioned]
         firsts = [_first(tensor) for tensor in self._tensors]
         # views keep the memory from being given to others
@@ -116,7 +125,8 @@ class Unwritten:
 def _first(tensor: Tensor) -> Tensor:
     """A view of the first values in a tensor's memory, which stays as long as the view."""
     count = min(_PROBE, tensor.numel())
-    return tensor.detach().as_strided((count,), (1,), tensor.storage_offset())
+    # `data`, not `detach()`: views of what counts no versions fail
+    return tensor.data.as_strided((count,), (1,), tensor.storage_offset())
 
 
 class _SlowWatch:

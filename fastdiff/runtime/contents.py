@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.models.watch import version
+
 
 def digest_of(value: Any) -> str | None:
     """A digest that differs where the data in `value` does; None if some cannot be compared."""
@@ -28,7 +30,7 @@ class Standing:
     def __init__(self, instance: Any) -> None:
         self._instance, self._values = instance, dict(vars(instance))
         self._versions = {
-            name: _version(value)
+            name: version(value)
             for name, value in self._values.items()
             if isinstance(value, Tensor)
         }
@@ -36,17 +38,12 @@ class Standing:
     def holds(self) -> bool:
         """Whether the attributes are still equal to what they were."""
         now, before = vars(self._instance), self._values
-        if any(_version(before[name]) != version for name, version in self._versions.items()):
+        if any(version(before[name]) != count for name, count in self._versions.items()):
             return False
         if now.keys() == before.keys() and all(now[name] is before[name] for name in before):
             return True
         digest = digest_of(now)
         return digest is not None and digest == digest_of(before)
-
-
-def _version(tensor: Tensor) -> int:
-    """Grows with edits in place; tensors of inference mode do not count theirs."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _content(value: Any) -> Iterable[bytes]:

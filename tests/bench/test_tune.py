@@ -77,7 +77,7 @@ def planted(monkeypatch):
         bytes=lambda case, size: 2 * size * case.L,
         flops=lambda case: case.L,
     )
-    kernel = Kernel(spec, None, {"triton": lambda: Launcher(plan)})
+    kernel = Kernel(spec, None, {"triton": lambda: Launcher(plan)}, spec.reference)
     monkeypatch.setattr(tune, "triton_kernels", lambda: [kernel])
 
     def plant(*candidates):

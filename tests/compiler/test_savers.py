@@ -199,6 +199,102 @@ def test_what_is_written_into_a_state_dict_counts(both, between, restored):
         assert torch.equal(mine, theirs)
 
 
+def every_entry(unet, other):
+    for value in unet.state_dict().values():
+        value.mul_(0.97)
+
+
+def one_entry(unet, other):
+    unet.state_dict()[CONV].copy_(torch.zeros_like(unet.state_dict()[CONV]))
+
+
+def tried_and_undone(unet, other):
+    state = unet.state_dict()
+    for value in state.values():
+        value.mul_(0.9)
+    unet.load_state_dict(other)
+    return state
+
+
+def then_the_parameter(unet, other):
+    state = unet.state_dict()
+    state[CONV].mul_(0.5)
+    unet.get_parameter(CONV).zero_()
+    return state
+
+
+def before_the_parameter(unet, other):
+    state = unet.state_dict()
+    unet.get_parameter(CONV).zero_()
+    state[CONV][:1].add_(0.1)
+    return state
+
+
+def two_at_once(unet, other):
+    first, second = unet.state_dict(), unet.state_dict()
+    first[CONV].zero_()
+    second[CONV].add_(0.01)
+    return first, second
+
+
+def through_numpy(unet, other):
+    state = unet.state_dict()
+    state[CONV].numpy()[...] = 0
+    return state
+
+
+def loaded_into_itself(unet, other):
+    state = unet.state_dict()
+    for weight in unet.parameters():
+        weight.mul_(0.97)
+    unet.load_state_dict(state)
+
+
+CONV = "mid_block.resnets.0.conv1.weight"
+WRITES = (
+    *(every_entry, one_entry, tried_and_undone, then_the_parameter, before_the_parameter),
+    *(two_at_once, through_numpy, loaded_into_itself),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+def test_a_state_dict_holds_the_parameters(both, write):
+    """Whatever is written, into it or beside it, in whichever order, whether it is kept or not."""
+    other = {name: value * 1.01 for name, value in both[0].state_dict().items()}
+    _ = [write(unet, other) for unet in both]
+    torch.testing.assert_close(call(both[1]), call(both[0]), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(both[1].parameters(), both[0].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@torch.no_grad()
+def test_hooks_of_users_have_the_last_word(unet):
+    def less(module, state, prefix, meta):
+        del state[prefix + "weight"]
+
+    def half(module, state, prefix, meta):
+        state[prefix + "weight"] = state[prefix + "weight"].half()
+
+    unet.mid_block.resnets[0].conv1._register_state_dict_hook(less)
+    fastdiff.compile(unet)
+    unet.mid_block.resnets[0].conv2._register_state_dict_hook(half)
+    for _ in range(2):
+        state = unet.state_dict()
+        assert CONV not in state
+        assert state[CONV.replace("conv1", "conv2")].dtype == torch.float16
+        call(unet)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda u: pickle.loads(pickle.dumps(u))])
+def test_what_is_copied_together_stays_together(both, copied):
+    for unet in both:
+        made = copied({"unet": unet, "optimizer": torch.optim.SGD(unet.parameters(), lr=1.0)})
+        (group,) = made["optimizer"].param_groups
+        own = [*made["unet"].parameters()]
+        assert [*map(id, group["params"])] == [*map(id, own)]
+
+
 @torch.no_grad()
 def test_state_dicts_of_peft(both):
     states = []

@@ -295,7 +295,7 @@ def test_a_disk_that_is_full_after_the_files_is_one_sentence(tmp_path, monkeypat
 
     monkeypatch.setattr(exporter, "export", lambda pipe, parts, out, *_: out.mkdir() or ())
     monkeypatch.setattr(parity, "verify", lambda *_: parity.Parity((), 99.0))
-    monkeypatch.setattr("fastdiff.bench.results.write_file", fail)
+    monkeypatch.setattr("fastdiff.written.write_file", fail)
     code, _, err = run("export", "--onnx", tmp_path / "out", "--verify")
     assert code == 2
     assert f"{tmp_path}/out cannot be written: No space left on device" in err

@@ -57,7 +57,7 @@ def plant(name, kernel, size, num_warps, stride=None, **constants):
         bytes=lambda case, element: 2 * element * case.L,
         flops=lambda case: 2 * case.L**1.5,
     )
-    KERNELS[name] = Kernel(spec, None, {"triton": lambda: Launcher(plan)})
+    KERNELS[name] = Kernel(spec, None, {"triton": lambda: Launcher(plan)}, spec.reference)
 
 
 # 1024 halves over 4 warps: 8 halves, 16 bytes, a thread
