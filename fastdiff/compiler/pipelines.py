@@ -49,7 +49,7 @@ _LOCALS = (
 
 _ASKED = (
     *("guidance_scale", "guidance_rescale", "do_classifier_free_guidance"),
-    *("cross_attention_kwargs", "progress_bar"),
+    "cross_attention_kwargs",
 )
 """What diffusers asks the pipeline for in every step, and a plan once."""
 

@@ -151,14 +151,12 @@ class Loan(Reads):
 
     def intact(self) -> bool:
         """Whether every parameter is still where it was lent and nothing watched was replaced."""
-        with self._moving:
-            if self._looked_at:
-                self._looked_at = False
-                for lent in self._lent.values():
+        if self._looked_at or self._held:
+            with self._moving, torch.inference_mode(self._mode), torch.no_grad():
+                for lent in self._lent.values() if self._looked_at else ():
                     lent.come_back()
-                self._held = [*self._lent.values()]
-            if self._held:
-                self._held = [lent for lent in self._held if lent.collect()]
+                self._held = [lent for lent in self._lent.values() if lent.collect()]
+                self._looked_at = False
         return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
             self._watch.intact()
         )
@@ -173,7 +171,7 @@ class Loan(Reads):
 
     def _go_home(self) -> None:
         """Before somebody looks at the parameters."""
-        with self._moving:
+        with self._moving, torch.inference_mode(self._mode), torch.no_grad():
             self._looked_at = True
             for lent in self._lent.values():
                 if lent.strays:
@@ -198,7 +196,7 @@ class Loan(Reads):
         """Give every parameter memory of its own again, laid out as before; values stay as now."""
         if self._gate is not None:
             self._gate.leave()
-        with self._moving:
+        with self._moving, torch.inference_mode(self._mode), torch.no_grad():
             for lent in self._lent.values():
                 lent.go_home()
             self._lent.clear()
@@ -244,7 +242,8 @@ class Loan(Reads):
         if self._rehearsal:
             return
         homes = self._homes.setdefault(id(parameter), [])
-        self._lent[id(parameter)] = Lent(parameter, view, homes)
+        with torch.inference_mode() if self._mode else torch.no_grad():
+            self._lent[id(parameter)] = Lent(parameter, view, homes)
 
     def _found(self, parameter: Tensor) -> Lent | None:
         """How a parameter is lent, if it still is."""

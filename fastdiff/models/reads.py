@@ -55,8 +55,7 @@ class Reads:
 
     def open(self, thing: Any, *known: str | type) -> Reader:
         """What reads of `thing` go through; Unsupported unless its class is one of the `known`."""
-        named = kind(thing) in known or type(thing) in known
-        if not named:
+        if kind(thing) not in known and type(thing) not in known:
             names = " or ".join(k if isinstance(k, str) else k.__name__ for k in known)
             raise Unsupported(f"a {kind(thing)} where a {names} was expected")
         self.opened[id(thing)] = thing
@@ -135,10 +134,10 @@ class Reads:
 
     def _overrides(self, code: Reached) -> Iterator[Item]:
         """Where a function of an object's own would hide its class's: there is none."""
-        methods: dict[type, list[str]] = {}
+        methods = {cls: code.methods(cls) for cls in set(map(type, self.opened.values()))}
         for thing in self.opened.values():
             held = vars(thing)
-            for name in methods.setdefault(type(thing), code.methods(type(thing))):
+            for name in methods[type(thing)]:
                 if replaced(thing, name):
                     raise Unsupported(f"a {kind(thing)} with a {name} of its own")
                 yield held, name, held.get(name)

@@ -57,7 +57,10 @@ Homes = dict[int, list[Home]]
 
 
 class Lent:
-    """A parameter whose memory the runtime reads: `view`, or what it has where that is None."""
+    """A parameter whose memory the runtime reads: `view`, or what it has where that is None.
+
+    To be used without gradients, and in inference mode if and only if the parameter was made in it.
+    """
 
     def __init__(
         self, parameter: Tensor, view: Tensor | None = None, homes: list[Home] | None = None
@@ -79,10 +82,9 @@ class Lent:
         home = next((held for home in self._homes if (held := home.held) is not None), None)
         if home is None:
             like = self.parameter
-            with torch.inference_mode(like.is_inference()):
-                home = torch.empty_strided(
-                    like.shape, self._stride, dtype=like.dtype, device=like.device
-                )
+            home = torch.empty_strided(
+                like.shape, self._stride, dtype=like.dtype, device=like.device
+            )
         self._move(home)
         self._at_home = True
 
@@ -104,21 +106,17 @@ class Lent:
         self._homes[:] = [home for home in self._homes if home.held is not None]
         for home in self._homes:
             held = home.held
-            away = held is not None and home.written() and not home.is_of(self.parameter)
-            if away and self.parameter.data_ptr() == self.address:
-                self._copy(self.parameter.data, held)
+            if held is None or not home.written() or home.is_of(self.parameter):
+                continue
+            if self.parameter.data_ptr() == self.address:
+                self.parameter.data.copy_(held)
         return bool(self._homes)
 
     def _move(self, memory: Tensor) -> None:
         if memory.data_ptr() != self.parameter.data_ptr():
-            self._copy(memory, self.parameter.detach())
-        with torch.inference_mode(self.parameter.is_inference()):
-            self.parameter.data = memory
+            memory.copy_(self.parameter.detach())
+        self.parameter.data = memory
         self.address = memory.data_ptr()
-
-    def _copy(self, to: Tensor, of: Any) -> None:
-        with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
-            to.copy_(of)
 
 
 def _dense(parameter: Tensor) -> tuple[int, ...]:
