@@ -8,6 +8,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
+from torch import nn
 
 import fastdiff
 from fastdiff.bench.presets import build
@@ -131,3 +135,74 @@ def test_memory_that_runs_out_leaves_no_half_loan(pipe, monkeypatch):
             draw(pipe)
     assert psnr(draw(pipe), want) >= 60
     assert np.array_equal(draw(pipe), before)
+
+
+def guided_by_step(self):
+    return 7.5 if (self.scheduler.step_index or 0) < 2 else 1.5
+
+
+def test_guidance_that_depends_on_the_step(pipe, monkeypatch):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    plain, before = copy.deepcopy(pipe), draw(pipe)
+    monkeypatch.setattr(StableDiffusionPipeline, "guidance_scale", property(guided_by_step))
+    fastdiff.compile(pipe)
+    want = draw(plain)
+    assert psnr(want, before) < 40, "the edit does something"
+    assert psnr(draw(pipe), want) >= 60
+
+
+class Halving(AttnProcessor2_0):
+    def __call__(self, *given, **options):
+        return super().__call__(*given, **options) * 0.5
+
+
+def processors_of_their_own(unet):
+    for processor in unet.attn_processors.values():
+        processor.__class__ = Halving
+
+
+def shared(unet):
+    unet.share_memory()
+    with torch.no_grad():
+        unet.conv_in.weight.mul_(0.9)
+
+
+def adapter_with_a_bias(unet):
+    layer = next(m for m in unet.modules() if hasattr(m, "lora_B"))
+    layer.lora_B["a"].bias = nn.Parameter(torch.ones(layer.lora_B["a"].out_features))
+
+
+@pytest.mark.parametrize("edit", [processors_of_their_own, shared, adapter_with_a_bias])
+def test_what_changes_after_compile(pipe, edit):
+    config = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False)
+    pipe.unet.add_adapter(config, "a")
+    plain = copy.deepcopy(pipe)
+    fastdiff.compile(pipe)
+    before = draw(pipe)
+    draw(pipe)
+    for each in (pipe, plain):
+        edit(each.unet)
+    want = draw(plain)
+    assert psnr(want, before) < 50, "the edit does something"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert psnr(draw(pipe), want) >= 60
+    assert "eagerly" in the_unet(pipe).why or the_unet(pipe).runs == "eager"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_float32_copy_sees_writes_through_data(pipe):
+    """After an overflow of float16 the copy is drawn with, for as long as the weights are its."""
+    pipe.to(torch.float16)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(3e4)
+        pipe.unet.conv_in.bias.mul_(3e4)
+    fastdiff.compile(pipe)
+    before = draw(pipe)
+    assert "float32 since" in the_unet(pipe).why
+    for weight in pipe.unet.up_blocks.parameters():
+        weight.data.mul_(0.8)
+    changed = draw(pipe)
+    assert psnr(changed, before) < 50
+    fastdiff.compile(fastdiff.restore(pipe))
+    assert psnr(draw(pipe), changed) >= 60
