@@ -158,11 +158,13 @@ class Loan(Reads):
                 self._held = [lent for lent in self._lent.values() if lent.collect()]
                 self._looked_at = False
         return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
-            self._watch.intact()
+            self.watch().intact()
         )
 
     def seal(self) -> None:
         super().seal()
+        if not self._rehearsal:
+            self.watch()
         self._held = [*self._lent.values()]
         self._parameters = [lent.parameter for lent in self._held]
         self._addresses = [lent.address for lent in self._held]

@@ -11,7 +11,7 @@ import copyreg
 import gc
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cached_property, partial, partialmethod
+from functools import cache, cached_property, partial, partialmethod
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -120,15 +120,15 @@ def own_helper(function: Any, name: str) -> bool:
 
 def _follow(classes: Iterable[type], entries: tuple[str, ...]) -> Reached:
     bases = {base for cls in classes for base in cls.__mro__}
-    owners = {base for base in bases if _package(base) not in sys.stdlib_module_names}
+    owners = [base for base in bases if _package(base) not in sys.stdlib_module_names]
+    spaces = [(owner, _dict_of(owner)) for owner in owners]
     found, names, todo = dict[tuple[int, str], Item](), set[str](), [*entries]
     while todo:
         name = todo.pop()
         if name in names or (name.startswith("__") and name not in entries):
             continue
         names.add(name)
-        for owner in owners:
-            held = _dict_of(owner)
+        for owner, held in spaces:
             if name not in held:
                 continue
             found[id(held), name] = (held, name, held[name])
@@ -137,7 +137,7 @@ def _follow(classes: Iterable[type], entries: tuple[str, ...]) -> Reached:
                 raise _stranger(f"{owner.__qualname__}.{name}", links)
             for function in links:
                 todo += _scan(function, found)
-    return Reached([*found.values()], [_dict_of(owner) for owner in owners], frozenset(names))
+    return Reached([*found.values()], [held for _, held in spaces], frozenset(names))
 
 
 def _scan(function: FunctionType, found: dict[tuple[int, str], Item]) -> Iterator[str]:
@@ -186,9 +186,11 @@ def _stranger(where: str, links: list[Any] | None = None) -> Unsupported:
     return Unsupported(f"{where} is not its library's own{now}")
 
 
-def _names(code: CodeType) -> set[str]:
+@cache
+def _names(code: CodeType) -> frozenset[str]:
+    """Names of attributes and globals in a function, those inside it among them."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return frozenset(code.co_names).union(*map(_names, inner))
 
 
 def _root(module: Any) -> str:

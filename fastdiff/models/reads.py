@@ -51,6 +51,7 @@ class Reads:
         self._notes: dict[tuple[int, str], Item] = {}
         self.values: list[tuple[Any, str, Any]] = []
         """(module or what it holds, attribute, value) of all that was read."""
+        self._sealed: tuple[Any, ...] = ()
         self._watch: Any = None
 
     def open(self, thing: Any, *known: str | type) -> Reader:
@@ -117,11 +118,17 @@ class Reads:
         notes = (n for n in self._notes.values() if not _kept(n[0], n[1]))
         items = [*notes, *code.items, *self._overrides(code)]
         others = [thing for thing in self.opened.values() if not isinstance(thing, nn.Module)]
-        self._watch = watch(self.modules, items, (*code.dicts, *self._hooks), others)
+        self._sealed = self.modules, items, (*code.dicts, *self._hooks), others
+
+    def watch(self) -> Any:
+        """What tells whether all that was read, when it was sealed, is still so."""
+        if self._watch is None:
+            self._watch = watch(*self._sealed)
+        return self._watch
 
     def adopt(self, other: "Reads") -> None:
         """Watch what another has read of the same root, in place of reading it."""
-        self._watch, self.values = other._watch, other.values
+        self._watch, self.values = other.watch(), other.values
 
     def settings(self) -> list[Setting]:
         """All numbers and words that were read, by path; they say what the modules compute."""
