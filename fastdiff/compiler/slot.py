@@ -170,12 +170,13 @@ class Slot:
         self.release()
         with torch.inference_mode(False), torch.no_grad():
             try:
-                self.kind.borrow(self.module, Loan(self.module, rehearsal=True))
+                rehearsed = Loan(self.module, rehearsal=True)
+                self.kind.borrow(self.module, rehearsed)
             except Unsupported as unsupported:
                 self.refused = str(unsupported)
                 return
             self.refused = None
-            self.loan = Loan(self.module, homes=self._homes)
+            self.loan = Loan(self.module, homes=self._homes, rehearsed=rehearsed)
             if self.kind.frozen:
                 self._unwritten = Unwritten(self.module.parameters())
             try:

@@ -63,9 +63,10 @@ class Loan(Reads):
         root: nn.Module,
         rehearsal: bool = False,
         homes: Homes | None = None,
+        rehearsed: Reads | None = None,
     ) -> None:
-        """`homes`: that state dicts got during former loans of `root`."""
-        super().__init__(root)
+        """`homes`: that state dicts got during former loans of `root`; `rehearsed`: as of Reads."""
+        super().__init__(root, rehearsed)
         self._rehearsal, self._homes = rehearsal, {} if homes is None else homes
         self._lent: dict[int, Lent] = {}
         self._gate: Gate | None = None
@@ -208,7 +209,7 @@ class Loan(Reads):
         rows: int = self._base(layer, nn.Linear, nn.Conv2d).weight.shape[0]
         return rows
 
-    def _base(self, layer: nn.Module, *known: type) -> Reader:
+    def _base(self, layer: nn.Module, *known: type) -> Any:
         """Read a layer, or the one that a LoRA layer stands for."""
         base = base_of(layer)
         if base is not layer:
@@ -267,7 +268,7 @@ class Loan(Reads):
                 raise Unsupported(
                     f"weights kept as {parameter.layout} {name}, not as plain numbers"
                 )
-            if parameter.device.type == "cpu" and parameter.is_shared():
+            if parameter.device.type == "cpu" and parameter.untyped_storage().is_shared():
                 raise Unsupported("weights in memory that other processes share")
             if parameter.is_inference() != self._mode:
                 raise Unsupported("weights of which some were made in torch.inference_mode")

@@ -41,9 +41,13 @@ class Reads:
     came with. Modules of adapters are read elsewhere.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self._root, self.modules = root, without_adapters(root)
-        self._hooks = hooks(self.modules)
+    def __init__(self, root: nn.Module, rehearsed: "Reads | None" = None) -> None:
+        """`rehearsed`: what has just read the same, so that nothing is noted or checked again."""
+        self._root, self._rehearsed = root, rehearsed
+        self.modules: list[nn.Module] = (
+            without_adapters(root) if rehearsed is None else rehearsed.modules
+        )
+        self._hooks = hooks(self.modules) if rehearsed is None else []
         self.opened: dict[int, Any] = {}
         """Modules and what they hold, by id, of which attributes are read."""
         self._foreign: set[int] = set()
@@ -54,16 +58,20 @@ class Reads:
         self._sealed: tuple[Any, ...] = ()
         self._watch: Any = None
 
-    def open(self, thing: Any, *known: str | type) -> Reader:
+    def open(self, thing: Any, *known: str | type) -> Any:
         """What reads of `thing` go through; Unsupported unless its class is one of the `known`."""
+        if self._rehearsed is not None:
+            return thing
         if kind(thing) not in known and type(thing) not in known:
             names = " or ".join(k if isinstance(k, str) else k.__name__ for k in known)
             raise Unsupported(f"a {kind(thing)} where a {names} was expected")
         self.opened[id(thing)] = thing
         return Reader(self, thing)
 
-    def config(self, module: Any) -> Reader:
+    def config(self, module: Any) -> Any:
         """What reads of a module's config go through; diffusers replaces it as a whole."""
+        if self._rehearsed is not None:
+            return module.config
         self.note(module, "_internal_dict", module.config)
         return Reader(self, module.config)
 
@@ -97,7 +105,7 @@ class Reads:
 
     def note(self, thing: Any, name: str, value: Any) -> None:
         """Note that an attribute was read; missing ones count as None."""
-        if (id(thing), name) in self._notes:
+        if self._rehearsed is not None or (id(thing), name) in self._notes:
             return
         held = vars(thing)
         self._notes[id(thing), name] = (held, name, held.get(name))
@@ -109,6 +117,8 @@ class Reads:
         Raises:
             Unsupported: a module within the root was not read, or some code is not its own.
         """
+        if self._rehearsed is not None:
+            return self.adopt(self._rehearsed)
         unread = {id(m) for m in self.modules} - self.opened.keys() - self._foreign
         for name, module in self._root.named_modules():
             if id(module) in unread:
@@ -128,7 +138,7 @@ class Reads:
 
     def adopt(self, other: "Reads") -> None:
         """Watch what another has read of the same root, in place of reading it."""
-        self._watch, self.values = other.watch(), other.values
+        self._watch, self.values, self.opened = other.watch(), other.values, other.opened
 
     def settings(self) -> list[Setting]:
         """All numbers and words that were read, by path; they say what the modules compute."""
