@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 from fastdiff.models.lora import Merges, base_of, parts
-from fastdiff.models.reads import Reader, Reads
+from fastdiff.models.reads import Reads, check_conv
 from fastdiff.models.state import Gate, Homes, Lent
 from fastdiff.models.watch import Unsupported, kind
 
@@ -99,7 +99,7 @@ class Loan(Reads):
         bases = [self._base(layer, nn.Linear, nn.Conv2d) for layer in layers]
         for base, layer in zip(bases, layers, strict=True):
             if type(base_of(layer)) is nn.Conv2d:
-                _check_conv(base, kernel=1, stride=1, padding=0)
+                check_conv(base, kernel=1, stride=1, padding=0)
         weights: list[Any] = [base.weight for base in bases]
         rows, inner = [w.shape[0] for w in weights], weights[0].shape[1]
         if any(w.shape[1] != inner for w in weights):
@@ -125,7 +125,7 @@ class Loan(Reads):
     def conv(self, layer: nn.Module, kernel: int = 3, stride: int = 1, padding: int = 1) -> Weights:
         """Lend a square, zero-padded convolution without groups or dilation."""
         base = self._base(layer, nn.Conv2d)
-        _check_conv(base, kernel, stride, padding)
+        check_conv(base, kernel, stride, padding)
         self._check(base.weight)
         out, inner = base.weight.shape[:2]
         lent = [base.weight] if base_of(layer) is layer else []
@@ -281,22 +281,3 @@ class Loan(Reads):
         if len(identities) < len(parameters) or identities & self._seen:
             raise Unsupported("a parameter that two layers share")
         self._seen |= identities
-
-
-def _check_conv(layer: Reader, kernel: int, stride: int, padding: int) -> None:
-    """By its weight, not by its kernel_size: so does torch."""
-    wanted = {
-        "stride": (stride, stride),
-        "padding": (padding, padding),
-        "padding_mode": "zeros",
-        "groups": 1,
-        "dilation": (1, 1),
-    }
-    found = {name: getattr(layer, name) for name in wanted}
-    sides = tuple(layer.weight.shape[2:])
-    if found != wanted or sides != (kernel, kernel):
-        described = ", ".join(f"{name} {value}" for name, value in found.items())
-        raise Unsupported(
-            f"a {'×'.join(map(str, sides))} convolution with {described} where a plain"
-            f" {kernel}×{kernel} convolution of stride {stride} and padding {padding} was expected"
-        )

@@ -163,3 +163,25 @@ class Reads:
 def _kept(held: dict[str, Any], name: str) -> bool:
     """Whether the name is a child's or a parameter's."""
     return name in held.get("_modules", ()) or name in held.get("_parameters", ())
+
+
+def check_conv(layer: Any, kernel: int, stride: int, padding: int) -> None:
+    """Raise Unsupported unless a Conv2d that was read is square, zero-padded and plain.
+
+    Its size is its weight's, not its kernel_size, which torch does not read.
+    """
+    wanted = {
+        "stride": (stride, stride),
+        "padding": (padding, padding),
+        "padding_mode": "zeros",
+        "groups": 1,
+        "dilation": (1, 1),
+    }
+    found = {name: getattr(layer, name) for name in wanted}
+    sides = tuple(layer.weight.shape[2:])
+    if found != wanted or sides != (kernel, kernel):
+        described = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise Unsupported(
+            f"a {'×'.join(map(str, sides))} convolution with {described} where a plain"
+            f" {kernel}×{kernel} convolution of stride {stride} and padding {padding} was expected"
+        )
