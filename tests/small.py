@@ -34,6 +34,18 @@ SDXL = {
 }
 NETWORKS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
 
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "attention_head_dim": 4,
+    "cross_attention_dim": 24,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+"""The smallest with all that a U-Net has: a call of it takes milliseconds."""
+
 
 def inputs_for(unet, shape, dtype=torch.float32):
     batch, rows, columns = shape

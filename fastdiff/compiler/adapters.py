@@ -1,6 +1,6 @@
 """What fastdiff knows about diffusers: which pipelines, which components, how they are called."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -132,8 +132,8 @@ def _controlnets(net: Any) -> dict[str, tuple[nn.Module, Kind]]:
 
 def _autoencoder(vae: Any) -> dict[str, tuple[nn.Module, Kind]]:
     # encoder and decoder, not the whole: slicing, tiling and the quant convolutions stay diffusers'
-    halves = {name: getattr(vae, name, None) for name in ("encoder", "decoder")}
-    return {f"vae.{name}": (half, CODER) for name, half in halves.items() if half is not None}
+    halves = {name: getattr(vae, name, None) for name in CODERS}
+    return {f"vae.{n}": (half, CODERS[n]) for n, half in halves.items() if half is not None}
 
 
 def eager_parts(target: Any) -> dict[str, str]:
@@ -162,8 +162,9 @@ class Coder:
     run: Recorded
 
 
-def borrow_coder(module: nn.Module, loan: Loan) -> Coder:
-    borrow = borrow_decoder if type(module).__name__ == "Decoder" else borrow_encoder
+def borrow_coder(
+    module: nn.Module, loan: Loan, borrow: Callable[[Any, Loan], Decoder | Encoder]
+) -> Coder:
     network = borrow(module, loan)
     return Coder(network, Recorded(network.run))
 
@@ -243,7 +244,10 @@ def call_coder(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None
 
 CONTROLNET = Kind(borrow_step_controlnet, partial(call_controlnet, output=ControlNetOutput))
 UNET = Kind(borrow_step_unet, call_unet, scale=_scale_of_call)
-CODER = Kind(borrow_coder, call_coder, guarded=True)
+CODERS = {
+    "encoder": Kind(partial(borrow_coder, borrow=borrow_encoder), call_coder, guarded=True),
+    "decoder": Kind(partial(borrow_coder, borrow=borrow_decoder), call_coder, guarded=True),
+}
 
 
 def kind_of_engine(unet: nn.Module, options: Options) -> Kind:

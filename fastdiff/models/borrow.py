@@ -154,10 +154,11 @@ class Loan(Reads):
         """Whether every parameter is still where it was lent and nothing watched was replaced."""
         if self._looked_at or self._held:
             with self._moving, torch.inference_mode(self._mode), torch.no_grad():
-                for lent in self._lent.values() if self._looked_at else ():
-                    lent.come_back()
-                self._held = [lent for lent in self._lent.values() if lent.collect()]
-                self._looked_at = False
+                if self._looked_at:  # by somebody who may hold any of them now
+                    self._looked_at, self._held = False, [*self._lent.values()]
+                    for lent in self._held:
+                        lent.come_back()
+                self._held = [lent for lent in self._held if lent.collect()]
         return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
             self.watch().intact()
         )

@@ -79,10 +79,10 @@ def check_own(instance: Any, entries: tuple[str, ...]) -> None:
     """
     cls = type(instance)
     code = reached([cls], entries)
-    own, methods = vars(instance), code.methods(cls)
+    own = vars(instance)
     for name in code.names & own.keys():
         where = f"{cls.__name__}.{name}"
-        if name in methods and replaced(instance, name):
+        if isinstance(getattr(cls, name, None), FunctionType) and replaced(instance, name):
             raise _stranger(where)
         if callable(own[name]) and not isinstance(own[name], type):
             list(_links(own[name], where))
@@ -90,17 +90,7 @@ def check_own(instance: Any, entries: tuple[str, ...]) -> None:
 
 def original(function: Any, owner: type, name: str) -> bool:
     """Whether `function`, which stands in `vars(owner)`, is what `owner`'s module defines there."""
-    method = f"{owner.__qualname__}.{name}"
-    try:
-        links = [*_links(function, method)]
-    except Unsupported:
-        return False
-    home = vars(sys.modules.get(owner.__module__, sys))
-    return any(
-        # Module's __call__ and forward are names for others of its functions
-        link.__globals__ is home and (link.__code__.co_qualname == method or owner is nn.Module)
-        for link in links
-    )
+    return _is_method(_known_links(function), owner, name)
 
 
 def own_method(instance: Any, name: str) -> bool:
@@ -111,11 +101,7 @@ def own_method(instance: Any, name: str) -> bool:
 
 def own_helper(function: Any, name: str) -> bool:
     """Whether what a module knows as `name` is a library's function of that name."""
-    try:
-        links = [*_links(function, name)]
-    except Unsupported:
-        return False
-    return any(link.__code__.co_qualname == name for link in links)
+    return _is_helper(_known_links(function), name)
 
 
 def _follow(classes: Iterable[type], entries: tuple[str, ...]) -> Reached:
@@ -133,7 +119,7 @@ def _follow(classes: Iterable[type], entries: tuple[str, ...]) -> Reached:
                 continue
             found[id(held), name] = (held, name, held[name])
             links = [*_links(held[name], f"{owner.__qualname__}.{name}")]
-            if _package(owner) not in PACKAGES or (links and not original(held[name], owner, name)):
+            if _package(owner) not in PACKAGES or (links and not _is_method(links, owner, name)):
                 raise _stranger(f"{owner.__qualname__}.{name}", links)
             for function in links:
                 todo += _scan(function, found)
@@ -154,7 +140,7 @@ def _scan(function: FunctionType, found: dict[tuple[int, str], Item]) -> Iterato
             links = [*_links(value, where)]
             theirs = [link for link in links if _root(link.__module__) == "diffusers"]
             called = getattr(value, "__name__", name) if held is not outside else name
-            if called.strip("_") != name.strip("_") or (theirs and not own_helper(value, name)):
+            if called.strip("_") != name.strip("_") or (theirs and not _is_helper(links, name)):
                 raise _stranger(where, links)
             for link in theirs if name != _DRAWN else ():
                 yield from _scan(link, found)
@@ -178,6 +164,29 @@ def _links(value: Any, where: str) -> Iterator[FunctionType]:
         if package not in _KNOWN or isinstance(value, partial | partialmethod):
             raise _stranger(where, [value])
         value = getattr(value, "__wrapped__", None)
+
+
+def _known_links(function: Any) -> list[FunctionType]:
+    """As `_links`; none where one of them is a stranger's."""
+    try:
+        return [*_links(function, "")]
+    except Unsupported:
+        return []
+
+
+def _is_method(links: list[FunctionType], owner: type, name: str) -> bool:
+    """Whether one of a function's links was written as `owner`'s method `name`."""
+    method, home = f"{owner.__qualname__}.{name}", vars(sys.modules.get(owner.__module__, sys))
+    return any(
+        # Module's __call__ and forward are names for others of its functions
+        link.__globals__ is home and (link.__code__.co_qualname == method or owner is nn.Module)
+        for link in links
+    )
+
+
+def _is_helper(links: list[FunctionType], name: str) -> bool:
+    """Whether one of a function's links was written as a module's function `name`."""
+    return any(link.__code__.co_qualname == name for link in links)
 
 
 def _stranger(where: str, links: list[Any] | None = None) -> Unsupported:

@@ -12,6 +12,7 @@ import torch
 from alive import live_bytes
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
+from small import TINY
 
 import fastdiff
 from fastdiff.kernels.contract import judge
@@ -31,16 +32,6 @@ SCHEDULERS = {
 }
 HISTORIES = ("PNDM", "DPM++ 2M Karras", "DPM++ SDE", "UniPC", "Heun")
 """They keep predictions or samples, so with a callback their loop is diffusers'."""
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "attention_head_dim": 4,
-    "cross_attention_dim": 24,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
 XL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
@@ -51,7 +42,7 @@ XL = {
 def make(xl):
     """A pipeline with two LoRA adapters; the same weights every time."""
     torch.manual_seed(3)
-    unet = diffusers.UNet2DConditionModel(**UNET, **(XL if xl else {})).eval()
+    unet = diffusers.UNet2DConditionModel(**TINY, **(XL if xl else {})).eval()
     for name, rank in (("one", 4), ("two", 16)):
         config = LoraConfig(
             r=rank, target_modules=["to_q", "to_v", "to_out.0", "conv1"], init_lora_weights=False

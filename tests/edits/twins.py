@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from small import noisy
+from small import TINY, noisy
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -21,16 +21,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import fastdiff
 from fastdiff.errors import UserError
 
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "attention_head_dim": 4,
-    "cross_attention_dim": 24,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
 VAE = {
     "block_out_channels": (16, 32),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -75,7 +65,7 @@ def original() -> Any:
         noisy(AutoencoderKL(**VAE)),
         CLIPTextModel(CLIPTextConfig(**TEXT)).eval(),
         None,
-        noisy(UNet2DConditionModel(**UNET)),
+        noisy(UNet2DConditionModel(**TINY)),
         scheduler,
         None,
         None,

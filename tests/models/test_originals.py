@@ -30,6 +30,12 @@ def whole(out):
     return out.flatten() if torch.is_tensor(out) else whole(tuple(out.values()))
 
 
+def fresh(name):
+    """As `network`, for a test that leaves something behind."""
+    _, net, given, options = NETS[name]()
+    return fastdiff.compile(net), lambda call: whole(call(*given, **options))
+
+
 def halved(forward):
     """Another function in a forward's place: half of every tensor that it returns."""
 
@@ -120,9 +126,7 @@ def test_patches(network):
 )
 def test_functions_of_modules(monkeypatch, held, name):
     """As people do who bring attention kernels of their own."""
-    _, net, given, options = NETS["sd15 of LCM"]()
-    fastdiff.compile(net)
-    run = lambda call: whole(call(*given, **options))  # noqa: E731
+    net, run = fresh("sd15 of LCM")
     plain = run(net)
     calls = []
     own = getattr(held, name)
@@ -160,9 +164,7 @@ def test_functions_of_objects(network):
 @torch.no_grad()
 def test_methods_that_processors_ask_for():
     """diffusers' processors call methods of the attention that they are given."""
-    _, net, given, options = NETS["sd21, classic attention"]()
-    fastdiff.compile(net)
-    run = lambda call: whole(call(*given, **options))  # noqa: E731
+    net, run = fresh("sd21, classic attention")
     run(net)
     attention = next(m for m in net.modules() if type(m) is Attention)
     own = attention.get_attention_scores
@@ -173,9 +175,7 @@ def test_methods_that_processors_ask_for():
 @torch.no_grad()
 def test_removed_hooks_leave_nothing():
     """accelerate puts the forward that it found back into the object's dict."""
-    _, net, given, options = NETS["sd15 of LCM"]()
-    fastdiff.compile(net)
-    run = lambda call: whole(call(*given, **options))  # noqa: E731
+    net, run = fresh("sd15 of LCM")
     run(net)
     for module in net.modules():
         module.forward = module.forward
