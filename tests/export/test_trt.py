@@ -26,7 +26,7 @@ from fastdiff.export import onnx as exporter
 from fastdiff.export import shapes
 from fastdiff.export import trt as builder
 from fastdiff.export.parts import parts, unet_part
-from fastdiff.models.watch import SETTINGS
+from fastdiff.models.settings import settings
 
 TARGETS = ("sm_89", "sm_120")
 PROFILES = {  # of the demo: 64 pixels, 4 to a latent, a text of 24 tokens; guidance doubles
@@ -153,10 +153,8 @@ def network_sha256(module):
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.numpy().tobytes())
-    for name, part in module.named_modules():
-        for key in SETTINGS:
-            if vars(part).get(key) is not None:
-                digest.update(f"{(name, key, vars(part)[key])}\n".encode())
+    for setting in settings(module):
+        digest.update(f"{setting}\n".encode())
     return digest.hexdigest()
 
 
