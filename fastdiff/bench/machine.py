@@ -58,10 +58,13 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The git commit of this checkout, "-dirty" if edited; None for an installed package."""
+    """The git commit of this checkout, "-dirty" if edited; None for an installed package.
+
+    A copy without its .git says what FASTDIFF_COMMIT says.
+    """
     root = Path(fastdiff.__file__).parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FASTDIFF_COMMIT")
     return _ask("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*")
 
 

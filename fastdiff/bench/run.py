@@ -2,6 +2,7 @@
 
 import copy
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +49,8 @@ def bench(
 
     `pipe` is on the CPU and becomes the eager baseline on `settings.device`. A backend is timed
     only if its receipt is green; `log` hears what is under way, `keep` the rows as far as they are
-    known: after each backend's preparation and, from the second on, after each round.
+    known: after each backend's preparation and, from the second on, after each round. A backend
+    that raises while it is prepared is a row that says so.
 
     Raises UserError where one that was asked for cannot run here, before anything is timed.
     """
@@ -77,6 +79,12 @@ def bench(
                 sentence = f"--backends {name} cannot run here: {reason}"
                 raise UserError(sentence) from reason
             rows[name] = replace(row, unavailable=str(reason))
+        except UserError:
+            raise
+        except Exception as error:  # it must not take the others' times with it
+            log(traceback.format_exc())
+            words = str(error).strip() or "without a word"
+            rows[name] = replace(row, unavailable=f"it broke: {type(error).__name__}: {words}")
         else:
             if not rows[name].failed:
                 racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]

@@ -147,7 +147,7 @@ def bench(
     result = replace(unfinished, rows=tuple(rows), incomplete=False)
     with afterwards(json_file, lambda: to_json(result)):
         show(result, native()["note"] if device == "cpu" else None)
-    if any(row.failed for row in rows):
+    if any(row.failed or (row.unavailable and row.backend in asked) for row in rows):
         raise typer.Exit(1)
 
 

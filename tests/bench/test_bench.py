@@ -188,6 +188,22 @@ def test_a_run_that_is_killed_leaves_what_it_had(tmp_path, monkeypatch):
         documents.read(path)
 
 
+def test_a_backend_that_breaks_takes_no_time_from_the_others(tmp_path, capsys, monkeypatch):
+    def breaking(pipe):
+        raise ZeroDivisionError("a kernel that was never tried")
+
+    monkeypatch.setitem(BACKENDS, "networks", breaking)
+    code, document = run_bench(tmp_path, "eager,networks,fastdiff")
+    assert code == 1
+    eager, broken, ours = document["rows"]
+    assert broken["unavailable"] == "it broke: ZeroDivisionError: a kernel that was never tried"
+    assert not broken["samples_ms"]
+    assert len(eager["samples_ms"]) == len(ours["samples_ms"]) == 2
+    out, err = capsys.readouterr()
+    assert "networks: not run: it broke: ZeroDivisionError" in out
+    assert "in breaking" in err
+
+
 def test_tensorrt_names_the_option_of_the_command_line(tmp_path, capsys):
     code, document = run_bench(tmp_path, "eager,tensorrt")
     assert (code, document) == (2, None)
