@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff.bench.kernels import check, floor_ms, inputs_of, sampler
+from fastdiff.kernels.attention import products
 from fastdiff.kernels.contract import Case
 from fastdiff.kernels.dispatch import KERNELS, Kernel
 
@@ -104,6 +105,8 @@ def rivals(
     attend = {"attention": scaled_dot_product, "joint_attention": joined}.get(kernel.spec.name)
     for backend in ("CUDNN", "FLASH", "EFFICIENT") if attend else ():
         found[f"sdpa {backend.lower()}"] = attend(getattr(SDPBackend, f"{backend}_ATTENTION"))
+    if kernel.spec.name == "attention":
+        found["products"] = lambda kernel, inputs: partial(products.run, **inputs)
     if kernel.spec.name == "geglu":
         found["cublas + gelu_gate"] = product_and_gate(which)
         found["cublas alone"] = product_alone

@@ -17,6 +17,7 @@ from fastdiff.bench.roofline import floor
 from fastdiff.bench.tally import Tally
 from fastdiff.kernels.contract import Case, Verdict, verify
 from fastdiff.kernels.dispatch import Kernel, all_kernels
+from fastdiff.runtime.graphs import NotCaptured, captured, described
 
 LAUNCHES = 16
 """Of one CUDA graph, each on tensors of its own: none finds in the L2 what another left there."""
@@ -105,7 +106,9 @@ def inputs_of(
 def sampler(runs: Sequence[Callable[[], object]], device: torch.device) -> Sample:
     """A sample of functions that do the same on tensors of their own, which it keeps alive.
 
-    On a CPU only the first is called.
+    On a CPU only the first is called. On a GPU they are one graph.
+
+    Raises NotCaptured where a run does what no graph can hold.
     """
     if device.type == "cpu":
         return _by_clock(runs[0])
@@ -133,14 +136,17 @@ def _by_clock(run: Callable[[], object]) -> Sample:
 
 
 def _by_events(runs: Sequence[Callable[[], object]]) -> Sample:
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    def launch() -> None:
+        for run in runs:
+            run()
+
+    stream, handle = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     with torch.cuda.stream(stream):
         for run in runs[:3]:  # Triton compiles, libraries choose
             run()
+        _refuse_waits(runs[0])
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        for run in runs:
-            run()
+    graph, _ = captured(launch, stream, handle)
     flush = _flush(torch.cuda.current_device())
 
     def sample() -> float:
@@ -153,6 +159,18 @@ def _by_events(runs: Sequence[Callable[[], object]]) -> Sample:
         return float(start.elapsed_time(end)) / len(runs)
 
     return sample
+
+
+def _refuse_waits(run: Callable[[], object]) -> None:
+    """Raise NotCaptured where `run` waits for the GPU, as a number read from it does."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        raise NotCaptured(described(error)) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @cache

@@ -41,7 +41,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     options = chosen(options, keywords)
     parts = _left(target, options)
     _refuse_compiled(parts)
-    parts = _with_engine(target, parts, options)
+    parts = _with_engine(target, _searched(parts, options), options)
     from fastdiff.compiler.pipelines import take_loop
 
     if not parts and not options.ignore:
@@ -118,12 +118,14 @@ class Report:
     parts: tuple[Part, ...]
     note: str | None = None
     """What makes all of them slower than they need be."""
+    tactics: str | None = None
+    """On a GPU: by which plans cuDNN convolves."""
 
     def __str__(self) -> str:
         name = max((len(part.name) for part in self.parts), default=0)
         runs = max((len(part.runs) for part in self.parts), default=0)
         lines = (f"{p.name:{name}}  {p.runs:{runs}}  {p.why}".rstrip() for p in self.parts)
-        return "\n".join([*lines, self.note] if self.note else lines)
+        return "\n".join([*lines, *filter(None, (self.note, self.tactics))])
 
 
 def report(target: Any) -> Report:
@@ -149,7 +151,19 @@ def report(target: Any) -> Report:
             of_whom = f"{does} of {type(target.scheduler).__name__}, part of the loop"
             ours.append(Part("scheduler", runner, of_whom))
     theirs = [Part(name, "diffusers", why) for name, why in _eager_parts(target).items()]
-    return Report((*ours, *theirs), _note(parts))
+    return Report((*ours, *theirs), _note(parts), _tactics(parts))
+
+
+def _tactics(parts: dict[str, Any]) -> str | None:
+    from fastdiff.runtime import tactics
+
+    slots = [slot for module, _ in parts.values() if (slot := slot_of(plain(module))) is not None]
+    weights = (next(slot.module.parameters(), None) for slot in slots)
+    if not any(weight is not None and weight.device.type == "cuda" for weight in weights):
+        return None
+    if not any(slot.kind.tactics for slot in slots):
+        return "convolutions run by cuDNN's rule: Options.tactics is off"
+    return tactics.described()
 
 
 def _note(parts: dict[str, Any]) -> str | None:
@@ -200,6 +214,19 @@ def _refuse_compiled(parts: dict[str, Any]) -> None:
                 f"{name} was compiled with torch.compile already; {undo} and compile it with"
                 f" fastdiff alone, or leave it so with Options(ignore=({name.split('.')[0]!r},))"
             )
+
+
+def _searched(parts: dict[str, Any], options: Options) -> dict[str, Any]:
+    """`parts` with the tactics that `options` ask for."""
+    for name, (module, _) in parts.items():
+        slot = slot_of(module)
+        if slot is not None and slot.kind.tactics != options.tactics:
+            raise UserError(f"{name} was compiled with other tactics already; restore it first")
+    if options.tactics:
+        return parts
+    from fastdiff.compiler.adapters import without_tactics
+
+    return {name: (module, without_tactics(kind)) for name, (module, kind) in parts.items()}
 
 
 def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[str, Any]:

@@ -163,10 +163,13 @@ class Coder:
 
 
 def borrow_coder(
-    module: nn.Module, loan: Loan, borrow: Callable[[Any, Loan], Decoder | Encoder]
+    module: nn.Module,
+    loan: Loan,
+    borrow: Callable[[Any, Loan], Decoder | Encoder],
+    searches: bool = True,
 ) -> Coder:
     network = borrow(module, loan)
-    return Coder(network, Recorded(network.run))
+    return Coder(network, Recorded(network.run, searches))
 
 
 def call_unet(
@@ -250,9 +253,20 @@ CODERS = {
 }
 
 
+def without_tactics(kind: Kind) -> Kind:
+    """The same, with cuDNN's own choice of plans."""
+    return replace(kind, borrow=partial(kind.borrow, searches=False), tactics=False)
+
+
 def kind_of_engine(unet: nn.Module, options: Options) -> Kind:
     """How a U-Net is taken over by the engine that `options` ask for; UserError where it is not."""
     source = open_unet(unet, options)
+    exact = partial(borrow_step_unet, searches=options.tactics)
     return replace(
-        UNET, borrow=source.borrow, runner=options.backend, frozen=True, exact=borrow_step_unet
+        UNET,
+        borrow=source.borrow,
+        runner=options.backend,
+        frozen=True,
+        exact=exact,
+        tactics=options.tactics,
     )

@@ -20,9 +20,9 @@ class StepControlNet:
     predict: Recorded
 
 
-def borrow_step_controlnet(module: Any, loan: Loan) -> StepControlNet:
+def borrow_step_controlnet(module: Any, loan: Loan, searches: bool = True) -> StepControlNet:
     network = borrow_controlnet(module, loan)
-    return StepControlNet(network, Recorded(network.predict))
+    return StepControlNet(network, Recorded(network.predict, searches))
 
 
 def call_controlnet(

@@ -107,7 +107,9 @@ class Source:
         network = EngineUNet(
             engine, widths, tuple(inputs["timestep"][1:]), channels=outputs["out_sample"][2]
         )
-        self.step = EngineStep(network, Plans(network), inputs, engine.device, multiple)
+        self.step = EngineStep(
+            network, Plans(network, searches=False), inputs, engine.device, multiple
+        )
         self._network_sha256, self._same = network_sha256, False
         self._compared: tuple[Unwritten, Any] | None = None
         """The weights and settings that were hashed last: gigabytes, not to be read every call."""

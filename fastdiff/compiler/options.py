@@ -33,6 +33,11 @@ class Options:
     """Whether ONNX Runtime keeps a CUDA graph for every shape. Gains launches at small sizes, costs
     memory."""
 
+    tactics: bool = True
+    """Whether cuDNN measures its plans for each convolution when it first meets it on a GPU. Gains
+    speed where pictures are small, costs some ten milliseconds a convolution, once a process. Not
+    done where torch is set to deterministic algorithms."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.ignore, list | tuple | set | frozenset) or not all(
             isinstance(name, str) for name in self.ignore
@@ -49,6 +54,8 @@ class Options:
             )
         if not isinstance(self.ort_graphs, bool):
             raise UserError(f"Options.ort_graphs is {self.ort_graphs!r}; give True or False")
+        if not isinstance(self.tactics, bool):
+            raise UserError(f"Options.tactics is {self.tactics!r}; give True or False")
         if self.backend == FASTDIFF and self.engines is not None:
             raise UserError(f"Options.engines is {self.engines}, which needs a backend to run it")
         if self.ort_graphs and self.backend != "ort":

@@ -37,7 +37,7 @@ _CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
 class Kind:
     """How one class of module is taken over."""
 
-    borrow: Callable[[nn.Module, Loan], Any]
+    borrow: Callable[..., Any]
     """(module, loan) -> network on borrowed weights; raises Unsupported."""
     call: Callable[..., Any]
     """(network, *the module's own arguments) -> the module's own output; raises Unsupported."""
@@ -49,6 +49,8 @@ class Kind:
     """What borrows a float32 copy after an overflow; `borrow` if None."""
     guarded: bool = False
     """Whether each output is looked at for overflow: worth a wait for what runs once an image."""
+    tactics: bool = True
+    """Whether its convolutions run by plans that cuDNN searched."""
     scale: Callable[..., float] = lambda *args, **kwargs: 1.0
     """(*the module's own arguments) -> what this call multiplies the LoRA adapters by."""
 

@@ -81,10 +81,11 @@ class StepUNet:
             return predict(*given, text_mask=text_mask, controls=controls, inners=inners)
         key = controls, inners
         if key not in self.recorded:
-            self.recorded[key] = Recorded(partial(predict, controls=controls, inners=inners))
+            whole = partial(predict, controls=controls, inners=inners)
+            self.recorded[key] = Recorded(whole, self.plans.searches)
         return self.recorded[key](*given)
 
 
-def borrow_step_unet(module: nn.Module, loan: Loan) -> StepUNet:
+def borrow_step_unet(module: nn.Module, loan: Loan, searches: bool = True) -> StepUNet:
     network = borrow_unet(module, loan)
-    return StepUNet(network, Plans(network))
+    return StepUNet(network, Plans(network, searches))

@@ -98,12 +98,13 @@ def register(
     gpu: str | None = None,
     others: Mapping[str, str] | None = None,
     otherwise: Callable[..., Any] | None = None,
+    library: Callable[..., Any] | None = None,
 ) -> Any:
     """Define `fastdiff::<spec.name>`; returns the op's overload.
 
     `cpu` runs CPU tensors, `otherwise` (default: the reference) those for which it raises
     NotNative. `gpu` names the module whose `run` is the Triton implementation; None
-    means that the reference (a library call such as a cuDNN convolution) runs on CUDA tensors.
+    means that `library` (default: the reference) runs on CUDA tensors.
     `others`: modules with a `run`, by the name of the implementation; only `implementation` asks
     for them.
     """
@@ -124,7 +125,7 @@ def register(
 
     _LIBRARY.define(spec.name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(spec.name, on_cpu, "CPU")
-    _LIBRARY.impl(spec.name, on_cuda if gpu else spec.reference, "CUDA")
+    _LIBRARY.impl(spec.name, on_cuda if gpu else library or spec.reference, "CUDA")
     torch.library.register_fake(f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY)
     modules = ({"triton": gpu} if gpu else {}) | dict(others or {})
     implementations = {"reference": lambda: spec.reference, "cpu": lambda: on_cpu}

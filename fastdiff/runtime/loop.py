@@ -10,7 +10,7 @@ after each of them.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from fastdiff.kernels.observe import observed
 from fastdiff.models.blocks import channels_first
 from fastdiff.runtime import graphs
 from fastdiff.runtime.hoist import Hoisted, Network
-from fastdiff.runtime.recordings import Kept, Recording, buffer, record
+from fastdiff.runtime.recordings import Kept, Recording, buffer, record, runner
 from fastdiff.runtime.schedulers import Table
 
 _ROWS = 64
@@ -67,8 +67,8 @@ class Plans:
     A second loop at the same time (another thread, a callback that draws) runs unrecorded.
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
+    def __init__(self, network: Network, searches: bool = True) -> None:
+        self.network, self.searches = network, searches
         self._steps: Kept[Step] = Kept(
             lambda step: 0 if step.recording is None else step.recording.nbytes
         )
@@ -86,10 +86,7 @@ class Plans:
         free = not observed() and self._lock.acquire(blocking=False)
         try:
             key = _shapes(latents, table, hoisted)
-            if free:
-                step = self._steps.get(key, lambda: self._make(key, device))
-            else:
-                step = Step(*_allot(key, device), None)
+            step = self._kept(key, device) if free else Step(*_allot(key, device), None)
             graphs.fence(device)  # the buffers' former loop may have run on another stream
             run = Run(self, step, table)
             run.condition(hoisted)
@@ -118,10 +115,17 @@ class Plans:
         guided_step(output, sample, history, x, table, step, noise)
         return x
 
+    def _kept(self, key: "_Shapes", device: torch.device) -> Step:
+        with suppress(torch.OutOfMemoryError):  # a step alone takes less
+            return self._steps.get(key, lambda: self._make(key, device))
+        return Step(*_allot(key, device), None)
+
     def _make(self, key: "_Shapes", device: torch.device) -> Step:
         buffers, images = _allot(key, device)
         given = (*buffers, *images)
-        recording = record(self.advance, given) if self.network.recordable else None
+        recording: Recording | None = None
+        if self.network.recordable:
+            recording = record(self.advance, given, self.searches)
         return Step(buffers, images, recording)
 
 
@@ -171,7 +175,8 @@ class Run:
             if buffers.noise is not None and noise is not None:
                 buffers.noise.copy_(noise.permute(0, 2, 3, 1))
             if recording is None or observed():
-                self._plans.advance(*buffers, *self._step.images)
+                run = runner(buffers.x.device, self._plans.searches)
+                run(self._plans.advance, *buffers, *self._step.images)
             else:
                 recording.run()
         self.at += 1

@@ -7,6 +7,7 @@ unused for longest goes when there is too much of it.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.kernels.observe import observed
-from fastdiff.runtime import graphs, tape
+from fastdiff.runtime import graphs, tactics, tape
 
 SHAPES = 8
 """Recordings kept per function."""
@@ -39,25 +40,39 @@ class Recording(Protocol):
         ...
 
 
-def record(function: Function, buffers: Sequence[Any]) -> Recording | None:
-    """`function(*buffers)` recorded; buffers are tensors (or None) on one device.
+def record(function: Function, buffers: Sequence[Any], searches: bool = True) -> Recording | None:
+    """`function(*buffers)` recorded; buffers are tensors (or None) on one device, from `buffer`.
 
     It must be a pure function of the buffers, of weights that stay where they are, and of what it
     writes in place. Recording runs it, so state among the buffers must be set afterwards.
+    `searches`: as of `runner`.
 
     Returns:
         None where it can only be called: on another device, under a counter, too large.
+
+    Raises:
+        torch.OutOfMemoryError: a GPU has less memory left than it takes.
     """
     global _made
-    device = buffers[0].device.type
+    device = buffers[0].device
     recording: Recording | None = None
-    if device == "cuda":
-        graph = graphs.capture(function, buffers)
-        recording = None if graph is None or graph.nbytes > BYTES else graph
-    elif device == "cpu" and NATIVE is not None:
+    if device.type == "cuda":
+        recording = graphs.capture(function, buffers, BYTES, runner(device, searches))
+    elif device.type == "cpu" and NATIVE is not None:
         recording = tape.record(function, buffers)
     _made += recording is not None
     return recording
+
+
+def runner(device: torch.device, searches: bool) -> graphs.Runner:
+    """What runs a function on `device`: the one thread of tactics where cuDNN `searches` them."""
+    if device.type == "cuda" and searches and tactics.allowed() and not observed():
+        return tactics.run
+    return _here
+
+
+def _here(function: Callable[..., T], *args: Any) -> T:
+    return function(*args)
 
 
 _made = 0
@@ -69,8 +84,8 @@ def made() -> int:
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that calls in and outside of inference mode may write."""
-    with torch.inference_mode(False):
+    """Memory that calls in and outside of inference mode may write, and recordings keep."""
+    with torch.inference_mode(False), graphs.allotting(device):
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
@@ -82,8 +97,16 @@ class Kept(Generic[T]):
         self._values: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Raises torch.OutOfMemoryError where there is too little for this one alone."""
         if key not in self._values:
-            self._values[key] = make()
+            try:
+                self._values[key] = make()
+            except torch.OutOfMemoryError:
+                if not self._values:
+                    raise
+                self._values.clear()
+            if key not in self._values:  # now that the error holds no memory any more
+                self._values[key] = make()
         self._values.move_to_end(key)
         while len(self._values) > 1 and self._too_much():
             self._values.popitem(last=False)
@@ -100,8 +123,8 @@ class Recorded:
     cannot be recorded, and those of a second thread meanwhile.
     """
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, searches: bool = True) -> None:
+        self.function, self._searches = function, searches
         self._kept: Kept[tuple[tuple[Tensor, ...], Recording] | None] = Kept(
             lambda made: 0 if made is None else made[1].nbytes
         )
@@ -110,15 +133,17 @@ class Recorded:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if observed() or not self._lock.acquire(blocking=False):
-            return self.function(*inputs)
+            return self._plain(*inputs)
         try:
             key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
             if key not in self._seen:
                 self._seen.add(key)
-                return self.function(*inputs)
-            made = self._kept.get(key, lambda: self._make(inputs))
+                return self._plain(*inputs)
+            made = None
+            with suppress(torch.OutOfMemoryError):  # a call alone takes less
+                made = self._kept.get(key, lambda: self._make(inputs))
             if made is None:
-                return self.function(*inputs)
+                return self._plain(*inputs)
             buffers, recording = made
             with graphs.in_turn(inputs[0].device):
                 for own, given in zip(buffers, inputs, strict=True):
@@ -127,7 +152,11 @@ class Recorded:
         finally:
             self._lock.release()
 
+    def _plain(self, *inputs: Tensor) -> Tensor:
+        output: Tensor = runner(inputs[0].device, self._searches)(self.function, *inputs)
+        return output
+
     def _make(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Recording] | None:
         buffers = tuple(buffer(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
-        recording = record(self.function, buffers)
+        recording = record(self.function, buffers, self._searches)
         return None if recording is None else (buffers, recording)

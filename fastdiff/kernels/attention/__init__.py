@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdiff.kernels.attention import cpu
+from fastdiff.kernels.attention import cpu, products
 from fastdiff.kernels.attention.spec import SPEC
 from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.dispatch import implementation, register
@@ -27,7 +27,12 @@ class Choice:
 
 
 CUDA_CHOICES = (
-    Choice("wider than our kernel's tiles: the autoencoder of some models", "sdpa", over=512),
+    Choice(
+        "an autoencoder: cuDNN and FlashAttention take 256, torch would run its kernels of 2022;"
+        " ours (up to 512) keeps few warps busy; cuBLAS does products at full rate",
+        "products",
+        over=256,
+    ),
     Choice("text: K and V stay on chip; SDPA tiles pad 77 keys to 128", "triton", max_keys=320),
     Choice(
         "SDPA pads 40 to 64, 80 to 96 or 128, 160 to 192 or 256", "triton", widths=(40, 80, 160)
@@ -63,8 +68,8 @@ def attention(
             projection need no copy).
         mask: additive, broadcastable to [B, H, Lq, Lk], in q's dtype.
         scale: default 1 / sqrt(K).
-        impl: "auto" (the CPU kernel, or what `CUDA_CHOICES` says), "cpu", "triton", "sdpa" or
-            "reference". What is asked for by name runs or raises.
+        impl: "auto" (the CPU kernel, or what `CUDA_CHOICES` says), "cpu", "triton", "products",
+            "sdpa" or "reference". What is asked for by name runs or raises.
 
     Returns:
         [B, Lq, H, K], contiguous, in q's dtype.
@@ -81,6 +86,8 @@ def attention(
         )
     if impl == "auto" and on_gpu(q):
         impl = choose(q.shape[3], k.shape[1]).run
+    if impl == "products":
+        return products.run(q, k, v, mask, scale)
     if impl == "sdpa":
         return _sdpa(q, k, v, mask, scale)
     if impl == "auto" or (impl == "triton" and on_gpu(q)):

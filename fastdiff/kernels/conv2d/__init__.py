@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastdiff.kernels.conv2d import cpu
+from fastdiff.kernels.conv2d import cpu, cudnn
 from fastdiff.kernels.conv2d.spec import SPEC
 from fastdiff.kernels.dispatch import register
 
-_op = register(SPEC, cpu=cpu.run)
+_op = register(SPEC, cpu=cpu.run, library=cudnn.run)
 
 
 def conv2d(

@@ -1,7 +1,7 @@
 """Contract of `conv2d`: torch only."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,27 @@ def reference(
     size: Sequence[int] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
+    return around(F.conv2d, x, weight, bias, stride, padding, size, residual)
+
+
+def around(
+    convolve: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    size: Sequence[int] | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """The op with `convolve` (picture [B, C, Y, X], weight, bias, stride, padding) within."""
     picture = x.permute(0, 3, 1, 2)
     if size is not None:
         picture = F.interpolate(picture, size=list(size), mode="nearest")
     before, after = padding
     if before != after:
         picture, before = F.pad(picture, (before, after, before, after)), 0
-    y = F.conv2d(picture, weight, bias, stride, before).permute(0, 2, 3, 1)
+    y = convolve(picture, weight, bias, stride, before).permute(0, 2, 3, 1)
     if residual is not None:
         y = y + residual
     return y.contiguous()

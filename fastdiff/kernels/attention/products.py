@@ -1,0 +1,41 @@
+"""`attention` as two products of a library around a softmax: for heads that no fused kernel likes.
+
+A block of rows at a time, so that its scores stay in a GPU's L2 between the three launches. Scores
+are float32 whatever the dtype; the weights are rounded to it before the second product, as fused
+kernels do.
+"""
+
+import torch
+from torch import Tensor
+
+SCORES = 2**23
+"""Of one block: 32 MiB, less than the L2 of a GPU that is worth the products."""
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    batch, length, heads, width = q.shape
+    keys, scale = k.shape[1], width**-0.5 if scale is None else scale
+    out = q.new_empty(q.shape)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, keys).flatten(0, 1)
+    rows = max(1, SCORES // max(1, len(q) * keys))
+    for start in range(0, length, rows):
+        block = slice(start, start + rows)
+        scores = _scores(q[:, block], k, scale)
+        if mask is not None:
+            scores = scores + mask[:, block]
+        y = torch.bmm(scores.softmax(2).to(v.dtype), v)
+        out[:, block] = y.unflatten(0, (batch, heads)).transpose(1, 2)
+    return out
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale · q kᵀ in float32, or float64; q: [B·H, L, K], k: [B·H, Lk, K]."""
+    if q.dtype in (torch.float32, torch.float64):
+        return torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)
+    if q.device.type == "cpu":
+        return torch.baddbmm(k.new_empty(1).float(), q.float(), k.float().mT, beta=0, alpha=scale)
+    return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
