@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import profiled
 from benchmarks.changes import time_changes, time_vae
-from benchmarks.race import medians, race
+from benchmarks.race import copying, medians, race
 from benchmarks.shapes import full, tiny, triton_kernels
 from benchmarks.sheet import Sheet
 from fastdiff.bench.kernels import sampler
@@ -67,7 +67,7 @@ def ceilings(session: Session, sheet: Sheet) -> None:
     elements, side = (1 << 16, 256) if session.dry_run else (1 << 30, 8192)
     source = torch.randn(elements, device=device, dtype=dtype)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    copy = sampler([partial(torch.empty_like(source).copy_, source)], device)
+    copy = sampler([copying(source)], device)
     product = sampler([partial(torch.mm, a, b)], device)
     moved, flops = 2 * elements * dtype.itemsize, 2 * side**3
     for name, sample, work in (("copy", copy, moved), ("product", product, flops)):
@@ -133,6 +133,7 @@ def time_kernels(session: Session, sheet: Sheet, inductor: bool = False) -> None
 def profile_step(preset: str, session: Session, sheet: Sheet) -> None:
     """The kernels of one step, eager and fastdiff; a text beside the rows shows the dearest."""
     import fastdiff
+    from fastdiff.bench.timing import picture
 
     pipe = session.pipeline(preset)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -144,6 +145,8 @@ def profile_step(preset: str, session: Session, sheet: Sheet) -> None:
         wall = profiled.step_ms(pipe, side)
         sheet.add({"backend": backend, "step_ms": wall, "kernels": rows})
         lines += profiled.table(f"{preset} {backend}", rows, wall)
+        lines += ["", f"{preset} {backend}, a warm picture of 2 steps on the host:"]
+        lines += [profiled.on_the_host(lambda: picture(pipe, side, side, 2)), ""]
         write_text(session.path.with_suffix(".txt"), "\n".join(lines) + "\n")
     lines += [str(fastdiff.report(pipe))]
     write_text(session.path.with_suffix(".txt"), "\n".join(lines) + "\n")

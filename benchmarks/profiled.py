@@ -4,7 +4,11 @@ Two pictures are profiled that differ in their number of steps, so that what is 
 (text encoders, what is hoisted) falls out. Kernels of a CUDA graph are seen like others.
 """
 
+import cProfile
+import io
+import pstats
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +70,15 @@ def _profiled(pipe: Any, side: int, steps: int) -> dict[str, tuple[int, float]]:
                 event.self_device_time_total if on_gpu else event.self_cpu_time_total
             )
     return {name: (count, float(spent[name])) for name, count in launches.items()}
+
+
+def on_the_host(run: Callable[[], object], most: int = 40) -> str:
+    """Python's functions in the order of the time that passes within them, of one run."""
+    recorded = cProfile.Profile()
+    recorded.runcall(run)
+    told = io.StringIO()
+    pstats.Stats(recorded, stream=told).strip_dirs().sort_stats("cumulative").print_stats(most)
+    return told.getvalue()
 
 
 def table(title: str, rows: list[dict[str, Any]], wall_ms: float, most: int = 45) -> list[str]:
