@@ -60,11 +60,13 @@ def versions() -> dict[str, str | None]:
 def commit() -> str | None:
     """The git commit of this checkout, "-dirty" if edited; None for an installed package.
 
-    A copy without its .git says what FASTDIFF_COMMIT says.
+    FASTDIFF_COMMIT overrules it, for a copy of a checkout on another machine.
     """
+    if told := os.environ.get("FASTDIFF_COMMIT"):
+        return told
     root = Path(fastdiff.__file__).parents[1]
     if not (root / ".git").exists():
-        return os.environ.get("FASTDIFF_COMMIT")
+        return None
     return _ask("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*")
 
 
