@@ -92,6 +92,13 @@ class Launch:
     """Bytes that a thread can load and store at once, as the strides and widths allow: what
     `inspect` holds the widest loads and stores of the machine code to."""
 
+    @property
+    def unspecialised(self) -> frozenset[str]:
+        """Names of the arguments whose values compile nothing anew, as the kernel says it."""
+        said = getattr(self.kernel, "kwargs", None)  # of the interpreter's kernels
+        names = self.kernel.do_not_specialize if said is None else said["do_not_specialize"]
+        return frozenset(names or ())
+
     def start(self) -> None:
         self.kernel[self.grid](
             **self.arguments,
