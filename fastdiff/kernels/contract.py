@@ -99,14 +99,17 @@ class Launch:
         names = self.kernel.do_not_specialize if said is None else said["do_not_specialize"]
         return frozenset(names or ())
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton is told beside the arguments."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": FP_FUSION,
+        }
+
     def start(self) -> None:
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=FP_FUSION,
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)

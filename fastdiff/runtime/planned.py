@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,23 +15,31 @@ from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.guided_step.spec import HISTORY
 from fastdiff.kernels.planned import Planning, distinct
+from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.unet import UNet
 from fastdiff.models.vae import Decoder, Encoder
 
 N = TypeVar("N")
 Run = Callable[[], object]
+DEPTHS = 4
+"""Steps of the past that schedulers look at: none to three."""
 
 
-def without_memory(network: N) -> N:
-    """A network (or a part of one) whose weights are on the meta device, in the same strides."""
+def without_memory(network: N, dtype: torch.dtype | None = None) -> N:
+    """A network (or a part of one) whose weights are on the meta device, in the same strides and as
+    far from the begin of their memory; `dtype`: of theirs, if another."""
     part: Any = network
     if isinstance(part, Tensor):
-        part = torch.empty_strided(part.shape, part.stride(), dtype=part.dtype, device="meta")
+        dtype = dtype if dtype is not None and part.is_floating_point() else part.dtype
+        reach = [stride * (size - 1) for stride, size in zip(part.stride(), part.shape, strict=True)]
+        memory = torch.empty(part.storage_offset() + sum(reach) + 1, dtype=dtype, device="meta")
+        part = memory.as_strided(part.shape, part.stride(), part.storage_offset())
     elif isinstance(part, tuple):
-        part = tuple(map(without_memory, part))
+        part = tuple(without_memory(value, dtype) for value in part)
     elif is_dataclass(part) and not isinstance(part, type):
         own = {field.name: getattr(part, field.name) for field in fields(part) if field.init}
-        part = replace(part, **{name: without_memory(value) for name, value in own.items()})
+        given = {name: without_memory(value, dtype) for name, value in own.items()}
+        part = replace(part, **given)
     return part  # type: ignore[no-any-return]
 
 
@@ -69,6 +78,42 @@ def step(unet: UNet, dtype: torch.dtype, sides: tuple[int, int], tokens: int) ->
         guided_step(output, sample, history, latents, table, step)
 
     return run
+
+
+def guided_steps(unet: UNet, sides: tuple[int, int]) -> list[Run]:
+    """What follows the network in a step with guidance, for every scheduler: of each depth, drawing
+    noise or not. `unet` and `sides` as of `step`."""
+
+    def run(depth: int, noisy: bool) -> None:
+        def state(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device="meta")
+
+        shape, dtype = (1, *sides, unet.conv_out.weight.shape[0]), unet.conv_in.weight.dtype
+        guided_step(
+            state(2, *shape[1:]).to(dtype),
+            state(*shape),
+            state(2, depth, *shape),
+            state(*shape).to(dtype),
+            state(1, HISTORY + 1 + 2 * depth),
+            torch.empty(1, dtype=torch.int64, device="meta"),
+            state(*shape) if noisy else None,
+        )
+
+    return [partial(run, depth, noisy) for depth in range(DEPTHS) for noisy in (False, True)]
+
+
+def control(net: ControlNet, sides: tuple[int, int], tokens: int) -> Run:
+    """What a ControlNet without memory does in a step with guidance; the rest as of `step`."""
+    dtype = net.conv_in.weight.dtype
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    latents = empty(2, *sides, net.conv_in.weight.shape[1])
+    time_rows = empty(1 if net.added is None else 2, net.rows.weight.shape[0])
+    text = empty(2, tokens, net.text.weight.shape[0])
+    picture = empty(2, *sides, net.conv_in.weight.shape[0])
+    return lambda: net.predict(latents, time_rows, text, picture)
 
 
 def coding(coder: Decoder | Encoder, dtype: torch.dtype, sides: tuple[int, int]) -> Run:
