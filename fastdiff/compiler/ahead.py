@@ -8,53 +8,76 @@ for a right picture: a kernel that is missing is compiled by Triton at its first
 
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from fastdiff.compiler.controlnets import StepControlNet
-from fastdiff.compiler.steps import StepUNet
+from fastdiff.compiler.asked import own_size, runs_of
 from fastdiff.errors import UserError
+from fastdiff.kernels.contract import architecture
+from fastdiff.kernels.dispatch import interpreted
 from fastdiff.kernels.jobs import job_of
 from fastdiff.kernels.pool import compile_jobs
-from fastdiff.kernels.shipped import Shipped, differences, install
-from fastdiff.models import Decoder, Encoder
-from fastdiff.runtime.planned import Run, coding, control, guided_steps, kernels_of, step
-from fastdiff.runtime.planned import without_memory
-
-TOKENS = 77
-"""Of a prompt, which CLIP's text encoders fill up."""
+from fastdiff.kernels.shipped import Shipped, differences, install, read
+from fastdiff.runtime.planned import Run, kernels_of
 
 
-def runs_of(networks: Iterable[Any], side: int, factor: int, upcast: bool) -> list[Run]:
-    """What a picture with guidance asks of the compact networks that slots hold.
+@dataclass
+class Kernels:
+    """Those of all slots of one `compile`."""
 
-    Args:
-        networks: `StepUNet`, `StepControlNet` or `adapters.Coder`; others ask for nothing of ours.
-        side: of the latents.
-        factor: pixels of a latent's side.
-        upcast: whether diffusers turns the autoencoder into float32 to draw with it.
+    target: Any
+    """The pipeline or model, while it lives."""
+    slots: Sequence[Any]
+    shipped: Shipped | None
+    ahead: "Ahead | None" = None
+    _beginning: Any = field(default_factory=threading.Lock, repr=False)
+
+    def begin(self) -> None:
+        """Have them compiled, if the networks lie on an NVIDIA GPU and nothing has begun."""
+        with self._beginning:
+            networks = [slot.network for slot in self.slots if slot.network is not None]
+            arch = max((_arch(network) for network in networks), default=0)
+            if self.ahead is None and arch and _triton() and not interpreted():
+                runs = runs_of(networks, *own_size(self.target()))
+                self.ahead = Ahead(runs, arch, self.shipped)
+
+    def wait(self) -> None:
+        """Return when they are there."""
+        if self.ahead is None:
+            self.begin()
+        if self.ahead is not None:
+            self.ahead.wait()
+
+    def __str__(self) -> str:
+        if self.ahead is not None:
+            return str(self.ahead)
+        return "" if self.shipped is None else f"{self.shipped.folder} is for a GPU"
+
+
+def kernels(target: Any, slots: Sequence[Any], warm: str | Path | None) -> Kernels:
+    """Those of a target that was just compiled, begun where it lies on a GPU.
+
+    Raises UserError where `warm` is no folder of `fastdiff warm`, or damaged.
     """
-    runs: list[Run] = []
-    for network in networks:
-        own = getattr(network, "network", network)
-        sides = (side, side)
-        if isinstance(network, StepUNet):
-            bare = without_memory(own)
-            runs += [step(bare, bare.conv_in.weight.dtype, sides, TOKENS), *guided_steps(bare, sides)]
-        elif isinstance(network, StepControlNet):
-            bare = without_memory(own)
-            runs.append(control(bare, sides, TOKENS))
-        elif isinstance(own, Decoder | Encoder):
-            dtype = own.conv_in.weight.dtype
-            if upcast and dtype == torch.float16:
-                dtype = torch.float32
-            bare = without_memory(own, dtype)
-            pixels = 1 if isinstance(own, Decoder) else factor
-            runs.append(coding(bare, dtype, (side * pixels, side * pixels)))
-    return runs
+    if warm is not None and not _triton():
+        raise UserError(f"Options.warm is {warm}, kernels of Triton, which fastdiff[gpu] has")
+    made = Kernels(weakref.ref(target), slots, None if warm is None else read(Path(warm)))
+    made.begin()
+    return made
+
+
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _arch(network: Any) -> int:
+    """Of the GPU that a slot's network lies on; 0 for none."""
+    first = getattr(getattr(network, "network", network), "conv_in", None)
+    return 0 if first is None else architecture(first.weight)
 
 
 class Ahead:
@@ -63,8 +86,8 @@ class Ahead:
     def __init__(self, runs: Sequence[Run], arch: int, shipped: Shipped | None = None) -> None:
         self.total = self.done = 0
         """Kernels to compile, and those that are."""
-        self.said = ""
-        """Where all of them came from, once they are there."""
+        self.said = "being planned"
+        """Where all of them came from, or how many of them are there."""
         self.wrong: str | None = None
         """What kept some of them from being there, in a sentence."""
         self._runs, self._arch, self._shipped = runs, arch, shipped
@@ -79,6 +102,9 @@ class Ahead:
         self._thread.join()
         if self.wrong is not None and self._told.acquire(blocking=False):
             warnings.warn(f"fastdiff: {self.wrong}", RuntimeWarning, stacklevel=2)
+
+    def __str__(self) -> str:
+        return self.said if self.wrong is None else f"{self.said}; {self.wrong}"
 
     def _watch(self) -> None:
         from rich.console import Console
@@ -99,6 +125,7 @@ class Ahead:
             self._fetch()
         except Exception as error:  # a picture needs none of this
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.said = "compiled at their first launch"
             self.wrong = f"no kernel is compiled ahead, each is at its first launch: {reason}"
 
     def _fetch(self) -> None:
@@ -112,6 +139,7 @@ class Ahead:
             missing = self._unpack(self._shipped, missing)
             parts.append(f"{before - len(missing)} from {self._shipped.folder}")
         self.total = len(missing)
+        self.said = f"{len(jobs)} kernels, {len(missing)} of them being compiled"
         failed = []
         if missing:
             for answer in compile_jobs(missing):

@@ -85,8 +85,10 @@ def holds(job: Job) -> bool:
 
 
 def modules_of(job: Job) -> Mapping[str, str]:
-    """The C that Triton compiles on the machine itself before it starts a kernel, by the name of the
-    Python module: Triton 3.6 has a launcher for each signature, later ones have none."""
+    """C that Triton compiles before it starts a kernel, by the name of the Python module.
+
+    Triton 3.6 has a launcher for each signature, a third of a second each; later ones have none.
+    """
     if not hasattr(nvidia, "make_launcher"):
         return {}
     launcher: str = nvidia.make_launcher({}, source_of(job).signature, None)

@@ -15,6 +15,8 @@ from fastdiff.kernels.jobs import Job
 class Answer:
     """What became of a job: its key in Triton's cache, or why it has none."""
 
+    at: int
+    """Its place among the jobs."""
     job: Job
     key: str | None
     error: str | None
@@ -52,8 +54,9 @@ def compile_jobs(
                 worker.stdin.flush()
                 for line in worker.stdout:
                     answer = json.loads(line)
-                    left.discard(answer["job"])
-                    yield Answer(jobs[answer["job"]], answer.get("key"), answer.get("error"))
+                    at = answer["job"]
+                    left.discard(at)
+                    yield Answer(at, jobs[at], answer.get("key"), answer.get("error"))
             except BrokenPipeError:
                 pass  # it ended; what is left says so
             finally:
@@ -62,4 +65,4 @@ def compile_jobs(
         last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
         for at in sorted(left):
             why = f"the process that compiles ended{f': {last[0]}' if last else ''}"
-            yield Answer(jobs[at], None, why)
+            yield Answer(at, jobs[at], None, why)

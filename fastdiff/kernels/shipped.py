@@ -1,21 +1,23 @@
 """Compiled kernels in a folder, for machines that are not to compile them: `fastdiff.warm/1`.
 
 One `.cubin` for each specialisation and architecture, what Triton knows of it as JSON, and a
-manifest with the hash of each file. `install` puts them into Triton's own cache, under the keys that
-Triton gave them when they were compiled. A launch finds one there only if Triton gives it the same
-key: for the same source, compiler, options and environment. So no other code ever runs.
+manifest with the hash of each file. `install` puts them into Triton's own cache, under the keys
+that Triton gave them when they were compiled. A launch finds one there only if Triton gives it the
+same key: for the same source, compiler, options and environment. So no other code ever runs.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.kernels.jobs import Job, kernel_of
+from fastdiff.kernels.pool import compile_jobs
 from fastdiff.written import write_file, write_text
 
 SCHEMA = "fastdiff.warm/1"
@@ -68,13 +70,34 @@ class Shipped:
     modules: tuple[Module, ...]
 
 
-def ship(folder: Path, of: str, jobs: Sequence[Job], keys: Sequence[str], cache: Path) -> Shipped:
-    """Fill an empty folder with the jobs' kernels, compiled in a Triton cache under their keys."""
+def ship(
+    folder: Path, of: str, jobs: Sequence[Job], told: Callable[[int], object] = lambda done: None
+) -> Shipped:
+    """Fill an empty folder with the jobs' kernels, compiled here; `told(done)` after each.
+
+    Raises UserError where one of them cannot be compiled.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastdiff-warm-") as cache:
+        keys = {}
+        alone = {"TRITON_CACHE_DIR": cache, "TRITON_STORE_BINARY_ONLY": "1"}
+        for answer in compile_jobs(jobs, alone):
+            if answer.key is None:
+                raise UserError(f"{answer.job.kernel} cannot be compiled: {answer.error}")
+            keys[answer.at] = answer.key
+            told(len(keys))
+        return _gathered(folder, of, jobs, keys, Path(cache))
+
+
+def _gathered(
+    folder: Path, of: str, jobs: Sequence[Job], keys: Mapping[int, str], cache: Path
+) -> Shipped:
+    """The folder, filled from a cache of Triton's."""
     from fastdiff.kernels import cached
 
     kernels: list[Compiled] = []
     modules: dict[str, Module] = {}
-    for job, key in zip(jobs, keys, strict=True):
+    for at_job, job in enumerate(jobs):
+        key = keys[at_job]
         cubin, metadata, _ = cached.files_of(job.kernel)
         stem = f"sm_{job.arch}-{job.kernel.strip('_')}-{key[:12].lower()}"
         parts = [
@@ -96,9 +119,9 @@ def ship(folder: Path, of: str, jobs: Sequence[Job], keys: Sequence[str], cache:
         tuple(kernels),
         tuple(modules.values()),
     )
-    told = {"schema": SCHEMA, **asdict(shipped)}
-    del told["folder"]
-    write_text(folder / MANIFEST, json.dumps(told, indent=1) + "\n")
+    document = {"schema": SCHEMA, **asdict(shipped)}
+    del document["folder"]  # wherever it lies
+    write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
     return shipped
 
 

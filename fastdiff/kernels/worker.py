@@ -82,7 +82,9 @@ def _stub(library: Path) -> None:
     """A library without functions for the linker: those of the GPU's machine are used there."""
     empty = library.with_suffix(".c")
     empty.write_text("")
-    made = build._build(library.stem, str(empty), str(library.parent), [], [], [], [f"-Wl,-soname,{library.name}"])
+    made = build._build(
+        library.stem, str(empty), str(library.parent), [], [], [], [f"-Wl,-soname,{library.name}"]
+    )
     Path(made).rename(library)
 
 
@@ -101,7 +103,8 @@ def main() -> None:
                 lines = str(error).strip().splitlines()
                 answer["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
             with suppress(BrokenPipeError):
-                print(json.dumps(answer), flush=True)
+                sys.stdout.write(json.dumps(answer) + "\n")
+                sys.stdout.flush()
 
 
 def _quietly() -> None:

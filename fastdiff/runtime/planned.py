@@ -31,7 +31,9 @@ def without_memory(network: N, dtype: torch.dtype | None = None) -> N:
     part: Any = network
     if isinstance(part, Tensor):
         dtype = dtype if dtype is not None and part.is_floating_point() else part.dtype
-        reach = [stride * (size - 1) for stride, size in zip(part.stride(), part.shape, strict=True)]
+        reach = [
+            stride * (size - 1) for stride, size in zip(part.stride(), part.shape, strict=True)
+        ]
         memory = torch.empty(part.storage_offset() + sum(reach) + 1, dtype=dtype, device="meta")
         part = memory.as_strided(part.shape, part.stride(), part.storage_offset())
     elif isinstance(part, tuple):
@@ -51,23 +53,27 @@ def kernels_of(runs: Iterable[Run], arch: int) -> list[Launch]:
     return distinct(planning.launches)
 
 
-def step(unet: UNet, dtype: torch.dtype, sides: tuple[int, int], tokens: int) -> Run:
-    """What `runtime.loop` repeats for a picture with guidance, on hoisted rows.
+def step(
+    unet: UNet, dtype: torch.dtype, sides: tuple[int, int], tokens: int, guided: bool = True
+) -> Run:
+    """What `runtime.loop` repeats for a picture, on hoisted rows.
 
     Args:
         unet: without memory.
         dtype: of its weights.
         sides: Y and X of the latents.
         tokens: of the text.
+        guided: whether there are two texts, the unconditional one first.
     """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    halves = 2 if guided else 1
     latents = empty(1, *sides, unet.conv_in.weight.shape[1])
     # SDXL's halves differ in what is added to the time: they part at the first resnet
-    time_rows = empty(1 if unet.added is None else 2, unet.rows.weight.shape[0])
-    text = empty(2, tokens, unet.text.weight.shape[0])
+    time_rows = empty(1 if unet.added is None else halves, unet.rows.weight.shape[0])
+    text = empty(halves, tokens, unet.text.weight.shape[0])
     sample = empty(*latents.shape, dtype=torch.float32)
     history = empty(2, 0, *latents.shape, dtype=torch.float32)
     table = empty(1, HISTORY + 1, dtype=torch.float32)
@@ -80,9 +86,9 @@ def step(unet: UNet, dtype: torch.dtype, sides: tuple[int, int], tokens: int) ->
     return run
 
 
-def guided_steps(unet: UNet, sides: tuple[int, int]) -> list[Run]:
-    """What follows the network in a step with guidance, for every scheduler: of each depth, drawing
-    noise or not. `unet` and `sides` as of `step`."""
+def guided_steps(unet: UNet, sides: tuple[int, int], guided: bool = True) -> list[Run]:
+    """What follows the network in a step, for every scheduler: of each depth, drawing noise or not.
+    The rest as of `step`."""
 
     def run(depth: int, noisy: bool) -> None:
         def state(*shape: int) -> Tensor:
@@ -90,7 +96,7 @@ def guided_steps(unet: UNet, sides: tuple[int, int]) -> list[Run]:
 
         shape, dtype = (1, *sides, unet.conv_out.weight.shape[0]), unet.conv_in.weight.dtype
         guided_step(
-            state(2, *shape[1:]).to(dtype),
+            state(2 if guided else 1, *shape[1:]).to(dtype),
             state(*shape),
             state(2, depth, *shape),
             state(*shape).to(dtype),
