@@ -233,7 +233,10 @@ def _row(
 
 
 def _writes(launch: Launch, dtype: torch.dtype) -> bool:
-    """Whether an output, that is a tensor after the last integer, is of a dtype."""
+    """Whether an output, that is a tensor after the last integer, is of a dtype; one that is an
+    input as well stands for an absent one."""
     values = list(launch.arguments.values())
     last = max((at for at, value in enumerate(values) if type(value) is int), default=-1)
-    return any(isinstance(value, Tensor) and value.dtype == dtype for value in values[last + 1 :])
+    inputs = {id(value) for value in values[:last]}
+    outputs = [value for value in values[last + 1 :] if id(value) not in inputs]
+    return any(isinstance(value, Tensor) and value.dtype == dtype for value in outputs)
