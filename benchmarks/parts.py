@@ -37,6 +37,8 @@ class Session:
 
     path: Path
     dry_run: bool
+    ops: tuple[str, ...] | None = None
+    """Kernels to time; None: all."""
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +116,7 @@ def check_cases(session: Session, sheet: Sheet) -> None:
 
 def time_kernels(session: Session, sheet: Sheet, inductor: bool = False) -> None:
     """Each size against its rivals; against what torch.compile makes of the reference alone."""
-    for kernel in triton_kernels():
+    for kernel in triton_kernels(session.ops):
         for case in session.sizes(kernel):
             try:
                 with torch.no_grad():
@@ -206,9 +208,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.parts", description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--ops", help="kernels to time, comma-separated; all if absent")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on a CPU")
     options = parser.parse_args()
-    session = Session(options.out, options.dry_run)
+    ops = tuple(options.ops.split(",")) if options.ops else None
+    session = Session(options.out, options.dry_run, ops)
     with Sheet.open(options.out) as sheet:
         PARTS[options.part](session, sheet)
 

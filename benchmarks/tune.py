@@ -204,6 +204,8 @@ def answer(
         min(speedup(times[0], times[1 + i]).median for times in screened)
         for i in range(len(configs))
     ]
+    for config, ratio in zip(configs, slowest, strict=True):
+        log(f"  {config}: {ratio:.3f} x the rule's speed")
     best = configs[max(range(len(configs)), key=slowest.__getitem__)]
     measured = []
     for question in asked:
