@@ -5,6 +5,10 @@ PYTHON ?= python3
 # a CPU build is taken; with one, the torch that PYTHON already has, or the newest.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 BIN := .venv/bin
+OUT ?= build/gpu-archive
+MINUTES ?= 8
+HAS_TORCH = $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+GPU_PYTHON = $(if $(HAS_TORCH),$(PYTHON),$(BIN)/python)
 
 .PHONY: bench test slow-test lint gpu clean
 
@@ -22,11 +26,14 @@ lint: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-gpu: .venv/ready
-	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu
+# offline, with the interpreter that has torch and nothing of its own: benchmarks/offline.py
+gpu: $(if $(HAS_TORCH),,.venv/ready)
+	$(GPU_PYTHON) benchmarks/offline.py build/site
+	PYTHONPATH=build/site:.:$$PYTHONPATH $(GPU_PYTHON) -P -m benchmarks.gpu \
+	  --out $(OUT) --minutes $(MINUTES) $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
-	test -d .venv || $(PYTHON) -m venv $(if $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes),--system-site-packages) .venv
+	test -d .venv || $(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	@$(BIN)/fastdiff env | grep "C++ compiler" || true

@@ -10,6 +10,7 @@ from fastdiff.bench.presets import build
 from fastdiff.bench.timing import clock
 from fastdiff.demo import load_demo
 
+Row = dict[str, Any]
 REPEATS = 11
 VAE_SIDE = 128
 """Of the latents that are decoded: a picture of 1024 x 1024, as SDXL's and SD3's are."""
@@ -28,7 +29,7 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (clock(device) - start)
 
 
-def time_vae(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
+def time_vae(device: torch.device, dry_run: bool, add: Callable[[Row], object]) -> None:
     """Decoding one picture of 1024 x 1024 (in a dry run the demo's): eager, then compiled."""
     pipe = _pipeline(device, dry_run)
     side = pipe.unet.config.sample_size if dry_run else VAE_SIDE
@@ -46,36 +47,32 @@ def time_vae(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
             times[name] = [_timed(lambda: decode(latents), device) for _ in range(REPEATS)]  # noqa: B023
     sizes = dict(zip("BCYX", shape, strict=True))
     case = f"{pipe.vae_scale_factor * side} px"
-    return [{"kernel": "vae", "case": case, "sizes": sizes, "samples_ms": times}]
+    add({"kernel": "vae", "case": case, "sizes": sizes, "samples_ms": times})
 
 
-def time_changes(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
+def time_changes(device: torch.device, dry_run: bool, add: Callable[[Row], object]) -> None:
     """Milliseconds of each change, and of what is drawn again the same way."""
     pipe = _pipeline(device, dry_run)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    rows: list[dict[str, Any]] = []
 
     def draw(width: int) -> None:
         pipe("red heart", height=side, width=width, num_inference_steps=4)
 
     adapters = _add_adapters(pipe)
     if adapters is not None:
-        rows.append({"change": "lora", "unavailable": adapters})
+        add({"change": "lora", "unavailable": adapters})
     compile(pipe)
     for _ in range(2):
         draw(side)
     for width in (side + 64, side + 128, side + 192):
         first = _timed(lambda width=width: draw(width), device)
         again = [_timed(lambda width=width: draw(width), device) for _ in range(5)]
-        rows.append({"change": "new width", "first_ms": first, "again_ms": again})
+        add({"change": "new width", "first_ms": first, "again_ms": again})
     slot = pipe.unet._compiled_call_impl
     with torch.no_grad():
         for name in () if adapters else ("one", "two", "one", "two"):
             pipe.unet.set_adapters(name)
-            rows.append({"change": "lora", "switch_ms": _timed(slot.offer, device)})
-    for row in rows:
-        print(row)
-    return rows
+            add({"change": "lora", "switch_ms": _timed(slot.offer, device)})
 
 
 def _add_adapters(pipe: Any) -> str | None:

@@ -1,11 +1,13 @@
-"""What we want of the Triton kernels on a GPU, and what a run of `benchmarks.gpu` says of each.
+"""What we want on a GPU, and what the files of a run of `benchmarks.gpu` say of each goal.
 
-A goal is a title, the sizes that it is about, what is aimed at, and a figure of a race's row. Where
-a size was not reached the line says so.
+A goal of a kernel is a title, the sizes that it is about, what is aimed at, and a figure of a
+race's row; one of a pipeline is steps per second. Where a size was not reached the line says so.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.race import medians
@@ -97,7 +99,7 @@ GOALS = (
     Goal("LayerNorm and more, from 40 MB", "90% of a copy", "ada_norm",
          lambda row: row["bytes"] >= 2 * LARGE, copy_share),
     Goal("a scheduler's step, in a graph", "4 us", "guided_step", lambda row: True, microseconds),
-    Goal("VAE decode", "40 ms at 1024 px", "vae", lambda row: True, milliseconds),
+    Goal("VAE decode", "25 ms at 1024 px", "vae", lambda row: True, milliseconds),
 )  # fmt: skip
 
 
@@ -111,6 +113,29 @@ def table(rows: Sequence[Row]) -> list[str]:
             f"{goal.title:33} {case:15} {figure}  (aim: {goal.aim})" for case, figure in found
         ]
     return lines
+
+
+PIPELINES = {
+    "sd15": ("SD1.5 512 px", "220 steps/s on an H100, 250 on an H200"),
+    "sdxl": ("SDXL 1024 px", "36 steps/s on an H100, 40 on an H200"),
+}
+"""By part: title and aim."""
+
+
+def lines(folder: Path) -> list[str]:
+    """Of all goals, from the files that a run has left in `folder`."""
+    found = []
+    for part, (title, aim) in PIPELINES.items():
+        for row in _rows(folder / f"{part}.json") or [{}]:
+            speed, backend = row.get("steps_per_s"), row.get("backend", "")
+            figure = f"{speed:.1f} steps/s" if speed else "not measured"
+            found.append(f"{title:33} {backend:15} {figure}  (aim: {aim})")
+    kernels = [row for part in ("kernels", "vae") for row in _rows(folder / f"{part}.json")]
+    return found + table(kernels)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
 
 
 def _figure(goal: Goal, row: Row) -> str:

@@ -1,213 +1,211 @@
 """Everything worth measuring while a GPU is at hand, in one run: `make gpu`.
 
-First whether each Triton kernel computes the right thing on real silicon at the sizes of full
-models; then its time against a copy, plain torch, torch.compile, and what each must beat; then the
-VAE and whole pipelines through `fastdiff bench`; then, as far as the minutes go, the launches of a
-step, what a new picture size and another LoRA cost, a TensorRT engine beside them, and all of the
-specs' nasty cases. What there was no time for is said. Raw samples go to OUT/*.json, a line for
-each goal to the terminal.
+Each part runs in a process of its own, in order of what matters most, and writes JSON as it goes;
+after each, and while it runs, all of it is packed into one archive. So whenever the run is ended,
+what was found is there. What there was no time for is said, and a line for each goal at the end.
 
-    python -m benchmarks.gpu --out OUT [--minutes 8] [--only PART,…] [--mode MODE] [--dry-run]
+    python -m benchmarks.gpu --out FOLDER [--minutes 8] [--only PART,…] [--dry-run]
 """
 
 import argparse
-import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import tarfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import goals
-from benchmarks.changes import time_changes, time_vae
 from benchmarks.clock import Budget
-from benchmarks.race import medians, race
-from benchmarks.shapes import full, tiny, triton_kernels
-from fastdiff.bench.machine import commit, machine, versions
-from fastdiff.kernels.contract import Case, verify
-from fastdiff.kernels.dispatch import Kernel
+from benchmarks.parts import DRY_SCALE
+from benchmarks.sheet import Sheet
 from fastdiff.written import write_file
 
-Rows = list[dict[str, Any]]
-FASTDIFF = [sys.executable, "-m", "fastdiff"]
-PIPELINES = {
-    "sd15": ["--preset", "sd15", "--steps", "20", "--rounds", "9"],
-    "sdxl": ["--preset", "sdxl", "--steps", "20", "--rounds", "7"],
-}
-BACKENDS = "eager,channels_last,inductor,networks,fastdiff"
-TRIES = {
-    "sd15": ["--steps", "1", "--rounds", "2", "--backends", "eager,fastdiff"],
-    "sdxl": ["--help"],
-}
-"""Of a dry run, on the demo pipeline."""
+ARCHIVE, FOLDER = "results.tar.gz", Path("build/gpu")
+FASTDIFF = (sys.executable, "-P", "-m", "fastdiff")
+EAGER, PACK_S = "eager,channels_last", 5.0
+
+
+@dataclass
+class Run:
+    """Of all parts: results go to `folder`, the archive to `out`."""
+
+    out: Path
+    folder: Path
+    dry_run: bool
+    budget: Budget
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    def do(self, name: str, command: list[str], limit_s: float) -> int | None:
+        """The exit code of a part, its output kept in a file; None where its time was over."""
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if self.dry_run else {})
+        log = self.folder / f"{name}.log"
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+            end = time.monotonic() + min(limit_s, max(1.0, self.budget.left_s))
+            while self.process.poll() is None and time.monotonic() < end:
+                try:
+                    self.process.wait(min(PACK_S, max(0.1, end - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    self.pack()
+            code = self.process.poll()
+            self.end()
+        sys.stdout.write(log.read_text(errors="replace")[-6000:])
+        sys.stdout.flush()
+        return code
+
+    def end(self) -> None:
+        """Whatever of the part still runs."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def pack(self) -> None:
+        """All that is there, as one archive, whole at every moment."""
+
+        def write(path: Path) -> None:
+            with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+                for file in sorted(self.folder.iterdir()):
+                    if file.is_file() and not file.name.startswith("."):
+                        archive.add(file, f"results/{file.name}")
+
+        write_file(self.out / ARCHIVE, write)
 
 
 @dataclass(frozen=True)
-class Session:
-    """What all parts of a run share."""
+class Part:
+    """A name, its command, the seconds that it should have left to begin, and may take."""
 
-    out: Path
-    dry_run: bool
-    budget: Budget
-    mode: str | None
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu" if self.dry_run else "cuda")
-
-    @property
-    def which(self) -> str:
-        """The implementation that is measured; a dry run tries the script, not the kernels."""
-        return "cpu" if self.dry_run else "triton"
-
-    def sizes(self, kernel: Kernel) -> tuple[Case, ...]:
-        return tiny(kernel) if self.dry_run else full(kernel)
+    name: str
+    command: Callable[[str, Run], list[str]]
+    least_s: float
+    most_s: float
+    needs: str = "torch"
+    """A module without which the part is left out."""
 
 
-def verified(
-    session: Session, cases: Iterable[tuple[Kernel, Case]], dtypes: tuple[torch.dtype, ...]
-) -> Rows:
-    """Each case within the error budget or not, and by how much."""
-    rows = []
-    for kernel, case in cases:
-        for dtype in set(dtypes) & set(kernel.spec.dtypes):
-            if not session.budget.allows(f"check of {kernel.spec.name} {case.name}"):
+def own(name: str, run: Run) -> list[str]:
+    dry = ["--dry-run"] if run.dry_run else []
+    path = run.folder / f"{name}.json"
+    return [sys.executable, "-P", "-m", "benchmarks.parts", name, "--out", str(path), *dry]
+
+
+def bench(preset: str, steps: int, rounds: int, backends: str, name: str, run: Run) -> list[str]:
+    size = ["--steps", str(steps), "--rounds", str(rounds)]
+    if run.dry_run:
+        size = ["--steps", "1", "--rounds", "2", "--scale", str(DRY_SCALE)]
+    path = ["--json", str(run.folder / f"{name}.json")]
+    return [*FASTDIFF, "bench", "--preset", preset, *size, "--backends", backends, *path]
+
+
+def count(name: str, run: Run) -> list[str]:
+    size = ["--scale", str(DRY_SCALE)] if run.dry_run else []
+    path = ["--json", str(run.folder / f"{name}.json")]
+    return [*FASTDIFF, "count", "--preset", "sd15", *size, "--steps", "3", *path]
+
+
+def build_engines(name: str, run: Run) -> list[str]:
+    return [*FASTDIFF, "export", "--preset", "sd15", "--trt", str(run.folder / "engines")]
+
+
+def race_engines(name: str, run: Run) -> list[str]:
+    command = bench("sd15", 20, 9, "eager,fastdiff,tensorrt", name, run)
+    return [*command, "--engines", str(run.folder / "engines")]
+
+
+PARTS = (
+    Part("ceilings", own, 0, 30),
+    Part("sd15", partial(bench, "sd15", 20, 9, f"{EAGER},networks,fastdiff"), 30, 150),
+    Part("profile-sd15", own, 10, 60),
+    Part("verify", own, 0, 120),
+    Part("sdxl", partial(bench, "sdxl", 10, 7, f"{EAGER},fastdiff"), 60, 200),
+    Part("profile-sdxl", own, 20, 90),
+    Part("vae", own, 10, 60),
+    Part("kernels", own, 10, 180),
+    Part("first-pictures", own, 30, 180),
+    Part("changes", own, 20, 90),
+    Part("count", count, 20, 60),
+    Part("cases", own, 10, 240),
+    Part("inductor", partial(bench, "sd15", 20, 9, "eager,inductor,fastdiff"), 90, 240),
+    Part("inductor-kernels", own, 60, 240),
+    Part(
+        "inductor-max-autotune",
+        partial(bench, "sd15", 20, 9, "eager,inductor-max-autotune,fastdiff"),
+        *(180, 600),
+    ),
+    Part("engines-build", build_engines, 120, 600, needs="tensorrt"),
+    Part("engines", race_engines, 60, 120, needs="tensorrt"),
+)
+"""In order of what matters most. torch.compile comes last: it may hang or take minutes."""
+
+
+def measure(run: Run, names: list[str]) -> bool:
+    """Every part in its turn; whether all of them ended well."""
+    with Sheet.open(run.folder / "run.json") as sheet:
+        for part in PARTS:
+            if part.name not in names:
                 continue
-            row = {"kernel": kernel.spec.name, "case": case.name, "dtype": str(dtype)}
-            try:
-                run = kernel.implementations[session.which]()
-                verdicts = verify(kernel.spec, run, case, dtype, session.device)
-                row["errors"] = [(v.output, v.error, v.allowed) for v in verdicts]
-                row["passed"] = all(v.passed for v in verdicts)
-            except Exception as error:  # one kernel that does not launch must not end the run
-                row |= {"passed": False, "exception": repr(error)}
-            rows.append(row)
-            if not row["passed"]:
-                print("FAILED", row)
-    print(f"verify: {sum(r['passed'] for r in rows)} of {len(rows)} inside the budget")
-    return rows
-
-
-def check_sizes(session: Session) -> Rows:
-    cases = [(kernel, case) for kernel in triton_kernels() for case in session.sizes(kernel)]
-    return verified(session, cases, (torch.float32 if session.dry_run else torch.float16,))
-
-
-def check_cases(session: Session) -> Rows:
-    """The specs' own cases, nasty ones among them, in every dtype; a few of them in a dry run."""
-    cases = [(k, case) for k in triton_kernels() for case in k.spec.cases[-2:]]
-    if not session.dry_run:
-        cases = [(k, case) for k in triton_kernels() for case in k.spec.cases]
-    return verified(session, cases, (torch.float16, torch.bfloat16, torch.float32))
-
-
-def time_kernels(session: Session) -> Rows:
-    rows = []
-    for kernel in triton_kernels():
-        for case in session.sizes(kernel):
-            if not session.budget.allows(f"time of {kernel.spec.name} {case.name}"):
+            if find_spec(part.needs) is None:
+                run.budget.left_out.append(f"{part.name} (no {part.needs})")
                 continue
-            try:
-                with torch.no_grad():
-                    row = race(
-                        *(kernel, case, session.device, session.which),
-                        *(session.dry_run, session.mode),
-                    )
-            except Exception as error:  # wrong, or out of memory: kept, without a time
-                row = {"kernel": kernel.spec.name, "case": case.name, "sizes": case.sizes}
-                row |= {"samples_ms": {}, "exception": repr(error)}
-            rows.append(row)
-            shown = "  ".join(f"{name} {1e3 * ms:.1f} us" for name, ms in medians(row).items())
-            why = row.get("exception", "nothing ran: see the file")
-            print(f"{kernel.spec.name:16} {case.name:15} {shown or why}")
-    return rows
-
-
-def command(session: Session, name: str, *arguments: str) -> Rows:
-    """A `fastdiff` command that writes its own file, ended where the minutes are over."""
-    env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if session.dry_run else {})
-    left = max(1.0, session.budget.left_s)
-    try:
-        done = subprocess.run([*FASTDIFF, *arguments], env=env, timeout=left)
-    except subprocess.TimeoutExpired:
-        session.budget.left_out.append(f"the end of {name}")
-        return [{"part": name, "command": arguments, "rc": None}]
-    return [{"part": name, "command": arguments, "rc": done.returncode}]
-
-
-def bench(preset: str, session: Session) -> Rows:
-    file = ["--json", str(session.out / f"bench-{preset}.json")]
-    if session.dry_run:
-        return command(session, preset, "bench", *TRIES[preset], *file)
-    return command(session, preset, "bench", *PIPELINES[preset], "--backends", BACKENDS, *file)
-
-
-def count(session: Session) -> Rows:
-    preset = [] if session.dry_run else ["--preset", "sd15"]
-    file = str(session.out / "counts.json")
-    return command(session, "count", "count", *preset, "--steps", "3", "--json", file)
-
-
-def engines(session: Session) -> Rows:
-    """Build SD1.5's engines for this GPU and race them; what a builder refuses is kept, too."""
-    if session.dry_run:
-        return command(session, "engines", "export", "--help")
-    folder, preset = str(session.out / "engines"), ["--preset", "sd15"]
-    rows = command(session, "building engines", "export", *preset, "--trt", folder)
-    if rows[0]["rc"] == 0:
-        backends = ["--backends", "eager,fastdiff,tensorrt", "--engines", folder]
-        file = str(session.out / "bench-engines.json")
-        rows += command(session, "engines", "bench", *preset, *backends, "--json", file)
-    return rows
-
-
-PARTS: dict[str, tuple[float, Callable[[Session], Rows]]] = {
-    "verify": (0, check_sizes),
-    "kernels": (0, time_kernels),
-    "vae": (20, lambda session: time_vae(session.device, session.dry_run)),
-    "sd15": (60, partial(bench, "sd15")),
-    "sdxl": (120, partial(bench, "sdxl")),
-    "count": (20, count),
-    "changes": (60, lambda session: time_changes(session.device, session.dry_run)),
-    "engines": (180, engines),
-    "cases": (0, check_cases),
-}
-"""In order of what matters most, with the seconds that a part should have left to be begun."""
+            if not run.budget.allows(part.name, 0 if run.dry_run else part.least_s):
+                continue
+            print(f"== {part.name}, {run.budget.left_s:.0f} s left", flush=True)
+            start = time.monotonic()
+            code = run.do(part.name, part.command(part.name, run), part.most_s)
+            if code is None:
+                run.budget.left_out.append(f"the end of {part.name}")
+            spent = time.monotonic() - start
+            sheet.add({"part": part.name, "rc": code, "seconds": spent})
+            run.pack()
+        sheet.add({"left_out": run.budget.left_out})
+    lines = goals.lines(run.folder)
+    (run.folder / "goals.txt").write_text("\n".join(lines) + "\n")
+    run.pack()
+    print(*lines, sep="\n")
+    run.budget.say()
+    return all(row.get("rc", 0) == 0 for row in sheet.rows)
 
 
 def main() -> int:
+    names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of {ARCHIVE}")
+    parser.add_argument("--parts", type=Path, default=FOLDER, help=f"their files ({FOLDER})")
     parser.add_argument("--minutes", type=float, default=8, help="leave out what is later (8)")
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
-    parser.add_argument("--mode", help="of torch.compile: max-autotune-no-cudagraphs, …")
-    parser.add_argument("--dry-run", action="store_true", help="the CPU kernels, small pipelines")
+    parser.add_argument("--only", default=",".join(names), help="comma-separated parts")
+    parser.add_argument("--dry-run", action="store_true", help="small sizes on a CPU")
     options = parser.parse_args()
-    parts = options.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only names {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(names):
+        parser.error(f"--only names {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here; --dry-run tries the script on the CPU")
-    options.out.mkdir(parents=True, exist_ok=True)
-    session = Session(options.out, options.dry_run, Budget(options.minutes), options.mode)
-    facts = {"machine": machine(), "versions": versions(), "commit": commit()}
-    facts |= {"dry_run": True} if options.dry_run else {}
-    found: dict[str, Rows] = {}
-    for part, (seconds, collect) in PARTS.items():
-        if part not in parts or not session.budget.allows(part, 0 if session.dry_run else seconds):
-            continue
-        found[part] = collect(session)
-        text = json.dumps(facts | {"rows": found[part]}, indent=1)
-        write_file(options.out / f"{part}.json", lambda path, text=text: path.write_text(text))
-    print(*goals.table([*found.get("kernels", []), *found.get("vae", [])]), sep="\n")
-    session.budget.say()
-    wrong = [row for row in found.get("verify", []) if not row["passed"]]
-    return 1 if wrong else 0
+    shutil.rmtree(options.parts, ignore_errors=True)
+    for folder in (options.out, options.parts):
+        folder.mkdir(parents=True, exist_ok=True)
+    run = Run(options.out, options.parts, options.dry_run, Budget(options.minutes))
+
+    def ended(number: int, frame: object) -> None:
+        run.end()
+        run.pack()
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ended)
+    return 0 if measure(run, chosen) else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ its interval then clears the noise floor, on every size that picks by the same i
 reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.tuned` finds it.
 
     python -m benchmarks.tune [--ops attention,…] [--out FILE] [--minutes N] [--dry-run]
-    python -m benchmarks.tune --static --arch 90
+    python -m benchmarks.tune --static --arch 90 [--out SIEVED]
+    python -m benchmarks.tune --sieved SIEVED
+
+The second form needs no GPU and leaves what it compiled in Triton's cache: with both, the third
+spends a GPU's minutes on measuring alone.
 """
 
 import argparse
@@ -36,7 +40,7 @@ from fastdiff.kernels.contract import Case, architecture, verify
 from fastdiff.kernels.dispatch import Kernel
 from fastdiff.kernels.inspect import compiled, planned
 from fastdiff.kernels.tuned import SCHEMA, forced, key, recorded
-from fastdiff.written import check_writable, write_file
+from fastdiff.written import check_writable, write_text
 
 FLOOR = 0.03
 """Share by which times may differ and still be the same, as in a report."""
@@ -45,6 +49,8 @@ SCREEN, CONFIRM = 7, 21
 DRY_CANDIDATES, DRY_ROUNDS = 2, 2
 
 Log = Callable[[str], object]
+Sieved = dict[tuple[str, str], list[dict[str, int]]]
+"""By op and key: the candidates that compile and fit, as dictionaries."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +160,22 @@ def wrong(question: Question, config: Any, device: torch.device) -> str | None:
 
 
 def survivors(
-    asked: Sequence[Question], arch: int, device: torch.device, dry_run: bool, log: Log
+    asked: Sequence[Question],
+    arch: int,
+    device: torch.device,
+    dry_run: bool,
+    log: Log,
+    sieved: Sieved | None,
 ) -> list[Any]:
     """Candidates of all questions of one key that compile, fit and are right in each."""
     candidates = asked[0].candidates[: DRY_CANDIDATES if dry_run else None]
+    if sieved is not None:
+        fit = sieved.get(asked[0].at, [])
+        candidates = [config for config in candidates if asdict(config) in fit]
     kept = []
     for config in candidates:
-        why = None if dry_run else refused(asked[0], config, arch)
+        tried = dry_run or sieved is not None
+        why = None if tried else refused(asked[0], config, arch)
         errors = (wrong(question, config, device) for question in asked)
         why = why or next((error for error in errors if error), None)
         if why is None:
@@ -171,11 +186,16 @@ def survivors(
 
 
 def answer(
-    asked: Sequence[Question], arch: int, device: torch.device, dry_run: bool, log: Log
+    asked: Sequence[Question],
+    arch: int,
+    device: torch.device,
+    dry_run: bool,
+    log: Log,
+    sieved: Sieved | None,
 ) -> dict[str, Any] | None:
     """The row of one key, or None where nothing beats the rule."""
     rule = asked[0].rule
-    configs = survivors(asked, arch, device, dry_run, log)
+    configs = survivors(asked, arch, device, dry_run, log, sieved)
     if not configs:
         return None
     screen, confirm = (DRY_ROUNDS, DRY_ROUNDS) if dry_run else (SCREEN, CONFIRM)
@@ -184,6 +204,8 @@ def answer(
         min(speedup(times[0], times[1 + i]).median for times in screened)
         for i in range(len(configs))
     ]
+    for config, ratio in zip(configs, slowest, strict=True):
+        log(f"  {config}: {ratio:.3f} x the rule's speed")
     best = configs[max(range(len(configs)), key=slowest.__getitem__)]
     measured = []
     for question in asked:
@@ -216,7 +238,7 @@ def _measured(
 
 def tune(
     kernels: Sequence[Kernel], arch: int, device: torch.device, dry_run: bool, budget: Budget,
-    log: Log,
+    log: Log, sieved: Sieved | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows for a table; what the time does not suffice for is left to the rule."""
     groups: dict[tuple[str, str], list[Question]] = defaultdict(list)
@@ -228,18 +250,19 @@ def tune(
             continue
         log(f"{at[0]} ({at[1]}): {', '.join(question.case.name for question in asked)}")
         with torch.no_grad():
-            row = answer(asked, arch, device, dry_run, log)
+            row = answer(asked, arch, device, dry_run, log, sieved)
         rows += [] if row is None else [row]
     return rows
 
 
-def list_static(kernels: Sequence[Kernel], arch: int, log: Log) -> None:
-    """Each distinct pick's rule and candidates, as the machine code has them. Needs no GPU."""
-    seen = set()
+def sieve(kernels: Sequence[Kernel], arch: int, log: Log) -> Sieved:
+    """Each distinct pick's candidates that compile, do not spill and fit, found without a GPU; the
+    log hears what the machine code of all of them and of the rule's own has."""
+    sieved: Sieved = {}
     for question in questions(kernels, arch, dry_run=False):
-        if question.at in seen:
+        if question.at in sieved:
             continue
-        seen.add(question.at)
+        fit = sieved[question.at] = []
         log(f"{question.op} ({question.at[1]}), {question.case.name}, sm_{arch}")
         for config in (question.rule, *question.candidates):
             numbers = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
@@ -249,12 +272,29 @@ def list_static(kernels: Sequence[Kernel], arch: int, log: Log) -> None:
             except Exception as error:  # the compiler's own, of many kinds
                 log(f"{start}does not compile ({type(error).__name__})")
                 continue
+            if config != question.rule and not any(row.spills or not row.fits for row in rows):
+                fit.append(asdict(config))
             for row in rows:
                 log(
                     f"{start}{row.kernel} {row.registers} registers, {row.spills} B spilt,"
                     f" {row.shared} B shared, {row.occupancy:.0%} of the warps ({row.limited_by}),"
                     f" {row.mma or 'no mma'}{'' if row.fits else ', does not fit'}"
                 )
+    return sieved
+
+
+def write_sieved(sieved: Sieved, path: Path) -> None:
+    rows = [{"op": op, "key": key, "configs": fit} for (op, key), fit in sieved.items()]
+    write_text(path, json.dumps(rows, indent=1) + "\n")
+
+
+def read_sieved(path: Path) -> Sieved:
+    """UserError for what `--static --out` did not write."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {(row["op"], row["key"]): row["configs"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--sieved {path} cannot be used ({error}); write it again") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10, help="stop asking after (10)")
     parser.add_argument("--dry-run", action="store_true", help="the interpreter, tiny sizes")
     parser.add_argument("--static", action="store_true", help="list candidates as compiled")
+    parser.add_argument("--sieved", type=Path, help="what --static --out wrote elsewhere")
     parser.add_argument("--arch", type=int, default=90, help="of --static (90)")
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
@@ -275,21 +316,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         kernels = tunable_kernels(options.ops.split(",") if options.ops else None)
         if options.static:
-            list_static(kernels, options.arch, print)
+            found = sieve(kernels, options.arch, print)
+            if options.out:
+                write_sieved(found, options.out)
             return 0
         device = torch.device("cpu" if options.dry_run else "cuda")
         arch = architecture(torch.empty(1, device=device))
         out = options.out or Path("build", f"sm_{arch}.json")
         check_writable(out, "--out")
         budget = Budget(options.minutes)
-        rows = tune(kernels, arch, device, options.dry_run, budget, print)
+        sieved = read_sieved(options.sieved) if options.sieved else None
+        rows = tune(kernels, arch, device, options.dry_run, budget, print, sieved)
     except UserError as error:
         parser.error(str(error))
     document = {"schema": SCHEMA, "arch": arch, "machine": machine(), "versions": versions()}
     document |= {"commit": commit(), "command": shlex.join(["python -m benchmarks.tune", *given])}
     document |= {"dry_run": True} if options.dry_run else {}
-    text = json.dumps(document | {"rows": rows}, indent=1) + "\n"
-    write_file(out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out, json.dumps(document | {"rows": rows}, indent=1) + "\n")
     budget.say()
     print(f"{len(rows)} rows: {out}")
     return 0

@@ -58,6 +58,22 @@ def afterwards(path: Path | None, text: Callable[[], str]) -> Iterator[None]:
             write_text(path, text())
 
 
+@contextmanager
+def so_far(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that writes what is known so far, so that a run which is killed leaves that.
+
+    A pipe or device hears nothing of it: it takes one text, the last. Where the block refuses with
+    UserError, nothing is left.
+    """
+    file = None if path is None or (path.exists() and not path.is_file()) else path
+    try:
+        yield lambda text: None if file is None else write_text(file, text)
+    except UserError:
+        if file is not None:
+            file.unlink(missing_ok=True)
+        raise
+
+
 def check_writable(path: Path, option: str) -> None:
     """Raise UserError unless `path` can become a file; before an hour of work, not after."""
     with told(path):  # of a name too long, or a folder on the way that is closed to us

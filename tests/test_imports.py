@@ -25,10 +25,14 @@ MAY_IMPORT = {
 }
 # optional package -> the only files that may import it
 OPTIONAL = {
-    "triton": ("kernels/*/gpu.py", "kernels/*/tiles.py", "kernels/inspect.py"),
+    "triton": (
+        *("kernels/*/gpu.py", "kernels/*/tiles.py", "kernels/inspect.py"),
+        *("kernels/cached.py", "kernels/worker.py"),
+    ),
     "diffusers": (
         *("compiler/adapters.py", "compiler/pipelines.py", "compiler/denoise.py"),
         *("demo/*.py", "bench/presets.py", "bench/pipelines.py", "regression/worker.py"),
+        "bench/blueprints.py",
     ),
     "transformers": ("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
     "tensorrt": ("engines/trt.py",),

@@ -25,13 +25,21 @@ def channels_last(pipe: Any) -> None:
 
 
 def inductor(pipe: Any) -> None:
-    """torch.compile of the U-Net and of the VAE's decoder; max-autotune on a GPU."""
+    """torch.compile of the U-Net and of the VAE's decoder, as it is by default."""
+    _inductor(pipe, "default")
+
+
+def inductor_max_autotune(pipe: Any) -> None:
+    """The same with the mode that searches kernels and captures CUDA graphs, for minutes."""
+    _inductor(pipe, "max-autotune")
+
+
+def _inductor(pipe: Any, mode: str) -> None:
     on_gpu = pipe.device.type == "cuda"
     if on_gpu and find_spec("triton") is None:
         raise Unavailable("torch.compile needs triton on a GPU, and it is not installed")
     if not on_gpu:
         _need_compiler()
-    mode = "max-autotune" if on_gpu else "default"
     pipe.unet.compile(mode=mode)
     pipe.vae.decoder.compile(mode=mode)
 
@@ -60,6 +68,7 @@ BACKENDS: dict[str, Callable[..., None]] = {
     "eager": eager,
     "channels_last": channels_last,
     "inductor": inductor,
+    "inductor-max-autotune": inductor_max_autotune,
     "networks": networks,
     "fastdiff": fastdiff,
     "ort": ort,

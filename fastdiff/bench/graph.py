@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.bench.gpus import Gpu
 from fastdiff.bench.roofline import floor
 from fastdiff.bench.tally import FORMULAS, Tally, bytes_of, moved, only_memory
+from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.dispatch import KERNELS
-from fastdiff.kernels.guided_step import guided_step
-from fastdiff.kernels.guided_step.spec import HISTORY
+from fastdiff.kernels.planned import Planning
 from fastdiff.models.borrow import Loan
-from fastdiff.models.unet import UNet, borrow_unet
+from fastdiff.models.unet import borrow_unet
+from fastdiff.runtime.planned import step
 
 _aten = torch.ops.aten
 NAMES = {
@@ -52,65 +52,46 @@ class Row:
     """Sum over the launches, each at the roofline of the GPU: memory or arithmetic, no latency."""
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes what is launched, as (kernel, work) in order; results have no values."""
+class _Recorder(Planning):
+    """Notes all that is launched, as (kernel, work) in order; results have no values."""
 
     def __init__(self, arch: int) -> None:
-        super().__init__()
+        super().__init__(arch)
         self.launched: list[tuple[str, Tally]] = []
-        self._arch = arch
 
     def note(self, kernel: str, traffic: int, flops: int = 0) -> None:
         self.launched.append((kernel, Tally(1, traffic, flops)))
 
-    def __torch_dispatch__(
-        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = op._schema.name.partition("::")[2]
-        if op.namespace == "fastdiff":
-            return self._ours(name, args, kwargs)
-        if op is _aten.convolution.default:
-            return self._convolution(args)
-        if name == "upsample_nearest2d":
-            return self._enlargement(args[0], op(*args, **kwargs))
-        with self:  # within an op of ours, ops arrive that are made of others
-            result = op.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        result = op(*args, **kwargs)
-        formula = FORMULAS.get(op.overloadpacket)
-        flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
-        if not only_memory(op, name):
-            read, written = moved(op, name, args, kwargs, result)
-            if written:
-                self.note(NAMES.get(name, f"torch {name}"), read + written, flops)
-        return result
-
-    def _convolution(self, args: tuple[Any, ...]) -> Tensor:
-        """Channels last; torch adds the bias in a kernel of its own after cuDNN's."""
+    def convolution(self, args: tuple[Any, ...]) -> Tensor:
+        """torch adds the bias in a kernel of its own after cuDNN's."""
         x, weight, bias, *more = args
-        out = _channels_last(_aten.convolution.default(x, weight, None, *more))
+        out = super().convolution((x, weight, None, *more))
         flops = int(FORMULAS[_aten.convolution](x, weight, None, *more, out_val=out))
         self.note(NAMES["convolution"], sum(map(bytes_of, (x, weight, out))), flops)
         if bias is not None:
             self.note("torch add (a convolution's bias)", 2 * bytes_of(out) + bytes_of(bias))
         return out
 
-    def _enlargement(self, x: Tensor, enlarged: Tensor) -> Tensor:
+    def enlargement(self, x: Tensor, enlarged: Tensor) -> Tensor:
         """One launch from channels last to channels last, where the meta device has many ops."""
-        out = _channels_last(enlarged)
+        out = super().enlargement(x, enlarged)
         self.note("torch upsample_nearest2d", bytes_of(x) + bytes_of(out))
         return out
 
-    def _ours(self, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
-        kernel = KERNELS[name]
-        if "triton" not in kernel.implementations:
-            with self:
-                return kernel.implementations["reference"]()(*args, **kwargs)
-        launcher: Any = kernel.implementations["triton"]()
-        launches, outputs = launcher.plan(self._arch, *args, **kwargs)
-        flops = 0
+    def other(
+        self, op: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        formula = FORMULAS.get(op.overloadpacket)
+        flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+        if not only_memory(op, name):
+            read, written = moved(op, name, args, kwargs, result)
+            if written:
+                self.note(NAMES.get(name, f"torch {name}"), read + written, flops)
+
+    def planned(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], launches: tuple[Launch, ...]
+    ) -> None:
+        kernel, flops = KERNELS[name], 0
         if kernel.spec.products:
             with FlopCounterMode(display=False) as counter:
                 kernel.spec.reference(*args, **kwargs)
@@ -121,12 +102,6 @@ class _Recorder(TorchDispatchMode):
             fresh = sum(bytes_of(tensors[key]) for key in tensors.keys() - seen)
             self.note(f"{name} {launch.kernel.__name__}", fresh, flops)
             seen, flops = seen | tensors.keys(), 0
-        return outputs
-
-
-def _channels_last(picture: Tensor) -> Tensor:
-    """A picture [B, C, Y, X] as cuDNN and torch's CUDA kernels lay it out; meta may not."""
-    return picture.new_empty(picture.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 class _Attention(TorchFunctionMode):
@@ -166,9 +141,10 @@ def rows(network: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: in
         tokens: of the text.
     """
     network = nn.Module.to(network, dtype=dtype)
-    step = _step(borrow_unet(network, Loan(network, rehearsal=True)), dtype, side, tokens)
+    unet = borrow_unet(network, Loan(network, rehearsal=True))
+    run = step(unet, dtype, (side, side), tokens)
     by_kernel: defaultdict[str, list[Tally]] = defaultdict(list)
-    for kernel, work in launched(step, int(gpu.arch.removeprefix("sm_"))):
+    for kernel, work in launched(run, int(gpu.arch.removeprefix("sm_"))):
         by_kernel[kernel].append(work)
     found = [
         Row(
@@ -181,25 +157,3 @@ def rows(network: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: in
         for kernel, works in by_kernel.items()
     ]
     return sorted(found, key=lambda row: -row.floor_ms)
-
-
-def _step(unet: UNet, dtype: torch.dtype, side: int, tokens: int) -> Callable[[], None]:
-    """What `runtime.loop` repeats: the network on hoisted rows, then the guided step."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    latents = empty(1, side, side, unet.conv_in.weight.shape[1])
-    # SDXL's halves differ in what is added to the time: they part at the first resnet
-    time_rows = empty(1 if unet.added is None else 2, unet.rows.weight.shape[0])
-    text = empty(2, tokens, unet.text.weight.shape[0])
-    sample = empty(*latents.shape, dtype=torch.float32)
-    history = empty(2, 0, *latents.shape, dtype=torch.float32)
-    table = empty(1, HISTORY + 1, dtype=torch.float32)
-    step = empty(1, dtype=torch.int64)
-
-    def run() -> None:
-        output = unet.predict(latents, time_rows, text)
-        guided_step(output, sample, history, latents, table, step)
-
-    return run

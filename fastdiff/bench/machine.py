@@ -58,7 +58,12 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The git commit of this checkout, "-dirty" if edited; None for an installed package."""
+    """The git commit of this checkout, "-dirty" if edited; None for an installed package.
+
+    FASTDIFF_COMMIT overrules it, for a copy of a checkout on another machine.
+    """
+    if told := os.environ.get("FASTDIFF_COMMIT"):
+        return told
     root = Path(fastdiff.__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -56,6 +56,8 @@ class Result:
     created: str = field(default_factory=now, kw_only=True)
     command: str
     rows: tuple[Row, ...]
+    incomplete: bool = False
+    """The run that wrote this goes on, or was ended before its last round."""
 
 
 def to_json(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,12 +40,17 @@ class Settings:
 
 
 def bench(
-    pipe: Any, settings: Settings, log: Callable[[str], None] = lambda line: None
+    pipe: Any,
+    settings: Settings,
+    log: Callable[[str], object] = lambda line: None,
+    keep: Callable[[list[Row]], object] = lambda rows: None,
 ) -> list[Row]:
     """One row per backend of `settings`, in that order.
 
     `pipe` is on the CPU and becomes the eager baseline on `settings.device`. A backend is timed
-    only if its receipt is green; `log` hears what is under way.
+    only if its receipt is green; `log` hears what is under way, `keep` the rows as far as they are
+    known: after each backend's preparation and, from the second on, after each round. A backend
+    that raises while it is prepared is a row that says so.
 
     Raises UserError where one that was asked for cannot run here, before anything is timed.
     """
@@ -73,18 +79,28 @@ def bench(
                 sentence = f"--backends {name} cannot run here: {reason}"
                 raise UserError(sentence) from reason
             rows[name] = replace(row, unavailable=str(reason))
-            continue
-        if not rows[name].failed:
-            racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
-    drawings = interleave(
-        racers,
-        settings.rounds,
-        settings.seed,
-        lambda done: log(f"timing: round {done} of {settings.rounds}"),
-    )
-    for name in racers:
-        rows[name] = _with_speed(rows[name], drawings[name], drawings["eager"])
-    return list(rows.values())
+        except UserError:
+            raise
+        except Exception as error:  # it must not take the others' times with it
+            log(traceback.format_exc())
+            words = str(error).strip() or "without a word"
+            rows[name] = replace(row, unavailable=f"it broke: {type(error).__name__}: {words}")
+        else:
+            if not rows[name].failed:
+                racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
+        keep(list(rows.values()))
+
+    def timed(drawings: dict[str, list[Drawing]]) -> list[Row]:
+        eager = drawings["eager"]
+        speeds = {name: _with_speed(rows[name], own, eager) for name, own in drawings.items()}
+        return list((rows | speeds).values())
+
+    def after_round(done: int, drawings: dict[str, list[Drawing]]) -> None:
+        log(f"timing: round {done} of {settings.rounds}")
+        if done > 1:  # one sample has no interval
+            keep(timed(drawings))
+
+    return timed(interleave(racers, settings.rounds, settings.seed, after_round))
 
 
 def _request(pipe: Any, settings: Settings) -> Request:

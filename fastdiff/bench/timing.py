@@ -90,9 +90,11 @@ def interleave(
     runs: Mapping[str, Callable[[], T]],
     rounds: int,
     seed: int,
-    after_round: Callable[[int], None] = lambda done: None,
+    after_round: Callable[[int, dict[str, list[T]]], object] = lambda done, results: None,
 ) -> dict[str, list[T]]:
     """Run everything once a round, in an order drawn anew each round; results by name and round.
+
+    `after_round(done, results)` hears of each round, and what all rounds so far have given.
 
     A slow minute then slows all alike: sequential blocks on a busy machine cry wolf in one
     comparison of five.
@@ -105,7 +107,7 @@ def interleave(
             shuffle(order)
             for name in order:
                 results[name].append(runs[name]())
-            after_round(done)
+            after_round(done, results)
     return results
 
 

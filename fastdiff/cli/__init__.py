@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastdiff import installed
-from fastdiff.cli import draw, export, facts, graph, measure, report  # noqa: F401  each adds its commands
+from fastdiff.cli import draw, export, facts, graph, measure, report, warm  # noqa: F401  each adds its commands
 from fastdiff.cli.options import app
 from fastdiff.errors import UserError
 

@@ -1,6 +1,7 @@
 """bench and count: how fast, and what each step launches."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -96,11 +97,11 @@ def bench(
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import status
     from fastdiff.bench.report import show
-    from fastdiff.bench.results import Result, to_json
+    from fastdiff.bench.results import Result, now, to_json
     from fastdiff.bench.room import room
     from fastdiff.bench.run import Settings
     from fastdiff.bench.run import bench as run
-    from fastdiff.written import afterwards, check_writable
+    from fastdiff.written import afterwards, check_writable, so_far
 
     if json_file:
         check_writable(json_file, "--json")
@@ -134,13 +135,19 @@ def bench(
         prompt="red heart",
         engines=engines,
     )
-    with status() as log, room(pipe, height, width, device):
-        rows = tuple(run(pipe, settings, log))
     command = shlex.join(["fastdiff", *context.obj])
-    result = Result(machine(), versions(), commit(), command, rows)
+    unfinished = Result(machine(), versions(), commit(), command, (), True, created=now())
+    with status() as log, room(pipe, height, width, device), so_far(json_file) as keep:
+        rows = run(
+            pipe,
+            settings,
+            log,
+            lambda rows: keep(to_json(replace(unfinished, rows=tuple(rows)))),
+        )
+    result = replace(unfinished, rows=tuple(rows), incomplete=False)
     with afterwards(json_file, lambda: to_json(result)):
         show(result, native()["note"] if device == "cpu" else None)
-    if any(row.failed for row in rows):
+    if any(row.failed or (row.unavailable and row.backend in asked) for row in rows):
         raise typer.Exit(1)
 
 

@@ -42,6 +42,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     parts = _left(target, options)
     _refuse_compiled(parts)
     parts = _with_engine(target, _searched(parts, options), options)
+    from fastdiff.compiler.ahead import kernels
     from fastdiff.compiler.pipelines import take_loop
 
     if not parts and not options.ignore:
@@ -61,7 +62,9 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
                 raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
         if slots and all(slot.refused for slot in slots):
             raise UserError(_nothing(target, {slot.name: str(slot.refused) for slot in slots}))
+        made = kernels(target, slots, options.warm)
         for slot in slots:
+            slot.kernels = made
             slot.put()
         if "unet" in parts and LOOP not in options.ignore:
             take_loop(target)
@@ -150,6 +153,9 @@ def report(target: Any) -> Report:
             runner, does = ("diffusers", "steps") if loop is None else ("fastdiff", "coefficients")
             of_whom = f"{does} of {type(target.scheduler).__name__}, part of the loop"
             ours.append(Part("scheduler", runner, of_whom))
+    made = [slot.kernels for _, (module, _) in parts.items() if (slot := kept_slot(plain(module)))]
+    if told := next((str(kernels) for kernels in made if kernels is not None), ""):
+        ours.append(Part("kernels", "Triton", told))
     theirs = [Part(name, "diffusers", why) for name, why in _eager_parts(target).items()]
     return Report((*ours, *theirs), _note(parts), _tactics(parts))
 

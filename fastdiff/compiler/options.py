@@ -32,7 +32,9 @@ class Options:
     ort_graphs: bool = False
     """Whether ONNX Runtime keeps a CUDA graph for every shape. Gains launches at small sizes, costs
     memory."""
-
+    warm: str | Path | None = None
+    """Folder that `fastdiff warm` wrote: its kernels are not compiled on this machine. What it does
+    not have for this pipeline, GPU or Triton is compiled, with a warning."""
     tactics: bool = True
     """Whether cuDNN measures its plans for each convolution when it first meets it on a GPU. Gains
     speed where pictures are small, costs some ten milliseconds a convolution, once a process. Not
@@ -56,6 +58,10 @@ class Options:
             raise UserError(f"Options.ort_graphs is {self.ort_graphs!r}; give True or False")
         if not isinstance(self.tactics, bool):
             raise UserError(f"Options.tactics is {self.tactics!r}; give True or False")
+        if not isinstance(self.warm, str | Path | None) or self.warm == "":
+            raise UserError(
+                f"Options.warm is {self.warm!r}; give the folder that fastdiff warm wrote"
+            )
         if self.backend == FASTDIFF and self.engines is not None:
             raise UserError(f"Options.engines is {self.engines}, which needs a backend to run it")
         if self.ort_graphs and self.backend != "ort":

@@ -74,6 +74,8 @@ class Slot:
     """What stands in for the network since float16 overflowed."""
     promoted: list[str] = field(default_factory=list)
     """The layers that overflowed since compile."""
+    kernels: Any = None
+    """What is compiled before its first call: `ahead.Kernels`."""
     ended: bool = False
     """Whether the module was restored: whoever still holds the slot borrows nothing any more."""
     _homes: Homes = field(default_factory=dict, repr=False)
@@ -122,6 +124,8 @@ class Slot:
         network = None if reason else self._ready(scale)
         if network is None:
             raise Unsupported(reason or self.refused or "")
+        if self.kernels is not None:
+            self.kernels.wait()
         if self.promotion is not None:
             same = self.promotion.version == self.version
             if same and self.promotion.unwritten.values_hold():

@@ -8,6 +8,7 @@ where err is the largest absolute difference, `eager` is the plain-torch referen
 kernel's own dtype and `exact` the same reference run in float64 on the same (rounded) inputs.
 """
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -82,9 +83,10 @@ class Launch:
 
     kernel: Any
     arguments: Mapping[str, Tensor | int | None]
-    """Run-time arguments in kernel order: inputs, integers, outputs; None where one is absent."""
+    """Run-time arguments in kernel order: inputs, integers, outputs. An absent tensor is None, for
+    which the kernel is compiled anew, or another one that is not read or written in its place."""
     constants: Mapping[str, int | float | bool]
-    """The kernel's constexpr arguments; every float is one of them."""
+    """The kernel's constexpr arguments; every float is one of them, or `float_bits`."""
     grid: tuple[int, ...]
     num_warps: int
     num_stages: int = 1
@@ -92,14 +94,24 @@ class Launch:
     """Bytes that a thread can load and store at once, as the strides and widths allow: what
     `inspect` holds the widest loads and stores of the machine code to."""
 
+    @property
+    def unspecialised(self) -> frozenset[str]:
+        """Names of the arguments whose values compile nothing anew, as the kernel says it."""
+        said = getattr(self.kernel, "kwargs", None)  # of the interpreter's kernels
+        names = self.kernel.do_not_specialize if said is None else said["do_not_specialize"]
+        return frozenset(names or ())
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton is told beside the arguments."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": FP_FUSION,
+        }
+
     def start(self) -> None:
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=FP_FUSION,
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,12 @@ def architecture(tensor: Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32 as an integer of 32: kernels take no floats, and are compiled anew for
+    each value of a constexpr."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 def power_parts(width: int, least: int = 1) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from fastdiff.kernels import sass
 from fastdiff.kernels.contract import FP_FUSION, Case, KernelSpec, Launch
 from fastdiff.kernels.dispatch import Kernel, all_kernels
 from fastdiff.kernels.occupancy import SMS, bound, occupancy
+from fastdiff.kernels.planned import specialised
 
 SHARED_LIMIT = {arch: sm.shared - 1 for arch, sm in SMS.items()}
 """Shared memory a block may use, in KiB, by architecture."""
@@ -34,15 +35,6 @@ MMA_OF = {90: "wgmma", 100: "tcgen05.mma"}
 DOT = "tt.dot"
 """A product in Triton's own first code."""
 THREADS = 2
-
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-}
-
 
 Planned = tuple[KernelSpec, Case, torch.dtype, Launch]
 
@@ -182,22 +174,7 @@ def _source(launch: Launch) -> ASTSource:
             "the kernels were imported for Triton's interpreter and cannot be compiled; "
             "start a process without TRITON_INTERPRET"
         )
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
-    divisible = set()
-    any_value = {p.name for p in launch.kernel.params if p.do_not_specialize}
-    for name, value in launch.arguments.items():
-        if value is None or (type(value) is int and value == 1 and name not in any_value):
-            constants[name] = value
-        elif isinstance(value, Tensor):
-            types[name] = TYPES[value.dtype]
-            # allocations are aligned, so only the offset into one counts
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                divisible.add(name)
-        else:
-            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and name not in any_value:
-                divisible.add(name)
+    types, constants, divisible = specialised(launch)
     names = launch.kernel.arg_names
     if missing := set(names) ^ (set(types) | set(constants)):
         raise ValueError(f"{launch.kernel.__name__}: arguments {sorted(missing)} do not match")
@@ -256,7 +233,10 @@ def _row(
 
 
 def _writes(launch: Launch, dtype: torch.dtype) -> bool:
-    """Whether an output, that is a tensor after the last integer, is of a dtype."""
+    """Whether an output, that is a tensor after the last integer, is of a dtype; one that is an
+    input as well stands for an absent one."""
     values = list(launch.arguments.values())
     last = max((at for at, value in enumerate(values) if type(value) is int), default=-1)
-    return any(isinstance(value, Tensor) and value.dtype == dtype for value in values[last + 1 :])
+    inputs = {id(value) for value in values[:last]}
+    outputs = [value for value in values[last + 1 :] if id(value) not in inputs]
+    return any(isinstance(value, Tensor) and value.dtype == dtype for value in outputs)

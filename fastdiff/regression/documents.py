@@ -71,6 +71,8 @@ def read(path: Path) -> Side:
         raise UserError(f"{path} holds both states; give it alone")
     foreign = "benchmarks" in document and "machine_info" in document
     reader = _pytest_benchmark if foreign else _READERS.get(str(schema))
+    if document.get("incomplete"):
+        raise UserError(f"{path} is incomplete: its run goes on or was ended; measure again")
     if reader is not None:
         return checked(path, lambda: reader(path.name, document))
     names = ", ".join([PAIRED, *_READERS])

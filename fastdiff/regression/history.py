@@ -55,6 +55,8 @@ def _points(path: Path) -> list[Point]:
         raise UserError(f"{path} cannot be read as JSON ({error}); remove or repair it") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         return []
+    if document.get("incomplete"):
+        return []
     try:
         commit = document.get("commit")
         created = _utc(document.get("created")) or _date(path.parent, commit) or _modified(path)

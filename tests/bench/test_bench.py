@@ -11,6 +11,7 @@ from fastdiff.bench.backends import BACKENDS, Unavailable, choose
 from fastdiff.bench.run import Settings
 from fastdiff.cli import main
 from fastdiff.errors import UserError
+from fastdiff.regression import documents
 
 RECEIPT = {"psnr_db", "ssim", "max_abs", "err_vs_fp64", "err_eager_vs_fp64", "passed"}
 
@@ -45,6 +46,7 @@ def test_rows_follow_the_schema(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert code == 0, out
     assert document["schema"] == "fastdiff.bench/1"
+    assert document["incomplete"] is False
     assert {"cpu", "cores", "threads", "memory_bytes", "gpu"} <= set(document["machine"])
     assert {"fastdiff", "torch", "diffusers"} <= set(document["versions"])
     assert "--seed 3" in document["command"]
@@ -157,6 +159,51 @@ def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(
     )
 
 
+def test_a_run_that_is_killed_leaves_what_it_had(tmp_path, monkeypatch):
+    """As by the kernel or a time limit: whatever was known then is on disk, and says what it is."""
+    path = tmp_path / "bench.json"
+    seen = []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(runs, rounds, seed, after_round):
+        seen.append(json.loads(path.read_text()))
+        drawings = {name: [run()] for name, run in runs.items()}
+        for done in (1, 2):
+            after_round(done, drawings)
+            drawings = {name: [*own, own[0]] for name, own in drawings.items()}
+        raise Killed
+
+    monkeypatch.setattr(running, "interleave", dying)
+    with pytest.raises(Killed):
+        run_bench(tmp_path, "eager,fastdiff")
+    prepared, left = seen[0], json.loads(path.read_text())
+    assert prepared["incomplete"] is True
+    assert left["incomplete"] is True
+    assert [row["backend"] for row in left["rows"]] == ["eager", "fastdiff"]
+    assert all(row["receipt"]["passed"] and not row["samples_ms"] for row in prepared["rows"])
+    assert all(len(row["samples_ms"]) == 2 for row in left["rows"])
+    with pytest.raises(UserError, match=r"bench\.json is incomplete: its run goes on or was ended"):
+        documents.read(path)
+
+
+def test_a_backend_that_breaks_takes_no_time_from_the_others(tmp_path, capsys, monkeypatch):
+    def breaking(pipe):
+        raise ZeroDivisionError("a kernel that was never tried")
+
+    monkeypatch.setitem(BACKENDS, "networks", breaking)
+    code, document = run_bench(tmp_path, "eager,networks,fastdiff")
+    assert code == 1
+    eager, broken, ours = document["rows"]
+    assert broken["unavailable"] == "it broke: ZeroDivisionError: a kernel that was never tried"
+    assert not broken["samples_ms"]
+    assert len(eager["samples_ms"]) == len(ours["samples_ms"]) == 2
+    out, err = capsys.readouterr()
+    assert "networks: not run: it broke: ZeroDivisionError" in out
+    assert "in breaking" in err
+
+
 def test_tensorrt_names_the_option_of_the_command_line(tmp_path, capsys):
     code, document = run_bench(tmp_path, "eager,tensorrt")
     assert (code, document) == (2, None)
@@ -171,5 +218,5 @@ def test_backends_are_chosen_by_name_and_eager_comes_first():
     assert choose("channels_last, eager") == ("eager", "channels_last")
     assert choose("inductor") == ("eager", "inductor")
     for bad in ("eager,warp", ""):
-        with pytest.raises(UserError, match="choose from eager, channels_last, inductor, networks"):
+        with pytest.raises(UserError, match="choose from eager, channels_last, inductor, induc"):
             choose(bad)

@@ -1,13 +1,22 @@
-"""`make gpu` without one: goals read off rows, a budget that leaves out, the kernels' part dry."""
+"""`make gpu` without one: goals read off rows, a run that is ended keeps what it found."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import tarfile
+import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu
 from benchmarks.clock import Budget
-from benchmarks.goals import GOALS, table
+from benchmarks.goals import GOALS, lines, table
+from benchmarks.shapes import triton_kernels as gpu_kernels
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(kernel, sizes, **times):
@@ -63,22 +72,80 @@ def test_a_budget_remembers_what_it_left_out(capsys):
     assert capsys.readouterr().out == "1 minutes are over; left out: sdxl\n"
 
 
-def test_kernels_dry(monkeypatch, tmp_path, capsys):
-    """Every Triton kernel has its row with all rivals that a CPU has."""
-    arguments = ["gpu", "--dry-run", "--only", "verify,kernels", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert gpu.main() == 0
-    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert {row["kernel"] for row in rows} == {k.spec.name for k in gpu.triton_kernels()}
-    for row in rows:
+def test_goals_of_pipelines_are_read_off_their_files(tmp_path):
+    rows = [{"backend": "eager", "steps_per_s": 27.0}, {"backend": "fastdiff", "steps_per_s": None}]
+    (tmp_path / "sd15.json").write_text(json.dumps({"rows": rows}))
+    first, second, third, *_ = lines(tmp_path)
+    assert first.split()[:5] == ["SD1.5", "512", "px", "eager", "27.0"]
+    assert "fastdiff" in second
+    assert "not measured" in second
+    assert third.startswith("SDXL 1024 px")
+
+
+def make_gpu(out, *options, **settings):
+    """`benchmarks.gpu` dry, as `make gpu DRY=1` starts it, on small parts."""
+    command = [sys.executable, "-P", "-m", "benchmarks.gpu", "--dry-run", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    files = ["--parts", str(out / "parts"), *options]
+    return subprocess.Popen([*command, *files], env=environment, cwd=ROOT, **settings)
+
+
+def packed(out):
+    """The documents of the archive, by name."""
+    with tarfile.open(out / gpu.ARCHIVE) as archive:
+        return {
+            member.name.removeprefix("results/"): archive.extractfile(member).read()
+            for member in archive.getmembers()
+        }
+
+
+def test_every_kernel_has_its_rows_in_the_archive(tmp_path):
+    run = make_gpu(tmp_path, "--only", "ceilings,verify,kernels", stdout=subprocess.PIPE, text=True)
+    told = run.communicate()[0]
+    assert run.returncode == 0, told
+    files = packed(tmp_path)
+    done = json.loads(files["run.json"])
+    assert done["incomplete"] is False
+    assert [row.get("rc") for row in done["rows"]] == [0, 0, 0, None]
+    names = {kernel.spec.name for kernel in gpu_kernels()}
+    for part in ("verify", "kernels"):
+        document = json.loads(files[f"{part}.json"])
+        assert document["incomplete"] is False
+        assert {row["kernel"] for row in document["rows"]} == names
+    for row in json.loads(files["kernels.json"])["rows"]:
         times = row["samples_ms"]
         assert all(isinstance(times[name], list) for name in ("ours", "eager", "copy")), row
-    assert "GEGLU" in capsys.readouterr().out
+    assert "GEGLU" in told
+    assert files["goals.txt"].decode() in told
 
 
-def test_no_minutes_no_parts(monkeypatch, tmp_path, capsys):
-    arguments = ["gpu", "--dry-run", "--minutes", "0", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert gpu.main() == 0
-    assert f"left out: {', '.join(gpu.PARTS)}" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_what_it_found(tmp_path, number):
+    run = make_gpu(tmp_path, "--only", "ceilings,cases", start_new_session=True)
+    cases = tmp_path / "parts" / "cases.json"
+    while run.poll() is None and not (cases.exists() and json.loads(cases.read_text())["rows"]):
+        time.sleep(0.05)
+    os.kill(run.pid, number)
+    assert run.wait() == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    for file in (tmp_path / "parts").glob("*.json"):
+        assert json.loads(file.read_text())["incomplete"] is (file.name != "ceilings.json")
+    assert json.loads(packed(tmp_path)["ceilings.json"])["incomplete"] is False
+    if number == signal.SIGTERM:  # what is killed outright has packed some seconds ago
+        assert json.loads(packed(tmp_path)["cases.json"])["rows"]
+
+
+def test_a_part_that_hangs_or_breaks_takes_nothing_from_the_others(tmp_path):
+    run = gpu.Run(tmp_path, tmp_path / "parts", True, Budget(1))
+    run.folder.mkdir()
+    assert run.do("hangs", [sys.executable, "-c", "while True: pass"], 0.5) is None
+    assert run.process.returncode == -signal.SIGKILL
+    assert run.do("breaks", [sys.executable, "-c", "raise ValueError('odd')"], 9) == 1
+    assert b"ValueError: odd" in (run.folder / "breaks.log").read_bytes()
+
+
+def test_no_minutes_no_parts(tmp_path):
+    run = make_gpu(tmp_path, "--minutes", "0", stdout=subprocess.PIPE, text=True)
+    told = run.communicate()[0]
+    names = [part.name for part in gpu.PARTS if part.needs == "torch"]
+    assert all(name in told.splitlines()[-1] for name in names)
+    assert set(packed(tmp_path)) == {"run.json", "goals.txt"}

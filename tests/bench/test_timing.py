@@ -13,7 +13,7 @@ def test_everyone_runs_once_a_round_in_changing_order():
     calls = []
     runs = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
     done = []
-    results = interleave(runs, rounds=20, seed=0, after_round=done.append)
+    results = interleave(runs, rounds=20, seed=0, after_round=lambda round_, _: done.append(round_))
     orders = [tuple(calls[i : i + 3]) for i in range(0, 60, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len(set(orders)) == 6  # all permutations turn up

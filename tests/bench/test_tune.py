@@ -3,13 +3,14 @@
 import json
 import sys
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import tune
 from benchmarks.shapes import full, tiny, triton_kernels
+from fastdiff.errors import UserError
 from fastdiff.kernels import tuned
 from fastdiff.kernels.contract import Case, KernelSpec, Launcher
 from fastdiff.kernels.dispatch import Kernel
@@ -124,6 +125,26 @@ def test_a_configuration_that_does_not_compile_is_refused(planted):
     kernel = planted(LaunchConfig(1, 1))
     question = next(tune.questions([kernel], 0, dry_run=False))
     assert tune.refused(question, LaunchConfig(1, 1), 90).startswith("does not compile: ")
+
+
+def test_what_was_sieved_elsewhere_is_not_compiled_again(planted, monkeypatch, tmp_path):
+    faster, spilling = LaunchConfig(2, 1), LaunchConfig(1, 1)
+    kernel = planted(faster, spilling)
+    row = SimpleNamespace(spills=0, fits=True, kernel="k", registers=1, shared=0, occupancy=1.0)
+    row.limited_by, row.mma = "", ""
+    bad = SimpleNamespace(**vars(row) | {"spills": 8})
+    told = {faster: [row], spilling: [bad], RULE: [row]}
+    monkeypatch.setattr(tune, "static_rows", lambda question, config, arch: told[config])
+    path = tmp_path / "sieved.json"
+    tune.write_sieved(tune.sieve([kernel], 0, lambda line: None), path)
+    monkeypatch.setattr(tune, "static_rows", None)
+    budget = tune.Budget(1)
+    device = torch.device("cpu")
+    rows = tune.tune([kernel], 0, device, False, budget, print, tune.read_sieved(path))
+    assert [row["config"]["pause"] for row in rows] == [2, 2]
+    path.write_text("[{}]")
+    with pytest.raises(UserError, match=r"--sieved .*sieved.json cannot be used \('op'\)"):
+        tune.read_sieved(path)
 
 
 def test_a_dry_run_writes_a_table_that_is_refused(planted, tmp_path, capsys):

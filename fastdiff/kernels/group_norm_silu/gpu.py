@@ -13,78 +13,91 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, power_parts
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits, power_parts
 from fastdiff.kernels.group_norm_silu.tiles import (
-    bases_of,
+    RESIDUAL,
+    ROW,
+    SHIFT,
+    SILU,
+    added_of,
+    keep,
     lines_of,
     load_tiles,
     merge,
     missing_of,
     moments_of,
-    parts_of,
+    opened,
+    recall,
     store_tile,
+    sum_tile,
 )
 from fastdiff.kernels.occupancy import multiprocessors
 from fastdiff.kernels.tuned import tunable
 
-PICTURE = ["L", "slab_rows", "slabs", "counted_rows"]  # whose multiples of 16 compile nothing anew
-TABLE = tl.constexpr(16)  # slabs of the statistics that are combined at a time
+# arguments that compile nothing anew: ALIGN tells of what they are multiples
+ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "flags", "eps"]
+ANY += ["slab_rows", "slabs", "counted_rows"]
 
 
-@triton.jit(do_not_specialize=PICTURE)
+@triton.jit(do_not_specialize=ANY)
 def _one_pass_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
-    L, C, C2, beside_batch, row_stride, sum_ptr, out_ptr,
-    EPS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr, SEGMENT: tl.constexpr,
-    N: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
+    L, C, C2, beside_batch, row_stride, flags, W, eps, sum_ptr, out_ptr,
+    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, GROUPS: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program normalises N groups of one sample, kept in registers."""
+    """A program normalises the groups of one sample's segment, kept in registers."""
     sample = tl.program_id(2).to(tl.int64)
-    C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
-    bases = bases_of(sample, 0, L, C, C2, beside_batch)
-    source = x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2
-    parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
+    source, vectors, parts, C = opened(
+        x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, sum_ptr, sample, 0, L, C, C2,
+        beside_batch, row_stride, flags, ALIGN, SEGMENT, BORDER, P0, P1,
+    )  # fmt: skip
     rows = tl.arange(0, ROWS)
-    tile0, tile1 = load_tiles(source, parts, rows, L, P1)
+    tile0, tile1 = load_tiles(source, None, parts, rows, L, P1)
+    tile0, tile1 = tile0.to(tl.float32), tile1.to(tl.float32)
+    missing0, missing1 = added_of(vectors, parts, P1)
+    if flags & RESIDUAL != 0:
+        tile0 = sum_tile(tile0, source, missing0, parts[0], rows, L)
+        missing0 = tl.zeros_like(missing0)
+        if P1 > 0:
+            tile1 = sum_tile(tile1, source, missing1, parts[1], rows, L)
+            missing1 = tl.zeros_like(missing1)
     count = (rows < L).to(tl.float32)[:, None]
     length = 1.0 * L
-    moments0 = moments_of(tile0.to(tl.float32), None, count, length)
+    moments0 = moments_of(tile0, None, count, length)
     moments1 = moments0
     if P1 > 0:
-        moments1 = moments_of(tile1.to(tl.float32), None, count, length)
+        moments1 = moments_of(tile1, None, count, length)
     line0, line1 = lines_of(
-        weight_ptr, bias_ptr, source, parts, moments0, moments1, length, EPS, SEGMENT, N, P1
-    )
-    out_ptr += sample * L * (C + C2)
-    store_tile(out_ptr, tile0, line0, parts[0], rows, L, C + C2, SILU)
+        weight_ptr, bias_ptr, parts, (missing0, missing1), moments0, moments1, length, W, eps,
+        SEGMENT, GROUPS, P1,
+    )  # fmt: skip
+    out_ptr += sample * L * C
+    store_tile(out_ptr, tile0, line0, parts[0], rows, L, C, flags)
     if P1 > 0:
-        store_tile(out_ptr, tile1, line1, parts[1], rows, L, C + C2, SILU)
+        store_tile(out_ptr, tile1, line1, parts[1], rows, L, C, flags)
 
 
-@triton.jit
-def _keep(statistics_ptr, mean, square, count, missing, length, part, C):
-    pivot, drift, square = moments_of(mean, square, count, length)
-    tl.store(statistics_ptr + part[0], pivot + (drift + missing), mask=part[1])
-    tl.store(statistics_ptr + C + part[0], square, mask=part[1])
-
-
-@triton.jit(do_not_specialize=PICTURE)
+@triton.jit(do_not_specialize=ANY)
 def _statistics_kernel(
     x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
-    L, C, C2, beside_batch, row_stride, slab_rows, sum_ptr, statistics_ptr,
-    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    ROWS: tl.constexpr,
+    L, C, C2, beside_batch, row_stride, flags, slab_rows, sum_ptr, statistics_ptr,
+    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, SUMMED: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of a slab's channels: statistics [B, slabs, 2, C + C2]."""
     start = tl.program_id(0) * slab_rows
     end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
-    C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
-    bases = bases_of(sample, start, L, C, C2, beside_batch)
-    source = x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2
-    parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
+    source, vectors, parts, C = opened(
+        x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, sum_ptr, sample, start, L, C, C2,
+        beside_batch, row_stride, flags, ALIGN, SEGMENT, BORDER, P0, P1,
+    )  # fmt: skip
+    added = None
+    if SUMMED:
+        added = added_of(vectors, parts, P1)
     rows = tl.arange(0, ROWS)
-    next0, next1 = load_tiles(source, parts, rows, end, P1)
+    next0, next1 = load_tiles(source, added, parts, rows, end, P1)
     mean0 = tl.zeros((ROWS, P0), tl.float32)
     mean1 = tl.zeros((ROWS, P1 if P1 > 0 else P0), tl.float32)
     square0, square1 = mean0, mean1
@@ -93,77 +106,58 @@ def _statistics_kernel(
         count = 1.0 * (start // ROWS)
         share = tl.where(start + rows < end, 1.0 / (count + 1.0), 0.0)[:, None]
         # the next pixels are on their way while these are worked on
-        next0, next1 = load_tiles(source, parts, start + ROWS + rows, end, P1)
+        next0, next1 = load_tiles(source, added, parts, start + ROWS + rows, end, P1)
         mean0, square0 = merge(mean0, square0, count, tile0.to(tl.float32), None, share)
         if P1 > 0:
             mean1, square1 = merge(mean1, square1, count, tile1.to(tl.float32), None, share)
     count = tl.maximum((end - rows + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
-    statistics_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * (C + C2)
+    statistics_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * C
     length = end.to(tl.float32)
-    missing = missing_of(source, parts[0])
-    _keep(statistics_ptr, mean0, square0, count, missing, length, parts[0], C + C2)
+    missing0, missing1 = missing_of(vectors, parts, SUMMED, P1)
+    keep(statistics_ptr, mean0, square0, count, missing0, length, parts[0], C)
     if P1 > 0:
-        missing = missing_of(source, parts[1])
-        _keep(statistics_ptr, mean1, square1, count, missing, length, parts[1], C + C2)
+        keep(statistics_ptr, mean1, square1, count, missing1, length, parts[1], C)
 
 
-@triton.jit
-def _recall(statistics_ptr, slabs, slab_rows, L, C, missing, part, P: tl.constexpr):
-    """Moments of the channels of a tile, from those of all slabs, TABLE of them at a time."""
-    channels, exists, _ = part
-    count = tl.zeros((TABLE, 1), tl.float32)
-    mean = tl.zeros((TABLE, P), tl.float32)
-    square = mean
-    for first in range(0, slabs, TABLE):
-        slab = first + tl.arange(0, TABLE)
-        more = tl.maximum(tl.minimum(slab_rows, L - slab * slab_rows), 0)[:, None]
-        inside = (more > 0) & exists[None, :]
-        pointers = statistics_ptr + (slab[:, None] * 2 * C + channels[None, :])
-        more_mean = tl.load(pointers, mask=inside, other=0.0)
-        more_square = tl.load(pointers + C, mask=inside, other=0.0)
-        more = more.to(tl.float32)
-        share = more / tl.maximum(count + more, 1.0)
-        mean, square = merge(mean, square, count, more_mean, more_square, share)
-        count += more
-    pivot, drift, square = moments_of(mean, square, count, 1.0 * L)
-    return pivot - missing, drift, square
-
-
-@triton.jit(do_not_specialize=PICTURE)
+@triton.jit(do_not_specialize=ANY)
 def _apply_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, statistics_ptr,
-    L, C, C2, beside_batch, row_stride, slab_rows, slabs, counted_rows, sum_ptr, out_ptr,
-    EPS: tl.constexpr, SILU: tl.constexpr, ALIGN: tl.constexpr, SEGMENT: tl.constexpr,
-    N: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
+    L, C, C2, beside_batch, row_stride, flags, W, eps, slab_rows, slabs, counted_rows,
+    sum_ptr, out_ptr,
+    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, SUMMED: tl.constexpr,
+    GROUPS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalise slab_rows rows, the last first, by the statistics of slabs of counted_rows."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * slab_rows
     end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
-    C, C2 = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN
-    bases = bases_of(sample, start, L, C, C2, beside_batch)
-    source = x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2
-    parts = parts_of(row_ptr, shift_ptr, sample, row_stride, C, SEGMENT, P0, P1)
+    source, vectors, parts, C = opened(
+        x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, sum_ptr, sample, start, L, C, C2,
+        beside_batch, row_stride, flags, ALIGN, SEGMENT, BORDER, P0, P1,
+    )  # fmt: skip
+    added = None
+    if SUMMED:
+        added = added_of(vectors, parts, P1)
     rows = (end - 1) // ROWS * ROWS + tl.arange(0, ROWS)
-    next0, next1 = load_tiles(source, parts, rows, end, P1)  # on their way before the statistics
-    statistics_ptr += sample * slabs * 2 * (C + C2)
-    missing = missing_of(source, parts[0])
-    moments0 = _recall(statistics_ptr, slabs, counted_rows, L, C + C2, missing, parts[0], P0)
+    next0, next1 = load_tiles(source, added, parts, rows, end, P1)  # before the statistics
+    statistics_ptr += sample * slabs * 2 * C
+    missing = missing_of(vectors, parts, SUMMED, P1)
+    moments0 = recall(statistics_ptr, slabs, counted_rows, L, C, missing[0], parts[0], P0)
     moments1 = moments0
     if P1 > 0:
-        missing = missing_of(source, parts[1])
-        moments1 = _recall(statistics_ptr, slabs, counted_rows, L, C + C2, missing, parts[1], P1)
+        moments1 = recall(statistics_ptr, slabs, counted_rows, L, C, missing[1], parts[1], P1)
     line0, line1 = lines_of(
-        weight_ptr, bias_ptr, source, parts, moments0, moments1, 1.0 * L, EPS, SEGMENT, N, P1
-    )
-    out_ptr += (sample * L + start) * (C + C2)
+        weight_ptr, bias_ptr, parts, missing, moments0, moments1, 1.0 * L, W, eps,
+        SEGMENT, GROUPS, P1,
+    )  # fmt: skip
+    out_ptr += (sample * L + start) * C
     for _ in range(0, end, ROWS):
         tile0, tile1, here = next0, next1, rows
         rows -= ROWS
-        next0, next1 = load_tiles(source, parts, rows, end, P1)
-        store_tile(out_ptr, tile0, line0, parts[0], here, end, C + C2, SILU)
+        next0, next1 = load_tiles(source, added, parts, rows, end, P1)
+        store_tile(out_ptr, tile0, line0, parts[0], here, end, C, flags)
         if P1 > 0:
-            store_tile(out_ptr, tile1, line1, parts[1], here, end, C + C2, SILU)
+            store_tile(out_ptr, tile1, line1, parts[1], here, end, C, flags)
 
 
 @dataclass(frozen=True)
@@ -184,6 +178,9 @@ ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
 # 20 KB are worked on, so that one program fills an SM; the interpreter wants few large tiles
 SLAB_TILE, INTERPRETED_SMS = 10240, 16
 SLAB_ROWS = 32  # of a slab, at least
+# groups of a segment that one pass and the slab kernels are compiled for, where it has no more; one
+# pass with 16 takes 30 registers more
+GROUPS = {True: 4, False: 16}
 
 
 def _groups_of_a_program(W: int, G: int, size: int) -> int:
@@ -239,19 +236,10 @@ def candidates(
 
 
 def plan(
-    arch: int,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    row: Tensor | None = None,
-    residual: Tensor | None = None,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-    statistics: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
+    arch: int, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+    row: Tensor | None = None, residual: Tensor | None = None, beside: Tensor | None = None,
+    shift: Tensor | None = None, statistics: Tensor | None = None,
+) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:  # fmt: skip
     """The launches for x [B, Y, X, C] and what they write: the result and the sum (or empty)."""
     B, Y, X, C = x.shape
     C2, beside_batch = (0, 1) if beside is None else (beside.shape[3], beside.shape[0])
@@ -262,39 +250,44 @@ def plan(
     if row is not None and row.stride(1) != 1:
         raise ValueError(f"group_norm_silu: row has strides {row.stride()}; the last must be 1")
     config = pick(B, L, W, groups, size, statistics is not None, arch)
-    segment = config.groups * W
-    align = math.gcd(16 // size, segment, C, C2)
-    P0, P1 = power_parts(segment, 16 // size)
-    tile: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "P0": P0, "P1": P1}
-    tile |= {"ROWS": config.rows}
-    finish: dict[str, Any] = {"EPS": eps, "SILU": silu, "N": config.groups} | tile
+    segment, row_stride = config.groups * W, 0 if row is None else row.stride(0)
+    align = math.gcd(16 // size, segment, C, C2, row_stride)
+    compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
+    compiled["P0"], compiled["P1"] = power_parts(segment, 16 // size)
+    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": residual is not None}
+    compiled["GROUPS"] = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
     out = x.new_empty((B, Y, X, C + C2))
     total = x.new_empty(0 if residual is None else x.shape)
-    read: dict[str, Any] = {"x_ptr": x, "row_ptr": row, "residual_ptr": residual}
-    read |= {"beside_ptr": beside, "shift_ptr": shift, "L": L, "C": C, "C2": C2}
-    read |= {"beside_batch": beside_batch, "row_stride": 0 if row is None else row.stride(0)}
-    read |= {"sum_ptr": None if residual is None else total}
-    written = {"weight_ptr": weight, "bias_ptr": bias, "out_ptr": out}
+    has = {ROW: row is not None, SHIFT: shift is not None, RESIDUAL: residual is not None}
+    flags = sum(flag.value for flag, is_so in (has | {SILU: silu}).items() if is_so)
+    given = {"row": row, "residual": residual, "beside": beside, "shift": shift}
+    values: dict[str, Any] = {
+        f"{name}_ptr": x if tensor is None else tensor for name, tensor in given.items()
+    }
+    values |= {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "out_ptr": out}
+    values |= {"sum_ptr": x if residual is None else total, "L": L, "C": C, "C2": C2, "W": W}
+    values |= {"beside_batch": beside_batch, "row_stride": row_stride, "flags": flags}
     slab_rows = triton.cdiv(L, max(1, config.slabs))
+    values |= {"slab_rows": slab_rows, "eps": float_bits(eps)}
     grid = (triton.cdiv(L, slab_rows), groups // config.groups, B)  # no slab is empty
 
-    def launch(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any]) -> Launch:
-        ordered = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-        return Launch(kernel, ordered, constants, grid, config.num_warps, vector=align * size)
+    def launch(kernel: Any) -> Launch:
+        own = [{n: d[n] for n in kernel.arg_names if n in d} for d in (values, compiled)]
+        return Launch(kernel, own[0], own[1], grid, config.num_warps, vector=align * size)
 
     if not config.slabs:
-        return (launch(_one_pass_kernel, read | written, finish),), (out, total)
+        return (launch(_one_pass_kernel),), (out, total)
     launches = []
-    read |= {"slab_rows": slab_rows}
     if statistics is None:
         statistics = x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
-        launches = [launch(_statistics_kernel, read | {"statistics_ptr": statistics}, tile)]
+        values["statistics_ptr"] = statistics
+        launches = [launch(_statistics_kernel)]
         if residual is not None:  # the sum holds all that is added
-            read |= {"x_ptr": total, "row_ptr": None, "shift_ptr": None}
-            read |= {"residual_ptr": None, "sum_ptr": None}
+            values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
+            values["flags"], compiled["SUMMED"] = flags & SILU.value, False
     slabs = statistics.shape[1]
-    read |= {"statistics_ptr": statistics, "slabs": slabs, "counted_rows": triton.cdiv(L, slabs)}
-    return (*launches, launch(_apply_kernel, read | written, finish)), (out, total)
+    values |= {"statistics_ptr": statistics, "slabs": slabs, "counted_rows": triton.cdiv(L, slabs)}
+    return (*launches, launch(_apply_kernel)), (out, total)
 
 
 run = Launcher(plan)

@@ -5,89 +5,132 @@ each row: 8 groups of 10 are 80 channels, tiles of 64 and 16. Moments are those 
 a pivot near their mean and never as E[x^2] - E[x]^2; those of groups follow from them. What is
 added to whole channels (row, shift) moves their means only, so no pixel pays for it.
 
-Names in the kernels: a part is a tile's channels [P], whether they exist, and row + shift of each;
-moments of channels are a pivot, the mean less it, and the centred squares, [P] each. Without a
-second tile the second of a pair is the first again.
+A kernel is compiled for what its loops do and nothing else: widths, absent vectors, SiLU and the
+picture that a segment lies in are arguments, for each of which a pipeline would compile it again.
+`flags` tell what there is; what is absent is an address that nobody reads.
+
+Names in the kernels: a part is a tile's channels [P] and whether they exist; `missing` is what is
+added to each and not in its tile yet; moments of channels are a pivot, the mean less it, and the
+centred squares, [P] each. Without a second tile the second of a pair is the first again.
 """
 
 import triton
 import triton.language as tl
 
+TABLE = tl.constexpr(16)
+"""Slabs of the statistics that are combined at a time."""
+ROW, SHIFT, RESIDUAL, SILU = (tl.constexpr(1 << bit) for bit in range(4))
+"""Of `flags`: what is added, and what is done at last."""
+
 
 @triton.jit
-def _part(
-    row_ptr, shift_ptr, C,
-    FIRST: tl.constexpr, P: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Columns FIRST.. of this program's segment; nothing is added to the channels of `beside`."""
+def _part(FIRST: tl.constexpr, P: tl.constexpr, SEGMENT: tl.constexpr):
+    """Columns FIRST.. of this program's segment."""
     column = FIRST + tl.arange(0, P)
-    exists = column < SEGMENT
-    channels = tl.program_id(1) * SEGMENT + column
-    added = tl.zeros((P,), tl.float32)
-    if row_ptr is not None:
-        added += tl.load(row_ptr + channels, mask=exists & (channels < C), other=0.0)
-    if shift_ptr is not None:
-        added += tl.load(shift_ptr + channels, mask=exists & (channels < C), other=0.0)
-    return channels, exists, added
+    return tl.program_id(1) * SEGMENT + column, column < SEGMENT
 
 
 @triton.jit
-def parts_of(
-    row_ptr, shift_ptr, sample, row_stride, C,
-    SEGMENT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+def opened(
+    x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, sum_ptr, sample, start, L, C, C2,
+    beside_batch, row_stride, flags, ALIGN: tl.constexpr, SEGMENT: tl.constexpr,
+    BORDER: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
 ):  # fmt: skip
-    if row_ptr is not None:
-        row_ptr += sample * row_stride
-    part0 = _part(row_ptr, shift_ptr, C, 0, P0, SEGMENT)
+    """Where a sample's rows from `start` are, what is added to channels, both parts, and C + C2.
+
+    Without a BORDER within its segment a program reads one picture, x or `beside`. Channels and the
+    stride of rows are multiples of ALIGN, which dividing and multiplying tells the compiler.
+    """
+    C, C2, row_stride = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN, row_stride // ALIGN * ALIGN
+    first = (sample * L + start) * C
+    beside_ptr += ((tl.program_id(2) % beside_batch).to(tl.int64) * L + start) * C2 - C
+    x_ptr += first
+    stride = C
+    if not BORDER:
+        if tl.program_id(1) * SEGMENT >= C:
+            x_ptr = beside_ptr
+            stride = C2
+        stride = stride // ALIGN * ALIGN
+    source = x_ptr, residual_ptr + first, beside_ptr, sum_ptr + first, stride, C, C2, BORDER
+    part0 = _part(0, P0, SEGMENT)
     part1 = part0
     if P1 > 0:
-        part1 = _part(row_ptr, shift_ptr, C, P0, P1, SEGMENT)
-    return part0, part1
+        part1 = _part(P0, P1, SEGMENT)
+    return source, (row_ptr + sample * row_stride, shift_ptr, C, flags), (part0, part1), C + C2
 
 
 @triton.jit
-def bases_of(sample, start, L, C, C2, beside_batch):
-    """Offsets of the rows from `start` of a sample, in x and in `beside`."""
-    return (sample * L + start) * C, (sample % beside_batch * L + start) * C2
+def _added(vectors, part):
+    """Row + shift of each channel, nothing to those of `beside`."""
+    row_ptr, shift_ptr, C, flags = vectors
+    channels, exists = part
+    own = exists & (channels < C)
+    row, shift = own & (channels < (flags & ROW) * C), own & (channels < (flags & SHIFT) * C)
+    added = tl.load(row_ptr + channels, mask=row, other=0.0).to(tl.float32)
+    return added + tl.load(shift_ptr + channels, mask=shift, other=0.0)
+
+
+@triton.jit
+def added_of(vectors, parts, P1: tl.constexpr):
+    added0 = _added(vectors, parts[0])
+    added1 = added0
+    if P1 > 0:
+        added1 = _added(vectors, parts[1])
+    return added0, added1
+
+
+@triton.jit
+def missing_of(vectors, parts, SUMMED: tl.constexpr, P1: tl.constexpr):
+    """What is added to each channel of the tiles and not in them."""
+    row_ptr, shift_ptr, C, flags = vectors
+    if SUMMED:
+        flags = 0
+    return added_of((row_ptr, shift_ptr, C, flags), parts, P1)
 
 
 @triton.jit
 def _tile(source, part, rows, end):
-    """Pixels [ROWS, P] as they are in memory, zero outside; with a residual x + added + residual,
-    which is also written."""
-    x_ptr, residual_ptr, beside_ptr, sum_ptr, bases, C, C2 = source
-    channels, exists, added = part
+    """Pixels [ROWS, P] as they are in memory, zero outside."""
+    x_ptr, _, beside_ptr, _, stride, C, C2, BORDER = source
+    channels, exists = part
     inside = ((rows >= 0) & (rows < end))[:, None] & exists[None, :]
-    offsets = rows[:, None] * C + channels[None, :]
-    if beside_ptr is None:
-        tile = tl.load(x_ptr + bases[0] + offsets, mask=inside, other=0.0)
-    else:  # of a border within a tile, the compiler sees 16 bytes in masks, not in addresses
-        others = beside_ptr + bases[1] + (rows[:, None] * C2 + (channels - C)[None, :])
+    offsets = rows[:, None] * stride + channels[None, :]
+    if BORDER:  # the compiler sees 16 bytes in masks, not in addresses
+        others = beside_ptr + (rows[:, None] * C2 + channels[None, :])
         other = tl.load(others, mask=inside & (channels >= C)[None, :], other=0.0)
-        tile = tl.load(x_ptr + bases[0] + offsets, mask=inside & (channels < C)[None, :], other=0.0)
+        tile = tl.load(x_ptr + offsets, mask=inside & (channels < C)[None, :], other=0.0)
         tile = tl.where((channels < C)[None, :], tile, other)
-    if residual_ptr is not None:
-        inside &= (channels < C)[None, :]
-        total = tile.to(tl.float32) + added[None, :]
-        total += tl.load(residual_ptr + bases[0] + offsets, mask=inside, other=0.0).to(tl.float32)
-        tile = tl.where(inside, total, tile.to(tl.float32)).to(tile.dtype)
-        tl.store(sum_ptr + bases[0] + offsets, tile, mask=inside)
+    else:
+        tile = tl.load(x_ptr + offsets, mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
-def load_tiles(source, parts, rows, end, P1: tl.constexpr):
-    tile0 = _tile(source, parts[0], rows, end)
-    tile1 = tile0
-    if P1 > 0:
-        tile1 = _tile(source, parts[1], rows, end)
-    return tile0, tile1
+def sum_tile(tile, source, added, part, rows, end):
+    """The pixels of x + added + residual, which are also written, and those of `beside`."""
+    _, residual_ptr, _, sum_ptr, stride, C, _, _ = source
+    channels, exists = part
+    own = ((rows >= 0) & (rows < end))[:, None] & (exists & (channels < C))[None, :]
+    offsets = rows[:, None] * stride + channels[None, :]
+    total = tile.to(tl.float32) + added[None, :]
+    total += tl.load(residual_ptr + offsets, mask=own, other=0.0).to(tl.float32)
+    total = tl.where(own, total, tile.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + offsets, total, mask=own)
+    return total.to(tile.dtype)
 
 
 @triton.jit
-def missing_of(source, part):
-    """What is added to a channel and not in its tile yet."""
-    return part[2] if source[1] is None else tl.zeros_like(part[2])
+def load_tiles(source, added, parts, rows, end, P1: tl.constexpr):
+    """Both tiles; where there is something `added`, of the sums."""
+    tile0 = _tile(source, parts[0], rows, end)
+    if added is not None:
+        tile0 = sum_tile(tile0, source, added[0], parts[0], rows, end)
+    tile1 = tile0
+    if P1 > 0:
+        tile1 = _tile(source, parts[1], rows, end)
+        if added is not None:
+            tile1 = sum_tile(tile1, source, added[1], parts[1], rows, end)
+    return tile0, tile1
 
 
 @triton.jit
@@ -116,17 +159,48 @@ def moments_of(mean, square, count, all_count):
 
 
 @triton.jit
-def _group(part, SEGMENT: tl.constexpr, N: tl.constexpr):
-    """The group within the segment of each channel, [P]; of those beyond it the last."""
-    column = part[0] - tl.program_id(1) * SEGMENT
-    return tl.minimum(column // (SEGMENT // N), N - 1)
+def keep(statistics_ptr, mean, square, count, missing, length, part, C):
+    """Store mean and centred squares of a tile's channels in a slab."""
+    pivot, drift, square = moments_of(mean, square, count, length)
+    tl.store(statistics_ptr + part[0], pivot + (drift + missing), mask=part[1])
+    tl.store(statistics_ptr + C + part[0], square, mask=part[1])
 
 
 @triton.jit
-def _sums(value, part, group, N: tl.constexpr):
-    """Of the channels [P] of each group: [N], N rounded up."""
-    ROUND: tl.constexpr = triton.next_power_of_2(N)
-    member = (group[None, :] == tl.arange(0, ROUND)[:, None]) & part[1][None, :]
+def recall(statistics_ptr, slabs, slab_rows, L, C, missing, part, P: tl.constexpr):
+    """Moments of the channels of a tile, from those of all slabs, TABLE of them at a time."""
+    channels, exists = part
+    count = tl.zeros((TABLE, 1), tl.float32)
+    mean = tl.zeros((TABLE, P), tl.float32)
+    square = mean
+    for first in range(0, slabs, TABLE):
+        slab = first + tl.arange(0, TABLE)
+        more = tl.maximum(tl.minimum(slab_rows, L - slab * slab_rows), 0)[:, None]
+        inside = (more > 0) & exists[None, :]
+        pointers = statistics_ptr + (slab[:, None] * 2 * C + channels[None, :])
+        more_mean = tl.load(pointers, mask=inside, other=0.0)
+        more_square = tl.load(pointers + C, mask=inside, other=0.0)
+        more = more.to(tl.float32)
+        share = more / tl.maximum(count + more, 1.0)
+        mean, square = merge(mean, square, count, more_mean, more_square, share)
+        count += more
+    pivot, drift, square = moments_of(mean, square, count, 1.0 * L)
+    return pivot - missing, drift, square
+
+
+@triton.jit
+def _group(part, W, SEGMENT: tl.constexpr):
+    """The group of W channels within the segment of each channel, [P]; of those beyond the segment
+    the last. A quotient of small integers and a half is rounded to the same integer as the exact
+    one, and needs no division of integers."""
+    column = tl.minimum(part[0] - tl.program_id(1) * SEGMENT, SEGMENT - 1)
+    return ((column + 0.5) * (1.0 / W)).to(tl.int32)
+
+
+@triton.jit
+def _sums(value, part, group, GROUPS: tl.constexpr):
+    """Of the channels [P] of each group: [GROUPS]."""
+    member = (group[None, :] == tl.arange(0, GROUPS)[:, None]) & part[1][None, :]
     return tl.sum(tl.where(member, value[None, :], 0.0), 1)
 
 
@@ -141,35 +215,35 @@ def _line(weight_ptr, bias_ptr, part, centre, shift, rstd, group):
 
 @triton.jit
 def lines_of(
-    weight_ptr, bias_ptr, source, parts, moments0, moments1, L,
-    EPS: tl.constexpr, SEGMENT: tl.constexpr, N: tl.constexpr, P1: tl.constexpr,
+    weight_ptr, bias_ptr, parts, missing, moments0, moments1, L, W, eps,
+    SEGMENT: tl.constexpr, GROUPS: tl.constexpr, P1: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel (pivot, slope, offset) in y = (tile - pivot) * slope + offset."""
-    W: tl.constexpr = SEGMENT // N
+    """Of each channel (pivot, slope, offset) in y = (tile - pivot) * slope + offset. W channels are
+    a group, at most GROUPS groups a segment; the bits of eps are those of a float32."""
     part0, part1 = parts
-    group0, group1 = _group(part0, SEGMENT, N), _group(part1, SEGMENT, N)
+    group0, group1 = _group(part0, W, SEGMENT), _group(part1, W, SEGMENT)
     pivot0, drift0, square0 = moments0
     pivot1, drift1, square1 = moments1
-    missing0, missing1 = missing_of(source, part0), missing_of(source, part1)
-    mean = _sums(pivot0 + missing0, part0, group0, N)
+    missing0, missing1 = missing
+    mean = _sums(pivot0 + missing0, part0, group0, GROUPS)
     if P1 > 0:
-        mean += _sums(pivot1 + missing1, part1, group1, N)
+        mean += _sums(pivot1 + missing1, part1, group1, GROUPS)
     mean /= W
     # gathering keeps the layouts of the two tiles apart: with sums of masked [N, P] instead, the
     # compiler gave the wider tile the layout of the other one and moved it through shared memory
     centre0 = pivot0 - tl.gather(mean, group0, 0) + missing0
     away0 = centre0 + drift0
-    shift = _sums(away0, part0, group0, N)
-    variance = _sums(square0 + away0 * away0 * L, part0, group0, N)
+    shift = _sums(away0, part0, group0, GROUPS)
+    variance = _sums(square0 + away0 * away0 * L, part0, group0, GROUPS)
     centre1 = centre0
     if P1 > 0:
         centre1 = pivot1 - tl.gather(mean, group1, 0) + missing1
         away1 = centre1 + drift1
-        shift += _sums(away1, part1, group1, N)
-        variance += _sums(square1 + away1 * away1 * L, part1, group1, N)
+        shift += _sums(away1, part1, group1, GROUPS)
+        variance += _sums(square1 + away1 * away1 * L, part1, group1, GROUPS)
     shift /= W
     variance = variance / (L * W) - shift * shift
-    rstd = 1.0 / tl.sqrt_rn(tl.maximum(variance, 0.0) + EPS)
+    rstd = 1.0 / tl.sqrt_rn(tl.maximum(variance, 0.0) + eps.to(tl.float32, bitcast=True))
     slope0, offset0 = _line(weight_ptr, bias_ptr, part0, centre0, shift, rstd, group0)
     slope1, offset1 = slope0, offset0
     if P1 > 0:
@@ -178,12 +252,21 @@ def lines_of(
 
 
 @triton.jit
-def store_tile(out_ptr, tile, line, part, rows, end, C, SILU: tl.constexpr):
-    """out = silu((tile - pivot) * slope + offset)."""
-    channels, exists, _ = part
+def _finish(out_ptr, tile, line, part, rows, end, C, SILU: tl.constexpr):
+    channels, exists = part
     pivot, slope, offset = line
     y = (tile.to(tl.float32) - pivot[None, :]) * slope[None, :] + offset[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
     inside = (rows < end)[:, None] & exists[None, :]
     tl.store(out_ptr + (rows[:, None] * C + channels[None, :]), y, mask=inside)
+
+
+@triton.jit
+def store_tile(out_ptr, tile, line, part, rows, end, C, flags):
+    """out = (tile - pivot) * slope + offset, or silu of it. A branch around all of it: around SiLU
+    alone it would keep a whole tile of float32 in registers."""
+    if flags & SILU != 0:
+        _finish(out_ptr, tile, line, part, rows, end, C, True)
+    else:
+        _finish(out_ptr, tile, line, part, rows, end, C, False)

@@ -1,0 +1,97 @@
+"""What Triton is asked to compile, told to another process: a specialisation as plain JSON.
+
+A `Job` holds what Triton's launcher asks of a launch, and nothing else of it: `launch_of` makes a
+launch of the same specialisation whose tensors are addresses without memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from fastdiff.kernels.contract import Launch
+from fastdiff.kernels.planned import TYPES, specialised
+
+_DTYPES = {name: dtype for dtype, name in TYPES.items()}
+_INTEGERS = {  # by type and whether it is a multiple of 16
+    ("i32", True): 16,
+    ("i32", False): 2,
+    ("i64", True): 2**40,
+    ("i64", False): 2**40 + 2,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One specialisation of a kernel for one architecture."""
+
+    arch: int
+    module: str
+    kernel: str
+    types: Mapping[str, str]
+    """Of run-time arguments, as Triton writes them: "*fp16", "i32"."""
+    divisible: tuple[str, ...]
+    """Those of them that are multiples of 16."""
+    constants: Mapping[str, int | float | bool | None]
+    """What is compiled in."""
+    num_warps: int
+    num_stages: int
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def job_of(launch: Launch, arch: int) -> Job:
+    """What has to be compiled before `launch` starts on an architecture."""
+    types, constants, divisible = specialised(launch)
+    function = launch.kernel.fn
+    return Job(
+        arch,
+        function.__module__,
+        function.__qualname__,
+        types,
+        tuple(sorted(divisible)),
+        constants,
+        launch.num_warps,
+        launch.num_stages,
+    )
+
+
+def job_from(told: Mapping[str, Any]) -> Job:
+    """The job that `Job.json` gave."""
+    return Job(**{**told, "divisible": tuple(told["divisible"])})
+
+
+class _Address:
+    """As much of a tensor as Triton's launcher looks at."""
+
+    def __init__(self, dtype: torch.dtype, address: int) -> None:
+        self.dtype = dtype
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def kernel_of(job: Job) -> Any:
+    """The job's kernel, as `triton.jit` made it."""
+    return getattr(import_module(job.module), job.kernel)
+
+
+def launch_of(job: Job) -> Launch:
+    """A launch that Triton specialises as the job says, not to be started."""
+    kernel = kernel_of(job)
+    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    arguments: dict[str, Any] = {}
+    for name in names:
+        kind, divisible = job.types.get(name), name in job.divisible
+        if kind is None:
+            arguments[name] = job.constants[name]
+        elif kind in _DTYPES:
+            arguments[name] = _Address(_DTYPES[kind], 4096 if divisible else 4098)
+        else:
+            arguments[name] = _INTEGERS[kind, divisible]
+    constants: Any = {name: v for name, v in job.constants.items() if name not in arguments}
+    return Launch(kernel, arguments, constants, (1,), job.num_warps, job.num_stages)
