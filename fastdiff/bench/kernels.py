@@ -141,6 +141,7 @@ def _by_events(runs: Sequence[Callable[[], object]]) -> Sample:
             run()
 
     stream, handle = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream.wait_stream(torch.cuda.current_stream())  # which made the inputs
     with torch.cuda.stream(stream):
         for run in runs[:3]:  # Triton compiles, libraries choose
             run()

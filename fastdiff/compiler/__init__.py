@@ -161,11 +161,11 @@ def report(target: Any) -> Report:
 
 
 def _tactics(parts: dict[str, Any]) -> str | None:
-    from fastdiff.runtime import tactics
+    from fastdiff.runtime import graphs, tactics
 
     slots = [slot for module, _ in parts.values() if (slot := slot_of(plain(module))) is not None]
     weights = (next(slot.module.parameters(), None) for slot in slots)
-    if not any(weight is not None and weight.device.type == "cuda" for weight in weights):
+    if not any(weight is not None and weight.device.type == graphs.DEVICE for weight in weights):
         return None
     if not any(slot.kind.tactics for slot in slots):
         return "convolutions run by cuDNN's rule: Options.tactics is off"

@@ -6,18 +6,23 @@ last as long as the graph: its activations and the workspaces of cuBLAS lie in t
 are memory of the stream that captures, which nothing else takes except within a turn.
 """
 
+import os
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+DEVICE = "cuda"
+"""The type of device that makes graphs."""
 T = TypeVar("T")
 Runner = Callable[..., Any]
 """Runs a function on arguments, here or in another thread."""
@@ -148,6 +153,7 @@ def captured(function: Callable[[], T], stream: torch.cuda.Stream, handle: Any) 
             raise failed from None
         raise NotCaptured(described(failed)) from failed
     finally:
+        failed = None  # else it would keep itself, and what is in its frames, alive
         torch.cuda.set_stream(current)
         _clear_workspaces()
 
@@ -172,9 +178,12 @@ def _give_up(graph: Any, stream: torch.cuda.Stream, handle: Any) -> None:
 
 
 def described(error: BaseException) -> str:
-    """The first line of an error, and the line of code that it came from."""
+    """The first line of an error, and the line of code that called torch for it."""
+    inside = os.path.dirname(torch.__file__)
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{str(error).splitlines()[0]}" + (f", in `{frames[-1].line}`" if frames else "")
+    ours = list(takewhile(lambda frame: not frame.filename.startswith(inside), frames))
+    where = f", in `{ours[-1].line}` ({Path(ours[-1].filename).name})" if ours else ""
+    return str(error).splitlines()[0] + where
 
 
 def _reserved() -> int:
@@ -189,7 +198,7 @@ def in_turn(device: torch.device) -> Iterator[None]:
 
     Turns are short and not nested: a step, a call; no callback runs within one.
     """
-    if device.type != "cuda":
+    if device.type != DEVICE:
         yield
         return
     pool = _pool(device)
@@ -214,7 +223,7 @@ def allotting(device: torch.device) -> Iterator[None]:
     It belongs to the stream that captures, so when it is freed nobody is given it before a later
     turn, whichever stream the last graph runs on.
     """
-    if device.type != "cuda":
+    if device.type != DEVICE:
         yield
         return
     with torch.cuda.stream(_pool(device).stream):

@@ -56,7 +56,7 @@ def record(function: Function, buffers: Sequence[Any], searches: bool = True) ->
     global _made
     device = buffers[0].device
     recording: Recording | None = None
-    if device.type == "cuda":
+    if device.type == graphs.DEVICE:
         recording = graphs.capture(function, buffers, BYTES, runner(device, searches))
     elif device.type == "cpu" and NATIVE is not None:
         recording = tape.record(function, buffers)
@@ -66,7 +66,7 @@ def record(function: Function, buffers: Sequence[Any], searches: bool = True) ->
 
 def runner(device: torch.device, searches: bool) -> graphs.Runner:
     """What runs a function on `device`: the one thread of tactics where cuDNN `searches` them."""
-    if device.type == "cuda" and searches and tactics.allowed() and not observed():
+    if device.type == graphs.DEVICE and searches and tactics.allowed() and not observed():
         return tactics.run
     return _here
 

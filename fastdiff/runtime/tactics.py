@@ -62,6 +62,8 @@ def run(function: Callable[..., T], *args: object) -> T:
     except BaseException:
         wait([future])  # interrupted: the locks of this thread hold for what runs there
         raise
+    finally:
+        del future  # an error in it would keep itself, and what is in its frames, alive
 
 
 def described() -> str:
