@@ -93,16 +93,15 @@ def _ada_norm_kernel(
     others = ()  # all on their way before the first sum is stored
     for c in tl.static_range(N):
         inside = _inside(L - start, c, D, ROWS, CHUNK)
-        tiles = _with(tiles, _load(x_ptr + base, offsets, inside, c))
+        tile = _load(x_ptr + base, offsets, inside, c)
+        if gate_ptr is not None:
+            tile *= _load(gate_ptr + sample * gate_stride, lane, inside, c)
+        tiles = _with(tiles, tile)
         inside = _inside(added - start, c, D, ROWS, CHUNK)
         others = _with(others, _load(residual_ptr + first, offsets, inside, c))
     sums = ()
     for c in tl.static_range(N):
-        tile = tiles[c]
-        if gate_ptr is not None:
-            inside = _inside(L - start, c, D, ROWS, CHUNK)
-            tile *= _load(gate_ptr + sample * gate_stride, lane, inside, c)
-        sums = _with(sums, tile + others[c])
+        sums = _with(sums, tiles[c] + others[c])
     for c in tl.static_range(N):
         _store(total_ptr + base, sums[c], offsets, _inside(added - start, c, D, ROWS, CHUNK), c)
     tiles = sums
