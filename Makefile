@@ -30,7 +30,7 @@ lint: .venv/ready
 gpu: $(if $(HAS_TORCH),,.venv/ready)
 	$(GPU_PYTHON) benchmarks/offline.py build/site
 	PYTHONPATH=build/site:.:$$PYTHONPATH $(GPU_PYTHON) -P -m benchmarks.gpu \
-	  --out $(OUT) --minutes $(MINUTES) $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
+	  --out $(OUT) --minutes $(MINUTES) $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY)) $(if $(WARM),--warm $(WARM))
 
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -d .venv || $(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) .venv

@@ -4,7 +4,7 @@ Each part runs in a process of its own, in order of what matters most, and write
 after each, and while it runs, all of it is packed into one archive. So whenever the run is ended,
 what was found is there. What there was no time for is said, and a line for each goal at the end.
 
-    python -m benchmarks.gpu --out FOLDER [--minutes 8] [--only PART,…] [--dry-run]
+    python -m benchmarks.gpu --out FOLDER [--minutes 8] [--only PART,…] [--warm W] [--dry-run]
 """
 
 import argparse
@@ -43,6 +43,8 @@ class Run:
     folder: Path
     dry_run: bool
     budget: Budget
+    warm: Path | None = None
+    """What `fastdiff warm` wrote for SD1.5."""
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def do(self, name: str, command: list[str], limit_s: float) -> int | None:
@@ -102,6 +104,17 @@ def own(name: str, run: Run) -> list[str]:
     return [sys.executable, "-P", "-m", "benchmarks.parts", name, "--out", str(path), *dry]
 
 
+def first_pictures(name: str, run: Run) -> list[str]:
+    return own(name, run) + (["--warm", str(run.warm)] if run.warm else [])
+
+
+def tune(name: str, run: Run) -> list[str]:
+    """The dearest kernels of U-Nets; its table is reviewed before it decides anything."""
+    command = [sys.executable, "-P", "-m", "benchmarks.tune", "--minutes", "2"]
+    command += ["--ops", "group_norm_silu,attention", "--out", str(run.folder / f"{name}.json")]
+    return [*command, "--dry-run"] if run.dry_run else command
+
+
 def bench(preset: str, steps: int, rounds: int, backends: str, name: str, run: Run) -> list[str]:
     size = ["--steps", str(steps), "--rounds", str(rounds)]
     if run.dry_run:
@@ -134,7 +147,8 @@ PARTS = (
     Part("profile-sdxl", own, 20, 90),
     Part("vae", own, 10, 60),
     Part("kernels", own, 10, 180),
-    Part("first-pictures", own, 30, 180),
+    Part("first-pictures", first_pictures, 30, 180),
+    Part("tune", tune, 60, 150),
     Part("changes", own, 20, 90),
     Part("count", count, 20, 60),
     Part("cases", own, 10, 240),
@@ -186,6 +200,7 @@ def main() -> int:
     parser.add_argument("--parts", type=Path, default=FOLDER, help=f"their files ({FOLDER})")
     parser.add_argument("--minutes", type=float, default=8, help="leave out what is later (8)")
     parser.add_argument("--only", default=",".join(names), help="comma-separated parts")
+    parser.add_argument("--warm", type=Path, help="what fastdiff warm wrote for SD1.5, here")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on a CPU")
     options = parser.parse_args()
     chosen = options.only.split(",")
@@ -196,7 +211,8 @@ def main() -> int:
     shutil.rmtree(options.parts, ignore_errors=True)
     for folder in (options.out, options.parts):
         folder.mkdir(parents=True, exist_ok=True)
-    run = Run(options.out, options.parts, options.dry_run, Budget(options.minutes))
+    budget = Budget(options.minutes)
+    run = Run(options.out, options.parts, options.dry_run, budget, options.warm)
 
     def ended(number: int, frame: object) -> None:
         run.end()

@@ -39,6 +39,8 @@ class Session:
     dry_run: bool
     ops: tuple[str, ...] | None = None
     """Kernels to time; None: all."""
+    warm: Path | None = None
+    """What `fastdiff warm` wrote for SD1.5."""
 
     @property
     def device(self) -> torch.device:
@@ -157,13 +159,17 @@ def profile_step(preset: str, session: Session, sheet: Sheet) -> None:
 
 def first_picture(backend: str, session: Session, sheet: Sheet) -> None:
     """Seconds to the first pictures of a process: kernels are compiled, graphs recorded."""
+    import fastdiff
     from fastdiff.bench.backends import prepare
     from fastdiff.bench.timing import clock, picture
 
     pipe = session.pipeline("sd15")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     start = clock(session.device)
-    prepare(backend, pipe, None)
+    if session.warm is None:
+        prepare(backend, pipe, None)
+    else:
+        fastdiff.compile(pipe, warm=session.warm)
     prepared = clock(session.device)
     pictures = []
     for _ in range(3):
@@ -176,16 +182,23 @@ def first_picture(backend: str, session: Session, sheet: Sheet) -> None:
 
 
 def first_pictures(session: Session, sheet: Sheet) -> None:
-    """In fresh processes: without any compiled kernel, then with what the process before left."""
-    for backend in ("eager", "fastdiff"):
+    """In fresh processes: without any compiled kernel, then with what the process before left in
+    Triton's cache, then with what `fastdiff warm` wrote and nothing else."""
+
+    def begin(backend: str, kernels: str, cache: str, *more: str) -> None:
+        path = session.path.with_name(f"first-{backend}-{kernels}.json")
+        command = [sys.executable, "-P", "-m", "benchmarks.parts", f"first-{backend}"]
+        command += ["--out", str(path), *(["--dry-run"] if session.dry_run else []), *more]
+        done = subprocess.run(command, env=os.environ | {"TRITON_CACHE_DIR": cache})
+        sheet.add({"backend": backend, "kernels": kernels, "rc": done.returncode})
+
+    with tempfile.TemporaryDirectory() as cache:
+        begin("eager", "cold", cache)
+        begin("fastdiff", "cold", cache)
+        begin("fastdiff", "cached", cache)
+    if session.warm is not None:
         with tempfile.TemporaryDirectory() as cache:
-            for kernels in ("cold", "warm"):
-                path = session.path.with_name(f"first-{backend}-{kernels}.json")
-                dry = ["--dry-run"] if session.dry_run else []
-                command = [sys.executable, "-P", "-m", "benchmarks.parts", f"first-{backend}"]
-                environment = os.environ | {"TRITON_CACHE_DIR": cache}
-                done = subprocess.run([*command, "--out", str(path), *dry], env=environment)
-                sheet.add({"backend": backend, "kernels": kernels, "rc": done.returncode})
+            begin("fastdiff", "shipped", cache, "--warm", str(session.warm))
 
 
 PARTS: dict[str, Callable[[Session, Sheet], None]] = {
@@ -209,10 +222,11 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument("--ops", help="kernels to time, comma-separated; all if absent")
+    parser.add_argument("--warm", type=Path, help="what fastdiff warm wrote for SD1.5")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on a CPU")
     options = parser.parse_args()
     ops = tuple(options.ops.split(",")) if options.ops else None
-    session = Session(options.out, options.dry_run, ops)
+    session = Session(options.out, options.dry_run, ops, options.warm)
     with Sheet.open(options.out) as sheet:
         PARTS[options.part](session, sheet)
 

@@ -69,6 +69,7 @@ def test_dependency_direction(path):
         "errors",
         "installed",
         "jsonable",
+        "recipes",
         "tables",
         "written",
         "__version__",

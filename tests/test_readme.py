@@ -104,9 +104,11 @@ def test_counts_are_the_committed_ones():
         ]
 
 
-@pytest.mark.parametrize("text", [README, EXPORT], ids=["README", "export"])
-def test_tables_are_the_committed_results(text):
-    ((path, table),) = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n\n", text, re.S)
+TABLES = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n\n", README + EXPORT, re.S)
+
+
+@pytest.mark.parametrize(("path", "table"), TABLES, ids=[path for path, _ in TABLES])
+def test_tables_are_the_committed_results(path, table):
     result = json.loads((ROOT / path).read_text())
     lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(result["rows"])

@@ -11,6 +11,7 @@ from torch import nn
 from fastdiff.bench.presets import PRESETS, blueprint, vae_config
 from fastdiff.bench.saved import check_folder
 from fastdiff.errors import UserError
+from fastdiff.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def of_folder(folder: Path) -> Blueprint:
         _made(model, _config(model, folder / name))
         for name, model in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
     )
-    upcast = "XL" in saved.pipeline and bool(vae.config.force_upcast)
+    upcast = RECIPES[saved.pipeline].upcasts and bool(vae.config.force_upcast)
     side = unet.config.sample_size
     return Blueprint(unet, vae, side, _factor(vae), (upcast,))
 

@@ -19,7 +19,6 @@ import torch
 from fastdiff.bench.blocks import Block, count_blocks
 from fastdiff.bench.gpus import Gpu, gpu_here, gpu_named
 from fastdiff.bench.pipelines import check_size, check_steps
-from fastdiff.bench.saved import CLASSES
 from fastdiff.bench.stopwatch import time_blocks
 from fastdiff.bench.tally import Tally
 from fastdiff.bench.timing import picture
@@ -28,6 +27,7 @@ from fastdiff.compiler.options import FASTDIFF
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
+from fastdiff.recipes import RECIPES, recipe_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT = "h200"
@@ -182,9 +182,10 @@ def _rows(
 
 
 def _check(pipe: Any) -> None:
-    name = type(pipe).__name__
-    if name not in CLASSES:
-        raise UserError(f"a {name} cannot be priced; supported are {', '.join(CLASSES)}")
+    recipe = recipe_of(pipe)
+    if recipe is None or not recipe.exported:
+        supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
+        raise UserError(f"a {type(pipe).__name__} cannot be priced; supported are {supported}")
     slot = slot_of(pipe.unet)
     if slot is not None and slot.kind.runner != FASTDIFF:
         raise UserError(f"the U-Net runs on {slot.kind.runner}, whose blocks are its own; restore")

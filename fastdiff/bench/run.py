@@ -18,6 +18,7 @@ from fastdiff.bench.results import Row
 from fastdiff.bench.stats import speedup
 from fastdiff.bench.timing import Drawing, Request, draw, interleave
 from fastdiff.errors import UserError
+from fastdiff.recipes import decodes_in_float32
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ def bench(
     before = baseline(device)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    half, xl = pipe.vae.dtype == torch.float16, "XL" in type(pipe).__name__
-    if half and xl and pipe.vae.config.force_upcast:  # which other pipelines do not look at
+    if pipe.vae.dtype == torch.float16 and decodes_in_float32(pipe):
         pipe.vae.to(torch.float32)
     request = _request(pipe, settings)
     log("reference: eager and float64")

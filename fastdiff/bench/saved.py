@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import UserError
+from fastdiff.recipes import RECIPES
 
-CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-LCM = "LatentConsistencyModelPipeline"
-FROM_TEXT = {name: name for name in (*CLASSES, LCM)} | {
-    "StableDiffusionImg2ImgPipeline": CLASSES[0],
-    "StableDiffusionInpaintPipeline": CLASSES[0],
-    "StableDiffusionXLImg2ImgPipeline": CLASSES[1],
-    "StableDiffusionXLInpaintPipeline": CLASSES[1],
-    "LatentConsistencyModelImg2ImgPipeline": LCM,
-}
+FROM_TEXT = {name: recipe.from_text for name, recipe in RECIPES.items() if recipe.from_text}
 """By the class in a folder, the class that draws from a text with the same components."""
+LCM = "LatentConsistencyModelPipeline"
 LIBRARIES = {
     "diffusers": "diffusion_pytorch_model",
     "transformers": "model",
@@ -118,7 +112,7 @@ def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> 
     if pipeline == LCM and unet.get("time_cond_proj_dim") is None:
         raise UserError(
             f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} asks for; save it as a"
-            f" {CLASSES[0]}"
+            f" StableDiffusionPipeline"
         )
 
 

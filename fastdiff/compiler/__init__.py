@@ -25,7 +25,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     Where a call cannot be honoured it runs eagerly, with one warning, and `report` lists it.
 
     Args:
-        target: a Stable Diffusion pipeline (see `compiler.adapters.PIPELINES`), a bare
+        target: a Stable Diffusion pipeline (see `fastdiff.recipes`), a bare
             UNet2DConditionModel or AutoencoderKL, on any device, in any dtype.
         options: see `Options`.
         keywords: the same by name, as `backend="ort"`.

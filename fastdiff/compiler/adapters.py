@@ -1,4 +1,4 @@
-"""What fastdiff knows about diffusers: which pipelines, which components, how they are called."""
+"""What fastdiff knows about diffusers: which components it takes over, how they are called."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,33 +33,9 @@ from fastdiff.models import (
 )
 from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.models.borrow import kind
+from fastdiff.recipes import RECIPES, recipe_of
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.recordings import Recorded
-
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionAdapterPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLInstructPix2PixPipeline",
-    "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLControlNetInpaintPipeline",
-    "StableDiffusionXLControlNetUnionPipeline",
-    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
-    "StableDiffusionXLControlNetUnionInpaintPipeline",
-    "StableDiffusionXLAdapterPipeline",
-    "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
-)
-"""Pipelines whose U-Net and autoencoder this runtime computes, inside their own denoising loop."""
 
 EAGER_PARTS = {
     "text_encoder": "once per prompt",
@@ -90,18 +66,19 @@ def parts(target: Any) -> dict[str, tuple[nn.Module, Kind]]:
     Raises:
         ValueError: `target` is neither a known pipeline nor a known model.
     """
-    if _bare(target) is None and type(target).__name__ not in PIPELINES:
+    bare, recipe = _bare(target), recipe_of(target)
+    if bare is None and recipe is None:
         raise ValueError(
             f"fastdiff does not know {type(target).__name__}; it accelerates"
-            f" {', '.join(PIPELINES)}, UNet2DConditionModel, ControlNetModel and AutoencoderKL"
+            f" {', '.join(RECIPES)}, UNet2DConditionModel, ControlNetModel and AutoencoderKL"
         )
+    networks = (bare,) if recipe is None else recipe.networks
     has = components(target)
-    unet, vae = has.get("unet"), has.get("vae")
-    return (
-        ({} if unet is None else {"unet": (unet, UNET)})
-        | _controlnets(has.get("controlnet"))
-        | (_autoencoder(vae) if isinstance(plain(vae), AutoencoderKL) else {})
-    )
+    taken: dict[str, tuple[nn.Module, Kind]] = {}
+    for name in networks:
+        if name in has:
+            taken |= _TAKEN[name](has[name])
+    return taken
 
 
 def components(target: Any) -> dict[str, Any]:
@@ -122,6 +99,10 @@ def _bare(target: Any) -> str | None:
     return next((name for model, name in _BARE.items() if isinstance(plain(target), model)), None)
 
 
+def _unet(unet: Any) -> dict[str, tuple[nn.Module, Kind]]:
+    return {"unet": (unet, UNET)}
+
+
 def _controlnets(net: Any) -> dict[str, tuple[nn.Module, Kind]]:
     nets: dict[str, Any] = {"controlnet": net} if isinstance(plain(net), ControlNetModel) else {}
     if isinstance(plain(net), MultiControlNetModel):  # one may be there more than once
@@ -131,9 +112,19 @@ def _controlnets(net: Any) -> dict[str, tuple[nn.Module, Kind]]:
 
 
 def _autoencoder(vae: Any) -> dict[str, tuple[nn.Module, Kind]]:
+    if not isinstance(plain(vae), AutoencoderKL):
+        return {}
     # encoder and decoder, not the whole: slicing, tiling and the quant convolutions stay diffusers'
     halves = {name: getattr(vae, name, None) for name in CODERS}
     return {f"vae.{n}": (half, CODERS[n]) for n, half in halves.items() if half is not None}
+
+
+_TAKEN: dict[str, Callable[[Any], dict[str, tuple[nn.Module, Kind]]]] = {
+    "unet": _unet,
+    "controlnet": _controlnets,
+    "vae": _autoencoder,
+}
+"""By component: the modules of it that are taken over, by dotted name."""
 
 
 def eager_parts(target: Any) -> dict[str, str]:

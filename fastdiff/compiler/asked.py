@@ -12,6 +12,7 @@ from fastdiff.errors import UserError
 from fastdiff.kernels.dispatch import interpreted
 from fastdiff.kernels.jobs import Job, job_of
 from fastdiff.models import Decoder, Encoder, Loan, Unsupported
+from fastdiff.recipes import decodes_in_float32
 from fastdiff.runtime.planned import (
     Run,
     coding,
@@ -67,9 +68,7 @@ def own_size(target: Any) -> tuple[int, int, bool]:
     if unet is vae:
         return int(unet.config.sample_size) // factor, factor, False
     side = getattr(unet.config, "sample_size", None) or SIDE  # a ControlNet has none
-    xl = "XL" in type(target).__name__ and vae is not None
-    upcast = xl and bool(getattr(vae.config, "force_upcast", False))
-    return side if isinstance(side, int) else max(side), factor, upcast
+    return side if isinstance(side, int) else max(side), factor, decodes_in_float32(target)
 
 
 def jobs_of(

@@ -21,13 +21,6 @@ from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
 
 Callback = Callable[..., dict[str, Any]]
 
-EMBEDDINGS = {
-    "prompt_embeds": "text",
-    "add_text_embeds": "text_embeds",
-    "add_time_ids": "time_ids",
-}
-"""What a callback may return beside the latents, and what it is in `Conditions`."""
-
 
 @dataclass(frozen=True)
 class Call:
@@ -36,6 +29,8 @@ class Call:
     latents: Tensor
     """[B, C, Y, X]; the result replaces its values."""
     conditions: Conditions
+    returned: Mapping[str, str]
+    """What a callback may return beside the latents, and the field of `conditions` that it is."""
     timesteps: Tensor
     step_options: Mapping[str, Any]
     """Further arguments of the scheduler's `step`; the generator among them."""
@@ -138,7 +133,7 @@ class Denoising:
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
         call.latents.data = latents
-        for field in EMBEDDINGS.values():
+        for field in self.call.returned.values():
             before, now = getattr(call.conditions, field), getattr(self.given, field)
             if before is not now:
                 before.data = now
@@ -195,7 +190,7 @@ class Denoising:
         assert latents is not None
         alike = latents.shape == made.shape and latents.dtype == made.dtype
         _leave(not alike or latents.device != made.device, "gave other latents than it was given")
-        for name, field in EMBEDDINGS.items():
+        for name, field in self.call.returned.items():
             first, now = getattr(self.call.conditions, field), getattr(self.given, field)
             _leave(now is not first and now.shape != first.shape, f"gave {name} of another shape")
         _leave(slot_of(pipe.unet) is not self.slot, "replaced the U-Net")
@@ -228,7 +223,7 @@ class Denoising:
         """What the network is told once a callback has returned embeddings."""
         others = {
             field: _tensor(name, returned[name])
-            for name, field in EMBEDDINGS.items()
+            for name, field in self.call.returned.items()
             if name in returned and getattr(self.given, field) is not None
         }
         return replace(self.given, **others) if others else self.given

@@ -28,23 +28,15 @@ from fastdiff.compiler.denoise import Call, Denoising
 from fastdiff.compiler.fits import refuse
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original, own_helper, own_method
+from fastdiff.recipes import RECIPES
 from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.schedulers import NotLinear
 
-PLANNED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-)
-"""Pipelines whose step is nothing but the U-Net, guidance and the scheduler."""
-
 _LOCALS = (
-    *("i", "latents", "prompt_embeds", "timestep_cond", "timesteps", "extra_step_kwargs"),
-    *("progress_bar", "num_warmup_steps"),
+    *("i", "latents", "timesteps", "extra_step_kwargs", "progress_bar", "num_warmup_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
-"""Variables of diffusers' `__call__` that a plan is made from."""
+"""Variables of diffusers' `__call__` that every plan is made from; its recipe names the others."""
 
 
 _ASKED = (
@@ -96,8 +88,9 @@ def loop_of(pipe: Any) -> Loop | None:
 def take_loop(pipe: Any) -> None:
     """Run the loops of `pipe` as plans from now on; it keeps its class's name and its place."""
     own: Any = _own_class(type(pipe))
-    call = vars(own).get("__call__")
-    if own.__name__ in PLANNED and original(call, own, "__call__") and loop_of(pipe) is None:
+    call, recipe = vars(own).get("__call__"), RECIPES.get(own.__name__)
+    planned = recipe is not None and recipe.plan is not None
+    if planned and original(call, own, "__call__") and loop_of(pipe) is None:
         vars(pipe)[_LOOP] = Loop()
         pipe.__class__ = _planned(own)
 
@@ -217,7 +210,9 @@ def _run(pipe: Any, loop: Loop, frame: FrameType) -> int:
 
 def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Call:
     """The loop that is about to begin, from the local variables of diffusers' `__call__`."""
-    missing = [name for name in _LOCALS if name not in local]
+    plan = RECIPES[type(pipe).__name__].plan
+    assert plan is not None
+    missing = [name for name in (*_LOCALS, *plan.required) if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
     if local["i"] != 0:
@@ -239,15 +234,11 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Ca
     if callback is not None and kept:
         raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
     refuse(callback=local.get("callback"))
+    given: dict[str, Any] = {field: local.get(name) for field, name in plan.conditions.items()}
     return Call(
         latents=local["latents"],
-        conditions=Conditions(
-            text=local["prompt_embeds"],
-            text_embeds=local.get("add_text_embeds"),
-            time_ids=local.get("add_time_ids"),
-            timestep_cond=local["timestep_cond"],
-            image_embeds=local.get("image_embeds"),
-        ),
+        conditions=Conditions(**given),
+        returned=plan.returned,
         timesteps=local["timesteps"],
         step_options=local["extra_step_kwargs"],
         bar=local["progress_bar"],

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.export.modules import Decoder, Encoder, Text, UNet
+from fastdiff.recipes import RECIPES, recipe_of
 
-XL = "StableDiffusionXLPipeline"
-PIPELINES = ("StableDiffusionPipeline", XL)
 XL_TIME_IDS = 6
 TEXTS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
@@ -78,9 +77,10 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
     only its XL pipelines look at), so does its part. UserError for a network whose forward needs
     what these inputs do not carry.
     """
-    name = type(pipe).__name__
-    if name not in PIPELINES:
-        raise UserError(f"{name} cannot be exported; supported are {', '.join(PIPELINES)}")
+    recipe = recipe_of(pipe)
+    if recipe is None or not recipe.exported:
+        supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
+        raise UserError(f"{type(pipe).__name__} cannot be exported; supported are {supported}")
     texts = {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
     tokens = [module.config.max_position_embeddings for module in texts.values()]
     unet = unet_part(pipe.unet, dtype, tokens[-1] if tokens else 77, timestep)
@@ -89,7 +89,7 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
     return (
         *(_text(key, module, dtype) for key, module in texts.items()),
         unet,
-        *_vae(pipe.vae, dtype, side, xl=name == XL),
+        *_vae(pipe.vae, dtype, side, recipe.upcasts),
     )
 
 
@@ -206,13 +206,13 @@ def unet_part(
     )
 
 
-def _vae(net: nn.Module, dtype: torch.dtype, side: int, xl: bool) -> tuple[Part, Part]:
+def _vae(net: nn.Module, dtype: torch.dtype, side: int, upcasts: bool) -> tuple[Part, Part]:
     kind = type(net).__name__
     if kind != "AutoencoderKL":
         raise UserError(f"vae is a {kind}; supported is AutoencoderKL")
     config: Any = net.config
     source = net
-    if xl and dtype is torch.float16 and config.force_upcast:
+    if upcasts and dtype is torch.float16 and config.force_upcast:
         dtype = torch.float32
     if next(net.parameters()).dtype != dtype:
         net = copy.deepcopy(net).to(dtype)

@@ -137,6 +137,7 @@ class Pipelines:
             import fastdiff
 
             pipe = fastdiff.load_demo(dtype, settings["device"])
+        # not fastdiff.recipes: a state may be older than that, or without fastdiff
         upcast = "XL" in type(pipe).__name__ and pipe.vae.config.force_upcast
         if upcast and dtype == self.torch.float16:  # as diffusers does where it decodes itself
             pipe.vae.to(self.torch.float32)

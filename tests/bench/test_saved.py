@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from fastdiff.bench.pipelines import load
 from fastdiff.bench.presets import build
 from fastdiff.bench.saved import FROM_TEXT, check_folder
-from fastdiff.compiler.adapters import PIPELINES
 from fastdiff.demo import DEMO_FOLDER
 from fastdiff.errors import UserError
+from fastdiff.recipes import RECIPES
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -172,8 +172,8 @@ def test_xl_siblings(tmp_path):
 
 
 def test_every_class_that_compile_takes_is_loaded_or_refused_in_one_sentence(folder):
-    assert set(FROM_TEXT) <= set(PIPELINES)
-    for name in PIPELINES:
+    assert set(FROM_TEXT) <= set(RECIPES)
+    for name in RECIPES:
         edit_json(folder / "model_index.json", _class_name=name)
         if name in FROM_TEXT:
             edit_json(folder / "unet/config.json", time_cond_proj_dim=32)

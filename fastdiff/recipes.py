@@ -1,0 +1,104 @@
+"""The pipelines of diffusers that fastdiff knows: a row for each class, and nothing about any of
+them elsewhere.
+
+What is compiled, planned, measured, exported and documented is read from here. A new pipeline of
+networks that fastdiff computes is a new row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a denoising loop finds what its plan is made from.
+
+    The loop is one whose step is nothing but the network, guidance and the scheduler, and which
+    asks the pipeline for `interrupt` at the top of every step. `latents` and `timesteps` have
+    these names in all of them.
+    """
+
+    conditions: Mapping[str, str]
+    """What the network is told: fields of `runtime.hoist.Conditions`, and the local variables of
+    the pipeline's `__call__` that they are."""
+    required: tuple[str, ...]
+    """Those of the variables that a diffusers which the plan can follow has."""
+    returned: Mapping[str, str]
+    """What a callback may return beside the latents, and the fields that it replaces."""
+
+
+TEXT = {"text": "prompt_embeds", "timestep_cond": "timestep_cond", "image_embeds": "image_embeds"}
+ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
+_REQUIRED = ("prompt_embeds", "timestep_cond")
+
+
+def _returned(conditions: Mapping[str, str]) -> dict[str, str]:
+    kept = ("timestep_cond", "image_embeds")  # which no callback is shown
+    return {name: field for field, name in conditions.items() if field not in kept}
+
+
+SD_PLAN = Plan(TEXT, _REQUIRED, _returned(TEXT))
+XL_PLAN = Plan(TEXT | ADDED, _REQUIRED, _returned(TEXT | ADDED))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pipeline class."""
+
+    networks: tuple[str, ...] = ("unet", "vae")
+    """Components that fastdiff computes."""
+    plan: Plan | None = None
+    """None: the loop stays diffusers', with our networks in it."""
+    from_text: str = ""
+    """The class that draws from a text alone with the same components, itself perhaps; "": none."""
+    upcasts: bool = False
+    """Whether it decodes in float32 beside a float16 U-Net where the autoencoder's config says
+    `force_upcast`; other pipelines do not look at that."""
+    exported: bool = False
+    """Whether its networks can be exported, and its blocks priced."""
+
+
+def _rows() -> dict[str, Recipe]:
+    controlled = ("unet", "controlnet", "vae")
+    sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+    lcm = "LatentConsistencyModelPipeline"
+    return {
+        sd: Recipe(plan=SD_PLAN, from_text=sd, exported=True),
+        "StableDiffusionImg2ImgPipeline": Recipe(plan=SD_PLAN, from_text=sd),
+        "StableDiffusionInpaintPipeline": Recipe(from_text=sd),
+        "StableDiffusionInstructPix2PixPipeline": Recipe(),
+        "StableDiffusionControlNetPipeline": Recipe(controlled),
+        "StableDiffusionControlNetImg2ImgPipeline": Recipe(controlled),
+        "StableDiffusionControlNetInpaintPipeline": Recipe(controlled),
+        "StableDiffusionAdapterPipeline": Recipe(),
+        xl: Recipe(plan=XL_PLAN, from_text=xl, upcasts=True, exported=True),
+        "StableDiffusionXLImg2ImgPipeline": Recipe(plan=XL_PLAN, from_text=xl, upcasts=True),
+        "StableDiffusionXLInpaintPipeline": Recipe(from_text=xl, upcasts=True),
+        "StableDiffusionXLInstructPix2PixPipeline": Recipe(upcasts=True),
+        "StableDiffusionXLControlNetPipeline": Recipe(controlled, upcasts=True),
+        "StableDiffusionXLControlNetImg2ImgPipeline": Recipe(controlled, upcasts=True),
+        "StableDiffusionXLControlNetInpaintPipeline": Recipe(controlled, upcasts=True),
+        "StableDiffusionXLControlNetUnionPipeline": Recipe(upcasts=True),
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline": Recipe(upcasts=True),
+        "StableDiffusionXLControlNetUnionInpaintPipeline": Recipe(upcasts=True),
+        "StableDiffusionXLAdapterPipeline": Recipe(upcasts=True),
+        lcm: Recipe(from_text=lcm),
+        "LatentConsistencyModelImg2ImgPipeline": Recipe(from_text=lcm),
+    }
+
+
+RECIPES: Mapping[str, Recipe] = _rows()
+"""By the name of the class."""
+
+
+def recipe_of(pipe: Any) -> Recipe | None:
+    """The row of a pipeline's class; None where fastdiff does not know it."""
+    return RECIPES.get(type(pipe).__name__)
+
+
+def decodes_in_float32(pipe: Any) -> bool:
+    """Whether diffusers turns the pipeline's float16 autoencoder into float32 to draw with it."""
+    recipe, vae = recipe_of(pipe), getattr(pipe, "vae", None)
+    config = getattr(vae, "config", None)
+    return recipe is not None and recipe.upcasts and bool(getattr(config, "force_upcast", False))

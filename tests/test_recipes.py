@@ -1,0 +1,61 @@
+"""The table of pipelines against diffusers itself, and what documents say of it."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from fastdiff.recipes import RECIPES, Recipe
+from fastdiff.runtime.hoist import Conditions
+
+ROOT = Path(__file__).parent.parent
+ROWS = [pytest.param(name, recipe, id=name) for name, recipe in RECIPES.items()]
+PLANNED = [row for row in ROWS if row.values[1].plan is not None]
+
+
+def components(name):
+    """What a pipeline's constructor takes."""
+    return set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
+
+
+@pytest.mark.parametrize(("name", "recipe"), ROWS)
+def test_a_row_names_components_of_its_class(name, recipe):
+    assert set(recipe.networks) <= components(name)
+    if recipe.from_text:
+        twin = RECIPES[recipe.from_text]
+        assert twin.from_text == recipe.from_text
+        assert set(twin.networks) <= set(recipe.networks)
+        assert "image" not in inspect.signature(getattr(diffusers, recipe.from_text)).parameters
+
+
+@pytest.mark.parametrize(("name", "recipe"), PLANNED)
+def test_a_plan_names_variables_of_the_loop(name, recipe):
+    call = inspect.unwrap(getattr(diffusers, name).__call__)
+    variables, plan = set(call.__code__.co_varnames), recipe.plan
+    assert {"latents", "timesteps", *plan.required} <= variables
+    assert set(plan.required) <= set(plan.conditions.values()) <= variables
+    assert set(plan.conditions) <= {field.name for field in fields(Conditions)}
+    assert "self.interrupt" in inspect.getsource(call)
+    shown = getattr(diffusers, name)._callback_tensor_inputs
+    assert set(plan.returned) <= set(shown)
+
+
+@pytest.mark.parametrize(("name", "recipe"), ROWS)
+def test_only_those_upcast_whose_class_looks_at_it(name, recipe):
+    looks = "force_upcast" in inspect.getsource(inspect.getmodule(getattr(diffusers, name)))
+    assert looks == recipe.upcasts
+
+
+def line_of(name: str, recipe: Recipe) -> str:
+    computed = ", ".join(f"`{network}`" for network in recipe.networks)
+    loop = "a plan" if recipe.plan else "diffusers'"
+    return f"| `{name}` | {computed} | {loop} | {'yes' if recipe.exported else ''} |"
+
+
+def test_the_documented_table_is_this_one():
+    text = (ROOT / "docs/pipelines.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| `\w+Pipeline`", line)]
+    assert rows == [line_of(name, recipe) for name, recipe in RECIPES.items()]
