@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -552,6 +553,7 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         "current_stream": lambda device=None: GPU.current,
         "default_stream": lambda device=None: GPU.default,
         "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
         "device": lambda device: nullcontext(),
         "synchronize": lambda device=None: GPU.wait(),
         "empty_cache": lambda: GPU.empty_cache(),
