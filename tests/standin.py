@@ -84,6 +84,12 @@ class Stream:
     def synchronize(self) -> None:
         GPU.wait(self.clock)
 
+    def query(self) -> bool:
+        if self.capture is not None:
+            GPU.refuse("a query")
+        GPU.thread.context = True
+        return False
+
 
 class Event:
     """torch.cuda.Event."""
@@ -278,6 +284,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.lock, self.thread = threading.RLock(), threading.local()
+        self.thread.context = True
         self.default = Stream()
         self.host: Clock = {}
         """What the host knows to have happened."""
@@ -349,6 +356,9 @@ class Gpu:
             if self.capturing is not None:
                 self.refuse(f"the kernel {name} is loaded")
             self.loaded.add(kernel)
+        if namespace == "fastdiff" and not getattr(self.thread, "context", False):
+            raise RuntimeError("Triton Error [CUDA]: invalid device context")
+        self.thread.context = True
         if name in PRODUCTS:
             self._use_workspace(stream)
         if capture is not None:

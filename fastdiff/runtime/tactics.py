@@ -51,6 +51,7 @@ def run(function: Callable[..., T], *args: object) -> T:
             torch.set_grad_enabled(grad),
             cudnn.searching(),
         ):
+            torch.cuda.current_stream().query()  # a new thread has no context for Triton till now
             result = function(*args)
         if len(cudnn.SEARCHED) > known:
             _spent += time.perf_counter() - start

@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 
 import fastdiff
-from fastdiff.bench import kernels as bench
 from fastdiff.errors import UserError
 from fastdiff.kernels.conv2d import conv2d, cudnn
 from fastdiff.kernels.dispatch import KERNELS, all_kernels
@@ -440,6 +439,8 @@ def test_pictures_of_two_threads(gpu, pipe):
 
 
 def test_a_reference_that_waits_is_named_and_the_next_is_timed(gpu, monkeypatch):
+    from fastdiff.bench import kernels as bench
+
     monkeypatch.setattr(bench, "_flush", lambda device: torch.empty(16))
     kernel = all_kernels()["guided_step"]
     case = kernel.spec.cases[0]
