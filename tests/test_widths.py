@@ -62,8 +62,8 @@ def shown(request, monkeypatch, tmp_path):
         return names, graph.HEAD, out, ("graph", "--preset", "sd15", "--out", out)
     monkeypatch.setattr(roofline_table, "text", texts(roofline_table.text))
     names = ["text encoder", "down 0", "VAE conv in", "the rest"]
-    options = ("--roofline", "--gpu", "h200", "--measure", "--rounds", "2")
-    return names, roofline_table.HEAD, out, ("bench", *short, *options, "--json", out)
+    options = ("--gpu", "h200", "--measure", "--rounds", "2")
+    return names, roofline_table.HEAD, out, ("roofline", *short, *options, "--json", out)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ LONG = "benchmarks/test_pipelines.py::test_step[sd15-float16-cpu-channels_last-2
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("document", [BENCH, COUNTS, PAIRED, STATIC], ids=lambda d: d["schema"])
 def test_a_report_is_readable(tmp_path, monkeypatch, width, document):
-    """Also what `bench --against` prints."""
+    """Also what `fastdiff compare` prints."""
     path = tmp_path / "x.json"
     path.write_text(json.dumps(document))
     monkeypatch.setenv("COLUMNS", str(width))

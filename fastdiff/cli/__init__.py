@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastdiff import installed
-from fastdiff.cli import draw, export, facts, graph, measure, report, warm  # noqa: F401  each adds its commands
+from fastdiff.cli import (  # noqa: F401  each adds its commands
+    compare,
+    draw,
+    export,
+    facts,
+    graph,
+    measure,
+    report,
+    roofline,
+    warm,
+)
 from fastdiff.cli.options import app
 from fastdiff.errors import UserError
 

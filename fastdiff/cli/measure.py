@@ -15,6 +15,7 @@ from fastdiff.cli.options import (
     Scale,
     Seed,
     Side,
+    Steps,
     app,
     at_least,
     choose_pipe,
@@ -30,14 +31,11 @@ def bench(
     preset: Preset = None,
     scale: Scale = 1.0,
     backends: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated; eager is always run, but with --against fastdiff if absent."
-        ),
+        str, typer.Option(help="Comma-separated; eager is always run.")
     ] = "eager,channels_last,inductor,fastdiff",
     dtype: Dtype = None,
     device: Device = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps; with --against 10.")] = 20,
+    steps: Steps = 20,
     height: Side = None,
     width: Side = None,
     rounds: Annotated[int, typer.Option(help="Pictures timed per backend.")] = 15,
@@ -48,50 +46,14 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write fastdiff.bench/1 here.")
     ] = None,
-    roofline: Annotated[
-        bool, typer.Option("--roofline", help="Instead: what each block costs a GPU at least.")
-    ] = False,
-    gpu: Annotated[
-        str | None, typer.Option(help="With --roofline: h200, rtx4090, …; the one here if absent.")
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="With --roofline: time each block here, on a CPU too.")
-    ] = False,
-    against: Annotated[
-        str | None,
-        typer.Option(help="A revision, folder or wheel to take turns with; then a verdict."),
-    ] = None,
-    pairs: Annotated[int | None, typer.Option(help="With --against: process pairs.")] = None,
-    until_precise: Annotated[
-        str | None, typer.Option(help="With --against: how narrow each interval is to be; 1%.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option(help="With --until-precise: seconds that it takes at most.")
-    ] = 60,
-    threads: Annotated[int, typer.Option(help="With --against: of each state on a CPU.")] = 1,
-    gate: Annotated[
-        str, typer.Option(help="With --against: both, times or counters, which need no quiet.")
-    ] = "both",
-    filter_: Annotated[
-        str, typer.Option("--filter", help="With --against: part of a kernel's or case's name.")
-    ] = "",
 ) -> None:
     """Steps per second of each backend side by side, with the quality receipt."""
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
-    if against is not None:
-        from fastdiff.cli import against as paired
-
-        return paired.against(context)
-    for name in ("pairs", "until_precise", "limit", "threads", "gate", "filter_"):
-        if was_given(context, name):
-            raise UserError(f"--{name.strip('_').replace('_', '-')} goes with --against")
     if folder == Path("kernels") and not folder.exists():
-        raise UserError("bench kernels goes with --against; their times alone: pytest benchmarks")
-    if roofline or gpu or measure:
-        from fastdiff.cli.price import price
-
-        return price(context)
+        raise UserError(
+            "bench times pipelines; fastdiff compare times kernels, pytest benchmarks too"
+        )
     from fastdiff.bench.backends import ON_ENGINES, choose
     from fastdiff.bench.machine import commit, machine, native, versions
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastdiff.cli.against import share
+from fastdiff.cli.compare import share
 from fastdiff.cli.options import app
 from fastdiff.errors import UserError
 
@@ -18,7 +18,7 @@ from fastdiff.errors import UserError
 def report(
     context: typer.Context,
     base: Annotated[
-        Path | None, typer.Argument(help="What was before; or one file of both: bench --against.")
+        Path | None, typer.Argument(help="What was before; or one file of both: compare --json.")
     ] = None,
     new: Annotated[Path | None, typer.Argument(help="What is now.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="For a comment on a pull request.")] = None,
@@ -35,7 +35,7 @@ def report(
         Path | None, typer.Option(help="Instead: a folder of results over commits, with --html.")
     ] = None,
     roofline: Annotated[
-        list[Path] | None, typer.Option(help="What bench --roofline wrote, drawn with --html.")
+        list[Path] | None, typer.Option(help="What roofline --json wrote, drawn with --html.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Rows that are the same, too.")] = False,
 ) -> None:

@@ -79,7 +79,7 @@ def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Rati
         for name, why in _lonely(pair.base, pair.new, both)
     ]
     if apart:
-        note = f"{apart[0]}; measure both on one machine, in turn (bench --against)"
+        note = f"{apart[0]}; measure both on one machine, in turn (fastdiff compare)"
         return [*lines, *(replace(_timed(n, base[n], new[n]), note=note) for n in both)], None
     estimates = [_estimate(base[name], new[name], pair.taken_in_turn) for name in both]
     unit = "process pairs" if pair.taken_in_turn else "rounds"

@@ -1,6 +1,6 @@
 """Files that can be compared, read into one form: `Side`s. Anything else is refused by a sentence.
 
-`fastdiff.paired/1` (bench --against) holds both states; `fastdiff.bench/1`, `fastdiff.counts/1`,
+`fastdiff.paired/1` (fastdiff compare) holds both states; `fastdiff.bench/1`, `fastdiff.counts/1`,
 `fastdiff.static/1` and pytest-benchmark's JSON hold one each.
 """
 

@@ -19,7 +19,7 @@ def read(path: Path) -> Roofline:
         return checked(path, lambda: _blocks(document))
     if "benchmarks" in document:
         return checked(path, lambda: _suite(document))
-    raise UserError(f"{path} has no place under a roofline; give what bench --roofline wrote")
+    raise UserError(f"{path} has no place under a roofline; give what fastdiff roofline wrote")
 
 
 def _blocks(document: dict[str, Any]) -> Roofline:

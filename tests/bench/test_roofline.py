@@ -216,15 +216,15 @@ def test_full_size_sd15():
 
 def test_command_writes_what_it_prints(tmp_path):
     file = tmp_path / "roofline.json"
-    options = ("--roofline", "--gpu", "rtx4090", "--steps", "2", "--rounds", "2", "--measure")
-    code, out, err = run("bench", *options, "--json", file)
+    options = ("--gpu", "rtx4090", "--steps", "2", "--rounds", "2", "--measure")
+    code, out, err = run("roofline", *options, "--json", file)
     assert code == 0, err
     out = " ".join(out.split())  # lines are as wide as what they are read on
     written = json.loads(file.read_text())
     assert written["schema"] == "fastdiff.roofline/1"
     assert written["gpu"]["tflops_fp16"] == 165.2
     assert written["dtype"] == "bfloat16"
-    assert written["command"].startswith("fastdiff bench --roofline --gpu rtx4090")
+    assert written["command"].startswith("fastdiff roofline --gpu rtx4090")
     assert {"machine", "versions", "commit"} <= written.keys()
     for row in written["rows"]:
         assert row["block"] in out
@@ -237,7 +237,7 @@ def test_command_writes_what_it_prints(tmp_path):
 def test_a_ceiling_says_what_it_is_and_what_was_assumed(tmp_path, pipe):
     """Nobody kept a sample of the H200's rates; the RTX 4090's are its maker's."""
     file = tmp_path / "roofline.json"
-    code, out, err = run("bench", "--roofline", "--steps", "2", "--device", "cpu", "--json", file)
+    code, out, err = run("roofline", "--steps", "2", "--device", "cpu", "--json", file)
     assert code == 0, err
     out = " ".join(out.split())
     assert "assumed: h200, as no GPU is here and none was named" in out
@@ -257,16 +257,15 @@ def test_a_ceiling_says_what_it_is_and_what_was_assumed(tmp_path, pipe):
 @pytest.mark.parametrize(
     ("message", "options"),
     {
-        "--gpu is 'voodoo'; choose one of h200": ("--roofline", "--gpu", "voodoo"),
-        "go with --roofline": ("--gpu", "h200"),
-        "--seed goes without --roofline": ("--roofline", "--seed", "3"),
-        "--height is 70": ("--roofline", "--height", "70"),
-        "price bfloat16": ("--roofline", "--dtype", "fp16", "--device", "cpu"),
-        "{tmp}/no does not exist": ("--roofline", "--json", "{tmp}/no/x.json"),
+        "--gpu is 'voodoo'; choose one of h200": ("--gpu", "voodoo"),
+        "--rounds is 1; give at least 2": ("--rounds", "1"),
+        "--height is 70": ("--height", "70"),
+        "price bfloat16": ("--dtype", "fp16", "--device", "cpu"),
+        "{tmp}/no does not exist": ("--json", "{tmp}/no/x.json"),
     }.items(),
 )
 def test_bad_input_is_one_sentence(tmp_path, message, options):
-    code, out, err = run("bench", *(o.replace("{tmp}", str(tmp_path)) for o in options))
+    code, out, err = run("roofline", *(o.replace("{tmp}", str(tmp_path)) for o in options))
     assert code == 2
     assert out == ""
     assert message.replace("{tmp}", str(tmp_path)) in err

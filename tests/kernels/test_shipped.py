@@ -3,17 +3,12 @@
 The tests' own process has the kernels for Triton's interpreter, so others compile and start them.
 """
 
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from command import environment
-
-from fastdiff.errors import UserError
-from fastdiff.kernels.shipped import MANIFEST, read
 
 HERE = Path(__file__).parent
 ARCH = 90
@@ -90,3 +85,131 @@ def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(preset, tmp_path):
     count, *compiled = python(START, tmp_path / "cache", folder, preset, ARCH).split()
     assert int(count) > 10
     assert compiled == []
+
+
+DIFFERENCES = """
+from fastdiff.kernels import cached
+if sys.argv[3]:
+    kernel = kernel_of(job_of(launches("tiny")[0], 90))
+    kernel._unsafe_update_src(kernel.src + "\\n    # " + sys.argv[3])
+folder = shipped.read(Path(sys.argv[1]))
+arch = int(sys.argv[2])
+jobs = [job_of(launch, arch) for launch in launches("tiny", arch)]
+shipped.install(folder, arch)
+print("; ".join(shipped.differences(folder, jobs, arch)), sum(map(cached.holds, jobs)), len(jobs))
+"""
+
+
+def copied(folder, tmp_path, **changed):
+    """A copy of a shipped folder, its manifest changed."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    manifest = copy / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changed))
+    return copy
+
+
+def test_what_differs_is_named_and_nothing_else_is_found(tiny, tmp_path):
+    told = python(DIFFERENCES, tmp_path / "same", tiny, ARCH, "")
+    *said, held, asked = told.split()
+    assert (said, held) == ([], asked)
+
+    told = python(DIFFERENCES, tmp_path / "source", tiny, ARCH, "another line")
+    *said, held, asked = told.split()
+    assert " ".join(said).startswith("the source of _")
+    assert " ".join(said).endswith("_kernel differs")
+    assert 0 < int(held) < int(asked)
+
+    told = python(DIFFERENCES, tmp_path / "arch", tiny, 89, "")
+    assert told.startswith("it has kernels for sm_90, and this GPU is sm_89 0 ")
+
+
+def test_another_version_of_triton_is_named(tiny, tmp_path):
+    compilers = json.loads((tiny / MANIFEST).read_text())["compilers"]
+    here = compilers["90"]["Triton"]
+    copy = copied(tiny, tmp_path, compilers={"90": compilers["90"] | {"Triton": "3.4.0"}})
+    told = python(DIFFERENCES, tmp_path / "cache", copy, ARCH, "")
+    assert told.startswith(f"Triton is 3.4.0 there and {here} here ")
+
+
+def test_two_processes_and_a_filled_cache_are_no_matter(tiny, tmp_path):
+    """What is there already stays, whoever put it there."""
+    code = "for _ in range(2): shipped.install(shipped.read(Path(sys.argv[1])), 90)"
+    command = [sys.executable, "-c", LAUNCHES.format(here=str(HERE)) + code, str(tiny)]
+    variables = environment() | {"TRITON_CACHE_DIR": str(tmp_path)}
+    both = [subprocess.Popen(command, env=variables) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    *said, held, asked = python(DIFFERENCES, tmp_path, tiny, ARCH, "").split()
+    assert (said, held) == ([], asked)
+    left = [path for path in tmp_path.rglob("*") if path.name.startswith(".fastdiff")]
+    assert left == []
+
+
+def test_a_cache_that_cannot_be_written_is_told(tiny, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    code = """
+try:
+    shipped.install(shipped.read(Path(sys.argv[1])), 90)
+except shipped.UserError as error:
+    print(error)
+"""
+    told = python(code, tmp_path / "cache", tiny)
+    assert "cannot be made: Not a directory" in told
+
+
+@pytest.mark.parametrize("suffix", [".cubin", ".json"])
+def test_a_damaged_file_is_refused(suffix, tiny, tmp_path):
+    copy = copied(tiny, tmp_path)
+    file = next(
+        path for path in sorted(copy.iterdir()) if path.suffix == suffix and path.stem[0] == "s"
+    )
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{file.name} is damaged: its hash is not the manifest's"):
+        read(copy)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} cannot be read: No such file"):
+        read(copy)
+
+
+def test_a_manifest_that_leads_elsewhere_or_is_none_is_refused(tiny, tmp_path):
+    kernels = json.loads((tiny / MANIFEST).read_text())["kernels"]
+    outside = kernels[0] | {"cubin": {"file": "../cubin", "sha256": ""}}
+    copy = copied(tiny, tmp_path, kernels=[outside])
+    with pytest.raises(UserError, match=r"is damaged \(ValueError: the file '../cubin'\)"):
+        read(copy)
+    (copy / MANIFEST).write_text(json.dumps({"schema": "fastdiff.warm/0"}))
+    with pytest.raises(UserError, match="has schema 'fastdiff.warm/0', this fastdiff reads"):
+        read(copy)
+    (copy / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="is not readable JSON"):
+        read(copy)
+    (copy / MANIFEST).unlink()
+    with pytest.raises(UserError, match="holds no kernels: manifest.json is missing"):
+        read(copy)
+
+
+FAILING = """
+from dataclasses import replace
+from fastdiff.kernels.pool import compile_jobs
+jobs = [job_of(launch, 90) for launch in launches("tiny")][:3]
+jobs[1] = replace(jobs[1], constants={"FOREIGN": 1})
+for answer in sorted(compile_jobs(jobs), key=lambda answer: answer.at):
+    print(answer.at, answer.key is not None, answer.error)
+"""
+
+
+def test_a_job_that_fails_leaves_the_others(tmp_path):
+    first, second, third = python(FAILING, tmp_path).splitlines()
+    assert (first, third) == ("0 True None", "2 True None")
+    assert second.startswith("1 False KeyError")
+
+
+def test_a_compiling_process_that_ends_answers_for_what_is_left(monkeypatch):
+    from fastdiff.kernels import pool
+    from fastdiff.kernels.jobs import Job
+
+    monkeypatch.setattr(pool.sys, "executable", "/bin/false")
+    job = Job(90, "module", "kernel", {}, (), {}, 4, 1)
+    (answer,) = pool.compile_jobs([job])
+    assert (answer.key, answer.error) == (None, "the process that compiles ended")

@@ -72,7 +72,7 @@ PAIRED = {
     "case": "demo, float32, cpu",
     "created": "2026-11-27T00:00:00+00:00",
     "machine": MACHINE,
-    "command": "fastdiff bench --against main",
+    "command": "fastdiff compare --against main",
     "seconds": 1.0,
     "states": {
         "base": {"name": "main", "commit": "abc1234", "versions": VERSIONS},

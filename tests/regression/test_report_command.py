@@ -1,4 +1,4 @@
-"""`fastdiff report` and `bench --against` from their arguments to files and exit codes."""
+"""`fastdiff report` and `compare` from their arguments to files and exit codes."""
 
 import copy
 import html
@@ -119,36 +119,31 @@ def test_bad_input_of_report(tmp_path, message):
 
 
 AGAINST = ("--against", "HEAD")
-BAD_BENCH = {
+BAD_COMPARE = {
     "--pairs is 0; give at least 1": (*AGAINST, "--pairs", "0"),
     "--limit is 0": (*AGAINST, "--limit", "0"),
     "--threads is 0": (*AGAINST, "--threads", "0"),
     "--until-precise is 2": (*AGAINST, "--until-precise", "2"),
     "got --pairs and --until-precise": (*AGAINST, "--pairs", "5", "--until-precise", "1%"),
     "--gate is 'all'; choose from both, times, counters": (*AGAINST, "--gate", "all"),
-    "--rounds goes without --against": (*AGAINST, "--rounds", "5"),
-    "--roofline goes without --against": (*AGAINST, "--roofline"),
+    "got --pairs and --limit": (*AGAINST, "--pairs", "5", "--limit", "9"),
     "--filter goes with kernels": (*AGAINST, "--filter", "conv2d"),
     "--preset goes with pipelines": ("kernels", *AGAINST, "--preset", "tiny"),
     "--backends is 'warp'": (*AGAINST, "--backends", "warp"),
-    "--backends ort goes without --against": (*AGAINST, "--backends", "fastdiff,ort"),
+    "--backends ort goes with bench": (*AGAINST, "--backends", "fastdiff,ort"),
     "got the folder here and --preset tiny": ("here", *AGAINST, "--preset", "tiny"),
     "--dtype is 'int8'": (*AGAINST, "--dtype", "int8"),
     "the folder {tmp}/no does not exist": (*AGAINST, "--json", "{tmp}/no/x.json"),
     "is no folder, no wheel and no revision": ("--against", "no-such-revision"),
-    "--pairs goes with --against": ("--pairs", "5"),
-    "--gate goes with --against": ("--gate", "times"),
-    "--filter goes with --against": ("--filter", "conv2d"),
-    "bench kernels goes with --against": ("kernels",),
     "{tmp}/nothing is no folder": ("{tmp}/nothing", *AGAINST),
 }
 
 
-@pytest.mark.parametrize("message", BAD_BENCH)
-def test_bad_input_of_a_paired_bench(tmp_path, monkeypatch, message):
+@pytest.mark.parametrize("message", BAD_COMPARE)
+def test_bad_input_of_compare(tmp_path, monkeypatch, message):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    arguments = [word.format(tmp=tmp_path) for word in BAD_BENCH[message]]
-    refused(tmp_path, message, "bench", *arguments)
+    arguments = [word.format(tmp=tmp_path) for word in BAD_COMPARE[message]]
+    refused(tmp_path, message, "compare", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,7 +164,7 @@ def test_a_kernel_is_timed_in_both_states_from_the_command_line(tmp_path, monkey
     (tmp_path / "other/README").write_text("nothing to install")
     path = tmp_path / "paired.json"
     options = ("--filter", "ada_norm · demo", "--pairs", "2", "--json", path)
-    code, out, err = run("bench", "kernels", "--against", tmp_path / "other", *options)
+    code, out, err = run("compare", "kernels", "--against", tmp_path / "other", *options)
     assert code == 3, err
     assert "about" in out
     assert "more process pairs would tell" in " ".join(out.split())
@@ -191,6 +186,6 @@ def test_a_kernel_is_timed_in_both_states_from_the_command_line(tmp_path, monkey
 def test_a_filter_that_fits_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "other").mkdir()
-    code, out, err = run("bench", "kernels", "--against", tmp_path / "other", "--filter", "warp")
+    code, out, err = run("compare", "kernels", "--against", tmp_path / "other", "--filter", "warp")
     assert (code, out) == (2, "")
     assert "--filter warp fits no kernel's case" in err

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.ada_norm.spec import check
-from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits
 from fastdiff.kernels.tuned import tunable
 
 
@@ -67,31 +67,44 @@ def _mean_square(tiles, N: tl.constexpr, D: tl.constexpr):
     return tl.sum(total, 1)[:, None] / D
 
 
-@triton.jit
+# arguments that compile nothing anew: ALIGN tells of what the strides are multiples
+ANY = ["L", "scale_stride", "shift_stride", "gate_stride", "residuals", "added", "eps"]
+
+
+@triton.jit(do_not_specialize=ANY)
 def _ada_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr,
-    L, scale_stride, shift_stride, gate_stride, residuals, total_ptr, out_ptr,
-    EPS: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr,
+    L, scale_stride, shift_stride, gate_stride, residuals, added, eps, total_ptr, out_ptr,
+    ALIGN: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program does ROWS rows of one sample, N chunks each."""
+    """A program does ROWS rows of one sample, N chunks each. A residual is added to the first
+    `added` rows of a sample, all or none; the bits of eps are those of a float32."""
     start = tl.program_id(0) * ROWS
     sample = tl.program_id(1).to(tl.int64)
     base = (sample * L + start) * D
+    first = ((tl.program_id(1) % residuals).to(tl.int64) * L + start) * D
+    scale_stride, shift_stride = scale_stride // ALIGN * ALIGN, shift_stride // ALIGN * ALIGN
+    gate_stride = gate_stride // ALIGN * ALIGN
     lane = tl.broadcast_to(tl.arange(0, CHUNK)[None, :], (ROWS, CHUNK))
     offsets = tl.arange(0, ROWS)[:, None] * D + lane
 
     tiles = ()
+    others = ()  # all on their way before the first sum is stored
     for c in tl.static_range(N):
         inside = _inside(L - start, c, D, ROWS, CHUNK)
         tile = _load(x_ptr + base, offsets, inside, c)
-        if residual_ptr is not None:
-            if gate_ptr is not None:
-                tile *= _load(gate_ptr + sample * gate_stride, lane, inside, c)
-            first = (sample % residuals * L + start) * D
-            tile += _load(residual_ptr + first, offsets, inside, c)
-            _store(total_ptr + base, tile, offsets, inside, c)
+        if gate_ptr is not None:
+            tile *= _load(gate_ptr + sample * gate_stride, lane, inside, c)
         tiles = _with(tiles, tile)
+        inside = _inside(added - start, c, D, ROWS, CHUNK)
+        others = _with(others, _load(residual_ptr + first, offsets, inside, c))
+    sums = ()
+    for c in tl.static_range(N):
+        sums = _with(sums, tiles[c] + others[c])
+    for c in tl.static_range(N):
+        _store(total_ptr + base, sums[c], offsets, _inside(added - start, c, D, ROWS, CHUNK), c)
+    tiles = sums
 
     if not RMS:
         for _ in tl.static_range(2):  # the sum may have rounded the mean: take what it left
@@ -103,7 +116,7 @@ def _ada_norm_kernel(
                     tile = tl.where(_inside(L - start, c, D, ROWS, CHUNK), tile, 0.0)
                 centred = _with(centred, tile)
             tiles = centred
-    rstd = 1.0 / tl.sqrt_rn(_mean_square(tiles, N, D) + EPS)
+    rstd = 1.0 / tl.sqrt_rn(_mean_square(tiles, N, D) + eps.to(tl.float32, bitcast=True))
 
     for c in tl.static_range(N):
         inside = _inside(L - start, c, D, ROWS, CHUNK)
@@ -182,15 +195,16 @@ def plan(
     out = torch.empty_like(x)
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
     modulation = {"scale": scale, "shift": shift, "gate": gate}
+    strides = {n: 0 if rows is None else rows.stride(0) for n, rows in modulation.items()}
     arguments: dict[str, Any] = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias}
     arguments |= {f"{name}_ptr": rows for name, rows in modulation.items()}
-    arguments |= {"residual_ptr": residual, "L": L}
-    for name, rows in modulation.items():
-        arguments[f"{name}_stride"] = 0 if rows is None else rows.stride(0)
-    arguments["residuals"] = 0 if residual is None else residual.shape[0]
-    arguments |= {"total_ptr": None if residual is None else total, "out_ptr": out}
-    constants = {"EPS": eps, "RMS": rms, "D": D, "N": triton.cdiv(D, chunk)}
-    constants |= {"ROWS": config.rows, "CHUNK": chunk}
+    arguments |= {"residual_ptr": x if residual is None else residual, "L": L}
+    arguments |= {f"{name}_stride": stride for name, stride in strides.items()}
+    arguments |= {"residuals": B if residual is None else residual.shape[0]}
+    arguments |= {"added": 0 if residual is None else L, "eps": float_bits(eps)}
+    arguments |= {"total_ptr": x if residual is None else total, "out_ptr": out}
+    constants = {"ALIGN": gcd(vector // size, *strides.values()), "RMS": rms, "D": D}
+    constants |= {"N": triton.cdiv(D, chunk), "ROWS": config.rows, "CHUNK": chunk}
     grid = (triton.cdiv(L, config.rows), B)
     launch = Launch(_ada_norm_kernel, arguments, constants, grid, config.num_warps, vector=vector)
     return (launch,), (out, total)

@@ -39,7 +39,7 @@ def gated(value, gate):
     return value * (positive - t * tl.exp2(p))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "h_sm"])
 def _gelu_gate_kernel(
     h_ptr, bias_ptr, M, N, h_sm, out_ptr,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

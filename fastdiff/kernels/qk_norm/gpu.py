@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits
 from fastdiff.kernels.qk_norm.spec import check
 from fastdiff.kernels.tuned import tunable
+
+STRIDES = ["q_sb", "q_sl", "q_sh", "k_sb", "k_sl", "k_sh"]
 
 
 @triton.jit
@@ -26,10 +28,10 @@ def _turned(y):
 
 
 @triton.jit
-def _one(x, weight_ptr, cos, sin, column, exists, EPS: tl.constexpr, K: tl.constexpr):
+def _one(x, weight_ptr, cos, sin, column, exists, eps, K: tl.constexpr):
     """RMSNorm of the rows of x [ROWS, P] and its rotation (none where cos is None)."""
     x = x.to(tl.float32)
-    y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + EPS))[:, None]
+    y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + eps))[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + column, mask=exists, other=0.0).to(tl.float32)
     if cos is not None:
@@ -37,13 +39,14 @@ def _one(x, weight_ptr, cos, sin, column, exists, EPS: tl.constexpr, K: tl.const
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "H", *STRIDES, "eps"])
 def _qk_norm_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-    L, H, q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, q_out_ptr, k_out_ptr,
-    EPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    L, H, q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, eps, q_out_ptr, k_out_ptr,
+    K: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """A program does ROWS of the L * H heads of one sample."""
+    """A program does ROWS of the L * H heads of one sample; the bits of eps are a float32's."""
+    eps = eps.to(tl.float32, bitcast=True)
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = (row // H).to(tl.int64), row % H
@@ -63,9 +66,9 @@ def _qk_norm_kernel(
         cos = tl.load(cos_ptr + angle, mask=exists, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=exists, other=0.0)
     out = ((sample * L * H + row) * K)[:, None] + column
-    q = _one(q, q_weight_ptr, cos, sin, column, exists, EPS, K)
+    q = _one(q, q_weight_ptr, cos, sin, column, exists, eps, K)
     tl.store(q_out_ptr + out, q, mask=exists)
-    k = _one(k, k_weight_ptr, cos, sin, column, exists, EPS, K)
+    k = _one(k, k_weight_ptr, cos, sin, column, exists, eps, K)
     tl.store(k_out_ptr + out, k, mask=exists)
 
 
@@ -107,8 +110,7 @@ def plan(
     check(q, k, q_weight, k_weight, cos, sin)
     B, L, H, K = q.shape
     size = q.element_size()
-    strides = dict(zip(("q_sb", "q_sl", "q_sh"), q.stride(), strict=False))
-    strides |= dict(zip(("k_sb", "k_sl", "k_sh"), k.stride(), strict=False))
+    strides = dict(zip(STRIDES, (*q.stride()[:3], *k.stride()[:3]), strict=True))
     align = gcd(16 // size, *strides.values())
     vector = gcd(align, K)
     config = pick(L, H, K, vector, arch)
@@ -116,8 +118,8 @@ def plan(
     arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k}
     arguments |= {"q_weight_ptr": q_weight, "k_weight_ptr": k_weight}
     arguments |= {"cos_ptr": cos, "sin_ptr": sin, "L": L, "H": H} | strides
-    arguments |= {"q_out_ptr": outputs[0], "k_out_ptr": outputs[1]}
-    constants = {"EPS": eps, "K": K, "P": triton.next_power_of_2(K), "ROWS": config.rows}
+    arguments |= {"eps": float_bits(eps), "q_out_ptr": outputs[0], "k_out_ptr": outputs[1]}
+    constants = {"K": K, "P": triton.next_power_of_2(K), "ROWS": config.rows}
     constants |= {"ALIGN": align}
     grid = (triton.cdiv(L * H, config.rows), B)
     launch = Launch(

@@ -13,24 +13,26 @@ from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
 from fastdiff.kernels.tuned import tunable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "X", "C", "others", "shifts"])
 def _residual_kernel(
-    x_ptr, other_ptr, shift_ptr, pixels, X, C, out_ptr,
+    x_ptr, other_ptr, shift_ptr, pixels, X, C, others, shifts, out_ptr,
     ALIGN: tl.constexpr, ENLARGE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """A program does ROWS pixels, of all pictures, and P channels. C is a multiple of ALIGN, which
-    dividing and multiplying tells the compiler: else 40 channels are loaded 2 bytes at a time."""
-    C = C // ALIGN * ALIGN
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channels = tl.program_id(1) * P + tl.arange(0, P)
-    exists = channels < C
-    inside = (rows < pixels)[:, None] & exists[None, :]
+    """A program does ROWS pixels, of all pictures, and P channels; neighbours do the same pixels.
+    `other` has the first `others` pixels, `shift` the first `shifts` channels: all or none. C is a
+    multiple of ALIGN, which dividing and multiplying tells the compiler: else 40 channels are
+    loaded 2 bytes at a time."""
+    C, shifts = C // ALIGN * ALIGN, shifts // ALIGN * ALIGN
+    tiles = tl.cdiv(C, P)
+    rows = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    channels = tl.program_id(0) % tiles * P + tl.arange(0, P)
+    exists = (channels < C)[None, :]
+    inside = (rows < pixels)[:, None] & exists
     offsets = rows.to(tl.int64)[:, None] * C + channels[None, :]
     total = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        total += tl.load(shift_ptr + channels, mask=exists, other=0.0).to(tl.float32)[None, :]
-    if other_ptr is not None:
-        total += tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(shift_ptr + channels, mask=channels < shifts, other=0.0)[None, :]
+    both = (rows < others)[:, None] & exists
+    total += tl.load(other_ptr + offsets, mask=both, other=0.0).to(tl.float32)
     # rows of all pictures stand below one another, so row and column of a pixel are enough
     row, column = rows // X, rows % X
     for down in tl.static_range(ENLARGE):
@@ -50,6 +52,9 @@ class LaunchConfig:
 
 TILE = 2048
 """Elements: 16 a thread, in two accesses of 16 bytes in half precision."""
+LINE = 64
+"""Channels: a line of L1 in half precision. More at once move no faster, and would be compiled for
+every width."""
 LEAST_PROGRAMS = 264
 """Two for each SM of an H100; below it tiles are halved."""
 
@@ -57,8 +62,7 @@ LEAST_PROGRAMS = 264
 @tunable("residual")
 def pick(pixels: int, C: int, arch: int) -> LaunchConfig:
     """Launch for pixels of C channels."""
-    whole = math.gcd(C, 256)  # a power of two that leaves no channel over
-    channels = whole if whole >= 64 else min(256, triton.next_power_of_2(C))
+    channels = LINE if C % LINE == 0 else min(256, triton.next_power_of_2(C))
     tile = TILE if pixels * C >= TILE * LEAST_PROGRAMS else TILE // 2
     tile = tile if arch else INTERPRETED_TILE
     return LaunchConfig(max(1, tile // channels), channels, 4)
@@ -92,8 +96,10 @@ def plan(
     else:
         out = torch.empty_like(x)
     config = pick(pixels, C, arch)
-    arguments: dict[str, Any] = {"x_ptr": x, "other_ptr": other, "shift_ptr": shift}
-    arguments |= {"pixels": pixels, "X": X, "C": C, "out_ptr": out}
+    arguments: dict[str, Any] = {"x_ptr": x, "other_ptr": x if other is None else other}
+    arguments |= {"shift_ptr": x if shift is None else shift, "pixels": pixels, "X": X, "C": C}
+    arguments |= {"others": 0 if other is None else pixels, "shifts": 0 if shift is None else C}
+    arguments["out_ptr"] = out
     vector = math.gcd(16, C * x.element_size())
     constants = {
         "ALIGN": vector // x.element_size(),
@@ -101,7 +107,7 @@ def plan(
         "ROWS": config.rows,
         "P": config.channels,
     }
-    grid = (triton.cdiv(pixels, config.rows), triton.cdiv(C, config.channels))
+    grid = (triton.cdiv(pixels, config.rows) * triton.cdiv(C, config.channels),)
     return (
         Launch(_residual_kernel, arguments, constants, grid, config.num_warps, vector=vector),
     ), out

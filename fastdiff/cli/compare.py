@@ -1,48 +1,88 @@
-"""bench --against: what is here, and another state of it, in turn."""
+"""compare: what is here, and another state of it, in turn."""
 
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from fastdiff.cli.options import DEMO, at_least, was_given
+from fastdiff.cli.options import (
+    DEMO,
+    Device,
+    Dtype,
+    Preset,
+    Scale,
+    Side,
+    app,
+    at_least,
+    was_given,
+)
 from fastdiff.errors import UserError
 
-SUITES = ("pipelines", "kernels")
-ALONE = ("rounds", "engines", "seed", "roofline", "gpu", "measure")
-"""Options of bench that go without --against."""
 OF_PIPELINES = ("preset", "scale", "steps", "height", "width", "backends")
 
 
-def against(context: typer.Context) -> None:
-    """Time both states that bench's options name, write what was asked for, print the report."""
+@app.command()
+def compare(
+    context: typer.Context,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A diffusers pipeline, or kernels; the demo if absent."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="The other state: a revision, a folder or a wheel.")
+    ] = "HEAD",
+    pairs: Annotated[int | None, typer.Option(help="Process pairs.")] = None,
+    until_precise: Annotated[
+        str | None, typer.Option(help="How narrow each interval is to be; 1% if absent.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(help="With --until-precise: seconds that it takes at most.")
+    ] = 60,
+    gate: Annotated[
+        str, typer.Option(help="both, times or counters, which need no quiet.")
+    ] = "both",
+    preset: Preset = None,
+    scale: Scale = 1.0,
+    backends: Annotated[str, typer.Option(help="Comma-separated.")] = "fastdiff",
+    filter_: Annotated[
+        str, typer.Option("--filter", help="Of kernels: part of a kernel's or case's name.")
+    ] = "",
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Annotated[int, typer.Option(help="Of each state on a CPU.")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10,
+    height: Side = None,
+    width: Side = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write fastdiff.paired/1 here.")
+    ] = None,
+) -> None:
+    """Has this state become slower than another? A verdict, and exit 1 where it has."""
     from fastdiff.bench.progress import shares
     from fastdiff.bench.saved import check_folder
     from fastdiff.regression import paired, states
-    from fastdiff.regression.compare import compare
+    from fastdiff.regression.compare import compare as judge
     from fastdiff.regression.documents import pair_of
     from fastdiff.regression.pairs import race
     from fastdiff.regression.reports.terminal import show
     from fastdiff.written import afterwards, check_writable
 
-    given = context.params
-    if lost := [name for name in ALONE if was_given(context, name)]:
-        raise UserError(f"--{lost[0]} goes without --against")
-    json_file = Path(given["json_file"]) if given["json_file"] else None
+    at_least("--steps", steps, 1)
     if json_file:
         check_writable(json_file, "--json")
-    settings, until = _settings(context), _until(context)
-    gates = _gates(given["gate"])
+    settings = _settings(context)
+    until = _until(pairs, until_precise, limit, was_given(context, "limit"))
+    gates = _gates(gate)
     if gates == ("counters",) and "fastdiff" not in settings.backends:
         raise UserError("--gate counters goes with pipelines on the backend fastdiff")
     root = Path.cwd()
     if settings.folder:
         check_folder(root / settings.folder)  # before an environment is built
     with shares() as log:
-        base, new = states.other(given["against"], root, log), states.here(root)
+        base, new = states.other(against, root, log), states.here(root)
         places = {"base": base, "new": new}
         if settings.folder:
             settings = replace(settings, folder=_folder(settings.folder, base, new))
@@ -50,8 +90,8 @@ def against(context: typer.Context) -> None:
     if "times" in gates and not done.times and not any(done.wrong.values()):
         raise UserError(_nothing(settings, done.rows))
     command = shlex.join(["fastdiff", *context.obj])
-    document = paired.document(done, places, _case(context, settings), settings.threads, command)
-    comparison = compare(pair_of(document), command)
+    document = paired.document(done, places, _case(folder, settings), settings.threads, command)
+    comparison = judge(pair_of(document), command)
     with afterwards(json_file, lambda: paired.to_json(document)):
         show(comparison)
     if comparison.exit_code:
@@ -75,20 +115,18 @@ def _settings(context: typer.Context) -> Any:
             raise UserError(f"--{lost[0]} goes with pipelines; kernels have cases of their own")
         return Settings(**shared, filter=given["filter_"])
     if given["filter_"]:
-        raise UserError("--filter goes with kernels; pipelines are chosen by --backends")
+        raise UserError("--filter goes with kernels; pipelines are chosen by --preset or a folder")
     if folder and given["preset"]:
         raise UserError(f"got the folder {folder} and --preset {given['preset']}; give one of them")
-    asked = was_given(context, "backends")
-    names = choose(given["backends"]) if asked else ("eager", "fastdiff")
-    wanted = given["backends"].split(",") if asked else ["fastdiff"]
-    backends = tuple(name for name in names if name in [one.strip() for one in wanted])
+    wanted = [name.strip() for name in given["backends"].split(",")]
+    backends = tuple(name for name in choose(given["backends"]) if name in wanted)
     if engines := set(backends) & set(ON_ENGINES):
         raise UserError(
-            f"--backends {min(engines)} goes without --against: its files are one state's"
+            f"--backends {min(engines)} goes with bench: its engines are made of one state alone"
         )
     return Settings(
         **shared,
-        steps=given["steps"] if was_given(context, "steps") else Settings.steps,
+        steps=given["steps"],
         height=given["height"],
         width=given["width"],
         backends=backends,
@@ -99,7 +137,7 @@ def _settings(context: typer.Context) -> Any:
 
 
 def suite_of(folder: Path | None) -> tuple[str, str | None]:
-    """The suite that bench's argument names, or that of the folder which it is."""
+    """The suite that an argument names, or that of the folder which it is."""
     if folder is None or (folder in (DEMO, Path("pipelines")) and not folder.exists()):
         return "pipelines", None
     if folder == Path("kernels") and not folder.exists():
@@ -107,20 +145,18 @@ def suite_of(folder: Path | None) -> tuple[str, str | None]:
     return "pipelines", str(folder)
 
 
-def _until(context: typer.Context) -> Any:
+def _until(pairs: int | None, precise: str | None, limit: int, limited: bool) -> Any:
     from fastdiff.regression.pairs import Until
 
-    given = context.params
-    at_least("--limit", given["limit"], 1)
-    pairs, precise = given["pairs"], given["until_precise"]
+    at_least("--limit", limit, 1)
     if pairs is not None:
         if precise is not None:
             raise UserError("got --pairs and --until-precise; give one of them")
-        if was_given(context, "limit"):
+        if limited:
             raise UserError("got --pairs and --limit; pairs are drawn to their number")
         at_least("--pairs", pairs, 1)
         return Until(pairs=pairs)
-    return Until(half_width=share("--until-precise", precise or "1%"), limit_s=given["limit"])
+    return Until(half_width=share("--until-precise", precise or "1%"), limit_s=limit)
 
 
 def _gates(asked: str) -> tuple[str, ...]:
@@ -153,14 +189,13 @@ def _folder(folder: str, base: Any, new: Any) -> str:
     return folder
 
 
-def _case(context: typer.Context, settings: Any) -> str:
+def _case(folder: Path | None, settings: Any) -> str:
     """What was timed, as every row begins."""
     parts = [settings.dtype, settings.device]
     if settings.suite == "kernels":
         return ", ".join(["kernels", *parts])
     preset = settings.preset and f"{settings.preset} scale {settings.scale:g}"
-    folder = context.params["folder"]
-    name = preset or (Path(folder).name if settings.folder else "demo")
+    name = preset or (folder.name if folder and settings.folder else "demo")
     if settings.height or settings.width:
         parts.append(f"{settings.width or 'own'}×{settings.height or 'own'}")
     return ", ".join([name, *parts, f"{settings.steps} steps"])
