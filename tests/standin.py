@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,12 @@ class Stream:
 
     def synchronize(self) -> None:
         GPU.wait(self.clock)
+
+    def query(self) -> bool:
+        if self.capture is not None:
+            GPU.refuse("a query")
+        GPU.thread.context = True
+        return False
 
 
 class Event:
@@ -277,6 +284,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.lock, self.thread = threading.RLock(), threading.local()
+        self.thread.context = True
         self.default = Stream()
         self.host: Clock = {}
         """What the host knows to have happened."""
@@ -348,6 +356,9 @@ class Gpu:
             if self.capturing is not None:
                 self.refuse(f"the kernel {name} is loaded")
             self.loaded.add(kernel)
+        if namespace == "fastdiff" and not getattr(self.thread, "context", False):
+            raise RuntimeError("Triton Error [CUDA]: invalid device context")
+        self.thread.context = True
         if name in PRODUCTS:
             self._use_workspace(stream)
         if capture is not None:
@@ -552,6 +563,7 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         "current_stream": lambda device=None: GPU.current,
         "default_stream": lambda device=None: GPU.default,
         "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
         "device": lambda device: nullcontext(),
         "synchronize": lambda device=None: GPU.wait(),
         "empty_cache": lambda: GPU.empty_cache(),

@@ -36,9 +36,9 @@ class Options:
     """Folder that `fastdiff warm` wrote: its kernels are not compiled on this machine. What it does
     not have for this pipeline, GPU or Triton is compiled, with a warning."""
     tactics: bool = True
-    """Whether cuDNN measures its plans for each convolution when it first meets it on a GPU. Gains
-    speed where pictures are small, costs some ten milliseconds a convolution, once a process. Not
-    done where torch is set to deterministic algorithms."""
+    """Whether cuDNN measures its plans for a convolution that is too small to fill a GPU, when it
+    first meets it. Gains speed where pictures are small, costs time once a process (the report says
+    how much). Not done where torch is set to deterministic algorithms."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore, list | tuple | set | frozenset) or not all(

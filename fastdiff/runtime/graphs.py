@@ -170,7 +170,8 @@ def _give_up(graph: Any, stream: torch.cuda.Stream, handle: Any) -> None:
     with suppress(RuntimeError):
         if torch.cuda.is_current_stream_capturing():
             graph.capture_end()
-    graph.reset()
+    with suppress(RuntimeError):
+        graph.reset()
     _FAILED.append(graph)
     with suppress(RuntimeError):  # it has ended already
         torch._C._cuda_endAllocateToPool(stream.device_index, handle)

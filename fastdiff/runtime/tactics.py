@@ -51,6 +51,7 @@ def run(function: Callable[..., T], *args: object) -> T:
             torch.set_grad_enabled(grad),
             cudnn.searching(),
         ):
+            torch.cuda.current_stream().query()  # a new thread has no context for Triton till now
             result = function(*args)
         if len(cudnn.SEARCHED) > known:
             _spent += time.perf_counter() - start
@@ -71,8 +72,10 @@ def described() -> str:
     if not allowed():
         return "convolutions run by cuDNN's rule: torch is set to deterministic, or without cuDNN"
     if not cudnn.SEARCHED:
-        return "convolutions run by the plans that cuDNN finds fastest when it first meets them"
+        return (
+            "small convolutions run by the plans that cuDNN finds fastest when it first meets them"
+        )
     return (
-        f"{len(cudnn.SEARCHED)} convolutions run by the plan that cuDNN found fastest; the calls"
-        f" that searched took {_spent:.1f} s, once for this process"
+        f"{len(cudnn.SEARCHED)} small convolutions run by the plan that cuDNN found fastest; the"
+        f" calls that searched took {_spent:.1f} s, once for this process"
     )

@@ -118,7 +118,7 @@ def test_what_is_wrong_gets_no_number():
         suite.test_kernel("linear", case.name, CPU, FP32, None, record)
 
     with pytest.raises(OutOfBudget):
-        race(kernel, case, CPU, "cpu", dry_run=True, mode=None)
+        race(kernel, case, CPU, "cpu", dry_run=True, inductor=False)
 
 
 def test_cases_are_those_of_models_and_fit_the_device():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from command import compiled
 
-from fastdiff.kernels.attention import gpu
+from fastdiff.kernels.attention import CUDA_CHOICES, choose, gpu, products
+from fastdiff.kernels.attention import attention as run_attention
 from fastdiff.kernels.attention.spec import reference as attention
 from fastdiff.kernels.contract import judge
 from fastdiff.kernels.dispatch import implementation
@@ -87,6 +88,27 @@ def test_a_query_that_may_see_nothing(Lk, lowest):
     verdict = judge("out", got, attention(q, k, v, mask), exact)
     assert verdict.passed, verdict
     assert bool(got[:, 3].isnan().all()) == (lowest == float("-inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_row_by_row(dtype, masked, monkeypatch):
+    monkeypatch.setattr(products, "SCORES", 6 * 77 * 32)  # the last block is a part of one
+    q, k, v = torch.randn(2, 100, 3, 512), *torch.randn(2, 2, 77, 3, 512).unbind(0)
+    mask = torch.randn(2, 1, 1, 77) if masked else None
+    inputs = [None if t is None else t.to(dtype) for t in (q, k, v, mask)]
+    got = run_attention(*inputs, impl="products")
+    exact = attention(*(None if t is None else t.double() for t in inputs))
+    verdict = judge("out", got, attention(*inputs), exact)
+    assert verdict.passed, verdict
+    assert got.is_contiguous()
+
+
+def test_heads_that_no_library_takes_are_products():
+    assert choose(512, 4096).run == choose(640, 77).run == "products"
+    assert choose(256, 4096).run == "sdpa"
+    assert choose(160, 4096).run == "triton"
+    assert {choice.run for choice in CUDA_CHOICES} <= {"triton", "sdpa", "products"}
 
 
 def test_joint_attention_names_what_does_not_fit():

@@ -2,7 +2,8 @@
 
 cuDNN's rule of thumb takes one plan for a convolution without running any. It leaves most of a
 large GPU idle where pictures are small: 8×8 pixels are few tiles, and only splitting the sum over
-the channels makes more of them. Measuring takes some ten milliseconds a convolution, once.
+the channels makes more of them. So the small ones are measured, once: all plans for them are built
+and run, which takes longer than the picture.
 
 torch keeps the plan by thread, and by the convolution with its flags: `deterministic` is one of
 them, whether it searched is none. So a plan that the rule chose hides the search from the same call
@@ -22,8 +23,9 @@ from torch.nn import functional as F
 from fastdiff.kernels.conv2d.spec import around
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_ELEMENTS = 2**31 - 1
-"""Of one tensor. For larger ones torch itself looks at what cuDNN can index."""
+TILE, WAVES = 128, 2
+"""What makes fewer than 2 tiles of 128×128 numbers for each multiprocessor is searched. Until a GPU
+has measured: one with two waves of tiles is busy for two thirds of the time at least."""
 
 SEARCHED: dict[Any, None] = {}
 """The convolutions that were searched so far, in order."""
@@ -61,10 +63,8 @@ def run(
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """As `torch.nn.functional.conv2d`, to whom it leaves what it does not take."""
-    rows, columns = ((side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:])
-    largest = max(x.numel(), x.shape[0] * weight.shape[0] * rows * columns)
-    if x.dtype not in DTYPES or largest > MOST_ELEMENTS or x.numel() == 0:
+    """As `torch.nn.functional.conv2d`, to whom it leaves what needs no search."""
+    if x.dtype not in DTYPES or x.numel() == 0 or _fills(x, weight, stride, padding):
         return F.conv2d(x, weight, bias, stride, padding)
     y: Tensor = torch.cudnn_convolution(
         x,
@@ -80,3 +80,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddi
     key = (x.device, x.dtype, x.shape, x.stride(), weight.shape, weight.stride(), stride, padding)
     SEARCHED[key] = None
     return y if bias is None else y.add_(bias[:, None, None])
+
+
+def _fills(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether the output has tiles for all of the GPU."""
+    rows, columns = ((side + 2 * padding - weight.shape[2]) // stride + 1 for side in x.shape[2:])
+    tiles = -(-x.shape[0] * rows * columns // TILE) * -(-weight.shape[0] // TILE)
+    processors: int = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return tiles >= WAVES * processors
