@@ -6,12 +6,12 @@ launch of the same specialisation whose tensors are addresses without memory.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from fastdiff.kernels.contract import Launch
+from fastdiff.kernels.dispatch import module_of
 from fastdiff.kernels.planned import TYPES, specialised
 
 _DTYPES = {name: dtype for dtype, name in TYPES.items()}
@@ -77,7 +77,7 @@ class _Address:
 
 def kernel_of(job: Job) -> Any:
     """The job's kernel, as `triton.jit` made it."""
-    return getattr(import_module(job.module), job.kernel)
+    return getattr(module_of(job.module), job.kernel)
 
 
 def launch_of(job: Job) -> Launch:
