@@ -82,16 +82,12 @@ def kernel_of(job: Job) -> Any:
 
 def launch_of(job: Job) -> Launch:
     """A launch that Triton specialises as the job says, not to be started."""
-    kernel = kernel_of(job)
-    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
     arguments: dict[str, Any] = {}
-    for name in names:
-        kind, divisible = job.types.get(name), name in job.divisible
-        if kind is None:
-            arguments[name] = job.constants[name]
-        elif kind in _DTYPES:
+    for name, kind in job.types.items():
+        divisible = name in job.divisible
+        if kind in _DTYPES:
             arguments[name] = _Address(_DTYPES[kind], 4096 if divisible else 4098)
         else:
             arguments[name] = _INTEGERS[kind, divisible]
-    constants: Any = {name: v for name, v in job.constants.items() if name not in arguments}
-    return Launch(kernel, arguments, constants, (1,), job.num_warps, job.num_stages)
+    constants: Any = job.constants  # absent tensors and ones are compiled in, too
+    return Launch(kernel_of(job), arguments, constants, (1,), job.num_warps, job.num_stages)
