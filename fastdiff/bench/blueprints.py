@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from fastdiff.bench.presets import PRESETS, blueprint, vae_config
+from fastdiff.bench.presets import PRESETS, autoencoder, blueprint
 from fastdiff.bench.saved import check_folder
 from fastdiff.errors import UserError
 from fastdiff.recipes import RECIPES
@@ -35,7 +35,7 @@ def of_preset(name: str) -> Blueprint:
         raise UserError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
     unet, side = blueprint(name)
-    vae = _made(AutoencoderKL, vae_config(preset, preset.base_scale))
+    vae = autoencoder(preset)
     return Blueprint(unet, vae, side, _factor(vae), (False, True) if preset.xl else (False,))
 
 

@@ -164,6 +164,12 @@ def blueprint(name: str) -> tuple[torch.nn.Module, int]:
         return _make(UNet2DConditionModel, **config).eval(), config["sample_size"]
 
 
+def autoencoder(preset: Preset, **changed: Any) -> Any:
+    """The autoencoder of a preset without memory; `changed`: of its config."""
+    with torch.device("meta"):
+        return _make(AutoencoderKL, **vae_config(preset, preset.base_scale) | changed).eval()
+
+
 def from_folder(saved: Saved, dtype: torch.dtype) -> Any:
     """The pipeline that was checked by `saved.check_folder`, on the CPU, loaded in silence.
 

@@ -3,6 +3,7 @@
 import json as json_module
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,12 +66,16 @@ def inspect(
         list[int] | None, typer.Option(help="80, 90, 120, …; every one we know if absent.")
     ] = None,
     models: Annotated[bool, typer.Option(help="Only sizes that models have.")] = False,
+    count: Annotated[
+        bool, typer.Option(help="How many each pipeline needs compiled; compiles none.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write fastdiff.static/1 here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """What each GPU kernel compiles to: registers, …; or what engines are, if they are whole.
 
-    Exits with 1 where a kernel spills, does not fit, or moves or multiplies less than it could.
+    Exits with 1 where a kernel spills, does not fit, or moves or multiplies less than it could, and
+    with --count where a pipeline needs more kernels than it may.
     """
     from fastdiff.kernels.dispatch import all_kernels
 
@@ -88,8 +93,57 @@ def inspect(
         if out:
             raise UserError("--out is for our kernels; an engine's manifest lies beside it")
         return inspect_engines(Path(what), json)
+    if count:
+        if what or models or out:
+            raise UserError("--count takes no kernel, --models or --out; give --arch and --json")
+        return count_kernels(arch, json)
     command = shlex.join(["fastdiff", *context.obj])
     inspect_kernels(None if what is None else [what], arch, models, out, json, command)
+
+
+def count_kernels(archs: list[int] | None, json: bool) -> None:
+    """How often each kernel is compiled for each pipeline; says which need too many."""
+    import torch
+
+    from fastdiff import tables
+    from fastdiff.bench.specialisations import MOST, PIPELINES, counted
+    from fastdiff.kernels.inspect import SHARED_LIMIT
+
+    archs = archs or list(SHARED_LIMIT)
+    known_archs(archs)
+    found = {
+        arch: {name: counted(name, arch, torch.float16) for name in PIPELINES} for arch in archs
+    }
+    if json:
+        print(json_module.dumps(found, indent=1))
+    else:
+        rows = []
+        for arch, counts in found.items():
+            for kernel in sorted({kernel for one in counts.values() for kernel in one}):
+                cells = [str(one.get(kernel, 0)) for one in counts.values()]
+                rows.append(tables.Row((f"{kernel} · sm_{arch}", *cells)))
+            totals = [str(sum(one.values())) for one in counts.values()]
+            rows.append(tables.Row((f"all · sm_{arch}", *totals), apart=True))
+        title = f"kernels compiled for a float16 pipeline, at most {MOST}"
+        tables.show(tables.printer(), title, ("kernel", *PIPELINES), rows)
+    wrong = [
+        f"{name} needs {total} kernels on sm_{arch}, more than {MOST}"
+        for arch, counts in found.items()
+        for name, one in counts.items()
+        if (total := sum(one.values())) > MOST
+    ]
+    if wrong:
+        print(*wrong, sep="\n", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def known_archs(archs: Iterable[int]) -> None:
+    """UserError for an architecture that we know no limits of."""
+    from fastdiff.kernels.inspect import SHARED_LIMIT
+
+    if unknown := set(archs) - set(SHARED_LIMIT):
+        known = ", ".join(map(str, SHARED_LIMIT))
+        raise UserError(f"--arch is {min(unknown)}; choose from {known}")
 
 
 def inspect_kernels(
@@ -106,12 +160,10 @@ def inspect_kernels(
     from fastdiff.bench.kernels import cases
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.progress import status
-    from fastdiff.kernels.inspect import SHARED_LIMIT, table
+    from fastdiff.kernels.inspect import table
     from fastdiff.written import afterwards, check_writable
 
-    if unknown := set(arch or ()) - set(SHARED_LIMIT):
-        known = ", ".join(map(str, SHARED_LIMIT))
-        raise UserError(f"--arch is {min(unknown)}; choose from {known}")
+    known_archs(arch or ())
     if out:
         check_writable(out, "--out")
     named = {case.name for _, case in cases("cuda")} if models else None

@@ -55,6 +55,8 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
         for name, (module, kind) in parts.items()
         if slot_of(module) is None
     ]
+    if options.warm is not None and parts and not slots:
+        raise UserError("Options.warm comes too late: it is compiled already; restore it first")
     try:
         for slot in slots:
             slot.take()
@@ -153,9 +155,10 @@ def report(target: Any) -> Report:
             runner, does = ("diffusers", "steps") if loop is None else ("fastdiff", "coefficients")
             of_whom = f"{does} of {type(target.scheduler).__name__}, part of the loop"
             ours.append(Part("scheduler", runner, of_whom))
-    made = [slot.kernels for _, (module, _) in parts.items() if (slot := kept_slot(plain(module)))]
-    if told := next((str(kernels) for kernels in made if kernels is not None), ""):
-        ours.append(Part("kernels", "Triton", told))
+    slots = (kept_slot(plain(module)) for module, _ in parts.values())
+    told = (str(slot.kernels) for slot in slots if slot is not None and slot.kernels is not None)
+    if kernels := next(told, ""):
+        ours.append(Part("kernels", "Triton", kernels))
     theirs = [Part(name, "diffusers", why) for name, why in _eager_parts(target).items()]
     return Report((*ours, *theirs), _note(parts), _tactics(parts))
 

@@ -9,15 +9,16 @@ for a right picture: a kernel that is missing is compiled by Triton at its first
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastdiff.compiler.asked import own_size, runs_of
 from fastdiff.errors import UserError
-from fastdiff.kernels.contract import architecture
+from fastdiff.kernels.contract import Launch, architecture
 from fastdiff.kernels.dispatch import interpreted
 from fastdiff.kernels.jobs import job_of
 from fastdiff.kernels.pool import compile_jobs
@@ -39,11 +40,11 @@ class Kernels:
     def begin(self) -> None:
         """Have them compiled, if the networks lie on an NVIDIA GPU and nothing has begun."""
         with self._beginning:
+            target = self.target()
             networks = [slot.network for slot in self.slots if slot.network is not None]
             arch = max((_arch(network) for network in networks), default=0)
-            if self.ahead is None and arch and _triton() and not interpreted():
-                runs = runs_of(networks, *own_size(self.target()))
-                self.ahead = Ahead(runs, arch, self.shipped)
+            if self.ahead is None and arch and target is not None and _triton():
+                self.ahead = Ahead(partial(_plan, networks, target), arch, self.shipped)
 
     def wait(self) -> None:
         """Return when they are there."""
@@ -63,7 +64,7 @@ def kernels(target: Any, slots: Sequence[Any], warm: str | Path | None) -> Kerne
 
     Raises UserError where `warm` is no folder of `fastdiff warm`, or damaged.
     """
-    if warm is not None and not _triton():
+    if warm is not None and find_spec("triton") is None:
         raise UserError(f"Options.warm is {warm}, kernels of Triton, which fastdiff[gpu] has")
     made = Kernels(weakref.ref(target), slots, None if warm is None else read(Path(warm)))
     made.begin()
@@ -71,7 +72,12 @@ def kernels(target: Any, slots: Sequence[Any], warm: str | Path | None) -> Kerne
 
 
 def _triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether Triton is there, and compiles."""
+    return find_spec("triton") is not None and not interpreted()
+
+
+def _plan(networks: Sequence[Any], target: Any) -> list[Run]:
+    return runs_of(networks, *own_size(target))
 
 
 def _arch(network: Any) -> int:
@@ -83,16 +89,20 @@ def _arch(network: Any) -> int:
 class Ahead:
     """Kernels on their way to Triton's cache, from when it is made."""
 
-    def __init__(self, runs: Sequence[Run], arch: int, shipped: Shipped | None = None) -> None:
+    def __init__(
+        self, plan: Callable[[], list[Run]], arch: int, shipped: Shipped | None = None
+    ) -> None:
         self.total = self.done = 0
         """Kernels to compile, and those that are."""
         self.said = "being planned"
         """Where all of them came from, or how many of them are there."""
         self.wrong: str | None = None
         """What kept some of them from being there, in a sentence."""
-        self._runs, self._arch, self._shipped = runs, arch, shipped
+        self._arch, self._shipped = arch, shipped
         self._told = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="fastdiff-ahead", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(plan,), name="fastdiff-ahead", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -120,18 +130,18 @@ class Ahead:
                 progress.update(bar, completed=self.done, total=self.total or None)
                 self._thread.join(0.1)
 
-    def _work(self) -> None:
+    def _work(self, plan: Callable[[], list[Run]]) -> None:
         try:
-            self._fetch()
+            self._fetch(kernels_of(plan(), self._arch))
         except Exception as error:  # a picture needs none of this
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.said = "compiled at their first launch"
             self.wrong = f"no kernel is compiled ahead, each is at its first launch: {reason}"
 
-    def _fetch(self) -> None:
+    def _fetch(self, launches: Sequence[Launch]) -> None:
         from fastdiff.kernels import cached
 
-        jobs = [job_of(launch, self._arch) for launch in kernels_of(self._runs, self._arch)]
+        jobs = [job_of(launch, self._arch) for launch in launches]
         missing = [job for job in jobs if not cached.holds(job)]
         parts = [f"{len(jobs) - len(missing)} in Triton's cache"]
         if missing and self._shipped is not None:

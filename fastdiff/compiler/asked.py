@@ -25,8 +25,8 @@ from fastdiff.runtime.planned import (
 
 TOKENS = 77
 """Of a prompt, which CLIP's text encoders fill up."""
-SIDE = 64
-"""Of the latents of a model that names none."""
+SIDE, FACTOR = 64, 8
+"""Of the latents of a model that names no size, and pixels to a side of one."""
 
 
 def runs_of(
@@ -61,12 +61,12 @@ def runs_of(
 
 def own_size(target: Any) -> tuple[int, int, bool]:
     """`runs_of`'s side, factor and upcast of a pipeline or a bare model, of its own size."""
-    vae = target if hasattr(target, "post_quant_conv") else getattr(target, "vae", None)
-    blocks = () if vae is None else vae.config.block_out_channels
-    factor = 2 ** max(len(blocks) - 1, 0) if blocks else 8
-    unet = getattr(target, "unet", None) or target
-    if unet is vae:
-        return int(unet.config.sample_size) // factor, factor, False
+    bare_vae = hasattr(target, "post_quant_conv")
+    vae: Any = target if bare_vae else getattr(target, "vae", None)
+    factor = FACTOR if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if bare_vae:
+        return int(vae.config.sample_size) // factor, factor, False
+    unet: Any = getattr(target, "unet", None) or target
     side = getattr(unet.config, "sample_size", None) or SIDE  # a ControlNet has none
     return side if isinstance(side, int) else max(side), factor, decodes_in_float32(target)
 

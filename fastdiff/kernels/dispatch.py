@@ -9,7 +9,7 @@ raises; nothing falls back silently.
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -110,7 +110,7 @@ def register(
     """
 
     def loader(module: str) -> Callable[[], Callable[..., Any]]:
-        return lambda: import_module(module).run
+        return lambda: module_of(module).run
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
         return implementations["triton"]()(*args, **kwargs)
@@ -133,6 +133,22 @@ def register(
     op = getattr(torch.ops.fastdiff, spec.name).default
     KERNELS[spec.name] = Kernel(spec, op, implementations, cpu)
     return op
+
+
+@cache
+def module_of(name: str) -> Any:
+    """A module of Triton kernels, imported, and their sources hashed, callers after what they call.
+
+    Triton's cache is looked up by that hash, and up to 3.7 it holds the constants of the functions
+    that are called only if these were hashed before: by chance another one in each process.
+    """
+    module = import_module(name)
+    for function in list(vars(module).values()):  # in order: imported ones, then those above
+        if hasattr(function, "cache_key"):
+            if function.__module__ != name:
+                module_of(function.__module__)
+            _ = function.cache_key
+    return module
 
 
 def all_kernels() -> dict[str, Kernel]:

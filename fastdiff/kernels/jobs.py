@@ -6,12 +6,12 @@ launch of the same specialisation whose tensors are addresses without memory.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from fastdiff.kernels.contract import Launch
+from fastdiff.kernels.dispatch import module_of
 from fastdiff.kernels.planned import TYPES, specialised
 
 _DTYPES = {name: dtype for dtype, name in TYPES.items()}
@@ -77,21 +77,17 @@ class _Address:
 
 def kernel_of(job: Job) -> Any:
     """The job's kernel, as `triton.jit` made it."""
-    return getattr(import_module(job.module), job.kernel)
+    return getattr(module_of(job.module), job.kernel)
 
 
 def launch_of(job: Job) -> Launch:
     """A launch that Triton specialises as the job says, not to be started."""
-    kernel = kernel_of(job)
-    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
     arguments: dict[str, Any] = {}
-    for name in names:
-        kind, divisible = job.types.get(name), name in job.divisible
-        if kind is None:
-            arguments[name] = job.constants[name]
-        elif kind in _DTYPES:
+    for name, kind in job.types.items():
+        divisible = name in job.divisible
+        if kind in _DTYPES:
             arguments[name] = _Address(_DTYPES[kind], 4096 if divisible else 4098)
         else:
             arguments[name] = _INTEGERS[kind, divisible]
-    constants: Any = {name: v for name, v in job.constants.items() if name not in arguments}
-    return Launch(kernel, arguments, constants, (1,), job.num_warps, job.num_stages)
+    constants: Any = job.constants  # absent tensors and ones are compiled in, too
+    return Launch(kernel_of(job), arguments, constants, (1,), job.num_warps, job.num_stages)

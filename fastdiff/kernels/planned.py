@@ -20,6 +20,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
 }

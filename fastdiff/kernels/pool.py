@@ -45,6 +45,7 @@ def compile_jobs(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
+            start_new_session=True,  # Ctrl-C is for the caller
             text=True,
         ) as worker:
             assert worker.stdin is not None

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastdiff.kernels.attention.tiles import (
     LOG2E,
-    STRIDES,
     begin,
     flash,
     head_at,
@@ -35,7 +34,7 @@ from fastdiff.kernels.contract import Launch, Launcher, power_parts
 from fastdiff.kernels.tuned import tunable
 
 
-@triton.jit(do_not_specialize=["Lq", "H", *STRIDES])
+@triton.jit
 def _flash_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr,
     Lq, Lk, H, q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,
@@ -63,7 +62,7 @@ def _flash_kernel(
     write(out_ptr, (out0, out1), total, queries, H * K, left, K, P0, P1)
 
 
-@triton.jit(do_not_specialize=["Lq", "H", "tiles", *STRIDES])
+@triton.jit
 def _prompt_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr,
     Lq, Lk, H, q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,

@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-STRIDES = [f"{tensor}_s{axis}" for tensor in ("q", "k", "v") for axis in "blh"]
-"""Arguments that compile nothing anew: ALIGN tells of what they are multiples."""
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 

@@ -37,7 +37,7 @@ def _tile(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return (group + place % height).to(tl.int64) * ROWS, place // height * COLUMNS
 
 
-@triton.jit(do_not_specialize=["M", "N", "D", "x_sm", "weight_sn"])
+@triton.jit
 def _geglu_kernel(
     x_ptr, weight_ptr, bias_ptr, M, N, D, x_sm, weight_sn, out_ptr,
     ALIGN: tl.constexpr, ALIGN_N: tl.constexpr, TAIL: tl.constexpr,

@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.attention.gpu import LaunchConfig, alignment, stream, streams
-from fastdiff.kernels.attention.tiles import LOG2E, STRIDES, begin, flash, head_at, parts, write
+from fastdiff.kernels.attention.tiles import LOG2E, begin, flash, head_at, parts, write
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
 from fastdiff.kernels.tuned import tunable
 
 
-@triton.jit(do_not_specialize=["L", "T", "H", *STRIDES, *(f"text_{name}" for name in STRIDES)])
+@triton.jit
 def _joint_kernel(
     q_ptr, k_ptr, v_ptr, text_q_ptr, text_k_ptr, text_v_ptr, L, T, H,
     q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,

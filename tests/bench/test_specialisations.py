@@ -1,0 +1,69 @@
+"""How many kernels a pipeline needs compiled: few, as Triton counts them, and CI says when not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from command import environment, run
+
+from fastdiff.bench import specialisations
+from fastdiff.bench.specialisations import MOST, PIPELINES, counted
+from fastdiff.kernels.occupancy import SMS
+
+HASHED = """
+import torch
+from fastdiff.bench.specialisations import needed
+from fastdiff.kernels.inspect import _source
+found = needed("sd15", 90, torch.float16)
+hashes = {(_source(one).hash(), one.num_warps, one.num_stages) for one in found}
+print(len(found), len(hashes))
+"""
+
+
+@pytest.mark.parametrize("arch", SMS)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_pipeline_needs_few_kernels(pipeline, arch):
+    """SD1.5 needed 76, of which 45 were GroupNorm's, SDXL 55."""
+    kernels = counted(pipeline, arch, torch.float16)
+    assert sum(kernels.values()) <= MOST == 30
+    norms = ("_one_pass_kernel", "_statistics_kernel", "_apply_kernel")
+    assert sum(kernels.get(name, 0) for name in norms) <= 12
+    assert {"_apply_kernel", "_ada_norm_kernel", "_guided_step_kernel"} <= set(kernels)
+
+
+def test_each_of_them_is_another_source_for_triton():
+    command = [sys.executable, "-c", HASHED]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    found, hashes = done.stdout.split()
+    assert found == hashes, done.stderr
+
+
+def test_the_command_counts():
+    code, out, _ = run("inspect", "--count", "--arch", "90", "--json")
+    assert code == 0
+    counts = json.loads(out)["90"]
+    assert list(counts) == list(PIPELINES)
+    assert counts["sd15"] == counted("sd15", 90, torch.float16)
+    code, out, _ = run("inspect", "--count", "--arch", "90")
+    assert code == 0
+    assert "_apply_kernel · sm_90" in out
+
+
+def test_too_many_are_a_sentence_and_exit_1(monkeypatch):
+    monkeypatch.setattr(specialisations, "MOST", 20)
+    code, _, err = run("inspect", "--count", "--arch", "90")
+    assert code == 1
+    assert "sd15 needs 27 kernels on sm_90, more than 20" in err
+    assert "sdxl" not in err
+
+
+@pytest.mark.parametrize("more", [["attention"], ["--models"], ["--out", "x.json"]])
+def test_a_count_is_of_pipelines(more):
+    code, _, err = run("inspect", "--count", *more)
+    assert code == 2
+    assert "--count takes no kernel" in err
+    code, _, err = run("inspect", "--count", "--arch", "75")
+    assert code == 2
+    assert "--arch is 75" in err

@@ -1,0 +1,91 @@
+"""What is compiled ahead for the pipelines and bare models that there are."""
+
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+
+import fastdiff
+from fastdiff.compiler.adapters import parts
+from fastdiff.compiler.asked import own_size, runs_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.jobs import job_from, job_of, launch_of
+from fastdiff.kernels.planned import specialised
+from fastdiff.runtime.planned import kernels_of
+
+HALF = torch.float16
+
+
+def asked(target, upcast=None):
+    """Launches of the parts of a compiled target, by part."""
+    side, factor, own = own_size(target)
+    upcast = own if upcast is None else upcast
+    networks = {name: slot_of(module).network for name, (module, _) in parts(target).items()}
+    return {
+        name: kernels_of(runs_of([network], side, factor, upcast), 90)
+        for name, network in networks.items()
+    }
+
+
+def names(launches):
+    return {launch.kernel.__name__ for launch in launches}
+
+
+def test_every_part_of_a_pipeline_is_planned(components, controlnet):
+    given = components(dtype=HALF)
+    net = controlnet(given["unet"]).to(HALF)
+    pipe = StableDiffusionControlNetPipeline(**given, controlnet=net)
+    found = asked(fastdiff.compile(pipe))
+    assert set(found) == {"unet", "controlnet", "vae.encoder", "vae.decoder"}
+    assert all(found.values())
+    assert "_ada_norm_kernel" in names(found["controlnet"])
+    steps = [one for one in found["unet"] if one.kernel.__name__ == "_guided_step_kernel"]
+    depths = {(one.constants["DEPTH"], one.arguments["noise_ptr"] is None) for one in steps}
+    assert depths == {(depth, drawn) for depth in range(4) for drawn in (True, False)}
+
+
+def test_sizes_are_the_pipelines_own(components):
+    pipe = StableDiffusionPipeline(**components(dtype=HALF))
+    assert own_size(pipe) == (8, 2, False)
+    assert own_size(pipe.unet) == (8, 8, False)
+    assert own_size(pipe.vae) == (8, 2, False)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_an_autoencoder_that_diffusers_turns_into_float32_is_planned_so(upcast, components):
+    given = components(xl=True, dtype=HALF)
+    given["vae"].register_to_config(force_upcast=upcast)
+    pipe = fastdiff.compile(StableDiffusionXLPipeline(**given))
+    assert own_size(pipe)[2] == upcast
+    dtypes = {
+        one.arguments["x_ptr"].dtype
+        for one in asked(pipe)["vae.decoder"]
+        if "x_ptr" in one.arguments
+    }
+    assert dtypes == {torch.float32 if upcast else HALF}
+
+
+def test_bare_models_are_planned(unet, controlnet):
+    net = controlnet(unet)
+    for model in (unet, net):
+        assert all(asked(fastdiff.compile(model)).values())
+
+
+def test_a_job_asks_for_what_its_launch_does(unet):
+    """What is told to another process is the same specialisation."""
+    for launch in asked(fastdiff.compile(unet))["unet"]:
+        job = job_of(launch, 90)
+        assert job_from(job.json()) == job
+        told = launch_of(job)
+        assert told.kernel is launch.kernel
+        assert {*told.arguments, *told.constants} == {*launch.arguments, *launch.constants}
+        types, constants, divisible = specialised(launch)
+        assert (job.types, job.divisible) == (types, tuple(sorted(divisible)))
+        assert {**job.constants} == constants
+        for name, value in told.arguments.items():
+            number = value if isinstance(value, int) else value.data_ptr()
+            if name not in launch.unspecialised:
+                assert (number % 16 == 0) == (name in divisible), name
