@@ -14,7 +14,7 @@ from fastdiff.kernels.occupancy import occupancy
 MAIN_CASES = (
     "sd15-64",
     "sd15-16",
-    "sd15-32-attn",
+    "sd15-64-cat",
     "vae-top",
     "sd15-64-self",
     "sd15-16-self",
