@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fastdiff.kernels.jobs import Job
@@ -51,17 +52,18 @@ def compile_jobs(
             assert worker.stdin is not None
             assert worker.stdout is not None
             try:
-                worker.stdin.write(json.dumps(told) + "\n")
-                worker.stdin.flush()
+                with suppress(BrokenPipeError):  # it ended; what is left says so
+                    worker.stdin.write(json.dumps(told) + "\n")
+                    worker.stdin.flush()
                 for line in worker.stdout:
                     answer = json.loads(line)
                     at = answer["job"]
                     left.discard(at)
                     yield Answer(at, jobs[at], answer.get("key"), answer.get("error"))
-            except BrokenPipeError:
-                pass  # it ended; what is left says so
             finally:
                 worker.kill()
+                with suppress(BrokenPipeError):  # closing writes what it did not take
+                    worker.stdin.close()
         errors.seek(0)
         last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
         for at in sorted(left):
