@@ -3,12 +3,17 @@
 The tests' own process has the kernels for Triton's interpreter, so others compile and start them.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from command import environment
+
+from fastdiff.errors import UserError
+from fastdiff.kernels.shipped import MANIFEST, read
 
 HERE = Path(__file__).parent
 ARCH = 90
