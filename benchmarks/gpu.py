@@ -208,6 +208,8 @@ def main() -> int:
         parser.error(f"--only names {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here; --dry-run tries the script on the CPU")
+    if options.out.resolve() == options.parts.resolve():
+        parser.error(f"--out and --parts are both {options.out}; give the archive another folder")
     shutil.rmtree(options.parts, ignore_errors=True)
     for folder in (options.out, options.parts):
         folder.mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,19 @@ def test_a_part_that_hangs_or_breaks_takes_nothing_from_the_others(tmp_path):
     assert b"ValueError: odd" in (run.folder / "breaks.log").read_bytes()
 
 
+def test_an_archive_does_not_pack_itself(tmp_path):
+    command = [sys.executable, "-P", "-m", "benchmarks.gpu", "--dry-run", "--out", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    kept = tmp_path / "kept"
+    kept.write_text("")
+    run = subprocess.run(
+        [*command, "--parts", tmp_path], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].endswith("give the archive another folder")
+    assert kept.exists()
+
+
 def test_no_minutes_no_parts(tmp_path):
     run = make_gpu(tmp_path, "--minutes", "0", stdout=subprocess.PIPE, text=True)
     told = run.communicate()[0]
