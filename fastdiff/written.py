@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastdiff.errors import UserError
@@ -66,8 +66,14 @@ def so_far(path: Path | None) -> Iterator[Callable[[str], None]]:
     UserError, nothing is left.
     """
     file = None if path is None or (path.exists() and not path.is_file()) else path
+
+    def keep(text: str) -> None:
+        if file is not None:
+            with suppress(UserError):  # a full disk does not end the run; the last text says so
+                write_text(file, text)
+
     try:
-        yield lambda text: None if file is None else write_text(file, text)
+        yield keep
     except UserError:
         if file is not None:
             file.unlink(missing_ok=True)
