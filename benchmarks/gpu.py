@@ -50,6 +50,8 @@ class Run:
     def do(self, name: str, command: list[str], limit_s: float) -> int | None:
         """The exit code of a part, its output kept in a file; None where its time was over."""
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if self.dry_run else {})
+        # a compiler that is killed leaves half a file in its cache, on which the next one fails
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str((self.folder / "inductor").resolve())
         log = self.folder / f"{name}.log"
         with log.open("wb") as output:
             self.process = subprocess.Popen(

@@ -83,7 +83,7 @@ def bench(
             raise
         except Exception as error:  # it must not take the others' times with it
             log(traceback.format_exc())
-            words = str(error).strip() or "without a word"
+            words = (str(error).strip().splitlines() or ["without a word"])[0]
             rows[name] = replace(row, unavailable=f"it broke: {type(error).__name__}: {words}")
         else:
             if not rows[name].failed:
