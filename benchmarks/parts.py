@@ -37,8 +37,6 @@ class Session:
 
     path: Path
     dry_run: bool
-    ops: tuple[str, ...] | None = None
-    """Kernels to time; None: all."""
     warm: Path | None = None
     """What `fastdiff warm` wrote for SD1.5."""
 
@@ -118,7 +116,7 @@ def check_cases(session: Session, sheet: Sheet) -> None:
 
 def time_kernels(session: Session, sheet: Sheet, inductor: bool = False) -> None:
     """Each size against its rivals; against what torch.compile makes of the reference alone."""
-    for kernel in triton_kernels(session.ops):
+    for kernel in triton_kernels():
         for case in session.sizes(kernel):
             try:
                 with torch.no_grad():
@@ -221,12 +219,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.parts", description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--ops", help="kernels to time, comma-separated; all if absent")
     parser.add_argument("--warm", type=Path, help="what fastdiff warm wrote for SD1.5")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on a CPU")
     options = parser.parse_args()
-    ops = tuple(options.ops.split(",")) if options.ops else None
-    session = Session(options.out, options.dry_run, ops, options.warm)
+    session = Session(options.out, options.dry_run, options.warm)
     with Sheet.open(options.out) as sheet:
         PARTS[options.part](session, sheet)
 

@@ -5,8 +5,6 @@ of SD1.5 and SDXL with one picture. What a spec's own cases of models hold at fu
 (`guided_step`) is taken from there.
 """
 
-from collections.abc import Iterable
-
 from fastdiff.bench.kernels import MODELS
 from fastdiff.kernels.contract import Case
 from fastdiff.kernels.dispatch import Kernel, all_kernels
@@ -81,13 +79,9 @@ SHAPES: dict[str, tuple[Case, ...]] = {
 """By op."""
 
 
-def triton_kernels(ops: Iterable[str] | None = None) -> list[Kernel]:
-    """Kernels with a Triton implementation, those of the names in `ops` or all."""
-    return [
-        kernel
-        for name, kernel in all_kernels().items()
-        if "triton" in kernel.implementations and (ops is None or name in ops)
-    ]
+def triton_kernels() -> list[Kernel]:
+    """Kernels with a Triton implementation."""
+    return [kernel for kernel in all_kernels().values() if "triton" in kernel.implementations]
 
 
 def full(kernel: Kernel) -> tuple[Case, ...]:

@@ -172,9 +172,8 @@ def survivors(
     if sieved is not None:
         fit = sieved.get(asked[0].at, [])
         candidates = [config for config in candidates if asdict(config) in fit]
-    kept = []
+    kept, tried = [], dry_run or sieved is not None
     for config in candidates:
-        tried = dry_run or sieved is not None
         why = None if tried else refused(asked[0], config, arch)
         errors = (wrong(question, config, device) for question in asked)
         why = why or next((error for error in errors if error), None)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdiff.errors import UserError
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,6 +97,16 @@ RECIPES: Mapping[str, Recipe] = _rows()
 def recipe_of(pipe: Any) -> Recipe | None:
     """The row of a pipeline's class; None where fastdiff does not know it."""
     return RECIPES.get(type(pipe).__name__)
+
+
+def exported(pipe: Any, what: str) -> Recipe:
+    """The row of a pipeline whose networks can be exported. UserError for any other: `what` it is
+    that cannot be done with it."""
+    recipe = recipe_of(pipe)
+    if recipe is None or not recipe.exported:
+        supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
+        raise UserError(f"{what}; supported are {supported}")
+    return recipe
 
 
 def decodes_in_float32(pipe: Any) -> bool:

@@ -27,7 +27,7 @@ from fastdiff.compiler.options import FASTDIFF
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
-from fastdiff.recipes import RECIPES, recipe_of
+from fastdiff.recipes import exported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT = "h200"
@@ -182,10 +182,7 @@ def _rows(
 
 
 def _check(pipe: Any) -> None:
-    recipe = recipe_of(pipe)
-    if recipe is None or not recipe.exported:
-        supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
-        raise UserError(f"a {type(pipe).__name__} cannot be priced; supported are {supported}")
+    exported(pipe, f"a {type(pipe).__name__} cannot be priced")
     slot = slot_of(pipe.unet)
     if slot is not None and slot.kind.runner != FASTDIFF:
         raise UserError(f"the U-Net runs on {slot.kind.runner}, whose blocks are its own; restore")

@@ -17,6 +17,7 @@ from fastdiff.cli.options import (
     Side,
     app,
     at_least,
+    one_of,
     was_given,
 )
 from fastdiff.errors import UserError
@@ -116,8 +117,7 @@ def _settings(context: typer.Context) -> Any:
         return Settings(**shared, filter=given["filter_"])
     if given["filter_"]:
         raise UserError("--filter goes with kernels; pipelines are chosen by --preset or a folder")
-    if folder and given["preset"]:
-        raise UserError(f"got the folder {folder} and --preset {given['preset']}; give one of them")
+    one_of(folder, given["preset"])
     wanted = [name.strip() for name in given["backends"].split(",")]
     backends = tuple(name for name in choose(given["backends"]) if name in wanted)
     if engines := set(backends) & set(ON_ENGINES):

@@ -29,8 +29,7 @@ def choose_pipe(
     folder: Path | None, preset: str | None, scale: float, dtype: Any, device: str
 ) -> tuple[Any, str]:
     """The pipeline of a folder (on the CPU) or a preset (on `device`), else the demo; its name."""
-    if folder and preset:
-        raise UserError(f"got the folder {folder} and --preset {preset}; give one of them")
+    one_of(folder, preset)
     if scale != 1.0 and not preset:
         raise UserError("--scale goes with --preset; a folder's widths are what they are")
     if folder == DEMO and not folder.exists():
@@ -40,6 +39,12 @@ def choose_pipe(
     from fastdiff.bench.presets import build
 
     return build(preset, scale, dtype, device), f"{preset} scale {scale:g}"
+
+
+def one_of(folder: object, preset: str | None) -> None:
+    """UserError where a folder and a preset are given."""
+    if folder and preset:
+        raise UserError(f"got the folder {folder} and --preset {preset}; give one of them")
 
 
 def load_pipe(folder: Path | None, dtype: Any, device: str) -> Any:

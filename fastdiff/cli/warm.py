@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fastdiff.cli.options import Folder, Preset, app
-from fastdiff.errors import UserError
+from fastdiff.cli.facts import known_archs
+from fastdiff.cli.options import Folder, Preset, app, one_of
 
 
 @app.command()
@@ -26,13 +26,10 @@ def warm(
     from fastdiff.compiler.asked import jobs_of
     from fastdiff.demo import DEMO_FOLDER
     from fastdiff.export.folder import check_new, new_folder
-    from fastdiff.kernels.occupancy import SMS
     from fastdiff.kernels.shipped import ship
 
-    if unknown := set(arch) - set(SMS):
-        raise UserError(f"--arch is {min(unknown)}; choose among {', '.join(map(str, SMS))}")
-    if folder and preset:
-        raise UserError(f"got the folder {folder} and --preset {preset}; give one of them")
+    known_archs(arch)
+    one_of(folder, preset)
     wanted = check_dtype(dtype, "cuda")
     check_new(out)
     plan = of_preset(preset) if preset else of_folder(folder or DEMO_FOLDER)

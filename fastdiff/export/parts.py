@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.export.modules import Decoder, Encoder, Text, UNet
-from fastdiff.recipes import RECIPES, recipe_of
+from fastdiff.recipes import exported
 
 XL_TIME_IDS = 6
 TEXTS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
@@ -77,10 +77,7 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
     only its XL pipelines look at), so does its part. UserError for a network whose forward needs
     what these inputs do not carry.
     """
-    recipe = recipe_of(pipe)
-    if recipe is None or not recipe.exported:
-        supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
-        raise UserError(f"{type(pipe).__name__} cannot be exported; supported are {supported}")
+    recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
     texts = {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
     tokens = [module.config.max_position_embeddings for module in texts.values()]
     unet = unet_part(pipe.unet, dtype, tokens[-1] if tokens else 77, timestep)

@@ -11,7 +11,12 @@ from torch.nn import functional as F
 from fastdiff.kernels.contract import Case, KernelSpec
 
 
-def reference(
+def reference(*args: Any, **kwargs: Any) -> Tensor:
+    return around(F.conv2d, *args, **kwargs)
+
+
+def around(
+    convolve: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -19,19 +24,6 @@ def reference(
     padding: Sequence[int] = (1, 1),
     size: Sequence[int] | None = None,
     residual: Tensor | None = None,
-) -> Tensor:
-    return around(F.conv2d, x, weight, bias, stride, padding, size, residual)
-
-
-def around(
-    convolve: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    size: Sequence[int] | None,
-    residual: Tensor | None,
 ) -> Tensor:
     """The op with `convolve` (picture [B, C, Y, X], weight, bias, stride, padding) within."""
     picture = x.permute(0, 3, 1, 2)
