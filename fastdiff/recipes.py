@@ -6,7 +6,7 @@ networks that fastdiff computes is a new row.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdiff.errors import UserError
@@ -22,34 +22,50 @@ class Plan:
     """
 
     conditions: Mapping[str, str]
-    """What the network is told: fields of `runtime.hoist.Conditions`, and the local variables of
-    the pipeline's `__call__` that they are."""
+    """What the network is told: fields of its family's conditions, and the local variables of the
+    pipeline's `__call__` that they are."""
     required: tuple[str, ...]
     """Those of the variables that a diffusers which the plan can follow has."""
-    returned: Mapping[str, str]
-    """What a callback may return beside the latents, and the fields that it replaces."""
+    returned: tuple[str, ...]
+    """Those that a callback may return beside the latents."""
+    attention_kwargs: str = "cross_attention_kwargs"
+    """The pipeline's property that the network is given as an argument of the same name; the scale
+    of LoRA adapters stands there."""
+    pictures: str = "image_embeds"
+    """The condition that IP-Adapters read; what they add depends on their scales, too."""
+    step_options: str = "extra_step_kwargs"
+    """The variable that holds further arguments of the scheduler's `step`; "": there are none."""
+    absent: tuple[str, ...] = ()
+    """Variables that must be None: what they ask for is no part of a plan."""
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """The fields of the conditions that what a callback returns replaces, by its name."""
+        return {name: field for field, name in self.conditions.items() if name in self.returned}
 
 
-TEXT = {"text": "prompt_embeds", "timestep_cond": "timestep_cond", "image_embeds": "image_embeds"}
-ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
-_REQUIRED = ("prompt_embeds", "timestep_cond")
+_TEXT = {
+    "encoder_hidden_states": "prompt_embeds",
+    "timestep_cond": "timestep_cond",
+    "image_embeds": "image_embeds",
+}
+_ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
+SD_PLAN = Plan(_TEXT, ("prompt_embeds", "timestep_cond"), ("prompt_embeds",))
+XL_PLAN = replace(
+    SD_PLAN,
+    conditions=_TEXT | _ADDED,
+    returned=("prompt_embeds", "add_text_embeds", "add_time_ids"),
+)
 
-
-def _returned(conditions: Mapping[str, str]) -> dict[str, str]:
-    kept = ("timestep_cond", "image_embeds")  # which no callback is shown
-    return {name: field for field, name in conditions.items() if field not in kept}
-
-
-SD_PLAN = Plan(TEXT, _REQUIRED, _returned(TEXT))
-XL_PLAN = Plan(TEXT | ADDED, _REQUIRED, _returned(TEXT | ADDED))
+UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A pipeline class."""
 
-    networks: tuple[str, ...] = ("unet", "vae")
-    """Components that fastdiff computes."""
+    networks: Mapping[str, str] = field(default_factory=lambda: UNET)
+    """Components that fastdiff computes, and their families; the loop repeats the first."""
     plan: Plan | None = None
     """None: the loop stays diffusers', with our networks in it."""
     from_text: str = ""
@@ -60,9 +76,14 @@ class Recipe:
     exported: bool = False
     """Whether its networks can be exported, and its blocks priced."""
 
+    @property
+    def denoising(self) -> str:
+        """The component that the loop repeats."""
+        return next(iter(self.networks))
+
 
 def _rows() -> dict[str, Recipe]:
-    controlled = ("unet", "controlnet", "vae")
+    controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm = "LatentConsistencyModelPipeline"
     return {

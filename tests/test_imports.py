@@ -16,11 +16,12 @@ MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
     "runtime": {"kernels", "models"},
-    "engines": {"kernels", "models", "runtime"},
-    "export": {"kernels", "engines"},
-    "compiler": {"kernels", "models", "runtime", "engines", "export"},
+    "families": {"kernels", "models", "runtime"},
+    "engines": {"kernels", "models", "runtime", "families"},
+    "export": {"kernels", "families", "engines"},
+    "compiler": {"kernels", "models", "runtime", "families", "engines", "export"},
     "demo": set(),
-    "bench": {"kernels", "models", "runtime", "compiler", "demo"},
+    "bench": {"kernels", "models", "runtime", "families", "compiler", "demo"},
     "regression": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
 }
 # optional package -> the only files that may import it
@@ -30,7 +31,7 @@ OPTIONAL = {
         *("kernels/cached.py", "kernels/worker.py"),
     ),
     "diffusers": (
-        *("compiler/adapters.py", "compiler/pipelines.py", "compiler/denoise.py"),
+        *("families/*.py", "compiler/pipelines.py", "compiler/denoise.py"),
         *("demo/*.py", "bench/presets.py", "bench/pipelines.py", "regression/worker.py"),
         "bench/blueprints.py",
     ),

@@ -1,7 +1,8 @@
 """The launches, bytes and FLOPs of a picture by block, and its calls to be made and timed again.
 
-The networks name their blocks themselves (`kernels.observe.scope`); what surrounds them is wrapped
-here while a picture is counted: the text encoders, what is hoisted, the step, the autoencoder.
+The networks name their blocks themselves (`kernels.observe.scope`), the loop what it hoists and its
+steps (`kernels.observe.entered`); what surrounds them is wrapped here while a picture is counted:
+the text encoders and the autoencoder.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,14 +13,13 @@ from typing import Any
 import torch
 
 from fastdiff.bench.tally import Counter, Tally
-from fastdiff.compiler import denoise
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
-from fastdiff.kernels.observe import counting, scope, watching
-from fastdiff.runtime.loop import Run
+from fastdiff.kernels.observe import counting, entering, scope, watching
+from fastdiff.runtime.loop import STEP
 
-STEP, REST = "guided step", "the rest"
+REST = "the rest"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class _Ledger:
     """Per what, by block; ordered by when each was left, so that what a block holds beside its
     inner ones comes after them."""
     calls: list[Callable[[], object]] = field(default_factory=list)
+    stepped: bool = False
+    """Whether its first step was run."""
 
     def told(self, block: str) -> None:
         self.seen.pop(block, None)
@@ -97,25 +99,24 @@ def _count(draw: Callable[[], object], device: torch.device, ledger: _Ledger) ->
 
 @contextmanager
 def _one_step(ledger: _Ledger) -> Iterator[None]:
-    """Every loop runs its first step only; that is a block."""
-    advance = Run.advance
+    """A loop runs its first step only; that is a block, as what is hoisted."""
 
-    def first(run: Run, noise: torch.Tensor | None = None) -> None:
-        if run.at > 0:
-            run.at += 1
-            return
+    def enter(block: str, call: Callable[[], Any]) -> Any:
+        if block == STEP and ledger.stepped:
+            return None
+        ledger.stepped = ledger.stepped or block == STEP
 
-        def again() -> None:
-            run.at = 0
-            with scope(STEP):
-                advance(run, noise)
+        def again() -> Any:
+            with scope(block):
+                return call()
 
         ledger.calls.append(again)
-        ledger.per = "step"
-        again()
+        ledger.per = "step" if block == STEP else "image"
+        made = again()
         ledger.per = "image"
+        return made
 
-    with _replaced(Run, "advance", first):
+    with entering(enter):
         yield
 
 
@@ -124,7 +125,6 @@ def _entrances(pipe: Any) -> Iterator[tuple[Any, str, str]]:
     yield pipe.text_encoder, "forward", "text encoder"
     if getattr(pipe, "text_encoder_2", None) is not None:
         yield pipe.text_encoder_2, "forward", "text encoder 2"
-    yield denoise, "hoist", "hoist"
     slot = slot_of(pipe.vae.decoder)
     if slot is not None and slot.network is not None:
         yield slot.network.run, "function", "VAE"

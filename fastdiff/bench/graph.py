@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdiff.bench.gpus import Gpu
 from fastdiff.bench.roofline import floor
 from fastdiff.bench.tally import FORMULAS, Tally, bytes_of, moved, only_memory
+from fastdiff.errors import UserError
+from fastdiff.families import named
 from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.dispatch import KERNELS
 from fastdiff.kernels.planned import Planning
 from fastdiff.models.borrow import Loan
-from fastdiff.models.unet import borrow_unet
-from fastdiff.runtime.planned import step
+from fastdiff.runtime.planned import Run, step
 
 _aten = torch.ops.aten
 NAMES = {
@@ -132,17 +133,28 @@ def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
     return recorder.launched
 
 
-def rows(network: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: int) -> list[Row]:
+def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int) -> Run:
+    """The plan's own step of one picture with guidance; arguments as of `rows`."""
+    known = named(model)
+    denoised = None if known is None else known[1].denoised
+    if known is None or denoised is None:
+        raise UserError(f"no denoising loop of fastdiff repeats a {type(model).__name__}")
+    ((module, kind),) = known[1].taken("", nn.Module.to(model, dtype=dtype)).values()
+    network = kind.borrow(module, Loan(module, rehearsal=True)).network
+    shape = (1, denoised.channels(network), side, side)
+    latents = torch.empty(shape, dtype=dtype, device="meta")
+    return step(network, denoised.example(network, 2, tokens), latents)
+
+
+def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: int) -> list[Row]:
     """The launches of one step of classifier-free guidance, by kernel, the dearest first.
 
     Args:
-        network: a UNet2DConditionModel on the meta device.
+        model: diffusers' own, on the meta device.
         side: of the latents.
         tokens: of the text.
     """
-    network = nn.Module.to(network, dtype=dtype)
-    unet = borrow_unet(network, Loan(network, rehearsal=True))
-    run = step(unet, dtype, (side, side), tokens)
+    run = guided(model, dtype, side, tokens)
     by_kernel: defaultdict[str, list[Tally]] = defaultdict(list)
     for kernel, work in launched(run, int(gpu.arch.removeprefix("sm_"))):
         by_kernel[kernel].append(work)

@@ -8,14 +8,14 @@ from collections import Counter
 
 import torch
 
+from fastdiff.bench.graph import guided
 from fastdiff.bench.presets import PRESETS, SD15, autoencoder, blueprint
 from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.inspect import launches
 from fastdiff.kernels.planned import distinct
 from fastdiff.models.borrow import Loan
-from fastdiff.models.unet import borrow_unet
 from fastdiff.models.vae import borrow_decoder, borrow_encoder
-from fastdiff.runtime.planned import coding, kernels_of, step
+from fastdiff.runtime.planned import coding, kernels_of
 
 MOST = 30
 """That a pipeline may need."""
@@ -37,11 +37,9 @@ def needed(pipeline: str, arch: int, dtype: torch.dtype) -> list[Launch]:
         cases = launches(arch, (dtype,), None)
         found += [launch for _, case, _, launch in cases if case.name.startswith(SD3_CASES)]
     else:
-        net, side = blueprint(pipeline)
-        net = torch.nn.Module.to(net, dtype=dtype)
-        unet = borrow_unet(net, Loan(net, rehearsal=True))
+        model, side = blueprint(pipeline)
         vae = autoencoder(PRESETS[pipeline])
-        found += kernels_of([step(unet, dtype, (side, side), TOKENS)], arch)
+        found += kernels_of([guided(model, dtype, side, TOKENS)], arch)
     torch.nn.Module.to(vae, dtype=dtype)
     decoder = borrow_decoder(vae.decoder, Loan(vae.decoder, rehearsal=True))
     encoder = borrow_encoder(vae.encoder, Loan(vae.encoder, rehearsal=True))

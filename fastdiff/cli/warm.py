@@ -26,6 +26,7 @@ def warm(
     from fastdiff.compiler.asked import jobs_of
     from fastdiff.demo import DEMO_FOLDER
     from fastdiff.export.folder import check_new, new_folder
+    from fastdiff.families import Sizes
     from fastdiff.kernels.shipped import ship
 
     known_archs(arch)
@@ -34,9 +35,12 @@ def warm(
     check_new(out)
     plan = of_preset(preset) if preset else of_folder(folder or DEMO_FOLDER)
     name = preset or (folder.resolve().name if folder else "demo")
-    jobs = jobs_of(
-        plan.unet, plan.vae, wanted, sorted(set(arch)), plan.side, plan.factor, plan.upcasts
-    )
+    sizes = [
+        Sizes(plan.side, plan.factor, guided, upcast)
+        for guided in (True, False)
+        for upcast in plan.upcasts
+    ]
+    jobs = jobs_of((plan.unet, plan.vae), wanted, sorted(set(arch)), sizes)
     what = f"{len(jobs)} kernels of {name} in {dtype}"
     with phases() as bars, new_folder(out) as partial:
         bars.log(f"compiling {what}")

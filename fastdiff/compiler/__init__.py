@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastdiff.compiler.found import forget, plain, remember, remembered, torch_compiled
+from fastdiff.compiler.found import forget, remember, remembered, torch_compiled
 from fastdiff.compiler.options import FASTDIFF, LOOP, Options, chosen
 from fastdiff.compiler.slot import Slot, kept_slot, slot_of
 from fastdiff.errors import UserError
+from fastdiff.families import plain
 
 __all__ = ["Options", "Report", "compile", "report", "restore"]
 
@@ -25,8 +26,8 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     Where a call cannot be honoured it runs eagerly, with one warning, and `report` lists it.
 
     Args:
-        target: a Stable Diffusion pipeline (see `fastdiff.recipes`), a bare
-            UNet2DConditionModel or AutoencoderKL, on any device, in any dtype.
+        target: a pipeline of diffusers (see `fastdiff.recipes`), or a bare network of one, on any
+            device, in any dtype.
         options: see `Options`.
         keywords: the same by name, as `backend="ort"`.
 
@@ -43,6 +44,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     _refuse_compiled(parts)
     parts = _with_engine(target, _searched(parts, options), options)
     from fastdiff.compiler.ahead import kernels
+    from fastdiff.compiler.parts import denoising
     from fastdiff.compiler.pipelines import take_loop
 
     if not parts and not options.ignore:
@@ -68,7 +70,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
         for slot in slots:
             slot.kernels = made
             slot.put()
-        if "unet" in parts and LOOP not in options.ignore:
+        if denoising(target) in parts and LOOP not in options.ignore:
             take_loop(target)
     except BaseException:
         _end(slots)
@@ -208,7 +210,7 @@ def _nothing(target: Any, reasons: dict[str, str]) -> str:
 
 
 def _eager_parts(target: Any) -> dict[str, str]:
-    from fastdiff.compiler.adapters import eager_parts
+    from fastdiff.compiler.parts import eager_parts
 
     return eager_parts(target)
 
@@ -233,34 +235,41 @@ def _searched(parts: dict[str, Any], options: Options) -> dict[str, Any]:
             raise UserError(f"{name} was compiled with other tactics already; restore it first")
     if options.tactics:
         return parts
-    from fastdiff.compiler.adapters import without_tactics
+    from fastdiff.compiler.parts import without_tactics
 
     return {name: (module, without_tactics(kind)) for name, (module, kind) in parts.items()}
 
 
 def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[str, Any]:
-    """`parts` with the U-Net on the backend that `options` ask for."""
+    """`parts` with the network that the loop repeats on the backend that `options` ask for."""
+    from fastdiff.compiler.parts import denoising, networks
+
+    own = denoising(target)
     for name, (module, _) in parts.items():
-        slot, wanted = slot_of(module), options.backend if name == "unet" else FASTDIFF
+        slot, wanted = slot_of(module), options.backend if name == own else FASTDIFF
         other = options.engines is not None or options.ort_graphs
-        if slot is not None and (slot.kind.runner != wanted or (name == "unet" and other)):
+        if slot is not None and (slot.kind.runner != wanted or (name == own and other)):
             raise UserError(f"{name} runs on {slot.kind.runner} already; restore it first")
     if options.backend == FASTDIFF:
         return parts
-    if "unet" not in parts:
-        raise UserError(f"the backend {options.backend} computes a U-Net, and there is none")
+    denoised = networks(target)[own].denoised
+    if own not in parts or denoised is None:
+        raise UserError(
+            f"the backend {options.backend} computes a network that a denoising loop repeats, and"
+            " there is none"
+        )
     for name in ("controlnet", "adapter"):
         if getattr(target, name, None) is not None:
             raise UserError(
                 f"the backend {options.backend} takes no residuals, which the {name} of"
-                f" {type(target).__name__} gives the U-Net; compile it without a backend"
+                f" {type(target).__name__} gives the {own}; compile it without a backend"
             )
-    from fastdiff.compiler.adapters import kind_of_engine
+    from fastdiff.compiler.engines import kind_of_engine
 
-    module, kind = parts["unet"]
+    module, kind = parts[own]
     if slot_of(module) is None:
-        kind = kind_of_engine(module, options)
-    return parts | {"unet": (module, kind)}
+        kind = kind_of_engine(own, module, kind, denoised, options)
+    return parts | {own: (module, kind)}
 
 
 def _left(target: Any, options: Options) -> dict[str, Any]:
@@ -279,13 +288,13 @@ def _left(target: Any, options: Options) -> dict[str, Any]:
 
 
 def _parts(target: Any) -> dict[str, Any]:
+    from fastdiff.compiler.parts import parts
+
     try:
-        from fastdiff.compiler.adapters import parts
+        return parts(target)
     except ModuleNotFoundError as missing:
         raise ImportError(
             f"fastdiff.compile needs {missing.name}: pip install 'fastdiff[diffusers]'"
         ) from missing
-    try:
-        return parts(target)
     except ValueError as unknown:
         raise UserError(str(unknown)) from None

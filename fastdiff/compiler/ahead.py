@@ -16,8 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastdiff.compiler.asked import own_size, runs_of
+from fastdiff.compiler.asked import own_size
 from fastdiff.errors import UserError
+from fastdiff.families import Kind
 from fastdiff.kernels.contract import Launch, architecture
 from fastdiff.kernels.dispatch import interpreted
 from fastdiff.kernels.jobs import job_of
@@ -41,10 +42,10 @@ class Kernels:
         """Have them compiled, if the networks lie on an NVIDIA GPU and nothing has begun."""
         with self._beginning:
             target = self.target()
-            networks = [slot.network for slot in self.slots if slot.network is not None]
-            arch = max((_arch(network) for network in networks), default=0)
+            taken = [(slot.kind, slot.network) for slot in self.slots if slot.network is not None]
+            arch = max((_arch(slot.module) for slot in self.slots), default=0)
             if self.ahead is None and arch and target is not None and _triton():
-                self.ahead = Ahead(partial(_plan, networks, target), arch, self.shipped)
+                self.ahead = Ahead(partial(_plan, taken, target), arch, self.shipped)
 
     def wait(self) -> None:
         """Return when they are there."""
@@ -76,14 +77,15 @@ def _triton() -> bool:
     return find_spec("triton") is not None and not interpreted()
 
 
-def _plan(networks: Sequence[Any], target: Any) -> list[Run]:
-    return runs_of(networks, *own_size(target))
+def _plan(taken: Sequence[tuple[Kind, Any]], target: Any) -> list[Run]:
+    sizes = own_size(target)
+    return [run for kind, network in taken for run in kind.planned(network, sizes)]
 
 
-def _arch(network: Any) -> int:
-    """Of the GPU that a slot's network lies on; 0 for none."""
-    first = getattr(getattr(network, "network", network), "conv_in", None)
-    return 0 if first is None else architecture(first.weight)
+def _arch(module: Any) -> int:
+    """Of the GPU that a module lies on; 0 for none."""
+    first = next(module.parameters(), None)
+    return 0 if first is None else architecture(first)
 
 
 class Ahead:

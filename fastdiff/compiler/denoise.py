@@ -1,21 +1,22 @@
 """All steps of one denoising loop on the plan: noise, callbacks, the progress bar, overflow."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.compiler.fits import fit_images, one_text_each
 from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
-from fastdiff.compiler.steps import StepUNet
 from fastdiff.errors import UserError
+from fastdiff.kernels.observe import entered
 from fastdiff.models import Unsupported
+from fastdiff.models.hoisted import Hoisted
+from fastdiff.recipes import Plan
 from fastdiff.runtime.contents import Standing
-from fastdiff.runtime.hoist import Conditions, Hoisted, hoist
+from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.loop import Mark, Run
 from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
 
@@ -26,11 +27,13 @@ Callback = Callable[..., dict[str, Any]]
 class Call:
     """A loop about to begin. What its pipeline is set to is read from the pipeline."""
 
+    network: str
+    """The pipeline's component that the loop repeats."""
     latents: Tensor
     """[B, C, Y, X]; the result replaces its values."""
-    conditions: Conditions
-    returned: Mapping[str, str]
-    """What a callback may return beside the latents, and the field of `conditions` that it is."""
+    conditions: Any
+    """Those of the network's family."""
+    plan: Plan
     timesteps: Tensor
     step_options: Mapping[str, Any]
     """Further arguments of the scheduler's `step`; the generator among them."""
@@ -48,14 +51,12 @@ class Denoising:
     """
 
     def __init__(self, pipe: Any, call: Call) -> None:
-        slot = slot_of(pipe.unet)
+        slot = slot_of(getattr(pipe, call.network))
         if slot is None:
-            raise Unsupported("the U-Net is not compiled")
-        copies = 2 if pipe.do_classifier_free_guidance else 1
-        one_text_each(call.conditions.text, call.latents, copies)
+            raise Unsupported(f"the {call.network} is not compiled")
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
         self.scheduler, self.guided = pipe.scheduler, pipe.do_classifier_free_guidance
-        self.unet = self._offer()
+        self.denoiser = self._offer()
         self.table = probe(pipe.scheduler, call.step_options, call.timesteps)
         if call.callback is not None and self.table.keeps:
             name, kept = type(pipe.scheduler).__name__, self.table.keeps[0]
@@ -79,7 +80,7 @@ class Denoising:
         Returns:
             How many steps diffusers is to pass over.
         """
-        guarded = self.unet.dtype == torch.float16 and not overflowed(self.call.latents)
+        guarded = self.denoiser.network.dtype == torch.float16 and not overflowed(self.call.latents)
         mark = self._run_from(None, guarded)
         if mark is not None:
             self._run_from(mark, guarded=False)
@@ -87,7 +88,7 @@ class Denoising:
 
     def _run_from(self, mark: Mark | None, guarded: bool) -> Mark | None:
         """All steps from a mark on; where float16 overflowed, the mark to go on from in float32."""
-        call, plans = self.call, self.unet.plans
+        call, plans = self.call, self.denoiser.plans
         with plans.start(call.latents, self.table, self._guidance(), self.hoisted) as run:
             if mark is not None:
                 run.go_back(mark)
@@ -99,7 +100,7 @@ class Denoising:
             if not self.slot.kind.frozen:
                 where = first_overflow(self.slot.module, lambda: self._repeat(run, right))
         self.slot.promote(where, self._scale())
-        self.unet = self._offer()
+        self.denoiser = self._offer()
         self.hoisted = self._hoist()
         return right
 
@@ -133,7 +134,7 @@ class Denoising:
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
         call.latents.data = latents
-        for field in self.call.returned.values():
+        for field in call.plan.replaced.values():
             before, now = getattr(call.conditions, field), getattr(self.given, field)
             if before is not now:
                 before.data = now
@@ -190,10 +191,11 @@ class Denoising:
         assert latents is not None
         alike = latents.shape == made.shape and latents.dtype == made.dtype
         _leave(not alike or latents.device != made.device, "gave other latents than it was given")
-        for name, field in self.call.returned.items():
+        for name, field in self.call.plan.replaced.items():
             first, now = getattr(self.call.conditions, field), getattr(self.given, field)
             _leave(now is not first and now.shape != first.shape, f"gave {name} of another shape")
-        _leave(slot_of(pipe.unet) is not self.slot, "replaced the U-Net")
+        name = self.call.network
+        _leave(slot_of(getattr(pipe, name)) is not self.slot, f"replaced the {name}")
         _leave(pipe.scheduler is not self.scheduler, "replaced the scheduler")
         _leave(not standing.holds(), "changed the scheduler")
         try:
@@ -202,31 +204,30 @@ class Denoising:
             _leave(True, f"changed the scheduler ({reason})")
         _leave(pipe.do_classifier_free_guidance != self.guided, "switched guidance on or off")
         try:
-            unet = self._offer()
+            denoiser = self._offer()
         except Unsupported as reason:
-            _leave(True, f"changed the U-Net beyond what fastdiff computes ({reason})")
-        _leave(unet.network is not run.network, "replaced parts of the U-Net")
-        adapted = unet.network.ip_adapters is not None  # their scales may be others now
-        hoisted = self.hoisted
-        if changed or adapted or self.slot.version != version:
+            _leave(True, f"changed the {name} beyond what fastdiff computes ({reason})")
+        _leave(denoiser.network is not run.network, f"replaced parts of the {name}")
+        if changed or self._adapted or self.slot.version != version:
             hoisted = self._hoist()
-            pairs = zip(hoisted.images, self.hoisted.images, strict=True)
-            _leave(
-                any(now.shape[1] > first.shape[1] for now, first in pairs),
-                "switched on an IP-Adapter that was off",
-            )
+            _leave(not run.fits(hoisted), "switched on an IP-Adapter that was off")
             run.condition(hoisted)
         run.set_latents(latents)
         run.guide(*self._guidance())
 
-    def _told(self, returned: dict[str, Any]) -> Conditions:
+    @property
+    def _adapted(self) -> bool:
+        """Whether what is hoisted depends on more than the conditions: on IP-Adapters' scales."""
+        return getattr(self.given, self.call.plan.pictures) is not None
+
+    def _told(self, returned: dict[str, Any]) -> Any:
         """What the network is told once a callback has returned embeddings."""
         others = {
             field: _tensor(name, returned[name])
-            for name, field in self.call.returned.items()
+            for name, field in self.call.plan.replaced.items()
             if name in returned and getattr(self.given, field) is not None
         }
-        return replace(self.given, **others) if others else self.given
+        return self.given._replace(**others) if others else self.given
 
     def _guidance(self) -> tuple[float, float]:
         """Scale and rescale as the pipeline has them now; diffusers ignores a negative rescale."""
@@ -235,25 +236,24 @@ class Denoising:
 
     def _scale(self) -> float:
         """What the call multiplies LoRA adapters by."""
-        return self.slot.kind.scale(cross_attention_kwargs=self.pipe.cross_attention_kwargs)
+        name = self.call.plan.attention_kwargs
+        return self.slot.kind.scale(**{name: getattr(self.pipe, name)})
 
-    def _offer(self) -> StepUNet:
-        unet: StepUNet = self.slot.offer(
-            self.call.latents, *vars(self.given).values(), scale=self._scale()
-        )
+    def _offer(self) -> Denoiser:
+        denoiser: Denoiser = self.slot.offer(self.call.latents, self.given, scale=self._scale())
         if self.slot.promotion is None:
-            unet.fit(self.call.latents, self.given)
-        return unet
+            copies = 2 if self.guided else 1
+            denoiser.network.check(self.call.latents, self.given, copies)
+        return denoiser
 
     def _hoist(self) -> Hoisted:
         """What is computed once; in the network's own dtype where it was promoted."""
-        wanted, dtype = self.unet.dtype, self.given.text.dtype
-        given = self.given
-        if wanted != dtype:
-            given = Conditions(**as_type(vars(given), dtype, wanted))
-        hoisted = hoist(self.unet.network, self.call.timesteps, given)
-        fit_images(self.unet.network, given, hoisted.images)
-        return hoisted
+        network, latents, given = self.denoiser.network, self.call.latents, self.given
+        if self.slot.promotion is not None:
+            given = as_type(given, torch.float16, network.dtype)
+        timesteps = self.call.timesteps.to(latents.device)[:, None]
+        sides = (latents.shape[2], latents.shape[3])
+        return entered("hoist", lambda: network.hoist(given, timesteps, sides))
 
 
 def _tensor(name: str, value: Any) -> Tensor:

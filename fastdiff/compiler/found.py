@@ -6,15 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from fastdiff.families import plain
+
 _TAKEN: weakref.WeakKeyDictionary[Any, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
 """By pipeline or bare model; neither it nor its modules live any longer for it."""
-
-
-def plain(module: Any) -> Any:
-    """The module itself where `torch.compile(module)` stands for it."""
-    while type(module).__name__ == "OptimizedModule":  # isinstance asks the module within
-        module = module._orig_mod
-    return module
 
 
 def torch_compiled(module: nn.Module) -> bool:

@@ -25,24 +25,21 @@ from torch import Tensor
 from torch.utils import _contextlib
 
 from fastdiff.compiler.denoise import Call, Denoising
-from fastdiff.compiler.fits import refuse
+from fastdiff.families import family
 from fastdiff.models import Unsupported
+from fastdiff.models.checks import refuse
 from fastdiff.models.originals import original, own_helper, own_method
 from fastdiff.recipes import RECIPES
-from fastdiff.runtime.hoist import Conditions
 from fastdiff.runtime.schedulers import NotLinear
 
 _LOCALS = (
-    *("i", "latents", "timesteps", "extra_step_kwargs", "progress_bar", "num_warmup_steps"),
+    *("i", "latents", "timesteps", "progress_bar", "num_warmup_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 """Variables of diffusers' `__call__` that every plan is made from; its recipe names the others."""
 
 
-_ASKED = (
-    *("guidance_scale", "guidance_rescale", "do_classifier_free_guidance"),
-    "cross_attention_kwargs",
-)
+_ASKED = ("guidance_scale", "guidance_rescale", "do_classifier_free_guidance")
 """What diffusers asks the pipeline for in every step, and a plan once."""
 
 _LOOP = "_fastdiff_loop"
@@ -210,16 +207,18 @@ def _run(pipe: Any, loop: Loop, frame: FrameType) -> int:
 
 def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Call:
     """The loop that is about to begin, from the local variables of diffusers' `__call__`."""
-    plan = RECIPES[type(pipe).__name__].plan
+    recipe = RECIPES[type(pipe).__name__]
+    plan = recipe.plan
     assert plan is not None
-    missing = [name for name in (*_LOCALS, *plan.required) if name not in local]
+    options = (plan.step_options,) if plan.step_options else ()
+    missing = [name for name in (*_LOCALS, *options, *plan.required) if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
     if local["i"] != 0:
         raise Unsupported("this version of diffusers asks after its first step only")
     if not own_method(pipe, "prepare_latents"):
         raise Unsupported("its prepare_latents was replaced, and may keep the latents it gives")
-    for name in _ASKED:
+    for name in (*_ASKED, plan.attention_kwargs):
         if hasattr(type(pipe), name) and not own_method(pipe, name):
             raise Unsupported(f"its {name} was replaced, and may change from step to step")
     rescale = helpers.get("rescale_noise_cfg")
@@ -233,14 +232,17 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Ca
     kept = not pipe.do_classifier_free_guidance and not own_method(pipe, "encode_prompt")
     if callback is not None and kept:
         raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
-    refuse(callback=local.get("callback"))
-    given: dict[str, Any] = {field: local.get(name) for field, name in plan.conditions.items()}
+    refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
+    denoised = family(recipe.networks[recipe.denoising]).denoised
+    assert denoised is not None
+    given = {field: local.get(name) for field, name in plan.conditions.items()}
     return Call(
+        network=recipe.denoising,
         latents=local["latents"],
-        conditions=Conditions(**given),
-        returned=plan.returned,
+        conditions=denoised.conditions(**given),
+        plan=plan,
         timesteps=local["timesteps"],
-        step_options=local["extra_step_kwargs"],
+        step_options=local[plan.step_options] if plan.step_options else {},
         bar=local["progress_bar"],
         warm_up=local["num_warmup_steps"],
         callback=callback,

@@ -8,7 +8,6 @@ The module keeps the slot beside it, too: `nn.Module.compile()` replaces a call 
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,33 +25,12 @@ from fastdiff.compiler.promotion import (
     version_of,
 )
 from fastdiff.compiler.transforms import transformed
+from fastdiff.families import Kind
 from fastdiff.models.borrow import Loan, Unsupported
 from fastdiff.models.state import Homes
 from fastdiff.models.watch import Unwritten
 
 _CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How one class of module is taken over."""
-
-    borrow: Callable[..., Any]
-    """(module, loan) -> network on borrowed weights; raises Unsupported."""
-    call: Callable[..., Any]
-    """(network, *the module's own arguments) -> the module's own output; raises Unsupported."""
-    runner: str = "fastdiff"
-    """Who computes, as the report names it."""
-    frozen: bool = False
-    """Whether the network goes stale when the module's weights are edited in place."""
-    exact: Callable[[nn.Module, Loan], Any] | None = None
-    """What borrows a float32 copy after an overflow; `borrow` if None."""
-    guarded: bool = False
-    """Whether each output is looked at for overflow: worth a wait for what runs once an image."""
-    tactics: bool = True
-    """Whether its convolutions run by plans that cuDNN searched."""
-    scale: Callable[..., float] = lambda *args, **kwargs: 1.0
-    """(*the module's own arguments) -> what this call multiplies the LoRA adapters by."""
 
 
 @dataclass

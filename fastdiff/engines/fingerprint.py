@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastdiff.models.settings import settings
+from fastdiff.families import settings
 
 
 def of_network(module: nn.Module) -> str:

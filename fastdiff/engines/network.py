@@ -1,43 +1,37 @@
-"""A U-Net in another runtime's file, told and asked what the denoising plan tells and asks ours."""
+"""A network in another runtime's file, told and asked by the denoising plan as ours is."""
 
 import threading
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.engines.bound import Bound, Engine
+from fastdiff.models import Unsupported
+from fastdiff.models.checks import check_texts
+from fastdiff.models.hoisted import Hoisted
+from fastdiff.runtime import graphs
 
-ADDED = ("timestep_cond", "text_embeds", "time_ids")
-"""Inputs beside the timestep that are one row for each text, in the order of `time_rows`."""
+Ports = dict[str, list[Any]]
+"""Of a file's inputs or outputs: dtype and sides, a named side being free."""
 
 
-class EngineUNet:
-    """Inputs and outputs as `fastdiff export` names them, channels first.
-
-    The plan hands each step a row of `time_rows`: here the timestep and, side by side, what else
-    depends on nothing but the prompt. The text goes in as it is: its projections are the engine's.
+class EngineNetwork:
+    """Inputs and outputs as `fastdiff export` names them, channels first: the latents, the
+    timestep, then conditions by name. What is constant in them the engine computes in every step.
 
     Args:
         engine: what computes.
-        widths: of each input among `ADDED` that the engine has, by name.
-        timestep: the shape of that input, () or (1,).
-        channels: of its output.
+        inputs, outputs: of the file.
+        multiple: of which the latents' height and width must be.
     """
 
-    ip_adapters = None
-
-    def __init__(
-        self, engine: Engine, widths: dict[str, int], timestep: tuple[int, ...], channels: int
-    ) -> None:
-        self.engine, self._timestep, self._channels = engine, timestep, channels
-        self._added = [name for name in ADDED if name in widths]
-        self._columns = list(
-            pairwise(accumulate((widths[name] for name in self._added), initial=1))
-        )
-        self._bound: dict[tuple[int, ...], Bound] = {}
+    def __init__(self, engine: Engine, inputs: Ports, outputs: Ports, multiple: int) -> None:
+        self.engine, self._inputs, self._multiple = engine, inputs, multiple
+        self._latents, self._timestep, *self._conditions = inputs
+        ((self._output, (_, _, self._channels, *_)),) = outputs.items()
+        self._bound: dict[tuple[torch.Size, ...], Bound] = {}
         self._lock = threading.Lock()
 
     @property
@@ -45,57 +39,99 @@ class EngineUNet:
         """Whether a CUDA graph may hold its steps."""
         return self.engine.recordable
 
-    def text_rows(self, encoder_hidden_states: Tensor) -> Tensor:
-        """[B, T, D] as it is."""
-        return encoder_hidden_states
+    @property
+    def dtype(self) -> torch.dtype:
+        return _dtype(self._inputs[self._latents])
 
-    def image_rows(self, image_embeds: Any) -> tuple[Tensor, ...]:
-        """None: an engine has no IP-Adapters."""
-        return ()
+    def check(self, latents: Tensor, given: Any, copies: int = 1) -> None:
+        """Raise Unsupported unless the engine takes exactly these tensors."""
+        tensors = {self._latents: latents}
+        for name, value in given._asdict().items():
+            if value is not None and name not in self._conditions:
+                raise Unsupported(f"it was given {name}, which is no input of the engine")
+            if value is None and name in self._conditions:
+                raise Unsupported(f"{name} is missing, which is an input of the engine")
+            if value is not None:
+                tensors[name] = value
+        for name, tensor in tensors.items():
+            self._check(name, tensor)
+        if not all(tensor.numel() for tensor in tensors.values()):
+            raise Unsupported("it was given an empty tensor")
+        if any(side % self._multiple for side in latents.shape[2:]):
+            raise Unsupported(
+                f"{self._latents} has the sides {list(latents.shape[2:])}; the engine takes"
+                f" multiples of {self._multiple}"
+            )
+        texts = tensors[self._conditions[0]]
+        check_texts(texts, latents, copies)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        shapes[self._latents] = (texts.shape[0], *latents.shape[1:])
+        if reason := self.engine.refusal(shapes):
+            raise Unsupported(reason)
 
-    def time_rows(
-        self,
-        timestep: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """[..., 1 + widths] float32, a row for each text; `timestep` [...] as for `UNet`."""
-        given = {"timestep_cond": timestep_cond, "text_embeds": text_embeds, "time_ids": time_ids}
-        rows = [tensor.float() for name in self._added if (tensor := given[name]) is not None]
-        times = timestep.float()[..., None]
-        if rows:
-            rows = [row.expand(*times.shape[:-2], *row.shape) for row in rows]
-            times = times.expand(*times.shape[:-2], rows[0].shape[-2], 1)
-        return torch.cat([times, *rows], dim=-1)
+    def _check(self, name: str, tensor: Tensor) -> None:
+        _, *sides = port = self._inputs[name]
+        if len(sides) != tensor.ndim or any(
+            isinstance(side, int) and side != got
+            for side, got in zip(sides, tensor.shape, strict=True)
+        ):
+            raise Unsupported(
+                f"{name} has the shape {list(tensor.shape)}; the engine takes {sides}"
+            )
+        if tensor.dtype != _dtype(port) or tensor.device != self.engine.device:
+            raise Unsupported(
+                f"{name} is {tensor.dtype} on {tensor.device}, the engine takes {port[0]} on"
+                f" {self.engine.device}"
+            )
 
-    def predict(self, x: Tensor, rows: Tensor, text: Tensor, *more: Tensor) -> Tensor:
-        """[B, Y, X, C] latents -> [G·B, Y, X, C]; arguments as of `UNet.predict`."""
-        batch, height, width, channels = x.shape
-        texts, tokens, depth = text.shape
-        bound = self._bind(texts, height, width, channels, tokens, depth)
+    def hoist(self, given: Any, timesteps: Tensor, sides: tuple[int, int]) -> Hoisted:
+        """Rows [steps, 1] float32 of the timesteps, and the conditions as they are."""
+        if timesteps.shape[1] != 1:
+            raise Unsupported("it was given a timestep for each picture")
+        constants = tuple(getattr(given, name) for name in self._conditions)
+        return Hoisted(timesteps.float(), constants)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """[B, C, Y, X] as they are."""
+        return latents
+
+    def predict(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
+        """[B, C, Y, X] latents -> [G·B, C, Y, X]; `row` [1], constants of G·B pictures."""
+        batch, texts = x.shape[0], constants[0].shape[0]
+        bound = self._bind(x, constants)
         with self._lock:  # two threads share its memory
             given = bound.inputs
-            copies = given["sample"].unflatten(0, (texts // batch, batch))
-            copies.copy_(x.permute(0, 3, 1, 2))
-            given["timestep"].copy_(rows[0, 0])
-            given["encoder_hidden_states"].copy_(text)
-            for name, (start, end) in zip(self._added, self._columns, strict=True):
-                given[name].copy_(rows[:, start:end])
+            given[self._latents].unflatten(0, (texts // batch, batch)).copy_(x)
+            given[self._timestep].copy_(row.reshape(given[self._timestep].shape))
+            for name, tensor in zip(self._conditions, constants, strict=True):
+                given[name].copy_(tensor)
             bound.run()
-            output = bound.outputs["out_sample"].permute(0, 2, 3, 1)
-            return output.clone(memory_format=torch.contiguous_format)  # the next run overwrites it
+            return bound.outputs[self._output].clone()  # the next run overwrites it
 
-    def _bind(self, *sizes: int) -> Bound:
-        if sizes not in self._bound:
-            texts, height, width, channels, tokens, depth = sizes
+    def predict_in_turn(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
+        """The same, where no plan waits for whoever else runs on the device."""
+        with graphs.in_turn(self.engine.device):
+            return self.predict(x, row, constants)
+
+    def unpack(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
+        """[B, C, Y, X] as they are."""
+        return x.contiguous()
+
+    def _bind(self, x: Tensor, constants: tuple[Tensor, ...]) -> Bound:
+        key = (x.shape, *(tensor.shape for tensor in constants))
+        if key not in self._bound:
+            texts, _, height, width = constants[0].shape[0], *x.shape[1:]
+            timestep = list(self._inputs[self._timestep][1:])
             inputs: dict[str, Sequence[int]] = {
-                "sample": (texts, channels, height, width),
-                "timestep": self._timestep,
-                "encoder_hidden_states": (texts, tokens, depth),
+                self._latents: (texts, *x.shape[1:]),
+                self._timestep: timestep,
             }
-            for name, (start, end) in zip(self._added, self._columns, strict=True):
-                inputs[name] = (texts, end - start)
-            outputs = {"out_sample": (texts, self._channels, height, width)}
-            self._bound[sizes] = self.engine.bind(inputs, outputs)
-        return self._bound[sizes]
+            inputs |= {n: t.shape for n, t in zip(self._conditions, constants, strict=True)}
+            outputs = {self._output: (texts, self._channels, height, width)}
+            self._bound[key] = self.engine.bind(inputs, outputs)
+        return self._bound[key]
+
+
+def _dtype(port: list[Any]) -> torch.dtype:
+    kind: torch.dtype = getattr(torch, port[0])
+    return kind

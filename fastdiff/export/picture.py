@@ -1,5 +1,6 @@
 """A whole picture through networks of another runtime, against the one torch draws."""
 
+import inspect
 import math
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
@@ -41,8 +42,8 @@ def inside(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> Itera
         run = runs[part.folder]
         if part.folder.startswith("text_encoder"):
             answers.append((getattr(pipe, part.folder), "forward", _text(part, run)))
-        elif part.folder == "unet":
-            answers.append((pipe.unet, "forward", _unet(part, run)))
+        elif any(port.name == "timestep" for port in part.inputs):
+            answers.append((getattr(pipe, part.folder), "forward", _denoised(part, run)))
         elif part.folder == "vae_decoder":
             answers.append((pipe.vae, "decode", _decode(run)))
     try:
@@ -67,15 +68,16 @@ def _unchecked(pipe: Any) -> Iterator[None]:
         pipe.safety_checker = checker
 
 
-def _unet(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
-    (shape,) = (port.at({}) for port in part.inputs if port.name == "timestep")
+def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
+    """Calls as diffusers' pipelines make them; guidance repeats one timestep for all pictures."""
+    timestep = part.inputs[1]
+    names = inspect.signature(type(part.net).forward)
 
-    def forward(
-        sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **more: Any
-    ) -> tuple[Tensor, ...]:
-        given = more | (more.get("added_cond_kwargs") or {}) | {"sample": sample}
-        given["encoder_hidden_states"] = encoder_hidden_states
-        given["timestep"] = torch.as_tensor(timestep, dtype=torch.float32).reshape(shape)
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        given = names.bind(part.net, *args, **kwargs).arguments
+        given |= given.get("added_cond_kwargs") or {}
+        first = torch.as_tensor(given["timestep"], dtype=torch.float32).reshape(-1)[:1]
+        given["timestep"] = first.reshape(timestep.at({}))
         return run({port.name: given[port.name].contiguous() for port in part.inputs})
 
     return forward

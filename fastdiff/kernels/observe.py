@@ -1,14 +1,16 @@
-"""Looking at the kernels that are called: onto a tape, into a count, or block by block."""
+"""Looking at what is called: kernels onto a tape or into a count, blocks, whole entrances."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fastdiff.kernels.dispatch import NATIVE
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -94,6 +96,31 @@ def scope(block: str) -> AbstractContextManager[None]:
     """
     watch = _WATCH.get()
     return _UNWATCHED if watch is None else _within(watch, block)
+
+
+Entering = Callable[[str, Callable[[], Any]], Any]
+"""(name, call) -> what stands for `call()`."""
+
+_ENTERING: ContextVar[Entering | None] = ContextVar("entering", default=None)
+
+
+@contextmanager
+def entering(handler: Entering) -> Iterator[None]:
+    """Within it this thread's calls of `entered` are the handler's to make, repeat or leave out."""
+    token = _ENTERING.set(handler)
+    try:
+        yield
+    finally:
+        _ENTERING.reset(token)
+
+
+def entered(name: str, call: Callable[[], T]) -> T:
+    """`call()`, by way of whoever is `entering`."""
+    handler = _ENTERING.get()
+    if handler is None:
+        return call()
+    made: T = handler(name, call)
+    return made
 
 
 @contextmanager

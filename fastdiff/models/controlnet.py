@@ -1,8 +1,7 @@
 """ControlNets of SD1.x, SD2.x and SDXL: the down half of a U-Net, on borrowed weights."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,14 +9,25 @@ from torch import Tensor
 from fastdiff.kernels.linear import linear
 from fastdiff.models.blocks import channels_last, require
 from fastdiff.models.borrow import Loan, Weights
+from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import borrow_ip_adapters
-from fastdiff.models.trunk import Trunk, borrow_trunk
+from fastdiff.models.trunk import Conditions, Trunk, borrow_trunk
+
+
+class Constants(NamedTuple):
+    """What all steps of an image share."""
+
+    text: Tensor
+    """[B, T, …] of `Trunk.text_rows`."""
+    picture: Tensor
+    """[B, Y, X, C] the embedding of the picture that controls."""
 
 
 @dataclass(frozen=True)
 class ControlNet(Trunk):
-    """`controlnet(latents, timestep, text, picture)`: residuals for a U-Net; see `__call__`."""
+    """Residuals for a U-Net, from noisy latents [B, C, Y, X] and a picture."""
 
+    recordable: ClassVar[bool] = True
     outs: tuple[Weights, ...]
     """1×1 convolutions: of every skip, then of the middle."""
     embedding: Any
@@ -27,55 +37,37 @@ class ControlNet(Trunk):
     pooled: bool
     """Whether each residual is to be averaged over the picture (`global_pool_conditions`)."""
 
-    def __call__(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        condition: Tensor,
-        *,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-        predict: Callable[..., Tensor] | None = None,
-    ) -> list[Tensor]:
-        """Residuals of every skip, then of the middle: [B, C, Y, X] each, channels last in memory.
-
-        Args:
-            condition: [B, channels, rows, columns] the picture that controls.
-            predict: stands for `self.predict`.
-
-        All others are `UNet.__call__`'s.
-        """
+    def hoist(self, given: Conditions, timesteps: Tensor, sides: tuple[int, int]) -> Hoisted:
+        """As of `UNet.hoist`; the picture's embedding among the constants."""
+        condition = given.controlnet_cond
+        assert condition is not None
         picture = self.embedding(condition.flip(1) if self.flipped else condition)
-        batch, shape = sample.shape[0], sample.shape[2:]
+        shape = (len(given.encoder_hidden_states), self.conv_in.weight.shape[0], *sides)
         require(
-            picture.shape == (batch, self.conv_in.weight.shape[0], *shape),
-            f"a ControlNet's picture becomes {list(picture.shape)} beside {list(sample.shape)}",
+            picture.shape == shape,
+            f"a ControlNet's picture becomes {list(picture.shape)}; expected {list(shape)}",
         )
-        packed = (predict or self.predict)(
-            channels_last(sample),
-            self.time_rows(timestep, text_embeds, time_ids, timestep_cond),
-            self.text_rows(encoder_hidden_states),
-            channels_last(picture),
-        )
-        sizes = self._sizes(*shape)
-        shapes = [
-            (batch, *size, out.weight.shape[0]) for size, out in zip(sizes, self.outs, strict=True)
-        ]
-        parts = packed.split([b * y * x * c for b, y, x, c in shapes])
-        return [
-            part.view(shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes, strict=True)
-        ]
+        constants = Constants(self.text_rows(given.encoder_hidden_states), channels_last(picture))
+        return Hoisted(self.time_rows(timesteps, given), constants)
 
-    def predict(self, x: Tensor, rows: Tensor, text: Tensor, picture: Tensor) -> Tensor:
-        """The part that every step repeats: all residuals, channels last, one after another.
-
-        `picture` [B, Y, X, C] of the embedding; all others as `UNet.predict`'s.
-        """
-        middle, skips = self.down(x, rows, text, condition=picture)
+    def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
+        """What every step repeats: all residuals, channels last, one after another."""
+        middle, skips = self.down(x, row, constants.text, condition=constants.picture)
         outs = zip((*skips, middle), self.outs, strict=True)
         return torch.cat([linear(h.closed(), out.weight, out.bias).flatten() for h, out in outs])
+
+    def unpack(self, x: Tensor, sides: tuple[int, int]) -> list[Tensor]:
+        """Residuals of every skip, then of the middle: [B, C, Y, X] each, channels last in
+        memory."""
+        each = zip(self._sizes(*sides), self.outs, strict=True)
+        shapes = [(*size, out.weight.shape[0]) for size, out in each]
+        counts = [y * x * c for y, x, c in shapes]
+        batch = x.numel() // sum(counts)
+        parts = x.split([batch * count for count in counts])
+        return [
+            part.view(batch, *shape).permute(0, 3, 1, 2)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
 
     def _sizes(self, y: int, x: int) -> list[tuple[int, int]]:
         """Rows and columns of each residual."""

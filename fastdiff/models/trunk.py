@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fastdiff.models.blocks import (
     require,
 )
 from fastdiff.models.borrow import Loan, Weights
+from fastdiff.models.checks import check_tensor, check_texts
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved
@@ -45,6 +46,32 @@ class Stage:
     up: Up | None = None
 
 
+class Conditions(NamedTuple):
+    """What a U-Net or a ControlNet is told beside latents and timesteps, by the names of diffusers'
+    `forward`. G: 2 with guidance, unconditional first; a call by itself has G = 1."""
+
+    encoder_hidden_states: Tensor
+    """[G·B, T, D] the text."""
+    text_embeds: Tensor | None = None
+    """[G·B, D'] of SDXL."""
+    time_ids: Tensor | None = None
+    """[G·B, 6] of SDXL."""
+    timestep_cond: Tensor | None = None
+    """[B, D''] guidance embedding of distilled models (LCM); they run without guidance."""
+    image_embeds: Any = None
+    """Of each IP-Adapter [G·B, N, ...], for N pictures."""
+    controlnet_cond: Tensor | None = None
+    """[B, channels, rows, columns] the picture that a ControlNet is controlled by."""
+    down_block_additional_residuals: Sequence[Tensor] | None = None
+    """A ControlNet's residuals of every skip, channels first."""
+    mid_block_additional_residual: Tensor | None = None
+    """Its last one."""
+    down_intrablock_additional_residuals: Sequence[Tensor] | None = None
+    """A T2I-Adapter's residuals, channels first."""
+    encoder_attention_mask: Tensor | None = None
+    """[B, T] of 0 and 1: the words to attend to."""
+
+
 @dataclass(frozen=True)
 class Trunk:
     sinusoid: Sinusoid
@@ -58,6 +85,35 @@ class Trunk:
     conv_in: Weights
     downs: tuple[Stage, ...]
     mid: Stage | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
+        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it.
+
+        latents: [B, C, Y, X]. copies: texts of each of them, 2 with guidance.
+        """
+        text, condition = given.encoder_hidden_states, given.timestep_cond
+        projection = self.time.condition
+        if self.added is not None:
+            missing = given.text_embeds is None or given.time_ids is None
+            require(not missing, "text_embeds or time_ids are missing in added_cond_kwargs")
+        weight = self.conv_in.weight
+        check_tensor("sample", latents, weight, weight.shape[1], dim=4)
+        check_tensor("encoder_hidden_states", text, weight, self.text.weight.shape[1], dim=3)
+        require(latents.numel() > 0 and text.numel() > 0, "it was given an empty tensor")
+        if condition is not None:
+            what = "it was given timestep_cond, for which it has no projection"
+            require(projection is not None, what)
+            assert projection is not None
+            check_tensor("timestep_cond", condition, weight, projection.weight.shape[1], dim=2)
+        check_texts(text, latents, copies)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """[B, C, Y, X] -> [B, Y, X, C]: the same memory."""
+        return latents.permute(0, 2, 3, 1)
 
     def down(
         self,
@@ -119,21 +175,14 @@ class Trunk:
         with scope("text rows"):
             return linear(encoder_hidden_states, self.text.weight, self.text.bias)
 
-    def time_rows(
-        self,
-        timestep: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """Every resnet's projection of the time embedding: [..., all their channels].
+    def time_rows(self, timesteps: Tensor, given: Conditions) -> Tensor:
+        """Every resnet's projection of the time embedding: [steps, n, all their channels].
 
-        `timestep` [...] and the conditions [B, ...] broadcast: [B] gives a row for each picture,
-        [S, 1] every picture's rows of S steps.
+        `timesteps` [steps, n] broadcast with the conditions' [B, …].
         """
         with scope("time rows"):
-            dtype = self.rows.weight.dtype
-            embedding = self.time(self.sinusoid(timestep).to(dtype), timestep_cond)
+            dtype, text_embeds, time_ids = self.dtype, given.text_embeds, given.time_ids
+            embedding = self.time(self.sinusoid(timesteps).to(dtype), given.timestep_cond)
             if self.added is not None and self.added_sinusoid is not None:
                 assert text_embeds is not None
                 assert time_ids is not None

@@ -1,9 +1,8 @@
 """The denoising U-Net of SD1.x, SD2.x and SDXL on borrowed weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -11,14 +10,31 @@ from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import channels_first, channels_last, require
 from fastdiff.models.borrow import Loan, Norm, Weights
+from fastdiff.models.checks import check_tensor
+from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.sums import Sum
-from fastdiff.models.trunk import Stage, Trunk, borrow_trunk
+from fastdiff.models.trunk import Conditions, Stage, Trunk, borrow_trunk
+
+
+class Constants(NamedTuple):
+    """What all steps of an image share, channels last; G·B texts as of `Conditions`."""
+
+    text: Tensor
+    """[G·B, T, …] of `Trunk.text_rows`."""
+    images: tuple[Tensor, ...] = ()
+    """[G·B, tokens, …] of every IP-Adapter: as the text's."""
+    controls: tuple[Tensor, ...] = ()
+    """A ControlNet's residuals: of every skip, then of the middle."""
+    inners: tuple[Tensor, ...] = ()
+    """A T2I-Adapter's residuals."""
+    text_mask: Tensor | None = None
+    """[B, 1, 1, T], added to the scores of cross-attention."""
 
 
 @dataclass(frozen=True)
 class UNet(Trunk):
-    """`unet(latents, timestep, text)`: one prediction; see `__call__`."""
+    """A prediction for noisy latents, [B, C, Y, X] -> [B, C, Y, X]; any Y, X."""
 
     recordable: ClassVar[bool] = True
     ip_adapters: IPAdapters | None
@@ -26,90 +42,82 @@ class UNet(Trunk):
     norm_out: Norm
     conv_out: Weights
 
-    def __call__(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        *,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-        images: Sequence[Tensor] = (),
-        controls: Sequence[Tensor] = (),
-        inners: Sequence[Tensor] = (),
-        text_mask: Tensor | None = None,
-        predict: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """The network's prediction for noisy latents.
+    def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
+        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it."""
+        super().check(latents, given, copies)
+        mask = given.encoder_attention_mask
+        require(mask is None or mask.ndim == 2, "a text mask that has not two dimensions")
+        down, middle = given.down_block_additional_residuals, given.mid_block_additional_residual
+        if down is not None or middle is not None:
+            whole = down is not None and middle is not None and len(down) == self.skips
+            require(whole, "it was given ControlNet residuals in part")
+            self._check_residuals("a ControlNet residual", latents, (*(down or ()), middle))
+        inners = given.down_intrablock_additional_residuals
+        listed = inners is None or isinstance(inners, list)
+        require(listed, f"it was given T2I-Adapter residuals as a {type(inners).__name__}")
+        self._check_residuals("a T2I-Adapter residual", latents, self._inners(given))
+
+    def _check_residuals(self, what: str, latents: Tensor, given: Iterable[Any]) -> None:
+        for residual in given:
+            check_tensor(what, residual, self.conv_in.weight, residual.shape[1], dim=4)
+            count, pictures = residual.shape[0], latents.shape[0]
+            require(count in (1, pictures), f"{what} is for {count} of {pictures} pictures")
+
+    def _inners(self, given: Conditions) -> Sequence[Tensor]:
+        """As many of a T2I-Adapter's residuals as there are places for."""
+        return (given.down_intrablock_additional_residuals or ())[: len(self.downs) + 1]
+
+    def hoist(self, given: Conditions, timesteps: Tensor, sides: tuple[int, int]) -> Hoisted:
+        """Everything that does not depend on the latents.
 
         Args:
-            sample: [B, C, Y, X] in the weights' dtype; any Y, X.
-            timestep: [1] or [B], integer or float.
-            encoder_hidden_states: [B, T, D] text.
-            text_embeds, time_ids: [B, D'], [B, 6]: SDXL's added condition.
-            timestep_cond: [B, D''] guidance embedding of distilled models (LCM).
-            images: [B, tokens, …] of `image_rows`.
-            controls: a ControlNet's residuals, channels first: of every skip, then the middle one.
-            inners: a T2I-Adapter's residuals, channels first.
-            text_mask: [B, 1, 1, T], added to the scores of cross-attention.
-            predict: stands for `self.predict`.
+            timesteps: [steps, n], n = 1 or one for each picture.
+            sides: Y and X of the latents.
 
         Returns:
-            [B, C, Y, X], contiguous.
-        """
-        return channels_first(
-            (predict or self.predict)(
-                channels_last(sample),
-                self.time_rows(timestep, text_embeds, time_ids, timestep_cond),
-                self.text_rows(encoder_hidden_states),
-                *images,
-                *map(channels_last, controls),
-                *map(channels_last, inners),
-                text_mask=text_mask,
-                controls=len(controls),
-                inners=len(inners),
-            )
-        )
+            Rows [steps, n', …] of `time_rows`, n' = G·B where text_embeds or timestep_cond differ;
+            `Constants`.
 
-    def predict(
-        self,
-        x: Tensor,
-        rows: Tensor,
-        text: Tensor,
-        *more: Tensor,
-        text_mask: Tensor | None = None,
-        controls: int = 0,
-        inners: int = 0,
-    ) -> Tensor:
-        """The part that every step repeats, channels last throughout.
+        Raises:
+            Unsupported: an IP-Adapter is given what the runtime does not compute with.
+        """
+        text = given.encoder_hidden_states
+        down, middle = given.down_block_additional_residuals, given.mid_block_additional_residual
+        controls = () if down is None or middle is None else (*down, middle)
+        mask = given.encoder_attention_mask
+        if mask is not None:
+            mask = ((1 - mask.to(text.dtype)) * -10000.0)[:, None, None, :]
+        constants = Constants(
+            self.text_rows(text),
+            self._image_rows(given),
+            tuple(map(channels_last, controls)),
+            tuple(map(channels_last, self._inners(given))),
+            mask,
+        )
+        return Hoisted(self.time_rows(timesteps, given), constants)
+
+    def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
+        """What every step repeats, channels last throughout.
 
         Args:
             x: [B, Y, X, C] noisy latents.
-            rows: [B, …] of `time_rows`; [1, …] where all pictures share a timestep.
-            text: [B, T, …] of `text_rows`.
-            more: [B, tokens, …] of every IP-Adapter (`image_rows`), then `controls` residuals of a
-                ControlNet, then `inners` residuals of a T2I-Adapter.
-            text_mask: [B, 1, 1, T].
-
-        For guidance `text` and the IP-Adapters', and `rows` where the halves differ in them, may be
-        of 2B: what comes before the first of them is computed once for both halves.
+            row: [n, …] of `Hoisted.rows`.
+            constants: for guidance its text and IP-Adapters, and `row` where the halves differ in
+                it, may be of 2B: what comes before the first of them is computed once for both.
 
         Returns:
-            [B, Y, X, C], or 2B where `text` is.
+            [B, Y, X, C], or 2B where the text is.
         """
-        given = iter(more)
-        images = list(islice(given, len(more) - controls - inners))
-        control, inner = list(islice(given, controls)), list(given)
-        h, skips = self.down(x, rows, text, images, text_mask, inner=inner)
-        if control:
-            skips = [Sum(s.closed() + r) for s, r in zip(skips, control[:-1], strict=True)]
-            h = Sum(h.closed() + control[-1])
+        text, images, controls, inners, mask = constants
+        h, skips = self.down(x, row, text, images, mask, inner=inners)
+        if controls:
+            skips = [Sum(s.closed() + r) for s, r in zip(skips, controls[:-1], strict=True)]
+            h = Sum(h.closed() + controls[-1])
         for i, stage in enumerate(self.ups):
             with scope(f"up {i}"):
                 for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
-                    h = resnet(h, rows, beside=skips.pop().closed())
-                    h = h if transformer is None else transformer(h, text, images, text_mask)
+                    h = resnet(h, row, beside=skips.pop().closed())
+                    h = h if transformer is None else transformer(h, text, images, mask)
                 if stage.up is not None:  # to the size of the skips it meets next, odd ones too
                     _, rows_next, columns_next, _ = skips[-1].closed().shape
                     h = stage.up(h, (rows_next, columns_next))
@@ -117,10 +125,21 @@ class UNet(Trunk):
             x = h.group_normed(self.norm_out, silu=True)
             return conv2d(x, self.conv_out.weight, self.conv_out.bias)
 
-    def image_rows(self, image_embeds: Any) -> tuple[Tensor, ...]:
+    def unpack(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
+        """[B, Y, X, C] -> [B, C, Y, X], contiguous."""
+        return channels_first(x)
+
+    def _image_rows(self, given: Conditions) -> tuple[Tensor, ...]:
         """Keys and values of every cross-attention for the IP-Adapters' pictures; see there."""
-        adapters = self.ip_adapters
-        return () if adapters is None or image_embeds is None else adapters.rows(image_embeds)
+        if self.ip_adapters is None:
+            return ()
+        what = "image_embeds are missing in added_cond_kwargs, which IP-Adapters need"
+        require(given.image_embeds is not None, what)
+        rows = self.ip_adapters.rows(given.image_embeds)
+        texts = given.encoder_hidden_states.shape[0]
+        alike = all(image.shape[0] == texts for image in rows)
+        require(alike, "it was given another number of image_embeds than of texts")
+        return rows
 
 
 def borrow_unet(module: Any, loan: Loan) -> UNet:

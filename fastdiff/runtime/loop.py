@@ -9,46 +9,60 @@ after each of them.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.guided_step.spec import HISTORY
-from fastdiff.kernels.observe import observed
-from fastdiff.models.blocks import channels_first
+from fastdiff.kernels.observe import entered, observed
+from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime import graphs
-from fastdiff.runtime.hoist import Hoisted, Network
-from fastdiff.runtime.recordings import Kept, Recording, buffer, record, runner
+from fastdiff.runtime.network import Network
+from fastdiff.runtime.recordings import (
+    Kept,
+    Recording,
+    buffer,
+    buffers_for,
+    fill,
+    kinds,
+    record,
+    runner,
+)
 from fastdiff.runtime.schedulers import Table
 
+STEP = "guided step"
+"""The name by which a step is `kernels.observe.entered`."""
 _ROWS = 64
 """Table rows are allotted in multiples of this, so that few more steps need no new recording."""
 
 
 class Buffers(NamedTuple):
-    """What a step reads and writes. `S`: float32, or float64 for a float64 network."""
+    """What a step reads and writes. `S`: float32, or float64 for a float64 network; B, …: latents
+    as the network packs them."""
 
     x: Tensor
-    """[B, Y, X, C] the network's next input."""
-    rows: Tensor
-    """[n, …] this step's row of `Hoisted.rows`."""
-    text: Tensor
-    """[G·B, T, …] `Hoisted.text`."""
+    """[B, …] the network's next input."""
+    row: Any
+    """This step's row of `Hoisted.rows`."""
+    constants: Any
+    """`Hoisted.constants`."""
     sample: Tensor
-    """[B, Y, X, C] S."""
+    """[B, …] S."""
     history: Tensor
-    """[2, M, B, Y, X, C] S."""
+    """[2, M, B, …] S."""
     table: Tensor
     """[capacity, columns] S."""
     step: Tensor
     """[1] int64."""
     noise: Tensor | None
-    """[B, Y, X, C] S, where the scheduler adds any."""
+    """[B, …] S, where the scheduler adds any."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,6 @@ class Step:
     """A step for one shape."""
 
     buffers: Buffers
-    images: tuple[Tensor, ...]
-    """`Hoisted.images`."""
     recording: Recording | None
 
 
@@ -68,7 +80,7 @@ class Plans:
     """
 
     def __init__(self, network: Network, searches: bool = True) -> None:
-        self.network, self.searches = network, searches
+        self.network, self._searches = network, searches
         self._steps: Kept[Step] = Kept(
             lambda step: 0 if step.recording is None else step.recording.nbytes
         )
@@ -85,10 +97,14 @@ class Plans:
         device = latents.device
         free = not observed() and self._lock.acquire(blocking=False)
         try:
-            key = _shapes(latents, table, hoisted)
-            step = self._kept(key, device) if free else Step(*_allot(key, device), None)
+            given = (
+                *inputs_of(self.network, latents, hoisted),
+                *(-(-len(table.timesteps) // _ROWS) * _ROWS, table.depth, any(table.draws)),
+            )
+            make = partial(buffers_of, *given)
+            step = self._kept(kinds(given), make) if free else Step(make(), None)
             graphs.fence(device)  # the buffers' former loop may have run on another stream
-            run = Run(self, step, table)
+            run = Run(self, step, table, (latents.shape[2], latents.shape[3]))
             run.condition(hoisted)
             run.guide(*guidance)
             run.set_latents(latents)
@@ -101,32 +117,33 @@ class Plans:
     def advance(
         self,
         x: Tensor,
-        rows: Tensor,
-        text: Tensor,
+        row: Any,
+        constants: Any,
         sample: Tensor,
         history: Tensor,
         table: Tensor,
         step: Tensor,
         noise: Tensor | None,
-        *images: Tensor,
     ) -> Tensor:
         """One step on buffers; the network's next input takes the place of `x`."""
-        output = self.network.predict(x, rows, text, *images)
+        output = self.network.predict(x, row, constants)
         guided_step(output, sample, history, x, table, step, noise)
         return x
 
-    def _kept(self, key: "_Shapes", device: torch.device) -> Step:
-        with suppress(torch.OutOfMemoryError):  # a step alone takes less
-            return self._steps.get(key, lambda: self._make(key, device))
-        return Step(*_allot(key, device), None)
+    def run(self, buffers: Buffers) -> None:
+        """One step on buffers, unrecorded."""
+        runner(buffers.x.device, self._searches)(self.advance, *buffers)
 
-    def _make(self, key: "_Shapes", device: torch.device) -> Step:
-        buffers, images = _allot(key, device)
-        given = (*buffers, *images)
+    def _kept(self, key: Hashable, make: Callable[[], Buffers]) -> Step:
+        with suppress(torch.OutOfMemoryError):  # a step alone takes less
+            return self._steps.get(key, lambda: self._recorded(make()))
+        return Step(make(), None)
+
+    def _recorded(self, buffers: Buffers) -> Step:
         recording: Recording | None = None
         if self.network.recordable:
-            recording = record(self.advance, given, self.searches)
-        return Step(buffers, images, recording)
+            recording = record(self.advance, buffers, self._searches)
+        return Step(buffers, recording)
 
 
 class Mark(NamedTuple):
@@ -140,21 +157,27 @@ class Mark(NamedTuple):
 class Run:
     """A loop under way, at timestep 0 to begin with."""
 
-    def __init__(self, plans: Plans, step: Step, table: Table) -> None:
+    def __init__(self, plans: Plans, step: Step, table: Table, sides: tuple[int, int]) -> None:
         self.network = plans.network
-        self._plans, self._step, self._table = plans, step, table
+        self._plans, self._step, self._table, self._sides = plans, step, table, sides
+        self._row = tree_leaves(step.buffers.row)
         self.at = 0
         """The timestep that comes next."""
 
     def condition(self, hoisted: Hoisted) -> None:
         """Tell the network something else from now on; same shapes."""
-        self._rows = hoisted.rows
-        self._step.buffers.text.copy_(hoisted.text)
-        for own, rows in zip(self._step.images, hoisted.images, strict=True):
-            if rows.shape[1] > 0:
-                own.copy_(rows)
-            else:  # an adapter that is off: values of zero add nothing
-                own.zero_()
+        self._rows = tree_leaves(hoisted.rows)
+        fill(tree_leaves(self._step.buffers.constants), tree_leaves(hoisted.constants))
+
+    def fits(self, hoisted: Hoisted) -> bool:
+        """Whether `condition` can tell it: what the step was recorded for, or switched off."""
+        kept = tree_leaves((self._step.buffers.row, self._step.buffers.constants))
+        rows = tree_map(lambda rows: rows[0], hoisted.rows)
+        pairs = zip(kept, tree_leaves((rows, hoisted.constants)), strict=True)
+        return all(
+            own.shape == now.shape or not now.numel() if isinstance(own, Tensor) else own == now
+            for own, now in pairs
+        )
 
     def guide(self, scale: float, rescale: float) -> None:
         """Guide by other scales from now on."""
@@ -168,18 +191,20 @@ class Run:
 
     def advance(self, noise: Tensor | None = None) -> None:
         """One timestep. `noise` [B, C, Y, X]: what was drawn, where `draws` says so."""
+        entered(STEP, partial(self._advance, self.at, noise))
+        self.at += 1
+
+    def _advance(self, at: int, noise: Tensor | None) -> None:
         buffers, recording = self._step.buffers, self._step.recording
         with graphs.in_turn(buffers.x.device):
-            buffers.step.fill_(self.at)
-            buffers.rows.copy_(self._rows[self.at])
+            buffers.step.fill_(at)
+            fill(self._row, [rows[at] for rows in self._rows])
             if buffers.noise is not None and noise is not None:
-                buffers.noise.copy_(noise.permute(0, 2, 3, 1))
+                buffers.noise.copy_(self.network.pack(noise))
             if recording is None or observed():
-                run = runner(buffers.x.device, self._plans.searches)
-                run(self._plans.advance, *buffers, *self._step.images)
+                self._plans.run(buffers)
             else:
                 recording.run()
-        self.at += 1
 
     def mark(self) -> "Mark":
         """What is needed to come back to this timestep."""
@@ -198,63 +223,48 @@ class Run:
 
     def latents(self, dtype: torch.dtype) -> Tensor:
         """[B, C, Y, X] now."""
-        return channels_first(self._step.buffers.sample).to(dtype, copy=True)
+        latents: Tensor = self.network.unpack(self._step.buffers.sample, self._sides)
+        return latents.to(dtype, copy=True)
 
     def set_latents(self, latents: Tensor) -> None:
         """Go on from these latents [B, C, Y, X]."""
-        self._set_sample(latents.permute(0, 2, 3, 1))
+        self._set_sample(self.network.pack(latents))
 
     def _set_sample(self, sample: Tensor) -> None:
-        """[B, Y, X, C]; the network's next input is a multiple of it."""
+        """As packed; the network's next input is a multiple of it."""
         buffers, scales = self._step.buffers, self._table.scales
         buffers.sample.copy_(sample)
         scale = scales[self.at].item() if self.at < len(scales) else 1.0
         buffers.x.copy_(buffers.sample * scale)
 
 
-class _Shapes(NamedTuple):
-    """What a step is recorded for. Everything else is data."""
-
-    x: torch.Size
-    rows: torch.Size
-    text: torch.Size
-    images: tuple[torch.Size, ...]
-    dtype: torch.dtype
-    rows_dtype: torch.dtype
-    capacity: int
-    depth: int
-    noisy: bool
+def inputs_of(network: Network, latents: Tensor, hoisted: Hoisted) -> tuple[Tensor, Any, Any]:
+    """What the network's `predict` is given in the first step."""
+    x = network.pack(latents).to(network.dtype)
+    return x, tree_map(lambda rows: rows[0], hoisted.rows), hoisted.constants
 
 
-def _shapes(latents: Tensor, table: Table, hoisted: Hoisted) -> _Shapes:
-    batch, channels, rows, columns = latents.shape
-    return _Shapes(
-        x=torch.Size((batch, rows, columns, channels)),
-        rows=hoisted.rows.shape[1:],
-        text=hoisted.text.shape,
-        images=tuple(rows.shape for rows in hoisted.images),
-        dtype=hoisted.text.dtype,
-        rows_dtype=hoisted.rows.dtype,
-        capacity=-(-len(table.timesteps) // _ROWS) * _ROWS,
-        depth=table.depth,
-        noisy=any(table.draws),
-    )
+def buffers_of(
+    x: Tensor, row: Any, constants: Any, capacity: int, depth: int, noisy: bool
+) -> Buffers:
+    """Of a step of which these are kinds: all of zeros, for noise that it does not draw is read,
+    too.
 
-
-def _allot(key: _Shapes, device: torch.device) -> tuple[Buffers, tuple[Tensor, ...]]:
-    state = torch.float64 if key.dtype == torch.float64 else torch.float32
+    capacity: rows of the table; depth: steps of the past that the scheduler looks at; noisy:
+    whether it draws noise.
+    """
+    state = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def make(*shape: int, dtype: torch.dtype = state) -> Tensor:
-        return buffer(shape, dtype, device).zero_()  # noise that a step does not draw is read, too
+        return buffer(shape, dtype, x.device).zero_()
 
-    buffers = Buffers(
-        x=make(*key.x, dtype=key.dtype),
-        rows=make(*key.rows, dtype=key.rows_dtype),
-        text=make(*key.text, dtype=key.dtype),
-        sample=make(*key.x),
-        history=make(2, key.depth, *key.x),
-        table=make(key.capacity, HISTORY + 1 + 2 * key.depth),
+    return Buffers(
+        x=make(*x.shape, dtype=x.dtype),
+        row=buffers_for(row, x.device),
+        constants=buffers_for(constants, x.device),
+        sample=make(*x.shape),
+        history=make(2, depth, *x.shape),
+        table=make(capacity, HISTORY + 1 + 2 * depth),
         step=make(1, dtype=torch.int64),
-        noise=make(*key.x) if key.noisy else None,
+        noise=make(*x.shape) if noisy else None,
     )
-    return buffers, tuple(make(*shape, dtype=key.dtype) for shape in key.images)

@@ -1,6 +1,6 @@
 """What a picture would ask of a GPU for our Triton kernels, found on tensors without memory.
 
-`step` and `coding` make functions to run within `kernels.planned.Planning`.
+`step`, `call` and `coding` make functions to run within `kernels.planned.Planning`.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.guided_step import guided_step
-from fastdiff.kernels.guided_step.spec import HISTORY
 from fastdiff.kernels.planned import Planning, distinct
-from fastdiff.models.controlnet import ControlNet
-from fastdiff.models.unet import UNet
 from fastdiff.models.vae import Decoder, Encoder
+from fastdiff.runtime.loop import Plans, buffers_of, inputs_of
+from fastdiff.runtime.network import Network
 
 N = TypeVar("N")
 Run = Callable[[], object]
@@ -53,73 +52,43 @@ def kernels_of(runs: Iterable[Run], arch: int) -> list[Launch]:
     return distinct(planning.launches)
 
 
-def step(
-    unet: UNet, dtype: torch.dtype, sides: tuple[int, int], tokens: int, guided: bool = True
-) -> Run:
-    """What `runtime.loop` repeats for a picture, on hoisted rows.
+def step(network: Network, given: Any, latents: Tensor) -> Run:
+    """What `runtime.loop` repeats for a picture.
 
     Args:
-        unet: without memory.
-        dtype: of its weights.
-        sides: Y and X of the latents.
-        tokens: of the text.
-        guided: whether there are two texts, the unconditional one first.
+        network: without memory.
+        given: its conditions, on the meta device.
+        latents: [B, C, Y, X], as well.
     """
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    halves = 2 if guided else 1
-    latents = empty(1, *sides, unet.conv_in.weight.shape[1])
-    # SDXL's halves differ in what is added to the time: they part at the first resnet
-    time_rows = empty(1 if unet.added is None else halves, unet.rows.weight.shape[0])
-    text = empty(halves, tokens, unet.text.weight.shape[0])
-    sample = empty(*latents.shape, dtype=torch.float32)
-    history = empty(2, 0, *latents.shape, dtype=torch.float32)
-    table = empty(1, HISTORY + 1, dtype=torch.float32)
-    step = empty(1, dtype=torch.int64)
-
-    def run() -> None:
-        output = unet.predict(latents, time_rows, text)
-        guided_step(output, sample, history, latents, table, step)
-
-    return run
+    buffers = buffers_of(*_inputs(network, given, latents), capacity=1, depth=0, noisy=False)
+    return partial(Plans(network).advance, *buffers)
 
 
-def guided_steps(unet: UNet, sides: tuple[int, int], guided: bool = True) -> list[Run]:
+def guided_steps(network: Network, given: Any, latents: Tensor, copies: int) -> list[Run]:
     """What follows the network in a step, for every scheduler: of each depth, drawing noise or not.
-    The rest as of `step`."""
 
-    def run(depth: int, noisy: bool) -> None:
-        def state(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device="meta")
+    copies: predictions of each of the latents, 2 with guidance; the rest as of `step`.
+    """
+    inputs = _inputs(network, given, latents)
 
-        shape, dtype = (1, *sides, unet.conv_out.weight.shape[0]), unet.conv_in.weight.dtype
-        guided_step(
-            state(2 if guided else 1, *shape[1:]).to(dtype),
-            state(*shape),
-            state(2, depth, *shape),
-            state(*shape).to(dtype),
-            state(1, HISTORY + 1 + 2 * depth),
-            torch.empty(1, dtype=torch.int64, device="meta"),
-            state(*shape) if noisy else None,
-        )
+    def run(depth: int, noisy: bool) -> Run:
+        of = buffers_of(*inputs, capacity=1, depth=depth, noisy=noisy)
+        output = of.x.new_empty((copies * of.x.shape[0], *of.x.shape[1:]))
+        return lambda: guided_step(output, of.sample, of.history, of.x, of.table, of.step, of.noise)
 
-    return [partial(run, depth, noisy) for depth in range(DEPTHS) for noisy in (False, True)]
+    return [run(depth, noisy) for depth in range(DEPTHS) for noisy in (False, True)]
 
 
-def control(net: ControlNet, sides: tuple[int, int], tokens: int) -> Run:
-    """What a ControlNet without memory does in a step with guidance; the rest as of `step`."""
-    dtype = net.conv_in.weight.dtype
+def call(network: Network, given: Any, latents: Tensor) -> Run:
+    """What a call of the network by itself repeats; arguments as of `step`."""
+    return partial(network.predict, *_inputs(network, given, latents))
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    latents = empty(2, *sides, net.conv_in.weight.shape[1])
-    time_rows = empty(1 if net.added is None else 2, net.rows.weight.shape[0])
-    text = empty(2, tokens, net.text.weight.shape[0])
-    picture = empty(2, *sides, net.conv_in.weight.shape[0])
-    return lambda: net.predict(latents, time_rows, text, picture)
+def _inputs(network: Network, given: Any, latents: Tensor) -> tuple[Tensor, Any, Any]:
+    timesteps = torch.empty(1, 1, device=latents.device)
+    with torch.no_grad():
+        hoisted = network.hoist(given, timesteps, (latents.shape[2], latents.shape[3]))
+    return inputs_of(network, latents, hoisted)
 
 
 def coding(coder: Decoder | Encoder, dtype: torch.dtype, sides: tuple[int, int]) -> Run:

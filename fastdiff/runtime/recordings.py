@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.kernels.observe import observed
@@ -41,7 +42,8 @@ class Recording(Protocol):
 
 
 def record(function: Function, buffers: Sequence[Any], searches: bool = True) -> Recording | None:
-    """`function(*buffers)` recorded; buffers are tensors (or None) on one device, from `buffer`.
+    """`function(*buffers)` recorded; the first of the buffers is a tensor, the others are trees
+    (see `models.hoisted`) of tensors on the same device, from `buffer`.
 
     It must be a pure function of the buffers, of weights that stay where they are, and of what it
     writes in place. Recording runs it, so state among the buffers must be set afterwards.
@@ -89,6 +91,37 @@ def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
+def kinds(tree: Any) -> Any:
+    """What a recording that reads `tree` is made for: the same of two trees whose tensors have the
+    same shapes, dtypes and devices. Hashable where the tree is made of tuples."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.shape, value.dtype, value.device
+        return value
+
+    return tree_map(kind, tree)
+
+
+def buffers_for(tree: Any, device: torch.device) -> Any:
+    """A tree like it of buffers with zeros; what is no tensor in it as it is."""
+
+    def make(value: Any) -> Any:
+        return (
+            buffer(value.shape, value.dtype, device).zero_() if isinstance(value, Tensor) else value
+        )
+
+    return tree_map(make, tree)
+
+
+def fill(buffers: Sequence[Any], given: Sequence[Any]) -> None:
+    """Copy the tensors among a tree's leaves into those of its buffers; one without elements stands
+    for zeros."""
+    for own, value in zip(buffers, given, strict=True):
+        if isinstance(own, Tensor):
+            own.copy_(value) if value.numel() else own.zero_()
+
+
 class Kept(Generic[T]):
     """Values by key, each made once; the least recently used go first."""
 
@@ -117,7 +150,7 @@ class Kept(Generic[T]):
 
 
 class Recorded:
-    """`function(*tensors) -> tensor` with a recording for every shape it is called with.
+    """`function(*trees) -> tensor` with a recording for every shape it is called with.
 
     The first call of a shape runs `function` itself, for it may be the only one; so do calls that
     cannot be recorded, and those of a second thread meanwhile.
@@ -125,17 +158,17 @@ class Recorded:
 
     def __init__(self, function: Function, searches: bool = True) -> None:
         self.function, self._searches = function, searches
-        self._kept: Kept[tuple[tuple[Tensor, ...], Recording] | None] = Kept(
+        self._kept: Kept[tuple[Any, Recording] | None] = Kept(
             lambda made: 0 if made is None else made[1].nbytes
         )
         self._seen: set[Hashable] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any) -> Tensor:
         if observed() or not self._lock.acquire(blocking=False):
             return self._plain(*inputs)
         try:
-            key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+            key = kinds(inputs)
             if key not in self._seen:
                 self._seen.add(key)
                 return self._plain(*inputs)
@@ -146,17 +179,16 @@ class Recorded:
                 return self._plain(*inputs)
             buffers, recording = made
             with graphs.in_turn(inputs[0].device):
-                for own, given in zip(buffers, inputs, strict=True):
-                    own.copy_(given)
+                fill(tree_leaves(buffers), tree_leaves(inputs))
                 return recording.run().clone()
         finally:
             self._lock.release()
 
-    def _plain(self, *inputs: Tensor) -> Tensor:
+    def _plain(self, *inputs: Any) -> Tensor:
         output: Tensor = runner(inputs[0].device, self._searches)(self.function, *inputs)
         return output
 
-    def _make(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Recording] | None:
-        buffers = tuple(buffer(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+    def _make(self, inputs: tuple[Any, ...]) -> tuple[Any, Recording] | None:
+        buffers = buffers_for(inputs, inputs[0].device)
         recording = record(self.function, buffers, self._searches)
         return None if recording is None else (buffers, recording)

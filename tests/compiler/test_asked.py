@@ -1,5 +1,7 @@
 """What is compiled ahead for the pipelines and bare models that there are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
@@ -9,9 +11,10 @@ from diffusers import (
 )
 
 import fastdiff
-from fastdiff.compiler.adapters import parts
-from fastdiff.compiler.asked import own_size, runs_of
+from fastdiff.compiler.asked import own_size
+from fastdiff.compiler.parts import parts
 from fastdiff.compiler.slot import slot_of
+from fastdiff.families import Sizes
 from fastdiff.kernels.jobs import job_from, job_of, launch_of
 from fastdiff.kernels.planned import specialised
 from fastdiff.runtime.planned import kernels_of
@@ -21,12 +24,11 @@ HALF = torch.float16
 
 def asked(target, upcast=None):
     """Launches of the parts of a compiled target, by part."""
-    side, factor, own = own_size(target)
-    upcast = own if upcast is None else upcast
-    networks = {name: slot_of(module).network for name, (module, _) in parts(target).items()}
+    sizes = own_size(target)
+    sizes = sizes if upcast is None else replace(sizes, upcast=upcast)
+    slots = {name: slot_of(module) for name, (module, _) in parts(target).items()}
     return {
-        name: kernels_of(runs_of([network], side, factor, upcast), 90)
-        for name, network in networks.items()
+        name: kernels_of(slot.kind.planned(slot.network, sizes), 90) for name, slot in slots.items()
     }
 
 
@@ -49,9 +51,9 @@ def test_every_part_of_a_pipeline_is_planned(components, controlnet):
 
 def test_sizes_are_the_pipelines_own(components):
     pipe = StableDiffusionPipeline(**components(dtype=HALF))
-    assert own_size(pipe) == (8, 2, False)
-    assert own_size(pipe.unet) == (8, 8, False)
-    assert own_size(pipe.vae) == (8, 2, False)
+    assert own_size(pipe) == Sizes(8, 2)
+    assert own_size(pipe.unet) == Sizes(8, 8)
+    assert own_size(pipe.vae) == Sizes(8, 2)
 
 
 @pytest.mark.parametrize("upcast", [False, True])
@@ -59,7 +61,7 @@ def test_an_autoencoder_that_diffusers_turns_into_float32_is_planned_so(upcast, 
     given = components(xl=True, dtype=HALF)
     given["vae"].register_to_config(force_upcast=upcast)
     pipe = fastdiff.compile(StableDiffusionXLPipeline(**given))
-    assert own_size(pipe)[2] == upcast
+    assert own_size(pipe).upcast == upcast
     dtypes = {
         one.arguments["x_ptr"].dtype
         for one in asked(pipe)["vae.decoder"]

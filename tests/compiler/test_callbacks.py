@@ -147,7 +147,7 @@ FINISHED = [
     (lambda pipe, x: {"latents": x.float()}, "other latents"),
     (lambda pipe, x: {"prompt_embeds": torch.full((2, 9, 32), 0.3).double()}, "another shape"),
     (lambda pipe, x: {"prompt_embeds": x}, "another shape"),
-    (another_unet, "replaced the U-Net"),
+    (another_unet, "replaced the unet"),
     (another_scheduler, "replaced the scheduler"),
     (other_tables, "changed the scheduler"),
     (tables_in_place, "changed the scheduler"),
@@ -158,10 +158,10 @@ FINISHED = [
     (guidance_off_with_its_prompt, "another shape"),
     (lambda pipe, x: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4), "FreeU"),
     (lambda pipe, x: pipe.unet.set_attn_processor(AttnProcessor()), "replaced parts"),
-    (hooked, "changed the U-Net"),
+    (hooked, "changed the unet"),
     (other_part, "replaced parts"),
-    (restored, "replaced the U-Net"),
-    (restored_and_compiled, "replaced the U-Net"),
+    (restored, "replaced the unet"),
+    (restored_and_compiled, "replaced the unet"),
 ]
 
 

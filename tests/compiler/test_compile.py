@@ -164,7 +164,7 @@ import torch, fastdiff
 from diffusers import UNet2DConditionModel
 def kib(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key))
-import diffusers.models.unets.unet_2d_condition, fastdiff.compiler.adapters
+import diffusers.models.unets.unet_2d_condition, fastdiff.families.vae
 unet = UNet2DConditionModel(block_out_channels=(192, 384, 768, 768), cross_attention_dim=768).eval()
 small = UNet2DConditionModel(block_out_channels=(32, 32, 32, 32), cross_attention_dim=32).eval()
 fastdiff.compile(small)

@@ -228,7 +228,7 @@ def test_what_the_engine_has_no_input_for_runs_eagerly(on_ort):
         torch.randn(1, 77, on_ort.unet.config.cross_attention_dim),
     )
     mask = torch.ones(1, 77)
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match="it was given text_mask"):
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="encoder_attention_mask, which is no input"):
         on_ort.unet(sample, 5, text, encoder_attention_mask=mask)
 
 
@@ -269,7 +269,7 @@ BAD = {
     "is damaged: it does not name its parts": lambda folder: edit(
         folder, parts=[{"file": "unet/model.onnx"}]
     ),
-    "holds no U-Net": lambda folder: edit(folder, parts=[]),
+    "holds no unet": lambda folder: edit(folder, parts=[]),
     "is not what was written": lambda folder: truncate(folder / "unet/model.onnx"),
 }
 
@@ -317,5 +317,5 @@ def test_keywords_are_options(demo_onnx, demo):
 
 
 def test_a_backend_without_a_u_net_is_refused(demo):
-    with pytest.raises(UserError, match="computes a U-Net, and there is none"):
+    with pytest.raises(UserError, match="a denoising loop repeats, and there is none"):
         fastdiff.compile(copy.deepcopy(demo.vae), Options(backend="ort"))

@@ -25,8 +25,8 @@ from fastdiff.errors import UserError
 from fastdiff.export import onnx as exporter
 from fastdiff.export import shapes
 from fastdiff.export import trt as builder
-from fastdiff.export.parts import parts, unet_part
-from fastdiff.models.settings import settings
+from fastdiff.export.parts import parts
+from fastdiff.families import family, settings
 
 TARGETS = ("sm_89", "sm_120")
 PROFILES = {  # of the demo: 64 pixels, 4 to a latent, a text of 24 tokens; guidance doubles
@@ -304,7 +304,7 @@ def test_the_inputs_of_sdxl_in_half(tmp_path):
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 32,
     )
-    part = unet_part(unet.eval().half(), torch.float16)
+    part = family("unet").denoised.part("unet", unet.eval().half(), torch.float16)
     exporter.write(part, tmp_path, exporter.TRT_OPSET, lambda line: None)
     asked = order(part, "sm_120")
     assert ends(asked.profile) == {

@@ -24,8 +24,8 @@ sys.path.insert(0, {here!r})
 from stub import Stub
 from pathlib import Path
 from fastdiff.bench.blueprints import of_preset
-from fastdiff.compiler.adapters import parts
-from fastdiff.compiler.asked import runs_of
+from fastdiff.compiler.parts import parts
+from fastdiff.families import Sizes
 from fastdiff.kernels import shipped
 from fastdiff.kernels.jobs import job_of, kernel_of
 from fastdiff.models import Loan
@@ -33,11 +33,12 @@ from fastdiff.runtime.planned import kernels_of
 
 def launches(preset, arch=90):
     "Those of a picture, planned anew: not by way of a job."
-    plan, networks = of_preset(preset), []
+    plan, runs = of_preset(preset), []
     for module, kind in (parts(plan.unet) | parts(plan.vae)).values():
         cast = torch.nn.Module.to(module, dtype=torch.float16)
-        networks.append(kind.borrow(cast, Loan(cast, rehearsal=True)))
-    runs = [r for u in plan.upcasts for r in runs_of(networks, plan.side, plan.factor, u)]
+        network = kind.borrow(cast, Loan(cast, rehearsal=True))
+        for upcast in plan.upcasts:
+            runs += kind.planned(network, Sizes(plan.side, plan.factor, upcast=upcast))
     return kernels_of(runs, arch)
 """
 

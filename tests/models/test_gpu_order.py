@@ -11,6 +11,7 @@ from small import NETWORKS, SD15, inputs_for
 
 from fastdiff.kernels.dispatch import all_kernels
 from fastdiff.models import Loan, blocks, borrow, borrow_decoder, borrow_encoder, borrow_unet, sums
+from fastdiff.models.trunk import Conditions
 
 DECIDES = (blocks, sums, import_module("fastdiff.kernels.geglu"))
 
@@ -41,9 +42,10 @@ def hold_unet(budget, config, shape, dtype=torch.float32):
     sample = sample[:1]
 
     def run(sample, timestep, text):
-        rows = network.time_rows(timestep.reshape(-1), **(added or {}))
-        x = sample.permute(0, 2, 3, 1).contiguous()
-        return network.predict(x, rows, network.text_rows(text)).permute(0, 3, 1, 2)
+        given, sides = Conditions(text, **(added or {})), sample.shape[2:]
+        (row,), constants = network.hoist(given, timestep.reshape(1, 1), sides)
+        x = network.pack(sample).contiguous()
+        return network.unpack(network.predict(x, row, constants), sides)
 
     class Eager(torch.nn.Module):
         def __init__(self):

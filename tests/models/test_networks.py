@@ -14,6 +14,8 @@ from fastdiff.models import (
     borrow_encoder,
     borrow_unet,
 )
+from fastdiff.models.trunk import Conditions
+from fastdiff.runtime.denoiser import denoiser
 
 # batch, rows, columns; none of the odd ones is a multiple of what the network divides by
 SHAPES = ((1, 8, 8), (2, 16, 16), (3, 9, 5), (1, 33, 17), (2, 10, 18))
@@ -28,12 +30,12 @@ def unet(request):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_unet(unet, shape, budget):
     module = copy.deepcopy(unet)
-    network = borrow_unet(module, Loan(module))
+    network = denoiser(borrow_unet(module, Loan(module)))
     sample, text, added = inputs_for(unet, shape)
     options = {"added_cond_kwargs": added} if added else {}
 
     def run(sample, timestep, text, added_cond_kwargs=None):
-        return network(sample, timestep.reshape(-1), text, **(added_cond_kwargs or {}))
+        return network(sample, timestep, Conditions(text, **(added_cond_kwargs or {})))
 
     class Eager(torch.nn.Module):
         """Casts the nested condition along with the rest when it is made float64."""
@@ -54,9 +56,9 @@ def test_unet_in_other_dtypes(dtype, budget):
     torch.manual_seed(1)
     module = UNet2DConditionModel(**SD15).eval().to(dtype)
     eager = copy.deepcopy(module)
-    network = borrow_unet(module, Loan(module))
+    network = denoiser(borrow_unet(module, Loan(module)))
     sample, text, _ = inputs_for(module, (2, 16, 16), dtype)
-    budget(lambda s, t, e: network(s, t.reshape(-1), e), eager, sample, torch.tensor(301), text)
+    budget(lambda s, t, e: network(s, t, Conditions(e)), eager, sample, torch.tensor(301), text)
 
 
 def test_unet_with_controlnet_residuals_mask_and_lcm_condition(budget):
@@ -76,7 +78,7 @@ def test_unet_with_controlnet_residuals_mask_and_lcm_condition(budget):
     keep = torch.ones(2, 13)
     keep[:, 9:] = 0
     condition = torch.randn(2, 24)
-    network = borrow_unet(module, Loan(module))
+    network = denoiser(borrow_unet(module, Loan(module)))
 
     class Eager(torch.nn.Module):
         def __init__(self):
@@ -96,14 +98,14 @@ def test_unet_with_controlnet_residuals_mask_and_lcm_condition(budget):
             )
 
     def run(sample, timestep, text):
-        return network(
-            sample,
-            timestep.reshape(-1),
+        given = Conditions(
             text,
             timestep_cond=condition,
-            text_mask=((1 - keep) * -10000.0)[:, None, None, :],
-            controls=[*down, middle],
+            encoder_attention_mask=keep,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
         )
+        return network(sample, timestep, given)
 
     budget(run, Eager(), sample, torch.tensor(301), text)
 
@@ -129,12 +131,12 @@ def test_autoencoder(size, middle_attention, budget):
 
 def test_demo_networks(demo, budget):
     unet, vae = copy.deepcopy(demo.unet), copy.deepcopy(demo.vae)
-    network = borrow_unet(unet, Loan(unet))
+    network = denoiser(borrow_unet(unet, Loan(unet)))
     decoder = borrow_decoder(vae.decoder, Loan(vae.decoder))
     for batch, rows, columns in ((2, 16, 16), (1, 72, 40), (3, 33, 17)):
         sample, text = torch.randn(batch, 4, rows, columns), torch.randn(batch, 24, 128)
         budget(
-            lambda s, t, e: network(s, t.reshape(-1), e),
+            lambda s, t, e: network(s, t, Conditions(e)),
             demo.unet,
             sample,
             torch.tensor(500),
@@ -150,9 +152,9 @@ def test_full_size_sd15_step(budget):
         sample_size=64, cross_attention_dim=768, attention_head_dim=8
     ).eval()
     eager = copy.deepcopy(unet)
-    network = borrow_unet(unet, Loan(unet))
+    network = denoiser(borrow_unet(unet, Loan(unet)))
     sample, text = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
-    budget(lambda s, t, e: network(s, t.reshape(-1), e), eager, sample, torch.tensor(981), text)
+    budget(lambda s, t, e: network(s, t, Conditions(e)), eager, sample, torch.tensor(981), text)
 
 
 def test_loan_lends_views_and_takes_them_back():

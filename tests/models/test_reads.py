@@ -9,8 +9,8 @@ from small import unet
 from torch import nn
 
 from fastdiff.compiler.slot import slot_of
+from fastdiff.families import settings
 from fastdiff.models.originals import reached
-from fastdiff.models.settings import settings
 
 UNREAD = {
     # under gradients alone, where the module's own call runs

@@ -10,6 +10,7 @@ import fastdiff
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.kernels.linear import linear
 from fastdiff.models import Loan, borrow_unet
+from fastdiff.models.trunk import Conditions
 from fastdiff.runtime import recordings, tape
 from fastdiff.runtime.recordings import Recorded
 
@@ -24,10 +25,9 @@ def network(demo):
 
 def inputs_for(network, rows=16, columns=16, batch=2):
     with torch.no_grad():
-        sample = torch.randn(batch, 4, rows, columns)
-        time = network.time_rows(torch.tensor([7]))
-        text = network.text_rows(torch.randn(batch, 24, 128))
-    return sample.permute(0, 2, 3, 1).contiguous(), time, text
+        sample, text = torch.randn(batch, 4, rows, columns), torch.randn(batch, 24, 128)
+        (row,), constants = network.hoist(Conditions(text), torch.tensor([[7]]), (rows, columns))
+    return network.pack(sample).contiguous(), row, constants
 
 
 @torch.no_grad()

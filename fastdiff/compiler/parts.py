@@ -1,0 +1,99 @@
+"""The parts of a pipeline: what of its components is taken over, and what is left to diffusers."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from fastdiff.families import Family, Kind, Taken, families, family, named
+from fastdiff.models.borrow import kind
+from fastdiff.recipes import RECIPES, recipe_of
+
+EAGER_PARTS = {
+    "text_encoder": "once per prompt",
+    "text_encoder_2": "once per prompt",
+    "text_encoder_3": "once per prompt",
+    "image_encoder": "once per picture",
+    "safety_checker": "once per picture",
+    "adapter": "once per picture",
+    "tokenizer": "no network: words to numbers, once per prompt",
+    "tokenizer_2": "no network: words to numbers, once per prompt",
+    "tokenizer_3": "no network: words to numbers, once per prompt",
+    "feature_extractor": "no network: pixels to pixels, once per picture",
+    "controlnet": "of a kind that fastdiff does not compute",
+}
+"""Components that are left to diffusers on purpose, and why."""
+
+
+def parts(target: Any) -> Taken:
+    """The modules of a pipeline or a bare model that can be taken over, by dotted name.
+
+    What torch.compile wrapped is among them as it is. Nothing where the pipeline has no such part.
+
+    Raises:
+        ValueError: `target` is neither a known pipeline nor a known model.
+    """
+    known, has = networks(target), components(target)
+    taken: Taken = {}
+    for name, own in known.items():
+        if name in has:
+            taken |= own.taken(name, has[name])
+    return taken
+
+
+def denoising(target: Any) -> str:
+    """The component that a loop repeats: the first of a recipe's networks, or the bare model."""
+    return next(iter(networks(target)))
+
+
+def components(target: Any) -> dict[str, Any]:
+    """What a pipeline has been given, and every further module in it; no None. A bare model is one
+    component."""
+    if (bare := named(target)) is not None:
+        return {bare[0]: target}
+    given = [name for name, of in target.config.items() if isinstance(of, tuple | list)]
+    found = {name: getattr(target, name, None) for name in dict.fromkeys((*given, *vars(target)))}
+    return {
+        name: part
+        for name, part in found.items()
+        if part is not None and (name in given or isinstance(part, nn.Module))
+    }
+
+
+def eager_parts(target: Any) -> dict[str, str]:
+    """Parts that `target` has and that stay with diffusers, with the reason: every component but
+    the scheduler, and what is left of those that are taken over."""
+    known, has = networks(target), components(target)
+    taken = {path.partition(".")[0] for path in parts(target)}
+    whole = {
+        name: EAGER_PARTS.get(name, f"{kind(part)}, which fastdiff does not compute")
+        for name, part in has.items()
+        if name not in taken | {"scheduler"}
+    }
+    return whole | {
+        f"{name}.{part}": why
+        for name, own in known.items()
+        for part, why in own.left.items()
+        if getattr(has.get(name), part, None) is not None
+    }
+
+
+def networks(target: Any) -> dict[str, Family]:
+    """The families of the networks that fastdiff computes, by component; ValueError for a target
+    that it does not know."""
+    bare, recipe = named(target), recipe_of(target)
+    if bare is not None:
+        return dict([bare])
+    if recipe is None:
+        models = [model for own in families().values() for model in own.models]
+        raise ValueError(
+            f"fastdiff does not know {type(target).__name__}; it accelerates"
+            f" {', '.join(RECIPES)}, {', '.join(models[:-1])} and {models[-1]}"
+        )
+    return {name: family(own) for name, own in recipe.networks.items()}
+
+
+def without_tactics(kind: Kind) -> Kind:
+    """The same, with cuDNN's own choice of plans."""
+    return replace(kind, borrow=partial(kind.borrow, searches=False), tactics=False)

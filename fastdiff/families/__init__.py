@@ -1,0 +1,157 @@
+"""What fastdiff knows of each class of network: a module for each, found by its name.
+
+A recipe names the family of every network of a pipeline. A new network is a file in models/, one
+here with a `FAMILY`, and the recipes that name it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.families.part import Part
+from fastdiff.recipes import RECIPES
+from fastdiff.runtime.planned import Run
+
+Taken = dict[str, tuple[nn.Module, "Kind"]]
+"""By dotted name: a module that is taken over, and how."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a picture whose kernels are planned, on tensors without memory."""
+
+    side: int
+    """Of the latents."""
+    factor: int
+    """Pixels of a latent's side."""
+    guided: bool = True
+    """Whether by classifier-free guidance."""
+    upcast: bool = False
+    """Whether diffusers turns a float16 autoencoder into float32 to draw with it."""
+    tokens: int = 77
+    """Of the text."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one class of module is taken over."""
+
+    borrow: Callable[..., Any]
+    """(module, loan) -> network on borrowed weights; raises Unsupported."""
+    call: Callable[..., Any]
+    """(network, *the module's own arguments) -> the module's own output; raises Unsupported."""
+    planned: Callable[[Any, Sizes], list[Run]]
+    """(network, sizes of a picture) -> what the picture asks of the network on a GPU."""
+    runner: str = "fastdiff"
+    """Who computes, as the report names it."""
+    frozen: bool = False
+    """Whether the network goes stale when the module's weights are edited in place."""
+    exact: Callable[..., Any] | None = None
+    """What borrows a float32 copy after an overflow; `borrow` if None."""
+    guarded: bool = False
+    """Whether each output is looked at for overflow: worth a wait for what runs once an image."""
+    tactics: bool = True
+    """Whether its convolutions run by plans that cuDNN searched."""
+    scale: Callable[..., float] = lambda *args, **kwargs: 1.0
+    """(*the module's own arguments) -> what this call multiplies the LoRA adapters by."""
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What a denoising loop and an exported file ask of a network beside its kind."""
+
+    conditions: Callable[..., Any]
+    """The named tuple of what the network is told: fields by the names of diffusers' `forward`."""
+    example: Callable[[Any, int, int], Any]
+    """(network, texts, tokens of each) -> conditions of a picture, of any values."""
+    channels: Callable[[Any], int]
+    """(network) -> channels of its latents."""
+    part: Callable[..., Part]
+    """(folder, module, dtype, tokens of its text, shape of the timestep) -> the file of its own;
+    raises UserError."""
+    unexported: Callable[[Any], None]
+    """(network) -> None; raises Unsupported where it has what no file holds."""
+    multiple: Callable[[Any], int]
+    """(module) -> of which the latents' height and width must be in a file."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of networks, and all that is asked about it elsewhere."""
+
+    models: tuple[str, ...]
+    """diffusers' classes that can be compiled by themselves."""
+    taken: Callable[[str, Any], Taken]
+    """(component's name, component) -> what of it is taken over; nothing of a foreign kind."""
+    left: Mapping[str, str] = field(default_factory=dict)
+    """Attributes of the component that stay diffusers' on purpose, and why."""
+    denoised: Denoised | None = None
+    """None where no loop repeats it."""
+    parts: Callable[..., tuple[Part, ...]] | None = None
+    """(component, dtype, side of its latents, upcasts) -> the files of what runs once an image."""
+
+
+@cache
+def family(name: str) -> Family:
+    """The `FAMILY` of `fastdiff.families.<name>`."""
+    found: Family = import_module(f"fastdiff.families.{name}").FAMILY
+    return found
+
+
+def families() -> dict[str, Family]:
+    """All that recipes name, by name, in their order."""
+    names = (name for recipe in RECIPES.values() for name in recipe.networks.values())
+    return {name: family(name) for name in dict.fromkeys(names)}
+
+
+def plain(module: Any) -> Any:
+    """The module itself where `torch.compile(module)` stands for it."""
+    while type(module).__name__ == "OptimizedModule":  # isinstance asks the module within
+        module = module._orig_mod
+    return module
+
+
+def of_model(model: Any, *names: str) -> bool:
+    """Whether a model is of one of diffusers' classes `names`, or of a class made from one."""
+    classes = (cls for cls in type(plain(model)).__mro__ if cls.__module__.startswith("diffusers."))
+    return any(cls.__name__ in names for cls in classes)
+
+
+def named(model: Any) -> tuple[str, Family] | None:
+    """The name that a bare model has in a pipeline and its family; None where it has none."""
+    for recipe in RECIPES.values():
+        for component, name in recipe.networks.items():
+            if of_model(model, *family(name).models):
+                return component, family(name)
+    return None
+
+
+def settings(root: nn.Module) -> list[tuple[str, str, Any]]:
+    """The numbers and words that say, beside its weights, what a component computes: all that the
+    runtime reads of it, as (path, attribute, value).
+
+    Of a component that it does not compute, nothing.
+    """
+    from fastdiff.models.borrow import Loan, Unsupported
+
+    known = named(root)
+    taken = {} if known is None else known[1].taken("", root)
+    found: list[tuple[str, str, Any]] = []
+    for name, (module, kind) in taken.items():
+        try:
+            loan = Loan(module, rehearsal=True)
+            kind.borrow(module, loan)
+        except Unsupported:
+            continue
+        found += ((f"{name}.{path}".strip("."), key, v) for path, key, v in loan.settings())
+    return found
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """A tensor of `like`'s dtype on its device, of any values."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)

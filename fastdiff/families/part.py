@@ -1,0 +1,101 @@
+"""What is exported of a network: one ONNX file, with inputs and outputs as Optimum names them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import UserError
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output: a torch dtype's name and a shape whose named sides are free.
+
+    A side of an output may be a multiple of a free one, "8*height", or a fraction, "height//8".
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the free sides are `sizes`."""
+        return tuple(_side(side, sizes) for side in self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ONNX file. `module` takes `inputs` by position and returns a tuple of `outputs`.
+
+    example: the free sides it is traced at; cases: the other sides it is verified at.
+    Free sides are latents of a denoising network or VAE decoder, pixels of a VAE encoder, tokens of
+    text. A denoising network's first input are the latents, its second the timestep; the others
+    have the names of its conditions.
+    """
+
+    folder: str
+    source: nn.Module
+    """The pipeline's own, of which `module` may be a copy in another dtype."""
+    module: nn.Module
+    dtype: torch.dtype
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    example: dict[str, int]
+    cases: tuple[dict[str, int], ...]
+
+    @property
+    def net(self) -> Any:  # diffusers' or transformers' own
+        return self.module.net
+
+    @property
+    def file(self) -> str:
+        return f"{self.folder}/model.onnx"
+
+    def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The free sides, read off the shapes of inputs by name."""
+        return {
+            side: size
+            for port in self.inputs
+            for side, size in zip(port.shape, shapes.get(port.name, ()), strict=False)
+            if isinstance(side, str)
+        }
+
+
+def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Generator) -> Tensor:
+    """A random input of `port` at the free sides `sizes`, of the scale a pipeline gives it."""
+    shape = port.at(sizes)
+    if port.name == "input_ids":
+        ids = torch.randint(0, config.vocab_size, shape, generator=generator)
+        ids[:, -1] = config.eos_token_id  # where the pooled output is taken
+        return ids
+    dtype = getattr(torch, port.dtype)
+    if port.name == "timestep":
+        return torch.full(shape, 500.0, dtype=dtype)
+    if port.name == "time_ids":  # height, width, top, left, height, width in pixels
+        return torch.randint(0, 1024, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def sides(batch: int, height: int, width: int) -> dict[str, int]:
+    """The free sides of a picture or of latents."""
+    return {"batch_size": batch, "height": height, "width": width}
+
+
+def unsupported(folder: str, key: str, config: Any) -> UserError:
+    """That a config has no single number."""
+    return UserError(f"{folder} has {key} {getattr(config, key)!r}; supported is one number")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _side(side: int | str, sizes: Mapping[str, int]) -> int:
+    if isinstance(side, int):
+        return side
+    times, _, whole = side.rpartition("*")
+    name, _, parts = whole.partition("//")
+    return int(times or 1) * sizes[name] // int(parts or 1)

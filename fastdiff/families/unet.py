@@ -1,0 +1,234 @@
+"""U-Nets of SD1.x, SD2.x and SDXL: diffusers' UNet2DConditionModel."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from fastdiff.errors import UserError
+from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
+from fastdiff.families.part import Part, Port, dtype_name, sides, unsupported
+from fastdiff.models import Loan, Trunk, UNet, Unsupported, borrow_unet
+from fastdiff.models.checks import refuse
+from fastdiff.models.trunk import Conditions
+from fastdiff.runtime.denoiser import Denoiser, denoiser
+from fastdiff.runtime.planned import Run, guided_steps, step, without_memory
+
+TIME_IDS = 6
+"""Of SDXL: height and width, top and left of the crop, height and width wanted, in pixels."""
+
+
+def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
+    return denoiser(borrow_unet(module, loan), searches)
+
+
+def _call(
+    unet: Denoiser,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    encoder_hidden_states: Tensor,
+    class_labels: Tensor | None = None,
+    timestep_cond: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+    down_block_additional_residuals: Sequence[Tensor] | None = None,
+    mid_block_additional_residual: Tensor | None = None,
+    down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    return_dict: bool = True,
+    **unknown: Any,
+) -> UNet2DConditionOutput | tuple[Tensor]:
+    """`UNet2DConditionModel.forward` on the compact network."""
+    lora_scale(cross_attention_kwargs)
+    refuse(class_labels=class_labels, attention_mask=attention_mask, **unknown)
+    added = dict(added_cond_kwargs or {})
+    known = {name: added.pop(name, None) for name in ("text_embeds", "time_ids", "image_embeds")}
+    if added:
+        raise Unsupported(f"it was given {', '.join(added)} in added_cond_kwargs")
+    given = Conditions(
+        encoder_hidden_states,
+        **known,
+        timestep_cond=timestep_cond,
+        down_block_additional_residuals=down_block_additional_residuals,
+        mid_block_additional_residual=mid_block_additional_residual,
+        down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+        encoder_attention_mask=encoder_attention_mask,
+    )
+    prediction = unet(sample, timestep, given)
+    return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def lora_scale(cross_attention_kwargs: dict[str, Any] | None) -> float:
+    """What `cross_attention_kwargs` multiply LoRA adapters by; Unsupported for all else in them."""
+    others = dict(cross_attention_kwargs or {})
+    scale = others.pop("scale", 1.0)
+    if others:
+        raise Unsupported(f"it was given {', '.join(others)} in cross_attention_kwargs")
+    if not isinstance(scale, int | float) or scale == 0:
+        raise Unsupported(f"a LoRA scale of {scale!r}, at which diffusers resets the adapters")
+    return float(scale)
+
+
+def _scale(*_: Any, cross_attention_kwargs: Any = None, **__: Any) -> float:
+    # by position diffusers ignores the scale
+    return lora_scale(cross_attention_kwargs)
+
+
+def example(net: Trunk, texts: int, tokens: int) -> Conditions:
+    """Conditions of `texts`, of any values."""
+    weight, added = net.conv_in.weight, net.added
+    text = empty(weight, texts, tokens, net.text.weight.shape[1])
+    if added is None or net.added_sinusoid is None:
+        return Conditions(text)
+    pooled = added.first.weight.shape[1] - TIME_IDS * net.added_sinusoid.width
+    return Conditions(text, empty(weight, texts, pooled), empty(weight, texts, TIME_IDS))
+
+
+def channels(net: Trunk) -> int:
+    """Of the latents."""
+    return net.conv_in.weight.shape[1]
+
+
+def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
+    """Kernels of IP-Adapters are compiled at their first launch."""
+    network: Any = unet.network
+    net: UNet = without_memory(replace(network, ip_adapters=None))
+    texts = 2 if sizes.guided else 1
+    latents = empty(net.conv_in.weight, 1, channels(net), sizes.side, sizes.side)
+    given = example(net, texts, sizes.tokens)
+    return [step(net, given, latents), *guided_steps(net, given, latents, texts)]
+
+
+def _unexported(network: UNet) -> None:
+    if network.ip_adapters is not None:
+        raise Unsupported("an IP-Adapter, which an engine does not have")
+
+
+class Frequencies(nn.Module):
+    """diffusers' Timesteps [B] -> [B, C] with its frequencies as a constant of torch's own bits.
+
+    A runtime whose exp differs by one rounding is 1e-4 rad away at timestep 999.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        half = source.num_channels // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
+        table = source.scale * torch.exp(exponent / (half - source.downscale_freq_shift))
+        self.cosine_first = source.flip_sin_to_cos
+        self.register_buffer("table", table)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        table: Any = self.table
+        angles = timesteps[:, None].to(table.dtype) * table
+        waves = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
+        return torch.cat(waves, dim=-1).to(timesteps.dtype)  # that of what it is joined to
+
+
+class _Exported(nn.Module):
+    """sample [B, C, Y, X], timestep [] or [1], text [B, L, D] and `extra` inputs -> out_sample."""
+
+    def __init__(self, net: nn.Module, extra: tuple[str, ...]) -> None:
+        super().__init__()
+        self.net, self.extra = copy.copy(net), extra  # its own children, the same weights
+        self.net._modules = dict(net._modules)
+        for name, child in net.named_children():
+            if type(child).__name__ == "Timesteps":
+                self.net.add_module(name, Frequencies(child))
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor
+    ) -> tuple[Tensor, ...]:
+        given = dict(zip(self.extra, more, strict=True))
+        condition = given.pop("timestep_cond", None)
+        out = self.net(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=condition,
+            added_cond_kwargs=given or None,
+            return_dict=False,
+        )
+        return (out[0],)
+
+
+def _part(
+    folder: str,
+    net: nn.Module,
+    dtype: torch.dtype,
+    tokens: int = 77,
+    timestep: tuple[int, ...] = (),
+) -> Part:
+    kind = type(net).__name__
+    if kind != "UNet2DConditionModel":
+        raise UserError(f"{folder} is a {kind}; supported is UNet2DConditionModel")
+    config: Any = net.config
+    for key, supported in {
+        "addition_embed_type": (None, "text_time"),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "encoder_hid_dim_type": (None,),
+    }.items():
+        if (value := getattr(config, key, None)) not in supported:
+            raise UserError(f"{folder} has {key} {value!r}, whose inputs no exported U-Net has")
+    for key in ("cross_attention_dim", "sample_size"):
+        if not isinstance(getattr(config, key), int):
+            raise unsupported(folder, key, config)
+    free, kind = ("batch_size",), dtype_name(dtype)
+    extra: list[Port] = []
+    if config.time_cond_proj_dim is not None:
+        extra.append(Port("timestep_cond", kind, (*free, config.time_cond_proj_dim)))
+    if config.addition_embed_type == "text_time":
+        ids = TIME_IDS * config.addition_time_embed_dim
+        width = config.projection_class_embeddings_input_dim - ids
+        extra.append(Port("text_embeds", kind, (*free, width)))
+        extra.append(Port("time_ids", kind, (*free, TIME_IDS)))
+    context = (*free, "sequence_length", config.cross_attention_dim)
+    # float32 in every dtype: half keeps no fraction of a timestep above 512 but 0.5.
+    step = Port("timestep", "float32", timestep)
+    least = 2 ** (len(config.block_out_channels) - 1)
+    side = config.sample_size
+    sizes = ((1, side, side), (3, 3 * least, 2 * least), (2, 4 * least, 2 * least))
+    return Part(
+        folder=folder,
+        source=net,
+        module=_Exported(net, tuple(port.name for port in extra)).eval(),
+        dtype=dtype,
+        inputs=(
+            Port("sample", kind, (*free, config.in_channels, "height", "width")),
+            step,
+            Port("encoder_hidden_states", kind, context),
+            *extra,
+        ),
+        outputs=(Port("out_sample", kind, (*free, config.out_channels, "height", "width")),),
+        example=sides(2, 2 * least, 3 * least) | {"sequence_length": tokens},
+        cases=tuple(
+            sides(*size) | {"sequence_length": length}
+            for size, length in zip(sizes, (tokens, tokens, 2 * tokens), strict=True)
+        ),
+    )
+
+
+def _multiple(unet: Any) -> int:
+    """Else the halves of its U meet at other sizes."""
+    times: int = 2**unet.num_upsamplers
+    return times
+
+
+def _taken(name: str, unet: Any) -> Taken:
+    return {name: (unet, UNET)}
+
+
+UNET = Kind(_borrow, _call, _planned, scale=_scale)
+FAMILY = Family(
+    models=("UNet2DConditionModel",),
+    taken=_taken,
+    left={"encoder_hid_proj": "projects an IP-Adapter's pictures to a few tokens"},
+    denoised=Denoised(Conditions, example, channels, _part, _unexported, _multiple),
+)

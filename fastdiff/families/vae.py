@@ -1,0 +1,164 @@
+"""Autoencoders of Stable Diffusion: the halves of diffusers' AutoencoderKL."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.errors import UserError
+from fastdiff.families import Family, Kind, Sizes, Taken, of_model, plain
+from fastdiff.families.part import Part, Port, dtype_name, sides
+from fastdiff.models import (
+    Decoder,
+    Encoder,
+    Loan,
+    Unsupported,
+    borrow_decoder,
+    borrow_encoder,
+)
+from fastdiff.models.blocks import channels_first, channels_last
+from fastdiff.models.checks import check_tensor
+from fastdiff.runtime.planned import Run, coding, without_memory
+from fastdiff.runtime.recordings import Recorded
+
+
+@dataclass(frozen=True)
+class Coder:
+    """The compact decoder or encoder, recorded."""
+
+    network: Decoder | Encoder
+    run: Recorded
+
+
+def _borrow(
+    module: nn.Module,
+    loan: Loan,
+    borrow: Callable[[Any, Loan], Decoder | Encoder],
+    searches: bool = True,
+) -> Coder:
+    network = borrow(module, loan)
+    return Coder(network, Recorded(network.run, searches))
+
+
+def _call(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+    """`Encoder.forward` and `Decoder.forward` of AutoencoderKL on the compact network."""
+    if latent_embeds is not None:
+        raise Unsupported("it was given latent_embeds")
+    weight = coder.network.conv_in.weight
+    check_tensor("sample", sample, weight, channels=weight.shape[1], dim=4)
+    if sample.numel() == 0:
+        raise Unsupported("it was given an empty tensor")
+    return channels_first(coder.run(channels_last(sample)))
+
+
+def _planned(coder: Coder, sizes: Sizes) -> list[Run]:
+    network = coder.network
+    dtype = network.conv_in.weight.dtype
+    if sizes.upcast and dtype == torch.float16:
+        dtype = torch.float32
+    side = sizes.side * (1 if isinstance(network, Decoder) else sizes.factor)
+    return [coding(without_memory(network, dtype), dtype, (side, side))]
+
+
+class _Decoding(nn.Module):
+    """Latents [B, C, Y, X], already divided by the scaling factor -> pixels in -1 to 1."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        return (net.decode(latent_sample, return_dict=False)[0],)
+
+
+class _Encoding(nn.Module):
+    """Pixels [B, 3, Y, X] in -1 to 1 -> mean and log variance of the latents [B, 2C, …]."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        return (net.encode(sample, return_dict=False)[0].parameters,)
+
+
+def _parts(net: nn.Module, dtype: torch.dtype, side: int, upcasts: bool) -> tuple[Part, Part]:
+    kind = type(net).__name__
+    if kind != "AutoencoderKL":
+        raise UserError(f"vae is a {kind}; supported is AutoencoderKL")
+    config: Any = net.config
+    source = net
+    if upcasts and dtype is torch.float16 and config.force_upcast:
+        dtype = torch.float32
+    if next(net.parameters()).dtype != dtype:
+        net = copy.deepcopy(net).to(dtype)
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    free, kind, latent = "batch_size", dtype_name(dtype), config.latent_channels
+    sizes = ((2, 6, 8), (1, side, side), (3, 5, 7), (2, 9, 4))
+    example, *cases = (sides(*size) for size in sizes)
+    pixels, *pixel_cases = (sides(b, factor * y, factor * x) for b, y, x in sizes)
+    picture = (f"{factor}*height", f"{factor}*width")
+    return (
+        Part(
+            folder="vae_decoder",
+            source=source,
+            module=_Decoding(net).eval(),
+            dtype=dtype,
+            inputs=(Port("latent_sample", kind, (free, latent, "height", "width")),),
+            outputs=(Port("sample", kind, (free, config.out_channels, *picture)),),
+            example=example,
+            cases=tuple(cases),
+        ),
+        Part(
+            folder="vae_encoder",
+            source=source,
+            module=_Encoding(net).eval(),
+            dtype=dtype,
+            inputs=(Port("sample", kind, (free, config.in_channels, "height", "width")),),
+            outputs=(
+                Port(
+                    "latent_parameters",
+                    kind,
+                    (free, 2 * latent, f"height//{factor}", f"width//{factor}"),
+                ),
+            ),
+            example=pixels,
+            cases=tuple(pixel_cases),
+        ),
+    )
+
+
+CODERS = {
+    "encoder": Kind(partial(_borrow, borrow=borrow_encoder), _call, _planned, guarded=True),
+    "decoder": Kind(partial(_borrow, borrow=borrow_decoder), _call, _planned, guarded=True),
+}
+
+
+def _taken(name: str, vae: Any) -> Taken:
+    """Encoder and decoder, not the whole: slicing, tiling and the quant convolutions stay
+    diffusers'."""
+    if not of_model(vae, *FAMILY.models):
+        return {}
+    halves = {half: getattr(plain(vae), half, None) for half in CODERS}
+    return {
+        f"{name}.{half}".strip("."): (module, CODERS[half])
+        for half, module in halves.items()
+        if module is not None
+    }
+
+
+FAMILY = Family(
+    models=("AutoencoderKL",),
+    taken=_taken,
+    left={
+        "quant_conv": "a 1×1 convolution of a few channels",
+        "post_quant_conv": "a 1×1 convolution of a few channels",
+    },
+    parts=_parts,
+)

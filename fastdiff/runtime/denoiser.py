@@ -1,0 +1,41 @@
+"""A network as its slot keeps it: called once, or as the step of whole denoising loops."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastdiff.runtime.loop import Plans
+from fastdiff.runtime.network import Network
+from fastdiff.runtime.recordings import Recorded
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network, what runs its step in single calls, and its loops."""
+
+    network: Network
+    plans: Plans
+    once: Callable[..., Tensor]
+    """As `network.predict`."""
+
+    def __call__(self, latents: Tensor, timestep: Tensor | float | int, given: Any) -> Any:
+        """What the network makes of latents [B, C, Y, X] at a timestep [] or [B].
+
+        Raises Unsupported where only the module's own call gives the same.
+        """
+        network, sides = self.network, (latents.shape[2], latents.shape[3])
+        network.check(latents, given)
+        timesteps = torch.as_tensor(timestep, device=latents.device).reshape(1, -1)
+        rows, constants = network.hoist(given, timesteps, sides)
+        row = tree_map(lambda rows: rows[0], rows)
+        made = self.once(network.pack(latents).contiguous(), row, constants)
+        return network.unpack(made, sides)
+
+
+def denoiser(network: Network, searches: bool = True) -> Denoiser:
+    """With a recording for every shape of single calls. `searches`: as of `recordings.runner`."""
+    return Denoiser(network, Plans(network, searches), Recorded(network.predict, searches))
