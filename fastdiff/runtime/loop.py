@@ -147,11 +147,13 @@ class Plans:
 
 
 class Mark(NamedTuple):
-    """A loop's state before timestep `at`."""
+    """A loop's state before timestep `at`, as no network packs it."""
 
     at: int
     sample: Tensor
+    """[B, C, Y, X]."""
     history: Tensor
+    """[2·M·B, C, Y, X]."""
 
 
 class Run:
@@ -208,14 +210,16 @@ class Run:
 
     def mark(self) -> "Mark":
         """What is needed to come back to this timestep."""
-        buffers = self._step.buffers
-        return Mark(self.at, buffers.sample.clone(), buffers.history.clone())
+        sample, history = self._step.buffers.sample, self._step.buffers.history.flatten(0, 2)
+        kept = (self.network.unpack(packed, self._sides) for packed in (sample, history))
+        return Mark(self.at, *(tensor.clone() for tensor in kept))
 
     def go_back(self, mark: "Mark") -> None:
         """Go on from a mark, of this run or of another network's run of the same loop."""
         self.at = mark.at
-        self._step.buffers.history.copy_(mark.history)
-        self._set_sample(mark.sample)
+        history = self._step.buffers.history
+        history.copy_(self.network.pack(mark.history).reshape(history.shape))
+        self.set_latents(mark.sample)
 
     def finite(self) -> bool:
         """Whether the latents hold neither infinity nor NaN; waits for the device."""
@@ -227,13 +231,9 @@ class Run:
         return latents.to(dtype, copy=True)
 
     def set_latents(self, latents: Tensor) -> None:
-        """Go on from these latents [B, C, Y, X]."""
-        self._set_sample(self.network.pack(latents))
-
-    def _set_sample(self, sample: Tensor) -> None:
-        """As packed; the network's next input is a multiple of it."""
+        """Go on from these latents [B, C, Y, X]; the network's next input is a multiple of them."""
         buffers, scales = self._step.buffers, self._table.scales
-        buffers.sample.copy_(sample)
+        buffers.sample.copy_(self.network.pack(latents))
         scale = scales[self.at].item() if self.at < len(scales) else 1.0
         buffers.x.copy_(buffers.sample * scale)
 

@@ -228,7 +228,10 @@ def test_what_the_engine_has_no_input_for_runs_eagerly(on_ort):
         torch.randn(1, 77, on_ort.unet.config.cross_attention_dim),
     )
     mask = torch.ones(1, 77)
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match="encoder_attention_mask, which is no input"):
+    with (
+        torch.no_grad(),
+        pytest.warns(RuntimeWarning, match="encoder_attention_mask, which is no input"),
+    ):
         on_ort.unet(sample, 5, text, encoder_attention_mask=mask)
 
 
