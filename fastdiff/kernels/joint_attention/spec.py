@@ -58,25 +58,32 @@ def inputs(
 
     B, L, T, H, K = case.B, case.L, case.T, case.H, case.K
     q, k, v = normal(B, L, 3, H, K).unbind(2)  # slices of one packed projection for each sequence
-    text_q, text_k, text_v = normal(B, T, 3, H, K).unbind(2)
+    words = normal(B, T, 3, H, K)
     q = q * case.get("spread", 1.0)  # > 1 makes the softmax peaky
-    if case.get("silent"):
-        text_q = None
-    states = {"q": q, "k": k, "v": v, "text_q": text_q, "text_k": text_k, "text_v": text_v}
     bias = torch.zeros(T, device=device)
     bias[-1] = math.log(256)  # SD3's 256 empty tokens of T5 as one
-    return states | {"scale": case.get("scale"), "text_bias": bias if case.get("biased") else None}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "text_q": None if case.get("silent") else words[:, :, 0],
+        "text_k": words[:, :, 1],
+        "text_v": words[:, :, 2],
+        "scale": case.get("scale"),
+        "text_bias": bias if case.get("biased") else None,
+    }
 
 
 def _bytes(case: Case, size: int) -> int:
     """q, k, v and the result of each sequence; of a text that asks for none k and v; the bias."""
-    states: int = 4 * case.L + (2 if case.get("silent") else 4) * case.T
-    return size * int(case.B * case.H * case.K) * states + 4 * case.T * bool(case.get("biased"))
+    states = 4 * case.L + (2 if case.get("silent") else 4) * case.T
+    bias = 4 * case.T * bool(case.get("biased"))
+    return int(size * case.B * case.H * case.K * states + bias)
 
 
 def _flops(case: Case) -> int:
-    queries: int = case.L + (0 if case.get("silent") else case.T)
-    return 4 * int(case.B * case.H * case.K) * queries * int(case.L + case.T)
+    queries = case.L + (0 if case.get("silent") else case.T)
+    return int(4 * case.B * case.H * case.K * queries * (case.L + case.T))
 
 
 CASES = (
