@@ -30,8 +30,7 @@ def inputs(
 
 
 CASES = (
-    # widths of SD1.5 at 512² and of SDXL, batch 2 (CFG), with a part of the 2 x 4096 rows and of
-    # the 5120 columns: more of them are more programs of the same launch
+    # widths of SD1.5 at 512² and of SDXL, batch 2 (CFG), with a part of the rows and columns
     Case("sd15-64-part", B=2, L=576, D=320, N=1280),
     Case("sd15-8-part", B=2, L=64, D=1280, N=512),
     Case("demo-16", B=2, L=256, D=64, N=256, spread=3.0),
@@ -52,5 +51,4 @@ SPEC = KernelSpec(
         size * (c.B * c.L * (c.D + c.N) + 2 * c.N * (c.D + bool(c.get("bias", True))))
     ),
     flops=lambda c: 4 * c.B * c.L * c.D * c.N,
-    products=True,
 )

@@ -2,12 +2,11 @@
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.group_norm_silu import cpu
-from fastdiff.kernels.group_norm_silu.spec import SPEC, slab_rows
+from fastdiff.kernels.group_norm_silu.spec import SPEC
 
 _op = register(
     SPEC,
@@ -29,7 +28,6 @@ def group_norm_silu(
     residual: None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-    statistics: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def group_norm_silu(
@@ -44,7 +42,6 @@ def group_norm_silu(
     residual: Tensor,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def group_norm_silu(
     x: Tensor,
@@ -57,7 +54,6 @@ def group_norm_silu(
     residual: Tensor | None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-    statistics: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = silu((t - mean) / sqrt(var + eps) · weight + bias) of t = x + shift + row + residual and,
     after its channels, `beside`.
@@ -79,9 +75,6 @@ def group_norm_silu(
             connection, read where it is); or [B / 2, Y, X, C2], where the halves of guidance share
             it. Nothing is added to it.
         shift: [C], added to every pixel of x (the bias of the convolution that made x).
-        statistics: [B, slabs, 2, C + C2] in float32, where the producer of t knows them: mean and
-            sum of squares around it of each of t's channels in each slab of ceil(Y·X / slabs)
-            pixels, of which the last may have fewer but not none. On a GPU it saves a read of t.
 
     Returns:
         y, [B, Y, X, C + C2] and contiguous; with a residual (y, x + shift + row + residual).
@@ -111,14 +104,5 @@ def group_norm_silu(
             raise ValueError(
                 f"group_norm_silu: {name} is {list(part.shape)}; expected {list(shape)}"
             )
-    if statistics is not None:
-        expected = (batch, statistics.shape[1], 2, channels)
-        if statistics.shape != expected or statistics.dtype != torch.float32:
-            raise ValueError(
-                f"group_norm_silu: statistics are {statistics.dtype} {list(statistics.shape)};"
-                f" expected torch.float32 [{batch}, slabs, 2, {channels}]"
-            )
-        slab_rows(pixels[0] * pixels[1], statistics.shape[1])
-    added = row, residual, beside, shift, statistics
-    y, total = _op(x, weight, bias, groups, eps, silu, *added)
+    y, total = _op(x, weight, bias, groups, eps, silu, row, residual, beside, shift)
     return y if residual is None else (y, total)

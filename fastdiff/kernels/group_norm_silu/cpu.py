@@ -18,14 +18,12 @@ def run(
     residual: Tensor | None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = native_dtype("group_norm_silu", x)
-    foreign = shift is not None or statistics is not None
-    if foreign or (beside is not None and residual is not None):
+    if shift is not None or (beside is not None and residual is not None):
         raise NotNative(
-            "group_norm_silu: got shift, statistics, or beside with residual; the kernel in C++"
-            " takes row, and residual or beside"
+            "group_norm_silu: got shift, or beside with residual; the kernel in C++ takes row, and"
+            " residual or beside"
         )
     if beside is not None:
         x = concat(x, beside)

@@ -86,7 +86,6 @@ def start(
     residual: Tensor | None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """call(dtype, vector, addresses, sizes, eps, silu) for the op's arguments; what it fills.
 
@@ -99,8 +98,6 @@ def start(
             f"group_norm_silu: x is {x.dtype} with strides {x.stride()}; expected a contiguous one"
             f" of {', '.join(map(str, DTYPES))}"
         )
-    if statistics is not None:
-        raise ValueError("group_norm_silu: the CUDA kernel takes no statistics; use 'triton'")
     copies = B if beside is None else beside.shape[0]
     expects("group_norm_silu: residual", residual, x, (B, Y, X, C))
     expects("group_norm_silu: beside", beside, x, (copies, Y, X, C2))

@@ -1,7 +1,7 @@
 """Triton implementation of `group_norm_silu`: once over memory where whole groups fit on chip.
 
 Else two kernels: statistics of each channel in each slab of rows, then their combination and the
-normalisation, the last rows first because they are still in L2. Given statistics save the first.
+normalisation, the last rows first because they are still in L2.
 """
 
 import math
@@ -35,8 +35,7 @@ from fastdiff.kernels.occupancy import multiprocessors
 from fastdiff.kernels.tuned import tunable
 
 # arguments that compile nothing anew: ALIGN tells of what they are multiples
-ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "flags", "eps"]
-ANY += ["slab_rows", "slabs", "counted_rows"]
+ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "flags", "eps", "slab_rows"]
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -122,13 +121,14 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=ANY)
 def _apply_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, statistics_ptr,
-    L, C, C2, beside_batch, row_stride, flags, W, eps, slab_rows, slabs, counted_rows,
+    L, C, C2, beside_batch, row_stride, flags, W, eps, slab_rows,
     sum_ptr, out_ptr,
     ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, SUMMED: tl.constexpr,
     GROUPS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise slab_rows rows, the last first, by the statistics of slabs of counted_rows."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * slab_rows
+    """Normalise a slab's rows, the last first, by the statistics of all slabs."""
+    slabs = tl.num_programs(0)
+    start = (slabs - 1 - tl.program_id(0)) * slab_rows
     end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
     source, vectors, parts, C = opened(
@@ -142,10 +142,10 @@ def _apply_kernel(
     next0, next1 = load_tiles(source, added, parts, rows, end, P1)  # before the statistics
     statistics_ptr += sample * slabs * 2 * C
     missing = missing_of(vectors, parts, SUMMED, P1)
-    moments0 = recall(statistics_ptr, slabs, counted_rows, L, C, missing[0], parts[0], P0)
+    moments0 = recall(statistics_ptr, slabs, slab_rows, L, C, missing[0], parts[0], P0)
     moments1 = moments0
     if P1 > 0:
-        moments1 = recall(statistics_ptr, slabs, counted_rows, L, C, missing[1], parts[1], P1)
+        moments1 = recall(statistics_ptr, slabs, slab_rows, L, C, missing[1], parts[1], P1)
     line0, line1 = lines_of(
         weight_ptr, bias_ptr, parts, missing, moments0, moments1, 1.0 * L, W, eps,
         SEGMENT, GROUPS, P1,
@@ -195,16 +195,22 @@ def _groups_of_a_program(W: int, G: int, size: int) -> int:
 
 
 @tunable("group_norm_silu")
-def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> LaunchConfig:
-    """Launch of B samples of L pixels in G groups of W channels of `size` bytes, their statistics
-    `given` (1) or not (0)."""
+def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
+    """Launch of B samples of L pixels in G groups of W channels of `size` bytes."""
     groups = _groups_of_a_program(W, G, size)
     parts = [part for part in power_parts(groups * W, 16 // size) if part]
     width, rows = sum(parts), triton.next_power_of_2(L)
-    if not given:
-        for most, num_warps in ONE_PASS.items():
-            if rows * width <= most:
-                return LaunchConfig(groups, rows, 0, num_warps)
+    for most, num_warps in ONE_PASS.items():
+        if rows * width <= most:
+            return LaunchConfig(groups, rows, 0, num_warps)
+    return _in_slabs(B, L, W, G, size, arch)
+
+
+def _in_slabs(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
+    """The rule's launch in two passes."""
+    groups = _groups_of_a_program(W, G, size)
+    parts = [part for part in power_parts(groups * W, 16 // size) if part]
+    width = sum(parts)
     tile, num_warps = SLAB_TILE if arch else INTERPRETED_TILE, 8
     if not (aligned := groups * W * size % 16 == 0):
         tile //= 4  # each element has its address in registers
@@ -217,14 +223,12 @@ def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> La
     return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), num_warps)
 
 
-def candidates(
-    B: int, L: int, W: int, G: int, size: int, given: int, arch: int
-) -> tuple[LaunchConfig, ...]:
+def candidates(B: int, L: int, W: int, G: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
     """What a tuner should try, the rule's own first; some spill or do not fit an architecture."""
-    slabs = pick(B, L, W, G, size, 1, arch)
-    found = [pick(B, L, W, G, size, given, arch), slabs]
+    slabs = _in_slabs(B, L, W, G, size, arch)
+    found = [pick(B, L, W, G, size, arch), slabs]
     width, rows = sum(power_parts(slabs.groups * W, 16 // size)), triton.next_power_of_2(L)
-    if not given and rows * width <= 2 * max(ONE_PASS):
+    if rows * width <= 2 * max(ONE_PASS):
         found += [LaunchConfig(slabs.groups, rows, 0, num_warps) for num_warps in (4, 8, 16)]
     for more in (1, 2, 4):  # programs of an SM
         several = replace(slabs, slabs=min(more * slabs.slabs, L))
@@ -238,7 +242,7 @@ def candidates(
 def plan(
     arch: int, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
     row: Tensor | None = None, residual: Tensor | None = None, beside: Tensor | None = None,
-    shift: Tensor | None = None, statistics: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:  # fmt: skip
     """The launches for x [B, Y, X, C] and what they write: the result and the sum (or empty)."""
     B, Y, X, C = x.shape
@@ -249,7 +253,7 @@ def plan(
             raise ValueError(f"group_norm_silu: {name} has strides {tensor.stride()}; contiguous")
     if row is not None and row.stride(1) != 1:
         raise ValueError(f"group_norm_silu: row has strides {row.stride()}; the last must be 1")
-    config = pick(B, L, W, groups, size, statistics is not None, arch)
+    config = pick(B, L, W, groups, size, arch)
     segment, row_stride = config.groups * W, 0 if row is None else row.stride(0)
     align = math.gcd(16 // size, segment, C, C2, row_stride)
     compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
@@ -277,17 +281,12 @@ def plan(
 
     if not config.slabs:
         return (launch(_one_pass_kernel),), (out, total)
-    launches = []
-    if statistics is None:
-        statistics = x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
-        values["statistics_ptr"] = statistics
-        launches = [launch(_statistics_kernel)]
-        if residual is not None:  # the sum holds all that is added
-            values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
-            values["flags"], compiled["SUMMED"] = flags & SILU.value, False
-    slabs = statistics.shape[1]
-    values |= {"statistics_ptr": statistics, "slabs": slabs, "counted_rows": triton.cdiv(L, slabs)}
-    return (*launches, launch(_apply_kernel)), (out, total)
+    values["statistics_ptr"] = x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
+    first = launch(_statistics_kernel)
+    if residual is not None:  # the sum holds all that is added
+        values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
+        values["flags"], compiled["SUMMED"] = flags & SILU.value, False
+    return (first, launch(_apply_kernel)), (out, total)
 
 
 run = Launcher(plan)

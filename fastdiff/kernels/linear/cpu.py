@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
-from fastdiff.kernels.linear.spec import ACTIVATIONS
+from fastdiff.kernels.dispatch import NATIVE, NotNative, address, expects, native_dtype
 
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3, "gelu_tanh": 4}
+"""The C++ loop's numbers of the activations, `Activation` of csrc."""
 GEGLU = 2
-"""The C++ loop's activation that halves the columns, `kGeglu` of csrc."""
+"""The one that halves the columns."""
 
 
 def run(
@@ -57,8 +58,8 @@ def native(
         (1, 1, 0),
         (1, rows),
         (weight.data_ptr(), weight.stride(1), columns),
-        0 if bias is None else bias.data_ptr(),
-        (0 if residual is None else residual.data_ptr(), residual_rows),
+        address(bias),
+        (address(residual), residual_rows),
         activation,
         out.data_ptr(),
     )
