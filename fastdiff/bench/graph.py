@@ -31,6 +31,7 @@ NAMES = {
     "convolution": "convolution (cuDNN)",
     "addmm": "matrix product (cuBLAS)",
     "addmm_": "matrix product (cuBLAS)",
+    "_addmm_activation": "matrix product (cuBLAS)",
     "mm": "matrix product (cuBLAS)",
     "bmm": "matrix product (cuBLAS)",
 }

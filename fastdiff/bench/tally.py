@@ -24,13 +24,14 @@ FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table leaves the CPU's a
         _aten._scaled_dot_product_flash_attention
     ],
     _aten.addmm_: flop_registry[_aten.addmm],
+    _aten._addmm_activation: flop_registry[_aten.addmm],
 }
 _KIND_OF = {
     name: kind
     for kind, names in {
         "attention": "_softmax",
         "conv": "convolution conv2d",
-        "linear": "mm addmm addmm_ bmm baddbmm linear geglu",
+        "linear": "mm addmm addmm_ _addmm_activation bmm baddbmm linear geglu",
         "norm": "native_group_norm native_layer_norm group_norm_silu ada_norm qk_norm",
         "pointwise": "gelu_gate residual",
         "copy": "cat concat clone copy_ _to_copy repeat index embedding upsample_nearest2d",
@@ -120,7 +121,7 @@ class Counter(TorchDispatchMode):
             result = op(*args, **kwargs)
         else:
             before = len(self._called)
-            run = kernel.implementations["cpu" if self._device == "cpu" else "reference"]()
+            run = kernel.implementations["cpu"]() if self._device == "cpu" else kernel.library
             with self:  # what plain torch does in it counts by itself
                 result = run(*args, **kwargs)
             if len(self._called) == before:

@@ -86,6 +86,8 @@ class Kernel:
     """As the op runs them: "cpu" is plain torch where `own` raises NotNative."""
     own: Callable[..., Any]
     """`run` of `cpu.py` alone."""
+    library: Callable[..., Any]
+    """What runs on CUDA tensors where there is no Triton kernel: torch's and NVIDIA's libraries."""
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -125,13 +127,14 @@ def register(
 
     _LIBRARY.define(spec.name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(spec.name, on_cpu, "CPU")
-    _LIBRARY.impl(spec.name, on_cuda if gpu else library or spec.reference, "CUDA")
+    library = library or spec.reference
+    _LIBRARY.impl(spec.name, on_cuda if gpu else library, "CUDA")
     torch.library.register_fake(f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY)
     modules = ({"triton": gpu} if gpu else {}) | dict(others or {})
     implementations = {"reference": lambda: spec.reference, "cpu": lambda: on_cpu}
     implementations |= {which: loader(module) for which, module in modules.items()}
     op = getattr(torch.ops.fastdiff, spec.name).default
-    KERNELS[spec.name] = Kernel(spec, op, implementations, cpu)
+    KERNELS[spec.name] = Kernel(spec, op, implementations, cpu, library)
     return op
 
 

@@ -3,6 +3,8 @@
 That every case of both ops is inside its budget is tested for every kernel in test_triton.py.
 """
 
+import math
+
 import pytest
 import torch
 from command import compiled
@@ -10,10 +12,12 @@ from command import compiled
 from fastdiff.kernels.attention import CUDA_CHOICES, choose, gpu, products
 from fastdiff.kernels.attention import attention as run_attention
 from fastdiff.kernels.attention.spec import reference as attention
-from fastdiff.kernels.contract import judge
-from fastdiff.kernels.dispatch import implementation
+from fastdiff.kernels.contract import Case, judge
+from fastdiff.kernels.dispatch import all_kernels, implementation
+from fastdiff.kernels.inspect import planned
 from fastdiff.kernels.joint_attention import gpu as joint_gpu
 from fastdiff.kernels.joint_attention import joint_attention
+from fastdiff.kernels.planned import distinct
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 WIDTHS = (40, 64, 80, 96, 128, 160, 512)
@@ -115,8 +119,44 @@ def test_joint_attention_names_what_does_not_fit():
     q, text = torch.randn(1, 6, 2, 8), torch.randn(1, 3, 2, 8)
     with pytest.raises(ValueError, match=r"joint_attention: .*\[1, 3, 2, 4\].*; expected three"):
         joint_attention(q, q, q, text, text, text[..., :4])
+    for wrong in (torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]):
+        with pytest.raises(ValueError, match="joint_attention: text_bias (is|has)"):
+            joint_attention(q, q, q, None, text, text, text_bias=wrong)
     with pytest.raises(ValueError, match="6 picture and 0 text tokens"):
         joint_attention(q, q, q, *[text[:, :0]] * 3)
+
+
+def test_one_text_token_with_a_bias_stands_for_as_many_equal_ones():
+    """SD3 without T5: 256 tokens of zeros."""
+    states = torch.randn(3, 2, 9, 2, 8, dtype=torch.float64)
+    words = torch.cat([states[:, :, 6:8], states[:, :, 8:].expand(-1, -1, 256, -1, -1)], 2)
+    picture, text = joint_attention(*states[:, :, :6].unbind(0), *words.unbind(0))
+    bias = torch.tensor([0.0, 0.0, math.log(256)])
+    ours, ours_text = joint_attention(
+        *states[:, :, :6].unbind(0), *states[:, :, 6:].unbind(0), text_bias=bias
+    )
+    # the bias is float32
+    torch.testing.assert_close(ours, picture, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours_text, text[:, :3], rtol=1e-6, atol=1e-6)
+
+
+def test_a_silent_text_is_attended_to_and_gets_nothing():
+    q, k, v = torch.randn(3, 2, 9, 2, 8).unbind(0)
+    _, *words = torch.randn(3, 2, 4, 2, 8).unbind(0)
+    asked, _ = joint_attention(q, k, v, torch.randn(2, 4, 2, 8), *words)
+    picture, text = joint_attention(q, k, v, None, *words)
+    torch.testing.assert_close(picture, asked)
+    assert text.shape == (0,)
+
+
+def test_a_silent_text_needs_no_kernel_of_its_own():
+    inputs = {True: None, False: None}
+    kernel = all_kernels()["joint_attention"]
+    for silent in inputs:
+        case = Case("c", B=2, L=1024, T=333, H=2, K=64, silent=silent)
+        inputs[silent] = planned(kernel, case, torch.float16, 90)[0]
+    assert len(distinct(inputs.values())) == 1
+    assert inputs[True].grid[0] == inputs[False].grid[0] - 6  # of 64 queries
 
 
 def test_joint_attention_is_attention_of_both_end_to_end():

@@ -13,6 +13,11 @@ from fastdiff.kernels.residual import residual
         ({"enlarge": 0}, "enlarge is 0"),
         ({"other": torch.ones(1, 3, 2, 8)}, r"other is \[1, 3, 2, 8\]; expected \[2, 3, 2, 8\]"),
         ({"shift": torch.ones(1)}, r"shift is \[1\]; expected \[8\]"),
+        ({"gate": torch.ones(2, 8)}, r"gate has no other; expected \[2, 8\] and an other"),
+        (
+            {"gate": torch.ones(1, 8), "other": torch.ones(2, 3, 2, 8)},
+            r"gate has \[1, 8\]; expected \[2, 8\]",
+        ),
     ],
 )
 def test_refuses(wrong, message):

@@ -17,7 +17,7 @@ def reference(
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
     if mask is not None:
         scores = scores + mask
-    return torch.matmul(scores.softmax(dim=-1), v).transpose(1, 2).contiguous()
+    return torch.matmul(scores.softmax(dim=-1).to(v.dtype), v).transpose(1, 2).contiguous()
 
 
 def inputs(

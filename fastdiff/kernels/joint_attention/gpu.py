@@ -2,6 +2,8 @@
 
 The grid covers the tiles of the picture's queries, then those of the text's. Every program goes
 through the picture's keys and then the text's; each sequence ends with a masked block of its own.
+A text that asks for nothing has no tiles, and the kernel is the same: the picture stands in for its
+queries.
 The longer loop comes first and both are pipelined; between them the pipeline fills once more.
 """
 
@@ -21,7 +23,7 @@ from fastdiff.kernels.tuned import tunable
 
 @triton.jit
 def _joint_kernel(
-    q_ptr, k_ptr, v_ptr, text_q_ptr, text_k_ptr, text_v_ptr, L, T, H,
+    q_ptr, k_ptr, v_ptr, text_q_ptr, text_k_ptr, text_v_ptr, text_bias_ptr, L, T, H,
     q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,
     text_q_sb, text_q_sl, text_q_sh, text_k_sb, text_k_sl, text_k_sh,
     text_v_sb, text_v_sl, text_v_sh, out_ptr, text_out_ptr, ALIGN: tl.constexpr,
@@ -60,8 +62,8 @@ def _joint_kernel(
         text_v_ptr, sample, head, text_v_sb, text_v_sh, text_v_sl, ALIGN
     )
     peak, total, out0, out1 = flash(
-        state, q, text_k_ptr, text_v_ptr, None, queries, left, T,
-        text_k_sl, text_v_sl, 0, 0, SCALE, K, P0, P1, KEYS, TEXT_TAIL, False,
+        state, q, text_k_ptr, text_v_ptr, text_bias_ptr, queries, left, T,
+        text_k_sl, text_v_sl, 0, 1, SCALE, K, P0, P1, KEYS, TEXT_TAIL, False,
     )  # fmt: skip
     out_ptr += ((sample * length + start) * H + head) * K
     write(out_ptr, (out0, out1), total, queries, H * K, left, K, P0, P1)
@@ -82,25 +84,28 @@ def candidates(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
 
 
 def plan(
-    arch: int, q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, text_k: Tensor, text_v: Tensor,
-    scale: float | None = None,
+    arch: int, q: Tensor, k: Tensor, v: Tensor,
+    text_q: Tensor | None, text_k: Tensor, text_v: Tensor,
+    scale: float | None = None, text_bias: Tensor | None = None,
 ) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:  # fmt: skip
     """The launch for q, k, v [B, L, H, K] and those of the text [B, T, H, K], and its outputs."""
-    (B, L, H, K), T = q.shape, text_q.shape[1]
-    states = {"q": q, "k": k, "v": v, "text_q": text_q, "text_k": text_k, "text_v": text_v}
+    (B, L, H, K), T = q.shape, text_k.shape[1]
+    states = {"q": q, "k": k, "v": v, "text_q": q if text_q is None else text_q}
+    states |= {"text_k": text_k, "text_v": text_v}
     align, vector = alignment(K, *states.values())
     arguments: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in states.items()}
-    arguments |= {"L": L, "T": T, "H": H}
+    arguments |= {"text_bias_ptr": text_bias, "L": L, "T": T, "H": H}
     for name, tensor in states.items():
         arguments |= zip((f"{name}_s{axis}" for axis in "blh"), tensor.stride(), strict=False)
-    out, text_out = q.new_empty((B, L, H, K)), q.new_empty((B, T, H, K))
-    arguments |= {"out_ptr": out, "text_out_ptr": text_out}
+    out, text_out = q.new_empty(q.shape), q.new_empty(0 if text_q is None else text_q.shape)
+    arguments |= {"out_ptr": out, "text_out_ptr": out if text_q is None else text_out}
     config, (P0, P1) = pick(K, q.element_size(), arch), power_parts(K, 16)
     scale = (1.0 / math.sqrt(K) if scale is None else scale) * LOG2E.value
     constants: dict[str, Any] = {"ALIGN": align, "SCALE": scale, "K": K, "P0": P0, "P1": P1}
     constants |= {"QUERIES": config.queries, "KEYS": config.keys}
     constants |= {"TAIL": L % config.keys != 0, "TEXT_TAIL": T % config.keys != 0}
-    tiles = triton.cdiv(L, config.queries) + triton.cdiv(T, config.queries)
+    tiles = triton.cdiv(L, config.queries)
+    tiles += 0 if text_q is None else triton.cdiv(T, config.queries)
     how = (config.num_warps, config.num_stages, vector)
     return (Launch(_joint_kernel, arguments, constants, (tiles, B * H), *how),), (out, text_out)
 

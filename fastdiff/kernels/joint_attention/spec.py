@@ -1,10 +1,12 @@
 """Contract of `joint_attention`: torch only."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdiff.kernels.attention.spec import reference as attention
 from fastdiff.kernels.contract import Case, KernelSpec
@@ -14,16 +16,19 @@ def reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    text_q: Tensor,
+    text_q: Tensor | None,
     text_k: Tensor,
     text_v: Tensor,
     scale: float | None = None,
+    text_bias: Tensor | None = None,
     attend: Callable[..., Tensor] = attention,
 ) -> tuple[Tensor, Tensor]:
     """By one attention, `attend`, over what is put end to end."""
-    pairs = ((q, text_q), (k, text_k), (v, text_v))
-    all_q, all_k, all_v = (torch.cat(pair, 1) for pair in pairs)
-    out = attend(all_q, all_k, all_v, scale=scale)
+    all_k, all_v = torch.cat((k, text_k), 1), torch.cat((v, text_v), 1)
+    mask = None if text_bias is None else F.pad(text_bias[None], (q.shape[1], 0))
+    if text_q is None:
+        return attend(q, all_k, all_v, mask, scale), q.new_empty(0)
+    out = attend(torch.cat((q, text_q), 1), all_k, all_v, mask, scale)
     picture, text = out.split([q.shape[1], text_q.shape[1]], 1)
     # copies even where a slice is contiguous: the outputs of an op may not share memory
     return (
@@ -36,12 +41,13 @@ def fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    text_q: Tensor,
+    text_q: Tensor | None,
     text_k: Tensor,
     text_v: Tensor,
     scale: float | None = None,
+    text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), text_q.new_empty(text_q.shape)
+    return q.new_empty(q.shape), q.new_empty(0 if text_q is None else text_q.shape)
 
 
 def inputs(
@@ -54,8 +60,23 @@ def inputs(
     q, k, v = normal(B, L, 3, H, K).unbind(2)  # slices of one packed projection for each sequence
     text_q, text_k, text_v = normal(B, T, 3, H, K).unbind(2)
     q = q * case.get("spread", 1.0)  # > 1 makes the softmax peaky
+    if case.get("silent"):
+        text_q = None
     states = {"q": q, "k": k, "v": v, "text_q": text_q, "text_k": text_k, "text_v": text_v}
-    return states | {"scale": case.get("scale")}
+    bias = torch.zeros(T, device=device)
+    bias[-1] = math.log(256)  # SD3's 256 empty tokens of T5 as one
+    return states | {"scale": case.get("scale"), "text_bias": bias if case.get("biased") else None}
+
+
+def _bytes(case: Case, size: int) -> int:
+    """q, k, v and the result of each sequence; of a text that asks for none k and v; the bias."""
+    states: int = 4 * case.L + (2 if case.get("silent") else 4) * case.T
+    return size * int(case.B * case.H * case.K) * states + 4 * case.T * bool(case.get("biased"))
+
+
+def _flops(case: Case) -> int:
+    queries: int = case.L + (0 if case.get("silent") else case.T)
+    return 4 * int(case.B * case.H * case.K) * queries * int(case.L + case.T)
 
 
 CASES = (
@@ -63,10 +84,14 @@ CASES = (
     Case("sd3-1024px", B=1, L=4096, T=333, H=1, K=64),
     Case("sd3-512px", B=2, L=1024, T=333, H=2, K=64),
     Case("sd3-clip-only", B=2, L=256, T=77, H=2, K=64),
+    # without T5 its 256 tokens are one; the last block asks for no text
+    Case("sd3-without-t5", B=2, L=256, T=78, H=2, K=64, biased=True),
+    Case("sd3-last", B=2, L=256, T=333, H=2, K=64, silent=True),
     # nasty: one word, odd pictures, fewer keys than a block, heads that are no power of two
     Case("one-word", B=2, L=256, T=1, H=2, K=64),
     Case("odd", B=3, L=77, T=45, H=3, K=40),
     Case("small", B=2, L=9, T=5, H=2, K=64),
+    Case("odd-silent", B=3, L=77, T=45, H=3, K=40, silent=True, biased=True),
     Case("peaky", B=1, L=200, T=130, H=2, K=64, spread=30.0),
     Case("scaled", B=1, L=128, T=64, H=2, K=80, scale=-0.05),
 )
@@ -74,14 +99,14 @@ CASES = (
 SPEC = KernelSpec(
     name="joint_attention",
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor text_q, Tensor text_k, Tensor text_v,"
-        " float? scale=None) -> (Tensor, Tensor)"
+        "(Tensor q, Tensor k, Tensor v, Tensor? text_q, Tensor text_k, Tensor text_v,"
+        " float? scale=None, Tensor? text_bias=None) -> (Tensor, Tensor)"
     ),
     reference=reference,
     fake=fake,
     inputs=inputs,
     cases=CASES,
-    bytes=lambda c, size: size * 4 * c.B * (c.L + c.T) * c.H * c.K,
-    flops=lambda c: 4 * c.B * c.H * (c.L + c.T) ** 2 * c.K,
+    bytes=_bytes,
+    flops=_flops,
     products=True,
 )

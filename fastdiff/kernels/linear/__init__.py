@@ -4,9 +4,9 @@ from torch import Tensor
 
 from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.linear import cpu
-from fastdiff.kernels.linear.spec import ACTIVATIONS, SPEC
+from fastdiff.kernels.linear.spec import ACTIVATIONS, SPEC, library
 
-_op = register(SPEC, cpu=cpu.run)
+_op = register(SPEC, cpu=cpu.run, library=library)
 
 
 def linear(
@@ -23,7 +23,8 @@ def linear(
         weight: [N, D] as in `torch.nn.Linear`, of any strides. On a CPU our own loop runs when its
             columns lie side by side (`weight.stride(0) == 1`, see `models.borrow`).
         bias: [N].
-        act: "none" or "silu"; gated activations are `geglu`'s.
+        act: "none", "silu", "gelu" (y · Φ(y), exact) or "gelu_tanh" (its approximation by tanh,
+            which a GPU computes in the product's own launch); gated activations are `geglu`'s.
         residual: of the output's shape, contiguous, added last; of half as many pictures where the
             halves of guidance share it.
 
@@ -31,7 +32,7 @@ def linear(
         [..., N], contiguous, in x's dtype; sums are float32.
 
     Raises:
-        ValueError: `act` is neither.
+        ValueError: `act` is none of these.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"linear: act is {act!r}; it must be one of {', '.join(ACTIVATIONS)}")

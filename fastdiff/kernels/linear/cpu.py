@@ -1,12 +1,14 @@
-"""`linear` on a CPU: our own loop, on borrowed weights."""
+"""`linear` on a CPU: our own loop, on borrowed weights; a GELU is torch's, after it."""
 
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
-from fastdiff.kernels.linear.spec import ACTIVATIONS
+from fastdiff.kernels.linear.spec import ACTIVATIONS, plus
 
+WITHIN = {"none": 0, "silu": 1}
+"""The C++ loop's numbers of the activations that it applies itself."""
 GEGLU = 2
-"""The C++ loop's activation that halves the columns, `kGeglu` of csrc."""
+"""Its activation that halves the columns, `kGeglu` of csrc."""
 
 
 def run(
@@ -16,7 +18,9 @@ def run(
     act: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    return native("linear", x, weight, bias, ACTIVATIONS[act], residual)
+    if act in WITHIN:
+        return native("linear", x, weight, bias, WITHIN[act], residual)
+    return plus(ACTIVATIONS[act](native("linear", x, weight, bias, WITHIN["none"])), residual)
 
 
 def native(

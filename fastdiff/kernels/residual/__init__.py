@@ -10,22 +10,27 @@ _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.residual.gpu")
 
 
 def residual(
-    x: Tensor, other: Tensor | None = None, shift: Tensor | None = None, enlarge: int = 1
+    x: Tensor,
+    other: Tensor | None = None,
+    shift: Tensor | None = None,
+    enlarge: int = 1,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """x + shift + other, each pixel `enlarge` times in both directions (nearest neighbour).
+    """x + shift + gate · other, each pixel `enlarge` times in both directions (nearest neighbour).
 
     Args:
-        x: [..., C] contiguous, any float dtype: what a convolution without its bias made; to be
-            enlarged a picture, [B, Y, X, C].
-        other: like x, contiguous: what went around the convolution.
+        x: [B, ..., C] contiguous, any float dtype: pixels or tokens; to be enlarged a picture,
+            [B, Y, X, C].
+        other: like x, contiguous.
         shift: [C] in x's dtype: the convolution's bias.
         enlarge: 1 or more; a U-Net's and an autoencoder's upsampling is 2.
+        gate: [B, C] in x's dtype, one row for each sample, of any batch stride; None: 1.
 
     Returns:
         Like x, or [B, enlarge·Y, enlarge·X, C]; contiguous, sums are float32.
 
     Raises:
-        ValueError: `enlarge` is below 1 or of no picture, or shapes differ.
+        ValueError: `enlarge` is below 1 or of no picture, shapes differ, or a gate has no `other`.
 
     Where a norm follows, `group_norm_silu` and `ada_norm` take the same sum on the way.
     """
@@ -38,5 +43,10 @@ def residual(
         raise ValueError(f"residual: other is {list(other.shape)}; expected {list(x.shape)}")
     if shift is not None and shift.shape != x.shape[-1:]:
         raise ValueError(f"residual: shift is {list(shift.shape)}; expected {[x.shape[-1]]}")
-    y: Tensor = _op(x, other, shift, enlarge)
+    if gate is not None and (other is None or gate.shape != (x.shape[0], x.shape[-1])):
+        got = "no other" if other is None else list(gate.shape)
+        raise ValueError(
+            f"residual: gate has {got}; expected {[x.shape[0], x.shape[-1]]} and an other to scale"
+        )
+    y: Tensor = _op(x, other, shift, enlarge, gate)
     return y

@@ -10,19 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
+from fastdiff.kernels.dispatch import expects
 from fastdiff.kernels.tuned import tunable
 
 
-@triton.jit(do_not_specialize=["pixels", "X", "C", "others", "shifts"])
+@triton.jit(do_not_specialize=["pixels", "X", "C", "others", "shifts", "L", "gate_stride"])
 def _residual_kernel(
-    x_ptr, other_ptr, shift_ptr, pixels, X, C, others, shifts, out_ptr,
+    x_ptr, other_ptr, shift_ptr, gate_ptr, pixels, X, C, others, shifts, L, gate_stride, out_ptr,
     ALIGN: tl.constexpr, ENLARGE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A program does ROWS pixels, of all pictures, and P channels; neighbours do the same pixels.
-    `other` has the first `others` pixels, `shift` the first `shifts` channels: all or none. C is a
-    multiple of ALIGN, which dividing and multiplying tells the compiler: else 40 channels are
-    loaded 2 bytes at a time."""
+    `other` has the first `others` pixels, `shift` the first `shifts` channels: all or none; a
+    sample has L pixels and a row of `gate`. C and the gate's stride are multiples of ALIGN, which
+    dividing and multiplying tells the compiler: else 40 channels are loaded 2 bytes at a time."""
     C, shifts = C // ALIGN * ALIGN, shifts // ALIGN * ALIGN
+    gate_stride = gate_stride // ALIGN * ALIGN
     tiles = tl.cdiv(C, P)
     rows = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     channels = tl.program_id(0) % tiles * P + tl.arange(0, P)
@@ -32,7 +34,11 @@ def _residual_kernel(
     total = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(shift_ptr + channels, mask=channels < shifts, other=0.0)[None, :]
     both = (rows < others)[:, None] & exists
-    total += tl.load(other_ptr + offsets, mask=both, other=0.0).to(tl.float32)
+    other = tl.load(other_ptr + offsets, mask=both, other=0.0).to(tl.float32)
+    if gate_ptr is not None:
+        row = (rows // L).to(tl.int64)[:, None] * gate_stride + channels[None, :]
+        other *= tl.load(gate_ptr + row, mask=both, other=0.0).to(tl.float32)
+    total += other
     # rows of all pictures stand below one another, so row and column of a pixel are enough
     row, column = rows // X, rows % X
     for down in tl.static_range(ENLARGE):
@@ -84,10 +90,12 @@ def plan(
     other: Tensor | None = None,
     shift: Tensor | None = None,
     enlarge: int = 1,
+    gate: Tensor | None = None,
 ) -> tuple[tuple[Launch, ...], Tensor]:
     """The launch for x [..., C], [B, Y, X, C] where it is enlarged, and the output it writes."""
     if not all(t is None or t.is_contiguous() for t in (x, other, shift)):
         raise ValueError("residual: x, other and shift must be contiguous")
+    expects("residual: gate", gate, x, (x.shape[0], x.shape[-1]))
     *pixels_of, X, C = x.shape
     pixels = math.prod(pixels_of) * X
     if enlarge > 1:
@@ -97,12 +105,14 @@ def plan(
         out = torch.empty_like(x)
     config = pick(pixels, C, arch)
     arguments: dict[str, Any] = {"x_ptr": x, "other_ptr": x if other is None else other}
-    arguments |= {"shift_ptr": x if shift is None else shift, "pixels": pixels, "X": X, "C": C}
+    arguments |= {"shift_ptr": x if shift is None else shift, "gate_ptr": gate}
+    arguments |= {"pixels": pixels, "X": X, "C": C}
     arguments |= {"others": 0 if other is None else pixels, "shifts": 0 if shift is None else C}
-    arguments["out_ptr"] = out
+    stride = 0 if gate is None else gate.stride(0)
+    arguments |= {"L": pixels // max(1, len(x)), "gate_stride": stride, "out_ptr": out}
     vector = math.gcd(16, C * x.element_size())
     constants = {
-        "ALIGN": vector // x.element_size(),
+        "ALIGN": math.gcd(vector // x.element_size(), stride),
         "ENLARGE": enlarge,
         "ROWS": config.rows,
         "P": config.channels,

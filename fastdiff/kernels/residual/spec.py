@@ -9,13 +9,23 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 
 def reference(
-    x: Tensor, other: Tensor | None = None, shift: Tensor | None = None, enlarge: int = 1
+    x: Tensor,
+    other: Tensor | None = None,
+    shift: Tensor | None = None,
+    enlarge: int = 1,
+    gate: Tensor | None = None,
 ) -> Tensor:
     total = x if shift is None else x + shift
-    total = total if other is None else total + other
+    if other is not None:
+        total = total + (other if gate is None else gate.reshape(_of_samples(x)) * other)
     if enlarge > 1:
         total = total.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
     return total.clone() if total is x else total
+
+
+def _of_samples(x: Tensor) -> tuple[int, ...]:
+    """The shape in which a row for each sample of x [B, ..., C] meets all its pixels."""
+    return (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
 
 
 def inputs(
@@ -31,19 +41,21 @@ def inputs(
         "other": normal(*shape) if case.get("other", True) else None,
         "shift": normal(case.C) if case.get("shift", True) else None,
         "enlarge": case.get("enlarge", 1),
+        "gate": normal(case.B, 3 * case.C)[:, case.C : 2 * case.C] if case.get("gated") else None,
     }
 
 
 def _operands(case: Case) -> tuple[int, int]:
     """Elements of x, and what is added to each."""
-    added = int(case.get("other", True)) + int(case.get("shift", True))
+    added = case.get("other", True) + case.get("shift", True) + case.get("gated", False)
     return case.B * case.Y * case.X * case.C, added
 
 
 def moved(case: Case, size: int) -> int:
     elements, _ = _operands(case)
     pictures = 1 + int(case.get("other", True)) + case.get("enlarge", 1) ** 2
-    return int(size * (elements * pictures + case.C * int(case.get("shift", True))))
+    rows = int(case.get("shift", True)) + case.B * int(case.get("gated", False))
+    return int(size * (elements * pictures + case.C * rows))
 
 
 def operations(case: Case) -> int:
@@ -59,8 +71,10 @@ CASES = (
     Case("vae-up", B=1, Y=64, X=64, C=256, enlarge=2),
     Case("demo-8-up", B=2, Y=8, X=8, C=96, enlarge=2),
     Case("sd15-tokens", B=2, Y=1, X=1024, C=640, shift=False, tokens=True),
+    Case("sd35-tokens", B=2, Y=1, X=4096, C=1536, shift=False, tokens=True, gated=True),
     # nasty: channels that fill no vector, an enlargement that is no power of two, one pixel
     Case("odd", B=3, Y=9, X=5, C=37, enlarge=3),
+    Case("odd-gated", B=3, Y=5, X=3, C=37, enlarge=2, gated=True),
     Case("no-bias", B=1, Y=7, X=3, C=40, shift=False),
     Case("no-residual", B=1, Y=5, X=4, C=72, other=False, enlarge=2),
     Case("alone", B=1, Y=1, X=1, C=8, other=False, shift=False),
@@ -68,7 +82,10 @@ CASES = (
 
 SPEC = KernelSpec(
     name="residual",
-    schema="(Tensor x, Tensor? other=None, Tensor? shift=None, int enlarge=1) -> Tensor",
+    schema=(
+        "(Tensor x, Tensor? other=None, Tensor? shift=None, int enlarge=1, Tensor? gate=None)"
+        " -> Tensor"
+    ),
     reference=reference,
     inputs=inputs,
     cases=CASES,
