@@ -84,7 +84,8 @@ class JointAttention:
         if text is None or self.text is None:
             seen, told = attention(*normed, v), None
         else:
-            seen, told = joint_attention(*normed, v, *self._of_text(text), text_bias=text_bias)
+            text_q, text_k, text_v = self._of_text(text)
+            seen, told = joint_attention(*normed, v, text_q, text_k, text_v, text_bias=text_bias)
         seen = seen.flatten(2)
         if image is not None and self.image_norms is not None:
             image_k, image_v = self._heads(image.tokens, 2)
