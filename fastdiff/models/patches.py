@@ -31,15 +31,15 @@ class Patches:
         p, (rows, columns) = self.size, self.counts(latents.shape[2:])
         whole = latents[..., : rows * p, : columns * p]
         cut: Tensor = whole.unflatten(3, (columns, p)).unflatten(2, (rows, p))
-        return cut.permute(0, 2, 4, 3, 5, 1).reshape(latents.shape[0], rows * columns, -1)
+        moved = cut.permute(0, 2, 4, 3, 5, 1).contiguous()
+        return moved.view(latents.shape[0], rows * columns, -1)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
         """[B, L, p·p·C] -> contiguous [B, C, Y, X], less the rest."""
         rows, columns = self.counts(sides)
         cut = x.view(x.shape[0], rows, columns, self.size, self.size, -1)
-        return cut.permute(0, 5, 1, 3, 2, 4).reshape(
-            x.shape[0], -1, rows * self.size, columns * self.size
-        )
+        moved = cut.permute(0, 5, 1, 3, 2, 4).contiguous()
+        return moved.view(x.shape[0], -1, rows * self.size, columns * self.size)
 
 
 @dataclass(frozen=True)

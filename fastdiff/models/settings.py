@@ -7,6 +7,8 @@ from torch import nn
 
 from fastdiff.models.borrow import Loan
 from fastdiff.models.controlnet import borrow_controlnet
+from fastdiff.models.mmdit import borrow_mmdit
+from fastdiff.models.mmdit_control import borrow_mmdit_control
 from fastdiff.models.reads import Setting
 from fastdiff.models.unet import borrow_unet
 from fastdiff.models.vae import borrow_decoder, borrow_encoder
@@ -15,6 +17,8 @@ from fastdiff.models.watch import Unsupported, kind
 _BORROW: dict[str, Callable[[Any, Loan], Any]] = {
     "UNet2DConditionModel": borrow_unet,
     "ControlNetModel": borrow_controlnet,
+    "SD3Transformer2DModel": borrow_mmdit,
+    "SD3ControlNetModel": borrow_mmdit_control,
     "Encoder": borrow_encoder,
     "Decoder": borrow_decoder,
 }
