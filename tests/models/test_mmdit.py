@@ -223,8 +223,8 @@ def test_ip_adapter(kind, dtype):
     network = borrow_mmdit(module, loan := Loan(module))
     latents = torch.randn(1, 4, 8, 12).to(dtype)
     first = hold(module, latents, given, copies=2, network=network)
-    for processor in module.attn_processors.values():
-        processor.scale = 1.5 - processor.scale
+    for block in module.transformer_blocks:
+        block.attn.processor.scale = 1.5 - block.attn.processor.scale
     second = hold(module, latents, given, copies=2, network=network)
     without = hold(module, latents, given._replace(ip_adapter=None), copies=2, network=network)
     assert loan.intact()
