@@ -242,6 +242,7 @@ def borrow_joint_attention(
 def _borrow_text(attention: Reader, loan: Loan, asked: bool) -> TextAttention:
     q, k, v = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
     norm_q, norm_k = attention.norm_added_q, attention.norm_added_k
+    require(not (asked and attention.context_pre_only), "attention that leaves its text as it is")
     if asked:
         qkv, norms = loan.linear(q, k, v), borrow_head_norms(norm_q, norm_k, loan)
         return TextAttention(qkv, norms, loan.linear(attention.to_add_out))

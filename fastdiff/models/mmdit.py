@@ -111,8 +111,8 @@ class MMDiT(JointTrunk):
         images: tuple[Tensor | None, ...] = ()
         scales = None
         if image is not None and self.ip_adapter is not None:
-            images = self.ip_adapter.rows(image, timesteps)
             scales = self.ip_adapter.scales(image, self.width)
+            images = self.ip_adapter.rows(image, timesteps)
         positions = None if self.positions is None else self.positions(self.patches.counts(sides))
         return Hoisted(
             Rows(self.modulations(timesteps, pooled), images),

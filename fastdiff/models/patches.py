@@ -67,10 +67,10 @@ def borrow_patches(module: Any, loan: Loan) -> tuple[Patches, Positions | None]:
     size = embed.patch_size
     weights = loan.conv(embed.proj, kernel=size, stride=size, padding=0)
     # channels lie last in it, so that rows, columns and channels are one dimension
-    flat = Weights(weights.weight.permute(0, 2, 3, 1).flatten(1), weights.bias)
-    if embed.pos_embed is None:
-        return Patches(size, flat), None
+    flat = Weights(weights.weight.permute(0, 2, 3, 1).view(len(weights.weight), -1), weights.bias)
     table, side = embed.pos_embed, embed.pos_embed_max_size
+    if table is None:
+        return Patches(size, flat), None
     require(bool(side), "positions that are computed for each size (no pos_embed_max_size)")
     require(
         table.dtype == loan.dtype and table.device == loan.device,

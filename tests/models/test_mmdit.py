@@ -29,6 +29,7 @@ from fastdiff.models import (
     MMDiTControl,
     MMDiTControlConditions,
     Unsupported,
+    borrow,
     borrow_mmdit,
     borrow_mmdit_control,
 )
@@ -148,12 +149,23 @@ def test_predictions(kind, shape, dtype):
     hold(transformer(kind, dtype), latents, conditions(batch, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance(kind, batch, dtype):
     latents = torch.randn(batch, 4, 12, 8).to(dtype)
     hold(transformer(kind, dtype), latents, conditions(2 * batch, dtype), copies=2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_other_patches_and_channels(size):
+    module = transformer("sd3", patch_size=size, in_channels=9, out_channels=5)
+    network = borrow_mmdit(module, Loan(module))
+    latents, given = torch.randn(2, 9, 7, 12), conditions(2)
+    eager = by_diffusers(module, latents, TIMES[1], given)
+    hoisted = network.hoist(given, TIMES, (7, 12))
+    got = network.predict(network.pack(latents), at(hoisted.rows, 1), hoisted.constants)
+    torch.testing.assert_close(network.unpack(got, (7, 12)), eager, rtol=1e-4, atol=1e-4)
 
 
 def test_a_timestep_for_each_picture():
@@ -339,6 +351,7 @@ EDITS = {
     "size of positions": lambda net: setattr(net.pos_embed, "pos_embed_max_size", 6),
     "channels": lambda net: setattr(net, "out_channels", 8),
     "config": lambda net: net.register_to_config(patch_size=4),
+    "text": lambda net: setattr(net.transformer_blocks[0].attn, "context_pre_only", True),
     "heads": lambda net: setattr(net.transformer_blocks[0].attn, "heads", 6),
     "processors": lambda net: net.set_attn_processor(PAGJointAttnProcessor2_0()),
     "chunks": lambda net: net.enable_forward_chunking(1),
@@ -390,7 +403,7 @@ def test_what_is_not_computed_is_refused():
         net.transformer_blocks[0].attn.processor._attention_backend = "flash"
 
     assert "backend" in refused(backend)
-    assert "chunk" in refused(lambda net: net.enable_forward_chunking(1))
+    assert "leaves its text" in refused(EDITS["text"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -444,6 +457,7 @@ def test_what_diffusers_refuses_or_converts_is_refused(words):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_by_triton_kernels(kind, monkeypatch):
+    monkeypatch.setattr(borrow, "NATIVE", None)  # weights as GPU libraries want them
     for name, kernel in all_kernels().items():
         if "triton" in kernel.implementations:
             place = import_module(f"fastdiff.kernels.{name}")
