@@ -157,6 +157,20 @@ def test_guidance(kind, batch, dtype):
     hold(transformer(kind, dtype), latents, conditions(2 * batch, dtype), copies=2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float64_it_is_the_same_function(kind):
+    module = transformer(kind, torch.float64)
+    controls = tuple(torch.randn(2, 24, 48).double() for _ in range(2))
+    given = doubled(conditions(2))._replace(
+        skip_layers=(2,), block_controlnet_hidden_states=controls
+    )
+    latents = torch.randn(1, 4, 8, 12).double()
+    with torch.no_grad():
+        truth = by_diffusers(exact(module), latents, TIMES[1], given, 2)
+        got = by_us(borrow_mmdit(module, Loan(module)), latents, TIMES, given, 2)
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-13 * float(truth.abs().max()))
+
+
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_other_patches_and_channels(size):
     module = transformer("sd3", patch_size=size, in_channels=9, out_channels=5)
