@@ -1,7 +1,7 @@
 """The sizes that full models start our Triton kernels with, which no interpreter has time for.
 
-SD1.5 at 512x512 and SDXL at 1024x1024 with two samples (guidance), SD3-medium at 1024x1024, the VAE
-of SD1.5 and SDXL with one picture. What a spec's own cases of models hold at full size already
+SD1.5 at 512x512, SDXL, SD3-medium, SD3.5-medium and SD3.5-large at 1024x1024 with two samples
+(guidance), the VAE of SD1.5 and SDXL with one picture. What a spec's own cases of models hold at full size already
 (`guided_step`) is taken from there.
 """
 
@@ -52,18 +52,26 @@ _ADA_NORM = (
     Case("sdxl-32", B=2, L=1024, D=1280, affine=True, residual=2),
     Case("sd3-1024-first", B=2, L=4096, D=1536, eps=1e-6, modulated=True),
     Case("sd3-1024", B=2, L=4096, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
+    Case("sd3-text", B=2, L=333, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
+    Case("sd35-large-1024", B=2, L=4096, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
 )
 _RESIDUAL = (
     Case("sd15-32-up", B=2, Y=32, X=32, C=640, enlarge=2),
     Case("sdxl-64-up", B=2, Y=64, X=64, C=640, enlarge=2),
+    Case("sd35-1024px", B=2, Y=1, X=4096, C=1536, shift=False, tokens=True, gated=True),
     Case("vae-512-up", B=1, Y=256, X=256, C=256, enlarge=2),
 )
 _JOINT_ATTENTION = (
     Case("sd3-1024px", B=2, L=4096, T=333, H=24, K=64),
+    Case("sd3-1024px-last", B=2, L=4096, T=333, H=24, K=64, silent=True),
+    Case("sd3-1024px-without-t5", B=2, L=4096, T=78, H=24, K=64, biased=True),
     Case("sd3-512px", B=2, L=1024, T=333, H=24, K=64),
+    Case("sd35-large-1024px", B=2, L=4096, T=333, H=38, K=64),
 )
 _QK_NORM = (
-    Case("sd35-1024px", B=2, L=4096, H=38, K=64, affine=True),
+    Case("sd35-medium-1024px", B=2, L=4096, H=24, K=64, affine=True),
+    Case("sd35-large-1024px", B=2, L=4096, H=38, K=64, affine=True),
+    Case("sd35-large-text", B=2, L=333, H=38, K=64, affine=True),
     Case("flux-1024px", B=1, L=4096, H=24, K=128, affine=True, rotary=True),
 )
 SHAPES: dict[str, tuple[Case, ...]] = {

@@ -75,7 +75,10 @@ struct Concat {
 void execute(const Conv& p) { chosen->conv(p); }
 void execute(const Attention& p) { chosen->attention(p); }
 void execute(const GroupNorm& p) { chosen->group_norm(p); }
-void execute(const LayerNorm& p) { chosen->layer_norm(p); }
+void execute(const JointAttention& p) { chosen->joint_attention(p); }
+void execute(const AdaNorm& p) { chosen->ada_norm(p); }
+void execute(const QkNorm& p) { chosen->qk_norm(p); }
+void execute(const Residual& p) { chosen->residual(p); }
 void execute(const GuidedStep& p) { chosen->guided_step(p); }
 void execute(const Concat& p) {
   const auto copy = [&](int64_t begin, int64_t end) {
@@ -109,7 +112,9 @@ class Tape {
 
  private:
   static thread_local Tape* current;
-  std::vector<std::variant<Conv, Attention, GroupNorm, LayerNorm, GuidedStep, Concat>> calls_;
+  std::vector<std::variant<Conv, Attention, JointAttention, GroupNorm, AdaNorm, QkNorm, Residual,
+                           GuidedStep, Concat>>
+      calls_;
 };
 thread_local Tape* Tape::current = nullptr;
 
@@ -154,6 +159,24 @@ void run_attention(int dtype, const Ints<4>& q, const Ints<4>& k, const Ints<4>&
   run(p);
 }
 
+// Of a sequence: q, k and v with their strides, queries and keys, the output.
+using Sequence = std::tuple<Ints<4>, Ints<4>, Ints<4>, int64_t, int64_t, uintptr_t>;
+
+JointAttention::Sequence sequence(const Sequence& s) {
+  const auto& [q, k, v, queries, keys, output] = s;
+  return {in(q[0]),           in(k[0]), in(v[0]), {q[1], q[2], q[3]}, {k[1], k[2], k[3]},
+          {v[1], v[2], v[3]}, queries,  keys,     out(output)};
+}
+
+// sizes: batch, heads, width
+void run_joint_attention(int dtype, const Sequence& picture, const Sequence& text,
+                         uintptr_t text_bias, const Ints<3>& sizes, float scale) {
+  const JointAttention p{dtype,    sequence(picture), sequence(text),
+                         static_cast<const float*>(in(text_bias)),
+                         sizes[0], sizes[1],          sizes[2],       scale};
+  run(p);
+}
+
 void run_group_norm(int dtype, uintptr_t x, const Ints<2>& row, uintptr_t residual,
                     uintptr_t weight, uintptr_t bias, const Ints<4>& sizes, float eps, bool silu,
                     uintptr_t y, uintptr_t total) {
@@ -163,9 +186,34 @@ void run_group_norm(int dtype, uintptr_t x, const Ints<2>& row, uintptr_t residu
   run(p);
 }
 
-void run_layer_norm(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, int64_t rows,
-                    int64_t width, float eps, uintptr_t y) {
-  const LayerNorm p{dtype, in(x), in(weight), in(bias), rows, width, eps, out(y)};
+// A row for each sample: its address and what lies between two.
+using Rows = std::pair<uintptr_t, int64_t>;
+
+// sizes: samples of the residual, batch, tokens, width
+void run_ada_norm(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, const Rows& scale,
+                  const Rows& shift, const Rows& gate, uintptr_t residual, const Ints<4>& sizes,
+                  float eps, bool rms, uintptr_t y, uintptr_t total) {
+  const AdaNorm p{dtype,          in(x),          in(weight),  in(bias),     in(scale.first),
+                  in(shift.first), in(gate.first), scale.second, shift.second, gate.second,
+                  in(residual),   sizes[0],       sizes[1],    sizes[2],     sizes[3],
+                  eps,            rms,            out(y),      out(total)};
+  run(p);
+}
+
+void run_qk_norm(int dtype, const Ints<4>& q, const Ints<4>& k, uintptr_t q_weight,
+                 uintptr_t k_weight, const Ints<4>& sizes, float eps, uintptr_t q_out,
+                 uintptr_t k_out) {
+  const QkNorm p{dtype,        in(q[0]),           in(k[0]),           in(q_weight),
+                 in(k_weight), {q[1], q[2], q[3]}, {k[1], k[2], k[3]}, sizes[0],
+                 sizes[1],     sizes[2],           sizes[3],           eps,
+                 out(q_out),   out(k_out)};
+  run(p);
+}
+
+void run_residual(int dtype, uintptr_t x, uintptr_t other, uintptr_t shift, const Rows& gate,
+                  const Ints<3>& sizes, uintptr_t y) {
+  const Residual p{dtype,       in(x),    in(other), in(shift), in(gate.first),
+                   gate.second, sizes[0], sizes[1],  sizes[2],  out(y)};
   run(p);
 }
 
@@ -218,7 +266,10 @@ PYBIND11_MODULE(_C, m) {
   kernel("conv", &run_conv);
   kernel("attention", &run_attention);
   kernel("group_norm", &run_group_norm);
-  kernel("layer_norm", &run_layer_norm);
+  kernel("joint_attention", &run_joint_attention);
+  kernel("ada_norm", &run_ada_norm);
+  kernel("qk_norm", &run_qk_norm);
+  kernel("residual", &run_residual);
   kernel("guided_step", &run_guided_step);
   kernel("concat", &run_concat);
   m.attr("KERNELS") = kernels;

@@ -117,6 +117,10 @@ struct Epilogue {
         value *= gelu(gate);
       } else if (p.act == fastdiff::kSilu) {
         value = silu(value);
+      } else if (p.act == fastdiff::kGelu) {
+        value = gelu(value);
+      } else if (p.act == fastdiff::kGeluTanh) {
+        value = gelu_tanh(value);
       }
       if (residual) value += load_n(residual + c, n);
       store_n(out + c, value, n);

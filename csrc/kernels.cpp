@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "conv.h"
 #include "norm.h"
+#include "rows.h"
 #include "step.h"
 
 #define FASTDIFF_JOIN_(a, b) a##b
@@ -29,7 +30,10 @@ const Kernels& FASTDIFF_JOIN(kernels_, FASTDIFF_ISA)() {
       by_dtype<Conv, conv<float>, conv<bf16>>,
       by_dtype<Attention, attention<float>, attention<bf16>>,
       by_dtype<GroupNorm, group_norm<float>, group_norm<bf16>>,
-      by_dtype<LayerNorm, layer_norm<float>, layer_norm<bf16>>,
+      by_dtype<JointAttention, joint_attention<float>, joint_attention<bf16>>,
+      by_dtype<AdaNorm, ada_norm<float>, ada_norm<bf16>>,
+      by_dtype<QkNorm, qk_norm<float>, qk_norm<bf16>>,
+      by_dtype<Residual, residual<float>, residual<bf16>>,
       by_dtype<GuidedStep, guided_step<float>, guided_step<bf16>>,
   };
   return kernels;

@@ -7,7 +7,7 @@
 namespace fastdiff {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
-enum Activation : int { kNone = 0, kSilu = 1, kGeglu = 2 };
+enum Activation : int { kNone = 0, kSilu = 1, kGeglu = 2, kGelu = 3, kGeluTanh = 4 };
 
 // out[b, y, x, n] = act(sum over taps and channels of x * w + bias) + residual
 // A linear layer is the case kernel = 1, height = 1, width = rows.
@@ -39,6 +39,21 @@ struct Attention {
   void* out;  // [batch, queries, heads, width]
 };
 
+// Attention of a picture and a text put end to end, without moving either. The bias is added to the
+// scores of the text's keys. With text.queries = 0 nobody reads the text's result.
+struct JointAttention {
+  int dtype;
+  struct Sequence {
+    const void *q, *k, *v;
+    int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, token, head
+    int64_t queries, keys;
+    void* out;  // [batch, queries, heads, width]
+  } picture, text;
+  const float* text_bias;  // [text.keys] or null
+  int64_t batch, heads, width;
+  float scale;
+};
+
 // y = act((t - mean) / sqrt(var + eps) * weight + bias), t = x + row + residual
 struct GroupNorm {
   int dtype;
@@ -50,12 +65,35 @@ struct GroupNorm {
   void *y, *total;  // total receives t when there is a residual, else null
 };
 
-// y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension
-struct LayerNorm {
+// y = norm(t) * weight + bias, then y * (1 + scale) + shift; t = residual + gate * x, or x where
+// there is no residual. norm(t) = (t - mean) / sqrt(var + eps), or t / sqrt(mean(t^2) + eps).
+struct AdaNorm {
   int dtype;
-  const void *x, *weight, *bias;
-  int64_t rows, width;
+  const void *x, *weight, *bias;     // [batch, tokens, width], [width] or null
+  const void *scale, *shift, *gate;  // rows of `width`, one for each sample, or null
+  int64_t ld_scale, ld_shift, ld_gate;
+  const void* residual;  // [samples, tokens, width] or null: begins anew after so many samples
+  int64_t samples, batch, tokens, width;
   float eps;
+  int rms;
+  void *y, *total;  // total receives t when there is a residual, else null
+};
+
+// y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, of q and of k
+struct QkNorm {
+  int dtype;
+  const void *q, *k, *q_weight, *k_weight;  // a weight may be null
+  int64_t q_stride[3], k_stride[3];         // batch, token, head
+  int64_t batch, tokens, heads, width;
+  float eps;
+  void *q_out, *k_out;  // [batch, tokens, heads, width]
+};
+
+// y = x + shift + gate * other
+struct Residual {
+  int dtype;
+  const void *x, *other, *shift, *gate;  // all but x may be null; gate: a row for each sample
+  int64_t ld_gate, batch, tokens, width;
   void* y;
 };
 
@@ -76,7 +114,10 @@ struct Kernels {
   void (*conv)(const Conv&);
   void (*attention)(const Attention&);
   void (*group_norm)(const GroupNorm&);
-  void (*layer_norm)(const LayerNorm&);
+  void (*joint_attention)(const JointAttention&);
+  void (*ada_norm)(const AdaNorm&);
+  void (*qk_norm)(const QkNorm&);
+  void (*residual)(const Residual&);
   void (*guided_step)(const GuidedStep&);
 };
 

@@ -1,4 +1,4 @@
-// GroupNorm (+ SiLU) over channels-last pictures, and LayerNorm.
+// GroupNorm (+ SiLU) over channels-last pictures.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,6 @@
 namespace FASTDIFF_ISA {
 
 using fastdiff::GroupNorm;
-using fastdiff::LayerNorm;
 
 struct Moments {
   double count, mean, m2;
@@ -23,14 +22,6 @@ static inline Moments merge(const Moments& a, const Moments& b) {
   if (count == 0) return a;
   return {count, a.mean + delta * b.count / count,
           a.m2 + b.m2 + delta * delta * a.count * b.count / count};
-}
-
-// Adds f(c, vector index, elements) over the channels in vectors, the last one partial.
-template <typename F>
-static inline void each_vector(int64_t channels, const F& f) {
-  int64_t c = 0;
-  for (; c + W <= channels; c += W) f(c, W);
-  if (c < channels) f(c, static_cast<int>(channels - c));
 }
 
 // x + row + residual at one pixel's channels [c, c + n)
@@ -123,37 +114,6 @@ static void group_norm(const GroupNorm& p) {
           if (p.total) store_n(static_cast<T*>(p.total) + at + c, t, n);
         });
       }
-    }
-  });
-}
-
-template <typename T>
-static void layer_norm(const LayerNorm& p) {
-  const int64_t D = p.width;
-  fastdiff::parallel_for(p.rows, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const T* x = static_cast<const T*>(p.x) + i * D;
-      T* y = static_cast<T*>(p.y) + i * D;
-      vf total = {};
-      each_vector(D, [&](int64_t c, int n) { total += load_n(x + c, n); });
-      const float mean = sum(total) / static_cast<float>(D);
-      vf square = {}, rest = {};
-      each_vector(D, [&](int64_t c, int n) {
-        vf d = load_n(x + c, n) - mean;
-        for (int j = n; j < W; ++j) d[j] = 0;
-        square += d * d;
-        rest += d;
-      });
-      const float correction = sum(rest) / static_cast<float>(D);
-      const float variance = sum(square) / static_cast<float>(D) - correction * correction;
-      const float rstd = 1.0f / std::sqrt(variance + p.eps);
-      each_vector(D, [&](int64_t c, int n) {
-        const vf d = load_n(x + c, n) - mean - correction;
-        store_n(y + c,
-                d * rstd * load_n(static_cast<const T*>(p.weight) + c, n) +
-                    load_n(static_cast<const T*>(p.bias) + c, n),
-                n);
-      });
     }
   });
 }

@@ -71,10 +71,28 @@ static inline void store_n(T* p, vf v, int n) {
   std::memcpy(p, whole, n * sizeof(T));
 }
 
+// Adds f(c, elements) over `width` elements in vectors, the last one partial.
+template <typename F>
+static inline void each_vector(int64_t width, const F& f) {
+  int64_t c = 0;
+  for (; c + W <= width; c += W) f(c, W);
+  if (c < width) f(c, static_cast<int>(width - c));
+}
+
 static inline float sum(vf v) {
-  float total = 0;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+  const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto half = v;
+#endif
+#if defined(__AVX2__)
+  const auto quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+                       __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+  const auto quarter = half;
+#endif
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 
@@ -119,6 +137,11 @@ static inline vf gelu(vf x) {
   p = p * t + 0.22570866346359253f;
   const vf tail = 0.5f * (exp(-z * z) * (t * p));  // Phi(-|x|)
   return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// x / 2 (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x sigmoid(2 u)
+static inline vf gelu_tanh(vf x) {
+  return x / (1.0f + exp(x * (x * x * -0.07135481627f - 1.5957691216f)));
 }
 
 }  // namespace FASTDIFF_ISA

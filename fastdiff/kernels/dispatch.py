@@ -76,6 +76,16 @@ def expects(
         raise ValueError(f"{what} has strides {tensor.stride()}; make it contiguous")
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """Where the rows of [B, D] begin and what lies between two, in elements; zeros for None."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A registered kernel: its contract, its torch op and its implementations by name."""

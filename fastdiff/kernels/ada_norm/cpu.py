@@ -1,9 +1,9 @@
-"""`ada_norm` on a CPU: LayerNorm with weight and bias in C++; all else it refuses."""
+"""`ada_norm` on a CPU: one pass in C++."""
 
 from torch import Tensor
 
-from fastdiff.kernels.ada_norm.spec import check, summed
-from fastdiff.kernels.dispatch import NATIVE, NotNative, native_dtype
+from fastdiff.kernels.ada_norm.spec import check
+from fastdiff.kernels.dispatch import NATIVE, address, native_dtype, rows
 
 
 def run(
@@ -19,22 +19,22 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, bias, scale, shift, gate, residual, rms)
     dtype = native_dtype("ada_norm", x)
-    if rms or scale is not None or shift is not None or weight is None or bias is None:
-        raise NotNative(
-            "ada_norm: got RMSNorm, scale or shift, or no weight and bias; the kernel in C++ takes"
-            " a LayerNorm with weight and bias alone"
-        )
-    total = summed(x, gate, residual).contiguous()
-    width = x.shape[-1]
+    x = x.contiguous()
     y = x.new_empty(x.shape)
-    NATIVE.layer_norm(
+    total = x.new_empty(0 if residual is None else x.shape)
+    NATIVE.ada_norm(
         dtype,
-        total.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        x.numel() // width,
-        width,
+        x.data_ptr(),
+        address(weight),
+        address(bias),
+        rows(scale),
+        rows(shift),
+        rows(gate),
+        address(residual),
+        (0 if residual is None else residual.shape[0], *x.shape),
         eps,
+        rms,
         y.data_ptr(),
+        0 if residual is None else total.data_ptr(),
     )
-    return y, total if residual is not None else x.new_empty(0)
+    return y, total

@@ -123,9 +123,11 @@ CASES = (
     Case("sd15-64", B=2, L=4096, D=320, affine=True),
     Case("sd15-32-residual", B=2, L=1024, D=640, affine=True, residual=2),
     Case("sdxl-32", B=2, L=1024, D=1280, affine=True),
-    # SD3-medium and SD3.5-large: the first norm of a block's text, what follows attention
+    # SD3-medium (1536) and SD3.5-large (2432): the first norm of a block, what follows attention,
+    # and with 78 tokens a text without T5
     Case("sd3-text-first", B=2, L=333, D=1536, eps=1e-6, modulated=True),
     Case("sd3-512", B=2, L=1024, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
+    Case("sd35-text-first", B=2, L=78, D=2432, eps=1e-6, modulated=True),
     Case("sd35-text", B=2, L=333, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
     # nasty: halves that share a residual, odd and narrow rows, means far from the deviation
     Case("shared", B=4, L=80, D=640, affine=True, residual=2),

@@ -21,7 +21,7 @@ from fastdiff.kernels.contract import Launch, Launcher, power_parts
 from fastdiff.kernels.tuned import tunable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "T", "H"])
 def _joint_kernel(
     q_ptr, k_ptr, v_ptr, text_q_ptr, text_k_ptr, text_v_ptr, text_bias_ptr, L, T, H,
     q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,

@@ -80,7 +80,8 @@ def _flops(case: Case) -> int:
 
 
 CASES = (
-    # SD3 and SD3.5: 77 words of CLIP and 256 of T5 beside 64 x 64 (1024²) and 32 x 32 (512²) tokens
+    # SD3 and SD3.5: 77 words of CLIP and 256 of T5 beside 64 x 64 (1024²) and 32 x 32 (512²)
+    # tokens, and some of their 24 or 38 heads, of which each is more programs of the same launch
     Case("sd3-1024px", B=1, L=4096, T=333, H=1, K=64),
     Case("sd3-512px", B=2, L=1024, T=333, H=2, K=64),
     Case("sd3-clip-only", B=2, L=256, T=77, H=2, K=64),

@@ -1,14 +1,13 @@
-"""`linear` on a CPU: our own loop, on borrowed weights; a GELU is torch's, after it."""
+"""`linear` on a CPU: our own loop, on borrowed weights."""
 
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
-from fastdiff.kernels.linear.spec import ACTIVATIONS, plus
+from fastdiff.kernels.dispatch import NATIVE, NotNative, address, expects, native_dtype
 
-WITHIN = {"none": 0, "silu": 1}
-"""The C++ loop's numbers of the activations that it applies itself."""
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3, "gelu_tanh": 4}
+"""The C++ loop's numbers of the activations, `Activation` of csrc."""
 GEGLU = 2
-"""Its activation that halves the columns, `kGeglu` of csrc."""
+"""The one that halves the columns."""
 
 
 def run(
@@ -18,9 +17,7 @@ def run(
     act: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    if act in WITHIN:
-        return native("linear", x, weight, bias, WITHIN[act], residual)
-    return plus(ACTIVATIONS[act](native("linear", x, weight, bias, WITHIN["none"])), residual)
+    return native("linear", x, weight, bias, ACTIVATIONS[act], residual)
 
 
 def native(
@@ -61,8 +58,8 @@ def native(
         (1, 1, 0),
         (1, rows),
         (weight.data_ptr(), weight.stride(1), columns),
-        0 if bias is None else bias.data_ptr(),
-        (0 if residual is None else residual.data_ptr(), residual_rows),
+        address(bias),
+        (address(residual), residual_rows),
         activation,
         out.data_ptr(),
     )

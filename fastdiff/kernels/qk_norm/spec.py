@@ -103,6 +103,7 @@ def _flops(case: Case) -> int:
 
 CASES = (
     Case("sd35-large-text", B=2, L=333, H=38, K=64, affine=True),
+    Case("sd35-medium-text", B=2, L=78, H=24, K=64, affine=True),
     Case("flux-512", B=1, L=1024, H=24, K=128, affine=True, rotary=True),
     # nasty: odd numbers of heads and tokens, widths that are no power of two, tiny values
     Case("narrow-rotary", B=2, L=7, H=3, K=6, rotary=True, affine=True),

@@ -71,7 +71,8 @@ CASES = (
     Case("vae-up", B=1, Y=64, X=64, C=256, enlarge=2),
     Case("demo-8-up", B=2, Y=8, X=8, C=96, enlarge=2),
     Case("sd15-tokens", B=2, Y=1, X=1024, C=640, shift=False, tokens=True),
-    Case("sd35-tokens", B=2, Y=1, X=4096, C=1536, shift=False, tokens=True, gated=True),
+    # SD3.5-medium: between its two attentions, at 512²
+    Case("sd35-tokens", B=2, Y=1, X=1024, C=1536, shift=False, tokens=True, gated=True),
     # nasty: channels that fill no vector, an enlargement that is no power of two, one pixel
     Case("odd", B=3, Y=9, X=5, C=37, enlarge=3),
     Case("odd-gated", B=3, Y=5, X=3, C=37, enlarge=2, gated=True),
