@@ -2,6 +2,10 @@
 
 from fastdiff.models.borrow import Loan, Unsupported
 from fastdiff.models.controlnet import ControlNet, borrow_controlnet
+from fastdiff.models.mmdit import Conditions as MMDiTConditions
+from fastdiff.models.mmdit import MMDiT, borrow_mmdit
+from fastdiff.models.mmdit_control import ControlConditions as MMDiTControlConditions
+from fastdiff.models.mmdit_control import MMDiTControl, borrow_mmdit_control
 from fastdiff.models.trunk import Trunk
 from fastdiff.models.unet import UNet, borrow_unet
 from fastdiff.models.vae import Decoder, Encoder, borrow_decoder, borrow_encoder
@@ -11,11 +15,17 @@ __all__ = [
     "Decoder",
     "Encoder",
     "Loan",
+    "MMDiT",
+    "MMDiTConditions",
+    "MMDiTControl",
+    "MMDiTControlConditions",
     "Trunk",
     "UNet",
     "Unsupported",
     "borrow_controlnet",
     "borrow_decoder",
     "borrow_encoder",
+    "borrow_mmdit",
+    "borrow_mmdit_control",
     "borrow_unet",
 ]

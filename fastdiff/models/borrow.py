@@ -134,21 +134,25 @@ class Loan(Reads):
         else:
             weight = self._place(lent, out, kernel, kernel, inner).permute(0, 3, 1, 2)
         self._fill(layer, weight)
-        if base.bias is not None:
-            self._keep(base.bias)
-        return Weights(weight, None if base.bias is None else base.bias.detach())
+        return Weights(weight, None if base.bias is None else self._keep(base.bias))
 
     def norm(self, layer: nn.Module) -> Norm:
         """Use a GroupNorm or LayerNorm where its parameters are."""
         parts = self.open(layer, nn.GroupNorm, nn.LayerNorm)
         if parts.weight is None or parts.bias is None:
             raise Unsupported(f"{kind(layer)} without weight and bias")
-        self._keep(parts.weight)
-        self._keep(parts.bias)
+        weight, bias = self._keep(parts.weight), self._keep(parts.bias)
         groups = parts.num_groups if type(layer) is nn.GroupNorm else 0
-        if not groups and parts.normalized_shape != tuple(parts.weight.shape):
+        if not groups and parts.normalized_shape != tuple(weight.shape):
             raise Unsupported(f"a LayerNorm over {parts.normalized_shape}")
-        return Norm(parts.weight.detach(), parts.bias.detach(), groups, parts.eps)
+        return Norm(weight, bias, groups, parts.eps)
+
+    def rms_norm(self, layer: nn.Module) -> tuple[Tensor | None, float]:
+        """Use diffusers' RMSNorm where its weight is: that, if it has one, and its eps."""
+        parts = self.open(layer, "RMSNorm")
+        if parts.bias is not None:
+            raise Unsupported("an RMSNorm with a bias")
+        return None if parts.weight is None else self._keep(parts.weight), parts.eps
 
     def intact(self) -> bool:
         """Whether every parameter is still where it was lent and nothing watched was replaced."""
@@ -254,13 +258,14 @@ class Loan(Reads):
         lent = self._lent.get(id(parameter))
         return lent if lent is not None and parameter.data_ptr() == lent.address else None
 
-    def _keep(self, parameter: Tensor) -> None:
+    def _keep(self, parameter: Tensor) -> Tensor:
         """Use a parameter where it is."""
         self._check(parameter)
         if not parameter.is_contiguous():
             raise Unsupported("a strided bias or norm")
         if not self._rehearsal:
             self._lent[id(parameter)] = Lent(parameter)
+        return parameter.detach()
 
     def _check(self, *parameters: Tensor) -> None:
         for parameter in parameters:

@@ -1,4 +1,4 @@
-"""Time embeddings of diffusers' U-Nets: sinusoids, then two linear layers."""
+"""Embeddings of timesteps (sinusoids, then two linear layers) and of pooled texts."""
 
 import math
 from dataclasses import dataclass
@@ -62,4 +62,35 @@ def borrow_embedding(module: Any, loan: Loan) -> Embedding:
         loan.linear(embedding.linear_1),
         loan.linear(embedding.linear_2),
         None if condition is None else loan.linear(condition),
+    )
+
+
+@dataclass(frozen=True)
+class TimeText:
+    """The sum of what a timestep and a pooled text are embedded as."""
+
+    sinusoid: Sinusoid
+    time: Embedding
+    text: Embedding
+
+    def __call__(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
+        """[steps, n] and [B, D'] -> [steps, B, D]: B is 1, n or k·n, for k texts a timestep."""
+        times = self.time(self.sinusoid(timesteps.to(pooled.device)).to(pooled.dtype))
+        if times.shape[1] > 1:
+            times = times.repeat(1, pooled.shape[0] // times.shape[1], 1)
+        return times + self.text(pooled)
+
+
+def borrow_time_text(module: Any, loan: Loan) -> TimeText:
+    """From a CombinedTimestepTextProjEmbeddings."""
+    both = loan.open(module, "CombinedTimestepTextProjEmbeddings")
+    text = loan.open(both.text_embedder, "PixArtAlphaTextProjection")
+    loan.silu(text.act_1, "an activation in the text embedding")
+    sinusoid, time = (
+        borrow_sinusoid(both.time_proj, loan),
+        borrow_embedding(both.timestep_embedder, loan),
+    )
+    require(time.condition is None, "a time embedding with a condition")
+    return TimeText(
+        sinusoid, time, Embedding(loan.linear(text.linear_1), loan.linear(text.linear_2), None)
     )

@@ -98,16 +98,32 @@ class Reads:
             raise Unsupported(f"{what} other than SiLU")
         self.open(module, nn.SiLU)
 
+    def bare_norm(self, module: Any, width: int) -> float:
+        """The eps of a LayerNorm without weight and bias, over `width` channels."""
+        norm = self.open(module, nn.LayerNorm)
+        if norm.weight is not None or norm.bias is not None:
+            raise Unsupported("a LayerNorm with weight and bias where its block modulates it")
+        if norm.normalized_shape != (width,):
+            raise Unsupported(f"a LayerNorm over {norm.normalized_shape}")
+        eps: float = norm.eps
+        return eps
+
     def called(self, module: nn.Module) -> Any:
         """A module that is called as it is; nothing of it is read."""
         self._foreign.update(id(part) for part in module.modules())
         return module
+
+    def unused(self, module: nn.Module | None) -> None:
+        """A module, if it is there, whose result nobody reads."""
+        if module is not None:
+            self.called(module)
 
     def note(self, thing: Any, name: str, value: Any) -> None:
         """Note that an attribute was read; missing ones count as None."""
         if self._rehearsed is not None or (id(thing), name) in self._notes:
             return
         held = vars(thing)
+        held = held["_buffers"] if name in held.get("_buffers", ()) else held
         self._notes[id(thing), name] = (held, name, held.get(name))
         self.values.append((thing, name, value))
 

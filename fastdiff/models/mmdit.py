@@ -1,0 +1,187 @@
+"""SD3's and SD3.5's denoising transformer (MM-DiT) on borrowed weights.
+
+Latents are patches [B, L, p·p·C], each in the order (p, q, C): rows, columns, channels.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from fastdiff.kernels.linear import linear
+from fastdiff.kernels.observe import scope
+from fastdiff.models.blocks import Columns, require
+from fastdiff.models.borrow import Loan, Unsupported, Weights
+from fastdiff.models.fits import fits, one_each
+from fastdiff.models.hoisted import Hoisted
+from fastdiff.models.joint import Image, Modulated, borrow_joint_block, borrow_modulated
+from fastdiff.models.joint_trunk import JointTrunk, borrow_joint_trunk
+from fastdiff.models.mmdit_ip import JointIPAdapter, borrow_joint_ip_adapter
+from fastdiff.models.stream import Stream
+
+
+class Conditions(NamedTuple):
+    """What the network is told besides latents and timesteps. G: 2 with guidance, unconditional
+    first."""
+
+    encoder_hidden_states: Tensor | None
+    """[G·B, T, D'] text."""
+    pooled_projections: Tensor | None
+    """[G·B, D''] pooled text."""
+    block_controlnet_hidden_states: Sequence[Tensor] | None = None
+    """[G·B, L, D] each: a ControlNet's residuals."""
+    skip_layers: Sequence[int] | None = None
+    """Blocks that are left out."""
+    ip_adapter: Tensor | None = None
+    """[G·B, tokens, D'''] pictures: `joint_attention_kwargs["ip_adapter_image_embeds"]`."""
+
+
+class Rows(NamedTuple):
+    modulation: Tensor
+    """[steps, G·B, ...] vectors of every norm."""
+    images: tuple[Tensor | None, ...] = ()
+    """[steps, G·B, tokens, 2·D] of every attention: an IP-Adapter's keys and values; None where its
+    scale is 0."""
+
+
+class Constants(NamedTuple):
+    text: Tensor
+    """[G·B, T, D]"""
+    text_bias: Tensor | None
+    """[T] float32, added to the scores of the text's keys; see `alike`."""
+    position: Tensor | None
+    """[1, L, D]"""
+    image_scales: Tensor | None = None
+    """[attentions, D] of the IP-Adapter, each attention's number D times."""
+    controls: tuple[Tensor, ...] = ()
+    skip_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MMDiT(JointTrunk):
+    """SD3Transformer2DModel."""
+
+    recordable: ClassVar[bool] = True
+    norm_out: Modulated
+    proj_out: Weights
+    ip_adapter: JointIPAdapter | None
+
+    def check(self, latents: Tensor, conditions: Conditions, copies: int = 1) -> None:
+        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it.
+
+        Args:
+            latents: [B, C, Y, X].
+            copies: G, how many texts there are for each of the latents.
+        """
+        text, pooled, controls, skipped, image = conditions
+        self.check_trunk(latents, text, pooled, copies)
+        weight = self.modulation.weight
+        if controls is not None:
+            require(len(controls) > 0, "it was given block_controlnet_hidden_states without any")
+            assert self.patches is not None
+            tokens = math.prod(self.patches.counts(latents.shape[2:]))
+            for control in controls:
+                fits("a ControlNet's residual", control, weight, self.width, 3)
+                one_each("a ControlNet's residual", control, latents, copies)
+                require(
+                    control.shape[1] == tokens,
+                    f"a ControlNet's residual is of {control.shape[1]} tokens, not of {tokens}",
+                )
+        if image is not None:
+            if self.ip_adapter is None:
+                raise Unsupported("it was given pictures for an IP-Adapter that it does not have")
+            fits("ip_adapter_image_embeds", image, weight, image.shape[-1], 3)
+            one_each("ip_adapter_image_embeds", image, latents, copies)
+
+    def hoist(self, conditions: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
+        """All that does not depend on the latents.
+
+        Args:
+            conditions: that `check` has let pass.
+            timesteps: [steps, n], n = 1 or B: a timestep for each picture.
+            sides: Y and X of the latents.
+        """
+        text, pooled, controls, skipped, image = conditions
+        assert text is not None
+        assert pooled is not None
+        assert self.patches is not None
+        images: tuple[Tensor | None, ...] = ()
+        scales = None
+        if image is not None and self.ip_adapter is not None:
+            scales = self.ip_adapter.scales(image, self.width)
+            images = self.ip_adapter.rows(image, timesteps)
+        positions = None if self.positions is None else self.positions(self.patches.counts(sides))
+        return Hoisted(
+            Rows(self.modulations(timesteps, pooled), images),
+            Constants(
+                *self.texts(text), positions, scales, tuple(controls or ()), tuple(skipped or ())
+            ),
+        )
+
+    def predict(self, x: Tensor, row: Rows, constants: Constants) -> Tensor:
+        """The part that every step repeats: patches [B, L, p·p·C] -> [G·B, L, p·p·C]."""
+        text: Stream | None = Stream(constants.text)
+        picture = self.embed(x, constants.text.shape[0], constants.position)
+        images = _images(row, constants)
+        for i, block in enumerate(self.blocks):
+            both = next(images), None if block.own is None else next(images)
+            if i not in constants.skip_layers:
+                with scope(f"block {i}"):
+                    picture, text = block(picture, text, row.modulation, constants.text_bias, both)
+            if constants.controls and i + 1 < len(self.blocks):
+                interval = len(self.blocks) / len(constants.controls)
+                picture = picture.plus(constants.controls[int(i / interval)])
+        with scope("out"):
+            scale, shift = self.norm_out.vectors(row.modulation)
+            h = picture.normed(self.norm_out.eps, shift, scale)
+            return linear(h, self.proj_out.weight, self.proj_out.bias)
+
+    def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
+        """[B, L, p·p·C] -> [B, C, Y, X], less a rest that fills no patch, as diffusers'."""
+        assert self.patches is not None
+        return self.patches.unpack(x, sides)
+
+
+def _images(row: Rows, constants: Constants) -> Iterator[Image | None]:
+    """What the IP-Adapter adds to each attention, in order; without one, None for ever."""
+    if constants.image_scales is None:
+        yield from repeat(None)
+        return
+    for tokens, scale in zip(row.images, constants.image_scales, strict=True):
+        yield None if tokens is None else Image(tokens, scale.expand(tokens.shape[0], -1))
+
+
+def borrow_mmdit(module: Any, loan: Loan) -> MMDiT:
+    """Lend an SD3Transformer2DModel's weights; raises Unsupported for what this runtime is not."""
+    net, config = loan.open(module, "SD3Transformer2DModel"), loan.config(module)
+    rows, layers = Columns(loan), loan.each(net.transformer_blocks)
+    width = net.inner_dim
+    blocks = tuple(
+        borrow_joint_block(layer, loan, rows, width, asked=i + 1 < len(layers))
+        for i, layer in enumerate(layers)
+    )
+    norm_out = borrow_modulated(net.norm_out, loan, rows, width, "AdaLayerNormContinuous")
+    attentions = [
+        attention
+        for layer in layers
+        for attention in (layer.attn, layer.attn2)
+        if attention is not None
+    ]
+    mmdit = MMDiT(
+        **borrow_joint_trunk(net, loan, rows, blocks),
+        norm_out=norm_out,
+        proj_out=loan.linear(net.proj_out),
+        ip_adapter=borrow_joint_ip_adapter(getattr(net, "image_proj", None), attentions, loan),
+    )
+    assert mmdit.patches is not None
+    size, channels = mmdit.patches.size, net.out_channels
+    require(config.patch_size == size, f"patches of {size} that are put together as others")
+    require(
+        mmdit.proj_out.weight.shape[0] == channels * size**2,
+        f"a last layer of {mmdit.proj_out.weight.shape[0]} columns for {channels} channels",
+    )
+    loan.seal()
+    return mmdit

@@ -1,0 +1,83 @@
+"""Latents cut into the patches that a transformer takes for tokens, and the patches' positions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.models.blocks import require
+from fastdiff.models.borrow import Loan, Weights
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Latents cut into squares; a rest at the lower or right edge is left out, as in diffusers."""
+
+    size: int
+    embed: Weights
+    """The convolution of stride `size` as a linear layer of a patch."""
+
+    @property
+    def channels(self) -> int:
+        return self.embed.weight.shape[1] // self.size**2
+
+    def counts(self, sides: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return sides[0] // self.size, sides[1] // self.size
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """[B, C, Y, X] -> contiguous [B, L, p·p·C]."""
+        p, (rows, columns) = self.size, self.counts(latents.shape[2:])
+        whole = latents[..., : rows * p, : columns * p]
+        cut: Tensor = whole.unflatten(3, (columns, p)).unflatten(2, (rows, p))
+        moved = cut.permute(0, 2, 4, 3, 5, 1).contiguous()
+        return moved.view(latents.shape[0], rows * columns, -1)
+
+    def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
+        """[B, L, p·p·C] -> contiguous [B, C, Y, X], less the rest."""
+        rows, columns = self.counts(sides)
+        cut = x.view(x.shape[0], rows, columns, self.size, self.size, -1)
+        moved = cut.permute(0, 5, 1, 3, 2, 4).contiguous()
+        return moved.view(x.shape[0], -1, rows * self.size, columns * self.size)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Embeddings of the patches of a square, of which smaller pictures take the middle."""
+
+    table: Tensor
+    """[1, side·side, D]"""
+    side: int
+
+    def __call__(self, counts: tuple[int, int]) -> Tensor:
+        """[1, L, D], contiguous."""
+        rows, columns = counts
+        top, left = (self.side - rows) // 2, (self.side - columns) // 2
+        square = self.table.view(1, self.side, self.side, -1)
+        middle = square[:, top : top + rows, left : left + columns]
+        return middle.reshape(1, rows * columns, -1)
+
+
+def borrow_patches(module: Any, loan: Loan) -> tuple[Patches, Positions | None]:
+    """From a PatchEmbed."""
+    embed = loan.open(module, "PatchEmbed")
+    require(embed.norm is None and not embed.layer_norm, "a norm of embedded patches")
+    require(bool(embed.flatten), "embedded patches that stay a picture")
+    size = embed.patch_size
+    weights = loan.conv(embed.proj, kernel=size, stride=size, padding=0)
+    # channels lie last in it, so that rows, columns and channels are one dimension
+    flat = Weights(weights.weight.permute(0, 2, 3, 1).view(len(weights.weight), -1), weights.bias)
+    table, side = embed.pos_embed, embed.pos_embed_max_size
+    if table is None:
+        return Patches(size, flat), None
+    require(bool(side), "positions that are computed for each size (no pos_embed_max_size)")
+    require(
+        table.dtype == loan.dtype and table.device == loan.device,
+        f"positions of {table.dtype} on {table.device}",
+    )
+    require(
+        table.shape == (1, side * side, flat.weight.shape[0]) and table.is_contiguous(),
+        f"positions of {list(table.shape)}",
+    )
+    return Patches(size, flat), Positions(table, side)
