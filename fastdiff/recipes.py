@@ -57,6 +57,8 @@ class Recipe:
     upcasts: bool = False
     """Whether it decodes in float32 beside a float16 U-Net where the autoencoder's config says
     `force_upcast`; other pipelines do not look at that."""
+    denoiser: str = "unet"
+    """The component that predicts what each step takes away."""
     exported: bool = False
     """Whether its networks can be exported, and its blocks priced."""
 
@@ -64,7 +66,7 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = ("unet", "controlnet", "vae")
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-    lcm = "LatentConsistencyModelPipeline"
+    lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
     return {
         sd: Recipe(plan=SD_PLAN, from_text=sd, exported=True),
         "StableDiffusionImg2ImgPipeline": Recipe(plan=SD_PLAN, from_text=sd),
@@ -87,6 +89,7 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusionXLAdapterPipeline": Recipe(upcasts=True),
         lcm: Recipe(from_text=lcm),
         "LatentConsistencyModelImg2ImgPipeline": Recipe(from_text=lcm),
+        sd3: Recipe(("vae",), from_text=sd3, denoiser="transformer"),
     }
 
 
@@ -97,6 +100,12 @@ RECIPES: Mapping[str, Recipe] = _rows()
 def recipe_of(pipe: Any) -> Recipe | None:
     """The row of a pipeline's class; None where fastdiff does not know it."""
     return RECIPES.get(type(pipe).__name__)
+
+
+def denoiser(pipe: Any) -> Any:
+    """The network of a pipeline that predicts what each step takes away."""
+    recipe = recipe_of(pipe)
+    return getattr(pipe, "unet" if recipe is None else recipe.denoiser)
 
 
 def exported(pipe: Any, what: str) -> Recipe:

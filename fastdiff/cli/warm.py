@@ -35,7 +35,7 @@ def warm(
     plan = of_preset(preset) if preset else of_folder(folder or DEMO_FOLDER)
     name = preset or (folder.resolve().name if folder else "demo")
     jobs = jobs_of(
-        plan.unet, plan.vae, wanted, sorted(set(arch)), plan.side, plan.factor, plan.upcasts
+        plan.denoiser, plan.vae, wanted, sorted(set(arch)), plan.side, plan.factor, plan.upcasts
     )
     what = f"{len(jobs)} kernels of {name} in {dtype}"
     with phases() as bars, new_folder(out) as partial:

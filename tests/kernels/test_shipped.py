@@ -34,7 +34,7 @@ from fastdiff.runtime.planned import kernels_of
 def launches(preset, arch=90):
     "Those of a picture, planned anew: not by way of a job."
     plan, networks = of_preset(preset), []
-    for module, kind in (parts(plan.unet) | parts(plan.vae)).values():
+    for module, kind in (parts(plan.denoiser) | parts(plan.vae)).values():
         cast = torch.nn.Module.to(module, dtype=torch.float16)
         networks.append(kind.borrow(cast, Loan(cast, rehearsal=True)))
     runs = [r for u in plan.upcasts for r in runs_of(networks, plan.side, plan.factor, u)]
