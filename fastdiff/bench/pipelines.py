@@ -46,16 +46,16 @@ def _read(saved: Saved, dtype: torch.dtype) -> Any:
 
     shared: Any = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     with quiet():
-        encoders = {}
+        given = dict.fromkeys(saved.absent)
         for net in saved.networks:
             if net.library == "transformers":
                 read: Any = getattr(transformers, net.kind).from_pretrained
-                encoders[net.folder.name], told = read(
+                given[net.folder.name], told = read(
                     net.folder, variant=net.variant, output_loading_info=True, **shared
                 )
                 _need_all(net.folder, told["missing_keys"])
         pipeline: Any = getattr(diffusers, saved.pipeline)
-        pipe = pipeline.from_pretrained(saved.folder, variant=saved.variant, **shared, **encoders)
+        pipe = pipeline.from_pretrained(saved.folder, variant=saved.variant, **shared, **given)
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             weights = chain(module.named_parameters(), module.named_buffers())

@@ -19,6 +19,9 @@ LIBRARIES = {
     "stable_diffusion": "model",
 }
 """Where a component may come from, and how the names of its weights begin there."""
+DISPENSABLE = ("text_encoder_3", "tokenizer_3")
+"""Components that diffusers draws without, though it loads no folder without them unless it is told
+that they are None."""
 LFS_POINTER = b"version https://git-lfs"
 SUFFIX = ".safetensors"
 
@@ -48,6 +51,8 @@ class Saved:
     folder: Path
     pipeline: str
     networks: tuple[Network, ...]
+    absent: tuple[str, ...] = ()
+    """Components of DISPENSABLE that were saved as None."""
 
     @property
     def variant(self) -> str | None:
@@ -84,6 +89,7 @@ def check_folder(folder: Path) -> Saved:
             Network(folder / name, library, kind, variant if variant in found[name] else None)
             for name, (library, kind) in networks.items()
         ),
+        tuple(name for name in DISPENSABLE if index.get(name) == [None, None]),
     )
 
 

@@ -60,7 +60,7 @@ def draw(pipe: Any, request: Request) -> Drawing:
     denoised = clock(device)
     vae = pipe.vae
     with torch.no_grad():
-        shift = vae.config.shift_factor or 0.0
+        shift = vae.config.get("shift_factor") or 0.0
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor + shift
         image = vae.decode(scaled, return_dict=False)[0]
     end = clock(device)
