@@ -56,8 +56,21 @@ XL_PLAN = replace(
     conditions=_TEXT | _ADDED,
     returned=("prompt_embeds", "add_text_embeds", "add_time_ids"),
 )
-
+SD3_PLAN = Plan(
+    conditions={
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+        "ip_adapter_image_embeds": "ip_adapter_image_embeds",
+    },
+    required=("prompt_embeds", "pooled_prompt_embeds"),
+    returned=("prompt_embeds", "pooled_prompt_embeds"),
+    attention_kwargs="joint_attention_kwargs",
+    pictures="ip_adapter_image_embeds",
+    step_options="",
+    absent=("skip_guidance_layers",),
+)
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
+MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
 
 @dataclass(frozen=True)
@@ -77,15 +90,16 @@ class Recipe:
     """Whether its networks can be exported, and its blocks priced."""
 
     @property
-    def denoising(self) -> str:
+    def denoiser(self) -> str:
         """The component that the loop repeats."""
         return next(iter(self.networks))
 
 
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
+    joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-    lcm = "LatentConsistencyModelPipeline"
+    lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
     return {
         sd: Recipe(plan=SD_PLAN, from_text=sd, exported=True),
         "StableDiffusionImg2ImgPipeline": Recipe(plan=SD_PLAN, from_text=sd),
@@ -108,6 +122,11 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusionXLAdapterPipeline": Recipe(upcasts=True),
         lcm: Recipe(from_text=lcm),
         "LatentConsistencyModelImg2ImgPipeline": Recipe(from_text=lcm),
+        sd3: Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3, exported=True),
+        "StableDiffusion3Img2ImgPipeline": Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3),
+        "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
+        "StableDiffusion3ControlNetPipeline": Recipe(joint),
+        "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
     }
 
 
@@ -118,6 +137,12 @@ RECIPES: Mapping[str, Recipe] = _rows()
 def recipe_of(pipe: Any) -> Recipe | None:
     """The row of a pipeline's class; None where fastdiff does not know it."""
     return RECIPES.get(type(pipe).__name__)
+
+
+def denoiser(pipe: Any) -> Any:
+    """The network that a pipeline's loop repeats."""
+    recipe = recipe_of(pipe)
+    return getattr(pipe, "unet" if recipe is None else recipe.denoiser)
 
 
 def exported(pipe: Any, what: str) -> Recipe:

@@ -32,10 +32,10 @@ OPTIONAL = {
     ),
     "diffusers": (
         *("families/*.py", "compiler/pipelines.py", "compiler/denoise.py"),
-        *("demo/*.py", "bench/presets.py", "bench/pipelines.py", "regression/worker.py"),
+        *("demo/*.py", "bench/preset*.py", "bench/pipelines.py", "regression/worker.py"),
         "bench/blueprints.py",
     ),
-    "transformers": ("demo/*.py", "bench/presets.py", "bench/pipelines.py"),
+    "transformers": ("demo/*.py", "bench/preset*.py", "bench/pipelines.py"),
     "tensorrt": ("engines/trt.py",),
     "tensorrt_rtx": ("engines/trt.py",),
     "onnx": ("export/*.py",),

@@ -23,7 +23,7 @@ def components(name):
 @pytest.mark.parametrize(("name", "recipe"), ROWS)
 def test_a_row_names_components_of_its_class(name, recipe):
     assert set(recipe.networks) <= components(name)
-    assert recipe.plan is None or family(recipe.networks[recipe.denoising]).denoised is not None
+    assert recipe.plan is None or family(recipe.networks[recipe.denoiser]).denoised is not None
     if recipe.from_text:
         twin = RECIPES[recipe.from_text]
         assert twin.from_text == recipe.from_text
@@ -37,7 +37,7 @@ def test_a_plan_names_variables_of_the_loop(name, recipe):
     variables, plan = set(call.__code__.co_varnames), recipe.plan
     assert {"latents", "timesteps", *plan.required} <= variables
     assert set(plan.required) <= set(plan.conditions.values()) <= variables
-    denoised = family(recipe.networks[recipe.denoising]).denoised
+    denoised = family(recipe.networks[recipe.denoiser]).denoised
     assert {*plan.conditions, plan.pictures} <= set(denoised.conditions._fields)
     assert set(plan.replaced.values()) <= set(plan.conditions)
     assert "self.interrupt" in inspect.getsource(call)

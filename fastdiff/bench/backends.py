@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff.errors import UserError
+from fastdiff.recipes import denoiser
 
 
 class Unavailable(Exception):
@@ -20,12 +21,12 @@ def eager(pipe: Any) -> None:
 
 def channels_last(pipe: Any) -> None:
     """Eager with the convolutions' weights and activations as NHWC."""
-    pipe.unet.to(memory_format=torch.channels_last)
+    denoiser(pipe).to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
 
 
 def inductor(pipe: Any) -> None:
-    """torch.compile of the U-Net and of the VAE's decoder, as it is by default."""
+    """torch.compile of the network that denoises and of the VAE's decoder, as it is by default."""
     _inductor(pipe, "default")
 
 
@@ -40,7 +41,7 @@ def _inductor(pipe: Any, mode: str) -> None:
         raise Unavailable("torch.compile needs triton on a GPU, and it is not installed")
     if not on_gpu:
         _need_compiler()
-    pipe.unet.compile(mode=mode)
+    denoiser(pipe).compile(mode=mode)
     pipe.vae.decoder.compile(mode=mode)
 
 
@@ -93,7 +94,7 @@ def check_ran(name: str, pipe: Any) -> None:
     if name in ON_ENGINES:
         from fastdiff.compiler.slot import slot_of
 
-        slot = slot_of(pipe.unet)
+        slot = slot_of(denoiser(pipe))
         if slot is not None and slot.eager:
             raise Unavailable(f"the U-Net ran eagerly: {'; '.join(slot.eager)}")
 

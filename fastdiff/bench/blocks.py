@@ -122,9 +122,9 @@ def _one_step(ledger: _Ledger) -> Iterator[None]:
 
 def _entrances(pipe: Any) -> Iterator[tuple[Any, str, str]]:
     """What a picture enters beside its steps: an owner, the attribute that it calls, a name."""
-    yield pipe.text_encoder, "forward", "text encoder"
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        yield pipe.text_encoder_2, "forward", "text encoder 2"
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if (encoder := getattr(pipe, name, None)) is not None:
+            yield encoder, "forward", name.replace("_", " ")
     slot = slot_of(pipe.vae.decoder)
     if slot is not None and slot.network is not None:
         yield slot.network.run, "function", "VAE"

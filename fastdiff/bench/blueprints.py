@@ -4,21 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from fastdiff.bench.presets import PRESETS, autoencoder, blueprint
+from fastdiff.bench.presets import autoencoder, blueprint, preset_named
 from fastdiff.bench.saved import check_folder
-from fastdiff.errors import UserError
-from fastdiff.recipes import RECIPES
+from fastdiff.families import family
+from fastdiff.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A U-Net and an autoencoder on the meta device."""
+    """The network that denoises and an autoencoder, on the meta device."""
 
-    unet: nn.Module
+    denoiser: nn.Module
     vae: nn.Module
     side: int
     """Of the latents of its own size."""
@@ -31,32 +31,23 @@ class Blueprint:
 
 def of_preset(name: str) -> Blueprint:
     """UserError for an unknown name."""
-    if name not in PRESETS:
-        raise UserError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    unet, side = blueprint(name)
+    preset = preset_named(name)
+    denoiser, side = blueprint(name)
     vae = autoencoder(preset)
-    return Blueprint(unet, vae, side, _factor(vae), (False, True) if preset.xl else (False,))
+    return Blueprint(denoiser, vae, side, _factor(vae), preset.upcasts)
 
 
 def of_folder(folder: Path) -> Blueprint:
     """UserError where it holds no pipeline that draws from a text."""
-    saved = check_folder(folder)
-    unet, vae = (
-        _made(model, _config(model, folder / name))
-        for name, model in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
-    )
-    upcast = RECIPES[saved.pipeline].upcasts and bool(vae.config.force_upcast)
-    side = unet.config.sample_size
-    return Blueprint(unet, vae, side, _factor(vae), (upcast,))
+    recipe = RECIPES[check_folder(folder).pipeline]
+    denoiser, vae = (_read(folder, name, recipe) for name in (recipe.denoiser, "vae"))
+    upcast = recipe.upcasts and bool(vae.config.force_upcast)
+    return Blueprint(denoiser, vae, denoiser.config.sample_size, _factor(vae), (upcast,))
 
 
-def _config(model: Any, folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = model.load_config(folder, local_files_only=True)
-    return found
-
-
-def _made(model: Any, config: dict[str, Any]) -> Any:
+def _read(folder: Path, name: str, recipe: Recipe) -> Any:
+    model: Any = getattr(diffusers, family(recipe.networks[name]).models[0])
+    config = model.load_config(folder / name, local_files_only=True)
     with torch.device("meta"):
         return model.from_config(config).eval()
 

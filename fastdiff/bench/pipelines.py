@@ -1,14 +1,18 @@
 """Loading a pipeline folder, and what can be asked of the pipeline."""
 
+import math
 import re
+from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdiff.bench.saved import check_folder
+from fastdiff.bench.saved import Saved, check_folder
 from fastdiff.devices import refusal
 from fastdiff.errors import UserError
+from fastdiff.recipes import denoiser
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,10 +24,8 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
     Reads local safetensors only. Raises UserError for anything that is not such a pipeline.
     """
     saved = check_folder(folder)
-    from fastdiff.bench.presets import from_folder
-
     try:
-        return from_folder(saved, dtype).to(device)
+        return _read(saved, dtype).to(device)
     except (ImportError, UserError):
         raise
     except Exception as error:  # a foreign file can be wrong in any way: say which, and where
@@ -31,17 +33,62 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
         raise UserError(f"{folder} cannot be loaded: {reason}") from error
 
 
+def _read(saved: Saved, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder that was checked, on the CPU, loaded in silence.
+
+    Raises UserError where a file lacks weights that a network has: transformers would draw them at
+    random, and diffusers leave them without memory.
+    """
+    import diffusers
+    import transformers
+
+    from fastdiff.demo import quiet
+
+    shared: Any = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    with quiet():
+        given = dict.fromkeys(saved.absent)
+        for net in saved.networks:
+            if net.library == "transformers":
+                read: Any = getattr(transformers, net.kind).from_pretrained
+                given[net.folder.name], told = read(
+                    net.folder, variant=net.variant, output_loading_info=True, **shared
+                )
+                _need_all(net.folder, told["missing_keys"])
+        pipeline: Any = getattr(diffusers, saved.pipeline)
+        pipe = pipeline.from_pretrained(saved.folder, variant=saved.variant, **shared, **given)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            weights = chain(module.named_parameters(), module.named_buffers())
+            _need_all(saved.folder / name, [key for key, weight in weights if weight.is_meta])
+    return pipe
+
+
+def _need_all(folder: Path, missing: Collection[str]) -> None:
+    if missing:
+        raise UserError(
+            f"{folder}: its weights lack {min(missing)}, one of {len(missing)} that its config.json"
+            " asks for; save or copy it again"
+        )
+
+
 def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width in pixels, the pipeline's own where None; UserError unless they fit.
 
-    Sides are multiples of the VAE's factor and of 8, which diffusers asks of every pipeline.
+    Sides are multiples of the VAE's factor and of 8, which diffusers asks of every pipeline; those
+    of a transformer are whole patches, of which it has positions for so many.
     """
-    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    multiple = max(8, pipe.vae_scale_factor)
+    config, factor = denoiser(pipe).config, pipe.vae_scale_factor
+    patch = config.get("patch_size") or 1
+    own, multiple = config.sample_size * factor, max(8, factor) * patch
+    most = (config.get("pos_embed_max_size") or math.inf) * factor * patch
     height, width = (own if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):
         if side < multiple or side % multiple:
-            raise UserError(f"--{name} is {side}; this VAE needs a positive multiple of {multiple}")
+            raise UserError(
+                f"--{name} is {side}; this pipeline needs a positive multiple of {multiple}"
+            )
+        if side > most:
+            raise UserError(f"--{name} is {side}; this pipeline has positions for {most} at most")
     return height, width
 
 

@@ -3,7 +3,7 @@
 Two gates, both against the same network in float64 rather than against eager, because eager
 rounds too:
 
-- one U-Net step, the one rule of every kernel here:
+- one step's network, the one rule of every kernel here:
   max|y - ref| <= 2 (max|eager - ref| + eps(dtype) max|ref|), where eager's error is the larger
   of its two memory formats: both are PyTorch's own, and on two Zen cores NHWC rounds the demo's
   step three times as coarsely as NCHW;
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
 from fastdiff.bench.timing import Request, draw
+from fastdiff.recipes import denoiser
 
 _ssim: Any = structural_similarity  # untyped
 STEP_FACTOR, PICTURE_FACTOR, PICTURE_FLOOR = 2.0, 4.0, 1e-3
@@ -31,8 +32,8 @@ class Receipt:
     """How a backend's picture and step compare; passed only if both gates are green.
 
     psnr_db (inf where equal), ssim, max_abs: picture in [0, 1] against eager's at the same noise.
-    err_*: max-abs of one U-Net step against float64, eager's in the worse of its memory formats;
-    budget: what err_vs_fp64 may be. picture_rms_*: the picture against float64.
+    err_*: max-abs of one step's network against float64, eager's in the worse of its memory
+    formats; budget: what err_vs_fp64 may be. picture_rms_*: the picture against float64.
     """
 
     psnr_db: float
@@ -48,7 +49,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Step:
-    """The arguments of one call of a U-Net, as the pipeline made it."""
+    """The arguments of one call of the network that denoises, as the pipeline made it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -73,7 +74,8 @@ class Truth:
 def find_truth(pipe: Any, request: Request) -> Truth:
     """Draw with the eager `pipe` and with a float64 copy of it, which is freed on return."""
     calls: list[Step] = []
-    hook = pipe.unet.register_forward_pre_hook(
+    net = denoiser(pipe)
+    hook = net.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(Step(args, kwargs)), with_kwargs=True
     )
     try:
@@ -81,24 +83,24 @@ def find_truth(pipe: Any, request: Request) -> Truth:
     finally:
         hook.remove()
     step = calls[len(calls) // 2]
-    nhwc = copy.deepcopy(pipe.unet).to(memory_format=torch.channels_last)
-    outputs_eager = run_step(pipe.unet, step), run_step(nhwc, step)
+    nhwc = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    outputs_eager = run_step(net, step), run_step(nhwc, step)
     del nhwc
     exact = copy.deepcopy(pipe).to(torch.float64)
     return Truth(
         step=step,
         picture=draw(exact, request).image,
         picture_eager=picture_eager,
-        output=run_step(exact.unet, Step(_double(step.args), _double(step.kwargs))),
+        output=run_step(denoiser(exact), Step(_double(step.args), _double(step.kwargs))),
         outputs_eager=outputs_eager,
-        eps=torch.finfo(pipe.unet.dtype).eps,
+        eps=torch.finfo(net.dtype).eps,
     )
 
 
-def run_step(unet: Any, step: Step) -> torch.Tensor:
-    """The U-Net's output for one recorded call, float64 on the CPU."""
+def run_step(net: Any, step: Step) -> torch.Tensor:
+    """The network's output for one recorded call, float64 on the CPU."""
     with torch.no_grad():
-        output: torch.Tensor = unet(*step.args, **step.kwargs)[0]
+        output: torch.Tensor = net(*step.args, **step.kwargs)[0]
     return output.double().cpu()
 
 

@@ -27,7 +27,7 @@ from fastdiff.compiler.options import FASTDIFF
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
-from fastdiff.recipes import exported
+from fastdiff.recipes import denoiser, exported
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT = "h200"
@@ -131,7 +131,7 @@ def roofline(
     device = torch.device(pipe.device)
     default = ROUNDS if device.type == "cuda" else 0
     rounds = default if rounds is None else max(0, rounds)
-    dtype = pipe.unet.dtype
+    dtype = denoiser(pipe).dtype
 
     def draw() -> None:
         picture(pipe, height, width, steps, output_type="pt")
@@ -183,10 +183,10 @@ def _rows(
 
 def _check(pipe: Any) -> None:
     exported(pipe, f"a {type(pipe).__name__} cannot be priced")
-    slot = slot_of(pipe.unet)
+    slot = slot_of(denoiser(pipe))
     if slot is not None and slot.kind.runner != FASTDIFF:
         raise UserError(f"the U-Net runs on {slot.kind.runner}, whose blocks are its own; restore")
-    dtype = pipe.unet.dtype
+    dtype = denoiser(pipe).dtype
     if dtype not in DTYPES:
         raise UserError(f"the U-Net is {dtype}; GPUs are priced for {', '.join(map(str, DTYPES))}")
     if dtype == torch.float16 and pipe.device.type == "cpu":
@@ -200,7 +200,7 @@ def _check(pipe: Any) -> None:
 def _compiled(pipe: Any) -> Iterator[None]:
     """Compiled within it, and silent; afterwards as it was."""
     bar = vars(pipe).get("_progress_bar_config")
-    compiled = slot_of(pipe.unet) is not None
+    compiled = slot_of(denoiser(pipe)) is not None
     if compiled and loop_of(pipe) is None:
         raise UserError("this pipeline was compiled without its loop; restore it to be priced")
     pipe.set_progress_bar_config(disable=True)

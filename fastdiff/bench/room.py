@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff.errors import UserError
+from fastdiff.recipes import denoiser
 
 TOLD = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "overflowed")
 """What RuntimeErrors of torch say that are a want of memory."""
@@ -41,11 +42,16 @@ def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
 
 
 def least(pipe: Any, height: int, width: int) -> int:
-    """Bytes of what one convolution of the U-Net's first block reads and writes, guided."""
-    unet, factor = pipe.unet, pipe.vae_scale_factor
-    channels = int(unet.config.block_out_channels[0])
-    numbers = 2 * channels * (height // int(factor)) * (width // int(factor))
-    return 2 * numbers * int(unet.dtype.itemsize)
+    """Bytes of what one layer of the first block reads and writes, guided: a convolution of a
+    U-Net, a product of a transformer."""
+    net, factor = denoiser(pipe), int(pipe.vae_scale_factor)
+    config = net.config
+    if "block_out_channels" in config:
+        width_of, patch = int(config.block_out_channels[0]), 1
+    else:
+        width_of, patch = config.num_attention_heads * config.attention_head_dim, config.patch_size
+    numbers = 2 * width_of * (height // factor // patch) * (width // factor // patch)
+    return 2 * numbers * int(net.dtype.itemsize)
 
 
 def available() -> int | None:

@@ -18,7 +18,7 @@ from fastdiff.bench.results import Row
 from fastdiff.bench.stats import speedup
 from fastdiff.bench.timing import Drawing, Request, draw, interleave
 from fastdiff.errors import UserError
-from fastdiff.recipes import decodes_in_float32
+from fastdiff.recipes import decodes_in_float32, denoiser
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def bench(
 
 def _request(pipe: Any, settings: Settings) -> Request:
     factor = pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, settings.height // factor, settings.width // factor)
+    channels = denoiser(pipe).config.in_channels
+    shape = (1, channels, settings.height // factor, settings.width // factor)
     return Request(
         prompt=settings.prompt,
         steps=settings.steps,
@@ -130,7 +131,7 @@ def _prepare(
     warm_s = time.perf_counter() - start
     return replace(
         row,
-        receipt=check(drawing.image, run_step(pipe.unet, truth.step), truth),
+        receipt=check(drawing.image, run_step(denoiser(pipe), truth.step), truth),
         # an engine's memory is its own library's, which torch does not see
         peak_mem_bytes=None
         if row.backend in ON_ENGINES

@@ -19,6 +19,9 @@ LIBRARIES = {
     "stable_diffusion": "model",
 }
 """Where a component may come from, and how the names of its weights begin there."""
+DISPENSABLE = ("text_encoder_3", "tokenizer_3")
+"""Components that diffusers draws without, though it loads no folder without them unless it is told
+that they are None."""
 LFS_POINTER = b"version https://git-lfs"
 SUFFIX = ".safetensors"
 
@@ -48,6 +51,8 @@ class Saved:
     folder: Path
     pipeline: str
     networks: tuple[Network, ...]
+    absent: tuple[str, ...] = ()
+    """Components of DISPENSABLE that were saved as None."""
 
     @property
     def variant(self) -> str | None:
@@ -84,6 +89,7 @@ def check_folder(folder: Path) -> Saved:
             Network(folder / name, library, kind, variant if variant in found[name] else None)
             for name, (library, kind) in networks.items()
         ),
+        tuple(name for name in DISPENSABLE if index.get(name) == [None, None]),
     )
 
 
@@ -99,17 +105,20 @@ def _pipeline(folder: Path, index: dict[str, Any]) -> str:
 
 
 def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> None:
-    """UserError where the U-Net reads more than latents: an inpainting model's mask and picture."""
-    for missing in {"unet", "vae"} - set(networks):
+    """UserError where the network that denoises reads more than latents: an inpainting model's mask
+    and picture."""
+    name = RECIPES[pipeline].denoiser
+    for missing in sorted({name, "vae"} - set(networks)):
         raise UserError(f"{folder} has no {missing}; save or copy the pipeline again")
-    unet, vae = (_read_json(folder / name / "config.json") for name in ("unet", "vae"))
-    takes, given = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    net, vae = (_read_json(folder / part / "config.json") for part in (name, "vae"))
+    given = vae.get("latent_channels", 4)
+    takes = net.get("in_channels", given)
     if takes != given:
         raise UserError(
-            f"{folder}: its U-Net takes {takes} channels where latents have {given}, so it draws"
+            f"{folder}: its {name} takes {takes} channels where latents have {given}, so it draws"
             " from a picture, not from a text alone"
         )
-    if pipeline == LCM and unet.get("time_cond_proj_dim") is None:
+    if pipeline == LCM and net.get("time_cond_proj_dim") is None:
         raise UserError(
             f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} asks for; save it as a"
             f" StableDiffusionPipeline"

@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 
 from fastdiff.bench.graph import guided
-from fastdiff.bench.presets import PRESETS, SD15, autoencoder, blueprint
+from fastdiff.bench.presets import PRESETS, autoencoder, blueprint
 from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.inspect import launches
 from fastdiff.kernels.planned import distinct
@@ -22,7 +22,7 @@ MOST = 30
 PIPELINES = ("sd15", "sdxl", "sd3")
 """SD3 has no network here yet: the kernels' cases of its sizes stand for it."""
 TOKENS = 77
-SD3_CASES, SD3_LATENTS, SD3_SIDE = ("sd3", "sdxl-cfg"), 16, 128
+SD3_CASES = ("sd3", "sdxl-cfg")
 """Its guided step is as SDXL's."""
 
 
@@ -32,14 +32,13 @@ def needed(pipeline: str, arch: int, dtype: torch.dtype) -> list[Launch]:
     pipeline: of PIPELINES, at its own size.
     """
     found: list[Launch] = []
+    net, side = blueprint(pipeline)
+    vae = autoencoder(PRESETS[pipeline])
     if pipeline == "sd3":
-        side, vae = SD3_SIDE, autoencoder(SD15, latent_channels=SD3_LATENTS)
         cases = launches(arch, (dtype,), None)
         found += [launch for _, case, _, launch in cases if case.name.startswith(SD3_CASES)]
     else:
-        model, side = blueprint(pipeline)
-        vae = autoencoder(PRESETS[pipeline])
-        found += kernels_of([guided(model, dtype, side, TOKENS)], arch)
+        found += kernels_of([guided(net, dtype, side, TOKENS)], arch)
     torch.nn.Module.to(vae, dtype=dtype)
     decoder = borrow_decoder(vae.decoder, Loan(vae.decoder, rehearsal=True))
     encoder = borrow_encoder(vae.encoder, Loan(vae.encoder, rehearsal=True))

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastdiff.recipes import denoiser
+
 T = TypeVar("T")
 GUIDANCE_SCALE = 4.0  # above 1, so that every step runs the batch of two that users run
 
@@ -43,7 +45,7 @@ def draw(pipe: Any, request: Request) -> Drawing:
     """Draw and time one picture. What is timed is what the receipt looks at."""
     device = pipe.device
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents = request.latents.to(device, pipe.unet.dtype)
+    latents = request.latents.to(device, denoiser(pipe).dtype)
     start = clock(device)
     latents = pipe(
         request.prompt,
@@ -58,7 +60,8 @@ def draw(pipe: Any, request: Request) -> Drawing:
     denoised = clock(device)
     vae = pipe.vae
     with torch.no_grad():
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        shift = vae.config.get("shift_factor") or 0.0
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + shift
         image = vae.decode(scaled, return_dict=False)[0]
     end = clock(device)
     picture = (image[0].double() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu()

@@ -10,6 +10,7 @@ import typer
 
 from fastdiff.cli.options import Device, Dtype, Seed, Side, Steps, app, at_least, load_pipe
 from fastdiff.errors import UserError
+from fastdiff.recipes import denoiser
 
 
 @app.command()
@@ -100,8 +101,9 @@ def _picture(painter: Any, drawn: Any, guidance_scale: float) -> Any:
     import numpy as np
 
     if not np.isfinite(drawn).all():
+        dtype = denoiser(painter).dtype
         raise UserError(
-            f"the picture holds numbers that are not finite, in {painter.unet.dtype} with guidance"
+            f"the picture holds numbers that are not finite, in {dtype} with guidance"
             f" {guidance_scale:g}; give a smaller --guidance-scale, or --dtype fp32"
         )
     return painter.image_processor.numpy_to_pil(drawn)[0]

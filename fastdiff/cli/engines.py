@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from fastdiff.errors import UserError
+from fastdiff.recipes import denoiser
 
 SCHEMA = "fastdiff.engines/1"
 
@@ -65,7 +66,7 @@ def write_engines(
     with phases() as progress:
         progress.log("loading")
         pipe, parts = load()
-        wanted = wanted or shapes.default(parts, pipe.unet.config.sample_size)
+        wanted = wanted or shapes.default(parts, denoiser(pipe).config.sample_size)
         request = builder.Request(flavor, targets, wanted, opset, compatible, asked.timing_cache)
         profiles = builder.check(parts, request)
         if dry_run:

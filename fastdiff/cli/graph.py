@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdiff.cli.options import app
-from fastdiff.errors import UserError
+from fastdiff.cli.options import PRESETS, app
 
 SCHEMA = "fastdiff.graph/1"
 TOKENS = 77
@@ -19,7 +18,7 @@ HEAD = ("kernel", "launches", "MB", "GFLOP", "floor ms")
 @app.command()
 def graph(
     context: typer.Context,
-    preset: Annotated[str, typer.Option(help="sd15, sd21 or sdxl.")] = "sd15",
+    preset: Annotated[str, typer.Option(help=PRESETS)] = "sd15",
     gpu: Annotated[str, typer.Option(help="h200, h100, a100-80, rtx4090, …")] = "h200",
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "fp16",
     out: Annotated[Path | None, typer.Option(help="Write fastdiff.graph/1 here.")] = None,
@@ -29,15 +28,13 @@ def graph(
     from fastdiff.bench.graph import rows
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.pipelines import check_dtype
-    from fastdiff.bench.presets import PRESETS, blueprint
+    from fastdiff.bench.presets import blueprint
     from fastdiff.written import afterwards, check_writable
 
-    if preset not in PRESETS:
-        raise UserError(f"--preset is {preset!r}; choose one of {', '.join(PRESETS)}")
     priced = gpu_named(gpu)
+    network, side = blueprint(preset)
     if out:
         check_writable(out, "--out")
-    network, side = blueprint(preset)
     found = rows(network, priced, check_dtype(dtype, "cuda"), side, TOKENS)
     document: dict[str, Any] = {
         "schema": SCHEMA,

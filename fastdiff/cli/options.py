@@ -21,7 +21,8 @@ Seed = Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2
 Side = Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if absent.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 on a CPU, else fp16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")]
-Preset = Annotated[str | None, typer.Option(help="sd15, sd21, sdxl or tiny.")]
+PRESETS = "sd15, sd21, sdxl, tiny, sd3, sd35-medium, sd35-large; -t5 after these with T5."
+Preset = Annotated[str | None, typer.Option(help=PRESETS)]
 Scale = Annotated[float, typer.Option(help="Preset's widths and picture, 0 to 1.")]
 
 

@@ -44,7 +44,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     _refuse_compiled(parts)
     parts = _with_engine(target, _searched(parts, options), options)
     from fastdiff.compiler.ahead import kernels
-    from fastdiff.compiler.parts import denoising
+    from fastdiff.compiler.parts import denoiser_name
     from fastdiff.compiler.pipelines import take_loop
 
     if not parts and not options.ignore:
@@ -70,7 +70,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
         for slot in slots:
             slot.kernels = made
             slot.put()
-        if denoising(target) in parts and LOOP not in options.ignore:
+        if denoiser_name(target) in parts and LOOP not in options.ignore:
             take_loop(target)
     except BaseException:
         _end(slots)
@@ -242,9 +242,9 @@ def _searched(parts: dict[str, Any], options: Options) -> dict[str, Any]:
 
 def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[str, Any]:
     """`parts` with the network that the loop repeats on the backend that `options` ask for."""
-    from fastdiff.compiler.parts import denoising, networks
+    from fastdiff.compiler.parts import denoiser_name, networks
 
-    own = denoising(target)
+    own = denoiser_name(target)
     for name, (module, _) in parts.items():
         slot, wanted = slot_of(module), options.backend if name == own else FASTDIFF
         other = options.engines is not None or options.ort_graphs

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.compiler.parts import denoising, parts
+from fastdiff.compiler.parts import denoiser_name, parts
 from fastdiff.errors import UserError
 from fastdiff.families import Sizes
 from fastdiff.kernels.dispatch import interpreted
@@ -21,7 +21,7 @@ SIDE, FACTOR = 64, 8
 
 def own_size(target: Any) -> Sizes:
     """Of a picture of a pipeline or a bare model, of its own size."""
-    network: Any = getattr(target, denoising(target), target)
+    network: Any = getattr(target, denoiser_name(target), target)
     bare_vae = hasattr(network, "post_quant_conv")
     vae: Any = network if bare_vae else getattr(target, "vae", None)
     factor = FACTOR if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)

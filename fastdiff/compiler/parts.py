@@ -42,7 +42,7 @@ def parts(target: Any) -> Taken:
     return taken
 
 
-def denoising(target: Any) -> str:
+def denoiser_name(target: Any) -> str:
     """The component that a loop repeats: the first of a recipe's networks, or the bare model."""
     return next(iter(networks(target)))
 

@@ -233,11 +233,11 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Ca
     if callback is not None and kept:
         raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
-    denoised = family(recipe.networks[recipe.denoising]).denoised
+    denoised = family(recipe.networks[recipe.denoiser]).denoised
     assert denoised is not None
     given = {field: local.get(name) for field, name in plan.conditions.items()}
     return Call(
-        network=recipe.denoising,
+        network=recipe.denoiser,
         latents=local["latents"],
         conditions=denoised.conditions(**given),
         plan=plan,

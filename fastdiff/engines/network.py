@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.engines.bound import Bound, Engine
 from fastdiff.models import Unsupported
-from fastdiff.models.checks import check_texts
+from fastdiff.models.checks import check_count
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime import graphs
 
@@ -63,7 +63,7 @@ class EngineNetwork:
                 f" multiples of {self._multiple}"
             )
         texts = tensors[self._conditions[0]]
-        check_texts(texts, latents, copies)
+        check_count(self._conditions[0], texts, latents, copies)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         shapes[self._latents] = (texts.shape[0], *latents.shape[1:])
         if reason := self.engine.refusal(shapes):
@@ -84,7 +84,7 @@ class EngineNetwork:
                 f" {self.engine.device}"
             )
 
-    def hoist(self, given: Any, timesteps: Tensor, sides: tuple[int, int]) -> Hoisted:
+    def hoist(self, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """Rows [steps, 1] float32 of the timesteps, and the conditions as they are."""
         if timesteps.shape[1] != 1:
             raise Unsupported("it was given a timestep for each picture")
@@ -113,7 +113,7 @@ class EngineNetwork:
         with graphs.in_turn(self.engine.device):
             return self.predict(x, row, constants)
 
-    def unpack(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
+    def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
         """[B, C, Y, X] as they are."""
         return x.contiguous()
 

@@ -80,13 +80,19 @@ def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
     return [call(bare, given, latents)]
 
 
+def each_of(name: str, component: Any, single: str, several: str) -> dict[str, Any]:
+    """By dotted name: a component that is one network of the class `single`, or those of one of the
+    class `several`."""
+    if of_model(component, single):
+        return {name: component}
+    if not of_model(component, several):
+        return {}
+    once = {id(net): net for net in getattr(component, "nets", ())}  # it may be there twice
+    return {f"{name}.{i}": net for i, net in enumerate(once.values())}
+
+
 def _taken(name: str, component: Any) -> Taken:
-    nets: dict[str, Any] = {}
-    if of_model(component, *FAMILY.models):
-        nets = {name: component}
-    elif of_model(component, "MultiControlNetModel"):  # one may be there more than once
-        once = {id(each): each for each in getattr(component, "nets", ())}
-        nets = {f"{name}.{i}": each for i, each in enumerate(once.values())}
+    nets = each_of(name, component, FAMILY.models[0], "MultiControlNetModel")
     return {path: (net, CONTROLNET) for path, net in nets.items()}
 
 

@@ -1,7 +1,5 @@
 """U-Nets of SD1.x, SD2.x and SDXL: diffusers' UNet2DConditionModel."""
 
-import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part, Port, dtype_name, sides, unsupported
+from fastdiff.families.part import Part, Port, dtype_name, sides, unsupported, with_frequencies
 from fastdiff.models import Loan, Trunk, UNet, Unsupported, borrow_unet
 from fastdiff.models.checks import refuse
 from fastdiff.models.trunk import Conditions
@@ -45,7 +43,7 @@ def _call(
     **unknown: Any,
 ) -> UNet2DConditionOutput | tuple[Tensor]:
     """`UNet2DConditionModel.forward` on the compact network."""
-    lora_scale(cross_attention_kwargs)
+    lora_scale(cross_attention_kwargs, "cross_attention_kwargs")
     refuse(class_labels=class_labels, attention_mask=attention_mask, **unknown)
     added = dict(added_cond_kwargs or {})
     known = {name: added.pop(name, None) for name in ("text_embeds", "time_ids", "image_embeds")}
@@ -64,12 +62,15 @@ def _call(
     return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
 
-def lora_scale(cross_attention_kwargs: dict[str, Any] | None) -> float:
-    """What `cross_attention_kwargs` multiply LoRA adapters by; Unsupported for all else in them."""
-    others = dict(cross_attention_kwargs or {})
+def lora_scale(kwargs: dict[str, Any] | None, what: str) -> float:
+    """What attention `kwargs` multiply LoRA adapters by; Unsupported for all else in them.
+
+    what: the argument that they are.
+    """
+    others = dict(kwargs or {})
     scale = others.pop("scale", 1.0)
     if others:
-        raise Unsupported(f"it was given {', '.join(others)} in cross_attention_kwargs")
+        raise Unsupported(f"it was given {', '.join(others)} in {what}")
     if not isinstance(scale, int | float) or scale == 0:
         raise Unsupported(f"a LoRA scale of {scale!r}, at which diffusers resets the adapters")
     return float(scale)
@@ -77,7 +78,7 @@ def lora_scale(cross_attention_kwargs: dict[str, Any] | None) -> float:
 
 def _scale(*_: Any, cross_attention_kwargs: Any = None, **__: Any) -> float:
     # by position diffusers ignores the scale
-    return lora_scale(cross_attention_kwargs)
+    return lora_scale(cross_attention_kwargs, "cross_attention_kwargs")
 
 
 def example(net: Trunk, texts: int, tokens: int) -> Conditions:
@@ -110,37 +111,12 @@ def _unexported(network: UNet) -> None:
         raise Unsupported("an IP-Adapter, which an engine does not have")
 
 
-class Frequencies(nn.Module):
-    """diffusers' Timesteps [B] -> [B, C] with its frequencies as a constant of torch's own bits.
-
-    A runtime whose exp differs by one rounding is 1e-4 rad away at timestep 999.
-    """
-
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        half = source.num_channels // 2
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
-        table = source.scale * torch.exp(exponent / (half - source.downscale_freq_shift))
-        self.cosine_first = source.flip_sin_to_cos
-        self.register_buffer("table", table)
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        table: Any = self.table
-        angles = timesteps[:, None].to(table.dtype) * table
-        waves = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
-        return torch.cat(waves, dim=-1).to(timesteps.dtype)  # that of what it is joined to
-
-
 class _Exported(nn.Module):
     """sample [B, C, Y, X], timestep [] or [1], text [B, L, D] and `extra` inputs -> out_sample."""
 
     def __init__(self, net: nn.Module, extra: tuple[str, ...]) -> None:
         super().__init__()
-        self.net, self.extra = copy.copy(net), extra  # its own children, the same weights
-        self.net._modules = dict(net._modules)
-        for name, child in net.named_children():
-            if type(child).__name__ == "Timesteps":
-                self.net.add_module(name, Frequencies(child))
+        self.net, self.extra = with_frequencies(net), extra
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor

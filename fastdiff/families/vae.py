@@ -21,7 +21,7 @@ from fastdiff.models import (
     borrow_encoder,
 )
 from fastdiff.models.blocks import channels_first, channels_last
-from fastdiff.models.checks import check_tensor
+from fastdiff.models.checks import checked
 from fastdiff.runtime.planned import Run, coding, without_memory
 from fastdiff.runtime.recordings import Recorded
 
@@ -49,9 +49,7 @@ def _call(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> 
     if latent_embeds is not None:
         raise Unsupported("it was given latent_embeds")
     weight = coder.network.conv_in.weight
-    check_tensor("sample", sample, weight, channels=weight.shape[1], dim=4)
-    if sample.numel() == 0:
-        raise Unsupported("it was given an empty tensor")
+    checked("sample", sample, weight, channels=weight.shape[1], dim=4)
     return channels_first(coder.run(channels_last(sample)))
 
 

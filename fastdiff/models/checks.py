@@ -14,15 +14,14 @@ def refuse(**given: Any) -> None:
             raise Unsupported(f"it was given {name}")
 
 
-def check_texts(text: Tensor, latents: Tensor, copies: int) -> None:
-    """Raise Unsupported unless there are as many texts as `copies` of the latents."""
-    if text.shape[0] != copies * latents.shape[0]:
-        raise Unsupported(f"{text.shape[0]} texts for {latents.shape[0]} latents")
+def checked(name: str, tensor: Tensor | None, weight: Tensor, channels: int, dim: int) -> Tensor:
+    """The tensor; Unsupported unless it has these channels and dimensions, and `weight`'s dtype and
+    device.
 
-
-def check_tensor(name: str, tensor: Tensor, weight: Tensor, channels: int, dim: int) -> None:
-    """Raise Unsupported unless a tensor has these channels (its second side where it has four, else
-    its last) and dimensions, and `weight`'s dtype and device."""
+    Four dimensions are a picture's, with the channels at 1; otherwise they come last.
+    """
+    if tensor is None:
+        raise Unsupported(f"it was given no {name}")
     at = 1 if dim == 4 else -1
     if tensor.ndim != dim or tensor.shape[at] != channels:
         raise Unsupported(
@@ -33,4 +32,16 @@ def check_tensor(name: str, tensor: Tensor, weight: Tensor, channels: int, dim: 
         raise Unsupported(
             f"{name} is {tensor.dtype} on {tensor.device}, the weights are {weight.dtype} on"
             f" {weight.device}"
+        )
+    if tensor.numel() == 0:
+        raise Unsupported(f"{name} is empty")
+    return tensor
+
+
+def check_count(name: str, tensor: Tensor, latents: Tensor, copies: int) -> None:
+    """Raise Unsupported unless there are `copies` of `name` for each of the latents."""
+    if tensor.shape[0] != copies * latents.shape[0]:
+        raise Unsupported(
+            f"{name} is for {tensor.shape[0]} pictures; there are {latents.shape[0]} latents"
+            + (f" in {copies} copies" if copies > 1 else "")
         )

@@ -1,5 +1,6 @@
 """ControlNets of SD1.x, SD2.x and SDXL: the down half of a U-Net, on borrowed weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,7 +38,7 @@ class ControlNet(Trunk):
     pooled: bool
     """Whether each residual is to be averaged over the picture (`global_pool_conditions`)."""
 
-    def hoist(self, given: Conditions, timesteps: Tensor, sides: tuple[int, int]) -> Hoisted:
+    def hoist(self, given: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """As of `UNet.hoist`; the picture's embedding among the constants."""
         condition = given.controlnet_cond
         assert condition is not None
@@ -56,7 +57,7 @@ class ControlNet(Trunk):
         outs = zip((*skips, middle), self.outs, strict=True)
         return torch.cat([linear(h.closed(), out.weight, out.bias).flatten() for h, out in outs])
 
-    def unpack(self, x: Tensor, sides: tuple[int, int]) -> list[Tensor]:
+    def unpack(self, x: Tensor, sides: Sequence[int]) -> list[Tensor]:
         """Residuals of every skip, then of the middle: [B, C, Y, X] each, channels last in
         memory."""
         each = zip(self._sizes(*sides), self.outs, strict=True)

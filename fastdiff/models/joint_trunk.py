@@ -12,8 +12,8 @@ from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import Columns, repeated, require
 from fastdiff.models.borrow import Loan, Weights
+from fastdiff.models.checks import check_count, checked
 from fastdiff.models.embeddings import TimeText, borrow_time_text
-from fastdiff.models.fits import fits, one_each
 from fastdiff.models.joint import JointBlock
 from fastdiff.models.patches import Patches, Positions, borrow_patches
 from fastdiff.models.reads import Reader
@@ -61,9 +61,9 @@ class JointTrunk:
         """Raise Unsupported where diffusers itself would refuse a tensor, or convert it."""
         weight = self.modulation.weight
         if self.patches is None:
-            fits("hidden_states", latents, weight, self.width, 3)
+            checked("hidden_states", latents, weight, self.width, 3)
         else:
-            fits("hidden_states", latents, weight, self.patches.channels, 4)
+            checked("hidden_states", latents, weight, self.patches.channels, 4)
             rows, columns = self.patches.counts(latents.shape[2:])
             require(min(rows, columns) > 0, f"latents of {list(latents.shape)} have no patch")
             side = max(rows, columns) if self.positions is None else self.positions.side
@@ -74,11 +74,11 @@ class JointTrunk:
         if self.context is None:
             require(text is None, "it was given encoder_hidden_states")
         else:
-            text = fits("encoder_hidden_states", text, weight, self.context.weight.shape[1], 3)
-            one_each("encoder_hidden_states", text, latents, copies)
+            text = checked("encoder_hidden_states", text, weight, self.context.weight.shape[1], 3)
+            check_count("encoder_hidden_states", text, latents, copies)
         wide = self.time_text.text.first.weight.shape[1]
-        pooled = fits("pooled_projections", pooled, weight, wide, 2)
-        one_each("pooled_projections", pooled, latents, copies)
+        pooled = checked("pooled_projections", pooled, weight, wide, 2)
+        check_count("pooled_projections", pooled, latents, copies)
 
     def pack(self, latents: Tensor) -> Tensor:
         """[B, C, Y, X] -> [B, L, p·p·C]; tokens [B, L, D] stay as they are."""

@@ -15,7 +15,7 @@ from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import Columns, require
 from fastdiff.models.borrow import Loan, Unsupported, Weights
-from fastdiff.models.fits import fits, one_each
+from fastdiff.models.checks import check_count, checked
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import Image, Modulated, borrow_joint_block, borrow_modulated
 from fastdiff.models.joint_trunk import JointTrunk, borrow_joint_trunk
@@ -35,8 +35,8 @@ class Conditions(NamedTuple):
     """[G·B, L, D] each: a ControlNet's residuals."""
     skip_layers: Sequence[int] | None = None
     """Blocks that are left out."""
-    ip_adapter: Tensor | None = None
-    """[G·B, tokens, D'''] pictures: `joint_attention_kwargs["ip_adapter_image_embeds"]`."""
+    ip_adapter_image_embeds: Tensor | None = None
+    """[G·B, tokens, D'''] pictures, of `joint_attention_kwargs`."""
 
 
 class Rows(NamedTuple):
@@ -84,8 +84,8 @@ class MMDiT(JointTrunk):
             assert self.patches is not None
             tokens = math.prod(self.patches.counts(latents.shape[2:]))
             for control in controls:
-                fits("a ControlNet's residual", control, weight, self.width, 3)
-                one_each("a ControlNet's residual", control, latents, copies)
+                checked("a ControlNet's residual", control, weight, self.width, 3)
+                check_count("a ControlNet's residual", control, latents, copies)
                 require(
                     control.shape[1] == tokens,
                     f"a ControlNet's residual is of {control.shape[1]} tokens, not of {tokens}",
@@ -93,8 +93,8 @@ class MMDiT(JointTrunk):
         if image is not None:
             if self.ip_adapter is None:
                 raise Unsupported("it was given pictures for an IP-Adapter that it does not have")
-            fits("ip_adapter_image_embeds", image, weight, image.shape[-1], 3)
-            one_each("ip_adapter_image_embeds", image, latents, copies)
+            checked("ip_adapter_image_embeds", image, weight, image.shape[-1], 3)
+            check_count("ip_adapter_image_embeds", image, latents, copies)
 
     def hoist(self, conditions: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """All that does not depend on the latents.

@@ -11,7 +11,7 @@ from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import Columns, require
 from fastdiff.models.borrow import Loan, Weights
-from fastdiff.models.fits import fits, one_each
+from fastdiff.models.checks import check_count, checked
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import (
     JointBlock,
@@ -71,8 +71,8 @@ class MMDiTControl(JointTrunk):
         text, pooled, picture = conditions
         self.check_trunk(latents, text, pooled, copies)
         weight = self.modulation.weight
-        picture = fits("controlnet_cond", picture, weight, self.picture.channels, 4)
-        one_each("controlnet_cond", picture, latents, copies)
+        picture = checked("controlnet_cond", picture, weight, self.picture.channels, 4)
+        check_count("controlnet_cond", picture, latents, copies)
         rows, columns = self.picture.counts(picture.shape[2:])
         if self.patches is None:
             same = latents.shape[1] == rows * columns
@@ -113,6 +113,10 @@ class MMDiTControl(JointTrunk):
         with scope("out"):
             both = zip(streams, self.outs, strict=True)
             return torch.stack([linear(s.closed(), out.weight, out.bias) for s, out in both])
+
+    def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
+        """As they are."""
+        return x
 
 
 def borrow_mmdit_control(module: Any, loan: Loan) -> MMDiTControl:

@@ -21,7 +21,7 @@ from fastdiff.models.blocks import (
     require,
 )
 from fastdiff.models.borrow import Loan, Weights
-from fastdiff.models.checks import check_tensor, check_texts
+from fastdiff.models.checks import check_count, checked
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved
@@ -101,15 +101,14 @@ class Trunk:
             missing = given.text_embeds is None or given.time_ids is None
             require(not missing, "text_embeds or time_ids are missing in added_cond_kwargs")
         weight = self.conv_in.weight
-        check_tensor("sample", latents, weight, weight.shape[1], dim=4)
-        check_tensor("encoder_hidden_states", text, weight, self.text.weight.shape[1], dim=3)
-        require(latents.numel() > 0 and text.numel() > 0, "it was given an empty tensor")
+        checked("sample", latents, weight, weight.shape[1], dim=4)
+        checked("encoder_hidden_states", text, weight, self.text.weight.shape[1], dim=3)
         if condition is not None:
             what = "it was given timestep_cond, for which it has no projection"
             require(projection is not None, what)
             assert projection is not None
-            check_tensor("timestep_cond", condition, weight, projection.weight.shape[1], dim=2)
-        check_texts(text, latents, copies)
+            checked("timestep_cond", condition, weight, projection.weight.shape[1], dim=2)
+        check_count("encoder_hidden_states", text, latents, copies)
 
     def pack(self, latents: Tensor) -> Tensor:
         """[B, C, Y, X] -> [B, Y, X, C]: the same memory."""

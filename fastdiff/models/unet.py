@@ -10,7 +10,7 @@ from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import channels_first, channels_last, require
 from fastdiff.models.borrow import Loan, Norm, Weights
-from fastdiff.models.checks import check_tensor
+from fastdiff.models.checks import checked
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.sums import Sum
@@ -59,7 +59,7 @@ class UNet(Trunk):
 
     def _check_residuals(self, what: str, latents: Tensor, given: Iterable[Any]) -> None:
         for residual in given:
-            check_tensor(what, residual, self.conv_in.weight, residual.shape[1], dim=4)
+            checked(what, residual, self.conv_in.weight, residual.shape[1], dim=4)
             count, pictures = residual.shape[0], latents.shape[0]
             require(count in (1, pictures), f"{what} is for {count} of {pictures} pictures")
 
@@ -67,7 +67,7 @@ class UNet(Trunk):
         """As many of a T2I-Adapter's residuals as there are places for."""
         return (given.down_intrablock_additional_residuals or ())[: len(self.downs) + 1]
 
-    def hoist(self, given: Conditions, timesteps: Tensor, sides: tuple[int, int]) -> Hoisted:
+    def hoist(self, given: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """Everything that does not depend on the latents.
 
         Args:
@@ -125,7 +125,7 @@ class UNet(Trunk):
             x = h.group_normed(self.norm_out, silu=True)
             return conv2d(x, self.conv_out.weight, self.conv_out.bias)
 
-    def unpack(self, x: Tensor, sides: tuple[int, int]) -> Tensor:
+    def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
         """[B, Y, X, C] -> [B, C, Y, X], contiguous."""
         return channels_first(x)
 

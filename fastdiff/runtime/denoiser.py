@@ -27,7 +27,7 @@ class Denoiser:
 
         Raises Unsupported where only the module's own call gives the same.
         """
-        network, sides = self.network, (latents.shape[2], latents.shape[3])
+        network, sides = self.network, tuple(latents.shape[2:])
         network.check(latents, given)
         timesteps = torch.as_tensor(timestep, device=latents.device).reshape(1, -1)
         rows, constants = network.hoist(given, timesteps, sides)

@@ -1,5 +1,6 @@
 """What a denoising loop asks of a network, whatever it is: our own, or an engine's."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,7 @@ class Network(Protocol):
         """
         ...
 
-    def hoist(self, given: Any, timesteps: Tensor, sides: tuple[int, int]) -> Hoisted:
+    def hoist(self, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """Everything that does not depend on the latents.
 
         timesteps: [steps, n], n = 1 or one for each picture; sides: Y and X of the latents.
@@ -47,6 +48,6 @@ class Network(Protocol):
         `Hoisted.rows`."""
         ...
 
-    def unpack(self, x: Tensor, sides: tuple[int, int]) -> Any:
+    def unpack(self, x: Tensor, sides: Sequence[int]) -> Any:
         """Undo `pack`."""
         ...

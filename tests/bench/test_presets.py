@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 
-from fastdiff.bench.presets import PRESETS, build, unet_config, vae_config
+from fastdiff.bench.presets import PRESETS, autoencoder, blueprint, build
 from fastdiff.bench.timing import Request, draw
 from fastdiff.errors import UserError
 
@@ -13,17 +13,18 @@ PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
 VAE = 83_653_863
 
 
-def count(cls, config):
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in cls(**config).parameters())
+def count(net):
+    return sum(weight.numel() for weight in net.parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_scale_one_has_the_published_number_of_parameters(name):
-    preset = PRESETS[name]
-    config = unet_config(preset, 1.0, list(preset.texts))
-    assert count(UNet2DConditionModel, config) == PUBLISHED[name]
-    assert count(AutoencoderKL, vae_config(preset, 1.0)) == VAE
+    net, side = blueprint(name)
+    assert side == net.config.sample_size == PRESETS[name].latent_size
+    assert count(net) == PUBLISHED[name]
+    vae = autoencoder(PRESETS[name])
+    assert isinstance(vae, AutoencoderKL)
+    assert count(vae) == VAE
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_scale_one_has_the_published_number_of_parameters(name):
 def test_scaled_down_it_still_draws_with_the_real_head_widths(name, scale, widths):
     pipe = build(name, scale, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
-    full = unet_config(PRESETS[name], 1.0, list(PRESETS[name].texts))
+    _, full = PRESETS[name].network(1.0)
     for key in ("down_block_types", "up_block_types", "transformer_layers_per_block"):
         assert list(pipe.unet.config[key]) == full[key]
     attentions = [m for m in pipe.unet.modules() if type(m).__name__ == "Attention"]
@@ -62,7 +63,22 @@ def test_the_same_seed_builds_the_same_weights():
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("name", "scale"), [("sd9", 1.0), ("sd15", 0.0), ("sd15", 2.0)])
-def test_unknown_names_and_scales(name, scale):
-    with pytest.raises(UserError, match="--preset is 'sd9'|--scale is"):
+@pytest.mark.parametrize(
+    ("name", "scale", "sentence"),
+    [
+        ("sd9", 1.0, "--preset is 'sd9'; choose one of sd15, .*, sd3, sd35-medium, sd35-large, "),
+        ("sd35", 1.0, "--preset is 'sd35'"),
+        ("sd15", 0.0, "--scale is 0; it must be above 0"),
+        ("sd15", 2.0, "--scale is 2; .* at most 1"),
+        ("sd3", -0.1, "--scale is -0.1"),
+        ("sd35-large", float("nan"), "--scale is nan"),
+    ],
+)
+def test_unknown_names_and_scales(name, scale, sentence):
+    with pytest.raises(UserError, match=sentence):
         build(name, scale, torch.float32, "cpu")
+
+
+def test_an_unknown_name_has_no_blueprint():
+    with pytest.raises(UserError, match="--preset is 'sd9'; choose one of"):
+        blueprint("sd9")

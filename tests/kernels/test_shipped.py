@@ -34,7 +34,7 @@ from fastdiff.runtime.planned import kernels_of
 def launches(preset, arch=90):
     "Those of a picture, planned anew: not by way of a job."
     plan, runs = of_preset(preset), []
-    for module, kind in (parts(plan.unet) | parts(plan.vae)).values():
+    for module, kind in (parts(plan.denoiser) | parts(plan.vae)).values():
         cast = torch.nn.Module.to(module, dtype=torch.float16)
         network = kind.borrow(cast, Loan(cast, rehearsal=True))
         for upcast in plan.upcasts:

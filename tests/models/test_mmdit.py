@@ -101,7 +101,7 @@ def at(rows, step):
 def by_diffusers(module, latents, times, given, copies=1):
     """The step of `times` [n] as diffusers' loop asks for it."""
     names = given._asdict()
-    image = names.pop("ip_adapter", None)
+    image = names.pop("ip_adapter_image_embeds", None)
     more = {} if image is None else {"joint_attention_kwargs": {"ip_adapter_image_embeds": image}}
     return module(
         torch.cat([latents] * copies),
@@ -245,14 +245,16 @@ def with_ip_adapter(module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ip_adapter(kind, dtype):
     module = with_ip_adapter(transformer(kind, dtype))
-    given = conditions(2, dtype, ip_adapter=torch.randn(2, 6, 20).to(dtype))
+    given = conditions(2, dtype, ip_adapter_image_embeds=torch.randn(2, 6, 20).to(dtype))
     network = borrow_mmdit(module, loan := Loan(module))
     latents = torch.randn(1, 4, 8, 12).to(dtype)
     first = hold(module, latents, given, copies=2, network=network)
     for block in module.transformer_blocks:
         block.attn.processor.scale = 1.5 - block.attn.processor.scale
     second = hold(module, latents, given, copies=2, network=network)
-    without = hold(module, latents, given._replace(ip_adapter=None), copies=2, network=network)
+    without = hold(
+        module, latents, given._replace(ip_adapter_image_embeds=None), copies=2, network=network
+    )
     assert loan.intact()
     assert (first - second).abs().max() > 0.01
     assert (without - second).abs().max() > 0.01
@@ -455,7 +457,7 @@ BAD = {
     "of 5 tokens": (
         lambda x, c: (x, c._replace(block_controlnet_hidden_states=[torch.randn(2, 5, 48)]))
     ),
-    "an IP-Adapter": (lambda x, c: (x, c._replace(ip_adapter=torch.randn(2, 6, 20)))),
+    "an IP-Adapter": (lambda x, c: (x, c._replace(ip_adapter_image_embeds=torch.randn(2, 6, 20)))),
 }
 
 

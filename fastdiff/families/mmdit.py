@@ -1,0 +1,175 @@
+"""MM-DiT of Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from fastdiff.errors import UserError
+from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
+from fastdiff.families.part import Part, Port, dtype_name, sides, with_frequencies
+from fastdiff.families.unet import lora_scale
+from fastdiff.models import Loan, MMDiT, Unsupported, borrow_mmdit
+from fastdiff.models.checks import refuse
+from fastdiff.models.mmdit import Conditions
+from fastdiff.runtime.denoiser import Denoiser, denoiser
+from fastdiff.runtime.planned import Run, guided_steps, step, without_memory
+
+PICTURES = "ip_adapter_image_embeds"
+
+
+def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
+    return denoiser(borrow_mmdit(module, loan), searches)
+
+
+def _call(
+    mmdit: Denoiser,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    pooled_projections: Tensor | None = None,
+    timestep: Tensor | None = None,
+    block_controlnet_hidden_states: Sequence[Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+    skip_layers: Sequence[int] | None = None,
+    **unknown: Any,
+) -> Transformer2DModelOutput | tuple[Tensor]:
+    """`SD3Transformer2DModel.forward` on the compact network."""
+    kwargs = dict(joint_attention_kwargs or {})
+    pictures = kwargs.pop(PICTURES, None)
+    lora_scale(kwargs, "joint_attention_kwargs")
+    refuse(**unknown)
+    if timestep is None:
+        raise Unsupported("it was given no timestep")
+    given = Conditions(
+        encoder_hidden_states,
+        pooled_projections,
+        block_controlnet_hidden_states,
+        skip_layers,
+        pictures,
+    )
+    prediction = mmdit(hidden_states, timestep, given)
+    return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def _scale(*_: Any, joint_attention_kwargs: Any = None, **__: Any) -> float:
+    # by position diffusers ignores the scale
+    kwargs = {k: v for k, v in (joint_attention_kwargs or {}).items() if k != PICTURES}
+    return lora_scale(kwargs, "joint_attention_kwargs")
+
+
+def _example(net: MMDiT, texts: int, tokens: int) -> Conditions:
+    weight, context = net.modulation.weight, net.context
+    assert context is not None
+    pooled = net.time_text.text.first.weight.shape[1]
+    text = empty(weight, texts, tokens, context.weight.shape[1])
+    return Conditions(text, empty(weight, texts, pooled))
+
+
+def _channels(net: MMDiT) -> int:
+    assert net.patches is not None
+    return net.patches.channels
+
+
+def _planned(mmdit: Denoiser, sizes: Sizes) -> list[Run]:
+    """Of a text whose tokens all differ; kernels of IP-Adapters are compiled at their first
+    launch."""
+    network: Any = mmdit.network
+    net: MMDiT = without_memory(network)
+    texts = 2 if sizes.guided else 1
+    latents = empty(net.modulation.weight, 1, _channels(net), sizes.side, sizes.side)
+    given = _example(net, texts, sizes.tokens)
+    return [step(net, given, latents), *guided_steps(net, given, latents, texts)]
+
+
+def _unexported(network: MMDiT) -> None:
+    if network.ip_adapter is not None:
+        raise Unsupported("an IP-Adapter, which an engine does not have")
+
+
+class _Exported(nn.Module):
+    """hidden_states [B, C, Y, X], timestep [] or [1], text [B, L, D], pooled text [B, D'] ->
+    out_sample."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = with_frequencies(net)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+    ) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        return (
+            net(
+                hidden_states,
+                encoder_hidden_states,
+                pooled_projections,
+                timestep.reshape(-1).expand(hidden_states.shape[0]),
+                return_dict=False,
+            )[0],
+        )
+
+
+def _part(
+    folder: str,
+    net: nn.Module,
+    dtype: torch.dtype,
+    tokens: int = 77,
+    timestep: tuple[int, ...] = (),
+) -> Part:
+    kind = type(net).__name__
+    if kind != "SD3Transformer2DModel":
+        raise UserError(f"{folder} is a {kind}; supported is SD3Transformer2DModel")
+    config: Any = net.config
+    free, kind, patch = ("batch_size",), dtype_name(dtype), config.patch_size
+    picture = ("height", "width")
+    own = min(config.sample_size, config.pos_embed_max_size * patch)
+    sizes = ((1, own, own), (3, 6 * patch, 4 * patch), (2, 8 * patch, 4 * patch))
+    return Part(
+        folder=folder,
+        source=net,
+        module=_Exported(net).eval(),
+        dtype=dtype,
+        inputs=(
+            Port("hidden_states", kind, (*free, config.in_channels, *picture)),
+            # float32 in every dtype: half keeps no fraction of a timestep above 512 but 0.5.
+            Port("timestep", "float32", timestep),
+            Port(
+                "encoder_hidden_states",
+                kind,
+                (*free, "sequence_length", config.joint_attention_dim),
+            ),
+            Port("pooled_projections", kind, (*free, config.pooled_projection_dim)),
+        ),
+        outputs=(Port("out_sample", kind, (*free, config.out_channels, *picture)),),
+        example=sides(2, 4 * patch, 6 * patch) | {"sequence_length": tokens},
+        cases=tuple(
+            sides(*size) | {"sequence_length": length}
+            for size, length in zip(sizes, (tokens, tokens, 2 * tokens), strict=True)
+        ),
+    )
+
+
+def _multiple(net: Any) -> int:
+    """Whole patches."""
+    patch: int = net.config.patch_size
+    return patch
+
+
+def _taken(name: str, net: Any) -> Taken:
+    return {name: (net, MMDIT)}
+
+
+MMDIT = Kind(_borrow, _call, _planned, scale=_scale)
+FAMILY = Family(
+    models=("SD3Transformer2DModel",),
+    taken=_taken,
+    left={"image_proj": "projects an IP-Adapter's picture to a few tokens in every step"},
+    denoised=Denoised(Conditions, _example, _channels, _part, _unexported, _multiple),
+)
