@@ -134,7 +134,7 @@ def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
     return recorder.launched
 
 
-def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int) -> Run:
+def guided(model: nn.Module, dtype: torch.dtype, side: int) -> Run:
     """The plan's own step of one picture with guidance; arguments as of `rows`."""
     known = named(model)
     denoised = None if known is None else known[1].denoised
@@ -144,18 +144,17 @@ def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int) -> Run:
     network = kind.borrow(module, Loan(module, rehearsal=True)).network
     shape = (1, denoised.channels(network), side, side)
     latents = torch.empty(shape, dtype=dtype, device="meta")
-    return step(network, denoised.example(network, 2, tokens), latents)
+    return step(network, denoised.example(network, 2, denoised.tokens), latents)
 
 
-def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int, tokens: int) -> list[Row]:
+def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Row]:
     """The launches of one step of classifier-free guidance, by kernel, the dearest first.
 
     Args:
         model: diffusers' own, on the meta device.
         side: of the latents.
-        tokens: of the text.
     """
-    run = guided(model, dtype, side, tokens)
+    run = guided(model, dtype, side)
     by_kernel: defaultdict[str, list[Tally]] = defaultdict(list)
     for kernel, work in launched(run, int(gpu.arch.removeprefix("sm_"))):
         by_kernel[kernel].append(work)

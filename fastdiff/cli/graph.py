@@ -11,7 +11,6 @@ import typer
 from fastdiff.cli.options import PRESETS, app
 
 SCHEMA = "fastdiff.graph/1"
-TOKENS = 77
 HEAD = ("kernel", "launches", "MB", "GFLOP", "floor ms")
 
 
@@ -35,7 +34,7 @@ def graph(
     network, side = blueprint(preset)
     if out:
         check_writable(out, "--out")
-    found = rows(network, priced, check_dtype(dtype, "cuda"), side, TOKENS)
+    found = rows(network, priced, check_dtype(dtype, "cuda"), side)
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "note": "counted and priced at the roofline, not measured",

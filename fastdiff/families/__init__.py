@@ -33,8 +33,6 @@ class Sizes:
     """Whether by classifier-free guidance."""
     upcast: bool = False
     """Whether diffusers turns a float16 autoencoder into float32 to draw with it."""
-    tokens: int = 77
-    """Of the text."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class Denoised:
     """(network) -> None; raises Unsupported where it has what no file holds."""
     multiple: Callable[[Any], int]
     """(module) -> of which the latents' height and width must be in a file."""
+    tokens: int = 77
+    """Of a text as published pipelines encode it."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from torch import Tensor, nn
 
 from fastdiff.families import Family, Kind, Sizes, Taken, empty, of_model
-from fastdiff.families.unet import channels, example
+from fastdiff.families.unet import TOKENS, channels, example
 from fastdiff.models import ControlNet, Loan, borrow_controlnet
 from fastdiff.models.checks import refuse
 from fastdiff.models.trunk import Conditions
@@ -76,7 +76,7 @@ def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
     weight, side = bare.conv_in.weight, sizes.side
     latents = empty(weight, texts, channels(bare), side, side)
     picture = empty(weight, texts, weight.shape[0], side, side)
-    given = example(bare, texts, sizes.tokens)._replace(controlnet_cond=picture)
+    given = example(bare, texts, TOKENS)._replace(controlnet_cond=picture)
     return [call(bare, given, latents)]
 
 

@@ -17,6 +17,8 @@ from fastdiff.models.mmdit import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, guided_steps, step, without_memory
 
+TOKENS = 77 + 256
+"""Of CLIP, and of T5 after them."""
 PICTURES = "ip_adapter_image_embeds"
 
 
@@ -80,7 +82,7 @@ def _planned(mmdit: Denoiser, sizes: Sizes) -> list[Run]:
     net: MMDiT = without_memory(network)
     texts = 2 if sizes.guided else 1
     latents = empty(net.modulation.weight, 1, _channels(net), sizes.side, sizes.side)
-    given = _example(net, texts, sizes.tokens)
+    given = _example(net, texts, TOKENS)
     return [step(net, given, latents), *guided_steps(net, given, latents, texts)]
 
 
@@ -120,7 +122,7 @@ def _part(
     folder: str,
     net: nn.Module,
     dtype: torch.dtype,
-    tokens: int = 77,
+    tokens: int = TOKENS,
     timestep: tuple[int, ...] = (),
 ) -> Part:
     kind = type(net).__name__
@@ -171,5 +173,5 @@ FAMILY = Family(
     models=("SD3Transformer2DModel",),
     taken=_taken,
     left={"image_proj": "projects an IP-Adapter's picture to a few tokens in every step"},
-    denoised=Denoised(Conditions, _example, _channels, _part, _unexported, _multiple),
+    denoised=Denoised(Conditions, _example, _channels, _part, _unexported, _multiple, TOKENS),
 )

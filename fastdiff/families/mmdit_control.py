@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastdiff.families import Family, Kind, Sizes, Taken, empty
 from fastdiff.families.controlnet import each_of
+from fastdiff.families.mmdit import TOKENS
 from fastdiff.models import Loan, MMDiTControl, MMDiTControlConditions, borrow_mmdit_control
 from fastdiff.models.checks import refuse
 from fastdiff.runtime.denoiser import Denoiser, denoiser
@@ -48,9 +49,8 @@ def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
     picture = empty(weight, texts, bare.picture.channels, side, side)
     text = None
     if bare.context is not None:
-        text = empty(weight, texts, sizes.tokens, bare.context.weight.shape[1])
+        text = empty(weight, texts, TOKENS, bare.context.weight.shape[1])
     pooled = empty(weight, texts, bare.time_text.text.first.weight.shape[1])
-    latents = empty(weight, texts, 0, side, side)
     if bare.patches is not None:
         latents = empty(weight, texts, bare.patches.channels, side, side)
     else:

@@ -17,6 +17,8 @@ from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, guided_steps, step, without_memory
 
+TOKENS = 77
+"""CLIP's text encoders fill a prompt up to so many."""
 TIME_IDS = 6
 """Of SDXL: height and width, top and left of the crop, height and width wanted, in pixels."""
 
@@ -102,7 +104,7 @@ def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
     net: UNet = without_memory(replace(network, ip_adapters=None))
     texts = 2 if sizes.guided else 1
     latents = empty(net.conv_in.weight, 1, channels(net), sizes.side, sizes.side)
-    given = example(net, texts, sizes.tokens)
+    given = example(net, texts, TOKENS)
     return [step(net, given, latents), *guided_steps(net, given, latents, texts)]
 
 
@@ -138,7 +140,7 @@ def _part(
     folder: str,
     net: nn.Module,
     dtype: torch.dtype,
-    tokens: int = 77,
+    tokens: int = TOKENS,
     timestep: tuple[int, ...] = (),
 ) -> Part:
     kind = type(net).__name__

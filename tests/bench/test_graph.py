@@ -24,7 +24,7 @@ HALF = {"dtype": torch.float16, "device": "meta"}
 
 def table(preset):
     network, side = blueprint(preset)
-    return rows(network, gpu_named("h200"), torch.float16, side, 77)
+    return rows(network, gpu_named("h200"), torch.float16, side)
 
 
 def test_flops_are_those_of_diffusers_without_what_is_hoisted():
