@@ -54,14 +54,16 @@ static std::vector<Panel<T>> split_columns(const Conv& p, int64_t inner, std::ve
   return panels;
 }
 
-// float32 rows for the inner loop: x itself, or a converted copy.
-static const float* as_float(const float* x, int64_t, std::vector<float>&) { return x; }
-static const float* as_float(const bf16* x, int64_t count, std::vector<float>& copy) {
-  copy.resize(count);
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(&copy[i], load(x + i));
-  for (; i < count; ++i) copy[i] = load1(x + i);
-  return copy.data();
+// Rows for the inner loop: x itself, or a converted copy.
+template <typename T>
+static const Factor<T>* factors(const T* x, int64_t count, std::vector<Factor<T>>& copy) {
+  if constexpr (std::is_same_v<T, Factor<T>>) {
+    return x;
+  } else {
+    copy.resize(count);
+    each_vector(count, [&](int64_t i, int n) { store_n(&copy[i], load_n(x + i, n), n); });
+    return copy.data();
+  }
 }
 
 // Which source row (or column) the nearest-neighbour enlargement shows at each position; the
@@ -130,9 +132,10 @@ struct Epilogue {
 
 // Points the rows of each segment at the pixels that output pixels [first, first + count) see
 // through the slice's tap; at zeros where the window leaves the picture or no pixel is left.
-static void gather(const Conv& p, const float* x, int64_t first, int count,
+template <typename A>
+static void gather(const Conv& p, const A* x, int64_t first, int count,
                    std::span<const Slice> slices, const std::vector<int64_t>& rows,
-                   const std::vector<int64_t>& columns, const float* zeros, Segment* segments) {
+                   const std::vector<int64_t>& columns, const A* zeros, Run<A>* segments) {
   const int64_t area = p.out_height * p.out_width;
   for (int r = 0; r < count; ++r) {
     const int64_t pixel = first + r, within = pixel % area;
@@ -157,14 +160,14 @@ template <typename T>
 static void conv(const Conv& p) {
   const int64_t pixels = p.batch * p.out_height * p.out_width;
   const int64_t inner = p.kernel * p.kernel * p.channels;
-  std::vector<float> copy;
-  const float* x = as_float(static_cast<const T*>(p.x), p.batch * p.height * p.width * p.channels,
-                            copy);
+  std::vector<Factor<T>> copy;
+  const Factor<T>* x = factors(static_cast<const T*>(p.x),
+                               p.batch * p.height * p.width * p.channels, copy);
   std::vector<T> padded;
   const auto panels = split_columns<T>(p, inner, padded);
   const auto slices = split_inner(p);
   const auto rows = nearest(p.height, p.up_height), columns = nearest(p.width, p.up_width);
-  const std::vector<float> zeros(kSlice, 0.0f);
+  const std::vector<Factor<T>> zeros(kSlice);
   const Epilogue<T> finish{p};
 
   // Panels are split among the threads first (each reads only its weights), rows if need be.
@@ -172,7 +175,7 @@ static void conv(const Conv& p) {
   const int64_t cuts = count % threads ? threads : 1;
   const auto body = [&](int64_t first_task, int64_t last_task) {
     std::vector<float> sums(std::min(kBlocks, pixels) * kTileSums * W);
-    std::vector<Segment> segments(slices.size());
+    std::vector<Run<Factor<T>>> segments(slices.size());
     for (int64_t task = first_task; task < last_task; ++task) {
       const Panel<T>& panel = panels[task / cuts];
       const int tall = rows_of(panel.vectors), wide = panel.vectors * W;
