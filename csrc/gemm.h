@@ -76,16 +76,26 @@ static inline vu pairs(const bf16* a, const bf16* b) {
   return (vu)_mm512_maskz_permutexvar_epi16(-1, _mm512_loadu_si512(order.lanes), both);
 }
 
+// B of bfloat16 as a product wants it: pairs of two steps.
+struct Pair {
+  uint32_t bits;
+};
+static inline vu load(const Pair* p) { return (vu)load(reinterpret_cast<const float*>(p)); }
+
 // Two steps at once: each lane multiplies a pair of A's row with the pair of its column. `left` is
 // 1 for a last step without a second, whose pair is zero.
-template <int V, bool left>
-static inline void multiply_pair(const bf16* const* a, const bf16* const* column, int64_t k,
+template <int V, bool left, typename T>
+static inline void multiply_pair(const bf16* const* a, const T* const* column, int64_t k,
                                  int64_t ld_b, vf (&acc)[Rows<V>][V]) {
   vu value[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    const bf16* at = column[v] + k * ld_b;
-    value[v] = left ? widen(at) : pairs(at, at + ld_b);
+    if constexpr (std::is_same_v<T, Pair>) {
+      value[v] = load(column[v] + k / 2 * ld_b);
+    } else {
+      const bf16* at = column[v] + k * ld_b;
+      value[v] = left ? widen(at) : pairs(at, at + ld_b);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows<V>; ++r) {
@@ -98,8 +108,8 @@ static inline void multiply_pair(const bf16* const* a, const bf16* const* column
   }
 }
 
-template <int V>
-static inline void multiply(const Run<bf16>& segment, const bf16* const* column, int64_t ld_b,
+template <int V, typename T>
+static inline void multiply(const Run<bf16>& segment, const T* const* column, int64_t ld_b,
                             int64_t, vf (&acc)[Rows<V>][V]) {
   const bf16* a[Rows<V>];
   for (int r = 0; r < Rows<V>; ++r) a[r] = segment.a[r];
@@ -107,6 +117,27 @@ static inline void multiply(const Run<bf16>& segment, const bf16* const* column,
   for (; k + 2 <= segment.length; k += 2) multiply_pair<V, false>(a, column, k, ld_b, acc);
   if (k < segment.length) multiply_pair<V, true>(a, column, k, ld_b, acc);
 }
+#endif
+
+// What a copy of B for many rows holds: pairs, where the instruction set multiplies those.
+#if defined(__AVX512BF16__)
+template <typename T>
+using Packed = std::conditional_t<std::is_same_v<T, bf16>, Pair, T>;
+
+// Copies `length` rows of a panel's B, from row `b_row`, to `to`; returns the rows of pairs.
+static inline int64_t pack(const bf16* const* b, int vectors, int64_t ld_b, int64_t b_row,
+                           int64_t length, Pair* to) {
+  for (int64_t k = 0; k < length; k += 2)
+    for (int v = 0; v < vectors; ++v) {
+      const bf16* at = b[v] + (b_row + k) * ld_b;
+      const vu both = k + 1 < length ? pairs(at, at + ld_b) : widen(at);
+      std::memcpy(to + (k / 2 * vectors + v) * W, &both, sizeof(both));
+    }
+  return (length + 1) / 2;
+}
+#else
+template <typename T>
+using Packed = T;
 #endif
 
 // sums (+)= a . b over all segments. Each segment is summed from zero, so that rounding errors grow
