@@ -39,15 +39,6 @@ def against_attention(row: Row) -> str:
     return f"{copy_share(row)}, {times[best] / times['ours']:.2f} x the speed of {best}"
 
 
-def against_products(row: Row) -> str:
-    times = medians(row)
-    both, alone = times["cublas + gelu_gate"], times["cublas alone"]
-    return (
-        f"{both / times['ours']:.2f} x the speed of cublas + gelu_gate,"
-        f" {alone / times['ours']:.0%} of the rate of cublas alone"
-    )
-
-
 def microseconds(row: Row) -> str:
     return f"{1e3 * medians(row)['ours']:.2f} us"
 
@@ -94,8 +85,6 @@ GOALS = (
          lambda row: row["sizes"]["L"] >= 4096, rate),
     Goal("cross-attention", "65% of a copy, 1.3 x the best of torch's", "attention",
          lambda row: row["sizes"]["Lk"] <= 128 < row["sizes"]["Lq"], against_attention),
-    Goal("GEGLU", "faster than both, 80% of cublas alone", "geglu", lambda row: True,
-         against_products),
     Goal("LayerNorm and more, from 40 MB", "90% of a copy", "ada_norm",
          lambda row: row["bytes"] >= 2 * LARGE, copy_share),
     Goal("a scheduler's step, in a graph", "4 us", "guided_step", lambda row: True, microseconds),

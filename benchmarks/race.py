@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastdiff.bench.kernels import check, floor_ms, inputs_of, sampler
 from fastdiff.kernels.attention import products
 from fastdiff.kernels.contract import Case
-from fastdiff.kernels.dispatch import KERNELS, Kernel
+from fastdiff.kernels.dispatch import Kernel
+from fastdiff.kernels.joint_attention import spec as joint
 
 REPLAYS = 21
 SIDE = 4096
@@ -59,35 +60,14 @@ def scaled_dot_product(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
 def joined(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
     """torch's attention over both sequences, put end to end first and taken apart again."""
 
-    def rival(kernel: Kernel, inputs: Inputs) -> Run:
-        def run() -> tuple[Tensor, ...]:
-            q, k, v = (
-                torch.cat((inputs[name], inputs[f"text_{name}"]), dim=1).transpose(1, 2)
-                for name in "qkv"
-            )
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(q, k, v, scale=inputs["scale"])
-            return out.transpose(1, 2).split((inputs["q"].shape[1], inputs["text_q"].shape[1]), 1)
+    def attend(a: Any) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (a.q, a.k, a.v))
+        mask = None if a.mask is None else a.mask.to(q.dtype)
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=a.scale)
+        return out.transpose(1, 2)
 
-        return run
-
-    return rival
-
-
-def product_and_gate(which: str) -> Callable[[Kernel, Inputs], Run]:
-    """cuBLAS and our elementwise kernel: what GEGLU in one kernel must beat."""
-
-    def rival(kernel: Kernel, inputs: Inputs) -> Run:
-        gate = KERNELS["gelu_gate"].implementations[which]()
-        product = partial(F.linear, inputs["x"], inputs["weight"], inputs["bias"])
-        return lambda: gate(product())
-
-    return rival
-
-
-def product_alone(kernel: Kernel, inputs: Inputs) -> Run:
-    """Only the product, without bias and gate; its outputs are twice as wide as GEGLU's."""
-    return partial(F.linear, inputs["x"], inputs["weight"])
+    return lambda kernel, inputs: partial(joint.formula, joint.Arguments(**inputs), attend)
 
 
 def rivals(
@@ -107,9 +87,6 @@ def rivals(
         found[f"sdpa {backend.lower()}"] = attend(getattr(SDPBackend, f"{backend}_ATTENTION"))
     if kernel.spec.name == "attention":
         found["products"] = lambda kernel, inputs: partial(products.run, **inputs)
-    if kernel.spec.name == "geglu":
-        found["cublas + gelu_gate"] = product_and_gate(which)
-        found["cublas alone"] = product_alone
     return found
 
 

@@ -1,8 +1,8 @@
 """The sizes that full models start our Triton kernels with, which no interpreter has time for.
 
 SD1.5 at 512x512, SDXL, SD3-medium, SD3.5-medium and SD3.5-large at 1024x1024 with two samples
-(guidance), the VAE of SD1.5 and SDXL with one picture. What a spec's own cases of models hold at full size already
-(`guided_step`) is taken from there.
+(guidance), the VAE of SD1.5 and SDXL with one picture. What a spec's own cases of models hold at
+full size already (`guided_step`) is taken from there.
 """
 
 from fastdiff.bench.kernels import MODELS
@@ -37,14 +37,13 @@ _GROUP_NORM_SILU = (
     Case("vae-512-top", B=1, Y=512, X=512, C=128, G=32, eps=1e-6),
     Case("vae-1024-top", B=1, Y=1024, X=1024, C=128, G=32, eps=1e-6),
 )
-_GEGLU = (
-    Case("sd15-64", B=2, L=4096, D=320, N=1280),
-    Case("sd15-32", B=2, L=1024, D=640, N=2560),
-    Case("sd15-16", B=2, L=256, D=1280, N=5120),
-    Case("sdxl-64", B=2, L=4096, D=640, N=2560),
-    Case("sdxl-32", B=2, L=1024, D=1280, N=5120),
+_GELU_GATE = (
+    Case("sd15-64", B=2, L=4096, N=1280),
+    Case("sd15-32", B=2, L=1024, N=2560),
+    Case("sd15-16", B=2, L=256, N=5120),
+    Case("sdxl-64", B=2, L=4096, N=2560),
+    Case("sdxl-32", B=2, L=1024, N=5120),
 )
-_GELU_GATE = tuple(Case(c.name, B=c.B, L=c.L, N=c.N) for c in _GEGLU)
 _ADA_NORM = (
     Case("sd15-64", B=2, L=4096, D=320, affine=True, residual=2),
     Case("sd15-32", B=2, L=1024, D=640, affine=True, residual=2),
@@ -77,7 +76,6 @@ _QK_NORM = (
 SHAPES: dict[str, tuple[Case, ...]] = {
     "attention": _ATTENTION,
     "group_norm_silu": _GROUP_NORM_SILU,
-    "geglu": _GEGLU,
     "gelu_gate": _GELU_GATE,
     "ada_norm": _ADA_NORM,
     "residual": _RESIDUAL,

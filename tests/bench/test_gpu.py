@@ -57,13 +57,6 @@ def test_goals_that_were_not_reached_are_lines_too():
     assert all("not measured" in line for line in lines)
 
 
-def test_geglu_is_held_to_both():
-    measured = row("geglu", {}, ours=2.0)
-    measured["samples_ms"] |= {"cublas + gelu_gate": [3.0], "cublas alone": [1.8]}
-    (line,) = [line for line in table([measured]) if line.startswith("GEGLU")]
-    assert "1.50 x the speed of cublas + gelu_gate, 90% of the rate of cublas alone" in line
-
-
 def test_a_budget_remembers_what_it_left_out(capsys):
     budget = Budget(minutes=1)
     assert budget.allows("quick", 30)

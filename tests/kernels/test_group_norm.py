@@ -1,4 +1,4 @@
-"""What the contract of `group_norm_silu` cannot express: refusals, launches, given statistics."""
+"""What the contract of `group_norm_silu` cannot express: refusals, launches."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from fastdiff.kernels.concat import concat
 from fastdiff.kernels.dispatch import implementation
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.group_norm_silu.gpu import candidates, pick
-from fastdiff.kernels.group_norm_silu.spec import channel_statistics, reference, slab_rows
+from fastdiff.kernels.group_norm_silu.spec import SPEC
 from fastdiff.kernels.occupancy import SMS
 
 # (L, C) of every norm of a U-Net: SD1.5 at 512², SDXL at 1024², 32 groups
@@ -23,13 +23,13 @@ UNETS = [
 
 COMPILED = """
 import torch
-from fastdiff.kernels.group_norm_silu.gpu import plan
+from fastdiff.kernels.group_norm_silu.gpu import run
 from fastdiff.kernels.inspect import _source
 found = {}
 for Y, X in (64, 64), (64, 72), (65, 77), (96, 96), (128, 128), (7, 149):
     x = torch.empty(2, Y, X, 320, dtype=torch.float16, device="meta")
     channels = torch.empty(320, dtype=torch.float16, device="meta")
-    for launch in plan(90, x, channels, channels, 32, 1e-5, True)[0]:
+    for launch in run.plan(90, x, channels, channels, 32, 1e-5, True)[0]:
         sources = found.setdefault(launch.kernel.__name__, set())
         sources.add((_source(launch).hash(), launch.num_warps))
 print({name: len(sources) for name, sources in found.items()})
@@ -45,7 +45,7 @@ def test_another_size_of_picture_compiles_nothing_anew():
 @pytest.mark.parametrize("arch", SMS)
 @pytest.mark.parametrize(("L", "C"), UNETS)
 def test_programs_of_a_unet_read_lines_and_fill_the_chip(arch, L, C):
-    config = pick(2, L, C // 32, 32, 2, 0, arch)
+    config = pick(2, L, C // 32, 32, 2, arch)
     segment = config.groups * C // 32 * 2
     assert segment >= 128
     assert segment % 16 == 0
@@ -58,35 +58,21 @@ def test_programs_of_a_unet_read_lines_and_fill_the_chip(arch, L, C):
         assert L <= 256
 
 
-@pytest.mark.parametrize("given", [0, 1])
-def test_candidates_begin_with_the_rule_and_cover_whole_groups(given):
+def test_candidates_begin_with_the_rule_and_cover_whole_groups():
     for L, C in UNETS:
-        shape = (2, L, C // 32, 32, 2, given, 90)
+        shape = (2, L, C // 32, 32, 2, 90)
         found = candidates(*shape)
         assert found[0] == pick(*shape)
         assert len(set(found)) == len(found)
         assert all(32 % config.groups == 0 and config.slabs <= L for config in found)
-        assert not given or all(config.slabs for config in found)
-
-
-def test_statistics_of_slabs_give_the_norm_of_the_whole():
-    t = torch.randn(2, 5, 7, 24)
-    weight, bias = torch.randn(2, 24).unbind(0)
-    exact = reference(t.double(), weight.double(), bias.double(), 4, 1e-5, True)[0]
-    for slabs in (1, 4, 35):
-        statistics = channel_statistics(t, slabs)
-        triton = implementation("group_norm_silu", "triton")
-        for run in (reference, triton, torch.ops.fastdiff.group_norm_silu):
-            y, _ = run(t, weight, bias, 4, 1e-5, True, statistics=statistics)
-            torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_skip_of_half_the_batch_with_a_row_on_a_cpu():
     x, beside, row = torch.randn(4, 3, 5, 8), torch.randn(2, 3, 5, 6), torch.randn(4, 8)
     weight, bias = torch.randn(2, 14).unbind(0)
     both = concat(x + row[:, None, None, :], beside)
-    y = group_norm_silu(x, weight, bias, 7, 1e-5, row=row, beside=beside)
-    torch.testing.assert_close(y, group_norm_silu(both, weight, bias, 7, 1e-5))
+    y, _ = group_norm_silu(x, weight, bias, 7, 1e-5, row=row, beside=beside)
+    torch.testing.assert_close(y, group_norm_silu(both, weight, bias, 7, 1e-5)[0])
 
 
 def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
@@ -95,7 +81,7 @@ def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
     shift = torch.full((64,), -900.0)
     weight, bias = torch.ones(64), torch.zeros(64)
     inputs = {"groups": 16, "eps": 1e-5, "silu": False, "shift": shift}
-    exact, _ = reference(x.double(), weight.double(), bias.double(), **inputs)
+    exact, _ = SPEC.reference(x.double(), weight.double(), bias.double(), **inputs)
     got, _ = implementation("group_norm_silu", "triton")(x, weight, bias, **inputs)
     assert (got - exact).abs().max() < 1e-3
 
@@ -109,18 +95,9 @@ def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
         ({"row": torch.ones(1, 8)}, r"row is \[1, 8\]; expected \[4, 8\]"),
         ({"residual": torch.ones(2, 2, 2, 8)}, r"residual is \[2, 2, 2, 8\]; expected \[4, 2, 2"),
         ({"weight": torch.ones(8)}, r"weight is \[8\]; expected \[12\]"),
-        ({"statistics": torch.ones(4, 1, 2, 8)}, r"\[4, slabs, 2, 12\]"),
-        ({"statistics": torch.ones(4, 1, 2, 12, dtype=torch.float64)}, r"torch\.float64"),
-        ({"statistics": torch.ones(4, 3, 2, 12)}, "4 pixels do not fill 3 slabs"),
     ],
 )
 def test_refuses(wrong, message):
     inputs = {"weight": torch.ones(12), "groups": 4, "beside": torch.ones(2, 2, 2, 4)} | wrong
     with pytest.raises(ValueError, match=message):
         group_norm_silu(torch.ones(4, 2, 2, 8), bias=torch.ones(12), eps=1e-5, **inputs)
-
-
-def test_no_slab_is_empty():
-    assert slab_rows(10, 4) == 3
-    with pytest.raises(ValueError, match="10 pixels do not fill 7 slabs of 2"):
-        slab_rows(10, 7)

@@ -1,53 +1,24 @@
-"""The gated projection of a feed-forward network, and the table of who computes it."""
-
-from dataclasses import dataclass
+"""The gated projection of a feed-forward network."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.contract import on_gpu
-from fastdiff.kernels.dispatch import implementation, register
+from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.geglu import cpu
-from fastdiff.kernels.geglu.spec import SPEC
+from fastdiff.kernels.geglu.spec import SPEC, Arguments
 from fastdiff.kernels.gelu_gate import gelu_gate
 
-_op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.geglu.gpu", otherwise=cpu.plain)
+
+def library(a: Arguments) -> Tensor:
+    """cuBLAS, then the gate. One kernel for both would save 8 bytes an output in float16, but only
+    from 77% of cuBLAS's rate on (D = 1280, counted at 790 TFLOP/s)."""
+    return gelu_gate(F.linear(a.x, a.weight, a.bias))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A row of the table: it applies where every bound holds; the first such row decides."""
-
-    why: str
-    run: str
-    rows: tuple[int, int] = (0, 2**62)
-    """Of x, the least and the most."""
-    widths: tuple[int, int] = (0, 2**62)
-    """Of x (D), the least and the most."""
+_op = register(SPEC, cpu=cpu.run, library=library, otherwise=cpu.plain)
 
 
-CUDA_CHOICES = (
-    Choice(
-        "one kernel saves writing and reading both halves, 8 bytes an output in float16: at D ="
-        " 1280 that pays from 77% of cuBLAS's rate on, and nothing is measured yet",
-        "split",
-    ),
-)
-"""Who computes GEGLU on an NVIDIA GPU: "triton" or "split". No row is measured yet; the figure is
-of the bytes and FLOPs at 790 TFLOP/s."""
-
-
-def choose(rows: int, width: int) -> Choice:
-    """The first row of `CUDA_CHOICES` for x of so many rows and this width."""
-    return next(
-        choice
-        for choice in CUDA_CHOICES
-        if choice.rows[0] <= rows <= choice.rows[1]
-        and choice.widths[0] <= width <= choice.widths[1]
-    )
-
-
-def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
+def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """value · gelu(gate) of (value, gate) = x weightᵀ + bias, with gelu(g) = g · Φ(g), exact (erf).
 
     Args:
@@ -56,16 +27,12 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "au
             a CPU our own loop runs (float32 and bfloat16) when its columns lie side by side
             (`weight.stride(0) == 1`, see `models.borrow`).
         bias: [2N].
-        impl: "auto" (the CPU kernel, or what `CUDA_CHOICES` says), "cpu", "triton" (one kernel),
-            "split" (torch's product, then `gelu_gate`) or "reference". What is asked for by name
-            runs or raises.
 
     Returns:
-        [..., N], contiguous, in x's dtype; sums are float32, and with "triton" also what is gated.
+        [..., N], contiguous, in x's dtype; sums are float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, strides that the kernel asked for
-            does not take, or an unknown `impl`.
+        ValueError: shapes or dtypes that do not fit together.
 
     Shazeer, GLU Variants Improve Transformer (2020); Hendrycks & Gimpel, GELUs (2016).
     """
@@ -79,12 +46,5 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, impl: str = "au
         raise ValueError(
             f"geglu: x is {x.dtype}, weight {weight.dtype}; all must be of one dtype, the bias too"
         )
-    if impl == "auto" and on_gpu(x):
-        impl = choose(x.numel() // max(x.shape[-1], 1), x.shape[-1]).run
-    if impl == "split":
-        return gelu_gate(F.linear(x, weight, bias))
-    if impl == "auto" or (impl == "triton" and on_gpu(x)):
-        out: Tensor = _op(x, weight, bias)
-        return out
-    named: Tensor = implementation("geglu", impl)(x, weight, bias)
-    return named
+    y: Tensor = _op(x, weight, bias)
+    return y

@@ -1,5 +1,6 @@
 """Contract of `geglu`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,11 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.kernels.contract import Case, KernelSpec
-from fastdiff.kernels.gelu_gate.spec import reference as gelu_gate
+from fastdiff.kernels.gelu_gate.spec import SPEC as GATE
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return gelu_gate(F.linear(x, weight, bias))
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def formula(a: Arguments) -> Tensor:
+    y: Tensor = GATE.reference(F.linear(a.x, a.weight, a.bias))
+    return y
 
 
 def inputs(
@@ -30,8 +41,7 @@ def inputs(
 
 
 CASES = (
-    # widths of SD1.5 at 512² and of SDXL, batch 2 (CFG), with a part of the 2 x 4096 rows and of
-    # the 5120 columns: more of them are more programs of the same launch
+    # widths of SD1.5 at 512² and of SDXL, batch 2 (CFG), with a part of the rows and columns
     Case("sd15-64-part", B=2, L=576, D=320, N=1280),
     Case("sd15-8-part", B=2, L=64, D=1280, N=512),
     Case("demo-16", B=2, L=256, D=64, N=256, spread=3.0),
@@ -44,13 +54,12 @@ CASES = (
 
 SPEC = KernelSpec(
     name="geglu",
-    schema="(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=lambda c, size: (
         size * (c.B * c.L * (c.D + c.N) + 2 * c.N * (c.D + bool(c.get("bias", True))))
     ),
     flops=lambda c: 4 * c.B * c.L * c.D * c.N,
-    products=True,
 )

@@ -1,4 +1,4 @@
-"""Triton implementation of `gelu_gate`, and the gate that `geglu` has in its epilogue.
+"""Triton implementation of `gelu_gate`.
 
 A program reads the value and the gate of ROWS x COLUMNS outputs, 16 bytes a thread and load.
 """
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.dispatch import expects
+from fastdiff.kernels.gelu_gate.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
 
 @triton.jit
-def gated(value, gate):
+def _gated(value, gate):
     """value * gelu(gate) of fp32 tiles, with the exact (erf) GELU.
 
     gelu(g) = max(g, 0) - |g| Phi(-|g|), where log2 Phi(-t) is our own fit of degree 9 on [0, 7]:
@@ -59,7 +60,7 @@ def _gelu_gate_kernel(
         bias_at = bias_ptr + columns
         value += tl.load(bias_at, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias_at + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + first * N + rows * N + columns[None, :], gated(value, gate), mask=inside)
+    tl.store(out_ptr + first * N + rows * N + columns[None, :], _gated(value, gate), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -94,29 +95,29 @@ def candidates(M: int, N: int, size: int, arch: int) -> tuple[LaunchConfig, ...]
     return CONFIGS if arch else INTERPRETED
 
 
-def rows_of(what: str, x: Tensor) -> Tensor:
-    """x [..., K] as [M, K] without a copy; ValueError where its strides do not allow that."""
+def _rows_of(h: Tensor) -> Tensor:
+    """h [..., K] as [M, K] without a copy; ValueError where its strides do not allow that."""
     try:
-        flat = x.view(-1, x.shape[-1])
+        flat = h.view(-1, h.shape[-1])
     except RuntimeError:
         flat = None
     if flat is None or flat.stride(1) != 1:
         raise ValueError(
-            f"{what} is {list(x.shape)} with strides {x.stride()}; the kernel takes rows at one"
-            " distance from each other, whose elements lie side by side"
+            f"gelu_gate: h is {list(h.shape)} with strides {h.stride()}; the kernel takes rows at"
+            " one distance from each other, whose elements lie side by side"
         )
     return flat
 
 
-def plan(arch: int, h: Tensor, bias: Tensor | None = None) -> tuple[tuple[Launch, ...], Tensor]:
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     """The launch for h [..., 2N] and the output [..., N] it writes."""
-    flat, N = rows_of("gelu_gate: h", h), h.shape[-1] // 2
-    M, size = flat.shape[0], h.element_size()
-    expects("gelu_gate: bias", bias, h, (2 * N,))
+    flat, N = _rows_of(a.h), a.h.shape[-1] // 2
+    M, size = flat.shape[0], a.h.element_size()
+    expects("gelu_gate: bias", a.bias, a.h, (2 * N,))
     align = math.gcd(16 // size, N, flat.stride(0))
     config = pick(M, N, size, arch)
-    out = h.new_empty((*h.shape[:-1], N))
-    arguments: dict[str, Any] = {"h_ptr": h, "bias_ptr": bias, "M": M, "N": N}
+    out = a.h.new_empty((*a.h.shape[:-1], N))
+    arguments: dict[str, Any] = {"h_ptr": a.h, "bias_ptr": a.bias, "M": M, "N": N}
     arguments |= {"h_sm": flat.stride(0), "out_ptr": out}
     constants = {"ALIGN": align, "ROWS": config.rows, "COLUMNS": config.columns}
     grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),)
@@ -126,4 +127,4 @@ def plan(arch: int, h: Tensor, bias: Tensor | None = None) -> tuple[tuple[Launch
     return (launch,), out
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

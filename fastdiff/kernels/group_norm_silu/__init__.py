@@ -1,13 +1,10 @@
 """GroupNorm and SiLU of channels-last pictures in one pass over memory."""
 
-from typing import overload
-
-import torch
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.group_norm_silu import cpu
-from fastdiff.kernels.group_norm_silu.spec import SPEC, slab_rows
+from fastdiff.kernels.group_norm_silu.spec import SPEC
 
 _op = register(
     SPEC,
@@ -17,35 +14,6 @@ _op = register(
 )
 
 
-@overload
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool = True,
-    row: Tensor | None = None,
-    residual: None = None,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-    statistics: Tensor | None = None,
-) -> Tensor: ...
-@overload
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool = True,
-    row: Tensor | None = None,
-    *,
-    residual: Tensor,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-    statistics: Tensor | None = None,
-) -> tuple[Tensor, Tensor]: ...
 def group_norm_silu(
     x: Tensor,
     weight: Tensor,
@@ -57,8 +25,7 @@ def group_norm_silu(
     residual: Tensor | None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-    statistics: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """y = silu((t - mean) / sqrt(var + eps) · weight + bias) of t = x + shift + row + residual and,
     after its channels, `beside`.
 
@@ -79,12 +46,10 @@ def group_norm_silu(
             connection, read where it is); or [B / 2, Y, X, C2], where the halves of guidance share
             it. Nothing is added to it.
         shift: [C], added to every pixel of x (the bias of the convolution that made x).
-        statistics: [B, slabs, 2, C + C2] in float32, where the producer of t knows them: mean and
-            sum of squares around it of each of t's channels in each slab of ceil(Y·X / slabs)
-            pixels, of which the last may have fewer but not none. On a GPU it saves a read of t.
 
     Returns:
-        y, [B, Y, X, C + C2] and contiguous; with a residual (y, x + shift + row + residual).
+        y [B, Y, X, C + C2] and the sum x + shift + row + residual [B, Y, X, C], both contiguous;
+        the sum is empty ([0]) without a residual.
 
     Raises:
         ValueError: the channels are not a multiple of groups, or a shape is not one of the above.
@@ -102,23 +67,16 @@ def group_norm_silu(
             f"group_norm_silu: beside is {list(beside.shape)}; expected {[batch, *pixels, 'C2']}"
             f" or half as many pictures"
         )
-    shapes: dict[str, tuple[int, ...]] = {"weight": (channels,), "bias": (channels,)}
-    shapes |= {"row": (batch, width), "shift": (width,), "residual": x.shape}
-    parts = {"weight": weight, "bias": bias, "row": row, "shift": shift, "residual": residual}
-    for name, part in parts.items():  # a GPU would read beyond the end of a smaller one
-        shape = shapes[name]
+    for name, part, shape in (  # a GPU would read beyond the end of a smaller one
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("row", row, (batch, width)),
+        ("shift", shift, (width,)),
+        ("residual", residual, x.shape),
+    ):
         if part is not None and part.shape != shape:
             raise ValueError(
                 f"group_norm_silu: {name} is {list(part.shape)}; expected {list(shape)}"
             )
-    if statistics is not None:
-        expected = (batch, statistics.shape[1], 2, channels)
-        if statistics.shape != expected or statistics.dtype != torch.float32:
-            raise ValueError(
-                f"group_norm_silu: statistics are {statistics.dtype} {list(statistics.shape)};"
-                f" expected torch.float32 [{batch}, slabs, 2, {channels}]"
-            )
-        slab_rows(pixels[0] * pixels[1], statistics.shape[1])
-    added = row, residual, beside, shift, statistics
-    y, total = _op(x, weight, bias, groups, eps, silu, *added)
-    return y if residual is None else (y, total)
+    y, total = _op(x, weight, bias, groups, eps, silu, row, residual, beside, shift)
+    return y, total

@@ -1,7 +1,7 @@
 """Triton implementation of `group_norm_silu`: once over memory where whole groups fit on chip.
 
 Else two kernels: statistics of each channel in each slab of rows, then their combination and the
-normalisation, the last rows first because they are still in L2. Given statistics save the first.
+normalisation, the last rows first because they are still in L2.
 """
 
 import math
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits, power_parts
+from fastdiff.kernels.group_norm_silu.spec import Arguments
 from fastdiff.kernels.group_norm_silu.tiles import (
     RESIDUAL,
     ROW,
@@ -35,8 +36,7 @@ from fastdiff.kernels.occupancy import multiprocessors
 from fastdiff.kernels.tuned import tunable
 
 # arguments that compile nothing anew: ALIGN tells of what they are multiples
-ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "flags", "eps"]
-ANY += ["slab_rows", "slabs", "counted_rows"]
+ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "flags", "eps", "slab_rows"]
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -122,13 +122,14 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=ANY)
 def _apply_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, statistics_ptr,
-    L, C, C2, beside_batch, row_stride, flags, W, eps, slab_rows, slabs, counted_rows,
+    L, C, C2, beside_batch, row_stride, flags, W, eps, slab_rows,
     sum_ptr, out_ptr,
     ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, SUMMED: tl.constexpr,
     GROUPS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise slab_rows rows, the last first, by the statistics of slabs of counted_rows."""
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * slab_rows
+    """Normalise a slab's rows, the last first, by the statistics of all slabs."""
+    slabs = tl.num_programs(0)
+    start = (slabs - 1 - tl.program_id(0)) * slab_rows
     end = tl.minimum(slab_rows, L - start)
     sample = tl.program_id(2).to(tl.int64)
     source, vectors, parts, C = opened(
@@ -142,10 +143,10 @@ def _apply_kernel(
     next0, next1 = load_tiles(source, added, parts, rows, end, P1)  # before the statistics
     statistics_ptr += sample * slabs * 2 * C
     missing = missing_of(vectors, parts, SUMMED, P1)
-    moments0 = recall(statistics_ptr, slabs, counted_rows, L, C, missing[0], parts[0], P0)
+    moments0 = recall(statistics_ptr, slabs, slab_rows, L, C, missing[0], parts[0], P0)
     moments1 = moments0
     if P1 > 0:
-        moments1 = recall(statistics_ptr, slabs, counted_rows, L, C, missing[1], parts[1], P1)
+        moments1 = recall(statistics_ptr, slabs, slab_rows, L, C, missing[1], parts[1], P1)
     line0, line1 = lines_of(
         weight_ptr, bias_ptr, parts, missing, moments0, moments1, 1.0 * L, W, eps,
         SEGMENT, GROUPS, P1,
@@ -195,16 +196,22 @@ def _groups_of_a_program(W: int, G: int, size: int) -> int:
 
 
 @tunable("group_norm_silu")
-def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> LaunchConfig:
-    """Launch of B samples of L pixels in G groups of W channels of `size` bytes, their statistics
-    `given` (1) or not (0)."""
+def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
+    """Launch of B samples of L pixels in G groups of W channels of `size` bytes."""
     groups = _groups_of_a_program(W, G, size)
     parts = [part for part in power_parts(groups * W, 16 // size) if part]
     width, rows = sum(parts), triton.next_power_of_2(L)
-    if not given:
-        for most, num_warps in ONE_PASS.items():
-            if rows * width <= most:
-                return LaunchConfig(groups, rows, 0, num_warps)
+    for most, num_warps in ONE_PASS.items():
+        if rows * width <= most:
+            return LaunchConfig(groups, rows, 0, num_warps)
+    return _in_slabs(B, L, W, G, size, arch)
+
+
+def _in_slabs(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
+    """The rule's launch in two passes."""
+    groups = _groups_of_a_program(W, G, size)
+    parts = [part for part in power_parts(groups * W, 16 // size) if part]
+    width = sum(parts)
     tile, num_warps = SLAB_TILE if arch else INTERPRETED_TILE, 8
     if not (aligned := groups * W * size % 16 == 0):
         tile //= 4  # each element has its address in registers
@@ -217,14 +224,12 @@ def pick(B: int, L: int, W: int, G: int, size: int, given: int, arch: int) -> La
     return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), num_warps)
 
 
-def candidates(
-    B: int, L: int, W: int, G: int, size: int, given: int, arch: int
-) -> tuple[LaunchConfig, ...]:
+def candidates(B: int, L: int, W: int, G: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
     """What a tuner should try, the rule's own first; some spill or do not fit an architecture."""
-    slabs = pick(B, L, W, G, size, 1, arch)
-    found = [pick(B, L, W, G, size, given, arch), slabs]
+    slabs = _in_slabs(B, L, W, G, size, arch)
+    found = [pick(B, L, W, G, size, arch), slabs]
     width, rows = sum(power_parts(slabs.groups * W, 16 // size)), triton.next_power_of_2(L)
-    if not given and rows * width <= 2 * max(ONE_PASS):
+    if rows * width <= 2 * max(ONE_PASS):
         found += [LaunchConfig(slabs.groups, rows, 0, num_warps) for num_warps in (4, 8, 16)]
     for more in (1, 2, 4):  # programs of an SM
         several = replace(slabs, slabs=min(more * slabs.slabs, L))
@@ -235,41 +240,42 @@ def candidates(
     return tuple(dict.fromkeys(found))
 
 
-def plan(
-    arch: int, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
-    row: Tensor | None = None, residual: Tensor | None = None, beside: Tensor | None = None,
-    shift: Tensor | None = None, statistics: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:  # fmt: skip
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
     """The launches for x [B, Y, X, C] and what they write: the result and the sum (or empty)."""
-    B, Y, X, C = x.shape
-    C2, beside_batch = (0, 1) if beside is None else (beside.shape[3], beside.shape[0])
-    L, W, size = Y * X, (C + C2) // groups, x.element_size()
-    for name, tensor in {"x": x, "residual": residual, "beside": beside, "shift": shift}.items():
+    B, Y, X, C = a.x.shape
+    C2, beside_batch = (0, 1) if a.beside is None else (a.beside.shape[3], a.beside.shape[0])
+    L, W, size = Y * X, (C + C2) // a.groups, a.x.element_size()
+    for name, tensor in {
+        "x": a.x,
+        "residual": a.residual,
+        "beside": a.beside,
+        "shift": a.shift,
+    }.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"group_norm_silu: {name} has strides {tensor.stride()}; contiguous")
-    if row is not None and row.stride(1) != 1:
-        raise ValueError(f"group_norm_silu: row has strides {row.stride()}; the last must be 1")
-    config = pick(B, L, W, groups, size, statistics is not None, arch)
-    segment, row_stride = config.groups * W, 0 if row is None else row.stride(0)
+    if a.row is not None and a.row.stride(1) != 1:
+        raise ValueError(f"group_norm_silu: row has strides {a.row.stride()}; the last must be 1")
+    config = pick(B, L, W, a.groups, size, arch)
+    segment, row_stride = config.groups * W, 0 if a.row is None else a.row.stride(0)
     align = math.gcd(16 // size, segment, C, C2, row_stride)
     compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
     compiled["P0"], compiled["P1"] = power_parts(segment, 16 // size)
-    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": residual is not None}
+    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.residual is not None}
     compiled["GROUPS"] = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
-    out = x.new_empty((B, Y, X, C + C2))
-    total = x.new_empty(0 if residual is None else x.shape)
-    has = {ROW: row is not None, SHIFT: shift is not None, RESIDUAL: residual is not None}
-    flags = sum(flag.value for flag, is_so in (has | {SILU: silu}).items() if is_so)
-    given = {"row": row, "residual": residual, "beside": beside, "shift": shift}
+    out = a.x.new_empty((B, Y, X, C + C2))
+    total = a.x.new_empty(0 if a.residual is None else a.x.shape)
+    has = {ROW: a.row is not None, SHIFT: a.shift is not None, RESIDUAL: a.residual is not None}
+    flags = sum(flag.value for flag, is_so in (has | {SILU: a.silu}).items() if is_so)
+    given = {"row": a.row, "residual": a.residual, "beside": a.beside, "shift": a.shift}
     values: dict[str, Any] = {
-        f"{name}_ptr": x if tensor is None else tensor for name, tensor in given.items()
+        f"{name}_ptr": a.x if tensor is None else tensor for name, tensor in given.items()
     }
-    values |= {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "out_ptr": out}
-    values |= {"sum_ptr": x if residual is None else total, "L": L, "C": C, "C2": C2, "W": W}
+    values |= {"x_ptr": a.x, "weight_ptr": a.weight, "bias_ptr": a.bias, "out_ptr": out}
+    values |= {"sum_ptr": a.x if a.residual is None else total, "L": L, "C": C, "C2": C2, "W": W}
     values |= {"beside_batch": beside_batch, "row_stride": row_stride, "flags": flags}
     slab_rows = triton.cdiv(L, max(1, config.slabs))
-    values |= {"slab_rows": slab_rows, "eps": float_bits(eps)}
-    grid = (triton.cdiv(L, slab_rows), groups // config.groups, B)  # no slab is empty
+    values |= {"slab_rows": slab_rows, "eps": float_bits(a.eps)}
+    grid = (triton.cdiv(L, slab_rows), a.groups // config.groups, B)  # no slab is empty
 
     def launch(kernel: Any) -> Launch:
         own = [{n: d[n] for n in kernel.arg_names if n in d} for d in (values, compiled)]
@@ -277,17 +283,12 @@ def plan(
 
     if not config.slabs:
         return (launch(_one_pass_kernel),), (out, total)
-    launches = []
-    if statistics is None:
-        statistics = x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
-        values["statistics_ptr"] = statistics
-        launches = [launch(_statistics_kernel)]
-        if residual is not None:  # the sum holds all that is added
-            values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
-            values["flags"], compiled["SUMMED"] = flags & SILU.value, False
-    slabs = statistics.shape[1]
-    values |= {"statistics_ptr": statistics, "slabs": slabs, "counted_rows": triton.cdiv(L, slabs)}
-    return (*launches, launch(_apply_kernel)), (out, total)
+    values["statistics_ptr"] = a.x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
+    first = launch(_statistics_kernel)
+    if a.residual is not None:  # the sum holds all that is added
+        values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
+        values["flags"], compiled["SUMMED"] = flags & SILU.value, False
+    return (first, launch(_apply_kernel)), (out, total)
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

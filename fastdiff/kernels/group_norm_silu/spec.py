@@ -1,13 +1,30 @@
 """Contract of `group_norm_silu`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.concat.spec import reference as concat
+from fastdiff.kernels.concat.spec import SPEC as CONCAT
 from fastdiff.kernels.contract import Case, KernelSpec
+
+
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+    silu: bool
+    row: Tensor | None = None
+    residual: Tensor | None = None
+    beside: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def summed(
@@ -25,64 +42,14 @@ def summed(
         total = total + row[:, None, None, :]
     if residual is not None:
         total = total + residual
-    return total if beside is None else concat(total, beside), total
+    return total if beside is None else CONCAT.reference(total, beside), total
 
 
-def channel_statistics(t: Tensor, slabs: int) -> Tensor:
-    """Mean and centred squares of t's channels in equal slabs of its pixels, of which the last may
-    be shorter: [B, slabs, 2, C] in float32, from t [B, Y, X, C]."""
-    pixels = t.flatten(1, 2)
-    parts = pixels.split(slab_rows(pixels.shape[1], slabs), 1)
-    moments = [torch.stack((p.mean(1), p.var(1, correction=0) * p.shape[1]), 1) for p in parts]
-    return torch.stack(moments, 1).float()
-
-
-def slab_rows(L: int, slabs: int) -> int:
-    """Pixels of each of `slabs` slabs of L pixels; ValueError where one would be empty."""
-    rows = -(-L // slabs)
-    if -(-L // rows) != slabs:
-        raise ValueError(f"group_norm_silu: {L} pixels do not fill {slabs} slabs of {rows}")
-    return rows
-
-
-def _normalised(t: Tensor, statistics: Tensor, groups: int, eps: float) -> Tensor:
-    """t by the statistics of its channels, before weight and bias."""
-    B, Y, X, C = t.shape
-    dtype = torch.promote_types(t.dtype, torch.float32)
-    slabs = statistics.shape[1]
-    rows = slab_rows(Y * X, slabs)
-    count = torch.full((slabs, 1, 1), rows, dtype=dtype, device=t.device)
-    count[-1] = Y * X - (slabs - 1) * rows
-    mean, square = statistics.to(dtype).view(B, slabs, 2, groups, -1).unbind(2)
-    of_group = (mean * count).sum((1, 3), keepdim=True) / (Y * X * C // groups)
-    variance = (square + (mean - of_group) ** 2 * count).sum((1, 3)) / (Y * X * C // groups)
-    parts = t.to(dtype).view(B, Y, X, groups, -1)
-    y = (parts - of_group.view(B, 1, 1, groups, 1)) / (variance + eps).sqrt()[
-        :, None, None, :, None
-    ]
-    return y.view(B, Y, X, C)
-
-
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    row: Tensor | None = None,
-    residual: Tensor | None = None,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-    statistics: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    t, total = summed(x, row, residual, beside, shift)
-    if statistics is None:
-        y = F.group_norm(t.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
-    else:
-        y = (_normalised(t, statistics, groups, eps) * weight + bias).to(x.dtype)
-    y = (F.silu(y) if silu else y).contiguous()
-    return y, total.contiguous() if residual is not None else x.new_empty(0)
+def formula(a: Arguments) -> tuple[Tensor, Tensor]:
+    t, total = summed(a.x, a.row, a.residual, a.beside, a.shift)
+    y = F.group_norm(t.permute(0, 3, 1, 2), a.groups, a.weight, a.bias, a.eps).permute(0, 2, 3, 1)
+    y = (F.silu(y) if a.silu else y).contiguous()
+    return y, total.contiguous() if a.residual is not None else a.x.new_empty(0)
 
 
 def inputs(
@@ -96,13 +63,6 @@ def inputs(
     x = (x * case.get("deviation", 1.0) + case.get("mean", 0.0)).to(dtype)
     if case.get("outlier"):
         x[:, 0, 0, :] = case.outlier
-    added: dict[str, Any] = {
-        "row": normal(B, C + 16)[:, 8 : C + 8] if case.get("row") else None,  # one of all layers
-        "residual": normal(B, Y, X, C) if case.get("residual") else None,
-        "beside": normal(B // case.get("parts", 1), Y, X, C2) * 2 if C2 else None,
-        "shift": normal(C) if case.get("shift") else None,
-    }
-    slabs = case.get("slabs")
     return {
         "x": x,
         "weight": normal(C + C2) * 0.2 + 1,
@@ -110,8 +70,10 @@ def inputs(
         "groups": case.G,
         "eps": case.get("eps", 1e-5),
         "silu": case.get("silu", True),
-        **added,
-        "statistics": channel_statistics(summed(x, **added)[0].float(), slabs) if slabs else None,
+        "row": normal(B, C + 16)[:, 8 : C + 8] if case.get("row") else None,  # one of all layers
+        "residual": normal(B, Y, X, C) if case.get("residual") else None,
+        "beside": normal(B // case.get("parts", 1), Y, X, C2) * 2 if C2 else None,
+        "shift": normal(C) if case.get("shift") else None,
     }
 
 
@@ -120,13 +82,12 @@ def _bytes(case: Case, size: int) -> int:
     x = pixels * C * (3 if case.get("residual") else 1)  # a residual is read, the sum written
     beside = pixels // case.get("parts", 1) * C2
     channels = 2 * (C + C2) + bool(case.get("row")) * case.B * C + bool(case.get("shift")) * C
-    statistics = case.B * case.get("slabs", 0) * 2 * (C + C2)
-    return int(size * (x + beside + pixels * (C + C2) + channels) + 4 * statistics)
+    return int(size * (x + beside + pixels * (C + C2) + channels))
 
 
 def _flops(case: Case) -> int:
     """6 for the moments, 3 for the line, 4 for SiLU; a pixel of the sum takes 2."""
-    each = (0 if case.get("slabs") else 6) + 3 + 4 * case.get("silu", True)
+    each = 6 + 3 + 4 * case.get("silu", True)
     C, C2 = case.C, case.get("C2", 0)
     return int(case.B * case.Y * case.X * ((C + C2) * each + 2 * bool(case.get("residual")) * C))
 
@@ -142,7 +103,6 @@ CASES = (
     Case("sd15-8-cat", B=2, Y=8, X=8, C=1280, C2=1280, G=32),
     Case("sdxl-64", B=1, Y=64, X=64, C=640, G=32, row=True, shift=True),
     Case("sdxl-32-residual", B=1, Y=32, X=32, C=1280, G=32, residual=True),
-    Case("sdxl-32-given", B=2, Y=32, X=32, C=1280, G=32, shift=True, slabs=8),
     Case("vae-mid", B=1, Y=64, X=64, C=512, G=32, eps=1e-6),
     Case("vae-top", B=1, Y=256, X=256, C=128, G=32, eps=1e-6),
     # the demo pipeline
@@ -155,19 +115,14 @@ CASES = (
     Case("one-group", B=1, Y=7, X=3, C=30, G=1),
     Case("far-mean", B=2, Y=16, X=16, C=56, G=28, mean=1000.0, deviation=0.01, silu=False),
     Case("outlier", B=1, Y=32, X=32, C=64, G=8, outlier=1e4),
-    # a group on both sides of an odd border, with all that is added, statistics of uneven slabs
+    # a group on both sides of an odd border, with all that is added
     Case("odd-cat", B=4, Y=9, X=5, C=31, C2=14, G=5, parts=2, row=True, shift=True, residual=True),
-    Case("odd-given", B=2, Y=9, X=5, C=21, C2=9, G=3, row=True, shift=True, slabs=4),
 )
 
 SPEC = KernelSpec(
     name="group_norm_silu",
-    schema=(
-        "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu,"
-        " Tensor? row=None, Tensor? residual=None, Tensor? beside=None, Tensor? shift=None,"
-        " Tensor? statistics=None) -> (Tensor, Tensor)"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=_bytes,
