@@ -93,7 +93,7 @@ class MMDiT(JointTrunk):
         if image is not None:
             if self.ip_adapter is None:
                 raise Unsupported("it was given pictures for an IP-Adapter that it does not have")
-            fits("ip_adapter_image_embeds", image, weight, image.shape[-1], 3)
+            fits("ip_adapter_image_embeds", image, weight, self.ip_adapter.channels, 3)
             one_each("ip_adapter_image_embeds", image, latents, copies)
 
     def hoist(self, conditions: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:

@@ -34,6 +34,7 @@ from fastdiff.models import (
     borrow_mmdit_control,
 )
 from fastdiff.models.joint_trunk import alike
+from fastdiff.runtime.tape import record
 
 SMALL = {
     "sample_size": 16,
@@ -479,6 +480,28 @@ def test_by_triton_kernels(kind, monkeypatch):
     given = conditions(2, tokens=20)
     given.encoder_hidden_states[:, 5:] = 0
     hold(transformer(kind, num_layers=2), torch.randn(1, 4, 6, 8), given, copies=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("more", ["skip_layers", "block_controlnet_hidden_states", "ip_adapter"])
+def test_a_step_on_a_cpu_is_kernels_of_ours_alone(more, dtype):
+    """So a tape can stand for it: SD3.5-medium with guidance, without T5."""
+    module = with_ip_adapter(transformer("sd35-medium", dtype))
+    value = {
+        "skip_layers": (1,),
+        "block_controlnet_hidden_states": [torch.randn(2, 24, 48).to(dtype)] * 2,
+        "ip_adapter": torch.randn(2, 6, 20).to(dtype),
+    }
+    given = conditions(2, dtype, tokens=20, **{more: value[more]})
+    given.encoder_hidden_states[:, 5:] = 0
+    network = borrow_mmdit(module, Loan(module))
+    with torch.no_grad():
+        rows, constants = network.hoist(given, TIMES, (8, 12))
+        patches = network.pack(torch.randn(1, 4, 8, 12).to(dtype))
+        predicted = network.predict(patches, at(rows, 1), constants)
+    tape = record(lambda x: network.predict(x, at(rows, 1), constants), [patches])
+    assert tape is not None
+    assert torch.equal(tape.run(), predicted)
 
 
 FULL = {
