@@ -315,6 +315,30 @@ def test_controlnet_without_guidance_of_several_pictures():
     torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-4)
 
 
+def test_what_a_controlnet_cannot_take_is_refused():
+    text, pooled, *_ = conditions(2)
+    latents, picture = torch.randn(1, 4, 8, 12), torch.randn(2, 5, 8, 12)
+    given = MMDiTControlConditions(text, pooled, picture)
+    told, untold = controlled("sd3"), controlled("sd35-large, its own")
+    network = borrow_mmdit_control(told, Loan(told))
+    network.check(latents, given, copies=2)
+    for bad, words in {
+        given._replace(controlnet_cond=None): "no controlnet_cond",
+        given._replace(controlnet_cond=picture[:, :4]): "5 channels",
+        given._replace(controlnet_cond=picture[..., :8]): "beside",
+        given._replace(controlnet_cond=picture[:1]): "for 1 pictures",
+    }.items():
+        with pytest.raises(Unsupported, match=words):
+            network.check(latents, bad, copies=2)
+    network = borrow_mmdit_control(untold, Loan(untold))
+    tokens = torch.randn(1, 24, 48)
+    network.check(tokens, given._replace(encoder_hidden_states=None), copies=2)
+    with pytest.raises(Unsupported, match="given encoder_hidden_states"):
+        network.check(tokens, given, copies=2)
+    with pytest.raises(Unsupported, match="48 channels in 3"):
+        network.check(latents, given._replace(encoder_hidden_states=None), copies=2)
+
+
 LAYERS = [
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.2", "norm1.linear", "norm1_context.linear"),
