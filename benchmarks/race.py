@@ -20,6 +20,7 @@ from fastdiff.bench.kernels import check, floor_ms, inputs_of, sampler
 from fastdiff.kernels.attention import products
 from fastdiff.kernels.contract import Case
 from fastdiff.kernels.dispatch import Kernel
+from fastdiff.kernels.joint_attention import spec as joint
 
 REPLAYS = 21
 SIDE = 4096
@@ -59,14 +60,14 @@ def scaled_dot_product(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
 def joined(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
     """torch's attention over both sequences, put end to end first and taken apart again."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        mask = None if mask is None else mask.to(q.dtype)
+    def attend(a: Any) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (a.q, a.k, a.v))
+        mask = None if a.mask is None else a.mask.to(q.dtype)
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=a.scale)
         return out.transpose(1, 2)
 
-    return lambda kernel, inputs: partial(kernel.spec.reference, **inputs, attend=attend)
+    return lambda kernel, inputs: partial(joint.formula, joint.Arguments(**inputs), attend)
 
 
 def rivals(

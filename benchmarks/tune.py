@@ -92,7 +92,7 @@ def tunable_kernels(ops: Sequence[str] | None) -> list[Kernel]:
 
 
 def _module(kernel: Kernel) -> Any:
-    return sys.modules[kernel.implementations["triton"]().plan.__module__]
+    return sys.modules[kernel.implementations["triton"]().planner.__module__]
 
 
 def questions(kernels: Sequence[Kernel], arch: int, dry_run: bool) -> Iterator[Question]:

@@ -35,8 +35,10 @@ std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(FASTDIFF_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512bf16());
     found.push_back(&kernels_avx512());
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     found.push_back(&kernels_avx2());
 #endif

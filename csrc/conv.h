@@ -1,5 +1,6 @@
 // Convolution and linear layers: `gemm.h` with rows gathered from a channels-last picture.
 #pragma once
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -12,9 +13,16 @@ namespace FASTDIFF_ISA {
 using fastdiff::Conv;
 
 constexpr int64_t kChunk = 384;            // inner steps between passes over the rows: 96 KiB of B
-constexpr int64_t kSlice = 128;            // inner steps summed at once, for the rounding errors
 constexpr int64_t kBlocks = 64;            // row blocks that share a pass over the chunks of B
+constexpr int64_t kReused = 4;             // row blocks from which on a copy of B pays
 constexpr int64_t kSerialBelow = 1 << 15;  // multiply-adds; waking a thread costs about as much
+
+// Whether B is copied to pairs where many rows share it.
+template <typename T>
+constexpr bool kPacks = !std::is_same_v<Packed<T>, T>;
+// Inner steps summed at once: few for the rounding errors' sake, which bfloat16 hides.
+template <typename T>
+constexpr int64_t kSlice = kPacks<T> ? kChunk : 128;
 
 // Columns [begin, begin + columns) of the output, and where their weights are.
 template <typename T>
@@ -54,14 +62,16 @@ static std::vector<Panel<T>> split_columns(const Conv& p, int64_t inner, std::ve
   return panels;
 }
 
-// float32 rows for the inner loop: x itself, or a converted copy.
-static const float* as_float(const float* x, int64_t, std::vector<float>&) { return x; }
-static const float* as_float(const bf16* x, int64_t count, std::vector<float>& copy) {
-  copy.resize(count);
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(&copy[i], load(x + i));
-  for (; i < count; ++i) copy[i] = load1(x + i);
-  return copy.data();
+// Rows for the inner loop: x itself, or a converted copy.
+template <typename T>
+static const Factor<T>* factors(const T* x, int64_t count, std::vector<Factor<T>>& copy) {
+  if constexpr (std::is_same_v<T, Factor<T>>) {
+    return x;
+  } else {
+    copy.resize(count);
+    each_vector(count, [&](int64_t i, int n) { store_n(&copy[i], load_n(x + i, n), n); });
+    return copy.data();
+  }
 }
 
 // Which source row (or column) the nearest-neighbour enlargement shows at each position; the
@@ -81,13 +91,13 @@ struct Slice {
   int64_t tap_y, tap_x, first, length, b_row;
 };
 
-static std::vector<Slice> split_inner(const Conv& p) {
+static std::vector<Slice> split_inner(const Conv& p, int64_t longest) {
   std::vector<Slice> slices;
   int64_t b_row = 0;
   for (int64_t y = 0; y < p.kernel; ++y)
     for (int64_t x = 0; x < p.kernel; ++x)
-      for (int64_t c = 0; c < p.channels; c += kSlice) {
-        const int64_t length = std::min(kSlice, p.channels - c);
+      for (int64_t c = 0; c < p.channels; c += longest) {
+        const int64_t length = std::min(longest, p.channels - c);
         slices.push_back({y, x, c, length, b_row});
         b_row += length;
       }
@@ -130,11 +140,19 @@ struct Epilogue {
 
 // Points the rows of each segment at the pixels that output pixels [first, first + count) see
 // through the slice's tap; at zeros where the window leaves the picture or no pixel is left.
-static void gather(const Conv& p, const float* x, int64_t first, int count,
+template <typename A>
+static void gather(const Conv& p, const A* x, int64_t first, int count,
                    std::span<const Slice> slices, const std::vector<int64_t>& rows,
-                   const std::vector<int64_t>& columns, const float* zeros, Segment* segments) {
+                   const std::vector<int64_t>& columns, const A* zeros, Run<A>* segments) {
   const int64_t area = p.out_height * p.out_width;
-  for (int r = 0; r < count; ++r) {
+  const bool linear = p.kernel == 1 && p.stride == 1 && p.pad == 0 && p.up_height == p.height &&
+                      p.up_width == p.width;  // a pixel sees itself
+  for (int r = 0; linear && r < count; ++r) {
+    const bool inside = first + r < p.batch * area;
+    for (size_t s = 0; s < slices.size(); ++s)
+      segments[s].a[r] = inside ? x + (first + r) * p.channels + slices[s].first : zeros;
+  }
+  for (int r = 0; !linear && r < count; ++r) {
     const int64_t pixel = first + r, within = pixel % area;
     const int64_t picture = pixel / area * p.height * p.width;
     const int64_t top = within / p.out_width * p.stride - p.pad;
@@ -147,32 +165,33 @@ static void gather(const Conv& p, const float* x, int64_t first, int count,
       segments[s].a[r] = inside ? x + source * p.channels + slices[s].first : zeros;
     }
   }
-  for (size_t s = 0; s < slices.size(); ++s) {
-    segments[s].length = slices[s].length;
-    segments[s].b_row = slices[s].b_row;
-  }
 }
 
 template <typename T>
 static void conv(const Conv& p) {
   const int64_t pixels = p.batch * p.out_height * p.out_width;
   const int64_t inner = p.kernel * p.kernel * p.channels;
-  std::vector<float> copy;
-  const float* x = as_float(static_cast<const T*>(p.x), p.batch * p.height * p.width * p.channels,
-                            copy);
+  std::vector<Factor<T>> copy;
+  const Factor<T>* x = factors(static_cast<const T*>(p.x),
+                               p.batch * p.height * p.width * p.channels, copy);
   std::vector<T> padded;
   const auto panels = split_columns<T>(p, inner, padded);
-  const auto slices = split_inner(p);
+  const auto slices = split_inner(p, kSlice<T>);
   const auto rows = nearest(p.height, p.up_height), columns = nearest(p.width, p.up_width);
-  const std::vector<float> zeros(kSlice, 0.0f);
+  const std::vector<Factor<T>> zeros(kSlice<T>);
   const Epilogue<T> finish{p};
 
   // Panels are split among the threads first (each reads only its weights), rows if need be.
   const int64_t threads = fastdiff::num_threads(), count = panels.size();
   const int64_t cuts = count % threads ? threads : 1;
   const auto body = [&](int64_t first_task, int64_t last_task) {
-    std::vector<float> sums(std::min(kBlocks, pixels) * kTileSums * W);
-    std::vector<Segment> segments(slices.size());
+    const auto sums = std::make_unique_for_overwrite<float[]>(std::min(kBlocks, pixels) *
+                                                              kTileSums * W);
+    std::vector<Run<Factor<T>>> segments(slices.size());
+    const auto packed = std::make_unique_for_overwrite<Packed<T>[]>(std::min(kChunk, inner) *
+                                                                   kMaxVectors * W);
+    const Packed<T>* near[kMaxVectors];  // the columns of `packed`
+    for (int v = 0; v < kMaxVectors; ++v) near[v] = &packed[v * W];
     for (int64_t task = first_task; task < last_task; ++task) {
       const Panel<T>& panel = panels[task / cuts];
       const int tall = rows_of(panel.vectors), wide = panel.vectors * W;
@@ -185,11 +204,24 @@ static void conv(const Conv& p) {
           for (end = begin + 1; end < slices.size() && length + slices[end].length <= kChunk; ++end)
             length += slices[end].length;
           const std::span<const Slice> chunk(&slices[begin], end - begin);
+          for (size_t i = 0; i < chunk.size(); ++i) {
+            segments[i].length = chunk[i].length;
+            segments[i].b_row = chunk[i].b_row;
+          }
+          // The float32 loop gains nothing by it: it reads B half as often for its work.
+          const bool packs = kPacks<T> && last - first >= kReused;
+          if constexpr (kPacks<T>)
+            for (int64_t i = 0, row = 0; packs && i < std::ssize(chunk); ++i) {
+              segments[i].b_row = row;
+              row += pack(panel.b, panel.vectors, panel.ld_b, chunk[i].b_row, chunk[i].length,
+                          &packed[row * wide]);
+            }
           for (int64_t block = first; block < last; ++block) {
             gather(p, x, block * tall, tall, chunk, rows, columns, zeros.data(), segments.data());
             float* to = &sums[(block - first) * tall * wide];
-            tile(panel.vectors, segments.data(), static_cast<int>(chunk.size()), panel.b,
-                 panel.ld_b, to, begin > 0);
+            const int count = static_cast<int>(chunk.size());
+            if (packs) tile(panel.vectors, segments.data(), count, near, wide, to, begin > 0);
+            else tile(panel.vectors, segments.data(), count, panel.b, panel.ld_b, to, begin > 0);
             if (end == slices.size())
               for (int r = 0; r < tall && block * tall + r < pixels; ++r)
                 finish(panel, block * tall + r, to + r * wide);

@@ -2,6 +2,8 @@
 // registers. Rows of A are reached through pointers, so a convolution needs no im2col: its rows are
 // pixels, its zero padding is a pointer to zeros. Columns of B are contiguous.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 
 namespace FASTDIFF_ISA {
@@ -19,38 +21,137 @@ template <int V>
 constexpr int Rows = kTileSums / V > 12 ? 12 : kTileSums / V;
 constexpr int kMaxRows = 12;
 
+// What rows of A hold where B is of T: float32, or bfloat16 where that is multiplied as it is.
+#if defined(__AVX512BF16__)
+template <typename T>
+using Factor = T;
+#else
+template <typename T>
+using Factor = float;
+#endif
+
 // A run of the inner dimension: `length` steps along every row of A, against consecutive rows of B.
-struct Segment {
-  const float* a[kMaxRows];
+template <typename A>
+struct Run {
+  const A* a[kMaxRows];
   int64_t length;
   int64_t b_row;
 };
+using Segment = Run<float>;
+
+// acc += a . b over a segment
+template <int V, typename T>
+static inline void multiply(const Segment& segment, const T* const* column, int64_t ld_b,
+                            int64_t step, vf (&acc)[Rows<V>][V]) {
+  constexpr int R = Rows<V>;
+  const float* a[R];
+  for (int r = 0; r < R; ++r) a[r] = segment.a[r];
+  for (int64_t k = 0; k < segment.length; ++k) {
+    vf value[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) value[v] = load(column[v] + k * ld_b);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vf scalar = splat(a[r][k * step]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// (a[0], b[0]), (a[1], b[1]), ...
+static inline vu pairs(const bf16* a, const bf16* b) {
+  struct Order {
+    int16_t lanes[2 * W];
+    constexpr Order() : lanes() {
+      for (int i = 0; i < 2 * W; ++i) lanes[i] = static_cast<int16_t>(i / 2 + i % 2 * W);
+    }
+  };
+  static constexpr Order order;
+  const auto both = _mm512_maskz_inserti64x4(
+      -1,
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
+  return (vu)_mm512_maskz_permutexvar_epi16(-1, _mm512_loadu_si512(order.lanes), both);
+}
+
+// B of bfloat16 as a product wants it: pairs of two steps.
+struct Pair {
+  uint32_t bits;
+};
+static inline vu load(const Pair* p) { return (vu)load(reinterpret_cast<const float*>(p)); }
+
+// Two steps at once: each lane multiplies a pair of A's row with the pair of its column. `left` is
+// 1 for a last step without a second, whose pair is zero.
+template <int V, bool left, typename T>
+static inline void multiply_pair(const bf16* const* a, const T* const* column, int64_t k,
+                                 int64_t ld_b, vf (&acc)[Rows<V>][V]) {
+  vu value[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    if constexpr (std::is_same_v<T, Pair>) {
+      value[v] = load(column[v] + k / 2 * ld_b);
+    } else {
+      const bf16* at = column[v] + k * ld_b;
+      value[v] = left ? widen(at) : pairs(at, at + ld_b);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows<V>; ++r) {
+    uint32_t pair = 0;
+    std::memcpy(&pair, a[r] + k, left ? 2 : 4);
+    const vu scalar = pair - vu{};
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)scalar, (__m512bh)value[v]);
+  }
+}
+
+template <int V, typename T>
+static inline void multiply(const Run<bf16>& segment, const T* const* column, int64_t ld_b,
+                            int64_t, vf (&acc)[Rows<V>][V]) {
+  const bf16* a[Rows<V>];
+  for (int r = 0; r < Rows<V>; ++r) a[r] = segment.a[r];
+  int64_t k = 0;
+  for (; k + 2 <= segment.length; k += 2) multiply_pair<V, false>(a, column, k, ld_b, acc);
+  if (k < segment.length) multiply_pair<V, true>(a, column, k, ld_b, acc);
+}
+#endif
+
+// What a copy of B for many rows holds: pairs, where the instruction set multiplies those.
+#if defined(__AVX512BF16__)
+template <typename T>
+using Packed = std::conditional_t<std::is_same_v<T, bf16>, Pair, T>;
+
+// Copies `length` rows of a panel's B, from row `b_row`, to `to`; returns the rows of pairs.
+static inline int64_t pack(const bf16* const* b, int vectors, int64_t ld_b, int64_t b_row,
+                           int64_t length, Pair* to) {
+  for (int64_t k = 0; k < length; k += 2)
+    for (int v = 0; v < vectors; ++v) {
+      const bf16* at = b[v] + (b_row + k) * ld_b;
+      const vu both = k + 1 < length ? pairs(at, at + ld_b) : widen(at);
+      std::memcpy(to + (k / 2 * vectors + v) * W, &both, sizeof(both));
+    }
+  return (length + 1) / 2;
+}
+#else
+template <typename T>
+using Packed = T;
+#endif
 
 // sums (+)= a . b over all segments. Each segment is summed from zero, so that rounding errors grow
 // with the length of a segment, not with the inner dimension.
 // `step` is what a step along a row of A adds to its address: 1, or more where A is transposed.
-template <int V, typename T>
-static inline void tile(const Segment* segments, int count, const T* const* b, int64_t ld_b,
+template <int V, typename A, typename T>
+static inline void tile(const Run<A>* segments, int count, const T* const* b, int64_t ld_b,
                         float* sums /* [Rows][V * W] */, bool accumulate, int64_t step) {
   constexpr int R = Rows<V>;
   for (int s = 0; s < count; ++s) {
-    const Segment& segment = segments[s];
-    const float* a[R];
-    for (int r = 0; r < R; ++r) a[r] = segment.a[r];
     const T* column[V];
-    for (int v = 0; v < V; ++v) column[v] = b[v] + segment.b_row * ld_b;
+    for (int v = 0; v < V; ++v) column[v] = b[v] + segments[s].b_row * ld_b;
     vf acc[R][V] = {};
-    for (int64_t k = 0; k < segment.length; ++k) {
-      vf value[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) value[v] = load(column[v] + k * ld_b);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const vf scalar = splat(a[r][k * step]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
-      }
-    }
+    multiply<V>(segments[s], column, ld_b, step, acc);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -66,8 +167,8 @@ static inline int rows_of(int vectors) {
   return rows[vectors];
 }
 
-template <typename T>
-static inline void tile(int vectors, const Segment* segments, int count, const T* const* b,
+template <typename A, typename T>
+static inline void tile(int vectors, const Run<A>* segments, int count, const T* const* b,
                         int64_t ld_b, float* sums, bool accumulate, int64_t step = 1) {
   switch (vectors) {
     case 1: return tile<1>(segments, count, b, ld_b, sums, accumulate, step);

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastdiff.compiler import transforms
 from fastdiff.kernels import conv2d
 from fastdiff.kernels.conv2d import cudnn
+from fastdiff.kernels.dispatch import KERNELS
 from fastdiff.runtime import graphs, loop, recordings, tactics
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
@@ -585,7 +586,7 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     patch.setattr(torch, "cudnn_convolution", lambda x, w, **flags: GPU.convolution(x, w, **flags))
     patch.setattr(torch.version, "cuda", "13.0")
     patch.setattr(cudnn, "SEARCHED", {})
-    patch.setattr(conv2d, "_op", cudnn.run)
+    patch.setattr(conv2d, "_op", KERNELS["conv2d"].library)
     patch.setattr(graphs, "DEVICE", "cpu")
     patch.setattr(graphs, "_POOLS", {})
     patch.setattr(graphs, "_FAILED", [])

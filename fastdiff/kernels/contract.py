@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -49,10 +50,12 @@ class KernelSpec:
     """The contract of one fused op; imports torch only."""
 
     name: str
-    schema: str
-    """torch schema after the name, e.g. "(Tensor x, float eps) -> Tensor"."""
-    reference: Callable[..., Any]
-    """Plain torch with the op's own signature, in the dtype it is given."""
+    arguments: type[Any]
+    """A dataclass of the op's arguments, from which its schema follows. The functions of an op's
+    folder take one of them; whoever asks for the op gives its fields, as to the op itself. Each
+    call makes one: with slots and not frozen, which takes three times as long."""
+    formula: Callable[[Any], Any]
+    """The op in plain torch, in the dtype it is given."""
     inputs: Callable[[Case, torch.dtype, torch.device, torch.Generator], dict[str, Any]]
     """Keyword arguments of the op for a case, strided as the models stride them."""
     cases: tuple[Case, ...]
@@ -63,8 +66,8 @@ class KernelSpec:
     flops: Callable[[Case], int]
     """Of a case: 2 for each multiply-add of a matrix product; without products the floating-point
     operations on each element of the output, an exponential or a division counting as one."""
-    fake: Callable[..., Any] | None = None
-    """Shapes and strides of the outputs for tracing; None: the reference can be traced."""
+    fake: Callable[[Any], Any] | None = None
+    """Shapes and strides of the outputs for tracing; None: the formula can be traced."""
     mutates: tuple[str, ...] = ()
     """Arguments written in place; the contract compares them like outputs."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -72,13 +75,39 @@ class KernelSpec:
     """Whether the Triton kernel multiplies matrices: Triton's interpreter multiplies the raw bits
     of bfloat16, so there the kernel is tested in the other dtypes only."""
 
+    @property
+    def schema(self) -> str:
+        """torch's, after the name, e.g. "(Tensor x, float eps) -> Tensor"."""
+
+        def prototype() -> None: ...
+
+        described: Any = prototype
+        described.__signature__ = signature(self.arguments).replace(
+            return_annotation=signature(self.formula).return_annotation
+        )
+        inferred = torch.library.infer_schema(described, mutates_args=self.mutates)
+        return inferred.replace("SymInt", "int")  # what an op is asked for is part of a recording
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The formula, called as the op is."""
+        return self.formula(self.arguments(*args, **kwargs))
+
+    def called(self, run: Callable[[Any], Any]) -> Callable[..., Any]:
+        """`run`, which takes the op's arguments as one, called as the op is."""
+
+        def as_op(*args: Any, **kwargs: Any) -> Any:
+            return run(self.arguments(*args, **kwargs))
+
+        return as_op
+
 
 @dataclass(frozen=True)
 class Launch:
     """One start of a Triton kernel: what the launcher starts is what `inspect` compiles.
 
-    Each `gpu.py` has `plan(arch, **op_arguments) -> (launches, outputs)`; it looks only at shapes,
-    strides and dtypes, so fake tensors will do, and `run = Launcher(plan)` starts what it returns.
+    Each `gpu.py` has `plan(arch, arguments) -> (launches, outputs)`; it looks only at shapes,
+    strides and dtypes, so fake tensors will do, and `run = Launcher(Arguments, plan)` starts what
+    it returns.
     """
 
     kernel: Any
@@ -116,9 +145,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launcher:
-    """The Triton implementation of an op: starts what `plan(arch, **op_arguments)` returns."""
+    """The Triton implementation of an op: starts what its planner returns."""
 
-    plan: Callable[..., tuple[tuple[Launch, ...], Any]]
+    arguments: Callable[..., Any]
+    """The spec's."""
+    planner: Callable[[int, Any], tuple[tuple[Launch, ...], Any]]
+    """`plan` of a `gpu.py`."""
+
+    def plan(self, arch: int, *args: Any, **kwargs: Any) -> tuple[tuple[Launch, ...], Any]:
+        """The launches for the op's own arguments on an architecture, and its outputs."""
+        return self.planner(arch, self.arguments(*args, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The op's own arguments, the first one a CUDA tensor (CPU: under the interpreter)."""

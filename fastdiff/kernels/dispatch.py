@@ -46,13 +46,14 @@ class NotNative(ValueError):
 
 def native_dtype(what: str, x: torch.Tensor) -> int:
     """The C++ kernels' number of x's dtype; NotNative where they do not take x. `what`: the op."""
+    number = NATIVE_DTYPES.get(x.dtype)
+    if number is not None and NATIVE is not None and x.numel():
+        return number
     if NATIVE is None:
         raise NotNative(f"{what}: its kernel in C++ was not built; install with a C++ compiler")
-    if x.dtype not in NATIVE_DTYPES:
+    if number is None:
         raise NotNative(f"{what}: got {x.dtype}; the kernel in C++ takes {_list(NATIVE_DTYPES)}")
-    if x.numel() == 0:
-        raise NotNative(f"{what}: got {list(x.shape)}; the kernel in C++ takes no empty tensor")
-    return NATIVE_DTYPES[x.dtype]
+    raise NotNative(f"{what}: got {list(x.shape)}; the kernel in C++ takes no empty tensor")
 
 
 def _list(names: Iterable[Any]) -> str:
@@ -106,45 +107,49 @@ _LIBRARY = torch.library.Library("fastdiff", "DEF")
 
 def register(
     spec: KernelSpec,
-    cpu: Callable[..., Any],
+    cpu: Callable[[Any], Any],
     gpu: str | None = None,
     others: Mapping[str, str] | None = None,
-    otherwise: Callable[..., Any] | None = None,
-    library: Callable[..., Any] | None = None,
+    otherwise: Callable[[Any], Any] | None = None,
+    library: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Define `fastdiff::<spec.name>`; returns the op's overload.
 
-    `cpu` runs CPU tensors, `otherwise` (default: the reference) those for which it raises
-    NotNative. `gpu` names the module whose `run` is the Triton implementation; None
-    means that `library` (default: the reference) runs on CUDA tensors.
+    `cpu` runs CPU tensors, `otherwise` (default: the spec's formula) those for which it raises
+    NotNative. `gpu` names the module whose `run` is the Triton implementation, a Launcher; None
+    means that `library` (default: the formula) runs on CUDA tensors.
     `others`: modules with a `run`, by the name of the implementation; only `implementation` asks
     for them.
     """
+    arguments, plain = spec.arguments, otherwise or spec.formula
 
     def loader(module: str) -> Callable[[], Callable[..., Any]]:
-        return lambda: module_of(module).run
+        return lambda: spec.called(module_of(module).run)
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
         return implementations["triton"]()(*args, **kwargs)
 
-    plain = otherwise or spec.reference
-
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        given = arguments(*args, **kwargs)
         try:
-            return cpu(*args, **kwargs)
+            return cpu(given)
         except NotNative:
-            return plain(*args, **kwargs)
+            return plain(given)
 
     _LIBRARY.define(spec.name + spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(spec.name, on_cpu, "CPU")
-    library = library or spec.reference
-    _LIBRARY.impl(spec.name, on_cuda if gpu else library, "CUDA")
-    torch.library.register_fake(f"fastdiff::{spec.name}", spec.fake or spec.reference, lib=_LIBRARY)
-    modules = ({"triton": gpu} if gpu else {}) | dict(others or {})
-    implementations = {"reference": lambda: spec.reference, "cpu": lambda: on_cpu}
-    implementations |= {which: loader(module) for which, module in modules.items()}
+    by_library, fake = spec.called(library or spec.formula), spec.called(spec.fake or spec.formula)
+    _LIBRARY.impl(spec.name, on_cuda if gpu else by_library, "CUDA")
+    torch.library.register_fake(f"fastdiff::{spec.name}", fake, lib=_LIBRARY)
+    implementations: dict[str, Callable[[], Callable[..., Any]]] = {
+        "reference": lambda: spec.reference,
+        "cpu": lambda: on_cpu,
+    }
+    if gpu is not None:
+        implementations["triton"] = lambda: module_of(gpu).run
+    implementations |= {which: loader(module) for which, module in (others or {}).items()}
     op = getattr(torch.ops.fastdiff, spec.name).default
-    KERNELS[spec.name] = Kernel(spec, op, implementations, cpu, library)
+    KERNELS[spec.name] = Kernel(spec, op, implementations, spec.called(cpu), by_library)
     return op
 
 

@@ -93,7 +93,8 @@ class MMDiT(JointTrunk):
         if image is not None:
             if self.ip_adapter is None:
                 raise Unsupported("it was given pictures for an IP-Adapter that it does not have")
-            checked("ip_adapter_image_embeds", image, weight, image.shape[-1], 3)
+            wide = self.ip_adapter.channels
+            checked("ip_adapter_image_embeds", image, weight, wide, 3)
             check_count("ip_adapter_image_embeds", image, latents, copies)
 
     def hoist(self, conditions: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:

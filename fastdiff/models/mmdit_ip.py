@@ -26,6 +26,12 @@ class JointIPAdapter:
     """One of every attention, in order; their parts are called, too."""
     heads: int
 
+    @property
+    def channels(self) -> int:
+        """Of the pictures' embeddings that it is given."""
+        channels: int = self.projection.proj_in.in_features
+        return channels
+
     def rows(self, image_embeds: Tensor, timesteps: Tensor) -> tuple[Tensor | None, ...]:
         """Keys and values of every attention: [steps, B, tokens, 2·D], None where its scale is 0.
 

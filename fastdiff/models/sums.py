@@ -60,7 +60,7 @@ class Sum:
         parameters = (norm.weight, norm.bias, norm.groups, norm.eps, silu, row)
         shift = self._shift
         if self._other is None:
-            return group_norm_silu(self._x, *parameters, beside=beside, shift=shift)
+            return group_norm_silu(self._x, *parameters, beside=beside, shift=shift)[0]
         y, total = group_norm_silu(
             self._x, *parameters, residual=self._other, beside=beside, shift=shift
         )

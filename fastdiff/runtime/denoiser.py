@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fastdiff.runtime.loop import Plans
 from fastdiff.runtime.network import Network
-from fastdiff.runtime.recordings import Recorded
+from fastdiff.runtime.recordings import Recorded, first_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Denoiser:
         network.check(latents, given)
         timesteps = torch.as_tensor(timestep, device=latents.device).reshape(1, -1)
         rows, constants = network.hoist(given, timesteps, sides)
-        row = tree_map(lambda rows: rows[0], rows)
-        made = self.once(network.pack(latents).contiguous(), row, constants)
+        made = self.once(network.pack(latents).contiguous(), first_of(rows), constants)
         return network.unpack(made, sides)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.guided_step.spec import HISTORY
@@ -31,6 +31,7 @@ from fastdiff.runtime.recordings import (
     buffer,
     buffers_for,
     fill,
+    first_of,
     kinds,
     record,
     runner,
@@ -174,7 +175,7 @@ class Run:
     def fits(self, hoisted: Hoisted) -> bool:
         """Whether `condition` can tell it: what the step was recorded for, or switched off."""
         kept = tree_leaves((self._step.buffers.row, self._step.buffers.constants))
-        rows = tree_map(lambda rows: rows[0], hoisted.rows)
+        rows = first_of(hoisted.rows)
         pairs = zip(kept, tree_leaves((rows, hoisted.constants)), strict=True)
         return all(
             own.shape == now.shape or not now.numel() if isinstance(own, Tensor) else own == now
@@ -200,7 +201,7 @@ class Run:
         buffers, recording = self._step.buffers, self._step.recording
         with graphs.in_turn(buffers.x.device):
             buffers.step.fill_(at)
-            fill(self._row, [rows[at] for rows in self._rows])
+            fill(self._row, [rows[at] if isinstance(rows, Tensor) else rows for rows in self._rows])
             if buffers.noise is not None and noise is not None:
                 buffers.noise.copy_(self.network.pack(noise))
             if recording is None or observed():
@@ -241,7 +242,7 @@ class Run:
 def inputs_of(network: Network, latents: Tensor, hoisted: Hoisted) -> tuple[Tensor, Any, Any]:
     """What the network's `predict` is given in the first step."""
     x = network.pack(latents).to(network.dtype)
-    return x, tree_map(lambda rows: rows[0], hoisted.rows), hoisted.constants
+    return x, first_of(hoisted.rows), hoisted.constants
 
 
 def buffers_of(

@@ -103,6 +103,11 @@ def kinds(tree: Any) -> Any:
     return tree_map(kind, tree)
 
 
+def first_of(rows: Any) -> Any:
+    """A tree of tensors [steps, …] at the first step."""
+    return tree_map(lambda value: value[0] if isinstance(value, Tensor) else value, rows)
+
+
 def buffers_for(tree: Any, device: torch.device) -> Any:
     """A tree like it of buffers with zeros; what is no tensor in it as it is."""
 

@@ -26,6 +26,11 @@ class LaunchConfig:
     factor: int
 
 
+@dataclass
+class Arguments:
+    x: torch.Tensor
+
+
 RULE = LaunchConfig(4, 1)
 
 
@@ -64,21 +69,22 @@ def planted(monkeypatch):
     def pick(L, arch):
         return RULE
 
-    def plan(arch, x):
-        out = torch.empty_like(x)
-        return (Waiting(x, out, pick(len(x), arch), spent),), out
+    def plan(arch, a):
+        out = torch.empty_like(a.x)
+        return (Waiting(a.x, out, pick(len(a.x), arch), spent),), out
 
     plan.__module__ = "planted_gpu"
     spec = KernelSpec(
         name="waiting",
-        schema="(Tensor x) -> Tensor",
-        reference=lambda x: x.clone(),
+        arguments=Arguments,
+        formula=lambda a: a.x.clone(),
         inputs=lambda case, dtype, device, generator: {"x": torch.ones(case.L, dtype=dtype)},
         cases=(Case("demo-small", L=4), Case("demo-large", L=8)),
         bytes=lambda case, size: 2 * size * case.L,
         flops=lambda case: case.L,
     )
-    kernel = Kernel(spec, None, {"triton": lambda: Launcher(plan)}, spec.reference)
+    launcher = Launcher(Arguments, plan)
+    kernel = Kernel(spec, None, {"triton": lambda: launcher}, spec.reference, spec.reference)
     monkeypatch.setattr(tune, "triton_kernels", lambda: [kernel])
 
     def plant(*candidates):

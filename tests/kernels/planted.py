@@ -3,6 +3,8 @@
 Imported by the tests' other process only: in their own the kernels are Triton's interpreter's.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -39,25 +41,32 @@ def _product_kernel(x_ptr, y_ptr, SIDE: tl.constexpr):
     tl.store(y_ptr + at, tl.dot(x, x).to(x.dtype))
 
 
+@dataclass
+class Arguments:
+    x: torch.Tensor
+
+
 def plant(name, kernel, size, num_warps, stride=None, **constants):
     """An op of one launch on a vector of `size`; FLOPs and bytes are as of a product."""
 
-    def plan(arch, x):
-        y = torch.empty_like(x)
+    def plan(arch, a):
+        y = torch.empty_like(a.x)
         integers = {} if stride is None else {"stride": stride}
-        arguments = {"x_ptr": x, **integers, "y_ptr": y}
+        arguments = {"x_ptr": a.x, **integers, "y_ptr": y}
         return (Launch(kernel, arguments, constants, (1,), num_warps),), y
 
     spec = KernelSpec(
         name=name,
-        schema="(Tensor x) -> Tensor",
-        reference=lambda x: x,
+        arguments=Arguments,
+        formula=lambda a: a.x,
         inputs=lambda case, dtype, device, generator: {"x": torch.empty(case.L, dtype=dtype)},
         cases=(Case("only", L=size),),
         bytes=lambda case, element: 2 * element * case.L,
         flops=lambda case: 2 * case.L**1.5,
     )
-    KERNELS[name] = Kernel(spec, None, {"triton": lambda: Launcher(plan)}, spec.reference)
+    launcher = Launcher(Arguments, plan)
+    implementations = {"triton": lambda: launcher}
+    KERNELS[name] = Kernel(spec, None, implementations, spec.reference, spec.reference)
 
 
 # 1024 halves over 4 warps: 8 halves, 16 bytes, a thread

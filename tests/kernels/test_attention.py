@@ -11,7 +11,7 @@ from command import compiled
 
 from fastdiff.kernels.attention import CUDA_CHOICES, choose, gpu, products
 from fastdiff.kernels.attention import attention as run_attention
-from fastdiff.kernels.attention.spec import reference as attention
+from fastdiff.kernels.attention.spec import SPEC as ATTENTION
 from fastdiff.kernels.contract import Case, judge
 from fastdiff.kernels.dispatch import all_kernels, implementation
 from fastdiff.kernels.inspect import planned
@@ -74,8 +74,8 @@ def test_any_scale(scale):
     """A negative one turns the order of the scores around, and with it where their peak is."""
     q, k, v = torch.randn(3, 1, 300, 2, 40).unbind(0)
     got = implementation("attention", "triton")(q, k, v, scale=scale)
-    exact = attention(q.double(), k.double(), v.double(), scale=scale)
-    verdict = judge("out", got, attention(q, k, v, scale=scale), exact)
+    exact = ATTENTION.reference(q.double(), k.double(), v.double(), scale=scale)
+    verdict = judge("out", got, ATTENTION.reference(q, k, v, scale=scale), exact)
     assert verdict.passed, verdict
 
 
@@ -88,8 +88,8 @@ def test_a_query_that_may_see_nothing(Lk, lowest):
     mask[:, :, 3] = lowest
     mask[:, :, 5, : Lk // 2] = lowest
     got = implementation("attention", "triton")(q, k, v, mask)
-    exact = attention(q.double(), k.double(), v.double(), mask.double())
-    verdict = judge("out", got, attention(q, k, v, mask), exact)
+    exact = ATTENTION.reference(q.double(), k.double(), v.double(), mask.double())
+    verdict = judge("out", got, ATTENTION.reference(q, k, v, mask), exact)
     assert verdict.passed, verdict
     assert bool(got[:, 3].isnan().all()) == (lowest == float("-inf"))
 
@@ -102,8 +102,8 @@ def test_products_row_by_row(dtype, masked, monkeypatch):
     mask = torch.randn(2, 1, 1, 77) if masked else None
     inputs = [None if t is None else t.to(dtype) for t in (q, k, v, mask)]
     got = run_attention(*inputs, impl="products")
-    exact = attention(*(None if t is None else t.double() for t in inputs))
-    verdict = judge("out", got, attention(*inputs), exact)
+    exact = ATTENTION.reference(*(None if t is None else t.double() for t in inputs))
+    verdict = judge("out", got, ATTENTION.reference(*inputs), exact)
     assert verdict.passed, verdict
     assert got.is_contiguous()
 
@@ -161,6 +161,6 @@ def test_a_silent_text_needs_no_kernel_of_its_own():
 
 def test_joint_attention_is_attention_of_both_end_to_end():
     states = torch.randn(3, 2, 9, 2, 8)
-    whole = attention(*states.unbind(0))
+    whole = ATTENTION.reference(*states.unbind(0))
     picture, text = joint_attention(*states[:, :, :6].unbind(0), *states[:, :, 6:].unbind(0))
     torch.testing.assert_close(torch.cat([picture, text], 1), whole)

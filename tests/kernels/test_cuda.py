@@ -18,7 +18,7 @@ import torch
 from fastdiff.kernels.contract import verify
 from fastdiff.kernels.dispatch import NATIVE, implementation
 from fastdiff.kernels.group_norm_silu import cuda
-from fastdiff.kernels.group_norm_silu.spec import SPEC
+from fastdiff.kernels.group_norm_silu.spec import SPEC, Arguments
 from fastdiff.kernels.occupancy import SMS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -83,9 +83,13 @@ def test_clusters_of_every_size_agree(cluster, emulate, monkeypatch):
     case = next(case for case in SPEC.cases if case.name == "odd")
     monkeypatch.setattr(cuda, "CLUSTERS", {90: (cluster,)})
     inputs = SPEC.inputs(case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
-    for verdict in verify(SPEC, partial(cuda.start, emulate(), 90), case, torch.float32):
+    for verdict in verify(
+        SPEC, SPEC.called(partial(cuda.start, emulate(), 90)), case, torch.float32
+    ):
         assert verdict.passed, verdict
-    forwards, backwards = (cuda.start(emulate(order), 90, **inputs) for order in (False, True))
+    forwards, backwards = (
+        cuda.start(emulate(order), 90, Arguments(**inputs)) for order in (False, True)
+    )
     for one, other in zip(forwards, backwards, strict=True):
         assert torch.equal(one, other)  # no thread waits for another of its phase
 
@@ -94,7 +98,9 @@ def test_clusters_of_every_size_agree(cluster, emulate, monkeypatch):
 def test_order_of_threads_is_free_in_vectors_too(emulate):
     case = next(case for case in SPEC.cases if case.name == "sdxl-32-residual")
     inputs = SPEC.inputs(case, torch.float16, torch.device("cpu"), torch.Generator().manual_seed(0))
-    forwards, backwards = (cuda.start(emulate(order), 90, **inputs) for order in (False, True))
+    forwards, backwards = (
+        cuda.start(emulate(order), 90, Arguments(**inputs)) for order in (False, True)
+    )
     for one, other in zip(forwards, backwards, strict=True):
         assert torch.equal(one, other)
 
@@ -102,7 +108,7 @@ def test_order_of_threads_is_free_in_vectors_too(emulate):
 @needs_nvcc
 def test_far_mean_is_exact_where_eager_is_not(emulate):
     case = next(case for case in SPEC.cases if case.name == "far-mean")
-    verdict = verify(SPEC, partial(cuda.start, emulate(), 90), case, torch.float32)[0]
+    verdict = verify(SPEC, SPEC.called(partial(cuda.start, emulate(), 90)), case, torch.float32)[0]
     assert verdict.error < 1e-3, verdict
 
 
@@ -117,7 +123,7 @@ def test_addresses_that_are_not_aligned_take_the_narrow_path(emulate):
         emulate()(dtype, vector, *rest)
 
     for picture in (x, x.clone()):
-        y, _ = cuda.start(call, 90, picture, weight, bias, 4, 1e-5, True)
+        y, _ = cuda.start(call, 90, Arguments(picture, weight, bias, 4, 1e-5, True))
         expected, _ = SPEC.reference(picture, weight, bias, 4, 1e-5, True)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     assert wide == [False, True]
@@ -175,15 +181,15 @@ def test_what_the_kernel_does_not_take_is_said():
 
     def inputs(name, dtype=torch.float16):
         case = next(case for case in SPEC.cases if case.name == name)
-        return SPEC.inputs(case, dtype, torch.device("cpu"), torch.Generator())
+        return Arguments(**SPEC.inputs(case, dtype, torch.device("cpu"), torch.Generator()))
 
     with pytest.raises(ValueError, match=r"does not fit into the shared memory of a cluster"):
-        cuda.start(call, 90, **inputs("vae-top"))
+        cuda.start(call, 90, inputs("vae-top"))
     with pytest.raises(ValueError, match=r"torch\.float64"):
-        cuda.start(call, 90, **inputs("odd", torch.float64))
+        cuda.start(call, 90, inputs("odd", torch.float64))
     empty = torch.empty(0, 4, 4, 8)
     channels = torch.ones(8)
-    assert cuda.start(call, 90, empty, channels, channels, 2, 1e-5, True)[0].numel() == 0
+    assert cuda.start(call, 90, Arguments(empty, channels, channels, 2, 1e-5, True))[0].numel() == 0
 
 
 @pytest.mark.skipif(hasattr(NATIVE, "cuda_group_norm_silu"), reason="built with the CUDA kernels")

@@ -11,7 +11,7 @@ from fastdiff.kernels.concat import concat
 from fastdiff.kernels.dispatch import implementation
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.group_norm_silu.gpu import candidates, pick
-from fastdiff.kernels.group_norm_silu.spec import reference
+from fastdiff.kernels.group_norm_silu.spec import SPEC
 from fastdiff.kernels.occupancy import SMS
 
 # (L, C) of every norm of a U-Net: SD1.5 at 512², SDXL at 1024², 32 groups
@@ -23,13 +23,13 @@ UNETS = [
 
 COMPILED = """
 import torch
-from fastdiff.kernels.group_norm_silu.gpu import plan
+from fastdiff.kernels.group_norm_silu.gpu import run
 from fastdiff.kernels.inspect import _source
 found = {}
 for Y, X in (64, 64), (64, 72), (65, 77), (96, 96), (128, 128), (7, 149):
     x = torch.empty(2, Y, X, 320, dtype=torch.float16, device="meta")
     channels = torch.empty(320, dtype=torch.float16, device="meta")
-    for launch in plan(90, x, channels, channels, 32, 1e-5, True)[0]:
+    for launch in run.plan(90, x, channels, channels, 32, 1e-5, True)[0]:
         sources = found.setdefault(launch.kernel.__name__, set())
         sources.add((_source(launch).hash(), launch.num_warps))
 print({name: len(sources) for name, sources in found.items()})
@@ -71,8 +71,8 @@ def test_a_skip_of_half_the_batch_with_a_row_on_a_cpu():
     x, beside, row = torch.randn(4, 3, 5, 8), torch.randn(2, 3, 5, 6), torch.randn(4, 8)
     weight, bias = torch.randn(2, 14).unbind(0)
     both = concat(x + row[:, None, None, :], beside)
-    y = group_norm_silu(x, weight, bias, 7, 1e-5, row=row, beside=beside)
-    torch.testing.assert_close(y, group_norm_silu(both, weight, bias, 7, 1e-5))
+    y, _ = group_norm_silu(x, weight, bias, 7, 1e-5, row=row, beside=beside)
+    torch.testing.assert_close(y, group_norm_silu(both, weight, bias, 7, 1e-5)[0])
 
 
 def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
@@ -81,7 +81,7 @@ def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
     shift = torch.full((64,), -900.0)
     weight, bias = torch.ones(64), torch.zeros(64)
     inputs = {"groups": 16, "eps": 1e-5, "silu": False, "shift": shift}
-    exact, _ = reference(x.double(), weight.double(), bias.double(), **inputs)
+    exact, _ = SPEC.reference(x.double(), weight.double(), bias.double(), **inputs)
     got, _ = implementation("group_norm_silu", "triton")(x, weight, bias, **inputs)
     assert (got - exact).abs().max() < 1e-3
 

@@ -5,7 +5,7 @@ import torch
 from traffic import Counting
 from triton.runtime import interpreter
 
-from fastdiff.kernels.attention.spec import reference as attention
+from fastdiff.kernels.attention.spec import SPEC as ATTENTION
 from fastdiff.kernels.contract import judge, power_parts, verify
 from fastdiff.kernels.dispatch import all_kernels, implementation
 
@@ -76,8 +76,8 @@ def test_attention_masks_of_every_shape(Lk):
         mask[..., : Lk // 2] = float("-inf")
         for dtype in (torch.float32, torch.float16):  # only fp16 stays on chip
             inputs = [tensor.to(dtype) for tensor in (q, k, v, mask)]
-            exact = attention(*(tensor.double() for tensor in inputs))
-            verdict = judge(f"mask {shape}", run(*inputs), attention(*inputs), exact)
+            exact = ATTENTION.reference(*(tensor.double() for tensor in inputs))
+            verdict = judge(f"mask {shape}", run(*inputs), ATTENTION.reference(*inputs), exact)
             assert verdict.passed, verdict
 
 

@@ -34,6 +34,7 @@ from fastdiff.models import (
     borrow_mmdit_control,
 )
 from fastdiff.models.joint_trunk import alike
+from fastdiff.runtime.tape import record
 
 SMALL = {
     "sample_size": 16,
@@ -316,6 +317,30 @@ def test_controlnet_without_guidance_of_several_pictures():
     torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-4)
 
 
+def test_what_a_controlnet_cannot_take_is_refused():
+    text, pooled, *_ = conditions(2)
+    latents, picture = torch.randn(1, 4, 8, 12), torch.randn(2, 5, 8, 12)
+    given = MMDiTControlConditions(text, pooled, picture)
+    told, untold = controlled("sd3"), controlled("sd35-large, its own")
+    network = borrow_mmdit_control(told, Loan(told))
+    network.check(latents, given, copies=2)
+    for bad, words in {
+        given._replace(controlnet_cond=None): "no controlnet_cond",
+        given._replace(controlnet_cond=picture[:, :4]): "5 channels",
+        given._replace(controlnet_cond=picture[..., :8]): "beside",
+        given._replace(controlnet_cond=picture[:1]): "for 1 pictures",
+    }.items():
+        with pytest.raises(Unsupported, match=words):
+            network.check(latents, bad, copies=2)
+    network = borrow_mmdit_control(untold, Loan(untold))
+    tokens = torch.randn(1, 24, 48)
+    network.check(tokens, given._replace(encoder_hidden_states=None), copies=2)
+    with pytest.raises(Unsupported, match="given encoder_hidden_states"):
+        network.check(tokens, given, copies=2)
+    with pytest.raises(Unsupported, match="48 channels in 3"):
+        network.check(latents, given._replace(encoder_hidden_states=None), copies=2)
+
+
 LAYERS = [
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.2", "norm1.linear", "norm1_context.linear"),
@@ -481,6 +506,28 @@ def test_by_triton_kernels(kind, monkeypatch):
     given = conditions(2, tokens=20)
     given.encoder_hidden_states[:, 5:] = 0
     hold(transformer(kind, num_layers=2), torch.randn(1, 4, 6, 8), given, copies=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("more", ["skip_layers", "block_controlnet_hidden_states", "ip_adapter"])
+def test_a_step_on_a_cpu_is_kernels_of_ours_alone(more, dtype):
+    """So a tape can stand for it: SD3.5-medium with guidance, without T5."""
+    module = with_ip_adapter(transformer("sd35-medium", dtype))
+    value = {
+        "skip_layers": (1,),
+        "block_controlnet_hidden_states": [torch.randn(2, 24, 48).to(dtype)] * 2,
+        "ip_adapter": torch.randn(2, 6, 20).to(dtype),
+    }
+    given = conditions(2, dtype, tokens=20, **{more: value[more]})
+    given.encoder_hidden_states[:, 5:] = 0
+    network = borrow_mmdit(module, Loan(module))
+    with torch.no_grad():
+        rows, constants = network.hoist(given, TIMES, (8, 12))
+        patches = network.pack(torch.randn(1, 4, 8, 12).to(dtype))
+        predicted = network.predict(patches, at(rows, 1), constants)
+    tape = record(lambda x: network.predict(x, at(rows, 1), constants), [patches])
+    assert tape is not None
+    assert torch.equal(tape.run(), predicted)
 
 
 FULL = {

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fastdiff
 from fastdiff.errors import UserError
 from fastdiff.kernels.conv2d import conv2d, cudnn
+from fastdiff.kernels.conv2d.spec import Arguments
 from fastdiff.kernels.dispatch import KERNELS, all_kernels
 from fastdiff.kernels.linear import linear
 from fastdiff.runtime import graphs, recordings, tactics
@@ -321,7 +322,7 @@ def test_what_fills_the_gpu_is_not_searched(gpu):
     weight = torch.randn(128, 1, 1, 1)
     with cudnn.searching():
         for rows, searched in ((128 * 264, 0), (128 * 263, 1)):
-            cudnn.run(torch.randn(1, rows, 1, 1), weight, padding=(0, 0))
+            cudnn.run(Arguments(torch.randn(1, rows, 1, 1), weight, None, 1, [0, 0]))
             assert len(gpu.searches) == len(cudnn.SEARCHED) == searched
 
 

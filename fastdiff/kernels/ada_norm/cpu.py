@@ -2,39 +2,29 @@
 
 from torch import Tensor
 
-from fastdiff.kernels.ada_norm.spec import check
+from fastdiff.kernels.ada_norm.spec import Arguments, check
 from fastdiff.kernels.dispatch import NATIVE, address, native_dtype, rows
 
 
-def run(
-    x: Tensor,
-    eps: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    rms: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check(x, weight, bias, scale, shift, gate, residual, rms)
-    dtype = native_dtype("ada_norm", x)
-    x = x.contiguous()
+def run(a: Arguments) -> tuple[Tensor, Tensor]:
+    check(a)
+    dtype = native_dtype("ada_norm", a.x)
+    x = a.x.contiguous()
     y = x.new_empty(x.shape)
-    total = x.new_empty(0 if residual is None else x.shape)
+    total = x.new_empty(0 if a.residual is None else x.shape)
     NATIVE.ada_norm(
         dtype,
         x.data_ptr(),
-        address(weight),
-        address(bias),
-        rows(scale),
-        rows(shift),
-        rows(gate),
-        address(residual),
-        (0 if residual is None else residual.shape[0], *x.shape),
-        eps,
-        rms,
+        address(a.weight),
+        address(a.bias),
+        rows(a.scale),
+        rows(a.shift),
+        rows(a.gate),
+        address(a.residual),
+        (0 if a.residual is None else a.residual.shape[0], *x.shape),
+        a.eps,
+        a.rms,
         y.data_ptr(),
-        0 if residual is None else total.data_ptr(),
+        0 if a.residual is None else total.data_ptr(),
     )
     return y, total

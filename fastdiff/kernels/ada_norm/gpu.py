@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.ada_norm.spec import check
+from fastdiff.kernels.ada_norm.spec import Arguments, check
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits
 from fastdiff.kernels.tuned import tunable
 
@@ -171,43 +171,32 @@ def candidates(L: int, D: int, vector: int, arch: int) -> tuple[LaunchConfig, ..
     return tuple(dict.fromkeys((own, *found)))
 
 
-def plan(
-    arch: int,
-    x: Tensor,
-    eps: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    rms: bool = False,
-) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
     """The launch for x [B, L, D] and what it writes: the result and the sum (or empty)."""
-    check(x, weight, bias, scale, shift, gate, residual, rms)
-    if not x.is_contiguous():
-        raise ValueError(f"ada_norm: x has strides {x.stride()}; make it contiguous")
-    B, L, D = x.shape
-    size = x.element_size()
+    check(a)
+    if not a.x.is_contiguous():
+        raise ValueError(f"ada_norm: x has strides {a.x.stride()}; make it contiguous")
+    B, L, D = a.x.shape
+    size = a.x.element_size()
     vector = gcd(16, D * size)
     config = pick(L, D, vector // size, arch)
     chunk = config.lanes * vector // size
-    out = torch.empty_like(x)
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    modulation = {"scale": scale, "shift": shift, "gate": gate}
+    out = torch.empty_like(a.x)
+    total = a.x.new_empty(0) if a.residual is None else torch.empty_like(a.x)
+    modulation = {"scale": a.scale, "shift": a.shift, "gate": a.gate}
     strides = {n: 0 if rows is None else rows.stride(0) for n, rows in modulation.items()}
-    arguments: dict[str, Any] = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias}
+    arguments: dict[str, Any] = {"x_ptr": a.x, "weight_ptr": a.weight, "bias_ptr": a.bias}
     arguments |= {f"{name}_ptr": rows for name, rows in modulation.items()}
-    arguments |= {"residual_ptr": x if residual is None else residual, "L": L}
+    arguments |= {"residual_ptr": a.x if a.residual is None else a.residual, "L": L}
     arguments |= {f"{name}_stride": stride for name, stride in strides.items()}
-    arguments |= {"residuals": B if residual is None else residual.shape[0]}
-    arguments |= {"added": 0 if residual is None else L, "eps": float_bits(eps)}
-    arguments |= {"total_ptr": x if residual is None else total, "out_ptr": out}
-    constants = {"ALIGN": gcd(vector // size, *strides.values()), "RMS": rms, "D": D}
+    arguments |= {"residuals": B if a.residual is None else a.residual.shape[0]}
+    arguments |= {"added": 0 if a.residual is None else L, "eps": float_bits(a.eps)}
+    arguments |= {"total_ptr": a.x if a.residual is None else total, "out_ptr": out}
+    constants = {"ALIGN": gcd(vector // size, *strides.values()), "RMS": a.rms, "D": D}
     constants |= {"N": triton.cdiv(D, chunk), "ROWS": config.rows, "CHUNK": chunk}
     grid = (triton.cdiv(L, config.rows), B)
     launch = Launch(_ada_norm_kernel, arguments, constants, grid, config.num_warps, vector=vector)
     return (launch,), (out, total)
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

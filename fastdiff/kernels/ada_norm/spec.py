@@ -1,5 +1,6 @@
 """Contract of `ada_norm`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,30 +11,37 @@ from fastdiff.kernels.contract import Case, KernelSpec
 from fastdiff.kernels.dispatch import expects
 
 
-def check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    rms: bool,
-) -> None:
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+    rms: bool = False
+
+
+def check(a: Arguments) -> None:
     """Raise ValueError for what no implementation can read."""
-    if x.ndim != 3:
-        raise ValueError(f"ada_norm: x is {list(x.shape)}; expected [B, L, D]")
-    B, L, D = x.shape
-    for name, vector in {"weight": weight, "bias": bias}.items():
-        expects(f"ada_norm: {name}", vector, x, (D,))
-    for name, rows in {"scale": scale, "shift": shift, "gate": gate}.items():
-        expects(f"ada_norm: {name}", rows, x, (B, D))
-    if residual is not None:
-        samples = residual.shape[0] if residual.shape[0] and B % residual.shape[0] == 0 else B
-        expects("ada_norm: residual", residual, x, (samples, L, D))
-    elif gate is not None:
+    if a.x.ndim != 3:
+        raise ValueError(f"ada_norm: x is {list(a.x.shape)}; expected [B, L, D]")
+    B, L, D = a.x.shape
+    expects("ada_norm: weight", a.weight, a.x, (D,))
+    expects("ada_norm: bias", a.bias, a.x, (D,))
+    expects("ada_norm: scale", a.scale, a.x, (B, D))
+    expects("ada_norm: shift", a.shift, a.x, (B, D))
+    expects("ada_norm: gate", a.gate, a.x, (B, D))
+    if a.residual is not None:
+        samples = a.residual.shape[0] if a.residual.shape[0] and B % a.residual.shape[0] == 0 else B
+        expects("ada_norm: residual", a.residual, a.x, (samples, L, D))
+    elif a.gate is not None:
         raise ValueError("ada_norm: gate scales x before a residual is added; there is none")
-    if rms and bias is not None:
+    if a.rms and a.bias is not None:
         raise ValueError("ada_norm: RMSNorm has no bias")
 
 
@@ -45,29 +53,19 @@ def summed(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
     return residual.repeat(x.shape[0] // max(1, residual.shape[0]), 1, 1) + gated
 
 
-def reference(
-    x: Tensor,
-    eps: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    rms: bool = False,
-) -> tuple[Tensor, Tensor]:
-    total = summed(x, gate, residual)
+def formula(a: Arguments) -> tuple[Tensor, Tensor]:
+    total = summed(a.x, a.gate, a.residual)
     width = total.shape[-1:]
     y = (
-        F.rms_norm(total, width, weight, eps)
-        if rms
-        else F.layer_norm(total, width, weight, bias, eps)
+        F.rms_norm(total, width, a.weight, a.eps)
+        if a.rms
+        else F.layer_norm(total, width, a.weight, a.bias, a.eps)
     )
-    if scale is not None:
-        y = y * (1 + scale[:, None, :])
-    if shift is not None:
-        y = y + shift[:, None, :]
-    return y.contiguous(), total.contiguous() if residual is not None else x.new_empty(0)
+    if a.scale is not None:
+        y = y * (1 + a.scale[:, None, :])
+    if a.shift is not None:
+        y = y + a.shift[:, None, :]
+    return y.contiguous(), total.contiguous() if a.residual is not None else a.x.new_empty(0)
 
 
 def inputs(
@@ -141,12 +139,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="ada_norm",
-    schema=(
-        "(Tensor x, float eps, Tensor? weight=None, Tensor? bias=None, Tensor? scale=None,"
-        " Tensor? shift=None, Tensor? gate=None, Tensor? residual=None, bool rms=False)"
-        " -> (Tensor, Tensor)"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=_bytes,

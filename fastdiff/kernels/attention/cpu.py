@@ -5,23 +5,22 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdiff.kernels.attention.spec import Arguments
 from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    dtype = native_dtype("attention", q)
-    native_dtype("attention", k)
-    if mask is not None and mask.dtype != q.dtype:
+def run(a: Arguments) -> Tensor:
+    dtype, mask = native_dtype("attention", a.q), a.mask
+    native_dtype("attention", a.k)
+    if mask is not None and mask.dtype != a.q.dtype:
         raise NotNative(
-            f"attention: got a mask of {mask.dtype}; the kernel in C++ takes q's {q.dtype}"
+            f"attention: got a mask of {mask.dtype}; the kernel in C++ takes q's {a.q.dtype}"
         )
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (a.q, a.k, a.v))
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
-    for name, tensor in {"k": k, "v": v}.items():
-        expects(f"attention: {name}", tensor[0, 0, 0], q, (width,))
+    expects("attention: k", k[0, 0, 0], q, (width,))
+    expects("attention: v", v[0, 0, 0], q, (width,))
     out = q.new_empty(q.shape)
     mask_at: tuple[int, ...] = (0, 0, 0, 0, 0)
     if mask is not None:
@@ -34,15 +33,14 @@ def run(
         (v.data_ptr(), *v.stride()[:3]),
         mask_at,
         (batch, heads, queries, keys, width),
-        1.0 / math.sqrt(width) if scale is None else scale,
+        1.0 / math.sqrt(width) if a.scale is None else a.scale,
         out.data_ptr(),
     )
     return out
 
 
-def plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def plain(a: Arguments) -> Tensor:
     """torch's, for what `run` does not take."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).contiguous()
+    q, k, v = (t.transpose(1, 2) for t in (a.q, a.k, a.v))
+    out = F.scaled_dot_product_attention(q, k, v, a.mask, scale=a.scale)
+    return out.transpose(1, 2).contiguous()

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels.attention.spec import Arguments
 from fastdiff.kernels.attention.tiles import (
     LOG2E,
     begin,
@@ -216,21 +217,18 @@ def alignment(K: int, *states: Tensor) -> tuple[int, int]:
     return align, size * align if begins else size
 
 
-def plan(
-    arch: int, q: Tensor, k: Tensor, v: Tensor,
-    mask: Tensor | None = None, scale: float | None = None,
-) -> tuple[tuple[Launch, ...], Tensor]:  # fmt: skip
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     """The launch for q [B, Lq, H, K] and k, v [B, Lk, H, K], and the output it writes."""
-    (B, Lq, H, K), Lk = q.shape, k.shape[1]
-    align, vector = alignment(K, q, k, v)
-    strides = [s for tensor in (q, k, v) for s in tensor.stride()[:3]]
-    strides += mask.expand(B, H, Lq, Lk).stride() if mask is not None else (0, 0, 0, 0)
+    (B, Lq, H, K), Lk = a.q.shape, a.k.shape[1]
+    align, vector = alignment(K, a.q, a.k, a.v)
+    strides = [s for tensor in (a.q, a.k, a.v) for s in tensor.stride()[:3]]
+    strides += a.mask.expand(B, H, Lq, Lk).stride() if a.mask is not None else (0, 0, 0, 0)
     names = [f"{t}_s{axis}" for t in "qkv" for axis in "blh"]
     names += [f"mask_s{axis}" for axis in "bhqk"]
-    arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask}
+    arguments: dict[str, Any] = {"q_ptr": a.q, "k_ptr": a.k, "v_ptr": a.v, "mask_ptr": a.mask}
     arguments |= {"Lq": Lq, "Lk": Lk, "H": H} | dict(zip(names, strides, strict=True))
-    config, (P0, P1) = pick(Lk, K, q.element_size(), arch), power_parts(K, 16)
-    scale = (1.0 / math.sqrt(K) if scale is None else scale) * LOG2E.value
+    config, (P0, P1) = pick(Lk, K, a.q.element_size(), arch), power_parts(K, 16)
+    scale = (1.0 / math.sqrt(K) if a.scale is None else a.scale) * LOG2E.value
     constants: dict[str, Any] = {"SCALE": scale, "K": K, "P0": P0, "P1": P1, "ALIGN": align}
     constants |= {"QUERIES": config.queries, "MASK_ROWS": arguments["mask_sq"] != 0}
     tiles = triton.cdiv(Lq, config.queries)
@@ -242,9 +240,9 @@ def plan(
         arguments["tiles"] = max(1, tiles * B * H // PROMPT_PROGRAMS)
         tiles = triton.cdiv(tiles, arguments["tiles"])
         constants["KEYS0"], constants["KEYS1"] = power_parts(Lk, 16)
-    out = arguments["out_ptr"] = q.new_empty((B, Lq, H, K))
+    out = arguments["out_ptr"] = a.q.new_empty((B, Lq, H, K))
     how = (config.num_warps, config.num_stages, vector)
     return (Launch(kernel, arguments, constants, (tiles, B * H), *how),), out
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

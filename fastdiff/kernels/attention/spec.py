@@ -1,6 +1,7 @@
 """Contract of `attention`: torch only."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,14 +10,23 @@ from torch import Tensor
 from fastdiff.kernels.contract import Case, KernelSpec
 
 
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    scale: float | None = None
+
+
+def formula(a: Arguments) -> Tensor:
+    scale = 1.0 / math.sqrt(a.q.shape[-1]) if a.scale is None else a.scale
+    q, k, v = (t.transpose(1, 2) for t in (a.q, a.k, a.v))
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
-    if mask is not None:
-        scores = scores + mask
+    if a.mask is not None:
+        scores = scores + a.mask
     return torch.matmul(scores.softmax(dim=-1).to(v.dtype), v).transpose(1, 2).contiguous()
 
 
@@ -80,8 +90,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="attention",
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask=None, float? scale=None) -> Tensor",
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=_bytes,

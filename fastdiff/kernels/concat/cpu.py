@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
+from fastdiff.kernels.concat.spec import Arguments
 from fastdiff.kernels.dispatch import NATIVE, NotNative, expects
 
 
-def run(first: Tensor, second: Tensor) -> Tensor:
+def run(a: Arguments) -> Tensor:
     if NATIVE is None:  # of any dtype: it copies bytes
         raise NotNative("concat: its kernel in C++ was not built; install with a C++ compiler")
-    first, second = first.contiguous(), second.contiguous()
+    first, second = a.first.contiguous(), a.second.contiguous()
     pixels, left, right = first.shape[:-1], first.shape[-1], second.shape[-1]
     pictures = second.shape[0] if second.shape[0] * 2 == first.shape[0] else first.shape[0]
     expects("concat: second", second, first, (pictures, *pixels[1:], right))

@@ -1,5 +1,6 @@
 """Contract of `concat`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,10 +9,18 @@ from torch import Tensor
 from fastdiff.kernels.contract import Case, KernelSpec
 
 
-def reference(first: Tensor, second: Tensor) -> Tensor:
-    parts = first.reshape(-1, second.shape[0], *first.shape[1:])
-    both = torch.cat([parts, second.expand(len(parts), *second.shape)], dim=-1)
-    return both.view(*first.shape[:-1], -1)
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    first: Tensor
+    second: Tensor
+
+
+def formula(a: Arguments) -> Tensor:
+    parts = a.first.reshape(-1, a.second.shape[0], *a.first.shape[1:])
+    both = torch.cat([parts, a.second.expand(len(parts), *a.second.shape)], dim=-1)
+    return both.view(*a.first.shape[:-1], -1)
 
 
 def inputs(
@@ -29,8 +38,8 @@ def inputs(
 
 SPEC = KernelSpec(
     name="concat",
-    schema="(Tensor first, Tensor second) -> Tensor",
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=(
         Case("demo-16", B=2, Y=16, X=16, C=96, C2=64),

@@ -1,48 +1,40 @@
 """`conv2d` on a CPU: our own loop, on borrowed weights."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.conv2d.spec import Arguments
 from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: Sequence[int] = (1, 1),
-    size: Sequence[int] | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    dtype = native_dtype("conv2d", x)
-    if not _packed(weight):
+def run(a: Arguments) -> Tensor:
+    dtype = native_dtype("conv2d", a.x)
+    if not _packed(a.weight):
         raise NotNative(
-            f"conv2d: got a weight of strides {weight.stride()}; the kernel in C++ takes columns"
+            f"conv2d: got a weight of strides {a.weight.stride()}; the kernel in C++ takes columns"
             " side by side, as `models.borrow` lays them out"
         )
-    x = x.contiguous()
+    x = a.x.contiguous()
     batch, height, width, _ = x.shape
-    columns, kernel, ld = weight.shape[0], weight.shape[2], weight.stride(1)
-    up_height, up_width = size if size is not None else (height, width)
-    border = padding[0] + padding[1] - kernel
+    columns, kernel, ld = a.weight.shape[0], a.weight.shape[2], a.weight.stride(1)
+    stride = a.stride
+    up_height, up_width = a.size if a.size is not None else (height, width)
+    border = a.padding[0] + a.padding[1] - kernel
     out_height, out_width = (up_height + border) // stride + 1, (up_width + border) // stride + 1
-    expects("conv2d: x", x, weight, (batch, height, width, weight.shape[1]))
-    expects("conv2d: bias", bias, x, (columns,))
-    expects("conv2d: residual", residual, x, (batch, out_height, out_width, columns))
+    expects("conv2d: x", x, a.weight, (batch, height, width, a.weight.shape[1]))
+    expects("conv2d: bias", a.bias, x, (columns,))
+    expects("conv2d: residual", a.residual, x, (batch, out_height, out_width, columns))
     out = x.new_empty((batch, out_height, out_width, columns))
     NATIVE.conv(
         dtype,
         x.data_ptr(),
         x.shape,
         (up_height, up_width),
-        (kernel, stride, padding[0]),
+        (kernel, stride, a.padding[0]),
         (out_height, out_width),
-        (weight.data_ptr(), ld, columns),
-        0 if bias is None else bias.data_ptr(),
-        (0 if residual is None else residual.data_ptr(), batch * out_height * out_width),
+        (a.weight.data_ptr(), ld, columns),
+        0 if a.bias is None else a.bias.data_ptr(),
+        (0 if a.residual is None else a.residual.data_ptr(), batch * out_height * out_width),
         0,
         out.data_ptr(),
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.conv2d.spec import around
+from fastdiff.kernels.conv2d.spec import Arguments, around
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILE, WAVES = 128, 2
@@ -48,9 +48,9 @@ def searches() -> bool:
     return getattr(_THREAD, "searches", False)
 
 
-def run(*args: Any, **kwargs: Any) -> Tensor:
+def run(a: Arguments) -> Tensor:
     """What the reference computes, by a plan that was searched where this thread lets it."""
-    return around(_convolve if searches() else F.conv2d, *args, **kwargs)
+    return around(_convolve if searches() else F.conv2d, a)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Contract of `conv2d`: torch only."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,30 +12,36 @@ from torch.nn import functional as F
 from fastdiff.kernels.contract import Case, KernelSpec
 
 
-def reference(*args: Any, **kwargs: Any) -> Tensor:
-    return around(F.conv2d, *args, **kwargs)
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+    padding: list[int]
+    size: list[int] | None = None
+    residual: Tensor | None = None
+
+
+def formula(a: Arguments) -> Tensor:
+    return around(F.conv2d, a)
 
 
 def around(
-    convolve: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: Sequence[int] = (1, 1),
-    size: Sequence[int] | None = None,
-    residual: Tensor | None = None,
+    convolve: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor], a: Arguments
 ) -> Tensor:
     """The op with `convolve` (picture [B, C, Y, X], weight, bias, stride, padding) within."""
-    picture = x.permute(0, 3, 1, 2)
-    if size is not None:
-        picture = F.interpolate(picture, size=list(size), mode="nearest")
-    before, after = padding
+    picture = a.x.permute(0, 3, 1, 2)
+    if a.size is not None:
+        picture = F.interpolate(picture, size=list(a.size), mode="nearest")
+    before, after = a.padding
     if before != after:
         picture, before = F.pad(picture, (before, after, before, after)), 0
-    y = convolve(picture, weight, bias, stride, before).permute(0, 2, 3, 1)
-    if residual is not None:
-        y = y + residual
+    y = convolve(picture, a.weight, a.bias, a.stride, before).permute(0, 2, 3, 1)
+    if a.residual is not None:
+        y = y + a.residual
     return y.contiguous()
 
 
@@ -107,11 +114,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="conv2d",
-    schema=(
-        "(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int[] padding=[1, 1],"
-        " int[]? size=None, Tensor? residual=None) -> Tensor"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=moved,

@@ -3,14 +3,15 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.gelu_gate.cpu import run as gelu_gate
+from fastdiff.kernels.geglu.spec import Arguments
+from fastdiff.kernels.gelu_gate import cpu, spec
 from fastdiff.kernels.linear.cpu import GEGLU, native
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return native("geglu", x, weight, bias, GEGLU)
+def run(a: Arguments) -> Tensor:
+    return native("geglu", a.x, a.weight, a.bias, GEGLU)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def plain(a: Arguments) -> Tensor:
     """torch's product, then the gate, for what `run` does not take."""
-    return gelu_gate(F.linear(x, weight, bias))
+    return cpu.run(spec.Arguments(F.linear(a.x, a.weight, a.bias)))

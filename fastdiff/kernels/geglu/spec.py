@@ -1,5 +1,6 @@
 """Contract of `geglu`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,11 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.kernels.contract import Case, KernelSpec
-from fastdiff.kernels.gelu_gate.spec import reference as gelu_gate
+from fastdiff.kernels.gelu_gate.spec import SPEC as GATE
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return gelu_gate(F.linear(x, weight, bias))
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def formula(a: Arguments) -> Tensor:
+    y: Tensor = GATE.reference(F.linear(a.x, a.weight, a.bias))
+    return y
 
 
 def inputs(
@@ -43,8 +54,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="geglu",
-    schema="(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=lambda c, size: (

@@ -3,7 +3,9 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdiff.kernels.gelu_gate.spec import Arguments
 
-def run(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    value, gate = (h if bias is None else h + bias).chunk(2, dim=-1)
+
+def run(a: Arguments) -> Tensor:
+    value, gate = (a.h if a.bias is None else a.h + a.bias).chunk(2, dim=-1)
     return F.gelu(gate).mul_(value).contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.dispatch import expects
+from fastdiff.kernels.gelu_gate.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
 
@@ -108,15 +109,15 @@ def _rows_of(h: Tensor) -> Tensor:
     return flat
 
 
-def plan(arch: int, h: Tensor, bias: Tensor | None = None) -> tuple[tuple[Launch, ...], Tensor]:
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     """The launch for h [..., 2N] and the output [..., N] it writes."""
-    flat, N = _rows_of(h), h.shape[-1] // 2
-    M, size = flat.shape[0], h.element_size()
-    expects("gelu_gate: bias", bias, h, (2 * N,))
+    flat, N = _rows_of(a.h), a.h.shape[-1] // 2
+    M, size = flat.shape[0], a.h.element_size()
+    expects("gelu_gate: bias", a.bias, a.h, (2 * N,))
     align = math.gcd(16 // size, N, flat.stride(0))
     config = pick(M, N, size, arch)
-    out = h.new_empty((*h.shape[:-1], N))
-    arguments: dict[str, Any] = {"h_ptr": h, "bias_ptr": bias, "M": M, "N": N}
+    out = a.h.new_empty((*a.h.shape[:-1], N))
+    arguments: dict[str, Any] = {"h_ptr": a.h, "bias_ptr": a.bias, "M": M, "N": N}
     arguments |= {"h_sm": flat.stride(0), "out_ptr": out}
     constants = {"ALIGN": align, "ROWS": config.rows, "COLUMNS": config.columns}
     grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),)
@@ -126,4 +127,4 @@ def plan(arch: int, h: Tensor, bias: Tensor | None = None) -> tuple[tuple[Launch
     return (launch,), out
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

@@ -1,5 +1,6 @@
 """Contract of `gelu_gate`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,16 @@ from torch.nn import functional as F
 from fastdiff.kernels.contract import Case, KernelSpec
 
 
-def reference(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    value, gate = (h if bias is None else h + bias).chunk(2, dim=-1)
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    h: Tensor
+    bias: Tensor | None = None
+
+
+def formula(a: Arguments) -> Tensor:
+    value, gate = (a.h if a.bias is None else a.h + a.bias).chunk(2, dim=-1)
     return (value * F.gelu(gate)).contiguous()
 
 
@@ -44,8 +53,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="gelu_gate",
-    schema="(Tensor h, Tensor? bias=None) -> Tensor",
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=lambda c, size: size * (3 * c.B * c.L * c.N + 2 * c.N * bool(c.get("bias"))),

@@ -1,7 +1,5 @@
 """GroupNorm and SiLU of channels-last pictures in one pass over memory."""
 
-from typing import overload
-
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import register
@@ -16,33 +14,6 @@ _op = register(
 )
 
 
-@overload
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool = True,
-    row: Tensor | None = None,
-    residual: None = None,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor: ...
-@overload
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool = True,
-    row: Tensor | None = None,
-    *,
-    residual: Tensor,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]: ...
 def group_norm_silu(
     x: Tensor,
     weight: Tensor,
@@ -54,7 +25,7 @@ def group_norm_silu(
     residual: Tensor | None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """y = silu((t - mean) / sqrt(var + eps) · weight + bias) of t = x + shift + row + residual and,
     after its channels, `beside`.
 
@@ -77,7 +48,8 @@ def group_norm_silu(
         shift: [C], added to every pixel of x (the bias of the convolution that made x).
 
     Returns:
-        y, [B, Y, X, C + C2] and contiguous; with a residual (y, x + shift + row + residual).
+        y [B, Y, X, C + C2] and the sum x + shift + row + residual [B, Y, X, C], both contiguous;
+        the sum is empty ([0]) without a residual.
 
     Raises:
         ValueError: the channels are not a multiple of groups, or a shape is not one of the above.
@@ -95,14 +67,16 @@ def group_norm_silu(
             f"group_norm_silu: beside is {list(beside.shape)}; expected {[batch, *pixels, 'C2']}"
             f" or half as many pictures"
         )
-    shapes: dict[str, tuple[int, ...]] = {"weight": (channels,), "bias": (channels,)}
-    shapes |= {"row": (batch, width), "shift": (width,), "residual": x.shape}
-    parts = {"weight": weight, "bias": bias, "row": row, "shift": shift, "residual": residual}
-    for name, part in parts.items():  # a GPU would read beyond the end of a smaller one
-        shape = shapes[name]
+    for name, part, shape in (  # a GPU would read beyond the end of a smaller one
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("row", row, (batch, width)),
+        ("shift", shift, (width,)),
+        ("residual", residual, x.shape),
+    ):
         if part is not None and part.shape != shape:
             raise ValueError(
                 f"group_norm_silu: {name} is {list(part.shape)}; expected {list(shape)}"
             )
     y, total = _op(x, weight, bias, groups, eps, silu, row, residual, beside, shift)
-    return y if residual is None else (y, total)
+    return y, total

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import architecture
 from fastdiff.kernels.dispatch import NATIVE, expects
+from fastdiff.kernels.group_norm_silu.spec import Arguments
 from fastdiff.kernels.occupancy import SMS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -73,75 +74,64 @@ def _shared_bytes(rows: int, groups: int, W: int, size: int, lanes: int) -> int:
     return slab + groups * 12 + THREADS * (lanes * 8 + 12)
 
 
-def start(
-    call: Callable[..., None],
-    arch: int,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    row: Tensor | None = None,
-    residual: Tensor | None = None,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def start(call: Callable[..., None], arch: int, a: Arguments) -> tuple[Tensor, Tensor]:
     """call(dtype, vector, addresses, sizes, eps, silu) for the op's arguments; what it fills.
 
     Raises ValueError for what the kernel does not take or `pick` finds no launch for.
     """
-    B, Y, X, C = x.shape
-    C2 = 0 if beside is None else beside.shape[-1]
-    if x.dtype not in DTYPES or not x.is_contiguous():
+    B, Y, X, C = a.x.shape
+    C2 = 0 if a.beside is None else a.beside.shape[-1]
+    if a.x.dtype not in DTYPES or not a.x.is_contiguous():
         raise ValueError(
-            f"group_norm_silu: x is {x.dtype} with strides {x.stride()}; expected a contiguous one"
-            f" of {', '.join(map(str, DTYPES))}"
+            f"group_norm_silu: x is {a.x.dtype} with strides {a.x.stride()}; expected a contiguous"
+            f" one of {', '.join(map(str, DTYPES))}"
         )
-    copies = B if beside is None else beside.shape[0]
-    expects("group_norm_silu: residual", residual, x, (B, Y, X, C))
-    expects("group_norm_silu: beside", beside, x, (copies, Y, X, C2))
-    expects("group_norm_silu: row", row, x, (B, C))
-    expects("group_norm_silu: shift", shift, x, (C,))
-    for name, part in {"weight": weight, "bias": bias}.items():
-        expects(f"group_norm_silu: {name}", part, x, (C + C2,))
-    y = x.new_empty((B, Y, X, C + C2))
-    total = x.new_empty(0 if residual is None else x.shape)
+    copies = B if a.beside is None else a.beside.shape[0]
+    expects("group_norm_silu: residual", a.residual, a.x, (B, Y, X, C))
+    expects("group_norm_silu: beside", a.beside, a.x, (copies, Y, X, C2))
+    expects("group_norm_silu: row", a.row, a.x, (B, C))
+    expects("group_norm_silu: shift", a.shift, a.x, (C,))
+    for name, part in {"weight": a.weight, "bias": a.bias}.items():
+        expects(f"group_norm_silu: {name}", part, a.x, (C + C2,))
+    y = a.x.new_empty((B, Y, X, C + C2))
+    total = a.x.new_empty(0 if a.residual is None else a.x.shape)
     if y.numel() == 0:
         return y, total
 
-    tensors = (x, residual, beside, row, shift, weight, bias, y, total)
+    tensors = (a.x, a.residual, a.beside, a.row, a.shift, a.weight, a.bias, y, total)
     addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    wide = (*addresses[:3], *addresses[-2:], C2 and C * x.element_size())
+    wide = (*addresses[:3], *addresses[-2:], C2 and C * a.x.element_size())
     config = pick(
-        *(B, Y * X, (C + C2) // groups, groups, x.element_size(), arch),
+        *(B, Y * X, (C + C2) // a.groups, a.groups, a.x.element_size(), arch),
         aligned=all(bytes_ % 16 == 0 for bytes_ in wide),
     )
     if config is None:
         raise ValueError(
-            f"group_norm_silu: {x.dtype} {list(y.shape)} in {groups} groups does not fit into the"
-            f" shared memory of a cluster of sm_{arch}, or nothing is known of it; use 'triton'"
+            f"group_norm_silu: {a.x.dtype} {list(y.shape)} in {a.groups} groups does not fit into"
+            f" the shared memory of a cluster of sm_{arch}, or nothing is known of it; use 'triton'"
         )
-    ld_row = 0 if row is None else row.stride(0)
-    tile = ((C + C2) // groups, config.groups, config.cluster, config.rows)
+    ld_row = 0 if a.row is None else a.row.stride(0)
+    tile = ((C + C2) // a.groups, config.groups, config.cluster, config.rows)
     sizes = (ld_row, B, copies, Y * X, C, C2, *tile)
-    call(DTYPES[x.dtype], config.lanes > 1, addresses, sizes, eps, silu)
+    call(DTYPES[a.x.dtype], config.lanes > 1, addresses, sizes, a.eps, a.silu)
     return y, total
 
 
-def run(x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def run(a: Arguments) -> tuple[Tensor, Tensor]:
     """The op on CUDA tensors; RuntimeError where fastdiff was built without CUDA."""
     if not hasattr(NATIVE, "cuda_group_norm_silu"):
         raise RuntimeError(
             "group_norm_silu: this fastdiff was built without its CUDA kernels; install it with"
             " `pip install --config-settings=cmake.define.FASTDIFF_CUDA=ON .`"
         )
-    if not x.is_cuda:
-        raise ValueError(f"group_norm_silu: x is on {x.device}; the CUDA kernel takes CUDA tensors")
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+    if not a.x.is_cuda:
+        raise ValueError(
+            f"group_norm_silu: x is on {a.x.device}; the CUDA kernel takes CUDA tensors"
+        )
+    stream = torch.cuda.current_stream(a.x.device).cuda_stream
 
     def call(*numbers: Any) -> None:
-        NATIVE.cuda_group_norm_silu(*numbers, x.device.index, stream)
+        NATIVE.cuda_group_norm_silu(*numbers, a.x.device.index, stream)
 
-    with torch.cuda.device(x.device):  # it becomes the current one: only until the kernel started
-        return start(call, architecture(x), x, *arguments, **options)
+    with torch.cuda.device(a.x.device):  # it becomes the current one: only until the kernel started
+        return start(call, architecture(a.x), a)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits, power_parts
+from fastdiff.kernels.group_norm_silu.spec import Arguments
 from fastdiff.kernels.group_norm_silu.tiles import (
     RESIDUAL,
     ROW,
@@ -239,41 +240,42 @@ def candidates(B: int, L: int, W: int, G: int, size: int, arch: int) -> tuple[La
     return tuple(dict.fromkeys(found))
 
 
-def plan(
-    arch: int, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
-    row: Tensor | None = None, residual: Tensor | None = None, beside: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:  # fmt: skip
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
     """The launches for x [B, Y, X, C] and what they write: the result and the sum (or empty)."""
-    B, Y, X, C = x.shape
-    C2, beside_batch = (0, 1) if beside is None else (beside.shape[3], beside.shape[0])
-    L, W, size = Y * X, (C + C2) // groups, x.element_size()
-    for name, tensor in {"x": x, "residual": residual, "beside": beside, "shift": shift}.items():
+    B, Y, X, C = a.x.shape
+    C2, beside_batch = (0, 1) if a.beside is None else (a.beside.shape[3], a.beside.shape[0])
+    L, W, size = Y * X, (C + C2) // a.groups, a.x.element_size()
+    for name, tensor in {
+        "x": a.x,
+        "residual": a.residual,
+        "beside": a.beside,
+        "shift": a.shift,
+    }.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"group_norm_silu: {name} has strides {tensor.stride()}; contiguous")
-    if row is not None and row.stride(1) != 1:
-        raise ValueError(f"group_norm_silu: row has strides {row.stride()}; the last must be 1")
-    config = pick(B, L, W, groups, size, arch)
-    segment, row_stride = config.groups * W, 0 if row is None else row.stride(0)
+    if a.row is not None and a.row.stride(1) != 1:
+        raise ValueError(f"group_norm_silu: row has strides {a.row.stride()}; the last must be 1")
+    config = pick(B, L, W, a.groups, size, arch)
+    segment, row_stride = config.groups * W, 0 if a.row is None else a.row.stride(0)
     align = math.gcd(16 // size, segment, C, C2, row_stride)
     compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
     compiled["P0"], compiled["P1"] = power_parts(segment, 16 // size)
-    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": residual is not None}
+    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.residual is not None}
     compiled["GROUPS"] = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
-    out = x.new_empty((B, Y, X, C + C2))
-    total = x.new_empty(0 if residual is None else x.shape)
-    has = {ROW: row is not None, SHIFT: shift is not None, RESIDUAL: residual is not None}
-    flags = sum(flag.value for flag, is_so in (has | {SILU: silu}).items() if is_so)
-    given = {"row": row, "residual": residual, "beside": beside, "shift": shift}
+    out = a.x.new_empty((B, Y, X, C + C2))
+    total = a.x.new_empty(0 if a.residual is None else a.x.shape)
+    has = {ROW: a.row is not None, SHIFT: a.shift is not None, RESIDUAL: a.residual is not None}
+    flags = sum(flag.value for flag, is_so in (has | {SILU: a.silu}).items() if is_so)
+    given = {"row": a.row, "residual": a.residual, "beside": a.beside, "shift": a.shift}
     values: dict[str, Any] = {
-        f"{name}_ptr": x if tensor is None else tensor for name, tensor in given.items()
+        f"{name}_ptr": a.x if tensor is None else tensor for name, tensor in given.items()
     }
-    values |= {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "out_ptr": out}
-    values |= {"sum_ptr": x if residual is None else total, "L": L, "C": C, "C2": C2, "W": W}
+    values |= {"x_ptr": a.x, "weight_ptr": a.weight, "bias_ptr": a.bias, "out_ptr": out}
+    values |= {"sum_ptr": a.x if a.residual is None else total, "L": L, "C": C, "C2": C2, "W": W}
     values |= {"beside_batch": beside_batch, "row_stride": row_stride, "flags": flags}
     slab_rows = triton.cdiv(L, max(1, config.slabs))
-    values |= {"slab_rows": slab_rows, "eps": float_bits(eps)}
-    grid = (triton.cdiv(L, slab_rows), groups // config.groups, B)  # no slab is empty
+    values |= {"slab_rows": slab_rows, "eps": float_bits(a.eps)}
+    grid = (triton.cdiv(L, slab_rows), a.groups // config.groups, B)  # no slab is empty
 
     def launch(kernel: Any) -> Launch:
         own = [{n: d[n] for n in kernel.arg_names if n in d} for d in (values, compiled)]
@@ -281,12 +283,12 @@ def plan(
 
     if not config.slabs:
         return (launch(_one_pass_kernel),), (out, total)
-    values["statistics_ptr"] = x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
+    values["statistics_ptr"] = a.x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
     first = launch(_statistics_kernel)
-    if residual is not None:  # the sum holds all that is added
+    if a.residual is not None:  # the sum holds all that is added
         values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
         values["flags"], compiled["SUMMED"] = flags & SILU.value, False
     return (first, launch(_apply_kernel)), (out, total)
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

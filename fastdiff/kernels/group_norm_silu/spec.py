@@ -1,13 +1,30 @@
 """Contract of `group_norm_silu`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.concat.spec import reference as concat
+from fastdiff.kernels.concat.spec import SPEC as CONCAT
 from fastdiff.kernels.contract import Case, KernelSpec
+
+
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    eps: float
+    silu: bool
+    row: Tensor | None = None
+    residual: Tensor | None = None
+    beside: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def summed(
@@ -25,25 +42,14 @@ def summed(
         total = total + row[:, None, None, :]
     if residual is not None:
         total = total + residual
-    return total if beside is None else concat(total, beside), total
+    return total if beside is None else CONCAT.reference(total, beside), total
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    row: Tensor | None = None,
-    residual: Tensor | None = None,
-    beside: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    t, total = summed(x, row, residual, beside, shift)
-    y = F.group_norm(t.permute(0, 3, 1, 2), groups, weight, bias, eps).permute(0, 2, 3, 1)
-    y = (F.silu(y) if silu else y).contiguous()
-    return y, total.contiguous() if residual is not None else x.new_empty(0)
+def formula(a: Arguments) -> tuple[Tensor, Tensor]:
+    t, total = summed(a.x, a.row, a.residual, a.beside, a.shift)
+    y = F.group_norm(t.permute(0, 3, 1, 2), a.groups, a.weight, a.bias, a.eps).permute(0, 2, 3, 1)
+    y = (F.silu(y) if a.silu else y).contiguous()
+    return y, total.contiguous() if a.residual is not None else a.x.new_empty(0)
 
 
 def inputs(
@@ -115,12 +121,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="group_norm_silu",
-    schema=(
-        "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu,"
-        " Tensor? row=None, Tensor? residual=None, Tensor? beside=None, Tensor? shift=None)"
-        " -> (Tensor, Tensor)"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=_bytes,

@@ -1,44 +1,39 @@
 """`guided_step` on a CPU: our own loop, on float32 state."""
 
 import torch
-from torch import Tensor
 
 from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
+from fastdiff.kernels.guided_step.spec import Arguments
 
 
-def run(
-    model_output: Tensor,
-    sample: Tensor,
-    history: Tensor,
-    following: Tensor,
-    table: Tensor,
-    step: Tensor,
-    noise: Tensor | None = None,
-) -> None:
-    dtype = native_dtype("guided_step", model_output)
-    if sample.dtype != torch.float32:
+def run(a: Arguments) -> None:
+    dtype = native_dtype("guided_step", a.model_output)
+    if a.sample.dtype != torch.float32:
         raise NotNative(
-            f"guided_step: got samples of {sample.dtype}; the kernel in C++ takes torch.float32"
+            f"guided_step: got samples of {a.sample.dtype}; the kernel in C++ takes torch.float32"
         )
-    batch, depth = sample.shape[0], history.shape[1]
-    copies = model_output.shape[0] // batch
+    batch, depth = a.sample.shape[0], a.history.shape[1]
+    copies = a.model_output.shape[0] // batch
     expects(
-        "guided_step: model_output", model_output, model_output, (copies * batch, *sample.shape[1:])
+        "guided_step: model_output",
+        a.model_output,
+        a.model_output,
+        (copies * batch, *a.sample.shape[1:]),
     )
-    expects("guided_step: sample", sample, sample, tuple(sample.shape))
-    expects("guided_step: history", history, sample, (2, depth, *sample.shape))
-    expects("guided_step: following", following, model_output, tuple(sample.shape))
-    expects("guided_step: table", table, sample, tuple(table.shape))
-    expects("guided_step: step", step, step, (1,))
-    expects("guided_step: noise", noise, sample, tuple(sample.shape))
+    expects("guided_step: sample", a.sample, a.sample, tuple(a.sample.shape))
+    expects("guided_step: history", a.history, a.sample, (2, depth, *a.sample.shape))
+    expects("guided_step: following", a.following, a.model_output, tuple(a.sample.shape))
+    expects("guided_step: table", a.table, a.sample, tuple(a.table.shape))
+    expects("guided_step: step", a.step, a.step, (1,))
+    expects("guided_step: noise", a.noise, a.sample, tuple(a.sample.shape))
     NATIVE.guided_step(
         dtype,
-        model_output.data_ptr(),
-        table.data_ptr(),
-        step.data_ptr(),
-        0 if noise is None else noise.data_ptr(),
-        (copies, batch, sample.numel() // batch, table.shape[1], depth),
-        sample.data_ptr(),
-        history.data_ptr(),
-        following.data_ptr(),
+        a.model_output.data_ptr(),
+        a.table.data_ptr(),
+        a.step.data_ptr(),
+        0 if a.noise is None else a.noise.data_ptr(),
+        (copies, batch, a.sample.numel() // batch, a.table.shape[1], depth),
+        a.sample.data_ptr(),
+        a.history.data_ptr(),
+        a.following.data_ptr(),
     )

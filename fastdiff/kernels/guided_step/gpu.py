@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.guided_step import spec
+from fastdiff.kernels.guided_step.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
 # a kernel may read globals only if they are constexpr
@@ -134,40 +134,31 @@ def candidates(E: int, arch: int) -> tuple[LaunchConfig, ...]:
     return tuple(config for config in offered if config.block < 2 * E and config.num_warps <= 16)
 
 
-def plan(
-    arch: int,
-    model_output: Tensor,
-    sample: Tensor,
-    history: Tensor,
-    following: Tensor,
-    table: Tensor,
-    step: Tensor,
-    noise: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], None]:
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     """The launch; sample, history and the next input are written in place."""
-    for name, tensor in (("sample", sample), ("history", history), ("table", table)):
+    for name, tensor in (("sample", a.sample), ("history", a.history), ("table", a.table)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"guided_step: {name} is {tensor.dtype}; the kernel takes float32")
-    tensors = (model_output, sample, history, following, table, noise)
+    tensors = (a.model_output, a.sample, a.history, a.following, a.table, a.noise)
     if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError("guided_step: all tensors must be contiguous")
     batch, copies, depth = (
-        sample.shape[0],
-        model_output.shape[0] // sample.shape[0],
-        history.shape[1],
+        a.sample.shape[0],
+        a.model_output.shape[0] // a.sample.shape[0],
+        a.history.shape[1],
     )
-    elements = sample.numel() // batch
+    elements = a.sample.numel() // batch
     config = pick(elements, arch)
     arguments = {
-        "output_ptr": model_output,
-        "table_ptr": table,
-        "step_ptr": step,
-        "noise_ptr": noise,
+        "output_ptr": a.model_output,
+        "table_ptr": a.table,
+        "step_ptr": a.step,
+        "noise_ptr": a.noise,
         "E": elements,
-        "columns": table.shape[1],
-        "sample_ptr": sample,
-        "history_ptr": history,
-        "next_ptr": following,
+        "columns": a.table.shape[1],
+        "sample_ptr": a.sample,
+        "history_ptr": a.history,
+        "next_ptr": a.following,
     }
     constants = {
         "COPIES": copies,
@@ -176,11 +167,11 @@ def plan(
         "REDUCE": config.reduce,
     }
     grid = (triton.cdiv(elements, config.block), batch)
-    vector = 16 if elements % ALIGNED == 0 else model_output.element_size()
+    vector = 16 if elements % ALIGNED == 0 else a.model_output.element_size()
     launch = Launch(
         _guided_step_kernel, arguments, constants, grid, config.num_warps, vector=vector
     )
     return (launch,), None
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

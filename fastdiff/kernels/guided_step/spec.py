@@ -1,5 +1,6 @@
 """Contract of `guided_step`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,20 +13,25 @@ GUIDANCE, RESCALE, SAMPLE, NOISE, NEXT_SCALE, HISTORY = range(6)
 where M is the depth of the history."""
 
 
-def reference(
-    model_output: Tensor,
-    sample: Tensor,
-    history: Tensor,
-    following: Tensor,
-    table: Tensor,
-    step: Tensor,
-    noise: Tensor | None = None,
-) -> None:
-    depth, batch = history.shape[1], sample.shape[0]
-    index = int(step)
-    row = table[index]
-    output = model_output.to(sample.dtype)
-    if model_output.shape[0] == 2 * batch:
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    model_output: Tensor
+    sample: Tensor
+    history: Tensor
+    following: Tensor
+    table: Tensor
+    step: Tensor
+    noise: Tensor | None = None
+
+
+def formula(a: Arguments) -> None:
+    depth, batch = a.history.shape[1], a.sample.shape[0]
+    index = int(a.step)
+    row = a.table[index]
+    output = a.model_output.to(a.sample.dtype)
+    if a.model_output.shape[0] == 2 * batch:
         unconditional, text = output.chunk(2)
         output = unconditional + row[GUIDANCE] * (text - unconditional)
         over = tuple(range(1, output.ndim))
@@ -34,23 +40,23 @@ def reference(
             row[RESCALE] != 0, row[RESCALE] * rescaled + (1 - row[RESCALE]) * output, output
         )
     b, c = row[HISTORY : HISTORY + depth + 1], row[HISTORY + depth + 1 :]
-    result = row[SAMPLE] * sample + b[0] * output
+    result = row[SAMPLE] * a.sample + b[0] * output
     for h in range(1, depth + 1):
         slot = (index - h) % depth
         # a zero coefficient must hide what the history does not hold yet
-        result = result + torch.where(b[h] != 0, b[h] * history[0, slot], 0.0)
-        result = result + torch.where(c[h - 1] != 0, c[h - 1] * history[1, slot], 0.0)
-    if noise is not None:
-        result = result + row[NOISE] * noise
+        result = result + torch.where(b[h] != 0, b[h] * a.history[0, slot], 0.0)
+        result = result + torch.where(c[h - 1] != 0, c[h - 1] * a.history[1, slot], 0.0)
+    if a.noise is not None:
+        result = result + row[NOISE] * a.noise
     if depth:
-        history[0, index % depth] = output
-        history[1, index % depth] = sample
-    sample.copy_(result)
-    following.copy_(row[NEXT_SCALE] * result)
+        a.history[0, index % depth] = output
+        a.history[1, index % depth] = a.sample
+    a.sample.copy_(result)
+    a.following.copy_(row[NEXT_SCALE] * result)
 
 
 def fake(*args: Any, **kwargs: Any) -> None:
-    """The reference reads the step on the host; a fake may not."""
+    """The formula reads the step on the host; a fake may not."""
 
 
 def inputs(
@@ -112,11 +118,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="guided_step",
-    schema=(
-        "(Tensor model_output, Tensor(a!) sample, Tensor(b!) history, Tensor(c!) following,"
-        " Tensor table, Tensor step, Tensor? noise=None) -> ()"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     fake=fake,
     inputs=inputs,
     cases=CASES,

@@ -1,28 +1,18 @@
 """`joint_attention` on a CPU: one loop over the keys of both sequences, where they lie."""
 
 import math
-from typing import Any
 
 from torch import Tensor
 
 from fastdiff.kernels.attention import cpu
 from fastdiff.kernels.dispatch import NATIVE, address, expects, native_dtype
-from fastdiff.kernels.joint_attention.spec import reference
+from fastdiff.kernels.joint_attention.spec import Arguments, formula
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor | None,
-    text_k: Tensor,
-    text_v: Tensor,
-    scale: float | None = None,
-    text_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    dtype = native_dtype("joint_attention", q)
-    native_dtype("joint_attention", text_k)
-    batch, _, heads, width = q.shape
+def run(a: Arguments) -> tuple[Tensor, Tensor]:
+    dtype = native_dtype("joint_attention", a.q)
+    native_dtype("joint_attention", a.text_k)
+    batch, _, heads, width = a.q.shape
 
     def sequence(
         q: Tensor | None, k: Tensor, v: Tensor, out: Tensor
@@ -36,23 +26,23 @@ def run(
             out.data_ptr(),
         )
 
-    states = {"q": q, "k": k, "v": v, "text_k": text_k, "text_v": text_v}
-    states |= {} if text_q is None else {"text_q": text_q}
+    states = {"q": a.q, "k": a.k, "v": a.v, "text_k": a.text_k, "text_v": a.text_v}
+    states |= {} if a.text_q is None else {"text_q": a.text_q}
     for name, tensor in states.items():
-        expects(f"joint_attention: {name}", tensor[0, 0], q, (heads, width))
-    out = q.new_empty(q.shape)
-    text_out = q.new_empty(0 if text_q is None else text_q.shape)
+        expects(f"joint_attention: {name}", tensor[0, 0], a.q, (heads, width))
+    out = a.q.new_empty(a.q.shape)
+    text_out = a.q.new_empty(0 if a.text_q is None else a.text_q.shape)
     NATIVE.joint_attention(
         dtype,
-        sequence(q, k, v, out),
-        sequence(text_q, text_k, text_v, text_out),
-        address(text_bias),
+        sequence(a.q, a.k, a.v, out),
+        sequence(a.text_q, a.text_k, a.text_v, text_out),
+        address(a.text_bias),
         (batch, heads, width),
-        1.0 / math.sqrt(width) if scale is None else scale,
+        1.0 / math.sqrt(width) if a.scale is None else a.scale,
     )
     return out, text_out
 
 
-def plain(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def plain(a: Arguments) -> tuple[Tensor, Tensor]:
     """By torch's attention, for what `run` does not take."""
-    return reference(*arguments, **options | {"attend": cpu.plain})
+    return formula(a, cpu.plain)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.kernels.attention.gpu import LaunchConfig, alignment, stream, streams
 from fastdiff.kernels.attention.tiles import LOG2E, begin, flash, head_at, parts, write
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
+from fastdiff.kernels.joint_attention.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
 
@@ -83,31 +84,30 @@ def candidates(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
     return tuple(dict.fromkeys((pick(K, size, arch), *streams(K, size, arch))))
 
 
-def plan(
-    arch: int, q: Tensor, k: Tensor, v: Tensor,
-    text_q: Tensor | None, text_k: Tensor, text_v: Tensor,
-    scale: float | None = None, text_bias: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:  # fmt: skip
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
     """The launch for q, k, v [B, L, H, K] and those of the text [B, T, H, K], and its outputs."""
-    (B, L, H, K), T = q.shape, text_k.shape[1]
-    states = {"q": q, "k": k, "v": v, "text_q": q if text_q is None else text_q}
-    states |= {"text_k": text_k, "text_v": text_v}
+    (B, L, H, K), T = a.q.shape, a.text_k.shape[1]
+    states = {"q": a.q, "k": a.k, "v": a.v, "text_q": a.q if a.text_q is None else a.text_q}
+    states |= {"text_k": a.text_k, "text_v": a.text_v}
     align, vector = alignment(K, *states.values())
     arguments: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in states.items()}
-    arguments |= {"text_bias_ptr": text_bias, "L": L, "T": T, "H": H}
+    arguments |= {"text_bias_ptr": a.text_bias, "L": L, "T": T, "H": H}
     for name, tensor in states.items():
         arguments |= zip((f"{name}_s{axis}" for axis in "blh"), tensor.stride(), strict=False)
-    out, text_out = q.new_empty(q.shape), q.new_empty(0 if text_q is None else text_q.shape)
-    arguments |= {"out_ptr": out, "text_out_ptr": out if text_q is None else text_out}
-    config, (P0, P1) = pick(K, q.element_size(), arch), power_parts(K, 16)
-    scale = (1.0 / math.sqrt(K) if scale is None else scale) * LOG2E.value
+    out, text_out = (
+        a.q.new_empty(a.q.shape),
+        a.q.new_empty(0 if a.text_q is None else a.text_q.shape),
+    )
+    arguments |= {"out_ptr": out, "text_out_ptr": out if a.text_q is None else text_out}
+    config, (P0, P1) = pick(K, a.q.element_size(), arch), power_parts(K, 16)
+    scale = (1.0 / math.sqrt(K) if a.scale is None else a.scale) * LOG2E.value
     constants: dict[str, Any] = {"ALIGN": align, "SCALE": scale, "K": K, "P0": P0, "P1": P1}
     constants |= {"QUERIES": config.queries, "KEYS": config.keys}
     constants |= {"TAIL": L % config.keys != 0, "TEXT_TAIL": T % config.keys != 0}
     tiles = triton.cdiv(L, config.queries)
-    tiles += 0 if text_q is None else triton.cdiv(T, config.queries)
+    tiles += 0 if a.text_q is None else triton.cdiv(T, config.queries)
     how = (config.num_warps, config.num_stages, vector)
     return (Launch(_joint_kernel, arguments, constants, (tiles, B * H), *how),), (out, text_out)
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

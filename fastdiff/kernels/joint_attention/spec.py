@@ -2,34 +2,43 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdiff.kernels.attention.spec import reference as attention
+from fastdiff.kernels.attention import spec as attention
 from fastdiff.kernels.contract import Case, KernelSpec
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor | None,
-    text_k: Tensor,
-    text_v: Tensor,
-    scale: float | None = None,
-    text_bias: Tensor | None = None,
-    attend: Callable[..., Tensor] = attention,
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    text_q: Tensor | None
+    text_k: Tensor
+    text_v: Tensor
+    scale: float | None = None
+    text_bias: Tensor | None = None
+
+
+def formula(
+    a: Arguments, attend: Callable[[attention.Arguments], Tensor] = attention.formula
 ) -> tuple[Tensor, Tensor]:
     """By one attention, `attend`, over what is put end to end."""
-    all_k, all_v = torch.cat((k, text_k), 1), torch.cat((v, text_v), 1)
-    mask = None if text_bias is None else F.pad(text_bias[None], (q.shape[1], 0))
-    if text_q is None:
-        return attend(q, all_k, all_v, mask, scale), q.new_empty(0)
-    out = attend(torch.cat((q, text_q), 1), all_k, all_v, mask, scale)
-    picture, text = out.split([q.shape[1], text_q.shape[1]], 1)
+    all_k, all_v = torch.cat((a.k, a.text_k), 1), torch.cat((a.v, a.text_v), 1)
+    mask = None if a.text_bias is None else F.pad(a.text_bias[None], (a.q.shape[1], 0))
+    if a.text_q is None:
+        asked = attention.Arguments(a.q, all_k, all_v, mask, a.scale)
+        return attend(asked), a.q.new_empty(0)
+    all_q = torch.cat((a.q, a.text_q), 1)
+    out = attend(attention.Arguments(all_q, all_k, all_v, mask, a.scale))
+    picture, text = out.split([a.q.shape[1], a.text_q.shape[1]], 1)
     # copies even where a slice is contiguous: the outputs of an op may not share memory
     return (
         picture.clone(memory_format=torch.contiguous_format),
@@ -37,17 +46,8 @@ def reference(
     )
 
 
-def fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor | None,
-    text_k: Tensor,
-    text_v: Tensor,
-    scale: float | None = None,
-    text_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(0 if text_q is None else text_q.shape)
+def fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    return a.q.new_empty(a.q.shape), a.q.new_empty(0 if a.text_q is None else a.text_q.shape)
 
 
 def inputs(
@@ -106,11 +106,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="joint_attention",
-    schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor? text_q, Tensor text_k, Tensor text_v,"
-        " float? scale=None, Tensor? text_bias=None) -> (Tensor, Tensor)"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     fake=fake,
     inputs=inputs,
     cases=CASES,

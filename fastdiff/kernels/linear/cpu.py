@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import NATIVE, NotNative, address, expects, native_dtype
+from fastdiff.kernels.linear.spec import Arguments
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3, "gelu_tanh": 4}
 """The C++ loop's numbers of the activations, `Activation` of csrc."""
@@ -10,14 +11,8 @@ GEGLU = 2
 """The one that halves the columns."""
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    act: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    return native("linear", x, weight, bias, ACTIVATIONS[act], residual)
+def run(a: Arguments) -> Tensor:
+    return native("linear", a.x, a.weight, a.bias, ACTIVATIONS[a.act], a.residual)
 
 
 def native(

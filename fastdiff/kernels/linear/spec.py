@@ -1,6 +1,7 @@
 """Contract of `linear`: torch only."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,14 +19,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    act: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    return plus(ACTIVATIONS[act](F.linear(x, weight, bias)), residual)
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    act: str = "none"
+    residual: Tensor | None = None
+
+
+def formula(a: Arguments) -> Tensor:
+    return plus(ACTIVATIONS[a.act](F.linear(a.x, a.weight, a.bias)), a.residual)
 
 
 def plus(y: Tensor, residual: Tensor | None) -> Tensor:
@@ -35,20 +41,14 @@ def plus(y: Tensor, residual: Tensor | None) -> Tensor:
     return y.contiguous()
 
 
-def library(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    act: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The reference as a GPU computes it: cuBLASLt applies the GELU by tanh to its sums, in the
+def library(a: Arguments) -> Tensor:
+    """The formula as a GPU computes it: cuBLASLt applies the GELU by tanh to its sums, in the
     same launch. The same call on a CPU would compute the exact GELU instead."""
-    if act != "gelu_tanh" or bias is None:
-        return reference(x, weight, bias, act, residual)
-    flat = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
-    return plus(y.view(*x.shape[:-1], weight.shape[0]), residual)
+    if a.act != "gelu_tanh" or a.bias is None:
+        return formula(a)
+    flat = a.x.reshape(-1, a.x.shape[-1])
+    y: Tensor = torch._addmm_activation(a.bias, flat, a.weight.t(), use_gelu=True)
+    return plus(y.view(*a.x.shape[:-1], a.weight.shape[0]), a.residual)
 
 
 def inputs(
@@ -95,11 +95,8 @@ def moved(case: Case, size: int) -> int:
 
 SPEC = KernelSpec(
     name="linear",
-    schema=(
-        '(Tensor x, Tensor weight, Tensor? bias=None, str act="none", Tensor? residual=None)'
-        " -> Tensor"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=moved,

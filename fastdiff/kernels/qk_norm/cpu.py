@@ -3,31 +3,23 @@
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import NATIVE, NotNative, address, native_dtype
-from fastdiff.kernels.qk_norm.spec import check
+from fastdiff.kernels.qk_norm.spec import Arguments, check
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    check(q, k, q_weight, k_weight, cos, sin)
-    dtype = native_dtype("qk_norm", q)
-    if cos is not None:
+def run(a: Arguments) -> tuple[Tensor, Tensor]:
+    check(a)
+    dtype = native_dtype("qk_norm", a.q)
+    if a.cos is not None:
         raise NotNative("qk_norm: got cos and sin; the kernel in C++ takes no rotation")
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape)
     NATIVE.qk_norm(
         dtype,
-        (q.data_ptr(), *q.stride()[:3]),
-        (k.data_ptr(), *k.stride()[:3]),
-        address(q_weight),
-        address(k_weight),
-        q.shape,
-        eps,
+        (a.q.data_ptr(), *a.q.stride()[:3]),
+        (a.k.data_ptr(), *a.k.stride()[:3]),
+        address(a.q_weight),
+        address(a.k_weight),
+        a.q.shape,
+        a.eps,
         q_out.data_ptr(),
         k_out.data_ptr(),
     )

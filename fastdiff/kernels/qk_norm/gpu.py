@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits
-from fastdiff.kernels.qk_norm.spec import check
+from fastdiff.kernels.qk_norm.spec import Arguments, check
 from fastdiff.kernels.tuned import tunable
 
 STRIDES = ["q_sb", "q_sl", "q_sh", "k_sb", "k_sl", "k_sh"]
@@ -96,29 +96,20 @@ def candidates(L: int, H: int, K: int, vector: int, arch: int) -> tuple[LaunchCo
     return tuple(LaunchConfig(max(1, rows), w) for rows, w in found)
 
 
-def plan(
-    arch: int,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
     """The launch for q and k [B, L, H, K] and the two contiguous tensors that it writes."""
-    check(q, k, q_weight, k_weight, cos, sin)
-    B, L, H, K = q.shape
-    size = q.element_size()
-    strides = dict(zip(STRIDES, (*q.stride()[:3], *k.stride()[:3]), strict=True))
+    check(a)
+    B, L, H, K = a.q.shape
+    size = a.q.element_size()
+    strides = dict(zip(STRIDES, (*a.q.stride()[:3], *a.k.stride()[:3]), strict=True))
     align = gcd(16 // size, *strides.values())
     vector = gcd(align, K)
     config = pick(L, H, K, vector, arch)
-    outputs = (q.new_empty(q.shape), q.new_empty(q.shape))
-    arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k}
-    arguments |= {"q_weight_ptr": q_weight, "k_weight_ptr": k_weight}
-    arguments |= {"cos_ptr": cos, "sin_ptr": sin, "L": L, "H": H} | strides
-    arguments |= {"eps": float_bits(eps), "q_out_ptr": outputs[0], "k_out_ptr": outputs[1]}
+    outputs = (a.q.new_empty(a.q.shape), a.q.new_empty(a.q.shape))
+    arguments: dict[str, Any] = {"q_ptr": a.q, "k_ptr": a.k}
+    arguments |= {"q_weight_ptr": a.q_weight, "k_weight_ptr": a.k_weight}
+    arguments |= {"cos_ptr": a.cos, "sin_ptr": a.sin, "L": L, "H": H} | strides
+    arguments |= {"eps": float_bits(a.eps), "q_out_ptr": outputs[0], "k_out_ptr": outputs[1]}
     constants = {"K": K, "P": triton.next_power_of_2(K), "ROWS": config.rows}
     constants |= {"ALIGN": align}
     grid = (triton.cdiv(L * H, config.rows), B)
@@ -128,4 +119,4 @@ def plan(
     return (launch,), outputs
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

@@ -1,5 +1,6 @@
 """Contract of `qk_norm`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,58 +11,56 @@ from fastdiff.kernels.contract import Case, KernelSpec
 from fastdiff.kernels.dispatch import expects
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-) -> None:
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    q: Tensor
+    k: Tensor
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    eps: float = 1e-06
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+def check(a: Arguments) -> None:
     """Raise ValueError for what no implementation can read."""
-    if q.ndim != 4:
-        raise ValueError(f"qk_norm: q is {list(q.shape)}; expected [B, L, H, K]")
-    _, L, _, K = q.shape
-    if k.shape != q.shape or k.dtype != q.dtype or k.device != q.device:
+    if a.q.ndim != 4:
+        raise ValueError(f"qk_norm: q is {list(a.q.shape)}; expected [B, L, H, K]")
+    _, L, _, K = a.q.shape
+    if a.k.shape != a.q.shape or a.k.dtype != a.q.dtype or a.k.device != a.q.device:
         raise ValueError(
-            f"qk_norm: k is {k.dtype} {list(k.shape)} on {k.device}; expected"
-            f" {q.dtype} {list(q.shape)} on {q.device}, as q is"
+            f"qk_norm: k is {a.k.dtype} {list(a.k.shape)} on {a.k.device}; expected"
+            f" {a.q.dtype} {list(a.q.shape)} on {a.q.device}, as q is"
         )
-    for name, tensor in {"q": q, "k": k}.items():
+    for name, tensor in {"q": a.q, "k": a.k}.items():
         if tensor.stride(3) != 1:
             raise ValueError(f"qk_norm: {name} has strides {tensor.stride()}; the last must be 1")
-    expects("qk_norm: q_weight", q_weight, q, (K,))
-    expects("qk_norm: k_weight", k_weight, q, (K,))
-    if (cos is None) != (sin is None):
+    expects("qk_norm: q_weight", a.q_weight, a.q, (K,))
+    expects("qk_norm: k_weight", a.k_weight, a.q, (K,))
+    if (a.cos is None) != (a.sin is None):
         raise ValueError("qk_norm: cos and sin belong together; got one of them")
-    if cos is not None:
+    if a.cos is not None:
         if K % 2:
             raise ValueError(f"qk_norm: rotary embedding turns pairs; heads are {K} wide")
-        like = cos.new_empty(0, dtype=torch.float32, device=q.device)
-        for name, angles in {"cos": cos, "sin": sin}.items():
+        like = a.cos.new_empty(0, dtype=torch.float32, device=a.q.device)
+        for name, angles in {"cos": a.cos, "sin": a.sin}.items():
             expects(f"qk_norm: {name}", angles, like, (L, K))
             if angles is not None and not angles.is_contiguous():
                 raise ValueError(f"qk_norm: {name} has strides {angles.stride()}; not contiguous")
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def formula(a: Arguments) -> tuple[Tensor, Tensor]:
     def one(x: Tensor, weight: Tensor | None) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], weight, eps)
-        if cos is not None and sin is not None:
+        y = F.rms_norm(x, x.shape[-1:], weight, a.eps)
+        if a.cos is not None and a.sin is not None:
             even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
             turned = torch.stack((-odd, even), -1).flatten(-2)
-            y = (y * cos[:, None, :] + turned * sin[:, None, :]).to(x.dtype)
+            y = (y * a.cos[:, None, :] + turned * a.sin[:, None, :]).to(x.dtype)
         return y.contiguous()
 
-    return one(q, q_weight), one(k, k_weight)
+    return one(a.q, a.q_weight), one(a.k, a.k_weight)
 
 
 def inputs(
@@ -114,11 +113,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="qk_norm",
-    schema=(
-        "(Tensor q, Tensor k, Tensor? q_weight=None, Tensor? k_weight=None, float eps=1e-06,"
-        " Tensor? cos=None, Tensor? sin=None) -> (Tensor, Tensor)"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=_bytes,

@@ -3,30 +3,25 @@
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import NATIVE, NotNative, address, expects, native_dtype, rows
+from fastdiff.kernels.residual.spec import Arguments
 
 
-def run(
-    x: Tensor,
-    other: Tensor | None = None,
-    shift: Tensor | None = None,
-    enlarge: int = 1,
-    gate: Tensor | None = None,
-) -> Tensor:
-    dtype = native_dtype("residual", x)
-    if enlarge > 1:
-        raise NotNative(f"residual: got enlarge={enlarge}; the kernel in C++ takes 1")
-    x = x.contiguous()
+def run(a: Arguments) -> Tensor:
+    dtype = native_dtype("residual", a.x)
+    if a.enlarge > 1:
+        raise NotNative(f"residual: got enlarge={a.enlarge}; the kernel in C++ takes 1")
+    x = a.x.contiguous()
     samples, width = (x.shape[0] if x.ndim > 1 else 1), x.shape[-1]
-    expects("residual: other", other, x, x.shape)
-    expects("residual: shift", shift, x, (width,))
-    expects("residual: gate", gate, x, (samples, width))
+    expects("residual: other", a.other, x, x.shape)
+    expects("residual: shift", a.shift, x, (width,))
+    expects("residual: gate", a.gate, x, (samples, width))
     y = x.new_empty(x.shape)
     NATIVE.residual(
         dtype,
         x.data_ptr(),
-        address(other),
-        address(shift),
-        rows(gate),
+        address(a.other),
+        address(a.shift),
+        rows(a.gate),
         (samples, x.numel() // (samples * width), width),
         y.data_ptr(),
     )

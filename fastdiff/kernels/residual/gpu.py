@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
 from fastdiff.kernels.dispatch import expects
+from fastdiff.kernels.residual.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
 
@@ -84,36 +85,29 @@ def candidates(pixels: int, C: int, arch: int) -> tuple[LaunchConfig, ...]:
     )
 
 
-def plan(
-    arch: int,
-    x: Tensor,
-    other: Tensor | None = None,
-    shift: Tensor | None = None,
-    enlarge: int = 1,
-    gate: Tensor | None = None,
-) -> tuple[tuple[Launch, ...], Tensor]:
+def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     """The launch for x [..., C], [B, Y, X, C] where it is enlarged, and the output it writes."""
-    if not all(t is None or t.is_contiguous() for t in (x, other, shift)):
+    if not all(t is None or t.is_contiguous() for t in (a.x, a.other, a.shift)):
         raise ValueError("residual: x, other and shift must be contiguous")
-    expects("residual: gate", gate, x, (x.shape[0], x.shape[-1]))
-    *pixels_of, X, C = x.shape
+    expects("residual: gate", a.gate, a.x, (a.x.shape[0], a.x.shape[-1]))
+    *pixels_of, X, C = a.x.shape
     pixels = math.prod(pixels_of) * X
-    if enlarge > 1:
+    if a.enlarge > 1:
         B, Y = pixels_of
-        out = x.new_empty((B, Y * enlarge, X * enlarge, C))
+        out = a.x.new_empty((B, Y * a.enlarge, X * a.enlarge, C))
     else:
-        out = torch.empty_like(x)
+        out = torch.empty_like(a.x)
     config = pick(pixels, C, arch)
-    arguments: dict[str, Any] = {"x_ptr": x, "other_ptr": x if other is None else other}
-    arguments |= {"shift_ptr": x if shift is None else shift, "gate_ptr": gate}
+    arguments: dict[str, Any] = {"x_ptr": a.x, "other_ptr": a.x if a.other is None else a.other}
+    arguments |= {"shift_ptr": a.x if a.shift is None else a.shift, "gate_ptr": a.gate}
     arguments |= {"pixels": pixels, "X": X, "C": C}
-    arguments |= {"others": 0 if other is None else pixels, "shifts": 0 if shift is None else C}
-    stride = 0 if gate is None else gate.stride(0)
-    arguments |= {"L": pixels // max(1, len(x)), "gate_stride": stride, "out_ptr": out}
-    vector = math.gcd(16, C * x.element_size())
+    arguments |= {"others": 0 if a.other is None else pixels, "shifts": 0 if a.shift is None else C}
+    stride = 0 if a.gate is None else a.gate.stride(0)
+    arguments |= {"L": pixels // max(1, len(a.x)), "gate_stride": stride, "out_ptr": out}
+    vector = math.gcd(16, C * a.x.element_size())
     constants = {
-        "ALIGN": math.gcd(vector // x.element_size(), stride),
-        "ENLARGE": enlarge,
+        "ALIGN": math.gcd(vector // a.x.element_size(), stride),
+        "ENLARGE": a.enlarge,
         "ROWS": config.rows,
         "P": config.channels,
     }
@@ -123,4 +117,4 @@ def plan(
     ), out
 
 
-run = Launcher(plan)
+run = Launcher(Arguments, plan)

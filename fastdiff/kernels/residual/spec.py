@@ -1,5 +1,6 @@
 """Contract of `residual`: torch only."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,19 +9,24 @@ from torch import Tensor
 from fastdiff.kernels.contract import Case, KernelSpec
 
 
-def reference(
-    x: Tensor,
-    other: Tensor | None = None,
-    shift: Tensor | None = None,
-    enlarge: int = 1,
-    gate: Tensor | None = None,
-) -> Tensor:
-    total = x if shift is None else x + shift
-    if other is not None:
-        total = total + (other if gate is None else gate.reshape(_of_samples(x)) * other)
-    if enlarge > 1:
-        total = total.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
-    return total.clone() if total is x else total
+@dataclass(slots=True)
+class Arguments:
+    """The op's, as its public function tells."""
+
+    x: Tensor
+    other: Tensor | None = None
+    shift: Tensor | None = None
+    enlarge: int = 1
+    gate: Tensor | None = None
+
+
+def formula(a: Arguments) -> Tensor:
+    total = a.x if a.shift is None else a.x + a.shift
+    if a.other is not None:
+        total = total + (a.other if a.gate is None else a.gate.reshape(_of_samples(a.x)) * a.other)
+    if a.enlarge > 1:
+        total = total.repeat_interleave(a.enlarge, 1).repeat_interleave(a.enlarge, 2)
+    return total.clone() if total is a.x else total
 
 
 def _of_samples(x: Tensor) -> tuple[int, ...]:
@@ -83,11 +89,8 @@ CASES = (
 
 SPEC = KernelSpec(
     name="residual",
-    schema=(
-        "(Tensor x, Tensor? other=None, Tensor? shift=None, int enlarge=1, Tensor? gate=None)"
-        " -> Tensor"
-    ),
-    reference=reference,
+    arguments=Arguments,
+    formula=formula,
     inputs=inputs,
     cases=CASES,
     bytes=moved,
