@@ -55,7 +55,12 @@ def joint_attention(
             " [B, T, H, K]"
         )
     if text_bias is not None:
-        expects("joint_attention: text_bias", text_bias, q.new_empty(0, dtype=torch.float32), (T,))
+        if text_bias.dtype != torch.float32 or text_bias.device != q.device:
+            raise ValueError(
+                f"joint_attention: text_bias is {text_bias.dtype} on {text_bias.device}; expected"
+                f" torch.float32 on {q.device}"
+            )
+        expects("joint_attention: text_bias", text_bias, text_bias, (T,))
     if L == 0 or T == 0:
         raise ValueError(f"joint_attention: {L} picture and {T} text tokens; expected some of both")
     out, text_out = _op(q, k, v, text_q, text_k, text_v, scale, text_bias)
