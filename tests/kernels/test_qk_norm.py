@@ -70,9 +70,10 @@ def test_half_precision_is_as_close_as_diffusers(which):
     assert verdict.passed, verdict
 
 
-def test_kernel_reads_any_strides():
+@WHICH
+def test_kernel_reads_any_strides(which):
     """Heads before tokens, an odd offset, a sample of its own stride: as from contiguous ones."""
-    run = implementation("qk_norm", "triton")
+    run = implementation("qk_norm", which)
     q, k = torch.randn(B, H, L, K).transpose(1, 2), torch.randn(B, L, H, K + 3)[..., 1 : K + 1]
     for got, expected in zip(run(q, k), run(q.contiguous(), k.contiguous()), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

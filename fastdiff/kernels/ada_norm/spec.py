@@ -132,6 +132,7 @@ CASES = (
     Case("odd", B=3, L=77, D=1001, affine=True),
     Case("odd-everything", B=3, L=7, D=1001, affine=True, modulated=True, gated=True, residual=1),
     Case("narrow", B=1, L=5, D=3, affine=True),
+    Case("one-token", B=3, L=1, D=70, modulated=True, gated=True, residual=3),
     Case("rms", B=2, L=77, D=1536, eps=1e-6, rms=True, affine=True),
     Case("rms-modulated", B=2, L=19, D=96, eps=1e-6, rms=True, modulated=True, residual=2),
     Case("far-mean", B=1, L=64, D=96, affine=True, mean=1000.0, deviation=0.01),

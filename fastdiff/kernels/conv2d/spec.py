@@ -106,6 +106,7 @@ CASES = (
     Case("vae-encoder-down", B=1, Y=17, X=24, C=32, N=48, stride=2, padding=(0, 1)),
     # nasty: odd sizes, columns that fill no vector, an enlargement that is not a factor of two
     Case("odd", B=3, Y=9, X=5, C=33, N=37, residual=True),
+    Case("odd-many", B=2, Y=13, X=11, C=131, N=70),
     Case("odd-down", B=1, Y=33, X=17, C=40, N=24, stride=2, bias=False),
     Case("odd-up", B=1, Y=9, X=5, C=20, N=20, size=(17, 9)),
     Case("one-pixel", B=1, Y=1, X=1, C=16, N=48),

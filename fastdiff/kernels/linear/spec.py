@@ -79,6 +79,7 @@ CASES = (
     Case("odd", B=3, L=7, D=33, N=37, residual=True),
     Case("odd-gelu", B=3, L=7, D=33, N=37, act="gelu", residual=True),
     Case("odd-tanh", B=4, L=5, D=24, N=31, act="gelu_tanh", bias=False, residual=True, parts=2),
+    Case("odd-long", B=1, L=130, D=391, N=70),  # more steps and rows than a pass takes at once
     Case("columns", B=2, L=24, D=40, N=48, beside=32, bias=False),
     Case("guided", B=4, L=9, D=33, N=37, residual=True, parts=2),
     Case("one-row", B=1, L=1, D=1, N=1),
