@@ -55,21 +55,12 @@ def joint_attention(
             " [B, T, H, K]"
         )
     if text_bias is not None:
-<<<<<<< HEAD
-        kept = (text_bias.dtype, text_bias.device, text_bias.shape, text_bias.is_contiguous())
-        if kept != (torch.float32, q.device, (T,), True):
-            raise ValueError(
-                f"joint_attention: text_bias is {text_bias.dtype} {list(text_bias.shape)} on"
-                f" {text_bias.device}; expected torch.float32 {[T]} on {q.device}, contiguous"
-            )
-=======
         if text_bias.dtype != torch.float32 or text_bias.device != q.device:
             raise ValueError(
                 f"joint_attention: text_bias is {text_bias.dtype} on {text_bias.device}; expected"
                 f" torch.float32 on {q.device}"
             )
         expects("joint_attention: text_bias", text_bias, text_bias, (T,))
->>>>>>> cpp
     if L == 0 or T == 0:
         raise ValueError(f"joint_attention: {L} picture and {T} text tokens; expected some of both")
     out, text_out = _op(q, k, v, text_q, text_k, text_v, scale, text_bias)
