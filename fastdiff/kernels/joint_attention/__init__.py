@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import register
+from fastdiff.kernels.dispatch import expects, register
 from fastdiff.kernels.joint_attention import cpu
 from fastdiff.kernels.joint_attention.spec import SPEC
 
