@@ -69,6 +69,7 @@ SD3_PLAN = Plan(
     step_options="",
     absent=("skip_guidance_layers",),
 )
+SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
@@ -123,7 +124,7 @@ def _rows() -> dict[str, Recipe]:
         lcm: Recipe(from_text=lcm),
         "LatentConsistencyModelImg2ImgPipeline": Recipe(from_text=lcm),
         sd3: Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3, exported=True),
-        "StableDiffusion3Img2ImgPipeline": Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3),
+        "StableDiffusion3Img2ImgPipeline": Recipe(MMDIT, plan=SD3_PICTURE_PLAN, from_text=sd3),
         "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
