@@ -16,9 +16,8 @@ from fastdiff.errors import UserError
 class Plan:
     """Where a denoising loop finds what its plan is made from.
 
-    The loop is one whose step is nothing but the network, guidance and the scheduler, and which
-    asks the pipeline for `interrupt` at the top of every step. `latents` and `timesteps` have
-    these names in all of them.
+    The loop is one whose step is nothing but the network, guidance and the scheduler. `latents` and
+    `timesteps` have these names in all of them.
     """
 
     conditions: Mapping[str, str]
@@ -35,6 +34,13 @@ class Plan:
     """The condition that IP-Adapters read; what they add depends on their scales, too."""
     step_options: str = "extra_step_kwargs"
     """The variable that holds further arguments of the scheduler's `step`; "": there are none."""
+    entrance: str = "interrupt"
+    """Where the plan enters the loop: "interrupt", which it asks the pipeline for at the top of
+    every step, or "progress_bar", which it opens around all of them."""
+    results: tuple[str, ...] = ()
+    """Variables beside `latents` that the last step leaves its sample in."""
+    schedulers: tuple[str, ...] = ()
+    """Classes of those whose last step does so; (): any."""
     absent: tuple[str, ...] = ()
     """Variables that must be None: what they ask for is no part of a plan."""
 
@@ -56,6 +62,14 @@ XL_PLAN = replace(
     conditions=_TEXT | _ADDED,
     returned=("prompt_embeds", "add_text_embeds", "add_time_ids"),
 )
+LCM_PLAN = replace(
+    SD_PLAN,
+    conditions=_TEXT | {"timestep_cond": "w_embedding"},
+    required=("prompt_embeds", "w_embedding"),
+    entrance="progress_bar",
+    results=("denoised",),
+    schedulers=("LCMScheduler",),
+)
 SD3_PLAN = Plan(
     conditions={
         "encoder_hidden_states": "prompt_embeds",
@@ -69,6 +83,7 @@ SD3_PLAN = Plan(
     step_options="",
     absent=("skip_guidance_layers",),
 )
+SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
@@ -120,10 +135,10 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusionXLControlNetUnionImg2ImgPipeline": Recipe(upcasts=True),
         "StableDiffusionXLControlNetUnionInpaintPipeline": Recipe(upcasts=True),
         "StableDiffusionXLAdapterPipeline": Recipe(upcasts=True),
-        lcm: Recipe(from_text=lcm),
-        "LatentConsistencyModelImg2ImgPipeline": Recipe(from_text=lcm),
+        lcm: Recipe(plan=LCM_PLAN, from_text=lcm),
+        "LatentConsistencyModelImg2ImgPipeline": Recipe(plan=LCM_PLAN, from_text=lcm),
         sd3: Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3, exported=True),
-        "StableDiffusion3Img2ImgPipeline": Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3),
+        "StableDiffusion3Img2ImgPipeline": Recipe(MMDIT, plan=SD3_PICTURE_PLAN, from_text=sd3),
         "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),

@@ -40,7 +40,10 @@ def test_a_plan_names_variables_of_the_loop(name, recipe):
     denoised = family(recipe.networks[recipe.denoiser]).denoised
     assert {*plan.conditions, plan.pictures} <= set(denoised.conditions._fields)
     assert set(plan.replaced.values()) <= set(plan.conditions)
-    assert "self.interrupt" in inspect.getsource(call)
+    source = inspect.getsource(call)
+    asks = {"interrupt": "self.interrupt", "progress_bar": "with self.progress_bar(total="}
+    assert [name for name, text in asks.items() if text in source][0] == plan.entrance
+    assert set(plan.results) <= variables
     shown = getattr(diffusers, name)._callback_tensor_inputs
     assert set(plan.returned) <= set(shown)
 

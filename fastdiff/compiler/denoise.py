@@ -108,7 +108,7 @@ class Denoising:
         """Steps from `run.at` on; a mark to go back to if float16 overflowed after it."""
         call, count = self.call, len(self.call.timesteps)
         mark: Mark | None = None
-        while run.at < count and self.left is None and not self.pipe.interrupt:
+        while run.at < count and self.left is None and not self._interrupted:
             i = run.at
             if guarded and (mark is None or call.callback is not None):
                 mark = run.mark()
@@ -128,6 +128,10 @@ class Denoising:
                 self._look(call.callback, run, i)
             self._show(i)
         return None
+
+    @property
+    def _interrupted(self) -> bool:
+        return bool(getattr(self.pipe, "interrupt", False))  # some pipelines have none
 
     def _hand_over(self, run: Run) -> None:
         """Give diffusers what it goes on from, in the tensors that it has in its variables."""

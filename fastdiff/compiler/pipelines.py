@@ -1,20 +1,26 @@
 """The denoising loop of a pipeline as one plan, within diffusers' own `__call__`.
 
-At the top of every step diffusers asks the pipeline whether it was interrupted. When it asks for
-the first time the prompt is encoded, the latents are drawn, the timesteps are set, and they lie in
-its local variables, under the names by which its callbacks know them. There the plan runs all
-steps, writes the result into the latents, and the answer to this and the following questions is
-yes. So everything before and after the loop stays diffusers', and wherever the plan does not apply
-(or a later diffusers asks no longer) diffusers' own loop runs, with our networks inside. Where a
-callback does what no plan can follow, the answer is no again from the next step on.
+A plan enters where diffusers asks the pipeline for something just before its first step. Then the
+prompt is encoded, the latents are drawn, the timesteps are set, and they lie in its local
+variables, under the names by which its callbacks know them. There the plan runs all steps and
+writes the result into the latents.
+
+Most loops ask at the top of every step whether they were interrupted: the answer to this and the
+following questions is yes. Others open a progress bar around their steps: there they find that no
+timesteps are left. So everything before and after the loop stays diffusers', and wherever the plan
+does not apply (or a later diffusers asks no longer) diffusers' own loop runs, with our networks
+inside. Where a callback does what no plan can follow, the answer is no again from the next step on;
+a loop that is entered by its progress bar cannot go on in the middle, so with a callback it is
+diffusers'.
 """
 
+import ctypes
 import functools
 import inspect
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -33,7 +39,7 @@ from fastdiff.recipes import RECIPES
 from fastdiff.runtime.schedulers import NotLinear
 
 _LOCALS = (
-    *("i", "latents", "timesteps", "progress_bar", "num_warmup_steps"),
+    *("latents", "timesteps", "num_warmup_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 """Variables of diffusers' `__call__` that every plan is made from; its recipe names the others."""
@@ -107,7 +113,8 @@ def _own_class(cls: Any) -> Any:
 @functools.cache
 def _planned(own: Any) -> Any:
     """The subclass of a pipeline class that runs its loops as plans."""
-
+    plan = RECIPES[own.__name__].plan
+    assert plan is not None
     signature = inspect.signature(own.__call__)
     loop_code = inspect.unwrap(own.__call__).__code__
 
@@ -123,7 +130,7 @@ def _planned(own: Any) -> Any:
             given.arguments["latents"] = latents
         # a pipeline keeps the state of its call in itself: a second thread waits
         with loop.lock:
-            entered = _Entered(loop)  # `interrupt` looks for it here
+            entered = _Entered(loop)  # `enter` looks for it here
             loop.running += 1
             try:
                 return own.__call__(*given.args, **given.kwargs)
@@ -137,21 +144,34 @@ def _planned(own: Any) -> Any:
 
     entry: Any = call
 
+    def enter(pipe: Any, frame: FrameType, bar: Any) -> _Entered | None:
+        """The call that `frame` is, the plan having run all that it can of it; None for others."""
+        entered = _entered(frame, entry.__code__)
+        if entered is None:
+            _count_stranger(pipe, frame.f_locals)
+        elif not entered.asked:
+            entered.asked = True
+            entered.passed = _run(pipe, entered.loop, frame, bar)
+        return entered
+
     def interrupt(self: Any) -> Any:
         frame = sys._getframe(1)
         if frame.f_code is loop_code:
-            entered = _entered(frame, entry.__code__)
-            if entered is None:
-                _count_stranger(self, frame.f_locals)
-            elif not entered.asked:
-                entered.asked = True
-                try:
-                    entered.passed = _run(self, entered.loop, frame)
-                except AttributeError as error:  # from a property it would ask __getattr__ instead
-                    raise _Carried(error) from error
+            try:
+                entered = enter(self, frame, frame.f_locals.get("progress_bar"))
+            except AttributeError as error:  # from a property it would ask __getattr__ instead
+                raise _Carried(error) from error
             if entered is not None and entered.passed and frame.f_locals["i"] < entered.passed:
                 return True
         return super(made, self).interrupt
+
+    def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
+        bar, frame = super(made, self).progress_bar(iterable, total), sys._getframe(1)
+        if frame.f_code is loop_code and iterable is None:
+            entered = enter(self, frame, bar)
+            if entered is not None and entered.passed:
+                _leave_none(frame, plan.results)
+        return bar
 
     def reduce(self: Any, protocol: int) -> Any:
         """A copy or pickle is plain diffusers."""
@@ -160,13 +180,14 @@ def _planned(own: Any) -> Any:
 
     members = {
         "__call__": call,
-        "interrupt": property(interrupt),
         "__reduce_ex__": reduce,
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
         "__doc__": own.__doc__,
         _LOOP: own,
     }
+    entrances = {"interrupt": property(interrupt), "progress_bar": progress_bar}
+    members[plan.entrance] = entrances[plan.entrance]
     made: Any = type(own.__name__, (own,), members)
     return made
 
@@ -185,15 +206,25 @@ def _entered(frame: FrameType, call: CodeType) -> _Entered | None:
 
 def _count_stranger(pipe: Any, local: Mapping[str, Any]) -> None:
     loop = loop_of(pipe)
-    if loop is not None and local.get("i") == 0:
+    if loop is not None and local.get("i", 0) == 0:
         loop.own["its __call__ was entered from elsewhere than the compiled pipeline"] += 1
 
 
-def _run(pipe: Any, loop: Loop, frame: FrameType) -> int:
+def _leave_none(frame: FrameType, results: Iterable[str]) -> None:
+    """Let the loop that `frame` is about to begin find no timesteps, and what its last step leaves
+    in variables."""
+    local = frame.f_locals
+    local["timesteps"] = []
+    local.update(dict.fromkeys(results, local["latents"]))
+    if sys.version_info < (3, 13):  # where the variables of a frame are a copy
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+
+
+def _run(pipe: Any, loop: Loop, frame: FrameType, bar: Any) -> int:
     """Run the loop that `frame` is about to begin: how many steps are done, which are none where
     diffusers has to run it."""
     try:
-        denoising = Denoising(pipe, _call(pipe, frame.f_locals, frame.f_globals))
+        denoising = Denoising(pipe, _call(pipe, frame.f_locals, frame.f_globals, bar))
     except (Unsupported, NotLinear) as reason:
         loop.own[str(reason)] += 1
         return 0
@@ -205,7 +236,7 @@ def _run(pipe: Any, loop: Loop, frame: FrameType) -> int:
     return done
 
 
-def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Call:
+def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: Any) -> Call:
     """The loop that is about to begin, from the local variables of diffusers' `__call__`."""
     recipe = RECIPES[type(pipe).__name__]
     plan = recipe.plan
@@ -214,8 +245,13 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Ca
     missing = [name for name in (*_LOCALS, *options, *plan.required) if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
-    if local["i"] != 0:
+    if bar is None:
+        raise Unsupported("this version of diffusers has no progress_bar in its loop")
+    if local.get("i", 0) != 0:
         raise Unsupported("this version of diffusers asks after its first step only")
+    kind = type(pipe.scheduler).__name__
+    if plan.schedulers and kind not in plan.schedulers:
+        raise Unsupported(f"its loop asks two results of {kind}, of which a plan has one")
     if not own_method(pipe, "prepare_latents"):
         raise Unsupported("its prepare_latents was replaced, and may keep the latents it gives")
     for name in (*_ASKED, plan.attention_kwargs):
@@ -229,6 +265,8 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Ca
         raise Unsupported(f"a {type(callback).__name__} may change anything between the steps")
     if callback is not None and local["callback_on_step_end_tensor_inputs"] != ["latents"]:
         raise Unsupported("callback_on_step_end asks for more than the latents")
+    if callback is not None and plan.entrance == "progress_bar":
+        raise Unsupported("after callback_on_step_end it could not go on in the middle")
     kept = not pipe.do_classifier_free_guidance and not own_method(pipe, "encode_prompt")
     if callback is not None and kept:
         raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
@@ -243,7 +281,7 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any]) -> Ca
         plan=plan,
         timesteps=local["timesteps"],
         step_options=local[plan.step_options] if plan.step_options else {},
-        bar=local["progress_bar"],
+        bar=bar,
         warm_up=local["num_warmup_steps"],
         callback=callback,
     )

@@ -1,9 +1,12 @@
 """Pipelines beside text-to-image, on the plan or in diffusers' own loop with our networks inside;
 each in float64 against diffusers itself."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+import tqdm
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -89,11 +92,31 @@ def lcm(components):
 def test_lcm_in_its_own_pipelines(components, hold, picture):
     parts = lcm(components)
     pipe = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
-    first = hold(pipe, "diffusers", guidance_scale=8.5)
-    assert not np.allclose(first, hold(pipe, "diffusers", guidance_scale=2.0))
+    first = hold(pipe, "plan", guidance_scale=8.5)
+    assert not np.allclose(first, hold(pipe, "plan", guidance_scale=2.0))
     fastdiff.restore(pipe)
     pipe = LatentConsistencyModelImg2ImgPipeline(**parts, requires_safety_checker=False)
-    hold(pipe, "diffusers", image=picture(), strength=0.6)
+    hold(pipe, "plan", image=picture(), strength=0.6)
+
+
+def test_a_loop_that_is_entered_by_its_progress_bar(components, hold):
+    """Bar, callbacks and result are diffusers', and nothing is left of it after a restore."""
+    pipe = LatentConsistencyModelPipeline(**lcm(components), requires_safety_checker=False)
+    own = type(pipe)
+    hold(pipe, "plan")
+    with mock.patch.object(tqdm.tqdm, "update", autospec=True) as moved:
+        hold(pipe, "plan", num_inference_steps=3)
+    assert moved.call_count == 2 * 3  # eager's and ours
+    seen = []
+
+    def halve(pipe, i, t, given):
+        seen.append(i)
+        return {"latents": given["latents"] / 2}
+
+    hold(pipe, "go on in the middle", callback_on_step_end=halve)
+    assert seen == 2 * [0, 1, 2, 3]
+    fastdiff.restore(pipe)
+    assert type(pipe) is own
 
 
 # Pipelines that start from a picture, or stop before one

@@ -70,7 +70,7 @@ def emulate(tmp_path_factory):
 @pytest.mark.parametrize(("case", "dtype"), RUN)
 def test_arithmetic_is_within_the_budget(case, dtype, emulate):
     shared = []
-    run = partial(cuda.start, emulate(shared=shared), 90)
+    run = SPEC.called(partial(cuda.start, emulate(shared=shared), 90))
     for verdict in verify(SPEC, run, case, dtype):
         assert verdict.passed, verdict
     assert shared == [pick(case, dtype.itemsize, 90).shared]

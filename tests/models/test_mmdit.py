@@ -48,6 +48,7 @@ SMALL = {
     "pooled_projection_dim": 24,
     "pos_embed_max_size": 12,
 }
+PICTURES = "ip_adapter_image_embeds"
 KINDS = {
     "sd3": {},
     "sd35-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
@@ -509,14 +510,14 @@ def test_by_triton_kernels(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("more", ["skip_layers", "block_controlnet_hidden_states", "ip_adapter"])
+@pytest.mark.parametrize("more", ["skip_layers", "block_controlnet_hidden_states", PICTURES])
 def test_a_step_on_a_cpu_is_kernels_of_ours_alone(more, dtype):
     """So a tape can stand for it: SD3.5-medium with guidance, without T5."""
     module = with_ip_adapter(transformer("sd35-medium", dtype))
     value = {
         "skip_layers": (1,),
         "block_controlnet_hidden_states": [torch.randn(2, 24, 48).to(dtype)] * 2,
-        "ip_adapter": torch.randn(2, 6, 20).to(dtype),
+        PICTURES: torch.randn(2, 6, 20).to(dtype),
     }
     given = conditions(2, dtype, tokens=20, **{more: value[more]})
     given.encoder_hidden_states[:, 5:] = 0

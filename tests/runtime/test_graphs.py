@@ -446,7 +446,7 @@ def test_a_reference_that_waits_is_named_and_the_next_is_timed(gpu, monkeypatch)
     kernel = all_kernels()["guided_step"]
     case = kernel.spec.cases[0]
     (inputs,) = bench.inputs_of(kernel, case, torch.float32, CPU)
-    with pytest.raises(NotCaptured, match="in `index = int\\(step\\)`"):
+    with pytest.raises(NotCaptured, match="in `index = int\\(a.step\\)`"):
         bench._by_events([lambda: kernel.spec.reference(**inputs)])
     assert torch.cuda.current_stream() is gpu.default
     assert gpu.warns == "default"
