@@ -15,11 +15,13 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
+from peft import LoraConfig, get_peft_model_state_dict
 from small import noisy
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
+from fastdiff.runtime.recordings import made
 
 STEP = 5e-6
 """Relative error where the scheduler computes in float32, as RMSNorm always does."""
@@ -250,3 +252,244 @@ def draw(pipe, **options):
     if "prompt_embeds" not in options:
         given["prompt"] = "red heart"
     return pipe(**given | options).images
+
+
+# Skip-layer guidance
+
+
+SKIPPED = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.8}
+
+
+def test_skip_layer_guidance(components_sd3, hold):
+    """In diffusers' own loop, which asks our network twice."""
+    pipe = StableDiffusion3Pipeline(**components_sd3("sd35-medium"))
+    plain = hold(pipe, "plan", STEP)
+    before = int(calls(pipe, "transformer").split()[0])
+    assert not np.allclose(plain, hold(pipe, "skip_guidance_layers", STEP, **SKIPPED))
+    assert int(calls(pipe, "transformer").split()[0]) == before + 4 + 3
+    assert "skip_guidance_layers" in calls(pipe, "loop")
+    hold(pipe, "skip_guidance_layers", STEP, **SKIPPED, guidance_scale=1.0)
+
+
+# Callbacks
+
+
+def test_what_callbacks_see(sd3):
+    fast = fastdiff.compile(copy.deepcopy(sd3))
+    seen = []
+    for pipe in (sd3, fast):
+        trace = []
+
+        def look(pipe, i, t, kwargs, trace=trace):
+            scheduler = pipe.scheduler
+            state = (scheduler.step_index, scheduler.begin_index, pipe.num_timesteps)
+            trace.append((i, float(t), state, kwargs["latents"].clone()))
+            return {}
+
+        trace.append((pipe.scheduler.config.shift, draw(pipe, callback_on_step_end=look)))
+        trace.append((pipe.scheduler.step_index,))
+        seen.append(trace)
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=STEP, atol=STEP)
+    assert loop_of(fast).planned == 1
+
+
+def text(pipe):
+    """Of the shape that the pipeline's prompts have; its end is alike, as without T5."""
+    generator = torch.Generator().manual_seed(8)
+    states = torch.randn(2, 333, 72, generator=generator, dtype=torch.float64)
+    states[:, 77:] = 0
+    return states
+
+
+def switch_guidance(pipe, scale):
+    pipe._guidance_scale = scale
+
+
+def interrupt(pipe):
+    pipe._interrupt = True
+
+
+def another_shift(pipe):
+    pipe.scheduler.sigmas = pipe.scheduler.sigmas * 0.9
+
+
+EDITS = {
+    "latents": lambda pipe, x: {"latents": x * 0.9},
+    "prompt_embeds": lambda pipe, x: {"prompt_embeds": text(pipe)},
+    "pooled": lambda pipe, x: {"pooled_prompt_embeds": torch.full((2, 64), 0.3).double()},
+    "what it does not know": lambda pipe, x: {"negative_prompt_embeds": x},
+    "other guidance": lambda pipe, x: switch_guidance(pipe, 2.0),
+    "interrupt": lambda pipe, x: interrupt(pipe),
+    "weights": lambda pipe, x: pipe.transformer.proj_out.weight.data.mul_(0.9),
+}
+"""What the plan follows."""
+LEFT = {
+    "text of another form": lambda pipe, x: {"prompt_embeds": torch.ones(2, 333, 72).double()},
+    "guidance off": lambda pipe, x: switch_guidance(pipe, 1.0),
+    "sigmas": lambda pipe, x: another_shift(pipe),
+    "restored": lambda pipe, x: fastdiff.restore(pipe) and None,
+}
+"""What diffusers goes on from by itself."""
+
+
+@pytest.mark.filterwarnings("ignore:fastdiff. transformer runs eagerly:RuntimeWarning")
+@pytest.mark.parametrize("when", [0, 1])
+@pytest.mark.parametrize("name", [*EDITS, *LEFT])
+@pytest.mark.parametrize("pipeline", ["text", "picture"])
+def test_what_callbacks_change(components_sd3, picture, pipeline, name, when):
+    if pipeline == "text":
+        pipe, given = StableDiffusion3Pipeline(**components_sd3()), {}
+    else:
+        pipe = StableDiffusion3Img2ImgPipeline(**components_sd3())
+        given = {"image": picture(), "height": 16, "width": 16, "num_inference_steps": 4}
+    edit = (EDITS | LEFT)[name]
+    fast = fastdiff.compile(copy.deepcopy(pipe))
+    seen = []
+    for which in (pipe, fast):
+
+        def change(pipe, i, t, kwargs):
+            changed = edit(pipe, kwargs["latents"]) if i == when else {}
+            return changed if isinstance(changed, dict) else {}
+
+        seen.append(draw(which, **given, callback_on_step_end=change))
+    torch.testing.assert_close(seen[1], seen[0], rtol=STEP, atol=STEP)
+    loop = loop_of(fast)
+    if name != "restored":
+        assert loop.planned == (name in EDITS), loop
+        # one latent beside the two texts of guidance, which diffusers lets pass
+        eagerly = any("eagerly" in part.why for part in fastdiff.report(fast).parts)
+        assert eagerly == (name == "guidance off")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_embeddings_of_the_call_stay_the_callers(sd3, guidance):
+    """Without guidance diffusers reads the very tensors of the call: what is done to them counts,
+    and they are never written to."""
+    given = {"prompt_embeds": text(sd3)[:1], "pooled_prompt_embeds": torch.ones(1, 64).double()}
+    if guidance > 1:
+        given |= {f"negative_{name}": value * 0.5 for name, value in given.items()}
+    drawn = []
+    for pipe in (sd3, fastdiff.compile(copy.deepcopy(sd3))):
+        own = {name: value.clone() for name, value in given.items()}
+
+        def change(pipe, i, t, kwargs, own=own):
+            if i == 1:  # no step can follow as planned
+                pipe.scheduler.sigmas = pipe.scheduler.sigmas * 0.9
+                return {"prompt_embeds": torch.ones(1 + (guidance > 1), 333, 72).double()}
+            own["pooled_prompt_embeds"].mul_(0.5)
+            return {}
+
+        options = {"guidance_scale": guidance, "num_inference_steps": 4}
+        drawn.append(draw(pipe, **own, **options, callback_on_step_end=change))
+        assert torch.equal(own["prompt_embeds"], given["prompt_embeds"])
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=STEP, atol=STEP)
+
+
+# LoRA
+
+TARGETS = ["to_q", "to_v", "to_out.0", "add_k_proj", "ff.net.0.proj", "norm1.linear", "proj_out"]
+TEXT_TARGETS = ["q_proj", "v_proj", "fc1"]
+
+
+def add_lora(net, name, seed, targets=TARGETS):
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 4, "target_modules": targets, "init_lora_weights": False}
+    net.add_adapter(LoraConfig(**options), name)
+
+
+@pytest.fixture
+def loras(sd3, tmp_path):
+    """Two files of a transformer's and a text encoder's adapters, as training scripts save them."""
+    for seed, name in enumerate(("first", "second")):
+        pipe = copy.deepcopy(sd3)
+        add_lora(pipe.transformer, name, seed)
+        add_lora(pipe.text_encoder, name, seed, TEXT_TARGETS)
+        weights = {
+            f"{part}_lora_layers": get_peft_model_state_dict(getattr(pipe, part), adapter_name=name)
+            for part in ("transformer", "text_encoder")
+        }
+        pipe.save_lora_weights(tmp_path / name, **weights)
+    return tmp_path
+
+
+BOTH = ["transformer", "text_encoder"]
+LIFE = {
+    "load": lambda pipe, files: pipe.load_lora_weights(files / "first", adapter_name="first"),
+    "again": lambda pipe, files: pipe.load_lora_weights(files / "second", adapter_name="second"),
+    "mix": lambda pipe, files: pipe.set_adapters(["first", "second"], [0.6, 0.4]),
+    "one": lambda pipe, files: pipe.set_adapters("first"),
+    "disable": lambda pipe, files: pipe.disable_lora(),
+    "enable": lambda pipe, files: pipe.enable_lora(),
+    "fuse": lambda pipe, files: pipe.fuse_lora(components=BOTH),
+    "unfuse": lambda pipe, files: pipe.unfuse_lora(components=BOTH),
+    "delete": lambda pipe, files: pipe.delete_adapters("second"),
+    "unload": lambda pipe, files: pipe.unload_lora_weights(),
+}
+IN_PLACE = ("again", "mix", "one", "disable", "enable", "fuse", "unfuse", "delete")
+"""What leaves every address where it is: nothing is recorded again."""
+
+
+def test_a_life_with_lora(components_sd3, loras):
+    eager = StableDiffusion3Pipeline(**components_sd3(dtype=torch.float32))
+    pipe = fastdiff.compile(copy.deepcopy(eager))
+    drawn = {"none": draw(pipe)}
+    for name, change in LIFE.items():
+        before = made()
+        for each in (eager, pipe):
+            change(each, loras)
+        drawn[name] = draw(pipe)
+        torch.testing.assert_close(drawn[name], draw(eager), rtol=2e-3, atol=2e-3, msg=name)
+        assert name not in IN_PLACE or made() == before, name
+    assert (drawn["load"] - drawn["none"]).abs().max() > 0.05
+    assert torch.equal(drawn["load"], drawn["one"])
+    assert torch.equal(drawn["load"], drawn["enable"])
+    assert torch.equal(drawn["none"], drawn["disable"])
+    assert loop_of(pipe).planned == 1 + len(LIFE)
+
+
+def test_the_scale_of_a_call(sd3, hold):
+    add_lora(sd3.transformer, "one", 0)
+    add_lora(sd3.text_encoder, "one", 0, TEXT_TARGETS)
+    whole = hold(sd3, "plan", STEP)
+    before = made()
+    half = hold(sd3, "plan", STEP, joint_attention_kwargs={"scale": 0.5})
+    assert not np.allclose(whole, half)
+    assert np.array_equal(hold(sd3, "plan", STEP), whole)
+    assert made() == before
+    with pytest.warns(RuntimeWarning, match="a LoRA scale of 0"):
+        draw(sd3, joint_attention_kwargs={"scale": 0})
+    assert "a LoRA scale of 0" in calls(sd3, "loop")
+
+
+def test_lora_of_a_controlnet(components_sd3, hold, picture, controlnet_sd3):
+    net = controlnet_sd3()
+    add_lora(net, "one", 0, ["to_q", "to_out.0"])
+    pipe = StableDiffusion3ControlNetPipeline(**components_sd3(), controlnet=net)
+    first = hold(pipe, "diffusers", STEP, control_image=picture())
+    kwargs = {"joint_attention_kwargs": {"scale": 0.3}}
+    assert not np.allclose(first, hold(pipe, "diffusers", STEP, control_image=picture(), **kwargs))
+
+
+# Afterwards
+
+
+def test_restored_and_saved(components_sd3, tmp_path):
+    pipe = StableDiffusion3Pipeline(**components_sd3("sd35-medium", t5=True))
+    want, state = draw(pipe), {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    before = {name: set(vars(part)) for name, part in pipe.components.items() if part is not None}
+    own = set(vars(pipe))
+    draw(fastdiff.compile(pipe))
+    pipe.save_pretrained(tmp_path)
+    found = StableDiffusion3Pipeline.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(draw(found), want, rtol=1e-12, atol=1e-12)
+    for again in (pipe, fastdiff.restore(pipe)):
+        after = again.transformer.state_dict()
+        assert after.keys() == state.keys()
+        assert all(torch.equal(after[name], value) for name, value in state.items())
+    assert type(pipe) is StableDiffusion3Pipeline
+    for name, part in pipe.components.items():
+        assert part is None or set(vars(part)) == before[name], name
+    assert set(vars(pipe)) <= own
+    assert all(parameter.is_contiguous() for parameter in pipe.transformer.parameters())
+    assert torch.equal(draw(pipe), want)
