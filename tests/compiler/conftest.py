@@ -16,7 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from small import noisy
+from small import SD3, SD3_KINDS, noisy
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -120,23 +120,6 @@ def components(tokenizer):
         return parts | {"safety_checker": None, "feature_extractor": None}
 
     return make
-
-
-SD3 = {
-    "sample_size": 8,
-    "num_layers": 3,
-    "attention_head_dim": 8,
-    "num_attention_heads": 3,
-    "joint_attention_dim": 72,
-    "caption_projection_dim": 24,
-    "pooled_projection_dim": 64,
-    "pos_embed_max_size": 8,
-}
-SD3_KINDS = {
-    "sd3": {},
-    "sd35-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
-    "sd35-large": {"qk_norm": "rms_norm"},
-}
 
 
 @pytest.fixture
