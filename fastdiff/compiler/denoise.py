@@ -57,6 +57,10 @@ class Denoising:
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
         self.scheduler, self.guided = pipe.scheduler, pipe.do_classifier_free_guidance
         self.denoiser = self._offer()
+        network, sides = self.denoiser.network, call.latents.shape[2:]
+        back = network.unpack(network.pack(call.latents), sides)
+        if back.shape != call.latents.shape:
+            raise Unsupported(f"latents of {sides[0]} x {sides[1]} are no whole patches")
         self.table = probe(pipe.scheduler, call.step_options, call.timesteps)
         if call.callback is not None and self.table.keeps:
             name, kept = type(pipe.scheduler).__name__, self.table.keeps[0]

@@ -62,6 +62,17 @@ def test_calls(sd3, hold, call):
     hold(sd3, "plan", STEP, **call)
 
 
+def test_latents_that_are_no_whole_patches_fail_as_diffusers(sd3):
+    given = torch.randn(1, 16, 9, 8).double()
+    with pytest.raises(RuntimeError) as expected:
+        draw(sd3, latents=given)
+    fastdiff.compile(sd3)
+    with pytest.raises(RuntimeError) as found:
+        draw(sd3, latents=given)
+    assert str(found.value) == str(expected.value)
+    assert "9 x 8 are no whole patches" in calls(sd3, "loop")
+
+
 # Pictures
 
 
@@ -469,6 +480,35 @@ def test_lora_of_a_controlnet(components_sd3, hold, picture, controlnet_sd3):
     first = hold(pipe, "diffusers", STEP, control_image=picture())
     kwargs = {"joint_attention_kwargs": {"scale": 0.3}}
     assert not np.allclose(first, hold(pipe, "diffusers", STEP, control_image=picture(), **kwargs))
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("callback", [False, True], ids=["", "callback"])
+def test_float16_that_overflows_is_computed_in_float32(components_sd3, callback):
+    """The copy in float32 follows the scales of IP-Adapters."""
+    pipe = with_ip_adapter(StableDiffusion3Pipeline(**components_sd3(dtype=torch.float32)))
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[1].ff.net[2].weight.mul_(1e5)
+    pipe.to(torch.float16)
+    exact = copy.deepcopy(pipe).to(torch.float32)
+    fastdiff.compile(pipe)
+    options = {}
+    if callback:
+        options["callback_on_step_end"] = lambda p, i, t, k: {"latents": k["latents"] * 0.9}
+    drawn = []
+    for scale in (1.0, 0.3):
+        for each in (pipe, exact):
+            each.set_ip_adapter_scale(scale)
+        got = draw(pipe, **options, **{EMBEDS: pictures().half()})
+        want = draw(exact, **options, **{EMBEDS: pictures().half().float()})
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got.float(), want, rtol=0.02, atol=0.02)
+        drawn.append(want)
+    assert (drawn[0] - drawn[1]).abs().max() > 0.1
+    assert "overflowed in transformer_blocks.1.ff.net.2" in calls(pipe, "transformer")
+    assert loop_of(pipe).planned == 2
 
 
 # Afterwards
