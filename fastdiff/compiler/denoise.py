@@ -214,7 +214,7 @@ class Denoising:
         _leave(denoiser.network is not run.network, f"replaced parts of the {name}")
         if changed or self._adapted or self.slot.version != version:
             hoisted = self._hoist()
-            _leave(not run.fits(hoisted), "switched on an IP-Adapter that was off")
+            _leave(not run.takes(hoisted), "switched on an IP-Adapter that was off")
             run.condition(hoisted)
         run.set_latents(latents)
         run.guide(*self._guidance())
