@@ -35,6 +35,7 @@ def test_graphs_are_the_committed_ones():
         for preset in ("sd15", "sdxl")
         for folder, name in ((before, f"{preset}-before"), (now, f"graph-{preset}"))
     ]
+    names += [f"{now}/graph-{preset}.json" for preset in ("sd3", "sd35-medium", "sd35-large")]
     for line, name in zip(table.splitlines()[2:], names, strict=True):
         graph = json.loads((ROOT / name).read_text())
         assert "dirty" not in graph["commit"], "counted on something that is no commit"

@@ -42,7 +42,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Row:
+class Counted:
     """The counts of one way to run a pipeline."""
 
     backend: str
@@ -65,7 +65,7 @@ class Result:
     commit: str | None
     created: str = field(default_factory=now, kw_only=True)
     command: str
-    rows: tuple[Row, ...]
+    rows: tuple[Counted, ...]
 
 
 def to_json(result: Result) -> str:
@@ -84,7 +84,7 @@ def count_pipe(
     width: int,
     log: Callable[[str], None] = lambda line: None,
     draw: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[Counted]:
     """Count a text-to-image pipeline up to its latents: eager, then compiled in place.
 
     Guidance is on: a step runs the batch of two that users run. height and width: pixels. `log`
@@ -95,7 +95,7 @@ def count_pipe(
         before = replace(baseline(pipe.device), reserved=0)  # this pipeline's is all there is
         BACKENDS[name](pipe)
         real = drawn(pipe, height, width, before) if draw and name == "fastdiff" else None
-        yield Row(name, count_pictures(pipe, height, width, steps), real)
+        yield Counted(name, count_pictures(pipe, height, width, steps), real)
 
 
 def count_pictures(pipe: Any, height: int, width: int, steps: int = 3) -> Counts:

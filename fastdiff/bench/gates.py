@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastdiff.bench.backends import BACKENDS
-from fastdiff.bench.counters import Row, count_pictures
+from fastdiff.bench.counters import Counted, count_pictures
 from fastdiff.bench.drawn import drawn
 from fastdiff.bench.memory import baseline
 
@@ -34,7 +34,7 @@ def gates(load: Callable[[], Any], device: str, height: int, width: int) -> dict
     pipe = load()
     BACKENDS["fastdiff"](pipe)
     real = drawn(pipe, height, width, before)
-    return numbers(asdict(Row("fastdiff", count_pictures(pipe, height, width), real)))
+    return numbers(asdict(Counted("fastdiff", count_pictures(pipe, height, width), real)))
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, Number]:

@@ -41,7 +41,7 @@ SDPA = "attention (cuDNN or FlashAttention)"
 
 
 @dataclass(frozen=True)
-class Row:
+class Launches:
     """All launches of one kernel in a step."""
 
     kernel: str
@@ -147,7 +147,7 @@ def guided(model: nn.Module, dtype: torch.dtype, side: int) -> Run:
     return step(network, denoised.example(network, 2, denoised.tokens), latents)
 
 
-def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Row]:
+def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Launches]:
     """The launches of one step of classifier-free guidance, by kernel, the dearest first.
 
     Args:
@@ -159,7 +159,7 @@ def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Row]
     for kernel, work in launched(run, int(gpu.arch.removeprefix("sm_"))):
         by_kernel[kernel].append(work)
     found = [
-        Row(
+        Launches(
             kernel,
             len(works),
             sum(work.bytes for work in works),

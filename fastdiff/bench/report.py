@@ -7,7 +7,7 @@ from rich.text import Text
 
 from fastdiff import tables
 from fastdiff.bench import counters
-from fastdiff.bench.results import Result, Row
+from fastdiff.bench.results import Result, Timed
 from fastdiff.bench.stats import Ratio
 from fastdiff.bench.tally import KINDS, total
 
@@ -84,7 +84,7 @@ def show_counts(result: counters.Result) -> None:
         console.print(Text(line, style="dim"))
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Timed) -> list[str]:
     receipt = row.receipt
     if receipt is None:
         return [row.backend] + ["–"] * (len(COLUMNS) - 1)
@@ -113,7 +113,7 @@ def _number(value: float | None, spec: str) -> str:
     return "same" if value == math.inf else format(value, spec)
 
 
-def _why(row: Row) -> str:
+def _why(row: Timed) -> str:
     receipt = row.receipt
     assert receipt is not None
     return (

@@ -13,7 +13,7 @@ SCHEMA = "fastdiff.bench/1"
 
 
 @dataclass(frozen=True)
-class Row:
+class Timed:
     """One backend on one case.
 
     Speeds and samples are None and empty where the receipt failed or the backend could not run
@@ -55,7 +55,7 @@ class Result:
     commit: str | None
     created: str = field(default_factory=now, kw_only=True)
     command: str
-    rows: tuple[Row, ...]
+    rows: tuple[Timed, ...]
     incomplete: bool = False
     """The run that wrote this goes on, or was ended before its last round."""
 

@@ -35,7 +35,7 @@ ROUNDS = 9
 
 
 @dataclass(frozen=True)
-class Row:
+class Priced:
     """A block of the pipeline and what it takes each time that it runs."""
 
     block: str
@@ -66,7 +66,7 @@ class Roofline:
     height: int
     width: int
     """Pixels."""
-    rows: tuple[Row, ...]
+    rows: tuple[Priced, ...]
     assumed: tuple[str, ...] = ()
     """What was not asked for and not found here: a sentence each."""
 
@@ -161,12 +161,12 @@ def floor(work: Tally, gpu: Gpu, dtype: torch.dtype) -> tuple[float, str]:
 
 def _rows(
     blocks: Sequence[Block], times: Mapping[str, float], gpu: Gpu, dtype: torch.dtype, steps: int
-) -> tuple[Row, ...]:
+) -> tuple[Priced, ...]:
     floors = [floor(block.work, gpu, dtype) for block in blocks]
     times_run = [steps if block.per == "step" else 1 for block in blocks]
     whole = sum(n * ms for n, (ms, _) in zip(times_run, floors, strict=True))
     return tuple(
-        Row(
+        Priced(
             block=block.name,
             per=block.per,
             launches=block.work.launches,

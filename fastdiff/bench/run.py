@@ -14,7 +14,7 @@ import torch
 from fastdiff.bench.backends import ON_ENGINES, Unavailable, check_ran, prepare
 from fastdiff.bench.memory import Baseline, baseline, peak_bytes
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
-from fastdiff.bench.results import Row
+from fastdiff.bench.results import Timed
 from fastdiff.bench.stats import speedup
 from fastdiff.bench.timing import Drawing, Request, draw, interleave
 from fastdiff.errors import UserError
@@ -44,8 +44,8 @@ def bench(
     pipe: Any,
     settings: Settings,
     log: Callable[[str], object] = lambda line: None,
-    keep: Callable[[list[Row]], object] = lambda rows: None,
-) -> list[Row]:
+    keep: Callable[[list[Timed]], object] = lambda rows: None,
+) -> list[Timed]:
     """One row per backend of `settings`, in that order.
 
     `pipe` is on the CPU and becomes the eager baseline on `settings.device`. A backend is timed
@@ -64,14 +64,14 @@ def bench(
     request = _request(pipe, settings)
     log("reference: eager and float64")
     truth = find_truth(pipe, request)
-    rows: dict[str, Row] = {}
+    rows: dict[str, Timed] = {}
     racers: dict[str, Callable[[], Drawing]] = {}
     for name in settings.backends:
         log(f"{name}: preparing and checking")
         if name != "eager":
             before = baseline(device)
         contender = pipe if name == "eager" else copy.deepcopy(pipe)
-        row = Row(settings.case, name)
+        row = Timed(settings.case, name)
         try:
             rows[name] = _prepare(row, contender, request, truth, before, settings.engines)
         except Unavailable as reason:
@@ -90,7 +90,7 @@ def bench(
                 racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
         keep(list(rows.values()))
 
-    def timed(drawings: dict[str, list[Drawing]]) -> list[Row]:
+    def timed(drawings: dict[str, list[Drawing]]) -> list[Timed]:
         eager = drawings["eager"]
         speeds = {name: _with_speed(rows[name], own, eager) for name, own in drawings.items()}
         return list((rows | speeds).values())
@@ -118,8 +118,8 @@ def _request(pipe: Any, settings: Settings) -> Request:
 
 
 def _prepare(
-    row: Row, pipe: Any, request: Request, truth: Truth, before: Baseline, engines: Path | None
-) -> Row:
+    row: Timed, pipe: Any, request: Request, truth: Truth, before: Baseline, engines: Path | None
+) -> Timed:
     """Prepare `pipe` for the row's backend, draw with it until it is warm, check what it drew."""
     start = time.perf_counter()
     prepare(row.backend, pipe, engines)
@@ -140,7 +140,7 @@ def _prepare(
     )
 
 
-def _with_speed(row: Row, drawings: list[Drawing], eager: list[Drawing]) -> Row:
+def _with_speed(row: Timed, drawings: list[Drawing], eager: list[Drawing]) -> Timed:
     steps, images = ([getattr(d, field) for d in drawings] for field in ("step_ms", "image_ms"))
     return replace(
         row,

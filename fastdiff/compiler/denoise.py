@@ -221,7 +221,7 @@ class Denoising:
             what = (
                 "switched on an IP-Adapter that was off, or gave pictures or texts of another form"
             )
-            _leave(not run.fits(hoisted), what)
+            _leave(not run.takes(hoisted), what)
             run.condition(hoisted)
         run.set_latents(latents)
         run.guide(*self._guidance())

@@ -25,9 +25,10 @@ class Options:
     ("vae",), ("vae.decoder",), or ("loop",) for diffusers' own denoising loop around our networks.
     Gains nothing; costs their speed."""
     backend: str = FASTDIFF
-    """Who computes the U-Net: "fastdiff", "ort" (ONNX Runtime) or "tensorrt" (either flavour)."""
+    """Who computes the network that the loop repeats: "fastdiff", "ort" (ONNX Runtime) or
+    "tensorrt" (either flavour)."""
     engines: str | Path | None = None
-    """Folder that `fastdiff export` wrote for this pipeline. Without one "ort" exports the U-Net
+    """Folder that `fastdiff export` wrote for this pipeline. Without one "ort" exports the network
     first, which takes minutes; "tensorrt" needs one."""
     ort_graphs: bool = False
     """Whether ONNX Runtime keeps a CUDA graph for every shape. Gains launches at small sizes, costs

@@ -40,7 +40,7 @@ Planned = tuple[KernelSpec, Case, torch.dtype, Launch]
 
 
 @dataclass(frozen=True)
-class Row:
+class Compiled:
     """One compiled launch."""
 
     op: str
@@ -75,8 +75,9 @@ class Row:
     wants_mma: str
     """What `mma` should be; "" where nothing is multiplied, or in float32."""
     narrow: int
-    """Loads and stores narrower than `wants_load`. Weights, rows and masks may be, so this is only
-    held to the accepted table: a wide load hides no activations that have become narrow beside."""
+    """Loads and stores narrower than `wants_load`. Those of weights, rows and masks may be, so the
+    number is held to the accepted table alone: it shows activations whose loads become narrow,
+    which the widest load does not."""
     bound: str
     """"memory" or "compute": what the whole case would wait for on a GPU at its roofline."""
 
@@ -109,7 +110,7 @@ def table(
     cases: Iterable[str] | None = None,
     ops: Iterable[str] | None = None,
     log: Callable[[str], object] = lambda line: None,
-) -> list[Row]:
+) -> list[Compiled]:
     """Compile each distinct launch of the kernels' cases for each architecture (default: all).
 
     `cases` and `ops` narrow to those named. Raises ValueError for an architecture that is not known
@@ -119,7 +120,7 @@ def table(
     if unknown := set(archs) - set(SMS):
         raise ValueError(f"unknown architectures {sorted(unknown)}; known: {list(SMS)}")
     wanted = None if cases is None else frozenset(cases)
-    rows: list[Row] = []
+    rows: list[Compiled] = []
     for arch in archs:
         log(f"sm_{arch}: compiling")
         distinct: dict[tuple[str, int, int], Planned] = {}
@@ -133,7 +134,7 @@ def table(
     return rows
 
 
-def compiled(arch: int, plans: Sequence[Planned]) -> list[Row]:
+def compiled(arch: int, plans: Sequence[Planned]) -> list[Compiled]:
     """A row of each launch, compiled for one architecture."""
     with ThreadPoolExecutor(THREADS) as pool:
         made = list(pool.map(lambda planned: _compile(arch, planned[3]), plans))
@@ -203,12 +204,12 @@ def _row(
     launch: Launch,
     kernel: Any,
     code: sass.Code,
-) -> Row:
+) -> Compiled:
     made = kernel.metadata  # its warps are more than the launch's where they are specialised
     columns = getattr(made, "tmem_size", None) or 0
     fills = occupancy(arch, made.num_warps, code.registers, made.shared, columns)
     multiplies = DOT in kernel.asm["ttir"] and dtype.itemsize == 2
-    return Row(
+    return Compiled(
         op=spec.name,
         kernel=launch.kernel.__name__,
         case=case.name,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
-from fastdiff.models.lora import Merges, base_of, parts
+from fastdiff.models.lora import Merges, added_by, base_of
 from fastdiff.models.reads import Reads, check_conv
 from fastdiff.models.state import Gate, Homes, Lent
 from fastdiff.models.watch import Unsupported, kind
@@ -242,7 +242,7 @@ class Loan(Reads):
         if base_of(layer) is layer:
             self._lend(layer.weight, view)
         elif self._rehearsal:
-            parts(layer)
+            added_by(layer)
         else:
             self._merges.add(layer, view)
 

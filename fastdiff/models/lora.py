@@ -61,7 +61,7 @@ class _Part:
         return self.down.weight, self.up.weight, *scaling
 
 
-def parts(layer: Any) -> list[_Part]:
+def added_by(layer: Any) -> list[_Part]:
     """What its adapters add to a LoRA layer's weight now, chosen as PEFT's own forward does.
 
     Raises:
@@ -149,7 +149,7 @@ class Merges:
             base = layer.base_layer.weight
             if base.dtype != out.dtype or base.device != out.device:
                 raise Unsupported(f"weights that moved to {base.dtype} on {base.device}")
-            added.append(parts(layer))
+            added.append(added_by(layer))
             recipe = (*layer.merged_adapters, *_recipe(base, added[-1], scale))
             if unseen or recipe != self._recipes[i]:
                 self._recipes[i] = None

@@ -172,7 +172,7 @@ class Run:
         self._rows = tree_leaves(hoisted.rows)
         fill(tree_leaves(self._step.buffers.constants), tree_leaves(hoisted.constants))
 
-    def fits(self, hoisted: Hoisted) -> bool:
+    def takes(self, hoisted: Hoisted) -> bool:
         """Whether `condition` can tell it: what the step was recorded for, or switched off."""
         kept = tree_leaves((self._step.buffers.row, self._step.buffers.constants))
         rows = first_of(hoisted.rows)

@@ -5,12 +5,12 @@ import math
 from datetime import UTC, datetime, timedelta
 
 from fastdiff.bench.receipt import Receipt
-from fastdiff.bench.results import Result, Row, to_json
+from fastdiff.bench.results import Result, Timed, to_json
 
 
 def test_infinity_and_nan_become_null():
     receipt = Receipt(math.inf, 1.0, 0.0, math.nan, 0.0, 0.0, 0.0, 0.0, False)
-    row = Row("case", "eager", receipt=receipt)
+    row = Timed("case", "eager", receipt=receipt)
     document = json.loads(to_json(Result({}, {}, None, "fastdiff bench", (row,))))
     assert document["schema"] == "fastdiff.bench/1"
     assert document["rows"][0]["receipt"]["psnr_db"] is None

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from command import compiled
 
-from fastdiff.kernels.inspect import SHARED_LIMIT, Row, table
+from fastdiff.kernels.inspect import SHARED_LIMIT, Compiled, table
 from fastdiff.kernels.occupancy import occupancy
 
 MAIN_CASES = (
@@ -77,7 +77,7 @@ def test_occupancy_follows_from_the_row(rows):
         assert row["limited_by"] == again.limited_by
 
 
-GOOD = Row(
+GOOD = Compiled(
     op="attention",
     kernel="_flash_kernel",
     case="sd15-64-self",
