@@ -1,8 +1,18 @@
 """Real block structures at reduced widths, for tests of networks."""
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 
 CROSS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -135,11 +145,55 @@ def coder(part):
     return vae, getattr(vae, part), (torch.randn(shape),), {}
 
 
+def sd3(kind):
+    net = noisy(SD3Transformer2DModel(**SD3 | SD3_KINDS[kind], in_channels=4, out_channels=4))
+    given = {"encoder_hidden_states": torch.randn(2, 7, 72), "timestep": torch.tensor([7.0, 7.0])}
+    return net, net, (torch.randn(2, 4, 8, 8),), given | {"pooled_projections": torch.randn(2, 64)}
+
+
+def sd3_with_ip_adapter(kind):
+    net, _, given, options = sd3(kind)
+    add_ip_adapter_sd3(net)
+    pictures = {"ip_adapter_image_embeds": torch.randn(2, 3, 20)}
+    return net, net, given, options | {"joint_attention_kwargs": pictures}
+
+
+def add_ip_adapter_sd3(net, channels=20, seed=1):
+    """An IP-Adapter of random weights, as diffusers puts it into an SD3Transformer2DModel."""
+    width, head = net.inner_dim, net.config.attention_head_dim
+    processors = {
+        name: SD3IPAdapterJointAttnProcessor2_0(width, width, head, 32)
+        for name in net.attn_processors
+    }
+    parts = [*processors.values()]
+    net.set_attn_processor(processors)  # which empties the dictionary
+    sizes = {"dim_head": 8, "heads": 4, "num_queries": 5, "timestep_in_dim": 16}
+    net.image_proj = IPAdapterTimeImageProjection(channels, width, 32, depth=1, **sizes)
+    for i, part in enumerate((net.image_proj, *parts)):
+        noisy(part, seed + i).to(net.dtype)
+
+
+def controlnet_sd3(**config):
+    _, _, given, options = sd3("sd3")
+    net = noisy(SD3ControlNetModel(**SD3 | {"num_layers": 2, "in_channels": 4} | config))
+    return net, net, (*given, torch.randn(2, 4, 8, 8)), options
+
+
+def controlnet_sd3_alone():
+    net, _, given, options = controlnet_sd3(joint_attention_dim=None, use_pos_embed=False)
+    del options["encoder_hidden_states"]
+    return net, net, (torch.randn(2, 16, 24), given[1]), options
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "sd21, classic attention": lambda: classic("sd21"),
     "sdxl": lambda: unet("sdxl"),
     "controlnet": lambda: controlnet("sd15"),
+    "sd35-medium": lambda: sd3("sd35-medium"),
+    "sd3 with an IP-Adapter": lambda: sd3_with_ip_adapter("sd3"),
+    "controlnet of sd3": lambda: controlnet_sd3(),
+    "controlnet of sd35-large": lambda: controlnet_sd3_alone(),
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

@@ -13,10 +13,8 @@ from diffusers import (
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
 )
-from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
-from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from peft import LoraConfig, get_peft_model_state_dict
-from small import noisy
+from small import add_ip_adapter_sd3, noisy
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import fastdiff
@@ -139,19 +137,7 @@ WIDTH = 20
 
 def with_ip_adapter(pipe, seed=1, scale=1.0):
     """An IP-Adapter of random weights, as diffusers loads it."""
-    net = pipe.transformer
-    width, head = net.inner_dim, net.config.attention_head_dim
-    processors = {
-        name: SD3IPAdapterJointAttnProcessor2_0(width, width, head, 32)
-        for name in net.attn_processors
-    }
-    parts = [*processors.values()]
-    net.set_attn_processor(processors)  # which empties the dictionary
-    net.image_proj = IPAdapterTimeImageProjection(
-        WIDTH, width, hidden_dim=32, depth=1, dim_head=8, heads=4, num_queries=5, timestep_in_dim=16
-    )
-    for i, part in enumerate((net.image_proj, *parts)):
-        noisy(part, seed + i).double()
+    add_ip_adapter_sd3(pipe.transformer, WIDTH, seed)
     pipe.set_ip_adapter_scale(scale)
     return pipe
 

@@ -43,7 +43,7 @@ def halved(forward):
     def half(*given, **options):
         out = forward(*given, **options)
         if isinstance(out, tuple):
-            return (out[0] * 0.5, *out[1:])
+            return tuple(part * 0.5 if torch.is_tensor(part) else part for part in out)
         return out * 0.5 if torch.is_tensor(out) else out
 
     return half
