@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part, Port, dtype_name, sides, with_frequencies
+from fastdiff.families.part import Part, Port, dtype_name, exportable, sides
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, MMDiT, Unsupported, borrow_mmdit
 from fastdiff.models.checks import refuse
@@ -97,7 +97,7 @@ class _Exported(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = with_frequencies(net)
+        self.net = exportable(net)
 
     def forward(
         self,
@@ -132,7 +132,7 @@ def _part(
     free, kind, patch = ("batch_size",), dtype_name(dtype), config.patch_size
     picture = ("height", "width")
     own = min(config.sample_size, config.pos_embed_max_size * patch)
-    sizes = ((1, own, own), (3, 6 * patch, 4 * patch), (2, 8 * patch, 4 * patch))
+    sizes = ((1, own, own), (3, 5 * patch, 3 * patch), (2, 8 * patch, 4 * patch))
     return Part(
         folder=folder,
         source=net,

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,8 +88,9 @@ class Frequencies(nn.Module):
         return torch.cat(waves, dim=-1).to(timesteps.dtype)  # that of what it is joined to
 
 
-def with_frequencies(net: nn.Module) -> nn.Module:
-    """The same weights in a network of its own, every Timesteps in it as `Frequencies`."""
+def exportable(net: nn.Module) -> nn.Module:
+    """The same weights in a network of its own, which every runtime computes as torch does: each
+    Timesteps in it as `Frequencies`, each PatchEmbed with positions cut out by `_middle`."""
     own = copy.copy(net)
     own._modules = {
         name: child if child is None else _told(child) for name, child in net._modules.items()
@@ -99,8 +101,29 @@ def with_frequencies(net: nn.Module) -> nn.Module:
 def _told(module: nn.Module) -> nn.Module:
     if type(module).__name__ == "Timesteps":
         return Frequencies(module)
-    within = any(type(child).__name__ == "Timesteps" for child in module.modules())
-    return with_frequencies(module) if within else module
+    if type(module).__name__ == "PatchEmbed" and module.pos_embed_max_size:
+        own: Any = copy.copy(module)
+        own.cropped_pos_embed = partial(_middle, own)
+        return own  # type: ignore[no-any-return]
+    within = any(type(child).__name__ in ("Timesteps", "PatchEmbed") for child in module.modules())
+    return exportable(module) if within else module
+
+
+def _middle(embed: Any, height: int, width: int) -> Tensor:
+    """PatchEmbed.cropped_pos_embed, which divides nothing negative.
+
+    torch's exporter writes (most - rows) // 2 as most // 2 + -rows // 2, and ONNX rounds that
+    toward zero: of an odd number of rows it would take one too many.
+    """
+    most, (rows, columns) = (
+        embed.pos_embed_max_size,
+        (n // embed.patch_size for n in (height, width)),
+    )
+    top, left = (most // 2 - (count + 1 - most % 2) // 2 for count in (rows, columns))
+    square = embed.pos_embed.reshape(1, most, most, -1)
+    middle = square[:, top : top + rows, left : left + columns]
+    cut: Tensor = middle.reshape(1, -1, middle.shape[-1])
+    return cut
 
 
 def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Generator) -> Tensor:
