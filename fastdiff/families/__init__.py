@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.families.part import Part
+from fastdiff.models.watch import class_name
 from fastdiff.recipes import RECIPES
 from fastdiff.runtime.planned import Run
 
@@ -85,7 +86,8 @@ class Family:
     """A class of networks, and all that is asked about it elsewhere."""
 
     models: tuple[str, ...]
-    """diffusers' classes that can be compiled by themselves."""
+    """Classes that can be compiled by themselves; one outside of diffusers has its path:
+    "package.module.Class"."""
     taken: Callable[[str, Any], Taken]
     """(component's name, component) -> what of it is taken over; nothing of a foreign kind."""
     left: Mapping[str, str] = field(default_factory=dict)
@@ -117,9 +119,8 @@ def plain(module: Any) -> Any:
 
 
 def of_model(model: Any, *names: str) -> bool:
-    """Whether a model is of one of diffusers' classes `names`, or of a class made from one."""
-    classes = (cls for cls in type(plain(model)).__mro__ if cls.__module__.startswith("diffusers."))
-    return any(cls.__name__ in names for cls in classes)
+    """Whether a model is of one of the classes `names`, or of a class made from one."""
+    return any(class_name(cls) in names for cls in type(plain(model)).__mro__)
 
 
 def named(model: Any) -> tuple[str, Family] | None:
