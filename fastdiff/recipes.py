@@ -30,8 +30,8 @@ class Plan:
     """The pipeline's property that the network is given as an argument of the same name; the scale
     of LoRA adapters stands there; "": there is none."""
     pictures: str = ""
-    """The condition that IP-Adapters read; what they add depends on their scales, too; "": there is
-    none."""
+    """The condition that IP-Adapters read; what they add depends on their scales, too. Where it is
+    no variable, it stands in the attention kwargs. "": there is none."""
     step_options: str = ""
     """The variable that holds further arguments of the scheduler's `step`; "": there are none."""
     entrance: str = "interrupt"
@@ -81,7 +81,6 @@ SD3_PLAN = Plan(
     conditions={
         "encoder_hidden_states": "prompt_embeds",
         "pooled_projections": "pooled_prompt_embeds",
-        "ip_adapter_image_embeds": "ip_adapter_image_embeds",
     },
     required=("prompt_embeds", "pooled_prompt_embeds"),
     returned=("prompt_embeds", "pooled_prompt_embeds"),

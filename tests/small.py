@@ -47,6 +47,24 @@ TINY = {
 """The smallest with all that a U-Net has: a call of it takes milliseconds."""
 
 
+SD3 = {
+    "sample_size": 8,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 72,
+    "caption_projection_dim": 24,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 8,
+}
+SD3_KINDS = {
+    "sd3": {},
+    "sd35-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+    "sd35-large": {"qk_norm": "rms_norm"},
+}
+"""The architectures of Stable Diffusion 3, 3.5-medium and 3.5-large."""
+
+
 def inputs_for(unet, shape, dtype=torch.float32):
     batch, rows, columns = shape
     sample = torch.randn(batch, 4, rows, columns, dtype=dtype)

@@ -57,6 +57,10 @@ class Denoising:
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
         self.scheduler, self.guided = pipe.scheduler, pipe.do_classifier_free_guidance
         self.denoiser = self._offer()
+        network, sides = self.denoiser.network, call.latents.shape[2:]
+        back = network.unpack(network.pack(call.latents), sides)
+        if back.shape != call.latents.shape:
+            raise Unsupported(f"latents of {sides[0]} x {sides[1]} are no whole patches")
         self.table = probe(pipe.scheduler, call.step_options, call.timesteps)
         if call.callback is not None and self.table.keeps:
             name, kept = type(pipe.scheduler).__name__, self.table.keeps[0]
@@ -214,7 +218,10 @@ class Denoising:
         _leave(denoiser.network is not run.network, f"replaced parts of the {name}")
         if changed or self._adapted or self.slot.version != version:
             hoisted = self._hoist()
-            _leave(not run.takes(hoisted), "switched on an IP-Adapter that was off")
+            what = (
+                "switched on an IP-Adapter that was off, or gave pictures or texts of another form"
+            )
+            _leave(not run.takes(hoisted), what)
             run.condition(hoisted)
         run.set_latents(latents)
         run.guide(*self._guidance())
@@ -227,12 +234,14 @@ class Denoising:
 
     def _told(self, returned: dict[str, Any]) -> Any:
         """What the network is told once a callback has returned embeddings."""
-        others = {
+        others = carried(self.pipe, self.call.plan)
+        others |= {
             field: _tensor(name, returned[name])
             for name, field in self.call.plan.replaced.items()
             if name in returned and getattr(self.given, field) is not None
         }
-        return self.given._replace(**others) if others else self.given
+        same = all(getattr(self.given, field) is value for field, value in others.items())
+        return self.given if same else self.given._replace(**others)
 
     def _guidance(self) -> tuple[float, float]:
         """Scale and rescale as the pipeline has them now; diffusers ignores a negative rescale."""
@@ -259,6 +268,13 @@ class Denoising:
         timesteps = self.call.timesteps.to(latents.device)[:, None]
         sides = (latents.shape[2], latents.shape[3])
         return entered("hoist", lambda: network.hoist(given, timesteps, sides))
+
+
+def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
+    """The conditions that `pipe` gives its network among the attention kwargs, as they are now."""
+    if plan.pictures in plan.conditions:
+        return {}
+    return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}
 
 
 def _tensor(name: str, value: Any) -> Tensor:

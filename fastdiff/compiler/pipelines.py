@@ -31,7 +31,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from torch.utils import _contextlib
 
-from fastdiff.compiler.denoise import Call, Denoising
+from fastdiff.compiler.denoise import Call, Denoising, carried
 from fastdiff.families import family
 from fastdiff.models import Unsupported
 from fastdiff.models.checks import refuse
@@ -78,6 +78,8 @@ class _Entered:
     """A call under way: a variable of our own frame, so it ends with it however that ends."""
 
     loop: Loop
+    given: tuple[Any, ...]
+    """What it was called with."""
     asked: bool = False
     passed: int = 0
     """Steps that were run here: diffusers is to pass over them."""
@@ -134,7 +136,7 @@ def _planned(own: Any) -> Any:
             given.arguments["latents"] = latents
         # a pipeline keeps the state of its call in itself: a second thread waits
         with loop.lock:
-            entered = _Entered(loop)  # `enter` looks for it here
+            entered = _Entered(loop, tuple(given.arguments.values()))  # `enter` looks for it here
             loop.running += 1
             try:
                 return own.__call__(*given.args, **given.kwargs)
@@ -155,7 +157,7 @@ def _planned(own: Any) -> Any:
             _count_stranger(pipe, frame.f_locals)
         elif not entered.asked:
             entered.asked = True
-            entered.passed = _run(pipe, entered.loop, frame, bar)
+            entered.passed = _run(pipe, entered, frame, bar)
         return entered
 
     def interrupt(self: Any) -> Any:
@@ -224,11 +226,15 @@ def _leave_none(frame: FrameType, results: Iterable[str]) -> None:
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
 
 
-def _run(pipe: Any, loop: Loop, frame: FrameType, bar: Any) -> int:
+def _run(pipe: Any, entered: _Entered, frame: FrameType, bar: Any) -> int:
     """Run the loop that `frame` is about to begin: how many steps are done, which are none where
     diffusers has to run it."""
+    loop = entered.loop
     try:
-        denoising = Denoising(pipe, _call(pipe, frame.f_locals, frame.f_globals, bar))
+        call = _call(pipe, frame.f_locals, frame.f_globals, bar)
+        if call.callback is not None and _among(call.conditions, entered.given):
+            raise Unsupported("a callback may change the embeddings that the call was given")
+        denoising = Denoising(pipe, call)
     except (Unsupported, NotLinear) as reason:
         loop.own[str(reason)] += 1
         return 0
@@ -238,6 +244,12 @@ def _run(pipe: Any, loop: Loop, frame: FrameType, bar: Any) -> int:
     else:
         loop.own[denoising.left] += 1
     return done
+
+
+def _among(conditions: Iterable[Any], given: Iterable[Any]) -> bool:
+    """Whether a condition is the very tensor that was given."""
+    known = {id(value) for value in given if isinstance(value, Tensor)}
+    return any(id(condition) in known for condition in conditions)
 
 
 def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: Any) -> Call:
@@ -279,6 +291,7 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: 
     denoised = family(recipe.networks[recipe.denoiser]).denoised
     assert denoised is not None
     given = {field: local.get(name) for field, name in plan.conditions.items()}
+    given |= carried(pipe, plan)
     return Call(
         network=recipe.denoiser,
         latents=local["latents"],

@@ -1,6 +1,5 @@
 """When float16 overflows: say where, and compute that part in float32 from then on."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +44,13 @@ def version_of(module: nn.Module) -> int:
     return sum(version(parameter) or 0 for parameter in module.parameters())
 
 
-def float32_copy(module: nn.Module) -> nn.Module:
-    """A copy that goes on sharing the lists of scales which IP-Adapters' processors read."""
-    scales = [getattr(getattr(m, "processor", None), "scale", None) for m in module.modules()]
-    shared = {id(scale): scale for scale in scales if isinstance(scale, list)}
-    return copy.deepcopy(module, shared).float()
+def scaled_alike(module: nn.Module, other: nn.Module) -> None:
+    """Let `other`, a copy of `module`, have the scales that IP-Adapters' processors have there."""
+    for own, copied in zip(module.modules(), other.modules(), strict=True):
+        read: Any = getattr(own, "processor", None)
+        shown: Any = getattr(copied, "processor", None)
+        if hasattr(read, "scale"):
+            shown.scale = read.scale
 
 
 def first_overflow(module: nn.Module, call: Callable[[], Any]) -> str:

@@ -5,6 +5,7 @@ stays the object, class and state_dict it was, and a deepcopy or pickle of it is
 The module keeps the slot beside it, too: `nn.Module.compile()` replaces a call without asking.
 """
 
+import copy
 import threading
 import warnings
 from collections import Counter
@@ -20,8 +21,8 @@ from fastdiff.compiler.promotion import (
     Promotion,
     as_type,
     first_overflow,
-    float32_copy,
     overflowed,
+    scaled_alike,
     version_of,
 )
 from fastdiff.compiler.transforms import transformed
@@ -107,13 +108,15 @@ class Slot:
         if self.promotion is not None:
             same = self.promotion.version == self.version
             if same and self.promotion.unwritten.values_hold():
+                scaled_alike(self.module, self.promotion.module)
                 return self.promotion.network
             self.promotion = None
         return network
 
     def promote(self, where: str, scale: float = 1.0) -> None:
         """Offer a float32 copy until the weights change, since float16 overflowed in `where`."""
-        module, version = float32_copy(self.module), self.version
+        module, version = copy.deepcopy(self.module).float(), self.version
+        scaled_alike(self.module, module)
         with torch.inference_mode(False), torch.no_grad():
             loan = Loan(module)
             network = (self.kind.exact or self.kind.borrow)(module, loan)

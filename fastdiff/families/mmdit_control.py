@@ -8,8 +8,14 @@ from torch import Tensor, nn
 from fastdiff.families import Family, Kind, Sizes, Taken, empty
 from fastdiff.families.controlnet import each_of
 from fastdiff.families.mmdit import TOKENS
-from fastdiff.models import Loan, MMDiTControl, MMDiTControlConditions, borrow_mmdit_control
-from fastdiff.models.checks import refuse
+from fastdiff.families.unet import lora_scale
+from fastdiff.models import (
+    Loan,
+    MMDiTControl,
+    MMDiTControlConditions,
+    Unsupported,
+    borrow_mmdit_control,
+)
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, call, without_memory
 
@@ -28,17 +34,23 @@ def _call(
     timestep: Tensor | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
-) -> SD3ControlNetOutput | tuple[tuple[Tensor, ...]]:
+) -> SD3ControlNetOutput | tuple[list[Tensor]]:
     """`SD3ControlNetModel.forward` on the compact network."""
-    refuse(joint_attention_kwargs=joint_attention_kwargs or None)
+    if timestep is None:
+        raise Unsupported("it was given no timestep")
     given = MMDiTControlConditions(encoder_hidden_states, pooled_projections, controlnet_cond)
-    assert timestep is not None
-    residuals = tuple(part * conditioning_scale for part in net(hidden_states, timestep, given))
+    residuals = [part * conditioning_scale for part in net(hidden_states, timestep, given)]
     if not return_dict:
         return (residuals,)
     output: Any = SD3ControlNetOutput
     made: SD3ControlNetOutput = output(controlnet_block_samples=residuals)
     return made
+
+
+def _scale(*_: Any, joint_attention_kwargs: Any = None, **__: Any) -> float:
+    # of all that stands there, diffusers gives a ControlNet the scale alone
+    kwargs = joint_attention_kwargs or {}
+    return lora_scale({"scale": kwargs.get("scale", 1.0)}, "joint_attention_kwargs")
 
 
 def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
@@ -63,5 +75,5 @@ def _taken(name: str, component: Any) -> Taken:
     return {path: (net, CONTROL) for path, net in nets.items()}
 
 
-CONTROL = Kind(_borrow, _call, _planned)
+CONTROL = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(models=("SD3ControlNetModel",), taken=_taken)

@@ -29,17 +29,19 @@ class Patches:
     def pack(self, latents: Tensor) -> Tensor:
         """[B, C, Y, X] -> contiguous [B, L, p·p·C]."""
         p, (rows, columns) = self.size, self.counts(latents.shape[2:])
+        count, channels = latents.shape[:2]
         whole = latents[..., : rows * p, : columns * p]
         cut: Tensor = whole.unflatten(3, (columns, p)).unflatten(2, (rows, p))
         moved = cut.permute(0, 2, 4, 3, 5, 1).contiguous()
-        return moved.view(latents.shape[0], rows * columns, -1)
+        return moved.view(count, rows * columns, p * p * channels)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
         """[B, L, p·p·C] -> contiguous [B, C, Y, X], less the rest."""
-        rows, columns = self.counts(sides)
-        cut = x.view(x.shape[0], rows, columns, self.size, self.size, -1)
+        p, (rows, columns) = self.size, self.counts(sides)
+        count, channels = x.shape[0], x.shape[2] // p**2  # the count may be 0
+        cut = x.view(count, rows, columns, p, p, channels)
         moved = cut.permute(0, 5, 1, 3, 2, 4).contiguous()
-        return moved.view(x.shape[0], -1, rows * self.size, columns * self.size)
+        return moved.view(count, channels, rows * p, columns * p)
 
 
 @dataclass(frozen=True)

@@ -176,10 +176,12 @@ class Run:
         """Whether `condition` can tell it: what the step was recorded for, or switched off."""
         kept = tree_leaves((self._step.buffers.row, self._step.buffers.constants))
         rows = first_of(hoisted.rows)
-        pairs = zip(kept, tree_leaves((rows, hoisted.constants)), strict=True)
-        return all(
-            own.shape == now.shape or not now.numel() if isinstance(own, Tensor) else own == now
-            for own, now in pairs
+        told = tree_leaves((rows, hoisted.constants))
+        return len(kept) == len(told) and all(
+            own.shape == now.shape or not now.numel()
+            if isinstance(own, Tensor) and isinstance(now, Tensor)
+            else own == now
+            for own, now in zip(kept, told, strict=True)
         )
 
     def guide(self, scale: float, rescale: float) -> None:

@@ -7,19 +7,31 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from small import noisy
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from small import SD3, SD3_KINDS, noisy
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
 import fastdiff
+from fastdiff.bench.preset_sd3 import t5_tokenizer
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.demo import DEMO_FOLDER
+from fastdiff.recipes import denoiser
 
 
 @pytest.fixture
@@ -43,6 +55,11 @@ def unet(small):
 @pytest.fixture(scope="session")
 def tokenizer():
     return CLIPTokenizer.from_pretrained(DEMO_FOLDER / "tokenizer", model_max_length=77)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_3(tokenizer):
+    return t5_tokenizer(tokenizer)
 
 
 def text_encoder(cls, vocabulary):
@@ -106,6 +123,58 @@ def components(tokenizer):
 
 
 @pytest.fixture
+def components_sd3(tokenizer, tokenizer_3):
+    """components_sd3(kind, t5, dtype, transformer's config): a tiny pipeline's parts; a latent is
+    2×2 pixels."""
+
+    def make(kind="sd3", t5=False, dtype=torch.float64, **transformer):
+        vae = AutoencoderKL(
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=8,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            force_upcast=False,
+        )
+        config = SD3 | SD3_KINDS[kind] | {"in_channels": 16, "out_channels": 16} | transformer
+        parts = {
+            "transformer": noisy(SD3Transformer2DModel(**config)).to(dtype),
+            "vae": noisy(vae).to(dtype),
+            "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+            "text_encoder_3": None,
+            "tokenizer_3": None,
+        }
+        for name in ("", "_2"):
+            encoder = text_encoder(CLIPTextModelWithProjection, len(tokenizer)).to(dtype)
+            parts |= {f"text_encoder{name}": encoder, f"tokenizer{name}": tokenizer}
+        if t5:
+            sizes = {"d_model": 72, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+            encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer_3), **sizes))
+            parts |= {"text_encoder_3": noisy(encoder).to(dtype), "tokenizer_3": tokenizer_3}
+        return parts
+
+    return make
+
+
+@pytest.fixture
+def controlnet_sd3(shaken):
+    """controlnet_sd3(kind, seed): a random ControlNet; "alone" sees no text and has no positions of
+    its own."""
+
+    def make(kind="sd3", seed=7, **config):
+        if kind == "alone":
+            config |= {"joint_attention_dim": None, "use_pos_embed": False}
+        net = SD3ControlNetModel(**SD3 | {"num_layers": 2} | SD3_KINDS.get(kind, {}) | config)
+        return shaken(net, seed)
+
+    return make
+
+
+@pytest.fixture
 def hold():
     """hold(pipe, **call): compile, and draw what diffusers' own loop draws from the same call.
 
@@ -113,6 +182,7 @@ def hold():
     """
 
     def draw(pipe, call):
+        torch.manual_seed(9)  # SD3 draws the latents of a ControlNet's picture without a generator
         pipe.set_progress_bar_config(disable=True)
         given = {name: copy.deepcopy(value) for name, value in call.items()}
         given.setdefault("generator", torch.Generator().manual_seed(5))
@@ -124,7 +194,7 @@ def hold():
         return result[0] if isinstance(result, tuple) else result.images
 
     def run(pipe, loop, tolerance=1e-9, **call):
-        want = draw(pipe if slot_of(pipe.unet) is None else copy.deepcopy(pipe), call)
+        want = draw(pipe if slot_of(denoiser(pipe)) is None else copy.deepcopy(pipe), call)
         fastdiff.compile(pipe)
         before = loop_of(pipe)
         planned, own = (before.planned, Counter(before.own)) if before else (0, Counter())

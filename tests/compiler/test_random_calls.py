@@ -1,4 +1,4 @@
-"""Two hundred calls drawn at random, each against the same call of the uncompiled pipeline."""
+"""Calls drawn at random, each against the same call of the uncompiled pipeline."""
 
 import os
 import random
@@ -10,9 +10,13 @@ import diffusers
 import pytest
 import torch
 from alive import live_bytes
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from peft import LoraConfig
-from small import TINY
+from small import SD3, SD3_KINDS, TINY, noisy
 
 import fastdiff
 from fastdiff.kernels.contract import judge
@@ -39,15 +43,18 @@ XL = {
 }
 
 
+def add_adapters(net, targets):
+    """LoRA adapters "one" and "two"."""
+    for name, rank in (("one", 4), ("two", 16)):
+        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+        net.add_adapter(config, name)
+
+
 def make(xl):
     """A pipeline with two LoRA adapters; the same weights every time."""
     torch.manual_seed(3)
     unet = diffusers.UNet2DConditionModel(**TINY, **(XL if xl else {})).eval()
-    for name, rank in (("one", 4), ("two", 16)):
-        config = LoraConfig(
-            r=rank, target_modules=["to_q", "to_v", "to_out.0", "conv1"], init_lora_weights=False
-        )
-        unet.add_adapter(config, name)
+    add_adapters(unet, ["to_q", "to_v", "to_out.0", "conv1"])
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval()
     scheduler = diffusers.DDIMScheduler(**BETAS)
     if xl:
@@ -85,14 +92,26 @@ def single_draws(*args, **kwargs):
     return _RANDN(*args, **{**kwargs, "dtype": torch.float32}).to(wanted)
 
 
+def adapt(net, adapters):
+    """Switch a network's LoRA adapters on, each with its weight, and the others off."""
+    net.enable_adapters() if adapters else net.disable_adapters()
+    if adapters:
+        net.set_adapters(list(adapters), weights=list(adapters.values()))
+
+
+def callback_of(call):
+    """What a pipeline is given for the callback of a call; nothing where it has none."""
+    if not call["callback"]:
+        return {}
+    factor = 1.0 if call["callback"] == "looks" else 0.9
+    return {"callback_on_step_end": lambda _, i, t, kwargs: {"latents": kwargs["latents"] * factor}}
+
+
 def draw(pipe, call):
     """The latents of a call."""
     kind, options = SCHEDULERS[call["scheduler"]]
     pipe.scheduler = kind.from_config({**BETAS, **options})
-    adapters = call["adapters"]
-    pipe.unet.enable_adapters() if adapters else pipe.unet.disable_adapters()
-    if adapters:
-        pipe.unet.set_adapters(list(adapters), weights=list(adapters.values()))
+    adapt(pipe.unet, call["adapters"])
     generator = torch.Generator().manual_seed(call["seed"])
     dtype = pipe.unet.dtype
 
@@ -105,11 +124,7 @@ def draw(pipe, call):
             "pooled_prompt_embeds": noise(1, 16),
             "negative_pooled_prompt_embeds": noise(1, 16),
         }
-    if call["callback"]:
-        factor = 1.0 if call["callback"] == "looks" else 0.9
-        given["callback_on_step_end"] = lambda pipe, i, t, kwargs: {
-            "latents": kwargs["latents"] * factor
-        }
+    given |= callback_of(call)
     height, width = call["size"]
     with patch.object(torch, "randn", single_draws):
         return pipe(
@@ -152,3 +167,105 @@ def test_random_calls(xl, calls):
     if calls == 200:
         for sizes in (live, resident):
             assert median(sizes[15:]) <= 1.02 * median(sizes[5:10])
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+FLOW_SCHEDULERS = {
+    "Euler": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+    "Euler, shifted": (diffusers.FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True}),
+    "Euler a": (diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    "Heun": (diffusers.FlowMatchHeunDiscreteScheduler, {"shift": 3.0}),
+    "LCM": (diffusers.FlowMatchLCMScheduler, {}),
+    "DPM++": (diffusers.DPMSolverMultistepScheduler, FLOW),
+    "UniPC": (diffusers.UniPCMultistepScheduler, FLOW),
+}
+FLOW_HISTORIES = ("Heun", "LCM", "DPM++", "UniPC")
+
+
+def make_sd3(kind):
+    """A pipeline with two LoRA adapters; the same weights every time."""
+    torch.manual_seed(3)
+    channels = {"in_channels": 4, "out_channels": 4}
+    net = noisy(diffusers.SD3Transformer2DModel(**SD3 | SD3_KINDS[kind] | channels))
+    add_adapters(net, ["to_q", "add_v_proj", "to_out.0", "ff.net.2", "norm1.linear"])
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).eval()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    texts = dict.fromkeys(
+        f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")
+    )
+    pipe = StableDiffusion3Pipeline(transformer=net, vae=vae, scheduler=scheduler, **texts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_call_sd3(dice):
+    return {
+        "kind": dice.choice(list(SD3_KINDS)),
+        "seed": dice.randrange(2**31),
+        "scheduler": dice.choice(list(FLOW_SCHEDULERS)),
+        "steps": dice.randint(1, 5),
+        "size": dice.choice([(8, 8), (16, 8), (6, 14), (16, 16)]),
+        "images": dice.choice([1, 1, 2]),
+        "guidance_scale": dice.choice([0.0, 1.0, 3.0, 7.0]),
+        "t5": dice.choice([True, False]),
+        "adapters": dice.choice([{}, {"one": 1.0}, {"two": 0.5}, {"one": 0.7, "two": -0.4}]),
+        "scale": dice.choice([None, None, 0.5]),
+        "callback": dice.choice([None, None, "looks", "changes"]),
+    }
+
+
+def draw_sd3(pipe, call):
+    """The latents of a call."""
+    kind, options = FLOW_SCHEDULERS[call["scheduler"]]
+    pipe.scheduler = kind(**options)
+    adapt(pipe.transformer, call["adapters"])
+    torch.manual_seed(call["seed"])  # of which its schedulers draw
+    generator, dtype = torch.Generator().manual_seed(call["seed"]), pipe.transformer.dtype
+    given, count = {}, call["images"]
+    for negative in ("", "negative_"):
+        text = torch.randn(count, 20, 72, generator=generator)
+        text[:, 7:] *= call["t5"]
+        pooled = torch.randn(count, 64, generator=generator)
+        given[f"{negative}prompt_embeds"] = text.to(dtype)
+        given[f"{negative}pooled_prompt_embeds"] = pooled.to(dtype)
+    if call["scale"]:
+        given["joint_attention_kwargs"] = {"scale": call["scale"]}
+    height, width = call["size"]
+    with patch.object(torch, "randn", single_draws):
+        return pipe(
+            **given,
+            **callback_of(call),
+            height=height * pipe.vae_scale_factor,
+            width=width * pipe.vae_scale_factor,
+            num_inference_steps=call["steps"],
+            guidance_scale=call["guidance_scale"],
+            generator=generator,
+            output_type="latent",
+        ).images.double()
+
+
+def test_random_calls_of_sd3():
+    """Each inside the error budget; as plans, but for those in which a callback is shown a history,
+    or might change the embeddings of the call."""
+    seed = 20261128
+    dice = random.Random(seed)
+    pipes = {
+        kind: (
+            fastdiff.compile(make_sd3(kind)),
+            make_sd3(kind),
+            make_sd3(kind).to(torch.float64),
+        )
+        for kind in SD3_KINDS
+    }
+    shows = 0
+    for at in range(100):
+        call = random_call_sd3(dice)
+        unguided = call["guidance_scale"] <= 1
+        shows += bool(call["callback"]) and (unguided or call["scheduler"] in FLOW_HISTORIES)
+        got, single, truth = (draw_sd3(pipe, call) for pipe in pipes[call["kind"]])
+        verdict = judge("latents", got.float(), single, truth)
+        assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
+    parts = [part for plan, *_ in pipes.values() for part in fastdiff.report(plan).parts]
+    assert not any("eagerly" in part.why for part in parts)
+    loops = [int(part.why.split()[0]) for part in parts if part.name == "loop"]
+    assert sum(loops) == 100 - shows

@@ -126,15 +126,14 @@ def test_joint_attention_names_what_does_not_fit():
         joint_attention(q, q, q, *[text[:, :0]] * 3)
 
 
-def test_one_text_token_with_a_bias_stands_for_as_many_equal_ones():
+@pytest.mark.parametrize("tokens", [6, 16, 30])  # fewer and more scores than a vector holds
+def test_one_text_token_with_a_bias_stands_for_as_many_equal_ones(tokens):
     """SD3 without T5: 256 tokens of zeros."""
-    states = torch.randn(3, 2, 9, 2, 8, dtype=torch.float64)
-    words = torch.cat([states[:, :, 6:8], states[:, :, 8:].expand(-1, -1, 256, -1, -1)], 2)
-    picture, text = joint_attention(*states[:, :, :6].unbind(0), *words.unbind(0))
+    states, words = torch.randn(3, 2, tokens + 3, 2, 8, dtype=torch.float64).split([tokens, 3], 2)
+    many = torch.cat([words[:, :, :2], words[:, :, 2:].expand(-1, -1, 256, -1, -1)], 2)
+    picture, text = joint_attention(*states.unbind(0), *many.unbind(0))
     bias = torch.tensor([0.0, 0.0, math.log(256)])
-    ours, ours_text = joint_attention(
-        *states[:, :, :6].unbind(0), *states[:, :, 6:].unbind(0), text_bias=bias
-    )
+    ours, ours_text = joint_attention(*states.unbind(0), *words.unbind(0), text_bias=bias)
     # the bias is float32
     torch.testing.assert_close(ours, picture, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours_text, text[:, :3], rtol=1e-6, atol=1e-6)

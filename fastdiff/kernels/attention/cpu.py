@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,5 +43,8 @@ def run(a: Arguments) -> Tensor:
 def plain(a: Arguments) -> Tensor:
     """torch's, for what `run` does not take."""
     q, k, v = (t.transpose(1, 2) for t in (a.q, a.k, a.v))
-    out = F.scaled_dot_product_attention(q, k, v, a.mask, scale=a.scale)
+    mask = a.mask
+    if mask is not None and q.dtype == torch.float64:
+        mask = mask.double()  # torch reads one of float32 as if it were float64
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=a.scale)
     return out.transpose(1, 2).contiguous()
