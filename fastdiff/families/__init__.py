@@ -71,7 +71,7 @@ class Denoised:
     channels: Callable[[Any], int]
     """(network) -> channels of its latents."""
     part: Callable[..., Part]
-    """(folder, module, dtype, tokens of its text, shape of the timestep) -> the file of its own;
+    """(folder, module, dtype, tokens of CLIP's text, shape of the timestep) -> the file of its own;
     raises UserError."""
     unexported: Callable[[Any], None]
     """(network) -> None; raises Unsupported where it has what no file holds."""
@@ -79,6 +79,8 @@ class Denoised:
     """(module) -> of which the latents' height and width must be in a file."""
     tokens: int = 77
     """Of a text as published pipelines encode it."""
+    most: Callable[[Any], int | None] = lambda module: None
+    """(module) -> the greatest height and width of latents that it takes; None: any."""
 
 
 @dataclass(frozen=True)
