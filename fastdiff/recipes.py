@@ -1,5 +1,4 @@
-"""The pipelines of diffusers that fastdiff knows: a row for each class, and nothing about any of
-them elsewhere.
+"""The pipelines that fastdiff knows: a row for each class, and nothing about any of them elsewhere.
 
 What is compiled, planned, measured, exported and documented is read from here. A new pipeline of
 networks that fastdiff computes is a new row.
@@ -27,13 +26,13 @@ class Plan:
     """Those of the variables that a diffusers which the plan can follow has."""
     returned: tuple[str, ...]
     """Those that a callback may return beside the latents."""
-    attention_kwargs: str = "cross_attention_kwargs"
+    attention_kwargs: str = ""
     """The pipeline's property that the network is given as an argument of the same name; the scale
-    of LoRA adapters stands there."""
-    pictures: str = "image_embeds"
+    of LoRA adapters stands there; "": there is none."""
+    pictures: str = ""
     """The condition that IP-Adapters read; what they add depends on their scales, too. Where it is
-    no variable, it stands in the attention kwargs."""
-    step_options: str = "extra_step_kwargs"
+    no variable, it stands in the attention kwargs. "": there is none."""
+    step_options: str = ""
     """The variable that holds further arguments of the scheduler's `step`; "": there are none."""
     entrance: str = "interrupt"
     """Where the plan enters the loop: "interrupt", which it asks the pipeline for at the top of
@@ -57,7 +56,14 @@ _TEXT = {
     "image_embeds": "image_embeds",
 }
 _ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
-SD_PLAN = Plan(_TEXT, ("prompt_embeds", "timestep_cond"), ("prompt_embeds",))
+SD_PLAN = Plan(
+    _TEXT,
+    ("prompt_embeds", "timestep_cond"),
+    ("prompt_embeds",),
+    attention_kwargs="cross_attention_kwargs",
+    pictures="image_embeds",
+    step_options="extra_step_kwargs",
+)
 XL_PLAN = replace(
     SD_PLAN,
     conditions=_TEXT | _ADDED,
@@ -80,7 +86,6 @@ SD3_PLAN = Plan(
     returned=("prompt_embeds", "pooled_prompt_embeds"),
     attention_kwargs="joint_attention_kwargs",
     pictures="ip_adapter_image_embeds",
-    step_options="",
     absent=("skip_guidance_layers",),
 )
 SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
@@ -146,12 +151,27 @@ def _rows() -> dict[str, Recipe]:
 
 
 RECIPES: Mapping[str, Recipe] = _rows()
-"""By the name of the class."""
+"""By the name of the class; one outside of diffusers has its path: "package.module.Class"."""
 
 
 def recipe_of(pipe: Any) -> Recipe | None:
     """The row of a pipeline's class; None where fastdiff does not know it."""
-    return RECIPES.get(type(pipe).__name__)
+    return recipe_of_class(type(pipe))
+
+
+def recipe_of_class(cls: type) -> Recipe | None:
+    """As `recipe_of`."""
+    return RECIPES.get(_path(cls)) or RECIPES.get(cls.__name__)
+
+
+def packages_of(pipe: Any) -> tuple[str, ...]:
+    """The package of a pipeline whose row has its path: its loop is as good as diffusers'."""
+    path = _path(type(pipe))
+    return (path.partition(".")[0],) if path in RECIPES else ()
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__name__}"
 
 
 def denoiser(pipe: Any) -> Any:

@@ -148,6 +148,8 @@ def t5(scale: float, tokenizer: Any, dtype: torch.dtype, device: str, seed: int)
     )
     encoder = random(T5EncoderModel, {"config": config}, dtype, device, seed)
     encoder.tie_weights()
+    for block in encoder.encoder.block:  # T5 divides no scores: its weights hold that factor
+        block.layer[0].SelfAttention.q.weight.data.mul_(HEAD**-0.5)
     return encoder
 
 

@@ -229,7 +229,8 @@ class Denoising:
     @property
     def _adapted(self) -> bool:
         """Whether what is hoisted depends on more than the conditions: on IP-Adapters' scales."""
-        return getattr(self.given, self.call.plan.pictures) is not None
+        pictures = self.call.plan.pictures
+        return bool(pictures) and getattr(self.given, pictures) is not None
 
     def _told(self, returned: dict[str, Any]) -> Any:
         """What the network is told once a callback has returned embeddings."""
@@ -250,7 +251,7 @@ class Denoising:
     def _scale(self) -> float:
         """What the call multiplies LoRA adapters by."""
         name = self.call.plan.attention_kwargs
-        return self.slot.kind.scale(**{name: getattr(self.pipe, name)})
+        return self.slot.kind.scale(**({name: getattr(self.pipe, name)} if name else {}))
 
     def _offer(self) -> Denoiser:
         denoiser: Denoiser = self.slot.offer(self.call.latents, self.given, scale=self._scale())

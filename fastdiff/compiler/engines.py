@@ -56,8 +56,8 @@ class Replaced:
     def source(
         self, engine: Engine, inputs: Ports, outputs: Ports, network_sha256: str
     ) -> "Source":
-        multiple = self.denoised.multiple(self.module)
-        network = EngineNetwork(engine, inputs, outputs, multiple)
+        multiple, most = self.denoised.multiple(self.module), self.denoised.most(self.module)
+        network = EngineNetwork(engine, inputs, outputs, multiple, most)
         return Source(network, network_sha256, self.rehearsed)
 
 

@@ -22,6 +22,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastdiff.families import family
 from fastdiff.models import Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.originals import original, own_helper, own_method
-from fastdiff.recipes import RECIPES
+from fastdiff.recipes import packages_of, recipe_of, recipe_of_class
 from fastdiff.runtime.schedulers import NotLinear
 
 _LOCALS = (
@@ -93,9 +94,10 @@ def loop_of(pipe: Any) -> Loop | None:
 def take_loop(pipe: Any) -> None:
     """Run the loops of `pipe` as plans from now on; it keeps its class's name and its place."""
     own: Any = _own_class(type(pipe))
-    call, recipe = vars(own).get("__call__"), RECIPES.get(own.__name__)
+    call, recipe = vars(own).get("__call__"), recipe_of(pipe)
     planned = recipe is not None and recipe.plan is not None
-    if planned and original(call, own, "__call__") and loop_of(pipe) is None:
+    theirs = original(call, own, "__call__", packages_of(pipe))
+    if planned and theirs and loop_of(pipe) is None:
         vars(pipe)[_LOOP] = Loop()
         pipe.__class__ = _planned(own)
 
@@ -115,7 +117,9 @@ def _own_class(cls: Any) -> Any:
 @functools.cache
 def _planned(own: Any) -> Any:
     """The subclass of a pipeline class that runs its loops as plans."""
-    plan = RECIPES[own.__name__].plan
+    recipe = recipe_of_class(own)
+    assert recipe is not None
+    plan = recipe.plan
     assert plan is not None
     signature = inspect.signature(own.__call__)
     loop_code = inspect.unwrap(own.__call__).__code__
@@ -250,8 +254,9 @@ def _among(conditions: Iterable[Any], given: Iterable[Any]) -> bool:
 
 def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: Any) -> Call:
     """The loop that is about to begin, from the local variables of diffusers' `__call__`."""
-    recipe = RECIPES[type(pipe).__name__]
-    plan = recipe.plan
+    recipe = recipe_of(pipe)
+    assert recipe is not None
+    plan, own = recipe.plan, partial(own_method, pipe, packages=packages_of(pipe))
     assert plan is not None
     options = (plan.step_options,) if plan.step_options else ()
     missing = [name for name in (*_LOCALS, *options, *plan.required) if name not in local]
@@ -264,10 +269,10 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: 
     kind = type(pipe.scheduler).__name__
     if plan.schedulers and kind not in plan.schedulers:
         raise Unsupported(f"its loop asks two results of {kind}, of which a plan has one")
-    if not own_method(pipe, "prepare_latents"):
+    if not own("prepare_latents"):
         raise Unsupported("its prepare_latents was replaced, and may keep the latents it gives")
     for name in (*_ASKED, plan.attention_kwargs):
-        if hasattr(type(pipe), name) and not own_method(pipe, name):
+        if hasattr(type(pipe), name) and not own(name):
             raise Unsupported(f"its {name} was replaced, and may change from step to step")
     rescale = helpers.get("rescale_noise_cfg")
     if rescale is not None and not own_helper(rescale, "rescale_noise_cfg"):
@@ -279,7 +284,7 @@ def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: 
         raise Unsupported("callback_on_step_end asks for more than the latents")
     if callback is not None and plan.entrance == "progress_bar":
         raise Unsupported("after callback_on_step_end it could not go on in the middle")
-    kept = not pipe.do_classifier_free_guidance and not own_method(pipe, "encode_prompt")
+    kept = not pipe.do_classifier_free_guidance and not own("encode_prompt")
     if callback is not None and kept:
         raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})

@@ -25,10 +25,14 @@ class EngineNetwork:
         engine: what computes.
         inputs, outputs: of the file.
         multiple: of which the latents' height and width must be.
+        most: the greatest that these may be; None: any.
     """
 
-    def __init__(self, engine: Engine, inputs: Ports, outputs: Ports, multiple: int) -> None:
-        self.engine, self._inputs, self._multiple = engine, inputs, multiple
+    def __init__(
+        self, engine: Engine, inputs: Ports, outputs: Ports, multiple: int, most: int | None = None
+    ) -> None:
+        self.engine, self._inputs = engine, inputs
+        self._multiple, self._most = multiple, most
         self._latents, self._timestep, *self._conditions = inputs
         ((self._output, (_, _, self._channels, *_)),) = outputs.items()
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
@@ -61,6 +65,11 @@ class EngineNetwork:
             raise Unsupported(
                 f"{self._latents} has the sides {list(latents.shape[2:])}; the engine takes"
                 f" multiples of {self._multiple}"
+            )
+        if self._most is not None and max(latents.shape[2:]) > self._most:
+            raise Unsupported(
+                f"{self._latents} has the sides {list(latents.shape[2:])}; the engine takes at"
+                f" most {self._most}"
             )
         texts = tensors[self._conditions[0]]
         check_count(self._conditions[0], texts, latents, copies)

@@ -1,5 +1,6 @@
 """A pipeline's networks as ONNX files in the folder layout Optimum and its ORT pipelines read."""
 
+import inspect
 import logging
 import time
 import warnings
@@ -118,7 +119,7 @@ def to_program(part: Part, opset: int) -> Any:
     """
     generator = torch.Generator().manual_seed(0)
     arguments = tuple(draw(port, part.example, part.net.config, generator) for port in part.inputs)
-    named = 3 if part.folder == "unet" else len(part.inputs)  # further ones are its *more
+    named = _named(part)
     free: list[Any] = [
         {i: side for i, side in enumerate(port.shape) if isinstance(side, str)} or None
         for port in part.inputs
@@ -167,6 +168,12 @@ def write(
     write_json(place / "config.json", config_of(part.net))
     size = sum(path.stat().st_size for path in exported.files_of(file))
     return Written(part, size, exported.sha256_of(file), time.perf_counter() - start, names)
+
+
+def _named(part: Part) -> int:
+    """How many of its inputs its module takes by names of their own, the others as one tuple."""
+    given = inspect.signature(part.module.forward).parameters.values()
+    return sum(one.kind is one.POSITIONAL_OR_KEYWORD for one in given)
 
 
 @contextmanager

@@ -12,19 +12,24 @@ from fastdiff.recipes import exported
 
 __all__ = ["Part", "Port", "draw", "left_out", "parts"]
 
-TEXTS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
+"""CLIP's classes, and their names of the pooled text."""
+T5, T5_TOKENS = "T5EncoderModel", 256
+"""A class that takes any length, and the length that pipelines encode."""
 
 
 class Text(nn.Module):
-    """input_ids [B, L] -> the encoder's tensors and every hidden state [B, L, D]."""
+    """input_ids [B, L] -> the encoder's tensors and, if wanted, every hidden state [B, L, D]."""
 
-    def __init__(self, net: nn.Module, first: tuple[str, str]) -> None:
+    def __init__(self, net: nn.Module, first: tuple[str, ...], states: bool) -> None:
         super().__init__()
-        self.net, self.first = net, first
+        self.net, self.first, self.states = net, first, states
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        out = self.net(input_ids, output_hidden_states=True, return_dict=True)
-        return (*(getattr(out, name) for name in self.first), *out.hidden_states)
+        out = self.net(input_ids, output_hidden_states=self.states, return_dict=True)
+        more = out.hidden_states if self.states else ()
+        return (*(getattr(out, name) for name in self.first), *more)
 
 
 def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tuple[Part, ...]:
@@ -40,7 +45,7 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
     recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
     texts = {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
     found = [_text(key, module, dtype) for key, module in texts.items()]
-    tokens = [module.config.max_position_embeddings for module in texts.values()]
+    tokens = [length for module in texts.values() if (length := _length(module)) is not None]
     side = 0
     for name, own in recipe.networks.items():
         module, of = getattr(pipe, name), family(own)
@@ -65,25 +70,33 @@ def left_out(pipe: Any) -> tuple[str, ...]:
 def _text(folder: str, net: nn.Module, dtype: torch.dtype) -> Part:
     kind = type(net).__name__
     config: Any = net.config
-    if kind not in TEXTS.values():
-        raise UserError(f"{folder} is a {kind}; supported are {', '.join(TEXTS.values())}")
-    projected = kind == "CLIPTextModelWithProjection"
-    pooled = "text_embeds" if projected else "pooler_output"
+    if kind not in (known := (*CLIPS, T5)):
+        raise UserError(f"{folder} is a {kind}; supported are {', '.join(known)}")
     whole = ("batch_size", "sequence_length", config.hidden_size)
-    width = config.projection_dim if projected else config.hidden_size
-    last, pool = ("last_hidden_state", whole), (pooled, ("batch_size", width))
-    first = (pool, last) if projected else (last, pool)
-    states = ((f"hidden_states.{i}", whole) for i in range(config.num_hidden_layers + 1))
-    length = config.max_position_embeddings
+    first: tuple[tuple[str, tuple[int | str, ...]], ...] = (("last_hidden_state", whole),)
+    states: list[tuple[str, tuple[int | str, ...]]] = []
+    if kind != T5:
+        projected = kind == "CLIPTextModelWithProjection"
+        width = config.projection_dim if projected else config.hidden_size
+        pool = (CLIPS[kind], ("batch_size", width))
+        first = (pool, *first) if projected else (*first, pool)
+        states = [(f"hidden_states.{i}", whole) for i in range(config.num_hidden_layers + 1)]
+    length = _length(net) or T5_TOKENS
     sizes = ((2, length - 1), (1, length), (3, 5), (2, length // 2))
     example, *cases = ({"batch_size": b, "sequence_length": tokens} for b, tokens in sizes)
     return Part(
         folder=folder,
         source=net,
-        module=Text(net, (first[0][0], first[1][0])).eval(),
+        module=Text(net, tuple(name for name, _ in first), states=bool(states)).eval(),
         dtype=dtype,
         inputs=(Port("input_ids", "int64", ("batch_size", "sequence_length")),),
         outputs=tuple(Port(name, dtype_name(dtype), shape) for name, shape in (*first, *states)),
         example=example,
         cases=tuple(cases),
     )
+
+
+def _length(net: nn.Module) -> int | None:
+    """Tokens that a text encoder has positions for; None: any number."""
+    config: Any = net.config
+    return getattr(config, "max_position_embeddings", None)

@@ -75,7 +75,7 @@ def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
 
     Guidance doubles the batch of what sees the text: from the pictures of `least` to twice those of
     `most`. A static U-Net takes twice its pictures and nothing else; a text encoder always takes
-    the texts of one half alone, as diffusers encodes them. Text has the encoder's full length.
+    the texts of one half alone, as diffusers encodes them. Text has its full length.
     """
     for end in (shapes.least, shapes.best, shapes.most):
         for part in parts:
@@ -85,6 +85,10 @@ def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
                     raise UserError(
                         f"{end}: {side} {got} is no multiple of {unit}, which {part.folder} needs;"
                         f" {multiple(parts)} suits every network"
+                    )
+                if part.most and got > (most := part.most * _pixels(parts)):
+                    raise UserError(
+                        f"{end}: {side} {got} is more than {most}, the most {part.folder} takes"
                     )
     return {part.folder: _profile(part, parts, shapes) for part in parts}
 
@@ -99,7 +103,7 @@ def _profile(part: Part, parts: Sequence[Part], shapes: Shapes) -> Profile:
             "batch_size": end.count * (2 if guided else 1),
             "height": end.height // latent,
             "width": end.width // latent,
-            "sequence_length": _tokens(parts),
+            "sequence_length": part.cases[0].get("sequence_length", 1),
         }
         for port in part.inputs:
             if _free(port):
@@ -120,12 +124,6 @@ def _pixels(parts: Sequence[Part]) -> int:
     """To a latent, as the VAE's ports say."""
     sides = (str(side) for part in parts for port in part.outputs for side in port.shape)
     return next((int(side.split("//")[1]) for side in sides if "//" in side), 1)
-
-
-def _tokens(parts: Sequence[Part]) -> int:
-    """The text encoders' full length, at which the U-Net is traced."""
-    traced = (part.example for part in parts if "height" in part.example)
-    return next((sizes["sequence_length"] for sizes in traced if "sequence_length" in sizes), 1)
 
 
 def _unit(part: Part, parts: Sequence[Part]) -> int:

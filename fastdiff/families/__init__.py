@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.families.part import Part
+from fastdiff.models.watch import class_name
 from fastdiff.recipes import RECIPES
 from fastdiff.runtime.planned import Run
 
@@ -70,7 +71,7 @@ class Denoised:
     channels: Callable[[Any], int]
     """(network) -> channels of its latents."""
     part: Callable[..., Part]
-    """(folder, module, dtype, tokens of its text, shape of the timestep) -> the file of its own;
+    """(folder, module, dtype, tokens of CLIP's text, shape of the timestep) -> the file of its own;
     raises UserError."""
     unexported: Callable[[Any], None]
     """(network) -> None; raises Unsupported where it has what no file holds."""
@@ -78,6 +79,8 @@ class Denoised:
     """(module) -> of which the latents' height and width must be in a file."""
     tokens: int = 77
     """Of a text as published pipelines encode it."""
+    most: Callable[[Any], int | None] = lambda module: None
+    """(module) -> the greatest height and width of latents that it takes; None: any."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Family:
     """A class of networks, and all that is asked about it elsewhere."""
 
     models: tuple[str, ...]
-    """diffusers' classes that can be compiled by themselves."""
+    """Classes that can be compiled by themselves; one outside of diffusers has its path:
+    "package.module.Class"."""
     taken: Callable[[str, Any], Taken]
     """(component's name, component) -> what of it is taken over; nothing of a foreign kind."""
     left: Mapping[str, str] = field(default_factory=dict)
@@ -117,9 +121,8 @@ def plain(module: Any) -> Any:
 
 
 def of_model(model: Any, *names: str) -> bool:
-    """Whether a model is of one of diffusers' classes `names`, or of a class made from one."""
-    classes = (cls for cls in type(plain(model)).__mro__ if cls.__module__.startswith("diffusers."))
-    return any(cls.__name__ in names for cls in classes)
+    """Whether a model is of one of the classes `names`, or of a class made from one."""
+    return any(class_name(cls) in names for cls in type(plain(model)).__mro__)
 
 
 def named(model: Any) -> tuple[str, Family] | None:

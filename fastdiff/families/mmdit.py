@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part, Port, dtype_name, sides, with_frequencies
+from fastdiff.families.part import Part, Port, dtype_name, exportable, sides, unsupported
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, MMDiT, Unsupported, borrow_mmdit
 from fastdiff.models.checks import refuse
@@ -17,8 +17,9 @@ from fastdiff.models.mmdit import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, guided_steps, step, without_memory
 
-TOKENS = 77 + 256
-"""Of CLIP, and of T5 after them."""
+CLIP, T5 = 77, 256
+TOKENS = CLIP + T5
+"""Of a text: CLIP's, and T5's after them, which are zeros without T5."""
 PICTURES = "ip_adapter_image_embeds"
 
 
@@ -97,7 +98,7 @@ class _Exported(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = with_frequencies(net)
+        self.net = exportable(net)
 
     def forward(
         self,
@@ -122,17 +123,21 @@ def _part(
     folder: str,
     net: nn.Module,
     dtype: torch.dtype,
-    tokens: int = TOKENS,
+    tokens: int = CLIP,
     timestep: tuple[int, ...] = (),
 ) -> Part:
     kind = type(net).__name__
     if kind != "SD3Transformer2DModel":
         raise UserError(f"{folder} is a {kind}; supported is SD3Transformer2DModel")
     config: Any = net.config
+    for key in ("sample_size", "pos_embed_max_size"):
+        if not isinstance(getattr(config, key), int):
+            raise unsupported(folder, key, config)
     free, kind, patch = ("batch_size",), dtype_name(dtype), config.patch_size
-    picture = ("height", "width")
-    own = min(config.sample_size, config.pos_embed_max_size * patch)
-    sizes = ((1, own, own), (3, 6 * patch, 4 * patch), (2, 8 * patch, 4 * patch))
+    picture, tokens, most = ("height", "width"), tokens + T5, _most(net)
+    own = min(config.sample_size, most)
+    # odd numbers of patches lie otherwise in the middle of all positions than even ones
+    sizes = ((1, own, own), (3, 5 * patch, 3 * patch), (2, 7 * patch, 4 * patch))
     return Part(
         folder=folder,
         source=net,
@@ -155,6 +160,7 @@ def _part(
             sides(*size) | {"sequence_length": length}
             for size, length in zip(sizes, (tokens, tokens, 2 * tokens), strict=True)
         ),
+        most=most,
     )
 
 
@@ -162,6 +168,12 @@ def _multiple(net: Any) -> int:
     """Whole patches."""
     patch: int = net.config.patch_size
     return patch
+
+
+def _most(net: Any) -> int:
+    """Of the middle of its positions a picture gets as many as it has patches."""
+    most: int = net.config.pos_embed_max_size * net.config.patch_size
+    return most
 
 
 def _taken(name: str, net: Any) -> Taken:
@@ -173,5 +185,7 @@ FAMILY = Family(
     models=("SD3Transformer2DModel",),
     taken=_taken,
     left={"image_proj": "projects an IP-Adapter's picture to a few tokens in every step"},
-    denoised=Denoised(Conditions, _example, _channels, _part, _unexported, _multiple, TOKENS),
+    denoised=Denoised(
+        Conditions, _example, _channels, _part, _unexported, _multiple, TOKENS, _most
+    ),
 )

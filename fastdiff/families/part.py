@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ class Port:
 class Part:
     """One ONNX file. `module` takes `inputs` by position and returns a tuple of `outputs`.
 
-    example: the free sides it is traced at; cases: the other sides it is verified at.
+    example: the free sides it is traced at; cases: the other sides it is verified at, its own size
+    and the full length of its text first; most: the greatest height and width it takes.
     Free sides are latents of a denoising network or VAE decoder, pixels of a VAE encoder, tokens of
     text. A denoising network's first input are the latents, its second the timestep; the others
     have the names of its conditions.
@@ -47,6 +48,7 @@ class Part:
     outputs: tuple[Port, ...]
     example: dict[str, int]
     cases: tuple[dict[str, int], ...]
+    most: int | None = None
 
     @property
     def net(self) -> Any:  # diffusers' or transformers' own
@@ -87,8 +89,41 @@ class Frequencies(nn.Module):
         return torch.cat(waves, dim=-1).to(timesteps.dtype)  # that of what it is joined to
 
 
-def with_frequencies(net: nn.Module) -> nn.Module:
-    """The same weights in a network of its own, every Timesteps in it as `Frequencies`."""
+class Patches(nn.Module):
+    """diffusers' PatchEmbed that crops its positions: latents [B, C, Y, X] -> patches [B, L, D].
+
+    The slices begin at quotients of positive numbers. What torch's exporter makes of diffusers' own
+    is -Y // 2, which torch rounds down and ONNX towards zero: wrong where Y is an odd number of
+    patches.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.proj: Any = source.proj
+        self.patch: int = source.patch_size
+        self.most: int = source.pos_embed_max_size
+        self.register_buffer("positions", source.pos_embed.view(1, self.most, self.most, -1))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        rows, columns = (side // self.patch for side in latent.shape[-2:])
+        top, left = self._margin(rows), self._margin(columns)
+        positions: Any = self.positions
+        own = positions[:, top : top + rows, left : left + columns].flatten(1, 2)
+        patches = self.proj(latent).flatten(2).transpose(1, 2)
+        summed: Tensor = (patches + own).to(patches.dtype)
+        return summed
+
+    def _margin(self, side: int) -> int:
+        """(most - side) // 2."""
+        return self.most // 2 - (side + 1 - self.most % 2) // 2
+
+
+EXPORTED: dict[str, Callable[[Any], nn.Module]] = {"Timesteps": Frequencies, "PatchEmbed": Patches}
+"""What stands in a file for modules of diffusers, by the names of their classes."""
+
+
+def exportable(net: nn.Module) -> nn.Module:
+    """The same weights in a network of its own, every module in it as `EXPORTED` has it."""
     own = copy.copy(net)
     own._modules = {
         name: child if child is None else _told(child) for name, child in net._modules.items()
@@ -97,10 +132,10 @@ def with_frequencies(net: nn.Module) -> nn.Module:
 
 
 def _told(module: nn.Module) -> nn.Module:
-    if type(module).__name__ == "Timesteps":
-        return Frequencies(module)
-    within = any(type(child).__name__ == "Timesteps" for child in module.modules())
-    return with_frequencies(module) if within else module
+    if made := EXPORTED.get(type(module).__name__):
+        return made(module)
+    within = any(type(child).__name__ in EXPORTED for child in module.modules())
+    return exportable(module) if within else module
 
 
 def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Generator) -> Tensor:

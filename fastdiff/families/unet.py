@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part, Port, dtype_name, sides, unsupported, with_frequencies
+from fastdiff.families.part import Part, Port, dtype_name, exportable, sides, unsupported
 from fastdiff.models import Loan, Trunk, UNet, Unsupported, borrow_unet
 from fastdiff.models.checks import refuse
 from fastdiff.models.trunk import Conditions
@@ -118,7 +118,7 @@ class _Exported(nn.Module):
 
     def __init__(self, net: nn.Module, extra: tuple[str, ...]) -> None:
         super().__init__()
-        self.net, self.extra = with_frequencies(net), extra
+        self.net, self.extra = exportable(net), extra
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *more: Tensor

@@ -20,7 +20,8 @@ from torch import nn
 from fastdiff.models.watch import Item, Unsupported, replaced, watch
 
 PACKAGES = ("torch", "diffusers", "peft")
-"""Whose code we stand for."""
+"""Whose code we stand for, beside the packages of classes that a reader or a row names with their
+path."""
 MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "forward")
 """Where calls of modules and processors begin."""
 
@@ -53,17 +54,24 @@ class Reached(NamedTuple):
         return [name for name in found if name == "forward" or not hasattr(nn.Module, name)]
 
 
-_FOUND: dict[tuple[frozenset[type], tuple[str, ...]], tuple[Reached, Any]] = {}
+_Key = tuple[frozenset[type], tuple[str, ...], frozenset[str]]
+_FOUND: dict[_Key, tuple[Reached, Any]] = {}
 """What was found before, and what watches whether it still is so."""
 
 
-def reached(classes: Iterable[type], entries: tuple[str, ...] = MODULES) -> Reached:
+def reached(
+    classes: Iterable[type],
+    entries: tuple[str, ...] = MODULES,
+    packages: Iterable[str] = (),
+) -> Reached:
     """Follow the methods `entries` of objects of `classes` through their classes and modules.
+
+    packages: whose code we stand for beside PACKAGES.
 
     Raises:
         Unsupported: a function on the way is not its class's or module's own.
     """
-    key = frozenset(classes), entries
+    key = frozenset(classes), entries, frozenset(packages)
     if key not in _FOUND or not _FOUND[key][1].intact():
         found = _follow(*key)
         while len(_FOUND) >= _KEPT:
@@ -88,15 +96,22 @@ def check_own(instance: Any, entries: tuple[str, ...]) -> None:
             list(_links(own[name], where))
 
 
-def original(function: Any, owner: type, name: str) -> bool:
-    """Whether `function`, which stands in `vars(owner)`, is what `owner`'s module defines there."""
-    return _is_method(_known_links(function), owner, name)
+def original(function: Any, owner: type, name: str, packages: Iterable[str] = ()) -> bool:
+    """Whether `function`, which stands in `vars(owner)`, is what `owner`'s module defines there.
+
+    packages: as of `reached`.
+    """
+    return _is_method(_known_links(function, frozenset(packages)), owner, name)
 
 
-def own_method(instance: Any, name: str) -> bool:
-    """Whether `instance.name` is a method that is original, in whichever class it was found."""
+def own_method(instance: Any, name: str, packages: Iterable[str] = ()) -> bool:
+    """Whether `instance.name` is a method that is original, in whichever class it was found.
+
+    packages: as of `reached`.
+    """
     owner = next((base for base in type(instance).__mro__ if name in vars(base)), object)
-    return name not in vars(instance) and original(vars(owner).get(name), owner, name)
+    found = vars(owner).get(name)
+    return name not in vars(instance) and original(found, owner, name, packages)
 
 
 def own_helper(function: Any, name: str) -> bool:
@@ -104,7 +119,7 @@ def own_helper(function: Any, name: str) -> bool:
     return _is_helper(_known_links(function), name)
 
 
-def _follow(classes: Iterable[type], entries: tuple[str, ...]) -> Reached:
+def _follow(classes: Iterable[type], entries: tuple[str, ...], packages: frozenset[str]) -> Reached:
     bases = {base for cls in classes for base in cls.__mro__}
     owners = [base for base in bases if _package(base) not in sys.stdlib_module_names]
     spaces = [(owner, _dict_of(owner)) for owner in owners]
@@ -118,35 +133,42 @@ def _follow(classes: Iterable[type], entries: tuple[str, ...]) -> Reached:
             if name not in held:
                 continue
             found[id(held), name] = (held, name, held[name])
-            links = [*_links(held[name], f"{owner.__qualname__}.{name}")]
-            if _package(owner) not in PACKAGES or (links and not _is_method(links, owner, name)):
+            links = [*_links(held[name], f"{owner.__qualname__}.{name}", packages)]
+            theirs = _package(owner) in packages.union(PACKAGES)
+            if not theirs or (links and not _is_method(links, owner, name)):
                 raise _stranger(f"{owner.__qualname__}.{name}", links)
             for function in links:
-                todo += _scan(function, found)
+                todo += _scan(function, found, packages)
     return Reached([*found.values()], [held for _, held in spaces], frozenset(names))
 
 
-def _scan(function: FunctionType, found: dict[tuple[int, str], Item]) -> Iterator[str]:
+def _scan(
+    function: FunctionType, found: dict[tuple[int, str], Item], packages: frozenset[str]
+) -> Iterator[str]:
     """The names in a function's code; the global functions that it can call go into `found`."""
     names, outside = _names(function.__code__), function.__globals__
     yield from names
     modules = [vars(v) for n in names if isinstance(v := outside.get(n), ModuleType)]
-    for held in (outside, *(m for m in modules if _root(m["__name__"]) in PACKAGES)):
+    whole = packages.union(PACKAGES)
+    for held in (outside, *(m for m in modules if _root(m["__name__"]) in whole)):
         for name in names & held.keys():
             value, where = held[name], f"{held['__name__']}.{name}"
             if not callable(value) or isinstance(value, type) or (id(held), name) in found:
                 continue
             found[id(held), name] = (held, name, value)
-            links = [*_links(value, where)]
-            theirs = [link for link in links if _root(link.__module__) == "diffusers"]
+            links = [*_links(value, where, packages)]
+            followed = packages | {"diffusers"}
+            theirs = [link for link in links if _root(link.__module__) in followed]
             called = getattr(value, "__name__", name) if held is not outside else name
             if called.strip("_") != name.strip("_") or (theirs and not _is_helper(links, name)):
                 raise _stranger(where, links)
             for link in theirs if name != _DRAWN else ():
-                yield from _scan(link, found)
+                yield from _scan(link, found, packages)
 
 
-def _links(value: Any, where: str) -> Iterator[FunctionType]:
+def _links(
+    value: Any, where: str, packages: frozenset[str] = frozenset()
+) -> Iterator[FunctionType]:
     """A function and those it wraps, out of whatever makes it a method or property.
 
     Raises Unsupported where one of them is a stranger's.
@@ -161,15 +183,15 @@ def _links(value: Any, where: str) -> Iterator[FunctionType]:
         if isinstance(value, FunctionType):
             package = _root(value.__globals__.get("__name__"))
             yield value
-        if package not in _KNOWN or isinstance(value, partial | partialmethod):
+        if package not in packages.union(_KNOWN) or isinstance(value, partial | partialmethod):
             raise _stranger(where, [value])
         value = getattr(value, "__wrapped__", None)
 
 
-def _known_links(function: Any) -> list[FunctionType]:
+def _known_links(function: Any, packages: frozenset[str] = frozenset()) -> list[FunctionType]:
     """As `_links`; none where one of them is a stranger's."""
     try:
-        return [*_links(function, "")]
+        return [*_links(function, "", packages)]
     except Unsupported:
         return []
 

@@ -50,6 +50,8 @@ class Reads:
         self._hooks = hooks(self.modules) if rehearsed is None else []
         self.opened: dict[int, Any] = {}
         """Modules and what they hold, by id, of which attributes are read."""
+        self._packages: set[str] = set()
+        """Beside torch and diffusers, those whose classes were opened by a name with its path."""
         self._foreign: set[int] = set()
         """Modules that are called, so that what they compute is theirs."""
         self._notes: dict[tuple[int, str], Item] = {}
@@ -59,12 +61,19 @@ class Reads:
         self._watch: Any = None
 
     def open(self, thing: Any, *known: str | type) -> Any:
-        """What reads of `thing` go through; Unsupported unless its class is one of the `known`."""
+        """What reads of `thing` go through; Unsupported unless its class is one of the `known`.
+
+        A name has its path where the class is neither torch's nor diffusers'; all that its package
+        defines is followed and watched like diffusers' own code.
+        """
         if self._rehearsed is not None:
             return thing
         if kind(thing) not in known and type(thing) not in known:
             names = " or ".join(k if isinstance(k, str) else k.__name__ for k in known)
             raise Unsupported(f"a {kind(thing)} where a {names} was expected")
+        package, path, _ = kind(thing).partition(".")
+        if path and kind(thing) in known:
+            self._packages.add(package)
         self.opened[id(thing)] = thing
         return Reader(self, thing)
 
@@ -139,7 +148,8 @@ class Reads:
         for name, module in self._root.named_modules():
             if id(module) in unread:
                 raise Unsupported(f"{name}, a {kind(module)} that diffusers does not have there")
-        code = reached(type(thing) for thing in self.opened.values())
+        classes = map(type, self.opened.values())
+        code = reached(classes, packages=self._packages)
         # children and parameters are watched where they lie
         notes = (n for n in self._notes.values() if not _kept(n[0], n[1]))
         items = [*notes, *code.items, *self._overrides(code)]

@@ -23,8 +23,13 @@ class Unsupported(ValueError):
 
 
 def kind(thing: Any) -> str:
-    """Class name, with its path unless it is torch's or diffusers': others reuse the names."""
-    path, name = type(thing).__module__, type(thing).__name__
+    """The name of its class, as of `class_name`: others reuse the names of torch and diffusers."""
+    return class_name(type(thing))
+
+
+def class_name(cls: type) -> str:
+    """Its name, with its path unless it is torch's or diffusers'."""
+    path, name = cls.__module__, cls.__name__
     return name if path.split(".")[0] in ("torch", "diffusers") else f"{path}.{name}"
 
 

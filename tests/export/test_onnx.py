@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from command import run
+from diffusers import SD3Transformer2DModel
 
 from fastdiff.bench import presets
 from fastdiff.engines.ort import Session
@@ -20,6 +21,7 @@ from fastdiff.export import onnx as exporter
 from fastdiff.export import parity, picture
 from fastdiff.export.folder import check_new, new_folder
 from fastdiff.export.parts import parts
+from fastdiff.families import family
 
 FILES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 SMALL = {  # the architectures at a tenth of their widths, with the fewest layers that repeat
@@ -423,3 +425,32 @@ def test_a_name_the_system_refuses_is_one_sentence(tmp_path, monkeypatch, failur
     name = tmp_path / ("out" if failure else "a" * 300)
     with pytest.raises(UserError, match=r"cannot be written: (Permission denied|File name too)"):
         check_new(name)
+
+
+@pytest.mark.parametrize("most", [7, 8])
+def test_positions_of_any_number_of_patches(most, tmp_path):
+    """Odd numbers, too: torch's exporter divides what is negative there, and ONNX rounds it up."""
+    config = {
+        "sample_size": 8,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 16,
+        "pos_embed_max_size": most,
+    }
+    net = SD3Transformer2DModel(**config).eval()
+    part = family("mmdit").denoised.part("transformer", net, torch.float32)
+    own = part.module.net.pos_embed
+    for rows in range(1, most + 1):
+        for columns in range(1, most + 1):
+            latents = torch.randn(1, 16, 2 * rows, 2 * columns)
+            assert torch.equal(own(latents), net.pos_embed(latents))
+    exporter.write(part, tmp_path, 20, lambda line: None)
+    in_ort = Session(tmp_path / part.file, torch.device("cpu"))
+    odd = [{"batch_size": 1, "height": 2 * a, "width": 2 * b} for a, b in ((3, 4), (4, 5), (7, 1))]
+    part = replace(part, cases=tuple(sides | {"sequence_length": 9} for sides in odd))
+    verdicts = parity.verify_part(part, in_ort)
+    assert len(verdicts) == 9
+    assert all(row.passed for row in verdicts)
