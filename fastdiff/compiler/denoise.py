@@ -272,7 +272,7 @@ class Denoising:
 
 def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
     """The conditions that `pipe` gives its network among the attention kwargs, as they are now."""
-    if plan.pictures in plan.conditions:
+    if not plan.pictures or plan.pictures in plan.conditions:
         return {}
     return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}
 

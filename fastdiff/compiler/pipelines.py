@@ -22,32 +22,19 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from torch.utils import _contextlib
 
-from fastdiff.compiler.denoise import Call, Denoising, carried
-from fastdiff.families import family
+from fastdiff.compiler.begun import call_of
+from fastdiff.compiler.denoise import Denoising
 from fastdiff.models import Unsupported
-from fastdiff.models.checks import refuse
-from fastdiff.models.originals import original, own_helper, own_method
-from fastdiff.recipes import packages_of, recipe_of, recipe_of_class
+from fastdiff.models.originals import original
+from fastdiff.recipes import recipe_of_class
 from fastdiff.runtime.schedulers import NotLinear
-
-_LOCALS = (
-    *("latents", "timesteps", "num_warmup_steps"),
-    *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
-)
-"""Variables of diffusers' `__call__` that every plan is made from; its recipe names the others."""
-
-
-_ASKED = ("guidance_scale", "guidance_rescale", "do_classifier_free_guidance")
-"""What diffusers asks the pipeline for in every step, and a plan once."""
 
 _LOOP = "_fastdiff_loop"
 
@@ -231,7 +218,7 @@ def _run(pipe: Any, entered: _Entered, frame: FrameType, bar: Any) -> int:
     diffusers has to run it."""
     loop = entered.loop
     try:
-        call = _call(pipe, frame.f_locals, frame.f_globals, bar)
+        call = call_of(pipe, frame.f_locals, frame.f_globals, bar)
         if call.callback is not None and _among(call.conditions, entered.given):
             raise Unsupported("a callback may change the embeddings that the call was given")
         denoising = Denoising(pipe, call)
@@ -250,56 +237,3 @@ def _among(conditions: Iterable[Any], given: Iterable[Any]) -> bool:
     """Whether a condition is the very tensor that was given."""
     known = {id(value) for value in given if isinstance(value, Tensor)}
     return any(id(condition) in known for condition in conditions)
-
-
-def _call(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: Any) -> Call:
-    """The loop that is about to begin, from the local variables of diffusers' `__call__`."""
-    recipe = recipe_of(pipe)
-    assert recipe is not None
-    plan, own = recipe.plan, partial(own_method, pipe, packages=packages_of(pipe))
-    assert plan is not None
-    options = (plan.step_options,) if plan.step_options else ()
-    missing = [name for name in (*_LOCALS, *options, *plan.required) if name not in local]
-    if missing:
-        raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
-    if bar is None:
-        raise Unsupported("this version of diffusers has no progress_bar in its loop")
-    if local.get("i", 0) != 0:
-        raise Unsupported("this version of diffusers asks after its first step only")
-    kind = type(pipe.scheduler).__name__
-    if plan.schedulers and kind not in plan.schedulers:
-        raise Unsupported(f"its loop asks two results of {kind}, of which a plan has one")
-    if not own("prepare_latents"):
-        raise Unsupported("its prepare_latents was replaced, and may keep the latents it gives")
-    for name in (*_ASKED, plan.attention_kwargs):
-        if hasattr(type(pipe), name) and not own(name):
-            raise Unsupported(f"its {name} was replaced, and may change from step to step")
-    rescale = helpers.get("rescale_noise_cfg")
-    if rescale is not None and not own_helper(rescale, "rescale_noise_cfg"):
-        raise Unsupported("rescale_noise_cfg was replaced")
-    callback = local["callback_on_step_end"]
-    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        raise Unsupported(f"a {type(callback).__name__} may change anything between the steps")
-    if callback is not None and local["callback_on_step_end_tensor_inputs"] != ["latents"]:
-        raise Unsupported("callback_on_step_end asks for more than the latents")
-    if callback is not None and plan.entrance == "progress_bar":
-        raise Unsupported("after callback_on_step_end it could not go on in the middle")
-    kept = not pipe.do_classifier_free_guidance and not own("encode_prompt")
-    if callback is not None and kept:
-        raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
-    refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
-    denoised = family(recipe.networks[recipe.denoiser]).denoised
-    assert denoised is not None
-    given = {field: local.get(name) for field, name in plan.conditions.items()}
-    given |= carried(pipe, plan)
-    return Call(
-        network=recipe.denoiser,
-        latents=local["latents"],
-        conditions=denoised.conditions(**given),
-        plan=plan,
-        timesteps=local["timesteps"],
-        step_options=local[plan.step_options] if plan.step_options else {},
-        bar=bar,
-        warm_up=local["num_warmup_steps"],
-        callback=callback,
-    )

@@ -95,10 +95,11 @@ class EngineNetwork:
 
     def hoist(self, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """Rows [steps, 1] float32 of the timesteps, and the conditions as they are."""
-        if timesteps.shape[1] != 1:
+        first = timesteps[:, :1]
+        if timesteps.shape[1] > 1 and not bool((timesteps == first).all()):  # SD3 repeats one
             raise Unsupported("it was given a timestep for each picture")
         constants = tuple(getattr(given, name) for name in self._conditions)
-        return Hoisted(timesteps.float(), constants)
+        return Hoisted(first.float(), constants)
 
     def pack(self, latents: Tensor) -> Tensor:
         """[B, C, Y, X] as they are."""

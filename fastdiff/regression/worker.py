@@ -28,6 +28,12 @@ CHECKED_STEPS = 2
 """Of the picture that is held to float64; its last step is the one that is looked at closely."""
 
 
+def denoiser(pipe: Any) -> Any:
+    """The network that a pipeline's loop repeats."""
+    # not fastdiff.recipes: a state may be older than that, or without fastdiff
+    return getattr(pipe, "transformer", None) or pipe.unet
+
+
 class Pipelines:
     """Pictures by each backend: a step up to the latents, decoding them, and preparing it all."""
 
@@ -42,7 +48,7 @@ class Pipelines:
 
     def own_size(self, pipe: Any) -> dict[str, int]:
         """Height and width in pixels: as asked for, else the pipeline's own."""
-        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        own = denoiser(pipe).config.sample_size * pipe.vae_scale_factor
         return {side: self.settings[side] or own for side in ("height", "width")}
 
     def start(self) -> dict[str, Any]:
@@ -70,8 +76,10 @@ class Pipelines:
         start = self.clock()
         latents = pipe(PROMPT, output_type="latent", **self.call()).images
         between = self.clock()
+        config = pipe.vae.config
         with self.torch.no_grad():
-            pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor)
+            latents = latents.to(pipe.vae.dtype) / config.scaling_factor
+            pipe.vae.decode(latents + (getattr(config, "shift_factor", None) or 0.0))
         return 1e3 * (between - start), 1e3 * (self.clock() - between)
 
     def clock(self) -> float:
@@ -97,14 +105,15 @@ class Pipelines:
 
         height, width = self.size.values()
         pipe = self.load()
-        factor, channels = pipe.vae_scale_factor, pipe.unet.config.in_channels
+        factor, channels = pipe.vae_scale_factor, denoiser(pipe).config.in_channels
         shape = (1, channels, height // factor, width // factor)
         latents = self.torch.randn(shape, generator=self.torch.Generator().manual_seed(0))
         request = Request(PROMPT, CHECKED_STEPS, height, width, latents, seed=0)
         truth = find_truth(pipe, request)
         wrong = {}
         for name, pipe in self.pipes.items():
-            receipt = check(draw(pipe, request).image, run_step(pipe.unet, truth.step), truth)
+            step = run_step(denoiser(pipe), truth.step)
+            receipt = check(draw(pipe, request).image, step, truth)
             if not receipt.passed:
                 wrong[name] = f"its picture is {receipt.psnr_db:.0f} dB from eager's"
         return wrong
@@ -137,7 +146,7 @@ class Pipelines:
             import fastdiff
 
             pipe = fastdiff.load_demo(dtype, settings["device"])
-        # not fastdiff.recipes: a state may be older than that, or without fastdiff
+        # not fastdiff.recipes either
         upcast = "XL" in type(pipe).__name__ and pipe.vae.config.force_upcast
         if upcast and dtype == self.torch.float16:  # as diffusers does where it decodes itself
             pipe.vae.to(self.torch.float32)

@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from command import run
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
-from diffusers.models.embeddings import PatchEmbed
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection, PatchEmbed
 from peft import LoraConfig
 
 import fastdiff
@@ -143,6 +145,22 @@ def test_the_plan_draws_with_the_file(exported, pipe):
     assert report.parts[0].why == "3 calls"
 
 
+def test_one_timestep_for_all_pictures_is_the_engines(exported, pipe):
+    """As the pipeline's own loop gives it: expanded to the pictures and both halves."""
+    on_ort = copy.deepcopy(pipe)
+    fastdiff.compile(on_ort, Options(backend="ort", engines=exported.folder))
+    given = torch.randn(2, 16, 10, 6), torch.randn(2, 9, 192), torch.randn(2, 128)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        got, eager = (
+            one.transformer(*given, torch.tensor(500.5).expand(2)).sample for one in (on_ort, pipe)
+        )
+    assert float((got - eager).abs().max()) < 2e-5
+    reason = "runs eagerly: it was given a timestep for each picture"
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match=reason):
+        on_ort.transformer(*given, torch.tensor([500.5, 3.0]))
+
+
 def test_a_picture_beyond_all_positions_is_diffusers_own_error(exported, pipe):
     pipe = copy.deepcopy(pipe)
     fastdiff.compile(pipe, Options(backend="ort", engines=exported.folder))
@@ -160,6 +178,22 @@ def test_a_lora_is_no_engine(exported, pipe):
     pipe = copy.deepcopy(pipe)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="transformer cannot run on ort: a LoRA adapter"):
+        fastdiff.compile(pipe, Options(backend="ort", engines=exported.folder))
+
+
+def test_an_ip_adapter_is_no_engine(exported, pipe):
+    pipe = copy.deepcopy(pipe)
+    net = pipe.transformer
+    width, head = net.inner_dim, net.config.attention_head_dim
+    made = {
+        name: SD3IPAdapterJointAttnProcessor2_0(width, width, head, 32)
+        for name in net.attn_processors
+    }
+    net.set_attn_processor(made)
+    net.image_proj = IPAdapterTimeImageProjection(
+        20, width, hidden_dim=32, depth=1, dim_head=8, heads=4, num_queries=5, timestep_in_dim=16
+    )
+    with pytest.raises(UserError, match="transformer cannot run on ort: .*IP-Adapter"):
         fastdiff.compile(pipe, Options(backend="ort", engines=exported.folder))
 
 
