@@ -1,4 +1,4 @@
-"""A denoising loop that is about to begin, found in the local variables of diffusers' `__call__`."""
+"""A denoising loop that is about to begin, read from the variables of diffusers' `__call__`."""
 
 from collections.abc import Mapping
 from functools import partial

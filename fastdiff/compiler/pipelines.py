@@ -33,7 +33,7 @@ from fastdiff.compiler.begun import call_of
 from fastdiff.compiler.denoise import Denoising
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original
-from fastdiff.recipes import recipe_of_class
+from fastdiff.recipes import packages_of, recipe_of, recipe_of_class
 from fastdiff.runtime.schedulers import NotLinear
 
 _LOOP = "_fastdiff_loop"
