@@ -147,6 +147,8 @@ PARTS = (
     Part("verify", own, 0, 120),
     Part("sdxl", partial(bench, "sdxl", 10, 7, f"{EAGER},fastdiff"), 60, 200),
     Part("profile-sdxl", own, 20, 90),
+    Part("sd3", partial(bench, "sd3", 10, 7, "eager,fastdiff"), 60, 200),
+    Part("profile-sd3", own, 20, 90),
     Part("vae", own, 10, 60),
     Part("kernels", own, 10, 180),
     Part("first-pictures", first_pictures, 30, 180),

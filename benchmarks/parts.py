@@ -25,6 +25,7 @@ from benchmarks.sheet import Sheet
 from fastdiff.bench.kernels import sampler
 from fastdiff.kernels.contract import Case, verify
 from fastdiff.kernels.dispatch import Kernel
+from fastdiff.recipes import denoiser
 from fastdiff.written import write_text
 
 DRY_SCALE = 0.1
@@ -138,7 +139,7 @@ def profile_step(preset: str, session: Session, sheet: Sheet) -> None:
     from fastdiff.bench.timing import picture
 
     pipe = session.pipeline(preset)
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = denoiser(pipe).config.sample_size * pipe.vae_scale_factor
     lines: list[str] = []
     for backend in ("eager", "fastdiff"):
         if backend == "fastdiff":
@@ -204,6 +205,7 @@ PARTS: dict[str, Callable[[Session, Sheet], None]] = {
     "verify": check_sizes,
     "profile-sd15": partial(profile_step, "sd15"),
     "profile-sdxl": partial(profile_step, "sdxl"),
+    "profile-sd3": partial(profile_step, "sd3"),
     "kernels": time_kernels,
     "vae": lambda session, sheet: time_vae(session.device, session.dry_run, sheet.add),
     "first-pictures": first_pictures,

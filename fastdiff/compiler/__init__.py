@@ -258,7 +258,7 @@ def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[s
             f"the backend {options.backend} computes a network that a denoising loop repeats, and"
             " there is none"
         )
-    for name in ("controlnet", "adapter"):
+    for name in denoised.beside:
         if getattr(target, name, None) is not None:
             raise UserError(
                 f"the backend {options.backend} takes no residuals, which the {name} of"

@@ -81,6 +81,8 @@ class Denoised:
     """Of a text as published pipelines encode it."""
     most: Callable[[Any], int | None] = lambda module: None
     """(module) -> the greatest height and width of latents that it takes; None: any."""
+    beside: tuple[str, ...] = ("controlnet", "adapter")
+    """Components of a pipeline that give it residuals, which no file takes."""
 
 
 @dataclass(frozen=True)
