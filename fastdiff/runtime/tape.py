@@ -84,14 +84,15 @@ class _Memory(TorchDispatchMode):
             with self:  # a copy that an implementation makes for itself would be missed, too
                 return KERNELS[name].implementations["cpu"]()(*args, **kwargs)
         if op is torch.ops.aten.new_empty.default:
-            return self._new(*args)
+            like, shape = args
+            return self._new(shape, kwargs.get("dtype") or like.dtype)
         result = op(*args, **kwargs)
         if not _is_view(result, args[0]):
             raise _NotTapeable(f"{op} is none of our kernels")
         return result
 
-    def _new(self, like: Tensor, shape: Sequence[int]) -> Tensor:
-        size = math.prod(shape) * like.element_size()
+    def _new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
         fitting = [(block.nbytes, i) for i, block in enumerate(self._free) if size <= block.nbytes]
         if fitting:
             block = self._free.pop(min(fitting)[1])
@@ -102,7 +103,7 @@ class _Memory(TorchDispatchMode):
                 raise _NotTapeable(f"more than {TAPE_BYTES} bytes of activations")
         part = block[:size]
         weakref.finalize(part, self._free.append, block)  # when the last view of the tensor goes
-        return torch.from_numpy(part).view(like.dtype).view(*shape)
+        return torch.from_numpy(part).view(dtype).view(*shape)
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

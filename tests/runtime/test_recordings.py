@@ -128,3 +128,18 @@ def test_two_threads_share_a_pipeline(demo):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@torch.no_grad()
+def test_memory_of_another_dtype_is_of_that_dtype():
+    """A tape gives out memory itself; it used to give that of the tensor that was asked."""
+    seen = []
+
+    def function(x):
+        wide = x.new_empty(5, dtype=torch.float64)
+        seen.append((wide.dtype, wide.shape, x.new_empty(3).dtype))
+        return linear(x, x.t())
+
+    x = torch.randn(8, 8)
+    assert tape.record(function, (x,)) is not None
+    assert seen == [(torch.float64, torch.Size([5]), torch.float32)]
