@@ -142,9 +142,7 @@ def guided(model: nn.Module, dtype: torch.dtype, side: int) -> Run:
         raise UserError(f"no denoising loop of fastdiff repeats a {type(model).__name__}")
     ((module, kind),) = known[1].taken("", nn.Module.to(model, dtype=dtype)).values()
     network = kind.borrow(module, Loan(module, rehearsal=True)).network
-    shape = (1, denoised.channels(network), side, side)
-    latents = torch.empty(shape, dtype=dtype, device="meta")
-    return step(network, denoised.example(network, 2, denoised.tokens), latents)
+    return step(network, *denoised.picture(network, side, texts=2))
 
 
 def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Launches]:

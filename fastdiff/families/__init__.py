@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.families.part import Part
+from fastdiff.models.borrow import Loan, Unsupported
 from fastdiff.models.watch import class_name
 from fastdiff.recipes import RECIPES
-from fastdiff.runtime.planned import Run
+from fastdiff.runtime.planned import Run, guided_steps, step
 
 Taken = dict[str, tuple[nn.Module, "Kind"]]
 """By dotted name: a module that is taken over, and how."""
@@ -84,6 +85,19 @@ class Denoised:
     beside: tuple[str, ...] = ("controlnet", "adapter")
     """Components of a pipeline that give it residuals, which no file takes."""
 
+    def picture(self, network: Any, side: int, texts: int) -> tuple[Any, Tensor]:
+        """The conditions and the latents [1, C, side, side] of a picture, on the meta device, for a
+        network without memory. texts: 2 with guidance."""
+        shape = (1, self.channels(network), side, side)
+        latents = torch.empty(shape, dtype=network.dtype, device="meta")
+        return self.example(network, texts, self.tokens), latents
+
+    def loop(self, network: Any, sizes: Sizes) -> list[Run]:
+        """What a picture's loop asks of a GPU, by any scheduler; `network` as of `picture`."""
+        texts = 2 if sizes.guided else 1
+        given, latents = self.picture(network, sizes.side, texts)
+        return [step(network, given, latents), *guided_steps(network, given, latents, texts)]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -142,8 +156,6 @@ def settings(root: nn.Module) -> list[tuple[str, str, Any]]:
 
     Of a component that it does not compute, nothing.
     """
-    from fastdiff.models.borrow import Loan, Unsupported
-
     known = named(root)
     taken = {} if known is None else known[1].taken("", root)
     found: list[tuple[str, str, Any]] = []

@@ -15,7 +15,7 @@ from fastdiff.models import Loan, MMDiT, Unsupported, borrow_mmdit
 from fastdiff.models.checks import refuse
 from fastdiff.models.mmdit import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
-from fastdiff.runtime.planned import Run, guided_steps, step, without_memory
+from fastdiff.runtime.planned import Run, without_memory
 
 CLIP, T5 = 77, 256
 TOKENS = CLIP + T5
@@ -79,12 +79,7 @@ def _channels(net: MMDiT) -> int:
 def _planned(mmdit: Denoiser, sizes: Sizes) -> list[Run]:
     """Of a text whose tokens all differ; kernels of IP-Adapters are compiled at their first
     launch."""
-    network: Any = mmdit.network
-    net: MMDiT = without_memory(network)
-    texts = 2 if sizes.guided else 1
-    latents = empty(net.modulation.weight, 1, _channels(net), sizes.side, sizes.side)
-    given = _example(net, texts, TOKENS)
-    return [step(net, given, latents), *guided_steps(net, given, latents, texts)]
+    return DENOISED.loop(without_memory(mmdit.network), sizes)
 
 
 def _unexported(network: MMDiT) -> None:
@@ -180,12 +175,11 @@ def _taken(name: str, net: Any) -> Taken:
     return {name: (net, MMDIT)}
 
 
+DENOISED = Denoised(Conditions, _example, _channels, _part, _unexported, _multiple, TOKENS, _most)
 MMDIT = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(
     models=("SD3Transformer2DModel",),
     taken=_taken,
     left={"image_proj": "projects an IP-Adapter's picture to a few tokens in every step"},
-    denoised=Denoised(
-        Conditions, _example, _channels, _part, _unexported, _multiple, TOKENS, _most
-    ),
+    denoised=DENOISED,
 )

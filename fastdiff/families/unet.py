@@ -15,7 +15,7 @@ from fastdiff.models import Loan, Trunk, UNet, Unsupported, borrow_unet
 from fastdiff.models.checks import refuse
 from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
-from fastdiff.runtime.planned import Run, guided_steps, step, without_memory
+from fastdiff.runtime.planned import Run, without_memory
 
 TOKENS = 77
 """CLIP's text encoders fill a prompt up to so many."""
@@ -101,11 +101,7 @@ def channels(net: Trunk) -> int:
 def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
     """Kernels of IP-Adapters are compiled at their first launch."""
     network: Any = unet.network
-    net: UNet = without_memory(replace(network, ip_adapters=None))
-    texts = 2 if sizes.guided else 1
-    latents = empty(net.conv_in.weight, 1, channels(net), sizes.side, sizes.side)
-    given = example(net, texts, TOKENS)
-    return [step(net, given, latents), *guided_steps(net, given, latents, texts)]
+    return DENOISED.loop(without_memory(replace(network, ip_adapters=None)), sizes)
 
 
 def _unexported(network: UNet) -> None:
@@ -203,10 +199,11 @@ def _taken(name: str, unet: Any) -> Taken:
     return {name: (unet, UNET)}
 
 
+DENOISED = Denoised(Conditions, example, channels, _part, _unexported, _multiple, TOKENS)
 UNET = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(
     models=("UNet2DConditionModel",),
     taken=_taken,
     left={"encoder_hid_proj": "projects an IP-Adapter's pictures to a few tokens"},
-    denoised=Denoised(Conditions, example, channels, _part, _unexported, _multiple),
+    denoised=DENOISED,
 )

@@ -107,6 +107,22 @@ def callback_of(call):
     return {"callback_on_step_end": lambda _, i, t, kwargs: {"latents": kwargs["latents"] * factor}}
 
 
+def latents_of(pipe, call, generator, given):
+    """Of a call, whose own arguments are `given`."""
+    height, width = call["size"]
+    with patch.object(torch, "randn", single_draws):
+        return pipe(
+            **given,
+            **callback_of(call),
+            height=height * pipe.vae_scale_factor,
+            width=width * pipe.vae_scale_factor,
+            num_inference_steps=call["steps"],
+            guidance_scale=call["guidance_scale"],
+            generator=generator,
+            output_type="latent",
+        ).images.double()
+
+
 def draw(pipe, call):
     """The latents of a call."""
     kind, options = SCHEDULERS[call["scheduler"]]
@@ -124,20 +140,9 @@ def draw(pipe, call):
             "pooled_prompt_embeds": noise(1, 16),
             "negative_pooled_prompt_embeds": noise(1, 16),
         }
-    given |= callback_of(call)
-    height, width = call["size"]
-    with patch.object(torch, "randn", single_draws):
-        return pipe(
-            **given,
-            height=height * pipe.vae_scale_factor,
-            width=width * pipe.vae_scale_factor,
-            num_inference_steps=call["steps"],
-            num_images_per_prompt=call["images"],
-            guidance_scale=call["guidance_scale"],
-            guidance_rescale=call["guidance_rescale"],
-            generator=generator,
-            output_type="latent",
-        ).images.double()
+    given["num_images_per_prompt"] = call["images"]
+    given["guidance_rescale"] = call["guidance_rescale"]
+    return latents_of(pipe, call, generator, given)
 
 
 def resident_bytes():
@@ -230,18 +235,7 @@ def draw_sd3(pipe, call):
         given[f"{negative}pooled_prompt_embeds"] = pooled.to(dtype)
     if call["scale"]:
         given["joint_attention_kwargs"] = {"scale": call["scale"]}
-    height, width = call["size"]
-    with patch.object(torch, "randn", single_draws):
-        return pipe(
-            **given,
-            **callback_of(call),
-            height=height * pipe.vae_scale_factor,
-            width=width * pipe.vae_scale_factor,
-            num_inference_steps=call["steps"],
-            guidance_scale=call["guidance_scale"],
-            generator=generator,
-            output_type="latent",
-        ).images.double()
+    return latents_of(pipe, call, generator, given)
 
 
 def test_random_calls_of_sd3():
