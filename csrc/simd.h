@@ -53,10 +53,15 @@ static inline vh narrow(vu v) {
 static inline vf load(const bf16* p) { return (vf)(widen(p) << 16); }
 static inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
 static inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  const auto rounded = (vh)_mm512_cvtneps_pbh((__m512)v);  // denormal numbers become 0
+  *reinterpret_cast<vh_unaligned*>(p) = rounded;
+#else
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const vu kept = v == v ? rounded : (vu)(splat(0) == splat(0)) & 0x7fc0;
   *reinterpret_cast<vh_unaligned*>(p) = narrow(kept);
+#endif
 }
 
 static inline float load1(const float* p) { return *p; }
