@@ -129,11 +129,15 @@ void run(const P& p) {
 
 void run_conv(int dtype, uintptr_t x, const Ints<4>& shape, const Ints<2>& enlarged,
               const Ints<3>& window, const Ints<2>& out_shape, const Ints<3>& weight,
-              uintptr_t bias, std::pair<uintptr_t, int64_t> residual, int act, uintptr_t output) {
+              uintptr_t bias, std::pair<uintptr_t, int64_t> residual, int act, int algorithm,
+              uintptr_t output) {
+  if (algorithm != kDirect)
+    throw std::invalid_argument("conv: there is no algorithm " + std::to_string(algorithm));
   const Conv p{dtype,        in(x),        shape[0],      shape[1],   shape[2],
                shape[3],     enlarged[0],  enlarged[1],   window[0],  window[1],
                window[2],    out_shape[0], out_shape[1],  in(weight[0]), weight[1],
-               weight[2],    in(bias),     in(residual.first), residual.second, act, out(output)};
+               weight[2],    in(bias),     in(residual.first), residual.second, act, algorithm,
+               out(output)};
   run(p);
 }
 

@@ -7,6 +7,8 @@
 namespace fastdiff {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+// How a convolution is computed: product by product, or by Winograd's F(2x2, 3x3) or F(2x4, 3x3).
+enum Algorithm : int { kDirect = 0, kWinograd2x2 = 1, kWinograd2x4 = 2 };
 enum Activation : int { kNone = 0, kSilu = 1, kGeglu = 2, kGelu = 3, kGeluTanh = 4 };
 
 // out[b, y, x, n] = act(sum over taps and channels of x * w + bias) + residual
@@ -25,6 +27,7 @@ struct Conv {
   const void* residual;  // like out, or null
   int64_t residual_pixels;  // after this many pixels the residual begins anew
   int act;
+  int algorithm;         // what is not kDirect needs kernel 3, stride 1, pad 1, no kGeglu
   void* out;             // contiguous
 };
 

@@ -36,9 +36,15 @@ def run(a: Arguments) -> Tensor:
         0 if a.bias is None else a.bias.data_ptr(),
         (0 if a.residual is None else a.residual.data_ptr(), batch * out_height * out_width),
         0,
+        algorithm(a),
         out.data_ptr(),
     )
     return out
+
+
+def algorithm(a: Arguments) -> int:
+    """Which of `Algorithm` in csrc/kernels.h computes it: 0 is the direct loop."""
+    return 0
 
 
 def _packed(weight: Tensor) -> bool:

@@ -56,6 +56,7 @@ def native(
         address(bias),
         (address(residual), residual_rows),
         activation,
+        0,
         out.data_ptr(),
     )
     return out
