@@ -1,0 +1,303 @@
+// Convolution by Winograd's minimal filtering: 3x3, stride 1, pad 1. Tiles of the picture and the
+// filters are transformed, multiplied position by position (a matrix product over the channels at
+// each), and transformed back: F(2x2) has 16 products for 4 outputs where the direct loop has 36,
+// F(2x4) has 24 for 8 where that has 72.
+//
+// Filters are transformed block by block into the cache, at every call: they are borrowed, and a
+// copy would be more than twice as large. An Inf in a pixel becomes a NaN (Inf - Inf) in all outputs
+// of the tiles that read it; whoever looks for numbers that are not finite still finds one.
+#pragma once
+#include <algorithm>
+
+#include "conv.h"
+#include "scratch.h"
+#include "transform.h"
+
+namespace FASTDIFF_ISA {
+
+// What is multiplied: as it is stored, and acc += a . b for a row of B and R rows of A.
+static inline void put(float* to, vf v) { store(to, v); }
+
+template <int R, int V>
+static inline void add_products(const float* a, int64_t ld_a, const float* b, vf (&acc)[R][V]) {
+  vf value[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) value[v] = load(b + v * W);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const vf scalar = splat(a[r * ld_a]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
+  }
+}
+
+#if defined(__AVX512BF16__)
+static inline void put(bf16* to, vf v) {
+  const auto rounded = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(to, &rounded, sizeof(rounded));
+}
+static inline void put(Pair* to, vf first, vf second) {
+  bf16 rounded[2][W];
+  put(rounded[0], first);
+  put(rounded[1], second);
+  const vu both = pairs(rounded[0], rounded[1]);
+  std::memcpy(to, &both, sizeof(both));
+}
+
+template <int R, int V>
+static inline void add_products(const bf16* a, int64_t ld_a, const Pair* b, vf (&acc)[R][V]) {
+  vu value[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) value[v] = load(b + v * W);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    uint32_t pair;
+    std::memcpy(&pair, a + r * ld_a, sizeof(pair));
+    const vu scalar = pair - vu{};
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)scalar, (__m512bh)value[v]);
+  }
+}
+#endif
+
+// T: of the picture and the filters; A: of what is multiplied; F: the transform along a row.
+template <typename T, typename A, typename F>
+class Winograd {
+ public:
+  using B = Packed<A>;
+  static constexpr int kIn = F::kIn, kPositions = F2::kIn * F::kIn;
+  static constexpr int kOut = F::kOut, kOutputs = F2::kOut * F::kOut;
+  static constexpr int64_t kDepth = 256 / sizeof(A);   // channels of a block
+  static constexpr int64_t kColumns = 64;              // output channels of a block
+  static constexpr int64_t kPerRow = sizeof(B) / sizeof(A);  // channels in a row of B
+  // Channels summed in one chain, for the rounding errors' sake; bfloat16 hides those.
+  static constexpr int64_t kChain = std::is_same_v<A, bf16> ? kDepth : F::kChain;
+  // Between positions: no power of two, or all would lie in one set of the cache
+  static constexpr int64_t kPad = 64;
+  static constexpr int64_t kFilters = kDepth / kPerRow * kColumns + kPad / sizeof(B);
+
+  explicit Winograd(const Conv& conv)
+      : p(conv),
+        across((p.out_width + kOut - 1) / kOut),
+        tiles(p.batch * ((p.out_height + F2::kOut - 1) / F2::kOut) * across),
+        depths((p.channels + kDepth - 1) / kDepth),
+        rows(nearest(p.height, p.up_height)),
+        columns(nearest(p.width, p.up_width)),
+        zeros(p.channels),
+        finish{p} {}
+
+  // Of transformed pixels and of sums, for one position of `count` tiles.
+  static int64_t pixel_stride(int64_t count) { return count * kDepth + kPad / sizeof(A); }
+  static int64_t sum_stride(int64_t count) { return count * kColumns + kPad / sizeof(float); }
+  int64_t pixels(int64_t count) const { return depths * kPositions * pixel_stride(count); }
+
+  // Transforms tiles [first + begin, first + end), of `count` from `first` on, to
+  // v[depth][position][tile][channel].
+  void transform_pixels(int64_t first, int64_t begin, int64_t end, int64_t count, A* v) const {
+    const int64_t stride = pixel_stride(count);
+    for (int64_t t = begin; t < end; ++t) {
+      const T* from[kPositions];
+      look(first + t, from);
+      each_vector(p.channels, [&](int64_t c, int n) {
+        A* to = v + c / kDepth * kPositions * stride + t * kDepth + c % kDepth;
+        vf d[kPositions];
+#pragma GCC unroll 24
+        for (int i = 0; i < kPositions; ++i) d[i] = load_n(from[i] + c, n);
+        pixels_2d<F>(d);
+#pragma GCC unroll 24
+        for (int i = 0; i < kPositions; ++i) put(to + i * stride, d[i]);
+      });
+    }
+  }
+
+  // The outputs of `count` tiles from `first` on, in the columns from `begin` on.
+  void compute(int64_t first, int64_t count, int64_t begin, const A* v, B* u, float* m) const {
+    const int64_t wide = std::min(kColumns, p.n - begin);
+    const Panel<T> panel{begin, wide, static_cast<int>((wide + W - 1) / W), {}, 0};
+    for (int64_t depth = 0; depth < depths; ++depth) {
+      const int64_t length = std::min(kDepth, p.channels - depth * kDepth);
+      transform_filters(panel, depth * kDepth, length, u);
+      for (int i = 0; i < kPositions; ++i) {
+        const A* a = v + (depth * kPositions + i) * pixel_stride(count);
+        float* sums = m + i * sum_stride(count);
+        for (int at = 0, vectors; at < panel.vectors; at += vectors) {
+          vectors = panel_vectors(panel.vectors - at);
+          const int64_t tall = rows_of(vectors), groups = (count + tall - 1) / tall;
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t row = count * g / groups, next = count * (g + 1) / groups;
+            multiply(vectors, static_cast<int>(next - row), a + row * kDepth,
+                     u + i * kFilters + at * W, length, sums + row * kColumns + at * W, depth > 0);
+          }
+        }
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) transform_sums(panel, first + t, m + t * kColumns, count);
+  }
+
+  const Conv& p;
+  const int64_t across, tiles, depths;
+
+ private:
+  // Points at the pixels that a tile reads; at zeros outside of the picture.
+  void look(int64_t tile, const T** from) const {
+    const int64_t down = (p.out_height + F2::kOut - 1) / F2::kOut;
+    const int64_t top = tile / across % down * F2::kOut - 1, left = tile % across * kOut - 1;
+    const T* picture =
+        static_cast<const T*>(p.x) + tile / across / down * p.height * p.width * p.channels;
+    for (int64_t i = 0; i < F2::kIn; ++i)
+      for (int64_t j = 0; j < kIn; ++j) {
+        const int64_t y = top + i, x = left + j;
+        const bool inside = y >= 0 && y < p.up_height && x >= 0 && x < p.up_width;
+        from[i * kIn + j] =
+            inside ? picture + (rows[y] * p.width + columns[x]) * p.channels : zeros.data();
+      }
+  }
+
+  // Transforms `length` channels of the panel's filters to u[position][row][column].
+  void transform_filters(const Panel<T>& panel, int64_t channel, int64_t length, B* u) const {
+    for (int64_t k = 0; k < length; k += kPerRow)
+      for (int64_t c = 0; c < panel.columns; c += W) {
+        const int n = static_cast<int>(std::min<int64_t>(W, panel.columns - c));
+        B* to = u + k / kPerRow * kColumns + c;
+        vf first[kPositions];
+        filter(channel + k, panel.begin + c, n, first);
+        if constexpr (kPerRow == 1) {
+#pragma GCC unroll 24
+          for (int i = 0; i < kPositions; ++i) put(to + i * kFilters, first[i]);
+        } else {
+          vf second[kPositions] = {};
+          if (k + 1 < length) filter(channel + k + 1, panel.begin + c, n, second);
+#pragma GCC unroll 24
+          for (int i = 0; i < kPositions; ++i) put(to + i * kFilters, first[i], second[i]);
+        }
+      }
+  }
+
+  void filter(int64_t channel, int64_t column, int n, vf (&to)[kPositions]) const {
+    const int64_t tap = p.channels * p.ld_w;
+    const T* w = static_cast<const T*>(p.w) + channel * p.ld_w + column;
+    vf g[9];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) {
+      __builtin_prefetch(w + i * tap + 2 * p.ld_w);
+      g[i] = load_n(w + i * tap, n);
+    }
+    filter_2d<F>(g, to);
+  }
+
+  // m (+)= a . u for Rows rows of a
+  template <int V, int R>
+  static void product(const A* a, const B* u, int64_t length, float* m, bool accumulate) {
+    for (int64_t k = 0; k < length; k += kChain) {
+      vf acc[R][V] = {};
+      const int64_t stop = std::min(k + kChain, length);
+      for (int64_t i = k; i < stop; i += kPerRow)
+        add_products(a + i, kDepth, u + i / kPerRow * kColumns, acc);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          float* to = m + r * kColumns + v * W;
+          store(to, accumulate || k > 0 ? load(to) + acc[r][v] : acc[r][v]);
+        }
+    }
+  }
+
+  template <int V, int R = Rows<V>>
+  static void product_of(int rows, const A* a, const B* u, int64_t length, float* m, bool more) {
+    if (rows == R) return product<V, R>(a, u, length, m, more);
+    if constexpr (R > 1) product_of<V, R - 1>(rows, a, u, length, m, more);
+  }
+
+  static void multiply(int vectors, int rows, const A* a, const B* u, int64_t length, float* m,
+                       bool more) {
+    switch (vectors) {
+      case 1: return product_of<1>(rows, a, u, length, m, more);
+      case 2: return product_of<2>(rows, a, u, length, m, more);
+#if defined(__AVX512F__)
+      case 3: return product_of<3>(rows, a, u, length, m, more);
+      case 4: return product_of<4>(rows, a, u, length, m, more);
+#endif
+    }
+  }
+
+  // Writes the outputs of a tile, whose sums are m[position][column].
+  void transform_sums(const Panel<T>& panel, int64_t tile, const float* m, int64_t count) const {
+    float out[kOutputs][kColumns];
+    for (int64_t c = 0; c < panel.columns; c += W) {
+      vf d[kPositions], y[kOutputs];
+#pragma GCC unroll 24
+      for (int i = 0; i < kPositions; ++i) d[i] = load(m + i * sum_stride(count) + c);
+      sums_2d<F>(d, y);
+#pragma GCC unroll 8
+      for (int i = 0; i < kOutputs; ++i) store(out[i] + c, y[i]);
+    }
+    const int64_t down = (p.out_height + F2::kOut - 1) / F2::kOut;
+    const int64_t top = tile / across % down * F2::kOut, left = tile % across * kOut;
+    const int64_t picture = tile / across / down * p.out_height;
+    for (int64_t i = 0; i < F2::kOut && top + i < p.out_height; ++i)
+      for (int64_t j = 0; j < kOut && left + j < p.out_width; ++j)
+        finish(panel, (picture + top + i) * p.out_width + left + j, out[i * kOut + j]);
+  }
+
+  const std::vector<int64_t> rows, columns;
+  const std::vector<T> zeros;
+  const Epilogue<T> finish;
+};
+
+constexpr int64_t kTiles = 128;  // of a block, at most: what is multiplied then lies in L2
+
+template <typename T, typename A, typename F>
+static void winograd(const Conv& p) {
+  using Kind = Winograd<T, A, F>;
+  using B = typename Kind::B;
+  const Kind kind(p);
+  const int64_t threads = fastdiff::num_threads();
+  const int64_t panels = (p.n + Kind::kColumns - 1) / Kind::kColumns;
+  const auto compute = [&](int64_t first, int64_t count, const A* v, int64_t begin, int64_t end) {
+    B* u = scratch<B, kFilterScratch>(Kind::kPositions * Kind::kFilters);
+    float* m = scratch<float, kSumScratch>(Kind::kPositions * Kind::sum_stride(count));
+    for (int64_t i = begin; i < end; ++i)
+      kind.compute(first, count, i * Kind::kColumns, v, u, m);
+  };
+  const int64_t each = (kind.tiles + threads - 1) / threads;
+  if (each >= kTiles / 2 || threads == 1) {
+    const int64_t blocks = threads * ((each + kTiles - 1) / kTiles);
+    fastdiff::parallel_for(blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = kind.tiles * block / blocks;
+        const int64_t count = kind.tiles * (block + 1) / blocks - first;
+        if (count == 0) continue;
+        A* v = scratch<A, kPixelScratch>(kind.pixels(count));
+        kind.transform_pixels(first, 0, count, count, v);
+        compute(first, count, v, 0, panels);
+      }
+    });
+    return;
+  }
+  const int64_t blocks = (kind.tiles + kTiles - 1) / kTiles;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = kind.tiles * block / blocks;
+    const int64_t count = kind.tiles * (block + 1) / blocks - first;
+    A* v = scratch<A, kPixelScratch>(kind.pixels(count));
+    fastdiff::parallel_for(count, [&](int64_t begin, int64_t end) {
+      kind.transform_pixels(first, begin, end, count, v);
+    });
+    fastdiff::parallel_for(panels, [&](int64_t begin, int64_t end) {
+      compute(first, count, v, begin, end);
+    });
+  }
+}
+
+// By the algorithm that is asked for. F(2x4) in bfloat16 would round too much: it stays float32.
+template <typename T>
+static void convolve(const Conv& p) {
+  switch (p.algorithm) {
+    case fastdiff::kWinograd2x2: return winograd<T, Factor<T>, F2>(p);
+    case fastdiff::kWinograd2x4: return winograd<T, float, F4>(p);
+    default: return conv<T>(p);
+  }
+}
+
+}  // namespace FASTDIFF_ISA
