@@ -61,6 +61,14 @@ static inline void add_products(const bf16* a, int64_t ld_a, const Pair* b, vf (
 }
 #endif
 
+struct Tiles {
+  int64_t first, count;
+};
+static inline Tiles part(int64_t tiles, int64_t i, int64_t parts) {
+  const int64_t first = tiles * i / parts;
+  return {first, tiles * (i + 1) / parts - first};
+}
+
 // T: of the picture and the filters; A: of what is multiplied; F: the transform along a row.
 template <typename T, typename A, typename F>
 class Winograd {
@@ -92,13 +100,12 @@ class Winograd {
   static int64_t sum_stride(int64_t count) { return count * kColumns + kPad / sizeof(float); }
   int64_t pixels(int64_t count) const { return depths * kPositions * pixel_stride(count); }
 
-  // Transforms tiles [first + begin, first + end), of `count` from `first` on, to
-  // v[depth][position][tile][channel].
-  void transform_pixels(int64_t first, int64_t begin, int64_t end, int64_t count, A* v) const {
-    const int64_t stride = pixel_stride(count);
+  // Transforms tiles [begin, end) of a block to v[depth][position][tile][channel].
+  void transform_pixels(const Tiles& block, int64_t begin, int64_t end, A* v) const {
+    const int64_t stride = pixel_stride(block.count);
     for (int64_t t = begin; t < end; ++t) {
       const T* from[kPositions];
-      look(first + t, from);
+      look(block.first + t, from);
       each_vector(p.channels, [&](int64_t c, int n) {
         A* to = v + c / kDepth * kPositions * stride + t * kDepth + c % kDepth;
         vf d[kPositions];
@@ -111,15 +118,17 @@ class Winograd {
     }
   }
 
-  // The outputs of `count` tiles from `first` on, in the columns from `begin` on.
-  void compute(int64_t first, int64_t count, int64_t begin, const A* v, B* u, float* m) const {
-    const int64_t wide = std::min(kColumns, p.n - begin);
-    const Panel<T> panel{begin, wide, static_cast<int>((wide + W - 1) / W), {}, 0};
+  // The outputs of tiles [begin, end) of a block, whose pixels are v, in the columns from `column` on.
+  void compute(const Tiles& block, int64_t begin, int64_t end, int64_t column, const A* v, B* u,
+               float* m) const {
+    const int64_t wide = std::min(kColumns, p.n - column), count = end - begin;
+    const Panel<T> panel{column, wide, static_cast<int>((wide + W - 1) / W), {}, 0};
     for (int64_t depth = 0; depth < depths; ++depth) {
       const int64_t length = std::min(kDepth, p.channels - depth * kDepth);
       transform_filters(panel, depth * kDepth, length, u);
       for (int i = 0; i < kPositions; ++i) {
-        const A* a = v + (depth * kPositions + i) * pixel_stride(count);
+        const A* a =
+            v + (depth * kPositions + i) * pixel_stride(block.count) + begin * kDepth;
         float* sums = m + i * sum_stride(count);
         for (int at = 0, vectors; at < panel.vectors; at += vectors) {
           vectors = panel_vectors(panel.vectors - at);
@@ -132,7 +141,8 @@ class Winograd {
         }
       }
     }
-    for (int64_t t = 0; t < count; ++t) transform_sums(panel, first + t, m + t * kColumns, count);
+    for (int64_t t = 0; t < count; ++t)
+      transform_sums(panel, block.first + begin + t, m + t * kColumns, count);
   }
 
   const Conv& p;
@@ -180,7 +190,7 @@ class Winograd {
     vf g[9];
 #pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) {
-      __builtin_prefetch(w + i * tap + 2 * p.ld_w);
+      __builtin_prefetch(w + i * tap + 2 * kPerRow * p.ld_w);
       g[i] = load_n(w + i * tap, n);
     }
     filter_2d<F>(g, to);
@@ -246,8 +256,25 @@ class Winograd {
   const Epilogue<T> finish;
 };
 
-constexpr int64_t kTiles = 128;  // of a block, at most: what is multiplied then lies in L2
+constexpr int64_t kSumBytes = 768 << 10;  // of a task's sums: they stay in L2
+constexpr int64_t kPixelBytes = 8 << 20;  // of a thread's transformed pixels: they stay in L3
+constexpr int64_t kFilterTiles = 16;      // to transform filters takes as long as so many tiles
 
+// Into how many parts each of `panels` is cut for `threads`, no part above `most` tiles: few parts
+// transform filters seldom, many keep all threads busy.
+static inline int64_t cuts_of(int64_t tiles, int64_t most, int64_t panels, int64_t threads) {
+  const int64_t least = (tiles + most - 1) / most;
+  int64_t best = least, best_time = INT64_MAX;
+  for (int64_t cuts = least; cuts <= std::max(least, std::min(threads, tiles)); ++cuts) {
+    const int64_t rounds = (cuts * panels + threads - 1) / threads;
+    const int64_t time = rounds * ((tiles + cuts - 1) / cuts + kFilterTiles);
+    if (time < best_time) best = cuts, best_time = time;
+  }
+  return best;
+}
+
+// Where each thread has tiles for itself, it transforms and multiplies these; otherwise the threads
+// share what they transform.
 template <typename T, typename A, typename F>
 static void winograd(const Conv& p) {
   using Kind = Winograd<T, A, F>;
@@ -255,37 +282,40 @@ static void winograd(const Conv& p) {
   const Kind kind(p);
   const int64_t threads = fastdiff::num_threads();
   const int64_t panels = (p.n + Kind::kColumns - 1) / Kind::kColumns;
-  const auto compute = [&](int64_t first, int64_t count, const A* v, int64_t begin, int64_t end) {
+  constexpr int64_t kTiles = kSumBytes / sizeof(float) / (Kind::kPositions * Kind::kColumns);
+  const int64_t fit = kPixelBytes / sizeof(A) / kind.pixels(1);
+  const auto compute = [&](const Tiles& block, int64_t begin, int64_t end, int64_t panel,
+                           const A* v) {
     B* u = scratch<B, kFilterScratch>(Kind::kPositions * Kind::kFilters);
-    float* m = scratch<float, kSumScratch>(Kind::kPositions * Kind::sum_stride(count));
-    for (int64_t i = begin; i < end; ++i)
-      kind.compute(first, count, i * Kind::kColumns, v, u, m);
+    float* m = scratch<float, kSumScratch>(Kind::kPositions * Kind::sum_stride(kTiles));
+    kind.compute(block, begin, end, panel * Kind::kColumns, v, u, m);
   };
-  const int64_t each = (kind.tiles + threads - 1) / threads;
-  if (each >= kTiles / 2 || threads == 1) {
-    const int64_t blocks = threads * ((each + kTiles - 1) / kTiles);
-    fastdiff::parallel_for(blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = kind.tiles * block / blocks;
-        const int64_t count = kind.tiles * (block + 1) / blocks - first;
-        if (count == 0) continue;
-        A* v = scratch<A, kPixelScratch>(kind.pixels(count));
-        kind.transform_pixels(first, 0, count, count, v);
-        compute(first, count, v, 0, panels);
+  if (kind.tiles >= threads * kTiles && fit >= kTiles) {
+    const int64_t blocks = threads * ((kind.tiles + threads * kTiles - 1) / (threads * kTiles));
+    fastdiff::parallel_for(blocks, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const Tiles block = part(kind.tiles, i, blocks);
+        A* v = scratch<A, kPixelScratch>(kind.pixels(block.count));
+        kind.transform_pixels(block, 0, block.count, v);
+        for (int64_t panel = 0; panel < panels; ++panel) compute(block, 0, block.count, panel, v);
       }
     });
     return;
   }
-  const int64_t blocks = (kind.tiles + kTiles - 1) / kTiles;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = kind.tiles * block / blocks;
-    const int64_t count = kind.tiles * (block + 1) / blocks - first;
-    A* v = scratch<A, kPixelScratch>(kind.pixels(count));
-    fastdiff::parallel_for(count, [&](int64_t begin, int64_t end) {
-      kind.transform_pixels(first, begin, end, count, v);
+  const int64_t most = std::max<int64_t>(1, std::max<int64_t>(2, threads) * fit);
+  const int64_t blocks = (kind.tiles + most - 1) / most;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Tiles block = part(kind.tiles, i, blocks);
+    A* v = scratch<A, kPixelScratch>(kind.pixels(block.count));
+    fastdiff::parallel_for(block.count, [&](int64_t begin, int64_t end) {
+      kind.transform_pixels(block, begin, end, v);
     });
-    fastdiff::parallel_for(panels, [&](int64_t begin, int64_t end) {
-      compute(first, count, v, begin, end);
+    const int64_t cuts = cuts_of(block.count, kTiles, panels, threads);
+    fastdiff::parallel_for(cuts * panels, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const Tiles cut = part(block.count, task / panels, cuts);
+        compute(block, cut.first, cut.first + cut.count, task % panels, v);
+      }
     });
   }
 }
