@@ -8,7 +8,6 @@ namespace FASTDIFF_ISA {
 // Two outputs of a filter of three by four products: points 0, 1, -1, infinity.
 struct F2 {
   static constexpr int kIn = 4, kOut = 2;
-  static constexpr int64_t kChain = 64;  // products summed before they are added to the others
 
   template <int step>
   static void pixels(vf* d) {
@@ -37,7 +36,6 @@ struct F2 {
 // are half of those with the points +-1, +-2, which leave our budget.
 struct F4 {
   static constexpr int kIn = 6, kOut = 4;
-  static constexpr int64_t kChain = 32;
   static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
 
   template <int step>

@@ -10,56 +10,11 @@
 #include <algorithm>
 
 #include "conv.h"
+#include "product.h"
 #include "scratch.h"
 #include "transform.h"
 
 namespace FASTDIFF_ISA {
-
-// What is multiplied: as it is stored, and acc += a . b for a row of B and R rows of A.
-static inline void put(float* to, vf v) { store(to, v); }
-
-template <int R, int V>
-static inline void add_products(const float* a, int64_t ld_a, const float* b, vf (&acc)[R][V]) {
-  vf value[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) value[v] = load(b + v * W);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const vf scalar = splat(a[r * ld_a]);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
-  }
-}
-
-#if defined(__AVX512BF16__)
-static inline void put(bf16* to, vf v) {
-  const auto rounded = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(to, &rounded, sizeof(rounded));
-}
-static inline void put(Pair* to, vf first, vf second) {
-  bf16 rounded[2][W];
-  put(rounded[0], first);
-  put(rounded[1], second);
-  const vu both = pairs(rounded[0], rounded[1]);
-  std::memcpy(to, &both, sizeof(both));
-}
-
-template <int R, int V>
-static inline void add_products(const bf16* a, int64_t ld_a, const Pair* b, vf (&acc)[R][V]) {
-  vu value[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) value[v] = load(b + v * W);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    uint32_t pair;
-    std::memcpy(&pair, a + r * ld_a, sizeof(pair));
-    const vu scalar = pair - vu{};
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)scalar, (__m512bh)value[v]);
-  }
-}
-#endif
 
 struct Tiles {
   int64_t first, count;
@@ -76,11 +31,9 @@ class Winograd {
   using B = Packed<A>;
   static constexpr int kIn = F::kIn, kPositions = F2::kIn * F::kIn;
   static constexpr int kOut = F::kOut, kOutputs = F2::kOut * F::kOut;
-  static constexpr int64_t kDepth = 256 / sizeof(A);   // channels of a block
-  static constexpr int64_t kColumns = 64;              // output channels of a block
-  static constexpr int64_t kPerRow = sizeof(B) / sizeof(A);  // channels in a row of B
-  // Channels summed in one chain, for the rounding errors' sake; bfloat16 hides those.
-  static constexpr int64_t kChain = std::is_same_v<A, bf16> ? kDepth : F::kChain;
+  using Product = PositionProduct<A>;
+  static constexpr int64_t kDepth = Product::kDepth, kColumns = Product::kColumns;
+  static constexpr int64_t kPerRow = Product::kPerRow;
   // Between positions: no power of two, or all would lie in one set of the cache
   static constexpr int64_t kPad = 64;
   static constexpr int64_t kFilters = kDepth / kPerRow * kColumns + kPad / sizeof(B);
@@ -129,16 +82,8 @@ class Winograd {
       for (int i = 0; i < kPositions; ++i) {
         const A* a =
             v + (depth * kPositions + i) * pixel_stride(block.count) + begin * kDepth;
-        float* sums = m + i * sum_stride(count);
-        for (int at = 0, vectors; at < panel.vectors; at += vectors) {
-          vectors = panel_vectors(panel.vectors - at);
-          const int64_t tall = rows_of(vectors), groups = (count + tall - 1) / tall;
-          for (int64_t g = 0; g < groups; ++g) {
-            const int64_t row = count * g / groups, next = count * (g + 1) / groups;
-            multiply(vectors, static_cast<int>(next - row), a + row * kDepth,
-                     u + i * kFilters + at * W, length, sums + row * kColumns + at * W, depth > 0);
-          }
-        }
+        Product::run(a, u + i * kFilters, length, count, panel.vectors, m + i * sum_stride(count),
+                     depth > 0);
       }
     }
     for (int64_t t = 0; t < count; ++t)
@@ -194,42 +139,6 @@ class Winograd {
       g[i] = load_n(w + i * tap, n);
     }
     filter_2d<F>(g, to);
-  }
-
-  // m (+)= a . u for Rows rows of a
-  template <int V, int R>
-  static void product(const A* a, const B* u, int64_t length, float* m, bool accumulate) {
-    for (int64_t k = 0; k < length; k += kChain) {
-      vf acc[R][V] = {};
-      const int64_t stop = std::min(k + kChain, length);
-      for (int64_t i = k; i < stop; i += kPerRow)
-        add_products(a + i, kDepth, u + i / kPerRow * kColumns, acc);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          float* to = m + r * kColumns + v * W;
-          store(to, accumulate || k > 0 ? load(to) + acc[r][v] : acc[r][v]);
-        }
-    }
-  }
-
-  template <int V, int R = Rows<V>>
-  static void product_of(int rows, const A* a, const B* u, int64_t length, float* m, bool more) {
-    if (rows == R) return product<V, R>(a, u, length, m, more);
-    if constexpr (R > 1) product_of<V, R - 1>(rows, a, u, length, m, more);
-  }
-
-  static void multiply(int vectors, int rows, const A* a, const B* u, int64_t length, float* m,
-                       bool more) {
-    switch (vectors) {
-      case 1: return product_of<1>(rows, a, u, length, m, more);
-      case 2: return product_of<2>(rows, a, u, length, m, more);
-#if defined(__AVX512F__)
-      case 3: return product_of<3>(rows, a, u, length, m, more);
-      case 4: return product_of<4>(rows, a, u, length, m, more);
-#endif
-    }
   }
 
   // Writes the outputs of a tile, whose sums are m[position][column].
