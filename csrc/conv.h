@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "window.h"
 
 namespace FASTDIFF_ISA {
@@ -152,54 +153,20 @@ static Chunks split_chunks(std::span<const Slice> slices, int64_t most) {
   return chunks;
 }
 
-// Memory of this thread, kept between calls (about 1 MiB): a small product would take longer to be
-// given fresh pages than to be computed. The vectors in it cross no cache lines.
-class Scratch {
- public:
-  // Forgets what was taken; up to `bytes` can be taken then, and a line for each taking.
-  void begin(int64_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    memory_.reset(static_cast<char*>(::operator new(bytes, kLine)));
-    size_ = bytes;
-  }
-  template <typename E>
-  E* take(int64_t count) {
-    char* at = memory_.get() + used_;
-    used_ += padded<E>(count);
-    return reinterpret_cast<E*>(at);
-  }
-  template <typename E>
-  static int64_t padded(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(E)) + 127) / 64 * 64;
-  }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, kLine); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  int64_t size_ = 0, used_ = 0;
-};
-
 // A thread's part of a product: blocks of rows against groups of panels.
 template <typename T>
 class Product {
  public:
-  Product(const Conv& p, std::span<const Panel<T>> panels, const Chunks& chunks, int64_t rows,
-          Scratch& scratch)
+  Product(const Conv& p, std::span<const Panel<T>> panels, const Chunks& chunks, int64_t rows)
       : p_(p), panels_(panels), chunks_(chunks), finish_{p} {
     const int64_t most = std::min(rows, kBlockRows), tiles = most / kMinRows + 1;
     const int64_t sums = kTileSums * W * (chunks.size() == 1 ? 1 : tiles * kGroup);
     const int64_t packed = std::min(kChunk, chunks_steps()) * kMaxVectors * W;
     const int64_t copied = Window<T>::copied(p, most, kChunk);
-    scratch.begin(Scratch::padded<float>(sums) + Scratch::padded<Packed<T>>(packed) +
-                  Scratch::padded<Factor<T>>(copied));
-    sums_ = scratch.take<float>(sums);
-    packed_ = scratch.take<Packed<T>>(packed);
+    sums_ = kept<float, kKeptSums>(sums);
+    packed_ = kept<Packed<T>, kKeptWeights>(packed);
     for (int v = 0; v < kMaxVectors; ++v) near_[v] = packed_ + v * W;
-    window_.emplace(p, most, kChunk, most_slices(), scratch.take<Factor<T>>(copied));
+    window_.emplace(p, most, kChunk, most_slices(), kept<Factor<T>, kKeptPixels>(copied));
     b_rows_.resize(most_slices());
   }
 
@@ -294,8 +261,7 @@ static void conv(const Conv& p) {
   const int64_t count = panels.size();
   const Cut parts = cut(pixels, count, serial ? 1 : fastdiff::num_threads());
   fastdiff::parallel_for(parts.rows * parts.panels, [&](int64_t first, int64_t last) {
-    static thread_local Scratch scratch;
-    Product<T> product(p, panels, chunks, (pixels + parts.rows - 1) / parts.rows, scratch);
+    Product<T> product(p, panels, chunks, (pixels + parts.rows - 1) / parts.rows);
     for (int64_t i = first; i < last; ++i) {
       const int64_t row = i / parts.panels, column = i % parts.panels;
       product(pixels * row / parts.rows, pixels * (row + 1) / parts.rows,

@@ -2,10 +2,10 @@
 #include <algorithm>
 
 #include "attention.h"
-#include "conv.h"
 #include "norm.h"
 #include "rows.h"
 #include "step.h"
+#include "winograd.h"
 
 #define FASTDIFF_JOIN_(a, b) a##b
 #define FASTDIFF_JOIN(a, b) FASTDIFF_JOIN_(a, b)
@@ -27,7 +27,7 @@ const Kernels& FASTDIFF_JOIN(kernels_, FASTDIFF_ISA)() {
   using namespace FASTDIFF_ISA;
   static const Kernels kernels{
       FASTDIFF_TEXT(FASTDIFF_ISA),
-      by_dtype<Conv, conv<float>, conv<bf16>>,
+      by_dtype<Conv, convolve<float>, convolve<bf16>>,
       by_dtype<Attention, attention<float>, attention<bf16>>,
       by_dtype<GroupNorm, group_norm<float>, group_norm<bf16>>,
       by_dtype<JointAttention, joint_attention<float>, joint_attention<bf16>>,
