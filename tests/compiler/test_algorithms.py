@@ -1,0 +1,61 @@
+"""A whole picture by each algorithm of convolution: no further from float64 than eager's is."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.demo import PROMPTS, load_demo
+from fastdiff.kernels import choices
+from fastdiff.kernels.conv2d.cpu import ALGORITHMS
+from fastdiff.kernels.dispatch import NATIVE
+
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="needs the C++ kernels")
+WORSE = 1.1
+
+
+def drawn(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    for seed, prompt in enumerate(PROMPTS):
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        latents = noise.bfloat16().to(pipe.dtype)  # the same numbers in every dtype
+        told = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "pt"}
+        pictures.append(pipe(prompt, latents=latents, **told).images[0].double())
+    return torch.stack(pictures)
+
+
+@cache
+def eager(dtype: torch.dtype) -> torch.Tensor:
+    return drawn(load_demo(dtype))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "dtype"),
+    [
+        ("direct", torch.float32),
+        ("winograd22", torch.float32),
+        ("winograd24", torch.float32),
+        ("direct", torch.bfloat16),
+        ("winograd22", torch.bfloat16),
+    ],
+)
+def test_a_picture_is_as_exact_as_eagers(algorithm, dtype, monkeypatch):
+    answer = choices.runs
+    forced = []
+
+    def runs(spec, a, isa):
+        if spec.name == "conv2d" and a.weight.shape[2] == 3 and a.stride == 1:
+            forced.append(a)
+            return algorithm
+        return answer(spec, a, isa)
+
+    monkeypatch.setattr(choices, "runs", runs)
+    pipe = load_demo(dtype)
+    fastdiff.compile(pipe)
+    ours = drawn(pipe)
+    exact = eager(torch.float64)
+    own, theirs = ((picture - exact).square().mean().sqrt() for picture in (ours, eager(dtype)))
+    assert algorithm in ALGORITHMS and forced
+    assert own <= WORSE * theirs, (own, theirs)
