@@ -10,9 +10,11 @@ reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.tuned` f
     python -m benchmarks.tune [--ops attention,…] [--out FILE] [--minutes N] [--dry-run]
     python -m benchmarks.tune --static --arch 90 [--out SIEVED]
     python -m benchmarks.tune --sieved SIEVED
+    python -m benchmarks.tune --cpu …
 
 The second form needs no GPU and leaves what it compiled in Triton's cache: with both, the third
-spends a GPU's minutes on measuring alone.
+spends a GPU's minutes on measuring alone. The last one is `benchmarks.tune_cpu`: who computes what
+on a CPU.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import tune_cpu
 from benchmarks.clock import Budget
 from benchmarks.shapes import full, tiny, triton_kernels
 from fastdiff.bench.kernels import inputs_of, sampler
@@ -297,6 +300,9 @@ def read_sieved(path: Path) -> Sieved:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--cpu" in given:
+        return tune_cpu.main([word for word in given if word != "--cpu"])
     parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--ops", help="comma-separated; all with candidates if absent")
     parser.add_argument("--out", type=Path, help="build/sm_<arch>.json if absent")
@@ -305,8 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--static", action="store_true", help="list candidates as compiled")
     parser.add_argument("--sieved", type=Path, help="what --static --out wrote elsewhere")
     parser.add_argument("--arch", type=int, default=90, help="of --static (90)")
-    options = parser.parse_args(arguments)
-    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     if not (options.dry_run or options.static or torch.cuda.is_available()):
         parser.error("there is no NVIDIA GPU here; --static and --dry-run need none")
     if options.dry_run and not os.environ.get("TRITON_INTERPRET"):  # read when triton is imported

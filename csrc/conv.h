@@ -1,28 +1,29 @@
 // Convolution and linear layers: `gemm.h` with rows gathered from a channels-last picture.
 #pragma once
 #include <memory>
-#include <span>
-#include <vector>
+#include <new>
+#include <optional>
 
-#include "gemm.h"
-#include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
+#include "window.h"
 
 namespace FASTDIFF_ISA {
 
-using fastdiff::Conv;
-
-constexpr int64_t kChunk = 384;            // inner steps between passes over the rows: 96 KiB of B
-constexpr int64_t kBlocks = 64;            // row blocks that share a pass over the chunks of B
-constexpr int64_t kReused = 4;             // row blocks from which on a copy of B pays
+constexpr int64_t kChunk = 384;            // inner steps whose B is copied at once
+constexpr int64_t kBlockRows = 528;        // rows that share a copy of B; a multiple of any tile's
+constexpr int64_t kGroup = 4;              // panels that share a chunk's rows, which stay in L2
+constexpr int64_t kCopyRows = 12;          // rows whose sums take about as long as a copy of B
 constexpr int64_t kSerialBelow = 1 << 15;  // multiply-adds; waking a thread costs about as much
 
-// Whether B is copied to pairs where many rows share it.
+// Inner steps summed at once: few for the rounding errors' sake, which bfloat16 hides, and so that
+// copies of rows are small.
 template <typename T>
-constexpr bool kPacks = !std::is_same_v<Packed<T>, T>;
-// Inner steps summed at once: few for the rounding errors' sake, which bfloat16 hides.
+constexpr int64_t kSlice = std::is_same_v<Packed<T>, float> ? 128 : kChunk;
+
+// Tiles of rows from which on a copy of B pays: bfloat16 is made into pairs (or converted) by it.
 template <typename T>
-constexpr int64_t kSlice = kPacks<T> ? kChunk : 128;
+constexpr int64_t kReused = std::is_same_v<T, Packed<T>> ? 16 : 4;
 
 // Columns [begin, begin + columns) of the output, and where their weights are.
 template <typename T>
@@ -62,48 +63,6 @@ static std::vector<Panel<T>> split_columns(const Conv& p, int64_t inner, std::ve
   return panels;
 }
 
-// Rows for the inner loop: x itself, or a converted copy.
-template <typename T>
-static const Factor<T>* factors(const T* x, int64_t count, std::vector<Factor<T>>& copy) {
-  if constexpr (std::is_same_v<T, Factor<T>>) {
-    return x;
-  } else {
-    copy.resize(count);
-    each_vector(count, [&](int64_t i, int n) { store_n(&copy[i], load_n(x + i, n), n); });
-    return copy.data();
-  }
-}
-
-// Which source row (or column) the nearest-neighbour enlargement shows at each position; the
-// arithmetic is float32 because torch's is, and they must agree on every pixel.
-static std::vector<int64_t> nearest(int64_t from, int64_t to) {
-  std::vector<int64_t> source(to);
-  const float scale = static_cast<float>(from) / static_cast<float>(to);
-  for (int64_t i = 0; i < to; ++i) {
-    const auto at = static_cast<int64_t>(static_cast<float>(i) * scale);
-    source[i] = at < from ? at : from - 1;
-  }
-  return source;
-}
-
-// A slice of the inner dimension: channels [first, first + length) under one tap.
-struct Slice {
-  int64_t tap_y, tap_x, first, length, b_row;
-};
-
-static std::vector<Slice> split_inner(const Conv& p, int64_t longest) {
-  std::vector<Slice> slices;
-  int64_t b_row = 0;
-  for (int64_t y = 0; y < p.kernel; ++y)
-    for (int64_t x = 0; x < p.kernel; ++x)
-      for (int64_t c = 0; c < p.channels; c += longest) {
-        const int64_t length = std::min(longest, p.channels - c);
-        slices.push_back({y, x, c, length, b_row});
-        b_row += length;
-      }
-  return slices;
-}
-
 template <typename T>
 struct Epilogue {
   const Conv& p;
@@ -138,100 +97,177 @@ struct Epilogue {
   }
 };
 
-// Points the rows of each segment at the pixels that output pixels [first, first + count) see
-// through the slice's tap; at zeros where the window leaves the picture or no pixel is left.
-template <typename A>
-static void gather(const Conv& p, const A* x, int64_t first, int count,
-                   std::span<const Slice> slices, const std::vector<int64_t>& rows,
-                   const std::vector<int64_t>& columns, const A* zeros, Run<A>* segments) {
-  const int64_t area = p.out_height * p.out_width;
-  const bool linear = p.kernel == 1 && p.stride == 1 && p.pad == 0 && p.up_height == p.height &&
-                      p.up_width == p.width;  // a pixel sees itself
-  for (int r = 0; linear && r < count; ++r) {
-    const bool inside = first + r < p.batch * area;
-    for (size_t s = 0; s < slices.size(); ++s)
-      segments[s].a[r] = inside ? x + (first + r) * p.channels + slices[s].first : zeros;
+// How the threads share a product: parts of the rows times parts of the panels.
+struct Cut {
+  int64_t rows, panels;
+};
+
+// The cut with the least work for a thread: a panel that is copied costs as much as some rows of it.
+static Cut cut(int64_t pixels, int64_t panels, int64_t threads) {
+  Cut best{1, 1};
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t parts = 1; parts <= threads; ++parts) {
+    const Cut now{threads / parts, parts};
+    const int64_t tiles = (pixels / now.rows + kMinRows - 1) / kMinRows, rows = tiles * kMinRows;
+    const int64_t work = (panels + parts - 1) / parts *
+                         (rows + kCopyRows * ((rows + kBlockRows - 1) / kBlockRows));
+    if (work < least) least = work, best = now;
   }
-  for (int r = 0; !linear && r < count; ++r) {
-    const int64_t pixel = first + r, within = pixel % area;
-    const int64_t picture = pixel / area * p.height * p.width;
-    const int64_t top = within / p.out_width * p.stride - p.pad;
-    const int64_t left = within % p.out_width * p.stride - p.pad;
-    for (size_t s = 0; s < slices.size(); ++s) {
-      const int64_t y = top + slices[s].tap_y, x_at = left + slices[s].tap_x;
-      const bool inside = pixel < p.batch * area && y >= 0 && y < p.up_height && x_at >= 0 &&
-                          x_at < p.up_width;
-      const int64_t source = inside ? picture + rows[y] * p.width + columns[x_at] : 0;
-      segments[s].a[r] = inside ? x + source * p.channels + slices[s].first : zeros;
+  return best;
+}
+
+// Brings a panel's rows of B under a chunk into L2, a few while each tile is computed: rows that lie
+// far apart are not foreseen by the processor.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const Panel<T>& panel, int64_t tiles) : panel_(panel), tiles_(tiles) {}
+  void begin(std::span<const Slice> chunk) {
+    row_ = chunk[0].b_row;
+    last_ = chunk.back().b_row + chunk.back().length;
+    each_ = (last_ - row_ + tiles_ - 1) / tiles_;
+  }
+  void operator()() {
+    for (const int64_t stop = std::min(row_ + each_, last_); row_ < stop; ++row_)
+      for (int v = 0; v < panel_.vectors; ++v)
+        __builtin_prefetch(panel_.b[v] + row_ * panel_.ld_b, 0, 2);
+  }
+
+ private:
+  const Panel<T>& panel_;
+  const int64_t tiles_;
+  int64_t row_ = 0, last_ = 0, each_ = 0;
+};
+
+using Chunks = std::vector<std::span<const Slice>>;
+
+// Consecutive slices of at most `most` channels together.
+static Chunks split_chunks(std::span<const Slice> slices, int64_t most) {
+  Chunks chunks;
+  for (size_t begin = 0, end; begin < slices.size(); begin = end) {
+    int64_t length = slices[begin].length;
+    for (end = begin + 1; end < slices.size() && length + slices[end].length <= most; ++end)
+      length += slices[end].length;
+    chunks.push_back(slices.subspan(begin, end - begin));
+  }
+  return chunks;
+}
+
+// A thread's part of a product: blocks of rows against groups of panels.
+template <typename T>
+class Product {
+ public:
+  Product(const Conv& p, std::span<const Panel<T>> panels, const Chunks& chunks, int64_t rows)
+      : p_(p), panels_(panels), chunks_(chunks), finish_{p} {
+    const int64_t most = std::min(rows, kBlockRows), tiles = most / kMinRows + 1;
+    const int64_t sums = kTileSums * W * (chunks.size() == 1 ? 1 : tiles * kGroup);
+    const int64_t packed = std::min(kChunk, chunks_steps()) * kMaxVectors * W;
+    const int64_t copied = Window<T>::copied(p, most, kChunk);
+    sums_ = kept<float, kKeptSums>(sums);
+    packed_ = kept<Packed<T>, kKeptWeights>(packed);
+    for (int v = 0; v < kMaxVectors; ++v) near_[v] = packed_ + v * W;
+    window_.emplace(p, most, kChunk, most_slices(), kept<Factor<T>, kKeptPixels>(copied));
+    b_rows_.resize(most_slices());
+  }
+
+  // Output pixels [first, last) of panels [begin, end).
+  void operator()(int64_t first, int64_t last, int64_t begin, int64_t end) {
+    constexpr int64_t kUnit = 2 * kMaxRows;  // a multiple of any tile's rows
+    const int64_t blocks = (last - first + kBlockRows - 1) / kBlockRows;
+    const int64_t rows = ((last - first + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit;
+    for (int64_t from = first; from < last; from += rows)
+      for (int64_t panel = begin, stop; panel < end; panel = stop) {
+        for (stop = panel + 1; stop < end && stop - panel < kGroup; ++stop)
+          if (panels_[stop].vectors != panels_[panel].vectors) break;
+        block(from, std::min(from + rows, last), panels_.subspan(panel, stop - panel));
+      }
+  }
+
+ private:
+  size_t most_slices() const {
+    size_t most = 0;
+    for (const auto& chunk : chunks_) most = std::max(most, chunk.size());
+    return most;
+  }
+  int64_t chunks_steps() const { return chunks_.back().back().b_row + chunks_.back().back().length; }
+
+  void block(int64_t first, int64_t last, std::span<const Panel<T>> group) {
+    const int vectors = group[0].vectors, tall = rows_of(vectors);
+    const int64_t sums = tall * vectors * W;
+    window_->block(first, last, tall);
+    const int64_t tiles = window_->tiles();
+    const bool packs = tiles >= kReused<T>;
+    for (size_t c = 0; c < chunks_.size(); ++c) {
+      const std::span<const Slice> chunk = chunks_[c];
+      int64_t b_row = 0;
+      for (size_t s = 0; s < chunk.size(); ++s) {
+        b_rows_[s] = packs ? b_row : chunk[s].b_row;
+        b_row += packed_rows<T>(chunk[s].length);
+      }
+      window_->chunk(chunk, b_rows_.data());
+      for (size_t g = 0; g < group.size(); ++g) {
+        const Panel<T>& panel = group[g];
+        if (packs) copy(panel, chunk);
+        // Meanwhile the next rows of B that will be copied come near.
+        const bool same = g + 1 < group.size();
+        Ahead<T> ahead(group[same ? g + 1 : 0], tiles);
+        if (tiles > 1 && (same || c + 1 < chunks_.size())) ahead.begin(same ? chunk : chunks_[c + 1]);
+        for (int64_t t = 0; t < tiles; ++t) {
+          ahead();
+          float* to = chunks_.size() == 1 ? sums_ : sums_ + (g * tiles + t) * sums;
+          const Run<Factor<T>>* runs = window_->runs(t);
+          if (packs) tile(vectors, runs, window_->segments(), near_, vectors * W, to, c > 0);
+          else tile(vectors, runs, window_->segments(), panel.b, panel.ld_b, to, c > 0);
+          if (c + 1 == chunks_.size())
+            for (int64_t r = 0, pixel = first + t * tall; r < tall && pixel < last; ++r, ++pixel)
+              finish_(panel, pixel, to + r * vectors * W);
+        }
+      }
     }
   }
-}
+
+  // Copies a panel's rows of B under a chunk to packed_.
+  void copy(const Panel<T>& panel, std::span<const Slice> chunk) {
+    if (Window<T>::copies(p_)) {  // the chunk's rows of A are joined, too
+      const int64_t steps = chunk.back().b_row + chunk.back().length - chunk[0].b_row;
+      pack(panel.b, panel.vectors, panel.ld_b, chunk[0].b_row, steps, packed_);
+      return;
+    }
+    for (size_t s = 0; s < chunk.size(); ++s)
+      pack(panel.b, panel.vectors, panel.ld_b, chunk[s].b_row, chunk[s].length,
+           packed_ + b_rows_[s] * panel.vectors * W);
+  }
+
+  const Conv& p_;
+  const std::span<const Panel<T>> panels_;
+  const Chunks& chunks_;
+  const Epilogue<T> finish_;
+  std::optional<Window<T>> window_;
+  std::vector<int64_t> b_rows_;  // at which row of B each slice of the chunk begins
+  float* sums_;
+  Packed<T>* packed_;
+  const Packed<T>* near_[kMaxVectors];  // the columns of packed_
+};
 
 template <typename T>
 static void conv(const Conv& p) {
   const int64_t pixels = p.batch * p.out_height * p.out_width;
   const int64_t inner = p.kernel * p.kernel * p.channels;
-  std::vector<Factor<T>> copy;
-  const Factor<T>* x = factors(static_cast<const T*>(p.x),
-                               p.batch * p.height * p.width * p.channels, copy);
   std::vector<T> padded;
   const auto panels = split_columns<T>(p, inner, padded);
   const auto slices = split_inner(p, kSlice<T>);
-  const auto rows = nearest(p.height, p.up_height), columns = nearest(p.width, p.up_width);
-  const std::vector<Factor<T>> zeros(kSlice<T>);
-  const Epilogue<T> finish{p};
-
-  // Panels are split among the threads first (each reads only its weights), rows if need be.
-  const int64_t threads = fastdiff::num_threads(), count = panels.size();
-  const int64_t cuts = count % threads ? threads : 1;
-  const auto body = [&](int64_t first_task, int64_t last_task) {
-    const auto sums = std::make_unique_for_overwrite<float[]>(std::min(kBlocks, pixels) *
-                                                              kTileSums * W);
-    std::vector<Run<Factor<T>>> segments(slices.size());
-    const auto packed = std::make_unique_for_overwrite<Packed<T>[]>(std::min(kChunk, inner) *
-                                                                   kMaxVectors * W);
-    const Packed<T>* near[kMaxVectors];  // the columns of `packed`
-    for (int v = 0; v < kMaxVectors; ++v) near[v] = &packed[v * W];
-    for (int64_t task = first_task; task < last_task; ++task) {
-      const Panel<T>& panel = panels[task / cuts];
-      const int tall = rows_of(panel.vectors), wide = panel.vectors * W;
-      const int64_t blocks = (pixels + tall - 1) / tall, cut = task % cuts;
-      const int64_t stop = blocks * (cut + 1) / cuts;
-      for (int64_t first = blocks * cut / cuts; first < stop; first += kBlocks) {
-        const int64_t last = std::min(first + kBlocks, stop);
-        for (size_t begin = 0, end; begin < slices.size(); begin = end) {
-          int64_t length = slices[begin].length;
-          for (end = begin + 1; end < slices.size() && length + slices[end].length <= kChunk; ++end)
-            length += slices[end].length;
-          const std::span<const Slice> chunk(&slices[begin], end - begin);
-          for (size_t i = 0; i < chunk.size(); ++i) {
-            segments[i].length = chunk[i].length;
-            segments[i].b_row = chunk[i].b_row;
-          }
-          // The float32 loop gains nothing by it: it reads B half as often for its work.
-          const bool packs = kPacks<T> && last - first >= kReused;
-          if constexpr (kPacks<T>)
-            for (int64_t i = 0, row = 0; packs && i < std::ssize(chunk); ++i) {
-              segments[i].b_row = row;
-              row += pack(panel.b, panel.vectors, panel.ld_b, chunk[i].b_row, chunk[i].length,
-                          &packed[row * wide]);
-            }
-          for (int64_t block = first; block < last; ++block) {
-            gather(p, x, block * tall, tall, chunk, rows, columns, zeros.data(), segments.data());
-            float* to = &sums[(block - first) * tall * wide];
-            const int count = static_cast<int>(chunk.size());
-            if (packs) tile(panel.vectors, segments.data(), count, near, wide, to, begin > 0);
-            else tile(panel.vectors, segments.data(), count, panel.b, panel.ld_b, to, begin > 0);
-            if (end == slices.size())
-              for (int r = 0; r < tall && block * tall + r < pixels; ++r)
-                finish(panel, block * tall + r, to + r * wide);
-          }
-        }
-      }
+  const Chunks chunks = split_chunks(slices, Window<T>::copies(p) ? kSlice<T> : kChunk);
+  const bool serial = pixels * inner * p.n < kSerialBelow;
+  const int64_t count = panels.size();
+  const Cut parts = cut(pixels, count, serial ? 1 : fastdiff::num_threads());
+  fastdiff::parallel_for(parts.rows * parts.panels, [&](int64_t first, int64_t last) {
+    Product<T> product(p, panels, chunks, (pixels + parts.rows - 1) / parts.rows);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = i / parts.panels, column = i % parts.panels;
+      product(pixels * row / parts.rows, pixels * (row + 1) / parts.rows,
+              count * column / parts.panels, count * (column + 1) / parts.panels);
     }
-  };
-  if (pixels * inner * p.n < kSerialBelow) body(0, count * cuts);
-  else fastdiff::parallel_for(count * cuts, body);
+  });
 }
 
 }  // namespace FASTDIFF_ISA

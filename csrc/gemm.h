@@ -20,6 +20,7 @@ constexpr int kTileSums = 12;
 template <int V>
 constexpr int Rows = kTileSums / V > 12 ? 12 : kTileSums / V;
 constexpr int kMaxRows = 12;
+constexpr int kMinRows = kTileSums / kMaxVectors;
 
 // What rows of A hold where B is of T: float32, or bfloat16 where that is multiplied as it is.
 #if defined(__AVX512BF16__)
@@ -123,22 +124,36 @@ static inline void multiply(const Run<bf16>& segment, const T* const* column, in
 #if defined(__AVX512BF16__)
 template <typename T>
 using Packed = std::conditional_t<std::is_same_v<T, bf16>, Pair, T>;
-
-// Copies `length` rows of a panel's B, from row `b_row`, to `to`; returns the rows of pairs.
-static inline int64_t pack(const bf16* const* b, int vectors, int64_t ld_b, int64_t b_row,
-                           int64_t length, Pair* to) {
-  for (int64_t k = 0; k < length; k += 2)
-    for (int v = 0; v < vectors; ++v) {
-      const bf16* at = b[v] + (b_row + k) * ld_b;
-      const vu both = k + 1 < length ? pairs(at, at + ld_b) : widen(at);
-      std::memcpy(to + (k / 2 * vectors + v) * W, &both, sizeof(both));
-    }
-  return (length + 1) / 2;
-}
 #else
 template <typename T>
-using Packed = T;
+using Packed = float;
 #endif
+
+// Rows of a copy of `length` rows of B.
+template <typename T>
+constexpr int64_t packed_rows(int64_t length) {
+  return std::is_same_v<Packed<T>, float> ? length : (length + 1) / 2;
+}
+
+// Copies `length` rows of a panel's B, from row `b_row`, to `to`.
+template <typename T>
+static inline void pack(const T* const* b, int vectors, int64_t ld_b, int64_t b_row,
+                           int64_t length, Packed<T>* to) {
+  if constexpr (std::is_same_v<Packed<T>, float>) {
+    for (int64_t k = 0; k < length; ++k)
+      for (int v = 0; v < vectors; ++v)
+        store(to + (k * vectors + v) * W, load(b[v] + (b_row + k) * ld_b));
+  } else {
+#if defined(__AVX512BF16__)
+    for (int64_t k = 0; k < length; k += 2)
+      for (int v = 0; v < vectors; ++v) {
+        const bf16* at = b[v] + (b_row + k) * ld_b;
+        const vu both = k + 1 < length ? pairs(at, at + ld_b) : widen(at);
+        std::memcpy(to + (k / 2 * vectors + v) * W, &both, sizeof(both));
+      }
+#endif
+  }
+}
 
 // sums (+)= a . b over all segments. Each segment is summed from zero, so that rounding errors grow
 // with the length of a segment, not with the inner dimension.

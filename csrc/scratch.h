@@ -9,12 +9,13 @@
 
 namespace FASTDIFF_ISA {
 
-enum Scratch { kPixelScratch, kFilterScratch, kSumScratch };
+// What it is for: pixels, weights or sums, transformed or copied.
+enum Kept { kKeptPixels, kKeptWeights, kKeptSums };
 
 // Room for `count` elements, aligned to pages of 2 MiB, which the system is asked to use. What it
 // held is lost when it grows.
-template <typename T, Scratch which>
-static T* scratch(int64_t count) {
+template <typename T, Kept which>
+static T* kept(int64_t count) {
   struct Memory {
     void* at = nullptr;
     size_t size = 0;

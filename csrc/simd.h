@@ -52,12 +52,16 @@ static inline vh narrow(vu v) {
 
 static inline vf load(const bf16* p) { return (vf)(widen(p) << 16); }
 static inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
-static inline void store(bf16* p, vf v) {
+static inline vh rounded(vf v) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)v);  // denormal numbers become 0
+#else
   const vu bits = (vu)v;
-  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const vu kept = v == v ? rounded : (vu)(splat(0) == splat(0)) & 0x7fc0;
-  *reinterpret_cast<vh_unaligned*>(p) = narrow(kept);
+  const vu nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+  return narrow(v == v ? nearest : (vu)(splat(0) == splat(0)) & 0x7fc0);
+#endif
 }
+static inline void store(bf16* p, vf v) { *reinterpret_cast<vh_unaligned*>(p) = rounded(v); }
 
 static inline float load1(const float* p) { return *p; }
 static inline float load1(const bf16* p) {
@@ -75,6 +79,21 @@ static inline void store1(bf16* p, float value) {
 }
 
 // The first n <= W elements; the rest is zero, nothing beyond them is read or written.
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+static inline vf load_n(const float* p, int n) {
+  return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+static inline vf load_n(const bf16* p, int n) {
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(-1, _mm256_maskz_loadu_epi16(first_lanes(n), p)) << 16);
+}
+static inline void store_n(float* p, vf v, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+static inline void store_n(bf16* p, vf v, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)rounded(v));
+}
+#else
 template <typename T>
 static inline vf load_n(const T* p, int n) {
   if (n == W) return load(p);
@@ -89,6 +108,7 @@ static inline void store_n(T* p, vf v, int n) {
   store(whole, v);
   std::memcpy(p, whole, n * sizeof(T));
 }
+#endif
 
 // Adds f(c, elements) over `width` elements in vectors, the last one partial.
 template <typename F>
@@ -113,7 +133,16 @@ static inline float sum(vf v) {
 #endif
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
-static inline vf max(vf a, vf b) { return a > b ? a : b; }
+// a > b ? a : b, lane by lane: b where either is NaN
+static inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // e^x: x = n ln2 + r with |r| <= ln2 / 2, a degree-6 fit of e^r (relative error 2e-9), then 2^n by
 // the exponent bits. 0 below -87.3; NaN stays NaN.

@@ -195,8 +195,8 @@ static void winograd(const Conv& p) {
   const int64_t fit = kTiles * kPixelBytes / sizeof(A) / kind.pixels(kTiles);
   const auto compute = [&](const Tiles& block, int64_t begin, int64_t end, int64_t panel,
                            const A* v) {
-    B* u = scratch<B, kFilterScratch>(Kind::kPositions * Kind::kFilters);
-    float* m = scratch<float, kSumScratch>(Kind::kPositions * Kind::sum_stride(kTiles));
+    B* u = kept<B, kKeptWeights>(Kind::kPositions * Kind::kFilters);
+    float* m = kept<float, kKeptSums>(Kind::kPositions * Kind::sum_stride(kTiles));
     kind.compute(block, begin, end, panel * Kind::kColumns, v, u, m);
   };
   if (kind.tiles >= threads * kTiles && fit >= kTiles) {
@@ -204,7 +204,7 @@ static void winograd(const Conv& p) {
     fastdiff::parallel_for(blocks, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const Tiles block = part(kind.tiles, i, blocks);
-        A* v = scratch<A, kPixelScratch>(kind.pixels(block.count));
+        A* v = kept<A, kKeptPixels>(kind.pixels(block.count));
         kind.transform_pixels(block, 0, block.count, v);
         for (int64_t panel = 0; panel < panels; ++panel) compute(block, 0, block.count, panel, v);
       }
@@ -215,7 +215,7 @@ static void winograd(const Conv& p) {
   const int64_t blocks = (kind.tiles + most - 1) / most;
   for (int64_t i = 0; i < blocks; ++i) {
     const Tiles block = part(kind.tiles, i, blocks);
-    A* v = scratch<A, kPixelScratch>(kind.pixels(block.count));
+    A* v = kept<A, kKeptPixels>(kind.pixels(block.count));
     fastdiff::parallel_for(block.count, [&](int64_t begin, int64_t end) {
       kind.transform_pixels(block, begin, end, v);
     });

@@ -1,7 +1,7 @@
 """A denoising step kernel by kernel, as an NVIDIA GPU would be asked for it, found without one.
 
 The networks run on tensors without memory (the meta device), which our own decisions take for ones
-on a GPU (`kernels.contract.on_gpu`). Our Triton kernels are the launches of their own plans;
+on a GPU (`kernels.where.on_gpu`). Our Triton kernels are the launches of their own plans;
 torch's ops are what its CUDA backend starts.
 """
 
@@ -134,15 +134,16 @@ def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
     return recorder.launched
 
 
-def guided(model: nn.Module, dtype: torch.dtype, side: int) -> Run:
-    """The plan's own step of one picture with guidance; arguments as of `rows`."""
+def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int | None = None) -> Run:
+    """The plan's own step of one picture with guidance; arguments as of `rows`, tokens of a text as
+    published pipelines encode it if None."""
     known = named(model)
     denoised = None if known is None else known[1].denoised
     if known is None or denoised is None:
         raise UserError(f"no denoising loop of fastdiff repeats a {type(model).__name__}")
     ((module, kind),) = known[1].taken("", nn.Module.to(model, dtype=dtype)).values()
     network = kind.borrow(module, Loan(module, rehearsal=True)).network
-    return step(network, *denoised.picture(network, side, texts=2))
+    return step(network, *denoised.picture(network, side, 2, tokens))
 
 
 def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Launches]:

@@ -85,12 +85,14 @@ class Denoised:
     beside: tuple[str, ...] = ("controlnet", "adapter")
     """Components of a pipeline that give it residuals, which no file takes."""
 
-    def picture(self, network: Any, side: int, texts: int) -> tuple[Any, Tensor]:
+    def picture(
+        self, network: Any, side: int, texts: int, tokens: int | None = None
+    ) -> tuple[Any, Tensor]:
         """The conditions and the latents [1, C, side, side] of a picture, on the meta device, for a
-        network without memory. texts: 2 with guidance."""
+        network without memory. texts: 2 with guidance; tokens: of each, if not `self.tokens`."""
         shape = (1, self.channels(network), side, side)
         latents = torch.empty(shape, dtype=network.dtype, device="meta")
-        return self.example(network, texts, self.tokens), latents
+        return self.example(network, texts, tokens or self.tokens), latents
 
     def loop(self, network: Any, sizes: Sizes) -> list[Run]:
         """What a picture's loop asks of a GPU, by any scheduler; `network` as of `picture`."""

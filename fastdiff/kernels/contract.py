@@ -66,6 +66,8 @@ class KernelSpec:
     flops: Callable[[Case], int]
     """Of a case: 2 for each multiply-add of a matrix product; without products the floating-point
     operations on each element of the output, an exponential or a division counting as one."""
+    work: Callable[[Any], tuple[str, tuple[int, ...]]] | None = None
+    """Of a product: what `choices` compares calls by, (kind, sizes). None: no product."""
     fake: Callable[[Any], Any] | None = None
     """Shapes and strides of the outputs for tracing; None: the formula can be traced."""
     mutates: tuple[str, ...] = ()
@@ -172,12 +174,6 @@ its size."""
 
 FP_FUSION = True
 """Given explicitly: triton 3.10 changes the default, and with it the last bits of every result."""
-
-
-def on_gpu(tensor: Tensor) -> bool:
-    """Whether what decides by device decides as on a GPU. A tensor without memory (on the meta
-    device) stands for one that is there: so a GPU's launches are found without one."""
-    return tensor.device.type in ("cuda", "meta")
 
 
 def architecture(tensor: Tensor) -> int:

@@ -1,6 +1,7 @@
 """Registers each kernel once as a torch op and finds its implementations.
 
-`fastdiff::<name>` runs on CPU tensors through `cpu.py` (plain torch where that raises `NotNative`),
+`fastdiff::<name>` runs on CPU tensors through `cpu.py` (plain torch where that raises `NotNative`
+or `choices` has measured torch to be faster),
 on CUDA tensors through `gpu.py` (imported on the first CUDA call, so that triton stays optional)
 and on fake tensors through the reference. An explicit `implementation(name, which)` that cannot run
 raises; nothing falls back silently.
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.kernels import choices
 from fastdiff.kernels.contract import KernelSpec
 
 
@@ -94,9 +96,11 @@ class Kernel:
     spec: KernelSpec
     op: Any
     implementations: dict[str, Callable[[], Callable[..., Any]]]
-    """As the op runs them: "cpu" is plain torch where `own` raises NotNative."""
+    """As the op runs them: "cpu" is `plain` where `own` raises NotNative or `choices` says so."""
     own: Callable[..., Any]
     """`run` of `cpu.py` alone."""
+    plain: Callable[..., Any]
+    """torch's own ops on a CPU."""
     library: Callable[..., Any]
     """What runs on CUDA tensors where there is no Triton kernel: torch's and NVIDIA's libraries."""
 
@@ -116,8 +120,9 @@ def register(
     """Define `fastdiff::<spec.name>`; returns the op's overload.
 
     `cpu` runs CPU tensors, `otherwise` (default: the spec's formula) those for which it raises
-    NotNative. `gpu` names the module whose `run` is the Triton implementation, a Launcher; None
-    means that `library` (default: the formula) runs on CUDA tensors.
+    NotNative or `choices` says that torch is faster. `gpu` names the module whose `run` is the
+    Triton implementation, a Launcher; None means that `library` (default: the formula) runs on
+    CUDA tensors.
     `others`: modules with a `run`, by the name of the implementation; only `implementation` asks
     for them.
     """
@@ -131,6 +136,8 @@ def register(
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         given = arguments(*args, **kwargs)
+        if NATIVE is None or choices.runs(spec, given, NATIVE.isa()) == choices.LIBRARY:
+            return plain(given)
         try:
             return cpu(given)
         except NotNative:
@@ -149,7 +156,9 @@ def register(
         implementations["triton"] = lambda: module_of(gpu).run
     implementations |= {which: loader(module) for which, module in (others or {}).items()}
     op = getattr(torch.ops.fastdiff, spec.name).default
-    KERNELS[spec.name] = Kernel(spec, op, implementations, spec.called(cpu), by_library)
+    KERNELS[spec.name] = Kernel(
+        spec, op, implementations, spec.called(cpu), spec.called(plain), by_library
+    )
     return op
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.concat import concat
-from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.linear import linear
+from fastdiff.kernels.where import on_gpu
 from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights
 from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved, projected

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
+from fastdiff.kernels.where import on_gpu
 from fastdiff.models.lora import Merges, added_by, base_of
 from fastdiff.models.reads import Reads, check_conv
 from fastdiff.models.state import Gate, Homes, Lent
@@ -90,9 +91,8 @@ class Loan(Reads):
         if self.device.type == "cuda" and self.dtype not in FLOATS:
             raise Unsupported(f"weights of {self.dtype} on a GPU")
         # our CPU loop wants a row per input channel; GPU libraries a row per output channel
-        self._input_major = (
-            self.device.type == "cpu" and NATIVE is not None and self.dtype in NATIVE_DTYPES
-        )
+        on_cpu = self.device.type in ("cpu", "meta") and not on_gpu(first)
+        self._input_major = on_cpu and NATIVE is not None and self.dtype in NATIVE_DTYPES
 
     def linear(self, *layers: nn.Module) -> Weights:
         """Lend linear layers (or 1×1 convolutions) of equal input width, stacked along N."""

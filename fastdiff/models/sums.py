@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.kernels.ada_norm import ada_norm
-from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.residual import residual
+from fastdiff.kernels.where import on_gpu
 from fastdiff.models.borrow import Norm, Weights
 
 

@@ -84,7 +84,7 @@ def planted(monkeypatch):
         flops=lambda case: case.L,
     )
     launcher = Launcher(Arguments, plan)
-    kernel = Kernel(spec, None, {"triton": lambda: launcher}, spec.reference, spec.reference)
+    kernel = Kernel(spec, None, {"triton": lambda: launcher}, *[spec.reference] * 3)
     monkeypatch.setattr(tune, "triton_kernels", lambda: [kernel])
 
     def plant(*candidates):

@@ -66,7 +66,7 @@ def plant(name, kernel, size, num_warps, stride=None, **constants):
     )
     launcher = Launcher(Arguments, plan)
     implementations = {"triton": lambda: launcher}
-    KERNELS[name] = Kernel(spec, None, implementations, spec.reference, spec.reference)
+    KERNELS[name] = Kernel(spec, None, implementations, *[spec.reference] * 3)
 
 
 # 1024 halves over 4 warps: 8 halves, 16 bytes, a thread

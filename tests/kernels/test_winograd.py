@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.kernels.contract import Case, judge, max_error, poisoned_memory
-from fastdiff.kernels.conv2d import conv2d, cpu
+from fastdiff.kernels.conv2d.cpu import ALGORITHMS as NUMBERS
+from fastdiff.kernels.conv2d.cpu import convolved
 from fastdiff.kernels.conv2d.spec import SPEC, Arguments, around
 from fastdiff.kernels.dispatch import NATIVE
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="built without its kernels in C++")
 ISAS = NATIVE.isas() if NATIVE else []
-ALGORITHMS = {"2x2": 1, "2x4": 2}
+ALGORITHMS = {name: number for name, number in NUMBERS.items() if number}
 DTYPES = (torch.float32, torch.bfloat16)
 
 CASES = (
@@ -46,17 +47,11 @@ def unchanged():
     NATIVE.set_isa(isa)
 
 
-@pytest.fixture
-def winograd(monkeypatch):
-    """winograd(algorithm, isa, **arguments): `conv2d` by that algorithm."""
-
-    def run(algorithm, isa, **arguments):
-        monkeypatch.setattr(cpu, "algorithm", lambda _: ALGORITHMS[algorithm])
-        NATIVE.set_isa(isa)
-        with poisoned_memory():
-            return conv2d(**arguments)
-
-    return run
+def winograd(algorithm, isa, **arguments):
+    """`conv2d` by an algorithm."""
+    NATIVE.set_isa(isa)
+    with poisoned_memory():
+        return convolved(Arguments(**arguments), ALGORITHMS[algorithm])
 
 
 def _in_rows(x, weight, *rest):
@@ -84,7 +79,7 @@ def columns_beside(weight):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_winograd_is_inside_the_budget(case, algorithm, isa, winograd):
+def test_winograd_is_inside_the_budget(case, algorithm, isa):
     for dtype in DTYPES:
         arguments, (eager, exact) = prepared(case, dtype)
         verdict = judge(case.name, winograd(algorithm, isa, **arguments), eager, exact)
@@ -94,7 +89,7 @@ def test_winograd_is_inside_the_budget(case, algorithm, isa, winograd):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("channels", [32, 320, 1280])
-def test_smooth_filters_and_positive_pictures(channels, algorithm, isa, winograd):
+def test_smooth_filters_and_positive_pictures(channels, algorithm, isa):
     """Trained filters are low-pass and pictures after SiLU have a mean: terms do not cancel."""
     generator = torch.Generator().manual_seed(channels)
     taps = torch.tensor([0.25, 0.5, 0.25])
@@ -136,7 +131,7 @@ def drawn(demo):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_demo_on_what_it_computes(algorithm, isa, drawn, winograd):
+def test_the_demo_on_what_it_computes(algorithm, isa, drawn):
     """Its own filters on its own pictures."""
     held = [(x, w, b) for x, w, b in drawn if x.shape[3] >= 16]
     assert len(held) >= 40
@@ -152,7 +147,7 @@ def test_the_demo_on_what_it_computes(algorithm, isa, drawn, winograd):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_threads_change_no_bit(algorithm, isa, winograd):
+def test_threads_change_no_bit(algorithm, isa):
     """Split by tiles where there are many, by columns where there are few."""
     threads = torch.get_num_threads()
     for dtype in DTYPES:
@@ -171,7 +166,7 @@ def test_threads_change_no_bit(algorithm, isa, winograd):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_is_not_finite_stays_visible(algorithm, isa, winograd):
+def test_what_is_not_finite_stays_visible(algorithm, isa):
     """An Inf makes the outputs of the tiles that read it NaN or Inf, and no others."""
     case = Case("inf", B=1, Y=16, X=16, C=20, N=24)
     for dtype in DTYPES:

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdiff.kernels.attention import cpu, products
 from fastdiff.kernels.attention.spec import SPEC
-from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.dispatch import implementation, register
+from fastdiff.kernels.where import on_gpu
 
 _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.attention.gpu", otherwise=cpu.plain)
 

@@ -21,6 +21,11 @@ class Arguments:
     scale: float | None = None
 
 
+def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
+    B, queries, H, K = a.q.shape
+    return "" if a.mask is None else "masked", (B * H, queries, a.k.shape[1], K)
+
+
 def formula(a: Arguments) -> Tensor:
     scale = 1.0 / math.sqrt(a.q.shape[-1]) if a.scale is None else a.scale
     q, k, v = (t.transpose(1, 2) for t in (a.q, a.k, a.v))
@@ -93,6 +98,7 @@ SPEC = KernelSpec(
     arguments=Arguments,
     formula=formula,
     inputs=inputs,
+    work=work,
     cases=CASES,
     bytes=_bytes,
     flops=lambda c: 4 * c.B * c.H * c.Lq * c.Lk * c.K,

@@ -1,13 +1,24 @@
-"""`conv2d` on a CPU: our own loop, on borrowed weights."""
+"""`conv2d` on a CPU: our own loops, on borrowed weights."""
 
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.conv2d.spec import Arguments
+from fastdiff.kernels import choices
+from fastdiff.kernels.conv2d.spec import SPEC, Arguments
 from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
+
+ALGORITHMS = {"direct": 0, "winograd22": 1, "winograd24": 2}
+"""Numbers of `Algorithm` in csrc: product by product, Winograd's F(2x2, 3x3) and F(2x4, 3x3)."""
 
 
 def run(a: Arguments) -> Tensor:
+    runs = "direct" if NATIVE is None else choices.runs(SPEC, a, NATIVE.isa())
+    return convolved(a, ALGORITHMS.get(runs, 0))
+
+
+def convolved(a: Arguments, algorithm: int) -> Tensor:
+    """By one of `ALGORITHMS`; NotNative where our loops do not take these arguments, and
+    ValueError where that algorithm does not."""
     dtype = native_dtype("conv2d", a.x)
     if not _packed(a.weight):
         raise NotNative(
@@ -36,15 +47,10 @@ def run(a: Arguments) -> Tensor:
         0 if a.bias is None else a.bias.data_ptr(),
         (0 if a.residual is None else a.residual.data_ptr(), batch * out_height * out_width),
         0,
-        algorithm(a),
+        algorithm,
         out.data_ptr(),
     )
     return out
-
-
-def algorithm(a: Arguments) -> int:
-    """Which of `Algorithm` in csrc/kernels.h computes it: 0 is the direct loop."""
-    return 0
 
 
 def _packed(weight: Tensor) -> bool:

@@ -25,6 +25,17 @@ class Arguments:
     residual: Tensor | None = None
 
 
+def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
+    B, Y, X, C = a.x.shape
+    N, _, kernel, _ = a.weight.shape
+    enlarged = "" if a.size is None else " enlarged"
+    up_y, up_x = (Y, X) if a.size is None else a.size
+    before, after = a.padding
+    out = ((side + before + after - kernel) // a.stride + 1 for side in (up_y, up_x))
+    kind = f"{kernel}x{kernel} stride {a.stride} padding {before} {after}{enlarged}"
+    return kind, (B, *out, C, N)
+
+
 def formula(a: Arguments) -> Tensor:
     return around(F.conv2d, a)
 
@@ -118,6 +129,7 @@ SPEC = KernelSpec(
     arguments=Arguments,
     formula=formula,
     inputs=inputs,
+    work=work,
     cases=CASES,
     bytes=moved,
     flops=operations,

@@ -20,6 +20,11 @@ class Arguments:
     bias: Tensor | None = None
 
 
+def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
+    columns, inner = a.weight.shape
+    return "", (a.x.numel() // inner, inner, columns // 2)
+
+
 def formula(a: Arguments) -> Tensor:
     y: Tensor = GATE.reference(F.linear(a.x, a.weight, a.bias))
     return y
@@ -57,6 +62,7 @@ SPEC = KernelSpec(
     arguments=Arguments,
     formula=formula,
     inputs=inputs,
+    work=work,
     cases=CASES,
     bytes=lambda c, size: (
         size * (c.B * c.L * (c.D + c.N) + 2 * c.N * (c.D + bool(c.get("bias", True))))

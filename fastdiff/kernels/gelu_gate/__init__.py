@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from fastdiff.kernels.contract import on_gpu
 from fastdiff.kernels.dispatch import implementation, register
 from fastdiff.kernels.gelu_gate import cpu
 from fastdiff.kernels.gelu_gate.spec import SPEC
+from fastdiff.kernels.where import on_gpu
 
 _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.gelu_gate.gpu")
 

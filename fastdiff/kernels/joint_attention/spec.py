@@ -27,6 +27,11 @@ class Arguments:
     text_bias: Tensor | None = None
 
 
+def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
+    B, L, H, K = a.q.shape
+    return "" if a.text_q is not None else "silent", (B * H, L, a.text_k.shape[1], K)
+
+
 def formula(
     a: Arguments, attend: Callable[[attention.Arguments], Tensor] = attention.formula
 ) -> tuple[Tensor, Tensor]:
@@ -110,6 +115,7 @@ SPEC = KernelSpec(
     formula=formula,
     fake=fake,
     inputs=inputs,
+    work=work,
     cases=CASES,
     bytes=_bytes,
     flops=_flops,

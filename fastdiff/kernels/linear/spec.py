@@ -30,6 +30,11 @@ class Arguments:
     residual: Tensor | None = None
 
 
+def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
+    columns, inner = a.weight.shape
+    return a.act, (a.x.numel() // inner, inner, columns)
+
+
 def formula(a: Arguments) -> Tensor:
     return plus(ACTIVATIONS[a.act](F.linear(a.x, a.weight, a.bias)), a.residual)
 
@@ -99,6 +104,7 @@ SPEC = KernelSpec(
     arguments=Arguments,
     formula=formula,
     inputs=inputs,
+    work=work,
     cases=CASES,
     bytes=moved,
     flops=lambda c: 2 * c.B * c.L * c.D * c.N,

@@ -1,0 +1,108 @@
+"""The calls of our ops that pictures of the presets make on a CPU, found without weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff.bench.graph import guided
+from fastdiff.bench.preset_parts import without_memory
+from fastdiff.bench.presets import preset_named
+from fastdiff.demo import DEMO_FOLDER
+from fastdiff.families import Sizes, named
+from fastdiff.kernels.choices import Work, work_of
+from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.where import planned_on_cpu
+from fastdiff.models.borrow import Loan
+from fastdiff.runtime.planned import Run
+
+SCALES = {"sd15": (1.0, 0.5), "sdxl": (1.0, 0.2), "sd3": (1.0, 0.1), "sd35-medium": (1.0,)}
+"""Presets and the shares of their widths that are looked at; the others' sizes are near these."""
+
+
+@dataclass
+class Call:
+    """A call of an op and who makes it."""
+
+    work: Work
+    arguments: Any
+    """The op's; its tensors have shapes, strides and dtypes, and no memory."""
+    models: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Networks without memory."""
+
+    name: str
+    denoiser: Any
+    coder: Any
+    tokens: int | None = None
+    """Of a text; None: as published pipelines encode it."""
+
+    def runs(self, dtype: torch.dtype) -> list[Run]:
+        """A step with guidance, and both halves of the autoencoder."""
+        side = self.denoiser.config.sample_size
+        sizes = Sizes(side, 2 ** (len(self.coder.config.block_out_channels) - 1))
+        known = named(self.coder)
+        assert known is not None
+        halves = known[1].taken("", nn.Module.to(self.coder, dtype=dtype)).values()
+        coding = [
+            run
+            for half, kind in halves
+            for run in kind.planned(kind.borrow(half, Loan(half, rehearsal=True)), sizes)
+        ]
+        return [guided(self.denoiser, dtype, side, self.tokens), *coding]
+
+
+def models() -> Iterator[Model]:
+    """The demo and `SCALES`."""
+    parts: list[Any] = []
+    for cls, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
+        parts.append(without_memory(cls, cls.load_config(DEMO_FOLDER / folder)))
+    yield Model("demo", *parts, tokens=24)
+    for name, scales in SCALES.items():
+        preset = preset_named(name)
+        for scale in scales:
+            cls, config = preset.network(scale * preset.base_scale)
+            coder = without_memory(AutoencoderKL, preset.autoencoder(scale * preset.base_scale))
+            yield Model(f"{name} {scale:g}", without_memory(cls, config), coder)
+
+
+def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
+    """One call of each work that the models' pictures ask for: of the denoising network with
+    guidance, and of the autoencoder's halves. `only`: names of models; all if empty."""
+    found: dict[Work, Call] = {}
+    for model in models():
+        if only and model.name not in only:
+            continue
+        with planned_on_cpu(), torch.no_grad(), _Calls() as made:
+            for run in model.runs(dtype):
+                run()
+        for op, arguments in made.found:
+            work = work_of(KERNELS[op].spec, arguments)
+            call = found.setdefault(work, Call(work, arguments))
+            if model.name not in call.models:
+                call.models.append(model.name)
+    return list(found.values())
+
+
+class _Calls(TorchDispatchMode):
+    """Notes our ops' names and arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if op.namespace == "fastdiff":
+            name = op._schema.name.removeprefix("fastdiff::")
+            self.found.append((name, KERNELS[name].spec.arguments(*args, **kwargs)))
+        return op(*args, **kwargs)

@@ -1,0 +1,257 @@
+"""Measure who computes each op fastest on a CPU: one of our loops, or torch's library.
+
+Every call that a picture of the models in `benchmarks.cpu_calls` makes is timed in turn by each who
+can compute it, and as diffusers' own modules would have it computed ("eager": weights and pictures
+in torch's own layouts). Ours are timed as a tape runs them, without Python. Of ours the fastest is
+chosen; the library where it takes `FLOOR` less than that, and so much less that it is worth what it
+ends: a tape holds our loops only.
+
+    python -m benchmarks.tune --cpu [--isa avx2] [--ops conv2d,…] [--models "sd15 1,…"] [--out FILE]
+    python -m benchmarks.tune --cpu --check
+
+FILE is reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.choices` finds it;
+samples lie beside it. `--check` measures nothing: it holds the committed tables to the models'
+calls, and exits with 1 where one was never measured or the chosen is slower than torch by `SLOWER`.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.clock import Budget
+from benchmarks.cpu_calls import Call, calls
+from fastdiff.bench.machine import commit, machine, versions
+from fastdiff.kernels.choices import FOLDER, LIBRARY, OWN, SCHEMA, Row, read
+from fastdiff.kernels.conv2d.cpu import ALGORITHMS, convolved
+from fastdiff.kernels.dispatch import KERNELS, NATIVE
+from fastdiff.kernels.observe import recording
+from fastdiff.written import check_writable, write_text
+
+FLOOR, SLOWER = 0.05, 0.05
+WORTH_MS = 0.5
+LEAST_S = 1e-3
+ROUNDS, SECONDS = (3, 9), 1.5
+"""Rounds of a call, at least and at most; more than the least only within so many seconds."""
+DTYPES = (torch.float32, torch.bfloat16)
+LIBRARIES = {"avx512": "AVX512_CORE", "avx2": "AVX2", "baseline": "SSE41"}
+"""What oneDNN is held to, so that it computes as on a processor without the rest."""
+
+Run = Callable[[], object]
+
+
+def with_memory(a: Any) -> Any:
+    """Arguments of an op with tensors of random values in the places of those without memory."""
+
+    def filled(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        reach = sum(s * (n - 1) for n, s in zip(value.shape, value.stride(), strict=True))
+        memory = torch.zeros(reach + 1, dtype=value.dtype)
+        if memory.is_floating_point():
+            memory.normal_()
+        return memory.as_strided(value.shape, value.stride())
+
+    return type(a)(*map(filled, values(a)))
+
+
+def values(a: Any) -> list[Any]:
+    """The arguments of an op in its order."""
+    return [getattr(a, field.name) for field in fields(a)]
+
+
+def ours(call: Call, a: Any) -> dict[str, Run]:
+    """Our loops that take a call, as a tape runs them."""
+    kernel = KERNELS[call.work.op]
+    named: dict[str, Run] = {OWN: partial(kernel.own, *values(a))}
+    if call.work.op == "conv2d":
+        named = {name: partial(convolved, a, number) for name, number in ALGORITHMS.items()}
+    taped = {}
+    for name, run in named.items():
+        try:
+            with recording() as tape:
+                kept = run()
+        except ValueError:  # that loop does not take these arguments
+            continue
+        taped[name] = partial(_replayed, tape, kept)
+    return taped
+
+
+def _replayed(tape: Any, kept: object) -> None:
+    tape.run()
+
+
+def torchs(call: Call, a: Any) -> dict[str, Run]:
+    """torch's own ops: on the tensors as we hold them, and as diffusers' modules do."""
+    kernel = KERNELS[call.work.op]
+    named: dict[str, Run] = {LIBRARY: partial(kernel.plain, *values(a))}
+    if call.work.op == "conv2d":
+        for name, layout in (
+            ("eager", torch.contiguous_format),
+            ("eager channels_last", torch.channels_last),
+        ):
+            named[name] = _convolution(a, layout)
+    elif call.work.op in ("linear", "geglu"):
+        own = type(a)(*values(a))
+        own.weight = a.weight.contiguous()
+        named["eager"] = partial(kernel.plain, *values(own))
+    return named
+
+
+def _convolution(a: Any, layout: torch.memory_format) -> Run:
+    x, residual = (
+        None if t is None else t.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        for t in (a.x, a.residual)
+    )
+    weight, (before, after) = a.weight.contiguous(memory_format=layout), a.padding
+
+    def run() -> Tensor:
+        y, pad = x, before
+        if a.size is not None:
+            y = F.interpolate(y, size=list(a.size), mode="nearest")
+        if before != after:
+            y, pad = F.pad(y, (before, after, before, after)), 0
+        y = F.conv2d(y, weight, a.bias, a.stride, pad)
+        return y if residual is None else y + residual
+
+    return run
+
+
+def race(runs: Mapping[str, Run]) -> dict[str, list[float]]:
+    """Milliseconds of each, all in turn, in another order each round."""
+    repeats, took = {}, {}
+    for name, run in runs.items():
+        run()  # the first call allocates
+        repeats[name] = 1
+        while (spent := _spent(run, repeats[name])) < LEAST_S:
+            repeats[name] *= 2
+        took[name] = spent
+    least, most = ROUNDS
+    rounds = max(least, min(most, int(SECONDS / sum(took.values()))))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(runs), len(runs)):
+            samples[name].append(1e3 * _spent(runs[name], repeats[name]) / repeats[name])
+    return samples
+
+
+def _spent(run: Run, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return time.perf_counter() - start
+
+
+def choose(times: Mapping[str, float], own: Sequence[str]) -> str:
+    """Who computes, by median milliseconds; `own`: names of our loops."""
+    best = min(own, key=times.__getitem__)
+    saved = times[best] - times[LIBRARY]
+    return LIBRARY if saved > max(FLOOR * times[best], WORTH_MS) else best
+
+
+def measured(call: Call) -> dict[str, Any]:
+    a = with_memory(call.arguments)
+    own = ours(call, a)
+    samples = race({**own, **torchs(call, a)})
+    times = {name: float(f"{median(ms):.4g}") for name, ms in samples.items()}
+    work = call.work
+    row = {"op": work.op, "dtype": work.dtype, "kind": work.kind, "sizes": list(work.sizes)}
+    row |= {"runs": choose(times, list(own)) if own else LIBRARY, "ms": times}
+    rounded = {name: [float(f"{value:.4g}") for value in ms] for name, ms in samples.items()}
+    return row | {"models": call.models, "samples": rounded}
+
+
+def slower(row: Row) -> float:
+    """How many times as long as torch's fastest the chosen takes."""
+    others = [ms for name, ms in row.ms.items() if name == LIBRARY or name.startswith("eager")]
+    return row.ms[row.runs] / min(others)
+
+
+def check(isas: Sequence[str], log: Callable[[str], object]) -> int:
+    """How many of the models' calls the tables lack or hold slower than torch's; says which."""
+    wanted = [call for dtype in DTYPES for call in calls(dtype)]
+    wrong = 0
+    for isa in isas:
+        rows = {row.work: row for row in read(FOLDER / f"cpu_{isa}.json", isa)}
+        lacking = [call.work for call in wanted if call.work not in rows]
+        slow = [row for row in rows.values() if slower(row) > 1 + SLOWER]
+        for work in lacking:
+            log(f"{isa}: never measured: {work}")
+        for row in slow:
+            log(f"{isa}: {slower(row):.2f} x torch's time: {row.work}: {dict(row.ms)}")
+        chosen = sorted(row.runs for row in rows.values())
+        counts = ", ".join(f"{name} {len(list(group))}" for name, group in groupby(chosen))
+        log(f"{isa}: {len(rows)} rows ({counts}), {len(lacking)} lacking, {len(slow)} slower")
+        wrong += len(lacking) + len(slow)
+    return wrong
+
+
+def tune(wanted: Sequence[Call], budget: Budget, log: Callable[[str], object]) -> list[Any]:
+    rows = []
+    for call in wanted:
+        if not budget.allows(str(call.work)):
+            continue
+        with torch.no_grad():
+            row = measured(call)
+        rows.append(row)
+        times = ", ".join(f"{name} {ms:g}" for name, ms in row["ms"].items())
+        log(f"{call.work.op} {call.work.dtype} {call.work.kind} {call.work.sizes}: {times} ms")
+    return rows
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.tune --cpu", description=__doc__)
+    parser.add_argument("--isa", choices=NATIVE.isas(), default=NATIVE.isas()[0])
+    parser.add_argument("--ops", help="comma-separated; all if absent")
+    parser.add_argument("--models", help="comma-separated; all of benchmarks.cpu_calls if absent")
+    parser.add_argument("--out", type=Path, help="build/cpu_<isa>.json if absent")
+    parser.add_argument("--minutes", type=float, default=60, help="stop asking after (60)")
+    parser.add_argument("--check", action="store_true", help="of the committed tables")
+    options = parser.parse_args(arguments)
+    if options.check:
+        isas = [path.stem.removeprefix("cpu_") for path in sorted(FOLDER.glob("cpu_*.json"))]
+        return 1 if check(isas, print) else 0
+    held = LIBRARIES.get(options.isa)
+    if held and os.environ.get("ONEDNN_MAX_CPU_ISA") != held:  # read when torch is imported
+        capability = {"avx512": "avx512", "avx2": "avx2"}.get(options.isa, "default")
+        limits = {"ONEDNN_MAX_CPU_ISA": held, "ATEN_CPU_CAPABILITY": capability}
+        again = [sys.executable, "-m", "benchmarks.tune", "--cpu", *arguments]
+        os.execve(sys.executable, again, os.environ | limits)
+    NATIVE.set_isa(options.isa)
+    out = options.out or Path("build", f"cpu_{options.isa}.json")
+    check_writable(out, "--out")
+    only = options.models.split(",") if options.models else ()
+    ops = options.ops.split(",") if options.ops else list(KERNELS)
+    budget = Budget(options.minutes)
+    wanted = [call for dtype in DTYPES for call in calls(dtype, only) if call.work.op in ops]
+    rows = tune(wanted, budget, print)
+    about = {"schema": SCHEMA, "isa": options.isa, "machine": machine(), "versions": versions()}
+    about |= {"commit": commit(), "threads": torch.get_num_threads()}
+    about |= {"command": shlex.join(["python -m benchmarks.tune --cpu", *arguments])}
+    samples = [{name: row[name] for name in row if name != "ms"} for row in rows]
+    write_text(out.with_stem(f"{out.stem}-samples"), _document(about, samples))
+    write_text(out, _document(about, [{n: row[n] for n in row if n != "samples"} for row in rows]))
+    budget.say()
+    print(f"{len(rows)} rows: {out}")
+    return 0
+
+
+def _document(about: Mapping[str, Any], rows: Sequence[Any]) -> str:
+    """JSON with a line for each row."""
+    head = json.dumps(about, indent=1).rstrip("\n}")
+    return head + ',\n "rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"

@@ -1,0 +1,182 @@
+// Which pixels the rows of a product are: a convolution's rows of A are read where they lie, so
+// there is no im2col; only short or converted rows are copied, for one block of rows at a time.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace FASTDIFF_ISA {
+
+using fastdiff::Conv;
+
+// A slice of the inner dimension: channels [first, first + length) under one tap.
+struct Slice {
+  int64_t tap_y, tap_x, first, length, b_row;
+};
+
+// Slices of at most `longest` channels; those under one tap are about equally long.
+static std::vector<Slice> split_inner(const Conv& p, int64_t longest) {
+  std::vector<Slice> slices;
+  const int64_t parts = (p.channels + longest - 1) / longest;
+  const int64_t most = ((p.channels + parts - 1) / parts + 1) / 2 * 2;  // even: bfloat16 in pairs
+  int64_t b_row = 0;
+  for (int64_t y = 0; y < p.kernel; ++y)
+    for (int64_t x = 0; x < p.kernel; ++x)
+      for (int64_t c = 0; c < p.channels; c += most) {
+        const int64_t length = std::min(most, p.channels - c);
+        slices.push_back({y, x, c, length, b_row});
+        b_row += length;
+      }
+  return slices;
+}
+
+// Which source row (or column) the nearest-neighbour enlargement shows at each position; the
+// arithmetic is float32 because torch's is, and they must agree on every pixel.
+static std::vector<int64_t> nearest(int64_t from, int64_t to) {
+  std::vector<int64_t> source(to);
+  const float scale = static_cast<float>(from) / static_cast<float>(to);
+  for (int64_t i = 0; i < to; ++i) {
+    const auto at = static_cast<int64_t>(static_cast<float>(i) * scale);
+    source[i] = at < from ? at : from - 1;
+  }
+  return source;
+}
+
+// Copies up to a vector of a row; what lies behind it in `to` may be overwritten.
+template <typename A, typename T>
+static inline void copy_vector(A* to, const T* from, int n, const T* end) {
+  if constexpr (std::is_same_v<A, T>) {
+    if (from + W <= end) std::memcpy(to, from, W * sizeof(T));
+    else std::memcpy(to, from, n * sizeof(T));
+  } else {
+    store(to, from + W <= end ? load(from) : load_n(from, n));
+  }
+}
+
+// The rows of A of one block of output pixels: pointers to them for one chunk of slices at a time.
+template <typename T>
+class Window {
+ public:
+  using A = Factor<T>;
+
+  // Whether rows are copied: converted ones, and short ones, so that an inner loop is long.
+  static bool copies(const Conv& p) {
+    return !std::is_same_v<T, A> || p.channels < kShort || p.channels % 2 != 0;
+  }
+
+  // Elements of memory that copies of `rows` rows take; `longest`: inner steps of a chunk.
+  static int64_t copied(const Conv& p, int64_t rows, int64_t longest) {
+    return copies(p) ? (rows + kMaxRows) * (longest + 2 * W) : 0;
+  }
+
+  // copy: memory for as many elements as `copied` says.
+  Window(const Conv& p, int64_t rows, int64_t longest, size_t most_slices, A* copy)
+      : p_(p),
+        x_(static_cast<const T*>(p.x)),
+        end_(x_ + p.batch * p.height * p.width * p.channels),
+        copies_(copies(p)),
+        ld_(longest + 2 * W),
+        row_(nearest(p.height, p.up_height)),
+        column_(nearest(p.width, p.up_width)),
+        pixels_(rows + kMaxRows),
+        runs_((rows / kMinRows + 1) * (copies_ ? 1 : most_slices)),
+        zeros_(longest),
+        copy_(copy) {}
+
+  // Output pixels [first, last), `tall` of them in a tile; rows beyond the last are zeros.
+  void block(int64_t first, int64_t last, int tall) {
+    tall_ = tall;
+    tiles_ = (last - first + tall - 1) / tall;
+    const int64_t area = p_.out_height * p_.out_width;
+    int64_t picture = first / area, y = first % area / p_.out_width, x = first % p_.out_width;
+    for (int64_t r = 0; r < tiles_ * tall; ++r) {
+      if (first + r >= last) {
+        pixels_[r] = {kOutside, 0, 0};
+        continue;
+      }
+      pixels_[r] = {y * p_.stride - p_.pad, x * p_.stride - p_.pad,
+                    picture * p_.height * p_.width};
+      if (++x == p_.out_width) {
+        x = 0;
+        if (++y == p_.out_height) y = 0, ++picture;
+      }
+    }
+  }
+
+  int64_t tiles() const { return tiles_; }
+  int segments() const { return segments_; }
+  Run<A>* runs(int64_t tile) { return &runs_[tile * segments_]; }
+
+  // Points the runs of each tile at the pixels that are seen through the slices' taps.
+  // b_rows: at which row of B each slice begins.
+  void chunk(std::span<const Slice> slices, const int64_t* b_rows) {
+    segments_ = copies_ ? 1 : static_cast<int>(slices.size());
+    int64_t offset = 0;
+    for (size_t s = 0; s < slices.size(); ++s) {
+      const Slice& slice = slices[s];
+      Run<A>* run = &runs_[copies_ ? 0 : s];
+      for (int64_t tile = 0; tile < tiles_; ++tile, run += segments_) {
+        if (copies_ && s > 0) {
+          run->length += slice.length;
+        } else {
+          run->length = slice.length;
+          run->b_row = b_rows[s];
+        }
+        for (int r = 0; r < tall_; ++r) {
+          const int64_t row = tile * tall_ + r;
+          const T* from = seen(pixels_[row], slice);
+          if constexpr (std::is_same_v<T, A>) {
+            if (!copies_) {
+              run->a[r] = from ? from : zeros_.data();
+              continue;
+            }
+          }
+          A* to = copy_ + row * ld_ + offset;
+          run->a[r] = to - offset;
+          copy(to, from, slice.length);
+        }
+      }
+      offset += slice.length;
+    }
+  }
+
+ private:
+  static constexpr int64_t kShort = 48;
+  static constexpr int64_t kOutside = std::numeric_limits<int64_t>::min() / 2;
+  struct Pixel {
+    int64_t top, left, picture;  // where the window begins, and the picture's first pixel
+  };
+
+  const T* seen(const Pixel& pixel, const Slice& slice) const {
+    const int64_t y = pixel.top + slice.tap_y, x = pixel.left + slice.tap_x;
+    if (y < 0 || y >= p_.up_height || x < 0 || x >= p_.up_width) return nullptr;
+    return x_ + (pixel.picture + row_[y] * p_.width + column_[x]) * p_.channels + slice.first;
+  }
+
+  void copy(A* to, const T* from, int64_t length) const {
+    for (int64_t c = 0; c < length; c += W) {
+      if (from)
+        copy_vector(to + c, from + c, static_cast<int>(std::min<int64_t>(W, length - c)), end_);
+      else
+        std::memset(to + c, 0, W * sizeof(A));
+    }
+  }
+
+  const Conv& p_;
+  const T *x_, *end_;
+  const bool copies_;
+  const int64_t ld_;
+  const std::vector<int64_t> row_, column_;
+  std::vector<Pixel> pixels_;
+  std::vector<Run<A>> runs_;
+  std::vector<A> zeros_;
+  A* copy_;
+  int tall_ = 1, segments_ = 1;
+  int64_t tiles_ = 0;
+};
+
+}  // namespace FASTDIFF_ISA

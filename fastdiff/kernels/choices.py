@@ -1,0 +1,140 @@
+"""Who computes an op on a CPU: one of our own loops, or torch's library.
+
+`tables/cpu_<isa>.json`, written by `python -m benchmarks.tune --cpu` and reviewed like code, holds
+for each size that the models have the times of all who can compute it, and who was fastest. Another
+size goes to the one that the nearest size in the table goes to: the sum of |log2| of the quotients
+of their sizes is least. An instruction set without a table runs our plain loops.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.kernels.contract import KernelSpec
+
+SCHEMA = "fastdiff.cpu/1"
+FOLDER = Path(__file__).with_name("tables")
+OWN, LIBRARY = "own", "library"
+"""Our only loop for an op that has no others; torch's own op on the tensors as we hold them."""
+ABOUT = ("isa", "machine", "versions", "commit", "command")
+"""Where a table comes from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What decides who computes a call fastest."""
+
+    op: str
+    dtype: str
+    kind: str
+    """What must be equal for two calls to be compared: windows, activations, what is absent."""
+    sizes: tuple[int, ...]
+    """What may differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A measured size."""
+
+    work: Work
+    runs: str
+    """`OWN`, `LIBRARY`, or one of the op's algorithms."""
+    ms: Mapping[str, float]
+    """The median time of each who can compute it; whose name begins with "eager" is torch's op on
+    tensors laid out as diffusers' own modules hold them."""
+
+
+def work_of(spec: KernelSpec, a: Any) -> Work:
+    """The work of a call of the op; `a`: its arguments."""
+    first, dtype = _first(a), str(_first(a).dtype).removeprefix("torch.")
+    if spec.work is not None:
+        return Work(spec.name, dtype, *spec.work(a))
+    given = {name: getattr(a, name) for name in a.__slots__}
+    told = (name for name, value in given.items() if isinstance(value, Tensor) or value is True)
+    return Work(spec.name, dtype, " ".join(told), tuple(first.shape))
+
+
+def runs(spec: KernelSpec, a: Any, isa: str) -> str:
+    """Who computes a call on a processor of instruction set `isa`."""
+    if spec.work is not None and _first(a).dtype == torch.bfloat16 and has_amx():
+        return LIBRARY  # oneDNN multiplies by tiles there, many times as fast as any vector loop
+    if spec.name not in _decided(isa):
+        return OWN
+    return _chosen(work_of(spec, a), isa)
+
+
+def _first(a: Any) -> Tensor:
+    first: Tensor = getattr(a, a.__slots__[0])
+    return first
+
+
+@cache
+def _decided(isa: str) -> frozenset[str]:
+    """The ops that not all sizes of run by their only loop."""
+    rows = (row for rows in table(isa).values() for row in rows)
+    return frozenset(row.work.op for row in rows if row.runs != OWN)
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this processor multiplies bfloat16 by AMX tiles."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+@lru_cache(maxsize=4096)
+def _chosen(work: Work, isa: str) -> str:
+    alike = table(isa).get((work.op, work.dtype, work.kind, len(work.sizes)))
+    return min(alike, key=lambda row: _distance(row.work, work)).runs if alike else OWN
+
+
+def _distance(one: Work, other: Work) -> float:
+    pairs = zip(one.sizes, other.sizes, strict=True)
+    return sum(abs(log2(a / max(b, 1))) for a, b in pairs if a != b)
+
+
+@cache
+def table(isa: str) -> Mapping[tuple[str, str, str, int], tuple[Row, ...]]:
+    """The rows of an instruction set by op, dtype, kind and how many sizes; {} where none were
+    measured."""
+    path = FOLDER / f"cpu_{isa}.json"
+    alike: defaultdict[tuple[str, str, str, int], list[Row]] = defaultdict(list)
+    for row in read(path, isa) if path.exists() else ():
+        work = row.work
+        alike[work.op, work.dtype, work.kind, len(work.sizes)].append(row)
+    return {key: tuple(rows) for key, rows in alike.items()}
+
+
+def read(path: Path, isa: str) -> list[Row]:
+    """A file of schema `fastdiff.cpu/1`; ValueError, in a sentence, where it may not be used."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"it is of schema {document['schema']!r}, not {SCHEMA}")
+        for name in ABOUT:
+            document[name]
+        if document["isa"] != isa:
+            raise ValueError(f"it is of {document['isa']}, not of {isa}")
+        rows = [_row(row) for row in document["rows"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: {what}; measure again or remove it") from error
+    return rows
+
+
+def _row(row: Mapping[str, Any]) -> Row:
+    sizes = tuple(row["sizes"])
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"sizes {sizes} should be positive integers")
+    work = Work(row["op"], row["dtype"], row["kind"], sizes)
+    ms = {str(name): float(value) for name, value in row["ms"].items()}
+    if row["runs"] not in ms or row["runs"].startswith("eager"):
+        raise ValueError(f"{work} runs as {row['runs']!r}, which was not measured")
+    return Row(work, row["runs"], ms)

@@ -1,0 +1,153 @@
+"""Who computes an op on a CPU: the table, what lies between its rows, and what it is made from."""
+
+import json
+
+import pytest
+import torch
+
+import fastdiff
+from benchmarks import tune_cpu
+from benchmarks.cpu_calls import calls
+from fastdiff.demo import load_demo
+from fastdiff.kernels import choices
+from fastdiff.kernels.choices import LIBRARY, OWN, Row, Work
+from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.dispatch import NATIVE, implementation
+from fastdiff.kernels.linear import linear
+from fastdiff.kernels.observe import counting
+from fastdiff.runtime import tape
+
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="needs the C++ kernels")
+CONV = "3x3 stride 1 padding 1 1"
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """rows(Row, …): they are the table of every instruction set."""
+
+    def given(*rows: Row) -> None:
+        alike: dict[tuple[str, str, str, int], tuple[Row, ...]] = {}
+        for row in rows:
+            key = (row.work.op, row.work.dtype, row.work.kind, len(row.work.sizes))
+            alike[key] = (*alike.get(key, ()), row)
+        monkeypatch.setattr(choices, "table", lambda isa: alike)
+        choices._chosen.cache_clear()
+        choices._decided.cache_clear()
+
+    monkeypatch.setattr(choices, "has_amx", lambda: False)
+    yield given
+    monkeypatch.undo()
+    choices._chosen.cache_clear()
+    choices._decided.cache_clear()
+
+
+def row(op: str, kind: str, sizes: tuple[int, ...], runs: str) -> Row:
+    return Row(Work(op, "float32", kind, sizes), runs, {runs: 1.0})
+
+
+def lent(rows: int, columns: int) -> torch.Tensor:
+    """A weight as `models.borrow` lays it out."""
+    return torch.randn(rows, columns).t()
+
+
+def called(run) -> list[str]:
+    """Our C++ kernels that `run` calls."""
+    with counting() as names:
+        run()
+    return list(names)
+
+
+def test_the_nearest_size_decides(rows):
+    rows(
+        row("linear", "none", (4096, 320, 320), LIBRARY),
+        row("linear", "none", (64, 320, 320), OWN),
+    )
+    weight = lent(320, 320)
+    assert called(lambda: linear(torch.randn(4096, 320), weight)) == []
+    assert called(lambda: linear(torch.randn(3000, 320), weight)) == []
+    assert called(lambda: linear(torch.randn(100, 320), weight)) == ["conv"]
+    assert called(lambda: linear(torch.randn(4096, 320), weight, act="silu")) == ["conv"]
+    assert called(lambda: linear(torch.randn(4096, 320).bfloat16(), weight.bfloat16())) == ["conv"]
+
+
+def test_what_is_asked_for_by_name_is_ours_where_the_op_is_the_librarys(rows):
+    rows(row("linear", "none", (8, 4, 4), LIBRARY))
+    x, weight = torch.randn(8, 4), lent(4, 4)
+    assert called(lambda: implementation("linear", "cpu")(x, weight)) == ["conv"]
+    torch.testing.assert_close(linear(x, weight), x @ weight.t())
+
+
+def test_a_convolution_goes_to_the_librarys_with_all_that_stands_around_it(rows):
+    x, residual = torch.randn(2, 5, 5, 8), torch.randn(2, 10, 10, 16)
+    weight = torch.randn(3, 3, 8, 16).permute(3, 2, 0, 1)
+    ours = conv2d(x, weight, torch.ones(16), size=(10, 10), residual=residual)
+    rows(row("conv2d", CONV + " enlarged", (2, 10, 10, 8, 16), LIBRARY))
+    theirs = conv2d(x, weight, torch.ones(16), size=(10, 10), residual=residual)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_no_tape_holds_what_the_library_computes(rows):
+    x, weight = torch.randn(8, 4), lent(4, 4)
+    assert tape.record(lambda x: linear(x, weight), (x,)) is not None
+    rows(row("linear", "none", (8, 4, 4), LIBRARY))
+    assert tape.record(lambda x: linear(x, weight), (x,)) is None
+
+
+def test_tiles_of_bfloat16_are_the_librarys(rows, monkeypatch):
+    rows()
+    monkeypatch.setattr(choices, "has_amx", lambda: True)
+    x, weight = torch.randn(8, 4), lent(4, 4)
+    assert called(lambda: linear(x, weight)) == ["conv"]
+    assert called(lambda: linear(x.bfloat16(), weight.bfloat16())) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"schema": "fastdiff.cpu/0"}, "of schema 'fastdiff.cpu/0'"),
+        ({"isa": "avx2"}, "of avx2, not of avx512"),
+        ({"rows": [{"op": "linear"}]}, "it has no 'sizes'"),
+        ({"rows": [{"sizes": [0]}]}, "positive integers"),
+        ({"rows": [{"op": "linear", "dtype": "float32", "kind": "", "sizes": [1],
+                    "runs": "own", "ms": {"library": 1}}]}, "was not measured"),
+    ],
+)  # fmt: skip
+def test_a_table_that_may_not_be_used_says_why(tmp_path, change, says):
+    path = tmp_path / "cpu_avx512.json"
+    about = dict.fromkeys(choices.ABOUT, "") | {"isa": "avx512"}
+    path.write_text(json.dumps({"schema": choices.SCHEMA, **about, "rows": []} | change))
+    with pytest.raises(ValueError, match=says):
+        choices.read(path, "avx512")
+
+
+def test_the_calls_that_are_measured_are_those_of_a_real_picture(monkeypatch):
+    real = set()
+    answer = choices.runs
+
+    def noted(spec, a, isa):
+        real.add(choices.work_of(spec, a))
+        return answer(spec, a, isa)
+
+    monkeypatch.setattr(choices, "runs", noted)
+    pipe = load_demo()
+    fastdiff.compile(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    pipe("red heart", num_inference_steps=1, output_type="pt")
+    measured = {call.work for call in calls(torch.float32, ["demo"])}
+    assert len(real) > 50
+    assert sorted(map(str, real - measured)) == []
+
+
+def test_the_race_measures_each_who_can_compute_and_chooses_the_fastest():
+    (call,) = [
+        call
+        for call in calls(torch.float32, ["demo"])
+        if call.work.op == "linear" and call.work.sizes == (1, 256, 256)
+    ]
+    measured = tune_cpu.measured(call)
+    assert set(measured["ms"]) == {OWN, LIBRARY, "eager"}
+    assert tune_cpu.choose({OWN: 9.0, LIBRARY: 8.0}, [OWN]) == LIBRARY
+    assert tune_cpu.choose({OWN: 8.2, LIBRARY: 8.0}, [OWN]) == OWN
+    assert tune_cpu.choose({OWN: 0.4, LIBRARY: 0.1}, [OWN]) == OWN
+    two = ["direct", "winograd24"]
+    assert tune_cpu.choose({"direct": 3.0, "winograd24": 2.0, LIBRARY: 2.1}, two) == "winograd24"
