@@ -11,7 +11,7 @@ from benchmarks.cpu_calls import calls
 from fastdiff.demo import load_demo
 from fastdiff.kernels import choices
 from fastdiff.kernels.choices import LIBRARY, OWN, Row, Work
-from fastdiff.kernels.conv2d import conv2d
+from fastdiff.kernels.conv2d import conv2d, cpu
 from fastdiff.kernels.dispatch import NATIVE, implementation
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import counting
@@ -84,6 +84,16 @@ def test_a_convolution_goes_to_the_librarys_with_all_that_stands_around_it(rows)
     rows(row("conv2d", CONV + " enlarged", (2, 10, 10, 8, 16), LIBRARY))
     theirs = conv2d(x, weight, torch.ones(16), size=(10, 10), residual=residual)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_few_channels_never_run_by_the_coarsest_algorithm(rows, monkeypatch):
+    rows(row("conv2d", CONV, (1, 8, 8, 8, 16), "winograd24"))
+    asked = []
+    monkeypatch.setattr(cpu, "convolved", lambda a, algorithm: asked.append(algorithm))
+    for channels in (3, 4):
+        weight = torch.randn(3, 3, channels, 16).permute(3, 2, 0, 1)
+        cpu.run(cpu.Arguments(torch.randn(1, 8, 8, channels), weight, None, 1, [1, 1]))
+    assert asked == [cpu.ALGORITHMS["winograd22"], cpu.ALGORITHMS["winograd24"]]
 
 
 def test_no_tape_holds_what_the_library_computes(rows):
