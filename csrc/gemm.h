@@ -82,6 +82,7 @@ struct Pair {
   uint32_t bits;
 };
 static inline vu load(const Pair* p) { return (vu)load(reinterpret_cast<const float*>(p)); }
+static inline void store(Pair* p, vu v) { store(reinterpret_cast<float*>(p), (vf)v); }
 
 // Two steps at once: each lane multiplies a pair of A's row with the pair of its column. `left` is
 // 1 for a last step without a second, whose pair is zero.
@@ -136,21 +137,37 @@ constexpr int64_t packed_rows(int64_t length) {
 }
 
 // Copies `length` rows of a panel's B, from row `b_row`, to `to`.
-template <typename T>
-static inline void pack(const T* const* b, int vectors, int64_t ld_b, int64_t b_row,
-                           int64_t length, Packed<T>* to) {
+template <int V, typename T>
+static inline void pack(const T* const* b, int64_t ld_b, int64_t b_row, int64_t length,
+                        Packed<T>* to) {
+  const T* at[V];
+  for (int v = 0; v < V; ++v) at[v] = b[v] + b_row * ld_b;
+  int64_t k = 0;
   if constexpr (std::is_same_v<Packed<T>, float>) {
-    for (int64_t k = 0; k < length; ++k)
-      for (int v = 0; v < vectors; ++v)
-        store(to + (k * vectors + v) * W, load(b[v] + (b_row + k) * ld_b));
+    for (; k < length; ++k)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(to + (k * V + v) * W, load(at[v] + k * ld_b));
   } else {
 #if defined(__AVX512BF16__)
-    for (int64_t k = 0; k < length; k += 2)
-      for (int v = 0; v < vectors; ++v) {
-        const bf16* at = b[v] + (b_row + k) * ld_b;
-        const vu both = k + 1 < length ? pairs(at, at + ld_b) : widen(at);
-        std::memcpy(to + (k / 2 * vectors + v) * W, &both, sizeof(both));
-      }
+    for (; k + 2 <= length; k += 2)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        store(to + (k / 2 * V + v) * W, pairs(at[v] + k * ld_b, at[v] + (k + 1) * ld_b));
+    for (int v = 0; v < V && k < length; ++v)
+      store(to + (k / 2 * V + v) * W, widen(at[v] + k * ld_b));
+#endif
+  }
+}
+
+template <typename T>
+static inline void pack(const T* const* b, int vectors, int64_t ld_b, int64_t b_row,
+                        int64_t length, Packed<T>* to) {
+  switch (vectors) {
+    case 1: return pack<1>(b, ld_b, b_row, length, to);
+    case 2: return pack<2>(b, ld_b, b_row, length, to);
+#if defined(__AVX512F__)
+    case 3: return pack<3>(b, ld_b, b_row, length, to);
+    case 4: return pack<4>(b, ld_b, b_row, length, to);
 #endif
   }
 }
