@@ -149,8 +149,6 @@ class Product {
     window_->block(first, last, tall);
     const int64_t tiles = window_->tiles();
     const bool packs = tiles >= kReused<T>;
-    const Packed<T>* near[kMaxVectors];  // the columns of packed_
-    for (int v = 0; v < vectors; ++v) near[v] = packed_ + v * W;
     for (size_t c = 0; c < chunks_.size(); ++c) {
       const std::span<const Slice> chunk = chunks_[c];
       int64_t b_row = 0;
@@ -172,8 +170,13 @@ class Product {
           float* to = whole_ ? sums_ : sums_ + (g * tiles + t) * sums;
           const Run<Factor<T>>* runs = window_->runs(t);
           const Panel<T>& panel = group[g];
-          if (packs) tile(vectors, runs, window_->segments(), near, vectors * W, to, c > 0);
-          else tile(vectors, runs, window_->segments(), panel.b, panel.ld_b, to, c > 0);
+          by_vectors(vectors, [&](auto v) {
+            const auto run = [&](const auto& b) {
+              tile<v>(runs, window_->segments(), b, to, c > 0);
+            };
+            if (packs) run(Copy<v, Packed<T>>{packed_});
+            else run(Columns<v, T>(panel.b, panel.ld_b));
+          });
           if (c + 1 < chunks_.size()) continue;
           for (int64_t r = 0, pixel = first + t * tall; r < tall && pixel < last; ++r, ++pixel)
             finish_(panel, pixel, to + r * vectors * W);
@@ -184,14 +187,14 @@ class Product {
 
   // Copies a panel's rows of B under a chunk to packed_.
   void copy(const Panel<T>& panel, std::span<const Slice> chunk) {
-    if (Window<T>::copies(p_)) {  // the chunk's rows of A are joined, too
-      const int64_t steps = chunk.back().b_row + chunk.back().length - chunk[0].b_row;
-      pack(panel.b, panel.vectors, panel.ld_b, chunk[0].b_row, steps, packed_);
-      return;
-    }
-    for (size_t s = 0; s < chunk.size(); ++s)
-      pack(panel.b, panel.vectors, panel.ld_b, chunk[s].b_row, chunk[s].length,
-           packed_ + b_rows_[s] * panel.vectors * W);
+    by_vectors(panel.vectors, [&](auto v) {
+      const int64_t first = chunk[0].b_row, last = chunk.back().b_row + chunk.back().length;
+      if (Window<T>::copies(p_))  // the chunk's rows of A are joined, too
+        return pack<v>(panel.b, panel.ld_b, first, last - first, packed_);
+      for (size_t s = 0; s < chunk.size(); ++s)
+        pack<v>(panel.b, panel.ld_b, chunk[s].b_row, chunk[s].length,
+                packed_ + b_rows_[s] * v * W);
+    });
   }
 
   const Conv& p_;

@@ -81,8 +81,8 @@ class Window {
         copies_(copies(p)),
         plain_(p.up_height == p.height && p.up_width == p.width),
         ld_(longest + 2 * W),
-        row_(nearest(p.height, p.up_height)),
-        column_(nearest(p.width, p.up_width)),
+        row_(plain_ ? std::vector<int64_t>() : nearest(p.height, p.up_height)),
+        column_(plain_ ? std::vector<int64_t>() : nearest(p.width, p.up_width)),
         pixels_(rows + kMaxRows),
         runs_((rows / kMinRows + 1) * (copies_ ? 1 : most_slices)),
         zeros_(longest),
@@ -162,7 +162,8 @@ class Window {
   const T* seen(const Pixel& pixel, const Slice& slice) const {
     const int64_t y = pixel.top + slice.tap_y, x = pixel.left + slice.tap_x;
     if (y < 0 || y >= p_.up_height || x < 0 || x >= p_.up_width) return nullptr;
-    return x_ + (pixel.picture + row_[y] * p_.width + column_[x]) * p_.channels + slice.first;
+    const int64_t source = plain_ ? y * p_.width + x : row_[y] * p_.width + column_[x];
+    return x_ + (pixel.picture + source) * p_.channels + slice.first;
   }
 
   // From the window's first number to a slice of it, in a picture that is not enlarged.
