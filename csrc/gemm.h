@@ -38,27 +38,6 @@ struct Run {
   int64_t length;
   int64_t b_row;
 };
-using Segment = Run<float>;
-
-// acc += a . b over a segment
-template <int V, typename T>
-static inline void multiply(const Segment& segment, const T* const* column, int64_t ld_b,
-                            int64_t step, vf (&acc)[Rows<V>][V]) {
-  constexpr int R = Rows<V>;
-  const float* a[R];
-  for (int r = 0; r < R; ++r) a[r] = segment.a[r];
-  for (int64_t k = 0; k < segment.length; ++k) {
-    vf value[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) value[v] = load(column[v] + k * ld_b);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vf scalar = splat(a[r][k * step]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
-    }
-  }
-}
 
 #if defined(__AVX512BF16__)
 // (a[0], b[0]), (a[1], b[1]), ...
@@ -82,41 +61,21 @@ struct Pair {
   uint32_t bits;
 };
 static inline vu load(const Pair* p) { return (vu)load(reinterpret_cast<const float*>(p)); }
+static inline void store(Pair* p, vu v) { store(reinterpret_cast<float*>(p), (vf)v); }
 
-// Two steps at once: each lane multiplies a pair of A's row with the pair of its column. `left` is
-// 1 for a last step without a second, whose pair is zero.
-template <int V, bool left, typename T>
-static inline void multiply_pair(const bf16* const* a, const T* const* column, int64_t k,
-                                 int64_t ld_b, vf (&acc)[Rows<V>][V]) {
-  vu value[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    if constexpr (std::is_same_v<T, Pair>) {
-      value[v] = load(column[v] + k / 2 * ld_b);
-    } else {
-      const bf16* at = column[v] + k * ld_b;
-      value[v] = left ? widen(at) : pairs(at, at + ld_b);
-    }
-  }
+// acc += pairs of A's rows at `a` (of `bytes` bytes, the rest of a pair being zero) times B's pairs.
+template <int V, int bytes>
+static inline void multiply_pair(const bf16* const* a, int64_t k, const vu (&value)[V],
+                                 vf (&acc)[Rows<V>][V]) {
 #pragma GCC unroll 16
   for (int r = 0; r < Rows<V>; ++r) {
     uint32_t pair = 0;
-    std::memcpy(&pair, a[r] + k, left ? 2 : 4);
+    std::memcpy(&pair, a[r] + k, bytes);
     const vu scalar = pair - vu{};
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
       acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)scalar, (__m512bh)value[v]);
   }
-}
-
-template <int V, typename T>
-static inline void multiply(const Run<bf16>& segment, const T* const* column, int64_t ld_b,
-                            int64_t, vf (&acc)[Rows<V>][V]) {
-  const bf16* a[Rows<V>];
-  for (int r = 0; r < Rows<V>; ++r) a[r] = segment.a[r];
-  int64_t k = 0;
-  for (; k + 2 <= segment.length; k += 2) multiply_pair<V, false>(a, column, k, ld_b, acc);
-  if (k < segment.length) multiply_pair<V, true>(a, column, k, ld_b, acc);
 }
 #endif
 
@@ -136,37 +95,105 @@ constexpr int64_t packed_rows(int64_t length) {
 }
 
 // Copies `length` rows of a panel's B, from row `b_row`, to `to`.
-template <typename T>
-static inline void pack(const T* const* b, int vectors, int64_t ld_b, int64_t b_row,
-                           int64_t length, Packed<T>* to) {
+template <int V, typename T>
+static inline void pack(const T* const* b, int64_t ld_b, int64_t b_row, int64_t length,
+                        Packed<T>* to) {
+  const T* at[V];
+  for (int v = 0; v < V; ++v) at[v] = b[v] + b_row * ld_b;
+  int64_t k = 0;
   if constexpr (std::is_same_v<Packed<T>, float>) {
-    for (int64_t k = 0; k < length; ++k)
-      for (int v = 0; v < vectors; ++v)
-        store(to + (k * vectors + v) * W, load(b[v] + (b_row + k) * ld_b));
+    for (; k < length; ++k)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(to + (k * V + v) * W, load(at[v] + k * ld_b));
   } else {
 #if defined(__AVX512BF16__)
-    for (int64_t k = 0; k < length; k += 2)
-      for (int v = 0; v < vectors; ++v) {
-        const bf16* at = b[v] + (b_row + k) * ld_b;
-        const vu both = k + 1 < length ? pairs(at, at + ld_b) : widen(at);
-        std::memcpy(to + (k / 2 * vectors + v) * W, &both, sizeof(both));
-      }
+    for (; k + 2 <= length; k += 2)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        store(to + (k / 2 * V + v) * W, pairs(at[v] + k * ld_b, at[v] + (k + 1) * ld_b));
+    for (int v = 0; v < V && k < length; ++v)
+      store(to + (k / 2 * V + v) * W, widen(at[v] + k * ld_b));
 #endif
   }
 }
 
+// B where it is: V columns of vectors, `ld` elements from one row to the next.
+template <int V, typename T>
+struct Columns {
+  const T* at[V];
+  int64_t ld;
+
+  Columns(const T* const* b, int64_t ld_b, int64_t row = 0) : ld(ld_b) {
+    for (int v = 0; v < V; ++v) at[v] = b[v] + row * ld;
+  }
+  Columns from(int64_t row) const { return {at, ld, row}; }
+  vf operator()(int64_t k, int v) const { return load(at[v] + k * ld); }
+#if defined(__AVX512BF16__)
+  vu pair(int64_t k, int v) const { return pairs(at[v] + k * ld, at[v] + (k + 1) * ld); }
+  vu half(int64_t k, int v) const { return widen(at[v] + k * ld); }
+#endif
+};
+
+// B as `pack` copies it; its rows are pairs where it holds those.
+template <int V, typename P>
+struct Copy {
+  const P* at;
+
+  Copy from(int64_t row) const { return {at + row * V * W}; }
+  vf operator()(int64_t k, int v) const { return load(at + (k * V + v) * W); }
+#if defined(__AVX512BF16__)
+  vu pair(int64_t k, int v) const { return load(at + (k / 2 * V + v) * W); }
+  vu half(int64_t k, int v) const { return pair(k, v); }
+#endif
+};
+
+// acc += a . b over a run
+template <int V, typename B>
+static inline void multiply(const Run<float>& run, const B& b, vf (&acc)[Rows<V>][V]) {
+  const float* a[Rows<V>];
+  for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < run.length; ++k) {
+    vf value[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) value[v] = b(k, v);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows<V>; ++r) {
+      const vf scalar = splat(a[r][k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <int V, typename B>
+static inline void multiply(const Run<bf16>& run, const B& b, vf (&acc)[Rows<V>][V]) {
+  const bf16* a[Rows<V>];
+  for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
+  vu value[V];
+  int64_t k = 0;
+#pragma GCC unroll 2
+  for (; k + 2 <= run.length; k += 2) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) value[v] = b.pair(k, v);
+    multiply_pair<V, 4>(a, k, value, acc);
+  }
+  if (k == run.length) return;
+  for (int v = 0; v < V; ++v) value[v] = b.half(k, v);
+  multiply_pair<V, 2>(a, k, value, acc);
+}
+#endif
+
 // sums (+)= a . b over all segments. Each segment is summed from zero, so that rounding errors grow
 // with the length of a segment, not with the inner dimension.
-// `step` is what a step along a row of A adds to its address: 1, or more where A is transposed.
-template <int V, typename A, typename T>
-static inline void tile(const Run<A>* segments, int count, const T* const* b, int64_t ld_b,
-                        float* sums /* [Rows][V * W] */, bool accumulate, int64_t step) {
+template <int V, typename A, typename B>
+static inline void tile(const Run<A>* segments, int count, const B& b,
+                        float* sums /* [Rows][V * W] */, bool accumulate) {
   constexpr int R = Rows<V>;
   for (int s = 0; s < count; ++s) {
-    const T* column[V];
-    for (int v = 0; v < V; ++v) column[v] = b[v] + segments[s].b_row * ld_b;
     vf acc[R][V] = {};
-    multiply<V>(segments[s], column, ld_b, step, acc);
+    multiply<V>(segments[s], b.from(segments[s].b_row), acc);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -177,22 +204,22 @@ static inline void tile(const Run<A>* segments, int count, const T* const* b, in
   }
 }
 
+// f(std::integral_constant<int, vectors>()) for a panel of so many vectors
+template <typename F>
+static inline void by_vectors(int vectors, const F& f) {
+  switch (vectors) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+#if defined(__AVX512F__)
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+#endif
+  }
+}
+
 static inline int rows_of(int vectors) {
   const int rows[] = {0, Rows<1>, Rows<2>, Rows<3>, Rows<4>};
   return rows[vectors];
-}
-
-template <typename A, typename T>
-static inline void tile(int vectors, const Run<A>* segments, int count, const T* const* b,
-                        int64_t ld_b, float* sums, bool accumulate, int64_t step = 1) {
-  switch (vectors) {
-    case 1: return tile<1>(segments, count, b, ld_b, sums, accumulate, step);
-    case 2: return tile<2>(segments, count, b, ld_b, sums, accumulate, step);
-#if defined(__AVX512F__)
-    case 3: return tile<3>(segments, count, b, ld_b, sums, accumulate, step);
-    case 4: return tile<4>(segments, count, b, ld_b, sums, accumulate, step);
-#endif
-  }
 }
 
 // How many vectors the next panel takes when `left` whole vectors of columns remain.

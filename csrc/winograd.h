@@ -192,7 +192,7 @@ static void winograd(const Conv& p) {
   const int64_t threads = fastdiff::num_threads();
   const int64_t panels = (p.n + Kind::kColumns - 1) / Kind::kColumns;
   constexpr int64_t kTiles = kSumBytes / sizeof(float) / (Kind::kPositions * Kind::kColumns);
-  const int64_t fit = kTiles * kPixelBytes / sizeof(A) / kind.pixels(kTiles);
+  const int64_t fit = kPixelBytes / sizeof(A) / kind.pixels(1);
   const auto compute = [&](const Tiles& block, int64_t begin, int64_t end, int64_t panel,
                            const A* v) {
     B* u = kept<B, kKeptWeights>(Kind::kPositions * Kind::kFilters);

@@ -1,0 +1,212 @@
+// A thread's part of a product: blocks of A's rows against copies of B, and what follows the sums.
+//
+// B's rows lie as far apart as the weight is wide, so they are copied side by side, a chunk of a
+// panel at a time, for hundreds of rows of A that then meet it; what is copied or read next is
+// brought near meanwhile. A thread keeps about 1 MiB for it.
+#pragma once
+#include <optional>
+
+#include "scratch.h"
+#include "window.h"
+
+namespace FASTDIFF_ISA {
+
+constexpr int64_t kChunk = 384;            // inner steps whose B is copied at once
+constexpr int64_t kBlockRows = 528;        // rows that share a copy of B; a multiple of any tile's
+constexpr int64_t kGroup = 5;              // panels that share a chunk's rows, which stay in L2
+constexpr int64_t kFew = 4;                // tiles of rows: fewer foresee no rows of B
+
+// Inner steps summed at once: few for the rounding errors' sake, which bfloat16 hides, and so that
+// copies of rows are small.
+template <typename T>
+constexpr int64_t kSlice = std::is_same_v<Packed<T>, float> ? 128 : kChunk;
+
+// Tiles of rows from which on a copy of B pays: bfloat16 is made into pairs (or converted) by it.
+template <typename T>
+constexpr int64_t kReused = std::is_same_v<T, Packed<T>> ? 16 : 4;
+
+// Columns [begin, begin + columns) of the output, and where their weights are.
+template <typename T>
+struct Panel {
+  int64_t begin, columns;
+  int vectors;             // of B: twice the output's with GEGLU (value columns, then gate columns)
+  const T* b[kMaxVectors];
+  int64_t ld_b;
+};
+
+template <typename T>
+struct Epilogue {
+  const Conv& p;
+
+  void operator()(const Panel<T>& panel, int64_t pixel, const float* sums) const {
+    const bool gated = p.act == fastdiff::kGeglu;
+    const int64_t wide = gated ? p.n / 2 : p.n, at = pixel * wide + panel.begin;
+    const auto* bias = static_cast<const T*>(p.bias);
+    const T* residual = nullptr;
+    if (p.residual)
+      residual = static_cast<const T*>(p.residual) + pixel % p.residual_pixels * wide + panel.begin;
+    auto* out = static_cast<T*>(p.out) + at;
+    for (int64_t c = 0; c < panel.columns; c += W) {
+      const int n = static_cast<int>(std::min<int64_t>(W, panel.columns - c));
+      const int64_t column = panel.begin + c;
+      vf value = load(sums + c);
+      if (bias) value += load_n(bias + column, n);
+      if (gated) {
+        vf gate = load(sums + panel.vectors / 2 * W + c);
+        if (bias) gate += load_n(bias + p.n / 2 + column, n);
+        value *= gelu(gate);
+      } else if (p.act == fastdiff::kSilu) {
+        value = silu(value);
+      } else if (p.act == fastdiff::kGelu) {
+        value = gelu(value);
+      } else if (p.act == fastdiff::kGeluTanh) {
+        value = gelu_tanh(value);
+      }
+      if (residual) value += load_n(residual + c, n);
+      store_n(out + c, value, n);
+    }
+  }
+};
+
+using Chunks = std::vector<std::span<const Slice>>;
+
+// Consecutive slices of at most `most` channels together.
+static Chunks split_chunks(std::span<const Slice> slices, int64_t most) {
+  Chunks chunks;
+  for (size_t begin = 0, end; begin < slices.size(); begin = end) {
+    int64_t length = slices[begin].length;
+    for (end = begin + 1; end < slices.size() && length + slices[end].length <= most; ++end)
+      length += slices[end].length;
+    chunks.push_back(slices.subspan(begin, end - begin));
+  }
+  return chunks;
+}
+
+// Brings a panel's rows of B under a chunk into L2, a few while each tile is computed: rows that lie
+// far apart are not foreseen by the processor.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const Panel<T>& panel, int64_t tiles) : panel_(panel), tiles_(tiles) {}
+  void begin(std::span<const Slice> chunk) {
+    row_ = chunk[0].b_row;
+    last_ = chunk.back().b_row + chunk.back().length;
+    each_ = (last_ - row_ + tiles_ - 1) / tiles_;
+  }
+  void operator()() {
+    for (const int64_t stop = std::min(row_ + each_, last_); row_ < stop; ++row_)
+      for (int v = 0; v < panel_.vectors; ++v)
+        __builtin_prefetch(panel_.b[v] + row_ * panel_.ld_b, 0, 2);
+  }
+
+ private:
+  const Panel<T>& panel_;
+  const int64_t tiles_;
+  int64_t row_ = 0, last_ = 0, each_ = 0;
+};
+
+// A thread's part of a product: blocks of rows against groups of panels.
+template <typename T>
+class Product {
+ public:
+  Product(const Conv& p, std::span<const Panel<T>> panels, const Chunks& chunks, int64_t rows)
+      : p_(p), panels_(panels), chunks_(chunks), whole_(chunks.size() == 1), finish_{p} {
+    const int64_t most = std::min(rows, kBlockRows), tiles = most / kMinRows + 1;
+    const int64_t steps = chunks.back().back().b_row + chunks.back().back().length;
+    group_ = whole_ ? std::ssize(panels) : kGroup;
+    const int64_t sums = kTileSums * W * (whole_ ? 1 : tiles * kGroup);
+    const int64_t packed = std::min(kChunk, steps) * kMaxVectors * W;
+    const int64_t copied = Window<T>::copied(p, most, kChunk);
+    sums_ = kept<float, kKeptSums>(sums);
+    packed_ = kept<Packed<T>, kKeptWeights>(packed);
+    window_.emplace(p, most, kChunk, most_slices(), kept<Factor<T>, kKeptPixels>(copied));
+    b_rows_.resize(most_slices());
+  }
+
+  // Output pixels [first, last) of panels [begin, end).
+  void operator()(int64_t first, int64_t last, int64_t begin, int64_t end) {
+    constexpr int64_t kUnit = 2 * kMaxRows;  // a multiple of any tile's rows
+    const int64_t blocks = (last - first + kBlockRows - 1) / kBlockRows;
+    const int64_t rows = ((last - first + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit;
+    for (int64_t from = first; from < last; from += rows)
+      for (int64_t panel = begin, stop; panel < end; panel = stop) {
+        for (stop = panel + 1; stop < end && stop - panel < group_; ++stop)
+          if (panels_[stop].vectors != panels_[panel].vectors) break;
+        block(from, std::min(from + rows, last), panels_.subspan(panel, stop - panel));
+      }
+  }
+
+ private:
+  size_t most_slices() const {
+    size_t most = 0;
+    for (const auto& chunk : chunks_) most = std::max(most, chunk.size());
+    return most;
+  }
+
+  void block(int64_t first, int64_t last, std::span<const Panel<T>> group) {
+    const int vectors = group[0].vectors, tall = rows_of(vectors);
+    const int64_t sums = tall * vectors * W;
+    window_->block(first, last, tall);
+    const int64_t tiles = window_->tiles();
+    const bool packs = tiles >= kReused<T>;
+    for (size_t c = 0; c < chunks_.size(); ++c) {
+      const std::span<const Slice> chunk = chunks_[c];
+      int64_t b_row = 0;
+      for (size_t s = 0; s < chunk.size(); ++s) {
+        b_rows_[s] = packs ? b_row : chunk[s].b_row;
+        b_row += packed_rows<T>(chunk[s].length);
+      }
+      window_->chunk(chunk, b_rows_.data());
+      for (size_t g = 0; g < group.size(); ++g) {
+        if (packs) copy(group[g], chunk);
+        // Meanwhile the next rows of B that will be copied come near.
+        const bool same = g + 1 < group.size();
+        Ahead<T> ahead(group[same ? g + 1 : 0], tiles);
+        if (tiles >= kFew && (same || c + 1 < chunks_.size()))
+          ahead.begin(same ? chunk : chunks_[c + 1]);
+        for (int64_t t = 0; t < tiles; ++t) {
+          ahead();
+          if (g == 0) window_->ahead(t + 1);
+          float* to = whole_ ? sums_ : sums_ + (g * tiles + t) * sums;
+          const Run<Factor<T>>* runs = window_->runs(t);
+          const Panel<T>& panel = group[g];
+          by_vectors(vectors, [&](auto v) {
+            const auto run = [&](const auto& b) {
+              tile<v>(runs, window_->segments(), b, to, c > 0);
+            };
+            if (packs) run(Copy<v, Packed<T>>{packed_});
+            else run(Columns<v, T>(panel.b, panel.ld_b));
+          });
+          if (c + 1 < chunks_.size()) continue;
+          for (int64_t r = 0, pixel = first + t * tall; r < tall && pixel < last; ++r, ++pixel)
+            finish_(panel, pixel, to + r * vectors * W);
+        }
+      }
+    }
+  }
+
+  // Copies a panel's rows of B under a chunk to packed_.
+  void copy(const Panel<T>& panel, std::span<const Slice> chunk) {
+    by_vectors(panel.vectors, [&](auto v) {
+      const int64_t first = chunk[0].b_row, last = chunk.back().b_row + chunk.back().length;
+      if (Window<T>::copies(p_))  // the chunk's rows of A are joined, too
+        return pack<v>(panel.b, panel.ld_b, first, last - first, packed_);
+      for (size_t s = 0; s < chunk.size(); ++s)
+        pack<v>(panel.b, panel.ld_b, chunk[s].b_row, chunk[s].length,
+                packed_ + b_rows_[s] * v * W);
+    });
+  }
+
+  const Conv& p_;
+  const std::span<const Panel<T>> panels_;
+  const Chunks& chunks_;
+  const bool whole_;  // one chunk is all of the inner dimension
+  const Epilogue<T> finish_;
+  std::optional<Window<T>> window_;
+  std::vector<int64_t> b_rows_;  // at which row of B each slice of the chunk begins
+  int64_t group_;  // panels at most that share a chunk's rows
+  float* sums_;
+  Packed<T>* packed_;
+};
+
+}  // namespace FASTDIFF_ISA

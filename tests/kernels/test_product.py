@@ -1,0 +1,76 @@
+"""The C++ product over its own borders: blocks of rows, chunks of the sum, panels, copied rows."""
+
+import pytest
+import torch
+
+from fastdiff.kernels.contract import Case, verify
+from fastdiff.kernels.conv2d.spec import SPEC as CONV2D
+from fastdiff.kernels.dispatch import NATIVE, implementation
+from fastdiff.kernels.geglu.spec import SPEC as GEGLU
+from fastdiff.kernels.linear.spec import SPEC as LINEAR
+
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="installed without a compiler")
+
+CASES = [
+    (LINEAR, Case("blocks", B=1, L=1061, D=137, N=70)),  # 528 rows share a copy of the weight
+    (LINEAR, Case("chunks", B=1, L=97, D=1155, N=390, residual=True)),  # 384 steps; 5 panels of 64
+    (LINEAR, Case("few", B=1, L=17, D=801, N=101, act="silu")),  # the weight is read where it is
+    (LINEAR, Case("wide", B=1, L=530, D=50, N=1100, act="gelu", beside=4)),
+    (CONV2D, Case("first", B=1, Y=37, X=29, C=4, N=330)),  # short rows are copied
+    (CONV2D, Case("last", B=1, Y=37, X=29, C=130, N=3, residual=True)),
+    (CONV2D, Case("short-down", B=2, Y=41, X=27, C=12, N=70, stride=2, padding=(0, 1))),
+    (CONV2D, Case("short-up", B=1, Y=19, X=15, C=20, N=36, size=(37, 29))),
+    (CONV2D, Case("odd-channels", B=2, Y=23, X=19, C=129, N=68)),
+    (CONV2D, Case("deep", B=1, Y=25, X=23, C=400, N=80, residual=True)),
+    (CONV2D, Case("deep-down", B=1, Y=49, X=47, C=200, N=340, stride=2)),
+    (CONV2D, Case("deep-point", B=1, Y=25, X=23, C=770, N=66, kernel=1)),
+]
+
+
+@pytest.fixture
+def chosen():
+    before = NATIVE.isa()
+    yield NATIVE.set_isa
+    NATIVE.set_isa(before)
+
+
+@pytest.mark.parametrize("isa", NATIVE.isas() if NATIVE else [])
+@pytest.mark.parametrize(("spec", "case"), CASES, ids=lambda value: getattr(value, "name", None))
+def test_every_border_is_inside_the_budget(spec, case, isa, chosen):
+    chosen(isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        verdicts = verify(spec, implementation(spec.name, "cpu"), case, dtype)
+        assert all(v.passed for v in verdicts), (dtype, verdicts)
+
+
+@pytest.mark.parametrize("isa", NATIVE.isas() if NATIVE else [])
+def test_a_gate_over_its_borders(isa, chosen):
+    chosen(isa)
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def borrowed(x, weight, bias):
+            return implementation("geglu", "cpu")(x, weight.t().contiguous().t(), bias)
+
+        case = Case("borders", B=1, L=541, D=431, N=181)
+        verdicts = verify(GEGLU, borrowed, case, dtype)
+        assert all(v.passed for v in verdicts), (dtype, verdicts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [64, 1100])
+def test_how_threads_share_a_product_changes_no_bit(rows, dtype):
+    """Each sum has the same order in whichever thread, block and panel it is made."""
+    x = torch.randn(rows, 700).to(dtype)
+    weight = torch.randn(700, 330).to(dtype).t()
+    picture = torch.randn(1, rows // 4, 4, 70).to(dtype)
+    taps = torch.randn(3, 3, 70, 150).to(dtype).permute(3, 2, 0, 1)
+    linear, conv2d = (implementation(name, "cpu") for name in ("linear", "conv2d"))
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            made.append((linear(x, weight), conv2d(picture, taps, None, 1, [1, 1])))
+    finally:
+        torch.set_num_threads(before)
+    for again in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, made[0], strict=True))
