@@ -33,7 +33,7 @@ constexpr int kTall = 6;         // rows of a tile; kTall - 1 where that leaves 
 // What products of T are made of: a step of float32, or a pair of two of bfloat16.
 #if defined(__AVX512BF16__)
 // The first n <= 2 W elements as they are, two in a lane; the rest is zero.
-static inline vu bits_n(const bf16* p, int n) {
+static inline vu bits_n(const bf16* p, int64_t n) {
   return (vu)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p);
 }
 template <typename T>
@@ -81,39 +81,46 @@ static inline void transpose(vf (&rows)[W]) {
   }
 }
 
-// 2^x for x <= 0: 2^n by the exponent bits times a fit of 2^r, |r| <= 1/2, whose relative error is
-// 9e-8 in degree 5 and 8e-5 in degree 3. Below -126: about 2^-126, which beside a largest weight of
-// 1 is nothing. NaN stays NaN.
-template <int degree>
-static inline vf exp2(vf x) {
+constexpr float kLog2e = 1.44269504f;
+
+// (x rounded to an integer n, p) -> 2^n p
+struct Power {
+#if defined(__AVX512F__)
+  vf n;
+  explicit Power(vf x)
+      : n((vf)_mm512_maskz_roundscale_ps(-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT)) {}
+  vf operator()(vf p) const { return (vf)_mm512_maskz_scalef_ps(-1, (__m512)p, (__m512)n); }
+#else
+  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  vf shifted, n;
+  explicit Power(vf x) : shifted(x + magic), n(shifted - magic) {}
+  vf operator()(vf p) const { return p * (vf)(((vi)shifted + (127 - 0x4b400000)) << 23); }
+#endif
+};
+
+// e^x for x <= 0 by a fit of 2^r, |r| <= 1/2, whose relative error is 9e-8. Below -87: about e^-87,
+// which beside a largest weight of 1 is nothing. NaN stays NaN.
+static inline vf exp_fine(vf x) {
+  const vf y = max(splat(-87.0f), x);
+  const Power power(y * kLog2e);
+  const vf r = y * kLog2e - power.n;
+  vf p = splat(0.001326472723f);
+  p = p * r + 0.009671512673f;
+  p = p * r + 0.05550733743f;
+  p = p * r + 0.2402224208f;
+  p = p * r + 0.6931469776f;
+  return power(p * r + 1.0f);
+}
+
+// 2^x for x <= 0, to 8e-5: enough where it becomes a bfloat16. Below -126: about 2^-126.
+static inline vf exp2_coarse(vf x) {
   const vf y = max(splat(-126.0f), x);
-#if defined(__AVX512F__)
-  const vf n = (vf)_mm512_maskz_roundscale_ps(-1, (__m512)y, _MM_FROUND_TO_NEAREST_INT);
-#else
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = y + magic, n = shifted - magic;
-#endif
-  const vf r = y - n;
-  static_assert(degree == 5 || degree == 3);
-  vf p;
-  if constexpr (degree == 5) {
-    p = splat(0.001326472723f);
-    p = p * r + 0.009671512673f;
-    p = p * r + 0.05550733743f;
-    p = p * r + 0.2402224208f;
-    p = p * r + 0.6931469776f;
-    p = p * r + 1.0f;
-  } else {
-    p = splat(0.05517166954f);
-    p = p * r + 0.2426111254f;
-    p = p * r + 0.6932609857f;
-    p = p * r + 0.9999280733f;
-  }
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_scalef_ps(-1, (__m512)p, (__m512)n);
-#else
-  return p * (vf)(((vi)shifted + (127 - 0x4b400000)) << 23);
-#endif
+  const Power power(y);
+  const vf r = y - power.n;
+  vf p = splat(0.05517166954f);
+  p = p * r + 0.2426111254f;
+  p = p * r + 0.6932609857f;
+  return power(p * r + 0.9999280733f);
 }
 
 // acc = sum over steps of a[r * row + s * step] * b[s], r < R, b[s] of V vectors
@@ -218,15 +225,16 @@ FASTDIFF_APART static void weigh(const E* weights, int64_t steps, const E* v, in
   });
 }
 
-// Turns scores [keys, queries] into weights 2^(factor * score - base), in their place, and adds these
-// up in `sum`.
+// Turns scores [keys, queries] into weights e^(score - base), in their place, and adds these up in
+// `sum`.
 template <int V>
-FASTDIFF_APART static void weights_of(float* scores, int64_t keys, float factor, const vf (&base)[V], vf (&sum)[V], float) {
+FASTDIFF_APART static void weights_of(float* scores, int64_t keys, float, const vf (&base)[V],
+                                      vf (&sum)[V], float) {
   for (int64_t j = 0; j < keys; ++j)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* at = scores + (j * V + v) * W;
-      const vf weight = exp2<5>(load(at) * factor - base[v]);
+      const vf weight = exp_fine(load(at) - base[v]);
       store(at, weight);
       sum[v] += weight;
     }
@@ -244,16 +252,17 @@ static inline vu pair_of(vf a, vf b) {
   static constexpr Order order;
   return (vu)_mm512_maskz_permutexvar_epi16(-1, _mm512_loadu_si512(order.lanes), both);
 }
-// The same, into pairs of keys; an odd last key's second is zero.
+// Into weights 2^(factor * score - base), in pairs of keys; an odd last key's second is zero.
 template <int V>
-FASTDIFF_APART static void weights_of(float* scores, int64_t keys, float factor, const vf (&base)[V], vf (&sum)[V], Pair) {
+FASTDIFF_APART static void weights_of(float* scores, int64_t keys, float factor,
+                                      const vf (&base)[V], vf (&sum)[V], Pair) {
   const auto rows = [&](int64_t j, auto second) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const float* at = scores + (j * V + v) * W;
-      const vf a = exp2<3>(load(at) * factor - base[v]);
+      const vf a = exp2_coarse(load(at) * factor - base[v]);
       vf b{};
-      if constexpr (decltype(second)::value) b = exp2<3>(load(at + V * W) * factor - base[v]);
+      if constexpr (decltype(second)::value) b = exp2_coarse(load(at + V * W) * factor - base[v]);
       sum[v] += a + b;
       store(scores + (j / 2 * V + v) * W, (vf)pair_of(a, b));
     }

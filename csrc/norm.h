@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -33,6 +34,14 @@ static inline vf summed(const GroupNorm& p, int64_t picture, int64_t at, int64_t
   return v;
 }
 
+// f(i, how many as a constant) over [begin, end), four at a time: what is summed is then read and
+// written once for each four.
+template <typename F>
+static inline void each_few(int64_t begin, int64_t end, const F& f) {
+  for (; begin + 4 <= end; begin += 4) f(begin, std::integral_constant<int, 4>());
+  for (; begin < end; ++begin) f(begin, std::integral_constant<int, 1>());
+}
+
 template <typename T>
 static void group_norm(const GroupNorm& p) {
   const int64_t C = p.channels, padded = (C + W - 1) / W * W, per_group = C / p.groups;
@@ -50,10 +59,15 @@ static void group_norm(const GroupNorm& p) {
       const int64_t begin = p.pixels * slab / slabs, end = p.pixels * (slab + 1) / slabs;
       const double count = static_cast<double>((end - begin) * per_group);
       std::fill(totals.begin(), totals.end(), 0.0f);
-      for (int64_t i = begin; i < end; ++i)
+      each_few(begin, end, [&](int64_t i, auto few) {
         each_vector(C, [&](int64_t c, int n) {
-          store(&totals[c], load(&totals[c]) + summed<T>(p, picture, (picture * p.pixels + i) * C, c, n));
+          vf total = load(&totals[c]);
+#pragma GCC unroll 4
+          for (int k = 0; k < few; ++k)
+            total += summed<T>(p, picture, (picture * p.pixels + i + k) * C, c, n);
+          store(&totals[c], total);
         });
+      });
       Moments* groups = &moments[task * p.groups];
       for (int64_t g = 0; g < p.groups; ++g) {
         double total = 0;
@@ -64,12 +78,20 @@ static void group_norm(const GroupNorm& p) {
       // Around a float close to the mean: what that float misses comes back from the first sum.
       std::fill(totals.begin(), totals.end(), 0.0f);
       std::fill(squares.begin(), squares.end(), 0.0f);
-      for (int64_t i = begin; i < end; ++i)
+      each_few(begin, end, [&](int64_t i, auto few) {
         each_vector(C, [&](int64_t c, int n) {
-          const vf d = summed<T>(p, picture, (picture * p.pixels + i) * C, c, n) - load(&centres[c]);
-          store(&totals[c], load(&totals[c]) + d);
-          store(&squares[c], load(&squares[c]) + d * d);
+          vf total = load(&totals[c]), square = load(&squares[c]);
+          const vf centre = load(&centres[c]);
+#pragma GCC unroll 4
+          for (int k = 0; k < few; ++k) {
+            const vf d = summed<T>(p, picture, (picture * p.pixels + i + k) * C, c, n) - centre;
+            total += d;
+            square += d * d;
+          }
+          store(&totals[c], total);
+          store(&squares[c], square);
         });
+      });
       for (int64_t g = 0; g < p.groups; ++g) {
         double total = 0, square = 0;
         for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {

@@ -1,6 +1,7 @@
 // What happens to rows of tokens: LayerNorm and RMSNorm with what comes before and after them, the
 // RMSNorm of heads, and sums with a gate. A row is read from memory once.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 #include <vector>
@@ -159,26 +160,35 @@ static void qk_norm(const QkNorm& p) {
   });
 }
 
+// y = x + shift + gate * other for `count` elements; `terms` says what there is beside x.
+enum Terms { kOther = 1, kShift = 2, kGate = 4 };
+template <int terms, typename T>
+static void add_row(int64_t count, const T* x, const T* other, const T* shift, const T* gate, T* y) {
+  each_vector(count, [=](int64_t c, int n) {
+    vf v = load_n(x + c, n);
+    if (terms & kShift) v += load_n(shift + c, n);
+    if (terms & kGate) v += load_n(other + c, n) * load_n(gate + c, n);
+    else if (terms & kOther) v += load_n(other + c, n);
+    store_n(y + c, v, n);
+  });
+}
+
 template <typename T>
 static void residual(const Residual& p) {
-  const int64_t D = p.width;
   const auto* shift = static_cast<const T*>(p.shift);
-  each_row(p.batch * p.tokens, D, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const T* x = static_cast<const T*>(p.x) + i * D;
-      const T* other = p.other ? static_cast<const T*>(p.other) + i * D : nullptr;
-      const T* gate = p.gate ? static_cast<const T*>(p.gate) + i / p.tokens * p.ld_gate : nullptr;
-      T* y = static_cast<T*>(p.y) + i * D;
-      each_vector(D, [&](int64_t c, int n) {
-        vf v = load_n(x + c, n);
-        if (shift) v += load_n(shift + c, n);
-        if (other) {
-          const vf branch = load_n(other + c, n);
-          v += gate ? branch * load_n(gate + c, n) : branch;
-        }
-        store_n(y + c, v, n);
-      });
-    }
+  const auto add = p.gate ? (shift ? add_row<kOther | kShift | kGate, T> : add_row<kOther | kGate, T>)
+                   : p.other ? (shift ? add_row<kOther | kShift, T> : add_row<kOther, T>)
+                   : shift ? add_row<kShift, T>
+                           : add_row<0, T>;
+  // what every row has of its own is added in long rows
+  const bool whole = !p.gate && !shift;
+  const int64_t all = p.batch * p.tokens * p.width, D = whole ? std::min<int64_t>(all, 1 << 12) : p.width;
+  each_row((all + D - 1) / D, D, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      add(std::min(D, all - i * D), static_cast<const T*>(p.x) + i * D,
+          p.other ? static_cast<const T*>(p.other) + i * D : nullptr, shift,
+          p.gate ? static_cast<const T*>(p.gate) + i / p.tokens * p.ld_gate : nullptr,
+          static_cast<T*>(p.y) + i * D);
   });
 }
 

@@ -73,24 +73,29 @@ static inline float load1(const bf16* p) {
 
 static inline void store1(float* p, float value) { *p = value; }
 static inline void store1(bf16* p, float value) {
-  bf16 whole[W];
-  store(whole, splat(value));
-  *p = whole[0];
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  p->bits = static_cast<uint16_t>(value == value ? nearest : 0x7fc0);
 }
 
 // The first n <= W elements; the rest is zero, nothing beyond them is read or written.
 #if defined(__AVX512F__)
 static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 static inline vf load_n(const float* p, int n) {
+  if (n == W) return load(p);
   return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p);
 }
 static inline vf load_n(const bf16* p, int n) {
+  if (n == W) return load(p);
   return (vf)((vu)_mm512_maskz_cvtepu16_epi32(-1, _mm256_maskz_loadu_epi16(first_lanes(n), p)) << 16);
 }
 static inline void store_n(float* p, vf v, int n) {
+  if (n == W) return store(p, v);
   _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
 }
 static inline void store_n(bf16* p, vf v, int n) {
+  if (n == W) return store(p, v);
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)rounded(v));
 }
 #else
@@ -133,7 +138,7 @@ static inline float sum(vf v) {
 #endif
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
-// a > b ? a : b, lane by lane: b where either is NaN
+// a > b ? a : b (a < b ? a : b), lane by lane: b where either is NaN
 static inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
@@ -143,16 +148,30 @@ static inline vf max(vf a, vf b) {
   return a > b ? a : b;
 #endif
 }
+static inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_min_ps(-1, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // e^x: x = n ln2 + r with |r| <= ln2 / 2, a degree-6 fit of e^r (relative error 2e-9), then 2^n by
-// the exponent bits. 0 below -87.3; NaN stays NaN.
+// the exponent bits. 0 below -87.3, or below -103.9 where the instruction set makes numbers smaller
+// than the normal ones; NaN stays NaN.
 static inline vf exp(vf x) {
-  const vf top = splat(88.3f), bottom = splat(-87.3f);
-  vf y = x > top ? top : x;
-  y = y < bottom ? bottom : y;
+#if defined(__AVX512F__)
+  const vf y = max(splat(-104.0f), min(splat(89.0f), x));
+  const vf n = (vf)_mm512_maskz_roundscale_ps(-1, (__m512)(y * 1.44269504f),
+                                              _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vf bottom = splat(-87.3f), y = max(bottom, min(splat(88.3f), x));
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const vf shifted = y * 1.44269504f + magic;
   const vf n = shifted - magic;
+#endif
   vf r = n * -0.693359375f + y;
   r = n * 2.12194440e-4f + r;
   vf p = splat(0.0013828241f);
@@ -162,8 +181,12 @@ static inline vf exp(vf x) {
   p = p * r + 0.4999999098f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_scalef_ps(-1, (__m512)p, (__m512)n);
+#else
   const vf power = (vf)(((vi)shifted + (127 - 0x4b400000)) << 23);
   return x < bottom ? vf{} : p * power;
+#endif
 }
 
 static inline vf silu(vf x) { return x / (1.0f + exp(-x)); }

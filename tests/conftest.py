@@ -18,6 +18,7 @@ from interpreter import mend
 from torch import Tensor, nn
 
 from fastdiff.kernels.contract import Verdict, judge
+from fastdiff.kernels.dispatch import NATIVE
 
 mend()
 
@@ -37,6 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def chosen():
+    """chosen(isa): the C++ kernels of an instruction set; afterwards the former ones again."""
+    before = NATIVE.isa() if NATIVE else None
+    yield lambda isa: isa and NATIVE.set_isa(isa)
+    if before:
+        NATIVE.set_isa(before)
 
 
 @pytest.fixture

@@ -13,12 +13,16 @@ from fastdiff.kernels.attention import CUDA_CHOICES, choose, gpu, products
 from fastdiff.kernels.attention import attention as run_attention
 from fastdiff.kernels.attention.spec import SPEC as ATTENTION
 from fastdiff.kernels.contract import Case, judge
-from fastdiff.kernels.dispatch import all_kernels, implementation
+from fastdiff.kernels.dispatch import NATIVE, all_kernels, implementation
 from fastdiff.kernels.inspect import planned
 from fastdiff.kernels.joint_attention import gpu as joint_gpu
 from fastdiff.kernels.joint_attention import joint_attention
+from fastdiff.kernels.joint_attention.spec import SPEC as JOINT
 from fastdiff.kernels.planned import distinct
 
+KERNELS = ["triton", *(NATIVE.isas() if NATIVE else ())]
+"""Triton's under its interpreter, and ours of each instruction set that this processor runs."""
+ISAS = KERNELS[1:]
 ARCHS = (80, 86, 89, 90, 100, 120)
 WIDTHS = (40, 64, 80, 96, 128, 160, 512)
 BLOCKS = {  # (op, case): blocks that an SM of sm_80, 90, 120 is meant to hold, at least
@@ -69,29 +73,117 @@ def test_bytes_at_once_follow_strides_and_widths():
         vector(packed[:, :, 1].transpose(2, 3))
 
 
+@pytest.fixture
+def kernel_of(chosen):
+    """kernel_of(name, which): an op's kernel, which is one of `KERNELS`."""
+
+    def kernel(name, which):
+        if which != "triton":
+            chosen(which)
+        return implementation(name, "triton" if which == "triton" else "cpu")
+
+    return kernel
+
+
+def held(run, spec, *inputs, **options):
+    """What `run` returns, inside the budget of `spec`."""
+
+    def cast(value):
+        return value.double() if isinstance(value, torch.Tensor) else value
+
+    def outputs(result):
+        return result if isinstance(result, tuple) else (result,)
+
+    got = run(*inputs, **options)
+    eager = spec.reference(*inputs, **options)
+    exact = spec.reference(*map(cast, inputs), **{n: cast(v) for n, v in options.items()})
+    for i, of_each in enumerate(zip(*map(outputs, (got, eager, exact)), strict=True)):
+        verdict = judge(f"output {i}", *of_each)
+        assert verdict.passed, verdict
+    return got
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
-def test_any_scale(scale):
+@pytest.mark.parametrize("which", KERNELS)
+def test_any_scale(which, scale, kernel_of):
     """A negative one turns the order of the scores around, and with it where their peak is."""
-    q, k, v = torch.randn(3, 1, 300, 2, 40).unbind(0)
-    got = implementation("attention", "triton")(q, k, v, scale=scale)
-    exact = ATTENTION.reference(q.double(), k.double(), v.double(), scale=scale)
-    verdict = judge("out", got, ATTENTION.reference(q, k, v, scale=scale), exact)
-    assert verdict.passed, verdict
+    inputs = 4 * torch.randn(3, 1, 300, 2, 40)
+    for dtype in [torch.float32] if which == "triton" else [torch.float32, torch.bfloat16]:
+        held(kernel_of("attention", which), ATTENTION, *inputs.to(dtype).unbind(0), scale=scale)
 
 
 @pytest.mark.parametrize("Lk", [77, 154, 700])
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, float("-inf")])
-def test_a_query_that_may_see_nothing(Lk, lowest):
+@pytest.mark.parametrize("which", KERNELS)
+def test_a_query_that_may_see_nothing(which, Lk, lowest, kernel_of):
     """All keys masked by the lowest number: their mean; by -inf: NaN, as of torch."""
     q, k, v = torch.randn(1, 9, 2, 40), *torch.randn(2, 1, Lk, 2, 40).unbind(0)
     mask = torch.zeros(1, 1, 9, Lk)
     mask[:, :, 3] = lowest
     mask[:, :, 5, : Lk // 2] = lowest
-    got = implementation("attention", "triton")(q, k, v, mask)
-    exact = ATTENTION.reference(q.double(), k.double(), v.double(), mask.double())
-    verdict = judge("out", got, ATTENTION.reference(q, k, v, mask), exact)
-    assert verdict.passed, verdict
+    got = held(kernel_of("attention", which), ATTENTION, q, k, v, mask)
     assert bool(got[:, 3].isnan().all()) == (lowest == float("-inf"))
+    assert not got[:, 5].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_masks_of_every_shape_on_a_cpu(isa, dtype, kernel_of):
+    """A row for each sample, head or query, or one for all; -inf hides keys in bfloat16, too."""
+    q, k, v = torch.randn(2, 70, 3, 40), *torch.randn(2, 2, 131, 3, 40).unbind(0)
+    inputs = [t.to(dtype) for t in (q, k, v)]
+    for shape in [(131,), (2, 1, 1, 131), (1, 3, 1, 131), (70, 131), (2, 3, 70, 131), (70, 1)]:
+        mask = torch.randn(shape).to(dtype)
+        mask[..., : shape[-1] // 2] = float("-inf")
+        held(kernel_of("attention", isa), ATTENTION, *inputs, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_heads_and_tokens_of_any_number_on_a_cpu(isa, dtype, kernel_of):
+    """Odd widths end in half a pair and in parts of a vector, odd keys in half a pair; blocks of
+    one to four vectors of queries."""
+    for queries, keys, width in [
+        *((n, 5, 8) for n in (1, 15, 16, 17, 33, 49, 64, 65)),
+        *((3, n, 16) for n in (1, 2, 3, 7, 13, 127, 128, 129, 257)),
+        *((20, 19, n) for n in (1, 2, 7, 31, 33, 41, 129)),
+    ]:
+        q = torch.randn(2, queries, 2, width).to(dtype)
+        k, v = torch.randn(2, 2, keys, 2, width).to(dtype).unbind(0)
+        held(kernel_of("attention", isa), ATTENTION, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_heads_too_large_to_be_copied_at_once_on_a_cpu(isa, dtype, kernel_of):
+    """An autoencoder's: keys come in stretches of 4 MiB, which several blocks of queries meet."""
+    q, k, v = torch.randn(3, 1, 2051, 1, 512).to(dtype).unbind(0)
+    mask = torch.randn(2051).to(dtype)
+    held(kernel_of("attention", isa), ATTENTION, q[:, :150], k, v, mask)
+    few = [t[:, 2000:] for t in (q, k, v)]
+    held(
+        kernel_of("joint_attention", isa),
+        JOINT,
+        *(t[:, :2000] for t in (q, k, v)),
+        *few,
+        text_bias=torch.randn(51),
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_products_of_bfloat16_are_as_exact_as_torchs(isa, kernel_of):
+    """Not only inside the budget, which allows twice eager's error: at most torch's own kernel's,
+    and a quarter, over a whole head."""
+    q, k, v = torch.randn(3, 1, 1024, 2, 80).bfloat16().unbind(0)
+    exact = ATTENTION.reference(q.double(), k.double(), v.double())
+
+    def error(out):
+        return float((out.double() - exact).square().mean().sqrt())
+
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v))
+    ).transpose(1, 2)
+    assert error(kernel_of("attention", isa)(q, k, v)) <= 1.25 * error(theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -37,15 +37,6 @@ EVERY = [
 ]
 
 
-@pytest.fixture
-def chosen():
-    """chosen(isa): the C++ kernels of an instruction set; afterwards the former ones again."""
-    before = NATIVE.isa() if NATIVE else None
-    yield lambda isa: isa and NATIVE.set_isa(isa)
-    if before:
-        NATIVE.set_isa(before)
-
-
 @pytest.mark.parametrize(("kernel", "case", "isa"), EVERY)
 def test_cpu_is_inside_the_budget(kernel, case, isa, chosen):
     chosen(isa)
