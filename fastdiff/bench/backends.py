@@ -60,6 +60,11 @@ def ort(pipe: Any, engines: Path | None = None) -> None:
     _compile(pipe, backend="ort", engines=engines)
 
 
+def openvino(pipe: Any, engines: Path | None = None) -> None:
+    """The U-Net in OpenVINO within fastdiff's plan; exported first where no folder is given."""
+    _compile(pipe, backend="openvino", engines=engines)
+
+
 def tensorrt(pipe: Any, engines: Path | None = None) -> None:
     """The U-Net as a TensorRT engine within fastdiff's plan."""
     _compile(pipe, backend="tensorrt", engines=engines)
@@ -73,11 +78,12 @@ BACKENDS: dict[str, Callable[..., None]] = {
     "networks": networks,
     "fastdiff": fastdiff,
     "ort": ort,
+    "openvino": openvino,
     "tensorrt": tensorrt,
 }
 
 
-ON_ENGINES = ("ort", "tensorrt")
+ON_ENGINES = ("ort", "openvino", "tensorrt")
 """Backends that also take the folder which `fastdiff export` wrote for the pipeline."""
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from fastdiff.compiler.options import Options
-from fastdiff.engines import exported, fingerprint, manifest, trt
+from fastdiff.engines import exported, fingerprint, manifest, openvino, ort, trt
 from fastdiff.engines.bound import Engine
 from fastdiff.engines.network import EngineNetwork, Ports
-from fastdiff.engines.ort import Session
 from fastdiff.engines.trt_engine import TrtEngine
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Kind, settings
@@ -40,6 +39,10 @@ class Replaced:
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
 
     def rehearsed(self, module: nn.Module) -> Loan:
         """A rehearsal; raises Unsupported unless the module computes what its config and weights
@@ -102,7 +105,7 @@ class Source:
 def kind_of_engine(
     name: str, module: nn.Module, kind: Kind, denoised: Denoised, options: Options
 ) -> Kind:
-    """How a network is taken over by the engine of `options`; ONNX Runtime's is exported first
+    """How a network is taken over by the engine of `options`; one that reads ONNX is exported first
     where none is named.
 
     Raises:
@@ -113,6 +116,8 @@ def kind_of_engine(
         wanted.rehearsed(module)
     except Unsupported as reason:
         raise UserError(f"{name} cannot run on {options.backend}: {reason}") from reason
+    if options.backend in _RUNTIMES:
+        _RUNTIMES[options.backend].check(wanted.device, wanted.dtype)
     if options.backend == "tensorrt":
         source = _open_trt(wanted)
     elif options.engines is None:
@@ -130,6 +135,10 @@ def kind_of_engine(
     )
 
 
+_RUNTIMES = {"ort": ort, "openvino": openvino}
+"""Those that read ONNX files."""
+
+
 def check_folder(folder: Path) -> None:
     """UserError unless `folder` is what `fastdiff export` wrote, every byte of it."""
     if (folder / exported.FILE).exists():
@@ -145,23 +154,35 @@ def _export(wanted: Replaced) -> Source:
     module = wanted.module
     with tempfile.TemporaryDirectory(prefix="fastdiff-") as name:
         folder = Path(name)
-        part = wanted.denoised.part(wanted.name, module, next(module.parameters()).dtype)
-        written = onnx.write(part, folder, onnx.ORT_OPSET, lambda line: None)
-        (row,) = onnx.document((part,), onnx.ORT_OPSET, (written,))["parts"]
+        part = wanted.denoised.part(wanted.name, module, wanted.dtype)
+        opset = onnx.check_opset("auto", onnx.ORT_OPSET, wanted.dtype)
+        written = onnx.write(part, folder, opset, lambda line: None)
+        (row,) = onnx.document((part,), opset, (written,))["parts"]
         return _onnx_source(wanted, folder, row)
 
 
 def _open_onnx(wanted: Replaced, folder: Path) -> Source:
     for part in exported.read(folder)["parts"]:
         if part["file"].split("/")[0] == wanted.name:
+            kind = str(wanted.dtype).removeprefix("torch.")
+            if part["dtype"] != kind:
+                raise UserError(
+                    f"{folder} holds {wanted.name} in {part['dtype']}, the pipeline is in {kind};"
+                    " export it in the pipeline's --dtype"
+                )
             exported.check_part(folder, part)
             return _onnx_source(wanted, folder, part)
     raise UserError(f"{folder} holds no {wanted.name}; fastdiff export --onnx writes one")
 
 
 def _onnx_source(wanted: Replaced, folder: Path, part: dict[str, Any]) -> Source:
-    session = Session(folder / part["file"], wanted.device, wanted.options.ort_graphs)
-    return wanted.source(session, part["inputs"], part["outputs"], part["network_sha256"])
+    file = folder / part["file"]
+    engine: Engine
+    if wanted.options.backend == "openvino":
+        engine = openvino.Compiled(file, wanted.dtype)
+    else:
+        engine = ort.Session(file, wanted.device, wanted.options.ort_graphs)
+    return wanted.source(engine, part["inputs"], part["outputs"], part["network_sha256"])
 
 
 def _open_trt(wanted: Replaced) -> Source:

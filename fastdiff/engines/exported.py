@@ -10,7 +10,8 @@ from fastdiff.errors import UserError
 SCHEMA = "fastdiff.export/1"
 FILE = "export.json"
 
-_ROW = {"file": str, "sha256": str, "network_sha256": str, "inputs": dict, "outputs": dict}
+_ROW = dict.fromkeys(("file", "dtype", "sha256", "network_sha256"), str)
+_ROW |= dict.fromkeys(("inputs", "outputs"), dict)
 """What is read of each part, and as what."""
 
 

@@ -21,6 +21,13 @@ TYPES = {
 """ONNX Runtime's name of a type, torch's, and the number ONNX gives it."""
 
 
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """UserError unless ONNX Runtime is installed, and runs networks of `dtype` on `device`."""
+    _onnxruntime()
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        raise UserError("ONNX Runtime on a CPU has no bf16 convolution; draw in fp32")
+
+
 class Session:
     """An ONNX file in ONNX Runtime: the CUDA provider on a GPU, else the CPU's.
 
@@ -40,17 +47,14 @@ class Session:
     recordable = False  # it waits for the device where a graph must not
 
     def __init__(self, file: Path, device: torch.device, graphs: bool = False) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UserError(
-                f"backend ort needs onnxruntime ({error}); pip install fastdiff[onnx]"
-            ) from error
+        onnxruntime = _onnxruntime()
         self.device, self._graphs = device, graphs and device.type == "cuda"
         self._bound = 0
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         try:
             self._session = onnxruntime.InferenceSession(
                 str(file), options, providers=[_provider(onnxruntime, device, self._graphs)]
@@ -106,12 +110,20 @@ class Session:
     def _run_options(self) -> Any:
         if not self._graphs:
             return None
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
+        options = _onnxruntime().RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self._bound))
         self._bound += 1
         return options
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"backend ort needs onnxruntime ({error}); pip install fastdiff[onnx]"
+        ) from error
+    return onnxruntime
 
 
 def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:

@@ -122,7 +122,7 @@ def test_engines_that_no_backend_runs_are_refused(tmp_path, capsys, demo_onnx):
     with pytest.raises(SystemExit) as caught:
         main(["bench", "--backends", "fastdiff", "--engines", str(demo_onnx)])
     assert caught.value.code == 2
-    assert "--engines goes with --backends ort or tensorrt" in capsys.readouterr().err
+    assert "--engines goes with --backends ort, openvino or tensorrt" in capsys.readouterr().err
 
 
 def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, demo_onnx):
