@@ -20,6 +20,7 @@ from fastdiff.families import Denoised, Kind, settings
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.lora import is_lora
 from fastdiff.models.watch import Unwritten
+from fastdiff.recipes import denoiser
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.loop import Plans
 
@@ -117,7 +118,7 @@ def kind_of_engine(
     except Unsupported as reason:
         raise UserError(f"{name} cannot run on {options.backend}: {reason}") from reason
     if options.backend in _RUNTIMES:
-        _RUNTIMES[options.backend].check(wanted.device, wanted.dtype)
+        check_runtime(options.backend, wanted.device, wanted.dtype)
     if options.backend == "tensorrt":
         source = _open_trt(wanted)
     elif options.engines is None:
@@ -137,6 +138,26 @@ def kind_of_engine(
 
 _RUNTIMES = {"ort": ort, "openvino": openvino}
 """Those that read ONNX files."""
+
+
+def check_runtime(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError unless a runtime that reads ONNX files is installed and runs `dtype` here."""
+    _RUNTIMES[backend].check(device, dtype)
+
+
+def export(pipe: Any, folder: Path, log: Callable[[str], object]) -> None:
+    """Write into the empty `folder` what engines read of `pipe`: the network that denoises and the
+    VAE's decoder, as `fastdiff export --onnx` does. UserError where they cannot be exported."""
+    from fastdiff.export import onnx
+    from fastdiff.export.folder import write_json
+    from fastdiff.export.parts import networks
+
+    onnx.check_packages(verify=False)
+    dtype = denoiser(pipe).dtype
+    parts = tuple(part for part in networks(pipe, dtype) if part.folder != "vae_encoder")
+    opset = onnx.check_opset("auto", onnx.ORT_OPSET, dtype)
+    written = tuple(onnx.write(part, folder, opset, log) for part in parts)
+    write_json(folder / exported.FILE, onnx.document(parts, opset, written))
 
 
 def check_folder(folder: Path) -> None:
@@ -162,27 +183,30 @@ def _export(wanted: Replaced) -> Source:
 
 
 def _open_onnx(wanted: Replaced, folder: Path) -> Source:
-    for part in exported.read(folder)["parts"]:
-        if part["file"].split("/")[0] == wanted.name:
-            kind = str(wanted.dtype).removeprefix("torch.")
-            if part["dtype"] != kind:
-                raise UserError(
-                    f"{folder} holds {wanted.name} in {part['dtype']}, the pipeline is in {kind};"
-                    " export it in the pipeline's --dtype"
-                )
-            exported.check_part(folder, part)
-            return _onnx_source(wanted, folder, part)
-    raise UserError(f"{folder} holds no {wanted.name}; fastdiff export --onnx writes one")
+    part = exported.part(folder, wanted.name)
+    kind = str(wanted.dtype).removeprefix("torch.")
+    if part["dtype"] != kind:
+        raise UserError(
+            f"{folder} holds {wanted.name} in {part['dtype']}, the pipeline is in {kind}; export it"
+            " in the pipeline's --dtype"
+        )
+    return _onnx_source(wanted, folder, part)
 
 
 def _onnx_source(wanted: Replaced, folder: Path, part: dict[str, Any]) -> Source:
+    options = wanted.options
     file = folder / part["file"]
-    engine: Engine
-    if wanted.options.backend == "openvino":
-        engine = openvino.Compiled(file, wanted.dtype)
-    else:
-        engine = ort.Session(file, wanted.device, wanted.options.ort_graphs)
+    engine = opened(options.backend, file, wanted.device, wanted.dtype, options.ort_graphs)
     return wanted.source(engine, part["inputs"], part["outputs"], part["network_sha256"])
+
+
+def opened(
+    backend: str, file: Path, device: torch.device, dtype: torch.dtype, graphs: bool = False
+) -> Engine:
+    """An ONNX file with weights of `dtype` in "ort" or "openvino". UserError as their classes."""
+    if backend == "openvino":
+        return openvino.Compiled(file, dtype)
+    return ort.Session(file, device, graphs)
 
 
 def _open_trt(wanted: Replaced) -> Source:
