@@ -151,7 +151,10 @@ def _footer(result: Result) -> list[str]:
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     if gpu:
         where = f"{gpu['name']} (driver {gpu['driver']}, CUDA {gpu['cuda']}), {where}"
-    names = ("fastdiff", "python", "torch", "diffusers", "transformers", "triton")
+    names = ["fastdiff", "python", "torch", "diffusers", "transformers", "triton"]
+    libraries = {"ort": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+    theirs = (name for row in result.rows for name in libraries.get(row.backend, ()))
+    names += [name for name in theirs if versions.get(name)]
     rounds = max(len(row.samples_ms) for row in result.rows)
     return [
         f"{rounds} interleaved rounds; steps/s with text encoding, images/s with the VAE too",

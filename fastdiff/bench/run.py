@@ -72,6 +72,11 @@ def bench(
     if pipe.vae.dtype == torch.float16 and decodes_in_float32(pipe):
         pipe.vae.to(torch.float32)
     request = _request(pipe, settings)
+    for name in settings.asked:
+        try:
+            check_backend(name, pipe)
+        except Unavailable as reason:  # before the minutes that the reference can take
+            raise UserError(f"--backends {name} cannot run here: {reason}") from reason
     log("reference: eager and float64")
     truth = find_truth(pipe, request)
     rows: dict[str, Timed] = {}
@@ -88,19 +93,18 @@ def bench(
                     shares = device.type == "cpu" and name in READERS
                     contender = sharing(pipe) if shares else copy.deepcopy(pipe)
                 rows[name] = _prepare(row, contender, request, truth, before, *read)
-            except Unavailable as reason:
-                rows[name] = _unavailable(row, str(reason), settings)
-            except UserError as reason:
-                if name not in ON_ONNX:
-                    raise
+            except (Unavailable, UserError) as reason:
                 rows[name] = _unavailable(row, str(reason), settings)
             except Exception as error:  # it must not take the others' times with it
                 if wants_memory(error):
+                    if name == "eager":  # without it there is nothing to compare with
+                        raise
                     rows[name] = _unavailable(row, NO_ROOM, settings)
-                    continue
-                log(traceback.format_exc())
-                words = (str(error).strip().splitlines() or ["without a word"])[0]
-                rows[name] = replace(row, unavailable=f"it broke: {type(error).__name__}: {words}")
+                else:
+                    log(traceback.format_exc())
+                    words = (str(error).strip().splitlines() or ["without a word"])[0]
+                    why = f"it broke: {type(error).__name__}: {words}"
+                    rows[name] = replace(row, unavailable=why)
             else:
                 if not rows[name].failed:
                     racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
