@@ -15,7 +15,7 @@ TOLD = (
     *("can't allocate memory", "not enough memory", "out of memory"),
     *("ALLOC_FAILED", "bad_alloc", "overflowed"),
 )
-"""What RuntimeErrors of torch say that are a want of memory."""
+"""What errors of torch, ONNX Runtime and OpenVINO say that are a want of memory."""
 MEMORY = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 
@@ -34,7 +34,9 @@ def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
     try:
         with _limit(free):
             yield
-    except (MemoryError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # runtimes of others raise classes of their own
         if not wants_memory(error):
             raise
         raise UserError(
@@ -47,7 +49,7 @@ def wants_memory(error: BaseException) -> bool:
     """Whether it was raised since there was no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in TOLD)
+    return any(words in str(error) for words in TOLD)
 
 
 def least(pipe: Any, height: int, width: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.engines.bound import Bound
+from fastdiff.engines.bound import Bound, reason_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.recordings import buffer
 
@@ -48,7 +48,7 @@ class Compiled:
         try:
             self._model = self._core.read_model(file)  # maps weights that lie beside it
         except RuntimeError as error:
-            raise UserError(f"OpenVINO cannot read {file}: {_reason(error)}") from error
+            raise UserError(f"OpenVINO cannot read {file}: {reason_of(error)}") from error
 
     def refusal(self, inputs: Mapping[str, Sequence[int]]) -> str | None:
         """None: it takes any sides."""
@@ -66,7 +66,7 @@ class Compiled:
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
             raise UserError(
-                f"OpenVINO cannot compile {self._file} for {shapes}: {_reason(error)}"
+                f"OpenVINO cannot compile {self._file} for {shapes}: {reason_of(error)}"
             ) from error
         request = compiled.create_infer_request()
         made: dict[str, Tensor] = {}
@@ -114,8 +114,3 @@ def _openvino() -> Any:
             f"backend openvino needs openvino ({error}); pip install fastdiff[onnx,openvino]"
         ) from error
     return openvino
-
-
-def _reason(error: Exception) -> str:
-    """The last line of OpenVINO's message: the lines before are its own source files'."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]

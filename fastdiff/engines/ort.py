@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.engines.bound import Bound
+from fastdiff.engines.bound import Bound, reason_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.recordings import buffer
 
@@ -62,7 +62,7 @@ class Session:
         except UserError:
             raise
         except Exception as error:  # its exceptions share no base class
-            raise UserError(f"ONNX Runtime cannot run {file}: {_reason(error)}") from error
+            raise UserError(f"ONNX Runtime cannot run {file}: {reason_of(error)}") from error
         self._file = file
         self.inputs = {port.name: port.type for port in self._session.get_inputs()}
         self.outputs = {port.name: port.type for port in self._session.get_outputs()}
@@ -104,7 +104,7 @@ class Session:
         except Exception as error:  # its exceptions share no base class
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise UserError(
-                f"ONNX Runtime cannot run {self._file} on {shapes}: {_reason(error)}"
+                f"ONNX Runtime cannot run {self._file} on {shapes}: {reason_of(error)}"
             ) from error
 
     def _run_options(self) -> Any:
@@ -138,7 +138,3 @@ def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:
         "device_id": device.index or 0,
         "enable_cuda_graph": "1" if graphs else "0",
     }
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

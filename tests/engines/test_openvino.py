@@ -5,6 +5,7 @@ import pytest
 import torch
 from openvino import opset13 as ops
 
+from fastdiff.engines.bound import reason_of
 from fastdiff.engines.openvino import Compiled, check
 from fastdiff.errors import UserError
 
@@ -71,3 +72,12 @@ def test_what_it_cannot_run_is_named(tmp_path):
         compiled.bind({"x": (1, 5)}, {"y": (1, 4)})
     with pytest.raises(UserError, match="backend openvino runs on a CPU; the pipeline is on cuda"):
         check(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("Exception from x.cpp:1:\nstd::bad_alloc")]
+)
+def test_a_want_of_memory_is_no_fault_of_the_file(error):
+    with pytest.raises(MemoryError):
+        reason_of(error)
+    assert reason_of(RuntimeError("Exception from x.cpp:1:\nno such file\n")) == "no such file"
