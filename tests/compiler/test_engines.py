@@ -23,6 +23,7 @@ import fastdiff
 from fastdiff.compiler import Options
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
+from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
 from fastdiff.export import onnx
 from fastdiff.kernels.contract import judge, max_error
@@ -191,6 +192,24 @@ def test_other_settings_are_not_drawn_from_the_file(demo, demo_onnx, on_ort):
     other_heads(pipe)
     with pytest.raises(UserError, match="weights or settings other than those"):
         fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
+
+
+def test_a_call_and_the_plan_share_what_is_bound(on_ort, monkeypatch):
+    """Each would have weights of its own in OpenVINO, which compiles for the shapes."""
+    bind, bound = Session.bind, []
+
+    def binding(self, inputs, outputs):
+        bound.append(inputs)
+        return bind(self, inputs, outputs)
+
+    monkeypatch.setattr(Session, "bind", binding)
+    hold(on_ort)
+    sample, _, text = (torch.randn(tuple(shape)) for shape in bound[0].values())
+    with torch.no_grad():
+        on_ort.unet(sample, 500, text)
+    assert len(bound) == 1
+    hold(on_ort)
+    assert len(bound) == 1
 
 
 def test_inference_mode_and_back(on_ort):
