@@ -13,6 +13,7 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "openvino": "openvino",
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
     "tritonclient": "triton-server",

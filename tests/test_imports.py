@@ -43,6 +43,7 @@ OPTIONAL = {
     "tritonclient": ("export/triton.py",),
     "google": ("export/triton.py",),
     "onnxruntime": ("engines/ort.py",),
+    "openvino": ("engines/openvino.py",),
     "matplotlib": ("regression/reports/plots.py", "regression/reports/svg.py"),
     "jinja2": ("regression/reports/page.py",),
 }

@@ -55,12 +55,27 @@ def networks(pipe: Any) -> None:
     _compile(pipe, ignore=("loop",))
 
 
-def ort(pipe: Any, engines: Path | None = None) -> None:
-    """The U-Net in ONNX Runtime within fastdiff's plan; exported first where no folder is given."""
-    _compile(pipe, backend="ort", engines=engines)
+def ort(pipe: Any, engines: Path) -> None:
+    """The U-Net in ONNX Runtime within fastdiff's plan, and the VAE's decoder."""
+    _read(pipe, "ort", engines)
 
 
-def tensorrt(pipe: Any, engines: Path | None = None) -> None:
+def openvino(pipe: Any, engines: Path) -> None:
+    """The U-Net in OpenVINO within fastdiff's plan, and the VAE's decoder."""
+    _read(pipe, "openvino", engines)
+
+
+def _read(pipe: Any, backend: str, engines: Path) -> None:
+    from fastdiff.compiler.decoder import take_decoder
+
+    _compile(pipe, backend=backend, engines=engines, ignore=("vae",))
+    try:
+        take_decoder(pipe, backend, engines)
+    except UserError as error:
+        raise Unavailable(str(error)) from error
+
+
+def tensorrt(pipe: Any, engines: Path) -> None:
     """The U-Net as a TensorRT engine within fastdiff's plan."""
     _compile(pipe, backend="tensorrt", engines=engines)
 
@@ -73,17 +88,36 @@ BACKENDS: dict[str, Callable[..., None]] = {
     "networks": networks,
     "fastdiff": fastdiff,
     "ort": ort,
+    "openvino": openvino,
     "tensorrt": tensorrt,
 }
 
 
-ON_ENGINES = ("ort", "tensorrt")
+ON_ONNX = ("ort", "openvino")
+"""Backends that read the ONNX files which `fastdiff export` writes, or are exported first."""
+ON_ENGINES = (*ON_ONNX, "tensorrt")
 """Backends that also take the folder which `fastdiff export` wrote for the pipeline."""
+READERS = (
+    *("channels_last", "inductor", "inductor-max-autotune", "networks", "fastdiff"),
+    *ON_ENGINES,
+)
+"""Backends that write no weights: on a CPU they can share the memory of eager's."""
 
 
-def prepare(name: str, pipe: Any, engines: Path | None) -> None:
+def check_backend(name: str, pipe: Any) -> None:
+    """Unavailable where a backend that reads ONNX files cannot run, before they are exported."""
+    if name in ON_ONNX:
+        from fastdiff.compiler.engines import check_runtime
+
+        try:
+            check_runtime(name, pipe.device, denoiser(pipe).dtype)
+        except UserError as error:
+            raise Unavailable(str(error)) from error
+
+
+def prepare(name: str, pipe: Any, engines: Path | None = None) -> None:
     """Make `pipe` run on a backend; Unavailable where that cannot be here."""
-    if engines is not None and name in ON_ENGINES:
+    if name in ON_ENGINES:
         BACKENDS[name](pipe, engines)
     else:
         BACKENDS[name](pipe)

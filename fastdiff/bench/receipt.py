@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
+from fastdiff.bench.contenders import sharing
 from fastdiff.bench.timing import Request, draw
 from fastdiff.recipes import denoiser
 
@@ -86,7 +87,7 @@ def find_truth(pipe: Any, request: Request) -> Truth:
     nhwc = copy.deepcopy(net).to(memory_format=torch.channels_last)
     outputs_eager = run_step(net, step), run_step(nhwc, step)
     del nhwc
-    exact = copy.deepcopy(pipe).to(torch.float64)
+    exact = sharing(pipe).to(torch.float64)
     return Truth(
         step=step,
         picture=draw(exact, request).image,

@@ -1,6 +1,7 @@
 """The tables of bench and counters, on stdout."""
 
 import math
+from statistics import median
 from typing import Any
 
 from rich.text import Text
@@ -25,6 +26,9 @@ COLUMNS = (
 )
 
 
+PARTS = ("backend", "text encoders", "denoising", "VAE", "VAE × eager [95%]")
+
+
 def show(result: Result, note: str | None = None) -> None:
     """Print `note`, the table and, below it, all that a number needs to be believed."""
     console = tables.printer()
@@ -32,6 +36,7 @@ def show(result: Result, note: str | None = None) -> None:
         console.print(Text(note, style="yellow"), soft_wrap=True)
     shown = [tables.Row(_cells(row), "red" if row.failed else "") for row in result.rows]
     tables.show(console, result.rows[0].case, COLUMNS, shown)
+    _show_parts(console, result)
     for row in result.rows:
         if row.failed:
             line = f"{row.backend}: FAILED its receipt, so its speed is not told. {_why(row)}"
@@ -40,6 +45,23 @@ def show(result: Result, note: str | None = None) -> None:
             console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
     for line in _footer(result):
         console.print(Text(line, style="dim"))
+
+
+def _show_parts(console: Any, result: Result) -> None:
+    """Which part of a picture takes what share, by the medians of its rounds."""
+    rows = []
+    for row in result.rows:
+        if not row.decode_samples_ms:
+            continue
+        image, text, decode = (
+            median(samples)
+            for samples in (row.image_samples_ms, row.text_samples_ms, row.decode_samples_ms)
+        )
+        parts = (text, max(0.0, image - text - decode), decode)
+        cells = (f"{part:.1f} ({part / image:.0%})" for part in parts)
+        rows.append(tables.Row((row.backend, *cells, _ratio(row.decode_ratio_vs_eager))))
+    if rows:
+        tables.show(console, "a picture's parts, ms and share", PARTS, rows)
 
 
 def show_counts(result: counters.Result) -> None:
@@ -129,7 +151,10 @@ def _footer(result: Result) -> list[str]:
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     if gpu:
         where = f"{gpu['name']} (driver {gpu['driver']}, CUDA {gpu['cuda']}), {where}"
-    names = ("fastdiff", "python", "torch", "diffusers", "transformers", "triton")
+    names = ["fastdiff", "python", "torch", "diffusers", "transformers", "triton"]
+    libraries = {"ort": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+    theirs = (name for row in result.rows for name in libraries.get(row.backend, ()))
+    names += [name for name in theirs if versions.get(name)]
     rounds = max(len(row.samples_ms) for row in result.rows)
     return [
         f"{rounds} interleaved rounds; steps/s with text encoding, images/s with the VAE too",

@@ -18,7 +18,9 @@ class Timed:
 
     Speeds and samples are None and empty where the receipt failed or the backend could not run
     (`unavailable` says why). ratio_vs_eager: of steps; image_ratio_vs_eager: with the VAE too.
-    samples_ms: per step; image_samples_ms: per image; element i is round i. peak_mem_bytes: see
+    decode_ratio_vs_eager: of the VAE alone. samples_ms: per step; image_samples_ms: per image;
+    element i is round i; text_samples_ms and decode_samples_ms are the parts of an image before its
+    first step and after its last (files of before 2026-12 have neither). peak_mem_bytes: see
     `memory`. prepare_s: seconds by which a second picture is later than it is from a warm
     pipeline, that is preparing and the first call, less a warm call.
     """
@@ -30,8 +32,11 @@ class Timed:
     images_per_s: float | None = None
     ratio_vs_eager: Ratio | None = None
     image_ratio_vs_eager: Ratio | None = None
+    decode_ratio_vs_eager: Ratio | None = None
     samples_ms: tuple[float, ...] = ()
     image_samples_ms: tuple[float, ...] = ()
+    text_samples_ms: tuple[float, ...] = ()
+    decode_samples_ms: tuple[float, ...] = ()
     receipt: Receipt | None = None
     peak_mem_bytes: int | None = None
     prepare_s: float | None = None

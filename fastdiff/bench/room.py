@@ -11,8 +11,11 @@ import torch
 from fastdiff.errors import UserError
 from fastdiff.recipes import denoiser
 
-TOLD = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "overflowed")
-"""What RuntimeErrors of torch say that are a want of memory."""
+TOLD = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("ALLOC_FAILED", "bad_alloc", "overflowed"),
+)
+"""What errors of torch, ONNX Runtime and OpenVINO say that are a want of memory."""
 MEMORY = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 
@@ -31,14 +34,22 @@ def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
     try:
         with _limit(free):
             yield
-    except (MemoryError, RuntimeError) as error:
-        wants = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not wants and not any(words in str(error) for words in TOLD):
+    except UserError:
+        raise
+    except Exception as error:  # runtimes of others raise classes of their own
+        if not wants_memory(error):
             raise
         raise UserError(
             f"{asked} need more memory than there is on {device}; ask for fewer pixels, or close"
             " what else takes memory"
         ) from error
+
+
+def wants_memory(error: BaseException) -> bool:
+    """Whether it was raised since there was no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in TOLD)
 
 
 def least(pipe: Any, height: int, width: int) -> int:

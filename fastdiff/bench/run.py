@@ -11,10 +11,20 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.backends import ON_ENGINES, Unavailable, check_ran, prepare
-from fastdiff.bench.memory import Baseline, baseline, peak_bytes
+from fastdiff.bench.backends import (
+    ON_ENGINES,
+    ON_ONNX,
+    READERS,
+    Unavailable,
+    check_backend,
+    check_ran,
+    prepare,
+)
+from fastdiff.bench.contenders import files, sharing
+from fastdiff.bench.memory import Baseline, baseline, engine_peak_bytes, peak_bytes
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Timed
+from fastdiff.bench.room import wants_memory
 from fastdiff.bench.stats import speedup
 from fastdiff.bench.timing import Drawing, Request, draw, interleave
 from fastdiff.errors import UserError
@@ -62,33 +72,43 @@ def bench(
     if pipe.vae.dtype == torch.float16 and decodes_in_float32(pipe):
         pipe.vae.to(torch.float32)
     request = _request(pipe, settings)
+    for name in settings.asked:
+        try:
+            check_backend(name, pipe)
+        except Unavailable as reason:  # before the minutes that the reference can take
+            raise UserError(f"--backends {name} cannot run here: {reason}") from reason
     log("reference: eager and float64")
     truth = find_truth(pipe, request)
     rows: dict[str, Timed] = {}
     racers: dict[str, Callable[[], Drawing]] = {}
-    for name in settings.backends:
-        log(f"{name}: preparing and checking")
-        if name != "eager":
-            before = baseline(device)
-        contender = pipe if name == "eager" else copy.deepcopy(pipe)
-        row = Timed(settings.case, name)
-        try:
-            rows[name] = _prepare(row, contender, request, truth, before, settings.engines)
-        except Unavailable as reason:
-            if name in settings.asked:
-                sentence = f"--backends {name} cannot run here: {reason}"
-                raise UserError(sentence) from reason
-            rows[name] = replace(row, unavailable=str(reason))
-        except UserError:
-            raise
-        except Exception as error:  # it must not take the others' times with it
-            log(traceback.format_exc())
-            words = (str(error).strip().splitlines() or ["without a word"])[0]
-            rows[name] = replace(row, unavailable=f"it broke: {type(error).__name__}: {words}")
-        else:
-            if not rows[name].failed:
-                racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
-        keep(list(rows.values()))
+    with files(pipe, settings.engines, log) as engines:
+        for name in settings.backends:
+            log(f"{name}: preparing and checking")
+            row, contender = Timed(settings.case, name), pipe
+            try:
+                check_backend(name, pipe)
+                read = engines() if name in ON_ONNX else (settings.engines, 0.0)
+                if name != "eager":
+                    before = baseline(device)
+                    shares = device.type == "cpu" and name in READERS
+                    contender = sharing(pipe) if shares else copy.deepcopy(pipe)
+                rows[name] = _prepare(row, contender, request, truth, before, *read)
+            except (Unavailable, UserError) as reason:
+                rows[name] = _unavailable(row, str(reason), settings)
+            except Exception as error:  # it must not take the others' times with it
+                if wants_memory(error):
+                    if name == "eager":  # without it there is nothing to compare with
+                        raise
+                    rows[name] = _unavailable(row, NO_ROOM, settings)
+                else:
+                    log(traceback.format_exc())
+                    words = (str(error).strip().splitlines() or ["without a word"])[0]
+                    why = f"it broke: {type(error).__name__}: {words}"
+                    rows[name] = replace(row, unavailable=why)
+            else:
+                if not rows[name].failed:
+                    racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
+            keep(list(rows.values()))
 
     def timed(drawings: dict[str, list[Drawing]]) -> list[Timed]:
         eager = drawings["eager"]
@@ -101,6 +121,16 @@ def bench(
             keep(timed(drawings))
 
     return timed(interleave(racers, settings.rounds, settings.seed, after_round))
+
+
+NO_ROOM = "memory does not suffice beside what was prepared before it; ask for fewer backends"
+
+
+def _unavailable(row: Timed, reason: str, settings: Settings) -> Timed:
+    """The row that says why; UserError where its backend was asked for."""
+    if row.backend in settings.asked:
+        raise UserError(f"--backends {row.backend} cannot run here: {reason}")
+    return replace(row, unavailable=reason)
 
 
 def _request(pipe: Any, settings: Settings) -> Request:
@@ -118,9 +148,18 @@ def _request(pipe: Any, settings: Settings) -> Request:
 
 
 def _prepare(
-    row: Timed, pipe: Any, request: Request, truth: Truth, before: Baseline, engines: Path | None
+    row: Timed,
+    pipe: Any,
+    request: Request,
+    truth: Truth,
+    before: Baseline,
+    engines: Path | None,
+    exported_s: float,
 ) -> Timed:
-    """Prepare `pipe` for the row's backend, draw with it until it is warm, check what it drew."""
+    """Prepare `pipe` for the row's backend, draw with it until it is warm, check what it drew.
+
+    exported_s: what it took to write `engines`, for each backend that reads them.
+    """
     start = time.perf_counter()
     prepare(row.backend, pipe, engines)
     draw(pipe, request)
@@ -132,22 +171,31 @@ def _prepare(
     return replace(
         row,
         receipt=check(drawing.image, run_step(denoiser(pipe), truth.step), truth),
-        # an engine's memory is its own library's, which torch does not see
-        peak_mem_bytes=None
-        if row.backend in ON_ENGINES
-        else peak_bytes(pipe, before, lambda: draw(pipe, request)),
-        prepare_s=max(0.0, cold_s - warm_s),
+        peak_mem_bytes=_peak(row.backend, pipe, before, lambda: draw(pipe, request)),
+        prepare_s=exported_s + max(0.0, cold_s - warm_s),
     )
 
 
+def _peak(backend: str, pipe: Any, before: Baseline, draw: Callable[[], object]) -> int | None:
+    if backend not in ON_ENGINES:
+        return peak_bytes(pipe, before, draw)
+    if pipe.device.type == "cpu":
+        return engine_peak_bytes(pipe, before, draw, (denoiser(pipe), pipe.vae))
+    return None  # its library's, which torch does not see
+
+
 def _with_speed(row: Timed, drawings: list[Drawing], eager: list[Drawing]) -> Timed:
-    steps, images = ([getattr(d, field) for d in drawings] for field in ("step_ms", "image_ms"))
+    fields = ("step_ms", "image_ms", "text_ms", "decode_ms")
+    steps, images, texts, decodes = ([getattr(d, field) for d in drawings] for field in fields)
     return replace(
         row,
         steps_per_s=1e3 / median(steps),
         images_per_s=1e3 / median(images),
         ratio_vs_eager=speedup([d.step_ms for d in eager], steps),
         image_ratio_vs_eager=speedup([d.image_ms for d in eager], images),
+        decode_ratio_vs_eager=speedup([d.decode_ms for d in eager], decodes),
         samples_ms=tuple(steps),
         image_samples_ms=tuple(images),
+        text_samples_ms=tuple(texts),
+        decode_samples_ms=tuple(decodes),
     )

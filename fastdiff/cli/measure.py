@@ -75,7 +75,9 @@ def bench(
         from fastdiff.compiler.engines import check_folder
 
         if not set(ON_ENGINES) & set(names):
-            raise UserError(f"--engines goes with --backends {' or '.join(ON_ENGINES)}")
+            raise UserError(
+                f"--engines goes with --backends {', '.join(ON_ENGINES[:-1])} or {ON_ENGINES[-1]}"
+            )
         check_folder(engines)
     device = check_device(device)
     torch_dtype = check_dtype(dtype, device)

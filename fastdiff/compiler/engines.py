@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from fastdiff.compiler.options import Options
-from fastdiff.engines import exported, fingerprint, manifest, trt
+from fastdiff.engines import exported, fingerprint, manifest, openvino, ort, trt
 from fastdiff.engines.bound import Engine
 from fastdiff.engines.network import EngineNetwork, Ports
-from fastdiff.engines.ort import Session
 from fastdiff.engines.trt_engine import TrtEngine
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Kind, settings
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.lora import is_lora
 from fastdiff.models.watch import Unwritten
+from fastdiff.recipes import denoiser
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.loop import Plans
 
@@ -40,6 +40,10 @@ class Replaced:
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
 
     def rehearsed(self, module: nn.Module) -> Loan:
         """A rehearsal; raises Unsupported unless the module computes what its config and weights
@@ -102,7 +106,7 @@ class Source:
 def kind_of_engine(
     name: str, module: nn.Module, kind: Kind, denoised: Denoised, options: Options
 ) -> Kind:
-    """How a network is taken over by the engine of `options`; ONNX Runtime's is exported first
+    """How a network is taken over by the engine of `options`; one that reads ONNX is exported first
     where none is named.
 
     Raises:
@@ -113,6 +117,8 @@ def kind_of_engine(
         wanted.rehearsed(module)
     except Unsupported as reason:
         raise UserError(f"{name} cannot run on {options.backend}: {reason}") from reason
+    if options.backend in _RUNTIMES:
+        check_runtime(options.backend, wanted.device, wanted.dtype)
     if options.backend == "tensorrt":
         source = _open_trt(wanted)
     elif options.engines is None:
@@ -130,6 +136,30 @@ def kind_of_engine(
     )
 
 
+_RUNTIMES = {"ort": ort, "openvino": openvino}
+"""Those that read ONNX files."""
+
+
+def check_runtime(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError unless a runtime that reads ONNX files is installed and runs `dtype` here."""
+    _RUNTIMES[backend].check(device, dtype)
+
+
+def export(pipe: Any, folder: Path, log: Callable[[str], object]) -> None:
+    """Write into the empty `folder` what engines read of `pipe`: the network that denoises and the
+    VAE's decoder, as `fastdiff export --onnx` does. UserError where they cannot be exported."""
+    from fastdiff.export import onnx
+    from fastdiff.export.folder import write_json
+    from fastdiff.export.parts import networks
+
+    onnx.check_packages(verify=False)
+    dtype = denoiser(pipe).dtype
+    parts = tuple(part for part in networks(pipe, dtype) if part.folder != "vae_encoder")
+    opset = onnx.check_opset("auto", onnx.ORT_OPSET, dtype)
+    written = tuple(onnx.write(part, folder, opset, log) for part in parts)
+    write_json(folder / exported.FILE, onnx.document(parts, opset, written))
+
+
 def check_folder(folder: Path) -> None:
     """UserError unless `folder` is what `fastdiff export` wrote, every byte of it."""
     if (folder / exported.FILE).exists():
@@ -145,23 +175,38 @@ def _export(wanted: Replaced) -> Source:
     module = wanted.module
     with tempfile.TemporaryDirectory(prefix="fastdiff-") as name:
         folder = Path(name)
-        part = wanted.denoised.part(wanted.name, module, next(module.parameters()).dtype)
-        written = onnx.write(part, folder, onnx.ORT_OPSET, lambda line: None)
-        (row,) = onnx.document((part,), onnx.ORT_OPSET, (written,))["parts"]
+        part = wanted.denoised.part(wanted.name, module, wanted.dtype)
+        opset = onnx.check_opset("auto", onnx.ORT_OPSET, wanted.dtype)
+        written = onnx.write(part, folder, opset, lambda line: None)
+        (row,) = onnx.document((part,), opset, (written,))["parts"]
         return _onnx_source(wanted, folder, row)
 
 
 def _open_onnx(wanted: Replaced, folder: Path) -> Source:
-    for part in exported.read(folder)["parts"]:
-        if part["file"].split("/")[0] == wanted.name:
-            exported.check_part(folder, part)
-            return _onnx_source(wanted, folder, part)
-    raise UserError(f"{folder} holds no {wanted.name}; fastdiff export --onnx writes one")
+    part = exported.part(folder, wanted.name)
+    kind = str(wanted.dtype).removeprefix("torch.")
+    if part["dtype"] != kind:
+        raise UserError(
+            f"{folder} holds {wanted.name} in {part['dtype']}, the pipeline is in {kind}; export it"
+            " in the pipeline's --dtype"
+        )
+    return _onnx_source(wanted, folder, part)
 
 
 def _onnx_source(wanted: Replaced, folder: Path, part: dict[str, Any]) -> Source:
-    session = Session(folder / part["file"], wanted.device, wanted.options.ort_graphs)
-    return wanted.source(session, part["inputs"], part["outputs"], part["network_sha256"])
+    options = wanted.options
+    file = folder / part["file"]
+    engine = opened(options.backend, file, wanted.device, wanted.dtype, options.ort_graphs)
+    return wanted.source(engine, part["inputs"], part["outputs"], part["network_sha256"])
+
+
+def opened(
+    backend: str, file: Path, device: torch.device, dtype: torch.dtype, graphs: bool = False
+) -> Engine:
+    """An ONNX file with weights of `dtype` in "ort" or "openvino". UserError as their classes."""
+    if backend == "openvino":
+        return openvino.Compiled(file, dtype)
+    return ort.Session(file, device, graphs)
 
 
 def _open_trt(wanted: Replaced) -> Source:

@@ -8,7 +8,7 @@ from fastdiff.errors import UserError
 
 FASTDIFF = "fastdiff"
 """The backend that computes with kernels of our own."""
-BACKENDS = (FASTDIFF, "ort", "tensorrt")
+BACKENDS = (FASTDIFF, "ort", "openvino", "tensorrt")
 LOOP = "loop"
 """The denoising loop's name beside the components'."""
 
@@ -25,11 +25,11 @@ class Options:
     ("vae",), ("vae.decoder",), or ("loop",) for diffusers' own denoising loop around our networks.
     Gains nothing; costs their speed."""
     backend: str = FASTDIFF
-    """Who computes the network that the loop repeats: "fastdiff", "ort" (ONNX Runtime) or
-    "tensorrt" (either flavour)."""
+    """Who computes the network that the loop repeats: "fastdiff", "ort" (ONNX Runtime),
+    "openvino" (on a CPU) or "tensorrt" (either flavour)."""
     engines: str | Path | None = None
-    """Folder that `fastdiff export` wrote for this pipeline. Without one "ort" exports the network
-    first, which takes minutes; "tensorrt" needs one."""
+    """Folder that `fastdiff export` wrote for this pipeline. Without one "ort" and "openvino"
+    export the network first, which takes minutes; "tensorrt" needs one."""
     ort_graphs: bool = False
     """Whether ONNX Runtime keeps a CUDA graph for every shape. Gains launches at small sizes, costs
     memory."""

@@ -8,6 +8,17 @@ import torch
 from torch import Tensor
 
 
+def reason_of(error: Exception) -> str:
+    """The last line of what a runtime says, for those before it name its own source files.
+
+    Raises MemoryError where it says in its own words that there was no memory left.
+    """
+    words = str(error).strip() or type(error).__name__
+    if isinstance(error, MemoryError) or "bad_alloc" in words:
+        raise MemoryError(words) from error
+    return words.splitlines()[-1]
+
+
 @dataclass(frozen=True)
 class Bound:
     """Fill `inputs`, call `run()`, read `outputs`; on a GPU in the order of torch's stream."""

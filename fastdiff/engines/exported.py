@@ -10,7 +10,8 @@ from fastdiff.errors import UserError
 SCHEMA = "fastdiff.export/1"
 FILE = "export.json"
 
-_ROW = {"file": str, "sha256": str, "network_sha256": str, "inputs": dict, "outputs": dict}
+_ROW: dict[str, type] = dict.fromkeys(("file", "dtype", "sha256", "network_sha256"), str)
+_ROW |= {"inputs": dict, "outputs": dict}
 """What is read of each part, and as what."""
 
 
@@ -38,6 +39,16 @@ def check(folder: Path) -> dict[str, Any]:
     for part in document["parts"]:
         check_part(folder, part)
     return document
+
+
+def part(folder: Path, name: str) -> dict[str, Any]:
+    """The row of a part, its file compared with it; UserError where the folder has none."""
+    for row in read(folder)["parts"]:
+        if row["file"].split("/")[0] == name:
+            check_part(folder, row)
+            found: dict[str, Any] = row
+            return found
+    raise UserError(f"{folder} holds no {name}; fastdiff export --onnx writes one")
 
 
 def check_part(folder: Path, part: dict[str, Any]) -> None:

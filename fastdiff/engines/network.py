@@ -128,9 +128,10 @@ class EngineNetwork:
         return x.contiguous()
 
     def _bind(self, x: Tensor, constants: tuple[Tensor, ...]) -> Bound:
-        key = (x.shape, *(tensor.shape for tensor in constants))
+        # a plan gives each picture once, a call twice: to the engine they are the same
+        texts, _, height, width = constants[0].shape[0], *x.shape[1:]
+        key = (x.shape[1:], *(tensor.shape for tensor in constants))
         if key not in self._bound:
-            texts, _, height, width = constants[0].shape[0], *x.shape[1:]
             timestep = list(self._inputs[self._timestep][1:])
             inputs: dict[str, Sequence[int]] = {
                 self._latents: (texts, *x.shape[1:]),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.engines.bound import Bound
+from fastdiff.engines.bound import Bound, reason_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.recordings import buffer
 
@@ -19,6 +19,13 @@ TYPES = {
     "tensor(int64)": (torch.int64, 7),
 }
 """ONNX Runtime's name of a type, torch's, and the number ONNX gives it."""
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """UserError unless ONNX Runtime is installed, and runs networks of `dtype` on `device`."""
+    _onnxruntime()
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        raise UserError("ONNX Runtime on a CPU has no bf16 convolution; draw in fp32")
 
 
 class Session:
@@ -40,17 +47,14 @@ class Session:
     recordable = False  # it waits for the device where a graph must not
 
     def __init__(self, file: Path, device: torch.device, graphs: bool = False) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UserError(
-                f"backend ort needs onnxruntime ({error}); pip install fastdiff[onnx]"
-            ) from error
+        onnxruntime = _onnxruntime()
         self.device, self._graphs = device, graphs and device.type == "cuda"
         self._bound = 0
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         try:
             self._session = onnxruntime.InferenceSession(
                 str(file), options, providers=[_provider(onnxruntime, device, self._graphs)]
@@ -58,7 +62,7 @@ class Session:
         except UserError:
             raise
         except Exception as error:  # its exceptions share no base class
-            raise UserError(f"ONNX Runtime cannot run {file}: {_reason(error)}") from error
+            raise UserError(f"ONNX Runtime cannot run {file}: {reason_of(error)}") from error
         self._file = file
         self.inputs = {port.name: port.type for port in self._session.get_inputs()}
         self.outputs = {port.name: port.type for port in self._session.get_outputs()}
@@ -100,18 +104,26 @@ class Session:
         except Exception as error:  # its exceptions share no base class
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise UserError(
-                f"ONNX Runtime cannot run {self._file} on {shapes}: {_reason(error)}"
+                f"ONNX Runtime cannot run {self._file} on {shapes}: {reason_of(error)}"
             ) from error
 
     def _run_options(self) -> Any:
         if not self._graphs:
             return None
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
+        options = _onnxruntime().RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self._bound))
         self._bound += 1
         return options
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"backend ort needs onnxruntime ({error}); pip install fastdiff[onnx]"
+        ) from error
+    return onnxruntime
 
 
 def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:
@@ -126,7 +138,3 @@ def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:
         "device_id": device.index or 0,
         "enable_cuda_graph": "1" if graphs else "0",
     }
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

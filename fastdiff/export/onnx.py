@@ -27,8 +27,9 @@ TRT_OPSET = 22
 for bfloat16."""
 BF16_OPSET = 22
 """The first whose convolutions take bfloat16."""
-EXTERNAL_ABOVE = 1_800_000_000
-"""Bytes of weights beyond which they lie in a file of their own: protobuf ends at 2 GiB."""
+EXTERNAL_ABOVE = 100_000_000
+"""Bytes of weights beyond which they lie in a file of their own: runtimes map it, where they keep a
+copy of what is in the ONNX file itself, and protobuf ends at 2 GiB."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fastdiff.families import family
 from fastdiff.families.part import Part, Port, draw, dtype_name
 from fastdiff.recipes import exported
 
-__all__ = ["Part", "Port", "draw", "left_out", "parts"]
+__all__ = ["Part", "Port", "draw", "left_out", "networks", "parts"]
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
@@ -42,10 +42,18 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
     only its XL pipelines look at), so does its part. UserError for a network whose forward needs
     what these inputs do not carry.
     """
+    return (
+        *(_text(key, module, dtype) for key, module in _texts(pipe).items()),
+        *networks(pipe, dtype, timestep),
+    )
+
+
+def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tuple[Part, ...]:
+    """Those of `parts` that are no text encoders: what denoises first."""
     recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
-    texts = {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
-    found = [_text(key, module, dtype) for key, module in texts.items()]
-    tokens = [length for module in texts.values() if (length := _length(module)) is not None]
+    lengths = map(_length, _texts(pipe).values())
+    tokens = [length for length in lengths if length is not None]
+    found: list[Part] = []
     side = 0
     for name, own in recipe.networks.items():
         module, of = getattr(pipe, name), family(own)
@@ -55,6 +63,10 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
         elif of.parts is not None:
             found += of.parts(module, dtype, side, recipe.upcasts)
     return tuple(found)
+
+
+def _texts(pipe: Any) -> dict[str, nn.Module]:
+    return {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
 
 
 def left_out(pipe: Any) -> tuple[str, ...]:

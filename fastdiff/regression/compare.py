@@ -35,7 +35,7 @@ OF_THE_GPU = (PEAK, "kernels")
 """Units of counters that depend on the machine, too."""
 MATTERS = (
     *("fastdiff._C", "python", "torch", "diffusers", "transformers", "triton", "numpy"),
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13"),
+    *("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13"),
 )
 """Versions that change times or counts of one and the same code."""
 

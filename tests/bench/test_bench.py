@@ -1,15 +1,23 @@
 """`fastdiff bench` from its arguments to its exit code: honest rows, and silence about liars."""
 
+import copy
 import json
 import math
+import re
 import shutil
+import sys
 
 import pytest
+import torch
 
+import fastdiff
 from fastdiff.bench import run as running
 from fastdiff.bench.backends import BACKENDS, Unavailable, choose
+from fastdiff.bench.contenders import sharing
 from fastdiff.bench.run import Settings
 from fastdiff.cli import main
+from fastdiff.compiler.decoder import take_decoder
+from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.regression import documents
 
@@ -55,6 +63,12 @@ def test_rows_follow_the_schema(tmp_path, capsys):
         assert set(row["receipt"]) >= RECEIPT
         assert row["receipt"]["passed"] is True
         assert len(row["samples_ms"]) == len(row["image_samples_ms"]) == 2
+        parts = (row[f"{part}samples_ms"] for part in ("", "text_", "decode_", "image_"))
+        for step, text, decode, image in zip(*parts, strict=True):
+            assert 0 < text < 2 * step  # of 2 steps, which hold the text encoder's time
+            assert decode == pytest.approx(image - 2 * step)
+        vae = row["decode_ratio_vs_eager"]
+        assert vae["lo"] <= vae["median"] <= vae["hi"]
         assert row["steps_per_s"] == pytest.approx(2e3 / sum(row["samples_ms"]))
         assert row["images_per_s"] == pytest.approx(2e3 / sum(row["image_samples_ms"]))
         ratio = row["ratio_vs_eager"]
@@ -62,6 +76,7 @@ def test_rows_follow_the_schema(tmp_path, capsys):
         assert row["peak_mem_bytes"] > 20e6  # 6 million float32 weights are held at least
         assert row["prepare_s"] >= 0
         assert row["backend"] in out
+    assert re.search(r"fastdiff *│ +[\d.]+ \(\d+%\) *│", out)  # the table of parts
     eager = document["rows"][0]
     assert (eager["ratio_vs_eager"]["lo"], eager["ratio_vs_eager"]["hi"]) == (1.0, 1.0)
     assert eager["receipt"]["psnr_db"] is None  # infinite: it is itself
@@ -97,15 +112,106 @@ def test_liars_are_red_and_untold_and_the_absent_say_why(tmp_path, capsys, monke
     assert "inductor: not run: this machine has no such engine" in out
 
 
-def test_onnx_runtime_stands_in_the_same_table(tmp_path, capsys, demo_onnx):
-    code, document = run_bench(tmp_path, "fastdiff,ort", "--engines", str(demo_onnx))
+def test_peers_stand_in_the_same_table(tmp_path, capsys, demo_onnx):
+    code, document = run_bench(tmp_path, "fastdiff,openvino,ort", "--engines", str(demo_onnx))
     assert code == 0
-    assert [row["backend"] for row in document["rows"]] == ["eager", "fastdiff", "ort"]
-    for row in document["rows"]:
+    rows = document["rows"]
+    assert [row["backend"] for row in rows] == ["eager", "fastdiff", "openvino", "ort"]
+    for row in rows:
         assert row["receipt"]["passed"] is True
         assert row["ratio_vs_eager"]["median"] > 0
-    assert document["rows"][2]["receipt"]["max_abs"] > 0  # it was not eager once more
-    assert document["rows"][2]["peak_mem_bytes"] is None  # torch does not see it
+        assert row["prepare_s"] >= 0
+    for row in rows[2:]:
+        assert row["receipt"]["max_abs"] > 0  # it was not eager once more
+        # 4 million float32 weights of its own, and not the other's
+        assert 16e6 < row["peak_mem_bytes"] < 500e6
+    out = capsys.readouterr().out
+    assert all(
+        f"{name} {document['versions'][name]}" in out for name in ("onnxruntime", "openvino")
+    )
+
+
+def test_both_read_one_export_which_is_removed(tmp_path, monkeypatch):
+    """The decoder is theirs, too: what decodes is not the pipeline's module."""
+    read = []
+
+    def taking(pipe, engines):
+        read.append(engines)
+        assert {path.name for path in engines.iterdir()} == {"export.json", "unet", "vae_decoder"}
+
+    written = []
+
+    def export(pipe, folder, log):
+        written.append(pipe)
+        for name in ("export.json", "unet", "vae_decoder"):
+            (folder / name).touch()
+
+    monkeypatch.setattr("fastdiff.compiler.engines.export", export)
+    monkeypatch.setitem(BACKENDS, "openvino", taking)
+    monkeypatch.setitem(BACKENDS, "ort", taking)
+    code, _ = run_bench(tmp_path, "openvino,ort")
+    assert code == 0
+    assert len(written) == 1
+    assert read[0] == read[1]
+    assert not read[0].exists()
+
+
+def test_a_copy_that_shares_is_no_second_copy_and_leaves_the_first_alone(demo):
+    pipe = copy.deepcopy(demo)
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    there = {weight.data_ptr() for weight in pipe.unet.parameters()}
+    other = sharing(pipe)
+    assert {weight.data_ptr() for weight in other.unet.parameters()} == there
+    for change in (fastdiff.compile, lambda it: it.unet.double(), lambda it: it.unet.to("meta")):
+        change(sharing(pipe))
+        assert {weight.data_ptr() for weight in pipe.unet.parameters()} == there
+        assert all(torch.equal(pipe.unet.state_dict()[name], before[name]) for name in before)
+        assert slot_of(pipe.unet) is None
+
+
+def test_a_backend_without_room_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def needing(pipe):
+        raise MemoryError
+
+    monkeypatch.setitem(BACKENDS, "networks", needing)
+    code, document = run_bench(tmp_path, "eager,networks")
+    assert (code, document) == (2, None)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "fastdiff: --backends networks cannot run here: memory does not suffice beside what was"
+        " prepared before it; ask for fewer backends"
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "reason"),
+    [
+        ("ort", "bf16", "ONNX Runtime on a CPU has no bf16 convolution; draw in fp32"),
+        ("openvino", "fp16", "backend openvino computes in fp32 or bf16; the pipeline is torch.f"),
+    ],
+)
+def test_a_dtype_that_a_peer_has_not_is_one_sentence(tmp_path, capsys, backend, dtype, reason):
+    code, document = run_bench(tmp_path, backend, "--dtype", dtype)
+    assert (code, document) == (2, None)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"fastdiff: --backends {backend} cannot run here: {reason}")
+
+
+def test_an_extra_that_is_missing_is_one_sentence(tmp_path, capsys, monkeypatch, demo_onnx):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    code, document = run_bench(tmp_path, "openvino", "--engines", str(demo_onnx))
+    assert (code, document) == (2, None)
+    assert re.search(
+        r"--backends openvino cannot run here: backend openvino needs openvino .*; pip install fas",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_decoder_of_another_vae_is_refused(demo, demo_onnx):
+    pipe = copy.deepcopy(demo)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias += 1
+    with pytest.raises(UserError, match=f"{demo_onnx} holds the decoder of another VAE; export a"):
+        take_decoder(pipe, "openvino", demo_onnx)
 
 
 def test_a_row_is_not_eager_under_an_engines_name(tmp_path, capsys, demo_onnx):
@@ -122,7 +228,7 @@ def test_engines_that_no_backend_runs_are_refused(tmp_path, capsys, demo_onnx):
     with pytest.raises(SystemExit) as caught:
         main(["bench", "--backends", "fastdiff", "--engines", str(demo_onnx)])
     assert caught.value.code == 2
-    assert "--engines goes with --backends ort or tensorrt" in capsys.readouterr().err
+    assert "--engines goes with --backends ort, openvino or tensorrt" in capsys.readouterr().err
 
 
 def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, demo_onnx):
@@ -144,18 +250,15 @@ def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, dem
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["inductor", "ort"])
-def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(
-    tmp_path, capsys, monkeypatch, name
-):
+def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(tmp_path, capsys, monkeypatch):
     """Before anything is timed; one of bench's own choice is a row that says why."""
-    monkeypatch.setitem(BACKENDS, name, missing)
+    monkeypatch.setitem(BACKENDS, "inductor", missing)
     monkeypatch.setattr(running, "interleave", None)
-    code, document = run_bench(tmp_path, f"eager,{name}", "--steps", "1")
+    code, document = run_bench(tmp_path, "eager,inductor", "--steps", "1")
     out, err = capsys.readouterr()
     assert (code, document, out) == (2, None, "")
     assert err.splitlines()[-1] == (
-        f"fastdiff: --backends {name} cannot run here: this machine has no such engine"
+        "fastdiff: --backends inductor cannot run here: this machine has no such engine"
     )
 
 

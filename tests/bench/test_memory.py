@@ -2,9 +2,10 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
-from fastdiff.bench.memory import baseline, peak_bytes
+from fastdiff.bench.memory import baseline, engine_peak_bytes, peak_bytes
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -31,3 +32,23 @@ def test_weights_packed_copies_and_the_peak_of_temporaries():
     assert peak_bytes(pipe, before, draw) == (3 + 2 + 15) * MIB
     assert len(views) == 2
     assert unrelated.numel() == 64 * MIB
+
+
+def test_what_a_library_takes_beside_the_weights_that_it_does_not_replace(tmp_path):
+    """Pages that are a file's are not its; what the system lends to the process is."""
+    pages = tmp_path / "weights"
+    pages.write_bytes(bytes(48 * MIB))
+    text = torch.nn.Linear(MIB // 4, 8, bias=False)
+    replaced = torch.nn.Linear(MIB // 4, 16, bias=False)
+    pipe = SimpleNamespace(components={"text": text, "unet": replaced}, device=CPU)
+    before = baseline(CPU)
+    own = np.ones(30 * MIB, np.uint8)
+    mapped = np.memmap(pages, mode="r")
+    assert mapped.sum() == 0  # its pages are read
+
+    def draw():
+        assert np.ones(20 * MIB, np.uint8).all()
+
+    got = engine_peak_bytes(pipe, before, draw, [replaced])
+    assert (8 + 30 + 20 - 1) * MIB < got < (8 + 30 + 20 + 12) * MIB
+    assert own.all()

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 import threading
 import warnings
 
@@ -22,7 +23,9 @@ import fastdiff
 from fastdiff.compiler import Options
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
+from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
+from fastdiff.export import onnx
 from fastdiff.kernels.contract import judge, max_error
 
 
@@ -64,13 +67,25 @@ SIDES = ("height", "width")
 
 
 @pytest.fixture
-def on_ort(demo, demo_onnx):
-    pipe = copy.deepcopy(demo)
-    return fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
+def on_engine(demo, demo_onnx):
+    """on_engine(backend): the demo on one."""
+    return lambda backend: fastdiff.compile(
+        copy.deepcopy(demo), Options(backend=backend, engines=demo_onnx)
+    )
 
 
-def test_a_call_is_within_the_budget(demo, on_ort):
+@pytest.fixture
+def on_ort(on_engine):
+    return on_engine("ort")
+
+
+RUNTIMES = pytest.mark.parametrize("backend", ["ort", "openvino"])
+
+
+@RUNTIMES
+def test_a_call_is_within_the_budget(demo, on_engine, backend):
     """Eager's error is the worse of its two memory formats, as in the receipt of the bench."""
+    pipe = on_engine(backend)
     last = copy.deepcopy(demo.unet).to(memory_format=torch.channels_last)
     for batch, side, tokens, step in ((1, 8, 77, 999), (2, 16, 20, 500.5), (3, 24, 77, 0)):
         sample = torch.randn(batch, 4, side, 16)
@@ -78,15 +93,17 @@ def test_a_call_is_within_the_budget(demo, on_ort):
         with torch.no_grad():
             eagers = [unet(sample, step, text).sample for unet in (demo.unet, last)]
             exact = copy.deepcopy(demo.unet).double()(sample.double(), step, text.double()).sample
-            got = on_ort.unet(sample, step, text).sample
+            got = pipe.unet(sample, step, text).sample
         eager = max(eagers, key=lambda one: max_error(one, exact))
         verdict = judge("sample", got, eager, exact)
         assert verdict.passed, verdict
-    assert fastdiff.report(on_ort).parts[0].runs == "ort"
-    assert fastdiff.report(on_ort).parts[0].why == "3 calls"
+    assert fastdiff.report(pipe).parts[0].runs == backend
+    assert fastdiff.report(pipe).parts[0].why == "3 calls"
 
 
-def test_pictures_are_drawn_by_the_plan(on_ort):
+@RUNTIMES
+def test_pictures_are_drawn_by_the_plan(on_engine, backend):
+    pipe = on_engine(backend)
     for scheduler, options in (
         (None, {}),
         (None, {"guidance_scale": 1.0}),
@@ -95,14 +112,15 @@ def test_pictures_are_drawn_by_the_plan(on_ort):
         (UniPCMultistepScheduler, {}),
     ):
         if scheduler:
-            on_ort.scheduler = scheduler.from_config(on_ort.scheduler.config)
-        hold(on_ort, **options)
-    assert loop_of(on_ort).planned == 5
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        hold(pipe, **options)
+    assert loop_of(pipe).planned == 5
 
 
-def test_xl_exports_itself(components):
+@RUNTIMES
+def test_xl_exports_itself(components, backend):
     pipe = StableDiffusionXLPipeline(**components(xl=True, dtype=torch.float32))
-    fastdiff.compile(pipe, Options(backend="ort"))
+    fastdiff.compile(pipe, Options(backend=backend))
     hold(pipe)
     hold(pipe, height=48, width=32, original_size=(32, 32))
     assert loop_of(pipe).planned == 2
@@ -174,6 +192,24 @@ def test_other_settings_are_not_drawn_from_the_file(demo, demo_onnx, on_ort):
     other_heads(pipe)
     with pytest.raises(UserError, match="weights or settings other than those"):
         fastdiff.compile(pipe, Options(backend="ort", engines=demo_onnx))
+
+
+def test_a_call_and_the_plan_share_what_is_bound(on_ort, monkeypatch):
+    """Each would have weights of its own in OpenVINO, which compiles for the shapes."""
+    bind, bound = Session.bind, []
+
+    def binding(self, inputs, outputs):
+        bound.append(inputs)
+        return bind(self, inputs, outputs)
+
+    monkeypatch.setattr(Session, "bind", binding)
+    hold(on_ort)
+    sample, _, text = (torch.randn(tuple(shape)) for shape in bound[0].values())
+    with torch.no_grad():
+        on_ort.unet(sample, 500, text)
+    assert len(bound) == 1
+    hold(on_ort)
+    assert len(bound) == 1
 
 
 def test_inference_mode_and_back(on_ort):
@@ -295,6 +331,38 @@ def test_a_folder_that_cannot_be_used_is_named(demo, demo_onnx, tmp_path, messag
     with pytest.raises(UserError, match=message):
         fastdiff.compile(pipe, Options(backend="ort", engines=folder))
     assert slot_of(pipe.unet) is None
+
+
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_a_folder_of_another_dtype_is_named(demo, demo_onnx, tmp_path, backend):
+    folder = tmp_path / "onnx"
+    shutil.copytree(demo_onnx, folder)
+    parts = json.loads((folder / "export.json").read_text())["parts"]
+    edit(folder, parts=[part | {"dtype": "bfloat16"} for part in parts])
+    with pytest.raises(UserError, match="holds unet in bfloat16, the pipeline is in float32; expo"):
+        fastdiff.compile(copy.deepcopy(demo), Options(backend=backend, engines=folder))
+
+
+@pytest.mark.parametrize(("backend", "package"), [("ort", "onnxruntime"), ("openvino", "openvino")])
+def test_a_runtime_that_is_not_installed_is_named(demo, demo_onnx, monkeypatch, backend, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"backend {backend} needs {package} .*pip install fastd"):
+        fastdiff.compile(copy.deepcopy(demo), Options(backend=backend, engines=demo_onnx))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "message"),
+    [
+        ("ort", torch.bfloat16, "ONNX Runtime on a CPU has no bf16 convolution; draw in fp32"),
+        ("openvino", torch.float16, "openvino computes in fp32 or bf16; the pipeline is torch.fl"),
+    ],
+)
+def test_a_dtype_that_a_runtime_has_not_is_named_before_it_is_exported(
+    demo, monkeypatch, backend, dtype, message
+):
+    monkeypatch.setattr(onnx, "write", None)
+    with pytest.raises(UserError, match=message):
+        fastdiff.compile(copy.deepcopy(demo).to(dtype), Options(backend=backend))
 
 
 def test_a_pipeline_that_gives_residuals_is_refused(demo, demo_onnx):

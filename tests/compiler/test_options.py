@@ -15,7 +15,7 @@ from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 
 WRONG = {
-    "backend is 'trt'; choose fastdiff, ort, tensorrt": {"backend": "trt"},
+    "backend is 'trt'; choose fastdiff, ort, openvino, tensorrt": {"backend": "trt"},
     "backend is 'onnx'; choose": {"backend": "onnx"},
     "backend is None; choose": {"backend": None},
     "backend is \\['ort'\\]; choose": {"backend": ["ort"]},
