@@ -97,12 +97,13 @@ struct Residual {
   void* y;
 };
 
-// Mean and centred squares of each channel in slabs of `slab` rows, the last of which may be shorter.
+// Mean, what a float misses of it, and centred squares of each channel in slabs of `slab` rows, the
+// last of which may be shorter.
 struct SlabMoments {
   int dtype;
   const void* x;  // [rows, width]
   int64_t rows, width, slab;
-  float* out;  // [slabs, 2, width]
+  float* out;  // [slabs, 3, width]
 };
 
 // y = act((x - line[0]) * line[1] + line[2]) of each channel

@@ -12,44 +12,48 @@ namespace FASTDIFF_ISA {
 using fastdiff::LineSilu;
 using fastdiff::SlabMoments;
 
-// Mean and centred squares of each channel in each slab. Float sums are of a few pixels each, then
-// doubles add them up: the squares are as exact as the mean that they are taken around.
+// Mean (and what a float misses of it) and centred squares of each channel in each slab. Float sums
+// are of a few pixels each, then doubles add them up.
 template <typename T>
 static void moments(const SlabMoments& p) {
   constexpr int64_t kPixels = 16;
   const int64_t C = p.width, padded = (C + W - 1) / W * W;
   const int64_t slabs = (p.rows + p.slab - 1) / p.slab;
   fastdiff::parallel_for(slabs, [&](int64_t first, int64_t last) {
-    std::vector<float> sums(padded), centres(padded);
-    std::vector<double> totals(C), squares(C);
-    // adds the sums over [begin, end) of term(pixel, c, n) to `all`
-    const auto add = [&](int64_t begin, int64_t end, std::vector<double>& all, const auto& term) {
-      for (int64_t from = begin; from < end; from += kPixels) {
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t i = from; i < std::min(from + kPixels, end); ++i)
-          each_vector(C, [&](int64_t c, int n) {
-            store(&sums[c], load(&sums[c]) + term(i, c, n));
-          });
-        for (int64_t c = 0; c < C; ++c) all[c] += sums[c];
-      }
-    };
+    std::vector<float> sums(padded), squares(padded), centres(padded);
+    std::vector<double> total(C), square(C);
     for (int64_t slab = first; slab < last; ++slab) {
       const int64_t begin = slab * p.slab, end = std::min(begin + p.slab, p.rows);
       const auto count = static_cast<double>(end - begin);
-      const T* x = static_cast<const T*>(p.x);
-      std::fill(totals.begin(), totals.end(), 0.0);
-      std::fill(squares.begin(), squares.end(), 0.0);
-      add(begin, end, totals, [&](int64_t i, int64_t c, int n) { return load_n(x + i * C + c, n); });
-      for (int64_t c = 0; c < C; ++c) centres[c] = static_cast<float>(totals[c] / count);
-      add(begin, end, squares, [&](int64_t i, int64_t c, int n) {
-        const vf d = load_n(x + i * C + c, n) - load(&centres[c]);
-        return d * d;
-      });
-      float* out = p.out + slab * 2 * C;
+      // Sums of the pixels less `centres` into total and square.
+      const auto add = [&] {
+        std::fill(total.begin(), total.end(), 0.0);
+        std::fill(square.begin(), square.end(), 0.0);
+        for (int64_t from = begin; from < end; from += kPixels) {
+          std::fill(sums.begin(), sums.end(), 0.0f);
+          std::fill(squares.begin(), squares.end(), 0.0f);
+          for (int64_t i = from; i < std::min(from + kPixels, end); ++i)
+            each_vector(C, [&](int64_t c, int n) {
+              const vf d = load_n(static_cast<const T*>(p.x) + i * C + c, n) - load(&centres[c]);
+              store(&sums[c], load(&sums[c]) + d);
+              store(&squares[c], load(&squares[c]) + d * d);
+            });
+          for (int64_t c = 0; c < C; ++c) {
+            total[c] += sums[c];
+            square[c] += squares[c];
+          }
+        }
+      };
+      std::fill(centres.begin(), centres.end(), 0.0f);
+      add();
+      for (int64_t c = 0; c < C; ++c) centres[c] = static_cast<float>(total[c] / count);
+      add();
+      float* out = p.out + slab * 3 * C;
       for (int64_t c = 0; c < C; ++c) {
-        const double off = totals[c] / count - centres[c];  // what a float misses of the mean
+        const double rest = total[c] / count;
         out[c] = centres[c];
-        out[C + c] = static_cast<float>(std::max(squares[c] - off * off * count, 0.0));
+        out[C + c] = static_cast<float>(rest);
+        out[2 * C + c] = static_cast<float>(std::max(square[c] - rest * rest * count, 0.0));
       }
     }
   });

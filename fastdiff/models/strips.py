@@ -6,17 +6,18 @@ the moments of the whole, so it is a pass over all strips that keeps only these;
 the rows again, or finds those that were kept because there was room.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.line_silu import line_silu
 from fastdiff.kernels.moments import moments
 from fastdiff.models.blocks import Resnet, Up
 from fastdiff.models.borrow import Norm, Weights
-from fastdiff.models.sums import Sum, convolved
+from fastdiff.models.sums import Sum
 
 Rows = Callable[[int, int], Tensor]
 """(first, last) -> rows [1, last - first, X, C] of a picture, `last` being the one after them."""
@@ -46,7 +47,8 @@ class Picture:
     _kept: dict[int, Tensor] = field(default_factory=dict)
     """By number of the strip."""
     _last: tuple[int, Tensor] | None = None
-    """What was made last, and its first row: a branch and the way around it ask for the same."""
+    """The last rows that were asked for and made, and the first of them: the next strip needs those
+    at the border, a branch and the way around it the same."""
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -56,19 +58,25 @@ class Picture:
 
     def rows(self, first: int, last: int) -> Tensor:
         """As `Rows`."""
-        pieces = []
-        while first < last:
-            number = first // self.height
-            strip = self._kept.get(number)
-            if strip is None:
-                kept = (i * self.height for i in self._kept if i > number)
-                end = min(last, *kept, last)
-                pieces.append(self._made(first, end))
+        pieces, row, made = [], first, False
+        begin, lately = (0, None) if self._last is None else self._last
+        while row < last:
+            number = row // self.height
+            strip, above = self._kept.get(number), number * self.height
+            if strip is None and lately is not None and 0 <= row - begin < lately.shape[1]:
+                strip, above = lately, begin
+            if strip is not None:
+                piece = strip[:, row - above : last - above]
             else:
-                end = min(last, number * self.height + strip.shape[1])
-                pieces.append(strip[:, first - number * self.height :][:, : end - first])
-            first = end
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+                self._last, lately, made = None, None, True
+                kept = (i * self.height for i in self._kept if i > number)
+                piece = self._made(row, min(last, *kept, last))
+            pieces.append(piece)
+            row += piece.shape[1]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        if made:
+            self._last = first, whole
+        return whole
 
     def strips(self) -> Iterator[Tensor]:
         """All, from above. Those that are made are kept until one finds no room."""
@@ -80,6 +88,7 @@ class Picture:
                 if room:
                     self.keep(first, strip)
             yield strip
+            del strip
             self.drop(0)
         self._last = None
 
@@ -95,20 +104,15 @@ class Picture:
             number = first // self.height
             if last <= row and number in self._kept:
                 self.room.left += self._kept.pop(number).nbytes
-        unkept = (max(row, f) for f, end in self.spans if end > row and f // self.height not in self._kept)
+        unkept = (
+            max(row, f) for f, end in self.spans if end > row and f // self.height not in self._kept
+        )
         self.spare(next(unkept, self.sides[0]))
 
     def _made(self, first: int, last: int) -> Tensor:
-        if self._last is not None:
-            begin, made = self._last
-            if begin <= first and last <= begin + made.shape[1]:
-                return made[:, first - begin : last - begin]
-            self._last = None
         if self.make is None:
             raise AssertionError(f"rows {first} to {last} were dropped")
-        made = self.make(first, last)
-        self._last = first, made
-        return made
+        return self.make(first, last)
 
 
 class Strips:
@@ -119,7 +123,7 @@ class Strips:
     """
 
     def __init__(self, bytes: int) -> None:
-        self._working = bytes // 8
+        self._working = bytes // 12
         self.room = Room(bytes - self._working)
 
     def height(self, row: int) -> int:
@@ -141,11 +145,16 @@ class Strips:
 
         def make(first: int, last: int) -> Tensor:
             above, below = max(0, (first - 1) // 2), min(x.sides[0], last // 2 + 1)
-            made = up(Sum(x.rows(above, below))).closed()
+            source = x.rows(above, below)
+            size = (2 * source.shape[1], 2 * source.shape[2])
+            made = conv2d(source, up.conv.weight, up.conv.bias, size=size)
             return made[:, first - 2 * above : last - 2 * above]
 
+        def spare(row: int) -> None:
+            x.drop(x.sides[0] if row == sides[0] else row // 2 - 1)
+
         sides = (2 * x.sides[0], 2 * x.sides[1])
-        return Picture(sides, self.height(row), self.room, make, lambda row: x.drop(row // 2 - 1))
+        return Picture(sides, self.height(row), self.room, make, spare)
 
     def resnet(self, x: Picture, block: Resnet, row: int) -> Picture:
         """What `block` makes of x, which is dropped on the way."""
@@ -158,17 +167,19 @@ class Strips:
             lambda first, last: convolved_rows(branch, block.conv1, rows, first, last),
         )
         branch2 = normed(h, block.norm2)
+
+        def end_of(first: int, last: int) -> Tensor:
+            around, conv = block.around(x.rows(first, last)), block.conv2
+            return conv2d(branch2(first, last), conv.weight, conv.bias, residual=around)
+
         out = Picture(x.sides, height, self.room)
         for first, last in out.spans:
             above, below = max(0, first - 1), min(rows, last + 1)
-            out.keep(
-                first,
-                convolved(
-                    branch2(above, below), block.conv2, block.around(x.rows(above, below))
-                ).closed()[:, first - above : last - above],
-            )
-            h.drop(last - 1)
-            x.drop(last - 2)
+            x.rows(max(0, above - 1), min(rows, below + 1))  # for both, the branch and around it
+            out.keep(first, end_of(above, below)[:, first - above : last - above])
+            end = last == rows
+            h.drop(rows if end else last - 1)
+            x.drop(rows if end else last - 2)
         return out
 
     def finish(self, x: Picture, norm: Norm, conv: Weights) -> Tensor:
@@ -182,39 +193,43 @@ class Strips:
 
 def normed(x: Picture, norm: Norm) -> Rows:
     """The GroupNorm of all of x, with SiLU."""
-    tables, counts = [], []
+    found = []
     for strip in x.strips():
         pixels, slab = strip.numel() // strip.shape[-1], max(1, SLAB // strip.shape[-1])
-        tables.append(moments(strip, slab))
-        counts += [min(slab, pixels - at) for at in range(0, pixels, slab)]
-    line = line_of(norm, torch.cat(tables), counts)
+        counts = [min(slab, pixels - at) for at in range(0, pixels, slab)]
+        mean, rest, square = moments(strip, slab).double().unbind(1)
+        found.append((pixels, *combined(mean + rest, square, counts)))
+        dtype = strip.dtype
+        del strip  # before the next is made
+    pixels_of, means, squares = zip(*found, strict=True)
+    mean, square = combined(torch.stack(means), torch.stack(squares), pixels_of)
+    line = line_of(norm, mean, square / sum(pixels_of))
+    line = line if dtype == torch.float64 else line.float()
     return lambda first, last: line_silu(x.rows(first, last), line)
 
 
-def line_of(norm: Norm, table: Tensor, counts: list[int]) -> Tensor:
-    """Centre, slope and offset [3, C] of a GroupNorm, as `line_silu` takes them.
+def combined(means: Tensor, squares: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and centred squares [C] of samples together, of means and squares [samples, C] of
+    `counts` values each (Chan et al., 1979)."""
+    count = means.new_tensor(counts)[:, None]
+    mean = (means * count).sum(0) / sum(counts)
+    return mean, (squares + (means - mean).square() * count).sum(0)
 
-    table: mean and centred squares of each channel [slabs, 2, C], of `counts` pixels each. They are
-    combined in float64, each channel's mean around that of its group.
-    """
-    count = table.new_tensor(counts, dtype=torch.float64)[:, None]
-    total = float(sum(counts))
-    means, squares = table.double().unbind(1)
-    mean = (means * count).sum(0) / total
-    square = (squares + (means - mean).square() * count).sum(0)
-    away = mean.view(norm.groups, -1)
-    centre = away.mean(1, keepdim=True)
-    variance = square.view(norm.groups, -1) / total + (away - centre).square()
-    slope = (variance.mean(1, keepdim=True) + norm.eps).rsqrt().expand_as(away).reshape(-1)
-    slope = slope * norm.weight.double()
-    near = centre.to(table.dtype).double()  # what the kernel subtracts: the rest is in the offset
-    rest = (near - centre).expand_as(away).reshape(-1)
-    offset = norm.bias.double() + rest * slope
-    return torch.stack((near.expand_as(away).reshape(-1), slope, offset)).to(table.dtype)
+
+def line_of(norm: Norm, mean: Tensor, variance: Tensor) -> Tensor:
+    """Centre, slope and offset [3, C] of a GroupNorm, in float64: of mean and variance [C] of each
+    channel. The centre is a float32, what that misses of the group's mean is in the offset."""
+    grouped = mean.view(norm.groups, -1)
+    exact = grouped.mean(1, keepdim=True)
+    spread = variance.view(norm.groups, -1) + (grouped - exact).square()
+    deviation = (spread.mean(1, keepdim=True) + norm.eps).sqrt()
+    exact, deviation = (t.expand_as(grouped).reshape(-1) for t in (exact, deviation))
+    centre, slope = exact.float().double(), norm.weight.double() / deviation
+    return torch.stack((centre, slope, norm.bias.double() + (centre - exact) * slope))
 
 
 def convolved_rows(source: Rows, weights: Weights, rows: int, first: int, last: int) -> Tensor:
     """Rows of the 3×3 convolution of a picture that has `rows` of them."""
     above, below = max(0, first - 1), min(rows, last + 1)
-    made = convolved(source(above, below), weights).closed()
+    made = conv2d(source(above, below), weights.weight, weights.bias)
     return made[:, first - above : last - above]

@@ -20,7 +20,7 @@ from fastdiff.models.blocks import (
     channels_last,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
-from fastdiff.models.strips import Picture, Strips
+from fastdiff.models.strips import Strips
 from fastdiff.models.sums import Sum, convolved
 
 
@@ -119,9 +119,9 @@ class Decoder:
 
     def _in_strips(self, x: Tensor, bytes: int) -> Tensor:
         with scope("VAE conv in"):
-            first = convolved(x, self.conv_in)
+            h: Any = convolved(x, self.conv_in)
         with scope("VAE mid"):
-            h: Sum | Picture = self.mid(first)
+            h = self.mid(h)
         strips = Strips(bytes)
         _, rows, columns, _ = x.shape
         for i, stage in enumerate(self.stages):
@@ -133,7 +133,7 @@ class Decoder:
                     h = strips.held(h, row)
                     for resnet in stage.resnets:
                         h = strips.resnet(h, resnet, row)
-                if stage.resample is None:
+                if not isinstance(stage.resample, Up):
                     break
                 row = stage.enlarging * x.element_size() * columns
                 if isinstance(h, Sum) and rows * row <= bytes:

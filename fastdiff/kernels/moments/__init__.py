@@ -12,15 +12,15 @@ _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.moments.gpu")
 def moments(x: Tensor, slab: int) -> Tensor:
     """Mean and centred squares of each channel in each slab of pixels.
 
-    mean = Σ x / n and square = Σ (x - mean)² over the n pixels of a slab, in float32 (float64 of
-    float64), never as E[x²] - E[x]².
+    mean + rest = Σ x / n, `rest` being what float32 misses of the mean, and square = Σ (x - mean -
+    rest)² over the n pixels of a slab, never as E[x²] - E[x]².
 
     Args:
         x: [..., C] contiguous, any float dtype; what comes before C are pixels.
         slab: pixels of a slab, 1 or more; the last one has what is left.
 
     Returns:
-        [slabs, 2, C] contiguous, float32 (float64 of float64): means, then squares.
+        [slabs, 3, C] contiguous, float32 (float64 of float64): means, rests, squares.
 
     Raises:
         ValueError: `slab` is below 1, or x has no pixels.

@@ -12,6 +12,6 @@ def run(a: Arguments) -> Tensor:
     x = a.x.contiguous()
     channels = x.shape[-1]
     pixels = x.numel() // channels
-    out = x.new_empty((-(-pixels // a.slab), 2, channels), dtype=torch.float32)
+    out = x.new_empty((-(-pixels // a.slab), 3, channels), dtype=torch.float32)
     NATIVE.moments(dtype, x.data_ptr(), (pixels, channels, a.slab), out.data_ptr())
     return out

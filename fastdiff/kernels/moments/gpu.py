@@ -44,9 +44,10 @@ def _moments_kernel(
         mean, square = merge(mean, square, count, tile.to(tl.float32), None, share)
     count = tl.maximum((end - rows + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
     pivot, drift, square = moments_of(mean, square, count, end.to(tl.float32))
-    out_ptr += tl.program_id(0) * 2 * C + channels
-    tl.store(out_ptr, pivot + drift, mask=exists)
-    tl.store(out_ptr + C, square, mask=exists)
+    out_ptr += tl.program_id(0) * 3 * C + channels
+    tl.store(out_ptr, pivot, mask=exists)
+    tl.store(out_ptr + C, drift, mask=exists)
+    tl.store(out_ptr + 2 * C, square, mask=exists)
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ def candidates(C: int, slab: int, arch: int) -> tuple[LaunchConfig, ...]:
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
-    """The launch for x [..., C] and the [slabs, 2, C] that it writes."""
+    """The launch for x [..., C] and the [slabs, 3, C] that it writes."""
     if not a.x.is_contiguous():
         raise ValueError(f"moments: x has strides {a.x.stride()}; contiguous")
     C, size = a.x.shape[-1], a.x.element_size()
     L = a.x.numel() // C
     config = pick(C, a.slab, arch)
-    out = a.x.new_empty((triton.cdiv(L, a.slab), 2, C), dtype=torch.float32)
+    out = a.x.new_empty((triton.cdiv(L, a.slab), 3, C), dtype=torch.float32)
     align = math.gcd(16 // size, C)
     arguments: dict[str, Any] = {"x_ptr": a.x, "L": L, "C": C, "slab": a.slab, "out_ptr": out}
     constants = {"ALIGN": align, "ROWS": config.rows, "P": config.channels}

@@ -23,7 +23,9 @@ def formula(a: Arguments) -> Tensor:
     found = []
     for part in pixels.split(a.slab):
         mean = part.mean(0)
-        found.append(torch.stack((mean, (part - mean).square().sum(0))))
+        rest = (part - mean).mean(0)
+        square = (part - mean).square().sum(0) - rest.square() * len(part)
+        found.append(torch.stack((mean, rest, square)))
     return torch.stack(found)
 
 
@@ -32,7 +34,7 @@ def fake(a: Arguments) -> Tensor:
     channels = a.x.shape[-1]
     slabs = -(-(a.x.numel() // channels) // a.slab)
     dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
-    return a.x.new_empty((slabs, 2, channels), dtype=dtype)
+    return a.x.new_empty((slabs, 3, channels), dtype=dtype)
 
 
 def inputs(
@@ -67,7 +69,7 @@ SPEC = KernelSpec(
     formula=formula,
     inputs=inputs,
     cases=CASES,
-    bytes=lambda c, size: size * c.Y * c.X * c.C + 4 * 2 * c.C * _slabs(c),
+    bytes=lambda c, size: size * c.Y * c.X * c.C + 4 * 3 * c.C * _slabs(c),
     flops=lambda c: 6 * c.Y * c.X * c.C,
     fake=fake,
 )
