@@ -118,7 +118,7 @@ class Picture:
 class Strips:
     """Pictures that take `bytes` at once.
 
-    An eighth of them is for the strip that is being worked on, whose rows need what a whole picture
+    A twelfth of them is for the strip that is being worked on, whose rows need what a whole picture
     needs for each of its rows. The rest is for strips that are kept.
     """
 

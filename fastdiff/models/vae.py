@@ -109,7 +109,7 @@ class Decoder:
         Args:
             x: [B, Y, X, C], contiguous.
             bytes: that the pictures may take at once, weights and result aside; the largest one of
-                the last level is always there. A quarter of `bytes` costs a fifth more time.
+                the last level is always there.
 
         Returns:
             [B, f·Y, f·X, 3], contiguous.
