@@ -44,8 +44,9 @@ class Options:
     vae_tiling: str = "auto"
     """How an autoencoder decodes what takes much memory. "auto": in one piece, and where a GPU's
     memory is short in strips, exactly: the same picture up to rounding. "exact": in strips whenever
-    its pictures would take more than 1 GiB; they take less than a quarter of that then, for up to
-    30% more time. diffusers' own `enable_tiling`, which changes the picture, goes before both."""
+    its pictures would take more than 1 GiB; they take that much then, or a quarter if that is more,
+    for up to 30% more time. diffusers' own `enable_tiling`, which changes the picture, goes before
+    both."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore, list | tuple | set | frozenset) or not all(

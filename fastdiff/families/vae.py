@@ -28,7 +28,7 @@ from fastdiff.runtime.recordings import Recorded, runner
 LARGE = 1 << 30
 """Bytes that a decoder's pictures may take before `Options(vae_tiling="exact")` cuts them."""
 SHARE = 0.24
-"""Of these bytes in strips: less than a quarter, with what torch takes beside them."""
+"""Of the bytes of one piece that strips take at least: a quarter with what torch takes beside."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Coder:
     def __call__(self, x: Tensor) -> Tensor:
         """x channels last -> what the network makes of it, channels last."""
         if self.cuts(x):
-            return self.in_strips(x)
+            return self.in_strips(x, LARGE)
         try:
             return self.run(x)
         except torch.OutOfMemoryError:
@@ -60,10 +60,10 @@ class Coder:
         network = self.network
         return self.exact and isinstance(network, Decoder) and network.bytes(x) > LARGE
 
-    def in_strips(self, x: Tensor) -> Tensor:
-        """As the network itself, in a quarter of the memory."""
+    def in_strips(self, x: Tensor, least: int = 0) -> Tensor:
+        """As the network itself, in a `SHARE` of the memory, or in `least` bytes."""
         assert isinstance(self.network, Decoder)
-        bytes = int(SHARE * self.network.bytes(x))
+        bytes = max(least, int(SHARE * self.network.bytes(x)))
         run = runner(x.device, self.searches)
         y: Tensor = run(self.network.run_in_strips, x, bytes)
         return y
@@ -103,7 +103,7 @@ def _planned(coder: Coder, sizes: Sizes) -> list[Run]:
     own = without_memory(network, dtype)
     sample = torch.empty(1, side, side, own.conv_in.weight.shape[1], dtype=dtype, device="meta")
     if coder.cuts(sample):
-        return [partial(replace(coder, network=own).in_strips, sample)]
+        return [partial(replace(coder, network=own).in_strips, sample, LARGE)]
     return [coding(own, dtype, (side, side))]
 
 
