@@ -81,6 +81,8 @@ void execute(const JointAttention& p) { chosen->joint_attention(p); }
 void execute(const AdaNorm& p) { chosen->ada_norm(p); }
 void execute(const QkNorm& p) { chosen->qk_norm(p); }
 void execute(const Residual& p) { chosen->residual(p); }
+void execute(const SlabMoments& p) { chosen->moments(p); }
+void execute(const LineSilu& p) { chosen->line_silu(p); }
 void execute(const GuidedStep& p) { chosen->guided_step(p); }
 void execute(const Concat& p) {
   // memcpy takes longer to begin than a row takes
@@ -121,7 +123,7 @@ class Tape {
  private:
   static thread_local Tape* current;
   std::vector<std::variant<Conv, Attention, JointAttention, GroupNorm, AdaNorm, QkNorm, Residual,
-                           GuidedStep, Concat>>
+                           SlabMoments, LineSilu, GuidedStep, Concat>>
       calls_;
 };
 thread_local Tape* Tape::current = nullptr;
@@ -237,6 +239,17 @@ void run_residual(int dtype, uintptr_t x, uintptr_t other, uintptr_t shift, cons
   run(p);
 }
 
+// sizes: rows, width, rows of a slab
+void run_moments(int dtype, uintptr_t x, const Ints<3>& sizes, uintptr_t output) {
+  run(SlabMoments{dtype, in(x), sizes[0], sizes[1], sizes[2], static_cast<float*>(out(output))});
+}
+
+// sizes: rows, width
+void run_line_silu(int dtype, uintptr_t x, uintptr_t line, const Ints<2>& sizes, bool silu,
+                   uintptr_t y) {
+  run(LineSilu{dtype, in(x), static_cast<const float*>(in(line)), sizes[0], sizes[1], silu, out(y)});
+}
+
 void run_guided_step(int dtype, uintptr_t output, uintptr_t table, uintptr_t step, uintptr_t noise,
                      const Ints<5>& sizes, uintptr_t sample, uintptr_t history, uintptr_t next) {
   const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
@@ -290,6 +303,8 @@ PYBIND11_MODULE(_C, m) {
   kernel("ada_norm", &run_ada_norm);
   kernel("qk_norm", &run_qk_norm);
   kernel("residual", &run_residual);
+  kernel("moments", &run_moments);
+  kernel("line_silu", &run_line_silu);
   kernel("guided_step", &run_guided_step);
   kernel("concat", &run_concat);
   m.attr("KERNELS") = kernels;

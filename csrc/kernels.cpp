@@ -5,6 +5,7 @@
 #include "norm.h"
 #include "rows.h"
 #include "step.h"
+#include "strips.h"
 #include "winograd.h"
 
 #define FASTDIFF_JOIN_(a, b) a##b
@@ -34,6 +35,8 @@ const Kernels& FASTDIFF_JOIN(kernels_, FASTDIFF_ISA)() {
       by_dtype<AdaNorm, ada_norm<float>, ada_norm<bf16>>,
       by_dtype<QkNorm, qk_norm<float>, qk_norm<bf16>>,
       by_dtype<Residual, residual<float>, residual<bf16>>,
+      by_dtype<SlabMoments, moments<float>, moments<bf16>>,
+      by_dtype<LineSilu, line_silu<float>, line_silu<bf16>>,
       by_dtype<GuidedStep, guided_step<float>, guided_step<bf16>>,
   };
   return kernels;

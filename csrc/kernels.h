@@ -100,6 +100,25 @@ struct Residual {
   void* y;
 };
 
+// Mean, what a float misses of it, and centred squares of each channel in slabs of `slab` rows, the
+// last of which may be shorter.
+struct SlabMoments {
+  int dtype;
+  const void* x;  // [rows, width]
+  int64_t rows, width, slab;
+  float* out;  // [slabs, 3, width]
+};
+
+// y = act((x - line[0]) * line[1] + line[2]) of each channel
+struct LineSilu {
+  int dtype;
+  const void* x;      // [rows, width]
+  const float* line;  // [3, width]
+  int64_t rows, width;
+  int silu;
+  void* y;
+};
+
 // One scheduler step on float32 state; see fastdiff/kernels/guided_step for the mathematics.
 struct GuidedStep {
   int dtype;            // of output and next
@@ -121,6 +140,8 @@ struct Kernels {
   void (*ada_norm)(const AdaNorm&);
   void (*qk_norm)(const QkNorm&);
   void (*residual)(const Residual&);
+  void (*moments)(const SlabMoments&);
+  void (*line_silu)(const LineSilu&);
   void (*guided_step)(const GuidedStep&);
 };
 

@@ -32,7 +32,8 @@ _KIND_OF = {
         "attention": "_softmax",
         "conv": "convolution conv2d",
         "linear": "mm addmm addmm_ _addmm_activation bmm baddbmm linear geglu",
-        "norm": "native_group_norm native_layer_norm group_norm_silu ada_norm qk_norm",
+        "norm": "native_group_norm native_layer_norm group_norm_silu ada_norm qk_norm moments"
+        " line_silu",
         "pointwise": "gelu_gate residual",
         "copy": "cat concat clone copy_ _to_copy repeat index embedding upsample_nearest2d",
         "step": "guided_step",

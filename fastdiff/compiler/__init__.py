@@ -42,10 +42,12 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     options = chosen(options, keywords)
     parts = _left(target, options)
     _refuse_compiled(parts)
-    parts = _with_engine(target, _searched(parts, options), options)
     from fastdiff.compiler.ahead import kernels
     from fastdiff.compiler.parts import denoiser_name
     from fastdiff.compiler.pipelines import take_loop
+    from fastdiff.compiler.told import told
+
+    parts = told(target, parts, options)
 
     if not parts and not options.ignore:
         raise UserError(_nothing(target, _eager_parts(target)))
@@ -200,7 +202,8 @@ def _part(name: str, module: nn.Module) -> Part:
 
 
 def _notes(slot: Slot) -> list[str]:
-    notes = [f"{count} calls ran eagerly: {why}" for why, count in slot.eager.items()]
+    notes = [] if slot.network is None else slot.kind.notes(slot.network)
+    notes += [f"{count} calls ran eagerly: {why}" for why, count in slot.eager.items()]
     return notes + [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
 
 
@@ -225,51 +228,6 @@ def _refuse_compiled(parts: dict[str, Any]) -> None:
                 f"{name} was compiled with torch.compile already; {undo} and compile it with"
                 f" fastdiff alone, or leave it so with Options(ignore=({name.split('.')[0]!r},))"
             )
-
-
-def _searched(parts: dict[str, Any], options: Options) -> dict[str, Any]:
-    """`parts` with the tactics that `options` ask for."""
-    for name, (module, _) in parts.items():
-        slot = slot_of(module)
-        if slot is not None and slot.kind.tactics != options.tactics:
-            raise UserError(f"{name} was compiled with other tactics already; restore it first")
-    if options.tactics:
-        return parts
-    from fastdiff.compiler.parts import without_tactics
-
-    return {name: (module, without_tactics(kind)) for name, (module, kind) in parts.items()}
-
-
-def _with_engine(target: Any, parts: dict[str, Any], options: Options) -> dict[str, Any]:
-    """`parts` with the network that the loop repeats on the backend that `options` ask for."""
-    from fastdiff.compiler.parts import denoiser_name, networks
-
-    own = denoiser_name(target)
-    for name, (module, _) in parts.items():
-        slot, wanted = slot_of(module), options.backend if name == own else FASTDIFF
-        other = options.engines is not None or options.ort_graphs
-        if slot is not None and (slot.kind.runner != wanted or (name == own and other)):
-            raise UserError(f"{name} runs on {slot.kind.runner} already; restore it first")
-    if options.backend == FASTDIFF:
-        return parts
-    denoised = networks(target)[own].denoised
-    if own not in parts or denoised is None:
-        raise UserError(
-            f"the backend {options.backend} computes a network that a denoising loop repeats, and"
-            " there is none"
-        )
-    for name in denoised.beside:
-        if getattr(target, name, None) is not None:
-            raise UserError(
-                f"the backend {options.backend} takes no residuals, which the {name} of"
-                f" {type(target).__name__} gives the {own}; compile it without a backend"
-            )
-    from fastdiff.compiler.engines import kind_of_engine
-
-    module, kind = parts[own]
-    if slot_of(module) is None:
-        kind = kind_of_engine(own, module, kind, denoised, options)
-    return parts | {own: (module, kind)}
 
 
 def _left(target: Any, options: Options) -> dict[str, Any]:

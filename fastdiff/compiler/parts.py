@@ -71,12 +71,21 @@ def eager_parts(target: Any) -> dict[str, str]:
         for name, part in has.items()
         if name not in taken | {"scheduler"}
     }
-    return whole | {
-        f"{name}.{part}": why
-        for name, own in known.items()
-        for part, why in own.left.items()
-        if getattr(has.get(name), part, None) is not None
-    }
+    return (
+        whole
+        | {
+            f"{name}.{part}": why
+            for name, own in known.items()
+            for part, why in own.left.items()
+            if getattr(has.get(name), part, None) is not None
+        }
+        | {
+            f"{name}.{part}": why
+            for name, own in known.items()
+            if name in has
+            for part, why in own.asked(has[name]).items()
+        }
+    )
 
 
 def networks(target: Any) -> dict[str, Family]:
@@ -97,3 +106,10 @@ def networks(target: Any) -> dict[str, Family]:
 def without_tactics(kind: Kind) -> Kind:
     """The same, with cuDNN's own choice of plans."""
     return replace(kind, borrow=partial(kind.borrow, searches=False), tactics=False)
+
+
+def in_strips(kind: Kind) -> Kind:
+    """The same, cutting large pictures where it can."""
+    if kind.cuts is None:
+        return kind
+    return replace(kind, borrow=partial(kind.borrow, exact=True), cuts=True)

@@ -57,6 +57,11 @@ class Kind:
     """Whether each output is looked at for overflow: worth a wait for what runs once an image."""
     tactics: bool = True
     """Whether its convolutions run by plans that cuDNN searched."""
+    cuts: bool | None = None
+    """Whether large pictures are computed in strips; None: it knows no strips. What does has a
+    `borrow` that takes `exact=True`."""
+    notes: Callable[[Any], list[str]] = lambda network: []
+    """(network) -> what a report should say of how it runs."""
     scale: Callable[..., float] = lambda *args, **kwargs: 1.0
     """(*the module's own arguments) -> what this call multiplies the LoRA adapters by."""
 
@@ -112,6 +117,9 @@ class Family:
     """(component's name, component) -> what of it is taken over; nothing of a foreign kind."""
     left: Mapping[str, str] = field(default_factory=dict)
     """Attributes of the component that stay diffusers' on purpose, and why."""
+    asked: Callable[[Any], dict[str, str]] = lambda component: {}
+    """(component) -> what it was told by diffusers' own methods that changes how its parts are
+    called, by a name for it: rows of the report."""
     denoised: Denoised | None = None
     """None where no loop repeats it."""
     parts: Callable[..., tuple[Part, ...]] | None = None

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,15 +23,50 @@ from fastdiff.models import (
 from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.models.checks import checked
 from fastdiff.runtime.planned import Run, coding, without_memory
-from fastdiff.runtime.recordings import Recorded
+from fastdiff.runtime.recordings import Recorded, runner
+
+LARGE = 1 << 30
+"""Bytes that a decoder's pictures may take before `Options(vae_tiling="exact")` cuts them."""
+SHARE = 0.24
+"""Of the bytes of one piece that strips take at least: a quarter with what torch takes beside."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Coder:
-    """The compact decoder or encoder, recorded."""
+    """The compact decoder or encoder, recorded, and the decoder in strips."""
 
     network: Decoder | Encoder
     run: Recorded
+    searches: bool
+    exact: bool
+    """Whether large pictures are decoded in strips."""
+    short: bool = False
+    """Whether one was since a GPU's memory was short."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x channels last -> what the network makes of it, channels last."""
+        if self.cuts(x):
+            return self.in_strips(x, LARGE)
+        try:
+            return self.run(x)
+        except torch.OutOfMemoryError:
+            if not isinstance(self.network, Decoder):
+                raise
+            self.short = True
+        return self.in_strips(x)  # now that the error holds no memory any more
+
+    def cuts(self, x: Tensor) -> bool:
+        """Whether x is decoded in strips though its memory might suffice."""
+        network = self.network
+        return self.exact and isinstance(network, Decoder) and network.bytes(x) > LARGE
+
+    def in_strips(self, x: Tensor, least: int = 0) -> Tensor:
+        """As the network itself, in a `SHARE` of the memory, or in `least` bytes."""
+        assert isinstance(self.network, Decoder)
+        bytes = max(least, int(SHARE * self.network.bytes(x)))
+        run = runner(x.device, self.searches)
+        y: Tensor = run(self.network.run_in_strips, x, bytes)
+        return y
 
 
 def _borrow(
@@ -39,9 +74,10 @@ def _borrow(
     loan: Loan,
     borrow: Callable[[Any, Loan], Decoder | Encoder],
     searches: bool = True,
+    exact: bool = False,
 ) -> Coder:
     network = borrow(module, loan)
-    return Coder(network, Recorded(network.run, searches))
+    return Coder(network, Recorded(network.run, searches), searches, exact)
 
 
 def _call(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
@@ -50,7 +86,12 @@ def _call(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> 
         raise Unsupported("it was given latent_embeds")
     weight = coder.network.conv_in.weight
     checked("sample", sample, weight, channels=weight.shape[1], dim=4)
-    return channels_first(coder.run(channels_last(sample)))
+    return channels_first(coder(channels_last(sample)))
+
+
+def _notes(coder: Coder) -> list[str]:
+    notes = [f"in strips what takes more than {LARGE >> 30} GiB"] if coder.exact else []
+    return notes + ["in strips where a GPU's memory is short"] * coder.short
 
 
 def _planned(coder: Coder, sizes: Sizes) -> list[Run]:
@@ -59,7 +100,11 @@ def _planned(coder: Coder, sizes: Sizes) -> list[Run]:
     if sizes.upcast and dtype == torch.float16:
         dtype = torch.float32
     side = sizes.side * (1 if isinstance(network, Decoder) else sizes.factor)
-    return [coding(without_memory(network, dtype), dtype, (side, side))]
+    own = without_memory(network, dtype)
+    sample = torch.empty(1, side, side, own.conv_in.weight.shape[1], dtype=dtype, device="meta")
+    if coder.cuts(sample):
+        return [partial(replace(coder, network=own).in_strips, sample, LARGE)]
+    return [coding(own, dtype, (side, side))]
 
 
 class _Decoding(nn.Module):
@@ -134,7 +179,14 @@ def _parts(net: nn.Module, dtype: torch.dtype, side: int, upcasts: bool) -> tupl
 
 CODERS = {
     "encoder": Kind(partial(_borrow, borrow=borrow_encoder), _call, _planned, guarded=True),
-    "decoder": Kind(partial(_borrow, borrow=borrow_decoder), _call, _planned, guarded=True),
+    "decoder": Kind(
+        partial(_borrow, borrow=borrow_decoder),
+        _call,
+        _planned,
+        guarded=True,
+        cuts=False,
+        notes=_notes,
+    ),
 }
 
 
@@ -151,6 +203,19 @@ def _taken(name: str, vae: Any) -> Taken:
     }
 
 
+def _asked(vae: Any) -> dict[str, str]:
+    """What diffusers' own savers of memory do around encoder and decoder."""
+    rows = {
+        "use_tiling": (
+            "tiling",
+            "by diffusers: tiles that overlap and are blended, which changes what is larger than"
+            ' one; disable_tiling() and Options(vae_tiling="exact") save memory and change nothing',
+        ),
+        "use_slicing": ("slicing", "by diffusers: one picture after the other, the same pictures"),
+    }
+    return dict(row for flag, row in rows.items() if getattr(plain(vae), flag, False) is True)
+
+
 FAMILY = Family(
     models=("AutoencoderKL",),
     taken=_taken,
@@ -158,5 +223,6 @@ FAMILY = Family(
         "quant_conv": "a 1×1 convolution of a few channels",
         "post_quant_conv": "a 1×1 convolution of a few channels",
     },
+    asked=_asked,
     parts=_parts,
 )

@@ -50,9 +50,10 @@ class Resnet:
             x, beside = Sum(concat(x.closed(), beside)), None
         h = x.group_normed(self.norm1, silu=True, beside=beside)
         h = convolved(h, self.conv1).group_normed(self.norm2, silu=True, row=row)
-        return convolved(h, self.conv2, self._around(x.closed(), beside))
+        return convolved(h, self.conv2, self.around(x.closed(), beside))
 
-    def _around(self, x: Tensor, beside: Tensor | None) -> Tensor:
+    def around(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """What is added to the branch: the channels of x and `beside`, or their shortcut."""
         if self.shortcut is None:
             return x
         weight, channels = self.shortcut.weight, x.shape[-1]

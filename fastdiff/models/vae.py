@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdiff.kernels.conv2d import conv2d
@@ -19,6 +20,7 @@ from fastdiff.models.blocks import (
     channels_last,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
+from fastdiff.models.strips import Strips
 from fastdiff.models.sums import Sum, convolved
 
 
@@ -30,9 +32,25 @@ class Stage:
     resample: Down | Up | None
 
     def __call__(self, x: Sum) -> Sum:
+        x = self.resolved(x)
+        return x if self.resample is None else self.resample(x)
+
+    def resolved(self, x: Sum) -> Sum:
+        """The resnets alone."""
         for resnet in self.resnets:
             x = resnet(x, None)
-        return x if self.resample is None else self.resample(x)
+        return x
+
+    @property
+    def width(self) -> int:
+        """Numbers that the resnets need at once for a pixel: the input and its norm, the branch and
+        its norm."""
+        return max(2 * sum(resnet.conv1.weight.shape[:2]) for resnet in self.resnets)
+
+    @property
+    def enlarging(self) -> int:
+        """Numbers that a resampler up needs for a pixel: itself, enlarged and convolved."""
+        return 0 if self.resample is None else 9 * self.resample.conv.weight.shape[0]
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,60 @@ class Decoder:
 
     def __call__(self, sample: Tensor) -> Tensor:
         return channels_first(self.run(channels_last(sample)))
+
+    def bytes(self, x: Tensor) -> int:
+        """What the pictures of one of the latents x [B, Y, X, C] take at once in `run`, at most."""
+        _, rows, columns, _ = x.shape
+        most = 0
+        for stage in self.stages:
+            row = max(stage.width, stage.enlarging) * x.element_size() * columns
+            most = max(most, rows * row)
+            rows, columns = 2 * rows, 2 * columns
+        return most
+
+    def run_in_strips(self, x: Tensor, bytes: int) -> Tensor:
+        """`run`, one picture after the other, in strips where a picture would take more than
+        `bytes`.
+
+        Args:
+            x: [B, Y, X, C], contiguous.
+            bytes: that the pictures may take at once, weights and result aside; the largest one of
+                the last level is always there.
+
+        Returns:
+            [B, f·Y, f·X, 3], contiguous.
+        """
+        pictures = [self._in_strips(one, bytes) for one in x.split(1)]
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+    def _in_strips(self, x: Tensor, bytes: int) -> Tensor:
+        with scope("VAE conv in"):
+            h: Any = convolved(x, self.conv_in)
+        with scope("VAE mid"):
+            h = self.mid(h)
+        strips = Strips(bytes)
+        _, rows, columns, _ = x.shape
+        for i, stage in enumerate(self.stages):
+            with scope(f"VAE up {i}"):
+                row = stage.width * x.element_size() * columns
+                if isinstance(h, Sum) and rows * row <= bytes:
+                    h = stage.resolved(h)
+                else:
+                    h = strips.held(h, row)
+                    for resnet in stage.resnets:
+                        h = strips.resnet(h, resnet, row)
+                if not isinstance(stage.resample, Up):
+                    break
+                row = stage.enlarging * x.element_size() * columns
+                if isinstance(h, Sum) and rows * row <= bytes:
+                    h = stage.resample(h)
+                else:
+                    h = strips.enlarged(strips.held(h, row), stage.resample, row // 2)
+                rows, columns = 2 * rows, 2 * columns
+        with scope("VAE out"):
+            if isinstance(h, Sum):
+                return _finish(h, self.norm_out, self.conv_out)
+            return strips.finish(h, self.norm_out, self.conv_out)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ WRONG = {
     "engines is x, which needs a backend": {"engines": "x"},
     "ort_graphs is 'yes'; give True or False": {"ort_graphs": "yes", "backend": "ort"},
     "tactics is 'on'; give True or False": {"tactics": "on"},
+    "vae_tiling is 'blended'; choose auto, exact": {"vae_tiling": "blended"},
     "ort_graphs is 1; give True or False": {"ort_graphs": 1, "backend": "ort"},
     "ort_graphs goes with the backend \"ort\"; got 'tensorrt'": {
         "ort_graphs": True,

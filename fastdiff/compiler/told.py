@@ -1,0 +1,71 @@
+"""What options change of how the parts of a target are taken over."""
+
+from typing import Any
+
+from fastdiff.compiler.options import FASTDIFF, Options
+from fastdiff.compiler.parts import denoiser_name, in_strips, networks, without_tactics
+from fastdiff.compiler.slot import slot_of
+from fastdiff.errors import UserError
+from fastdiff.families import Taken
+
+
+def told(target: Any, parts: Taken, options: Options) -> Taken:
+    """`parts` of a target as `options` ask for them.
+
+    Raises UserError where one of them was compiled in another way already, or the backend that they
+    ask for cannot run.
+    """
+    return _with_engine(target, _tiled(_searched(parts, options), options), options)
+
+
+def _tiled(parts: Taken, options: Options) -> Taken:
+    """`parts` with a decoder that cuts large pictures if `options` ask for it."""
+    exact = options.vae_tiling == "exact"
+    if exact and not any(kind.cuts is not None for _, kind in parts.values()):
+        raise UserError('Options.vae_tiling is "exact", and there is no autoencoder to decode')
+    for name, (module, kind) in parts.items():
+        slot = slot_of(module)
+        if slot is not None and kind.cuts is not None and slot.kind.cuts != exact:
+            raise UserError(f"{name} was compiled with another vae_tiling; restore it first")
+    return {n: (m, in_strips(kind) if exact else kind) for n, (m, kind) in parts.items()}
+
+
+def _searched(parts: Taken, options: Options) -> Taken:
+    """`parts` with the tactics that `options` ask for."""
+    for name, (module, _) in parts.items():
+        slot = slot_of(module)
+        if slot is not None and slot.kind.tactics != options.tactics:
+            raise UserError(f"{name} was compiled with other tactics already; restore it first")
+    if options.tactics:
+        return parts
+    return {name: (module, without_tactics(kind)) for name, (module, kind) in parts.items()}
+
+
+def _with_engine(target: Any, parts: Taken, options: Options) -> Taken:
+    """`parts` with the network that the loop repeats on the backend that `options` ask for."""
+    own = denoiser_name(target)
+    for name, (module, _) in parts.items():
+        slot, wanted = slot_of(module), options.backend if name == own else FASTDIFF
+        other = options.engines is not None or options.ort_graphs
+        if slot is not None and (slot.kind.runner != wanted or (name == own and other)):
+            raise UserError(f"{name} runs on {slot.kind.runner} already; restore it first")
+    if options.backend == FASTDIFF:
+        return parts
+    denoised = networks(target)[own].denoised
+    if own not in parts or denoised is None:
+        raise UserError(
+            f"the backend {options.backend} computes a network that a denoising loop repeats, and"
+            " there is none"
+        )
+    for name in denoised.beside:
+        if getattr(target, name, None) is not None:
+            raise UserError(
+                f"the backend {options.backend} takes no residuals, which the {name} of"
+                f" {type(target).__name__} gives the {own}; compile it without a backend"
+            )
+    from fastdiff.compiler.engines import kind_of_engine
+
+    module, kind = parts[own]
+    if slot_of(module) is None:
+        kind = kind_of_engine(own, module, kind, denoised, options)
+    return parts | {own: (module, kind)}
