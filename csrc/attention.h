@@ -34,7 +34,7 @@ class Attend {
   int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
   Block<T>& block(int64_t i) { return blocks_[i]; }
 
-  // The first `count` blocks past all keys of sequence s of the head `number`; mask(i) is of block i.
+  // The first `count` blocks past all keys of sequence s of the head `number`; mask(i): block i's.
   template <typename F>
   void meet(int s, int64_t number, const Head<T>& head, int64_t count, const F& mask) {
     Stretch<T>& stretch = stretches_[s];
@@ -123,8 +123,9 @@ static void joint_attention(const JointAttention& p) {
       };
       const auto meet = [&](int s, const JointAttention::Sequence& keys, const float* bias) {
         attend.meet(s, number,
-                    {head_at<T>(keys.k, keys.k_stride, b, h), head_at<T>(keys.v, keys.v_stride, b, h),
-                     keys.k_stride[1], keys.v_stride[1], keys.keys},
+                    {head_at<T>(keys.k, keys.k_stride, b, h),
+                     head_at<T>(keys.v, keys.v_stride, b, h), keys.k_stride[1], keys.v_stride[1],
+                     keys.keys},
                     count, [&](int64_t) { return Mask<float>{bias, 0, 1}; });
       };
       each_block([&](Block<T>& block, const JointAttention::Sequence& s, int64_t at) {

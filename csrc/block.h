@@ -195,7 +195,8 @@ class Block {
           for (int l = 0; l < W; ++l)
             m[l] = load1(mask.at + std::min<int64_t>(v * W + l, count_ - 1) * mask.query +
                          j * mask.key);
-        if (kPaired<T>) m = m < lowest ? m : max(m * kLog2e, splat(lowest));  // what is finite stays so
+        // of 2; what is finite stays so
+        if (kPaired<T>) m = m < lowest ? m : max(m * kLog2e, splat(lowest));
         float* at = scores + (j * V + v) * W;
         const vf sum = load(at) * factor_ + m;
         store(at, sum);

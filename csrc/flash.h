@@ -165,8 +165,8 @@ static inline void each_tile(int64_t n, const F& f) {
     f(first, std::integral_constant<int, kTall - 1>());
 }
 
-// scores[j, i] (+)= k[j] . q[:, i] over `steps` steps for `keys` keys and V vectors of queries; top[i]
-// is the largest of the sums, if these are the `last` steps, and of what it was.
+// scores[j, i] (+)= k[j] . q[:, i] over `steps` steps for `keys` keys and V vectors of queries;
+// top[i] is the largest of the sums, if these are the `last` steps, and of what it was.
 template <int V, bool sum, bool last, typename E>
 static inline void score_slice(const E* k, int64_t ld_k, int64_t keys, int64_t steps, const E* q,
                                float* scores, vf (&top)[V]) {
@@ -188,11 +188,11 @@ static inline void score_slice(const E* k, int64_t ld_k, int64_t keys, int64_t s
   });
 }
 
-// scores[j, i] = k[j] . q[:, i], by slices of the inner dimension; top[i] is the largest of them and
-// of what it was.
+// scores[j, i] = k[j] . q[:, i], by slices of the inner dimension; top[i] is the largest of them
+// and of what it was.
 template <int V, typename E>
-FASTDIFF_APART static void score(const E* k, int64_t keys, int64_t steps, const E* q, float* scores,
-                  vf (&top)[V]) {
+FASTDIFF_APART static void score(const E* k, int64_t keys, int64_t steps, const E* q,
+                                 float* scores, vf (&top)[V]) {
   const int64_t slices = (steps + kInner - 1) / kInner;
   const auto begin = [&](int64_t slice) { return steps * slice / slices; };
   if (slices == 1) return score_slice<V, false, true>(k, steps, keys, steps, q, scores, top);
@@ -207,11 +207,11 @@ FASTDIFF_APART static void score(const E* k, int64_t keys, int64_t steps, const 
   }
 }
 
-// result[d, i] = sum over steps of v[s, d] * weights[s, i], and, if some were met `before`, shrink[i]
-// times what it was.
+// result[d, i] = sum over steps of v[s, d] * weights[s, i], and, if some were met `before`,
+// shrink[i] times what it was.
 template <int V, bool before, typename E>
-FASTDIFF_APART static void weigh(const E* weights, int64_t steps, const E* v, int64_t width, const vf (&shrink)[V],
-                  float* result) {
+FASTDIFF_APART static void weigh(const E* weights, int64_t steps, const E* v, int64_t width,
+                                 const vf (&shrink)[V], float* result) {
   each_tile(width, [=, &shrink](int64_t first, auto rows) {
     constexpr int R = decltype(rows)::value;
     vf acc[R][V] = {};

@@ -62,7 +62,6 @@ static void group_norm(const GroupNorm& p) {
       each_few(begin, end, [&](int64_t i, auto few) {
         each_vector(C, [&](int64_t c, int n) {
           vf total = load(&totals[c]);
-#pragma GCC unroll 4
           for (int k = 0; k < few; ++k)
             total += summed<T>(p, picture, (picture * p.pixels + i + k) * C, c, n);
           store(&totals[c], total);
@@ -82,7 +81,6 @@ static void group_norm(const GroupNorm& p) {
         each_vector(C, [&](int64_t c, int n) {
           vf total = load(&totals[c]), square = load(&squares[c]);
           const vf centre = load(&centres[c]);
-#pragma GCC unroll 4
           for (int k = 0; k < few; ++k) {
             const vf d = summed<T>(p, picture, (picture * p.pixels + i + k) * C, c, n) - centre;
             total += d;

@@ -163,7 +163,8 @@ static void qk_norm(const QkNorm& p) {
 // y = x + shift + gate * other for `count` elements; `terms` says what there is beside x.
 enum Terms { kOther = 1, kShift = 2, kGate = 4 };
 template <int terms, typename T>
-static void add_row(int64_t count, const T* x, const T* other, const T* shift, const T* gate, T* y) {
+static void add_row(int64_t count, const T* x, const T* other, const T* shift, const T* gate,
+                    T* y) {
   each_vector(count, [=](int64_t c, int n) {
     vf v = load_n(x + c, n);
     if (terms & kShift) v += load_n(shift + c, n);
@@ -176,13 +177,17 @@ static void add_row(int64_t count, const T* x, const T* other, const T* shift, c
 template <typename T>
 static void residual(const Residual& p) {
   const auto* shift = static_cast<const T*>(p.shift);
-  const auto add = p.gate ? (shift ? add_row<kOther | kShift | kGate, T> : add_row<kOther | kGate, T>)
-                   : p.other ? (shift ? add_row<kOther | kShift, T> : add_row<kOther, T>)
-                   : shift ? add_row<kShift, T>
-                           : add_row<0, T>;
-  // what every row has of its own is added in long rows
+  const auto with_shift = p.gate    ? add_row<kOther | kShift | kGate, T>
+                          : p.other ? add_row<kOther | kShift, T>
+                                    : add_row<kShift, T>;
+  const auto without = p.gate    ? add_row<kOther | kGate, T>
+                       : p.other ? add_row<kOther, T>
+                                 : add_row<0, T>;
+  const auto add = shift ? with_shift : without;
+  // where rows share nothing, they are cut anew, longer
   const bool whole = !p.gate && !shift;
-  const int64_t all = p.batch * p.tokens * p.width, D = whole ? std::min<int64_t>(all, 1 << 12) : p.width;
+  const int64_t all = p.batch * p.tokens * p.width;
+  const int64_t D = whole ? std::min<int64_t>(all, 1 << 12) : p.width;
   each_row((all + D - 1) / D, D, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       add(std::min(D, all - i * D), static_cast<const T*>(p.x) + i * D,
