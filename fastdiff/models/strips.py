@@ -131,7 +131,7 @@ class Strips:
         return max(1, self._working // row)
 
     def held(self, x: Sum | Picture, row: int) -> Picture:
-        """A picture [1, Y, X, C] that is there, in strips."""
+        """A picture [1, Y, X, C] that is there, in strips; `row` as of `height`, here and below."""
         if isinstance(x, Picture):
             return x
         whole = x.closed()

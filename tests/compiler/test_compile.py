@@ -290,6 +290,8 @@ def test_bare_autoencoder_with_slicing_and_tiling():
         "vae.decoder": "fastdiff",
         "vae.quant_conv": "diffusers",
         "vae.post_quant_conv": "diffusers",
+        "vae.tiling": "diffusers",
+        "vae.slicing": "diffusers",
     }
 
 

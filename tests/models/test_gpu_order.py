@@ -77,16 +77,35 @@ def test_unet_of_triton_kernels(dtype, in_triton, budget):
     hold_unet(budget, SD15, (16, 16), dtype)
 
 
-def test_autoencoder(in_triton, budget):
-    vae = AutoencoderKL(
+def autoencoder():
+    return AutoencoderKL(
         block_out_channels=(32, 48, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         norm_num_groups=16,
     ).eval()
+
+
+def test_autoencoder(in_triton, budget):
+    vae = autoencoder()
     eager = copy.deepcopy(vae)
     decoder = borrow_decoder(vae.decoder, Loan(vae.decoder))
     encoder = borrow_encoder(vae.encoder, Loan(vae.encoder))
     budget(decoder, eager.decoder, torch.randn(1, 4, 8, 8))
     budget(encoder, eager.encoder, torch.randn(1, 3, 19, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("share", [0.24, 0.05])
+def test_decoder_in_strips(share, dtype, in_triton, budget):
+    vae = autoencoder().to(dtype)
+    eager = copy.deepcopy(vae)
+    decoder = borrow_decoder(vae.decoder, Loan(vae.decoder))
+
+    def run(sample):
+        x = blocks.channels_last(sample)
+        bytes = int(share * decoder.bytes(x))
+        return blocks.channels_first(decoder.run_in_strips(x, bytes))
+
+    budget(run, eager.decoder, torch.randn(1, 4, 7, 6).to(dtype))
