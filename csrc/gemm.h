@@ -13,9 +13,11 @@ namespace FASTDIFF_ISA {
 #if defined(__AVX512F__)
 constexpr int kMaxVectors = 4;
 constexpr int kTileSums = 24;
+constexpr int kUnrolled = 2;  // steps of the inner loop
 #else
 constexpr int kMaxVectors = 2;
 constexpr int kTileSums = 12;
+constexpr int kUnrolled = 1;  // two would not fit the registers
 #endif
 template <int V>
 constexpr int Rows = kTileSums / V > 12 ? 12 : kTileSums / V;
@@ -152,7 +154,7 @@ template <int V, typename B>
 static inline void multiply(const Run<float>& run, const B& b, vf (&acc)[Rows<V>][V]) {
   const float* a[Rows<V>];
   for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
-#pragma GCC unroll 2
+#pragma GCC unroll kUnrolled
   for (int64_t k = 0; k < run.length; ++k) {
     vf value[V];
 #pragma GCC unroll 4
@@ -173,7 +175,7 @@ static inline void multiply(const Run<bf16>& run, const B& b, vf (&acc)[Rows<V>]
   for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
   vu value[V];
   int64_t k = 0;
-#pragma GCC unroll 2
+#pragma GCC unroll kUnrolled
   for (; k + 2 <= run.length; k += 2) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) value[v] = b.pair(k, v);
