@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from benchmarks.clock import Budget
 from benchmarks.cpu_calls import Call, calls
 from fastdiff.bench.machine import commit, machine, versions
-from fastdiff.kernels.choices import FOLDER, LIBRARY, OWN, SCHEMA, Row, read
+from fastdiff.kernels.choices import FOLDER, LIBRARY, OWN, SCHEMA, Row, read, theirs
 from fastdiff.kernels.conv2d.cpu import ALGORITHMS, convolved, exact
 from fastdiff.kernels.dispatch import KERNELS, NATIVE
 from fastdiff.kernels.observe import recording
@@ -179,8 +179,7 @@ def measured(call: Call) -> dict[str, Any]:
 
 def slower(row: Row) -> float:
     """How many times as long as torch's fastest the chosen takes."""
-    others = [ms for name, ms in row.ms.items() if name == LIBRARY or name.startswith("eager")]
-    return row.ms[row.runs] / min(others)
+    return row.ms[row.runs] / min(ms for name, ms in row.ms.items() if theirs(name))
 
 
 def check(isas: Sequence[str], log: Callable[[str], object]) -> int:

@@ -3,13 +3,14 @@
 `tables/cpu_<isa>.json`, written by `python -m benchmarks.tune --cpu` and reviewed like code, holds
 for each size that the models have the times of all who can compute it, and who was fastest. Another
 size goes to the one that the nearest size in the table goes to: the sum of |log2| of the quotients
-of their sizes is least. An instruction set without a table runs our plain loops.
+of their sizes is least. An instruction set without a table of its own goes by the one that was
+measured, without the library.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
@@ -24,6 +25,8 @@ SCHEMA = "fastdiff.cpu/1"
 FOLDER = Path(__file__).with_name("tables")
 OWN, LIBRARY = "own", "library"
 """Our only loop for an op that has no others; torch's own op on the tensors as we hold them."""
+MEASURED = "avx512bf16"
+"""The instruction set whose table stands in for those that have none."""
 ABOUT = ("isa", "machine", "versions", "commit", "command")
 """Where a table comes from."""
 
@@ -102,14 +105,31 @@ def _distance(one: Work, other: Work) -> float:
 
 @cache
 def table(isa: str) -> Mapping[tuple[str, str, str, int], tuple[Row, ...]]:
-    """The rows of an instruction set by op, dtype, kind and how many sizes; {} where none were
-    measured."""
-    path = FOLDER / f"cpu_{isa}.json"
+    """The rows of an instruction set by op, dtype, kind and how many sizes; {} where there are no
+    tables at all."""
+    own, other = FOLDER / f"cpu_{isa}.json", FOLDER / f"cpu_{MEASURED}.json"
     alike: defaultdict[tuple[str, str, str, int], list[Row]] = defaultdict(list)
-    for row in read(path, isa) if path.exists() else ():
+    rows = read(own, isa) if own.exists() else read(other, MEASURED) if other.exists() else []
+    for row in rows if own.exists() else _in_float32(rows):
         work = row.work
         alike[work.op, work.dtype, work.kind, len(work.sizes)].append(row)
     return {key: tuple(rows) for key, rows in alike.items()}
+
+
+def _in_float32(rows: list[Row]) -> Iterator[Row]:
+    """What the rows of `MEASURED` say of an instruction set that computes bfloat16 in float32: by
+    which of our loops. How fast its library is they do not know."""
+    for row in rows:
+        own = {name: ms for name, ms in row.ms.items() if not theirs(name)}
+        if row.work.dtype == "float32" and own:
+            for dtype in ("float32", "bfloat16"):
+                work = replace(row.work, dtype=dtype)
+                yield Row(work, min(own, key=own.__getitem__), own)
+
+
+def theirs(name: str) -> bool:
+    """Whether a row's name of who computes means torch."""
+    return name == LIBRARY or name.startswith("eager")
 
 
 def read(path: Path, isa: str) -> list[Row]:

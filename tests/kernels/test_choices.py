@@ -86,6 +86,24 @@ def test_a_convolution_goes_to_the_librarys_with_all_that_stands_around_it(rows)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+def test_an_instruction_set_without_a_table_goes_by_the_measured_ones_loops(tmp_path, monkeypatch):
+    work = {"op": "conv2d", "kind": CONV, "sizes": [1, 8, 8, 8, 16], "runs": LIBRARY}
+    rows = [
+        work | {"dtype": "float32", "ms": {"direct": 3, "winograd24": 2, LIBRARY: 1}},
+        work | {"dtype": "bfloat16", "ms": {"direct": 2, "winograd24": 3, LIBRARY: 1}},
+    ]
+    about = dict.fromkeys(choices.ABOUT, "") | {"schema": choices.SCHEMA, "isa": choices.MEASURED}
+    path = tmp_path / f"cpu_{choices.MEASURED}.json"
+    path.write_text(json.dumps(about | {"rows": rows}))
+    monkeypatch.setattr(choices, "FOLDER", tmp_path)
+    choices.table.cache_clear()
+    for isa, runs in ((choices.MEASURED, LIBRARY), ("avx2", "winograd24")):
+        table = choices.table(isa)
+        assert {row.runs for rows in table.values() for row in rows} == {runs}
+        assert {dtype for _, dtype, *_ in table} == {"float32", "bfloat16"}
+    choices.table.cache_clear()
+
+
 def test_few_channels_never_run_by_the_coarsest_algorithm(rows, monkeypatch):
     rows(row("conv2d", CONV, (1, 8, 8, 8, 16), "winograd24"))
     asked = []
