@@ -11,7 +11,8 @@ ends: a tape holds our loops only.
 
 FILE is reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.choices` finds it;
 samples lie beside it. `--check` measures nothing: it holds the committed tables to the models'
-calls, and exits with 1 where one was never measured or the chosen is slower than torch by `SLOWER`.
+calls, and exits with 1 where one was never measured or the chosen is slower than torch by `SLOWER`
+and by `WORTH_MS`; what is slower by less than that is listed.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from fastdiff.written import check_writable, write_text
 
 FLOOR, SLOWER = 0.05, 0.05
 WORTH_MS = 0.5
+"""Less than a thousandth of a step of Stable Diffusion 1.5 on two cores."""
 LEAST_S = 1e-3
 ROUNDS, SECONDS = (3, 9), 1.5
 """Rounds of a call, at least and at most; more than the least only within so many seconds."""
@@ -177,9 +179,10 @@ def measured(call: Call) -> dict[str, Any]:
     return row | {"models": call.models, "samples": rounded}
 
 
-def slower(row: Row) -> float:
-    """How many times as long as torch's fastest the chosen takes."""
-    return row.ms[row.runs] / min(ms for name, ms in row.ms.items() if theirs(name))
+def slower(row: Row) -> tuple[float, float]:
+    """How many times as long as torch's fastest the chosen takes, and how many ms longer."""
+    fastest = min(ms for name, ms in row.ms.items() if theirs(name))
+    return row.ms[row.runs] / fastest, row.ms[row.runs] - fastest
 
 
 def check(isas: Sequence[str], log: Callable[[str], object]) -> int:
@@ -189,15 +192,20 @@ def check(isas: Sequence[str], log: Callable[[str], object]) -> int:
     for isa in isas:
         rows = {row.work: row for row in read(FOLDER / f"cpu_{isa}.json", isa)}
         lacking = [call.work for call in wanted if call.work not in rows]
-        slow = [row for row in rows.values() if slower(row) > 1 + SLOWER]
+        slow = [row for row in rows.values() if slower(row)[0] > 1 + SLOWER]
+        faults = [row for row in slow if slower(row)[1] > WORTH_MS]
         for work in lacking:
             log(f"{isa}: never measured: {work}")
         for row in slow:
-            log(f"{isa}: {slower(row):.2f} x torch's time: {row.work}: {dict(row.ms)}")
+            times, more = slower(row)
+            log(f"{isa}: {times:.2f} x torch's time, {more:.2f} ms more: {row.work}: {row.ms}")
         chosen = sorted(row.runs for row in rows.values())
         counts = ", ".join(f"{name} {len(list(group))}" for name, group in groupby(chosen))
-        log(f"{isa}: {len(rows)} rows ({counts}), {len(lacking)} lacking, {len(slow)} slower")
-        wrong += len(lacking) + len(slow)
+        log(
+            f"{isa}: {len(rows)} rows ({counts}), {len(lacking)} lacking, {len(slow)} slower than"
+            f" torch by {SLOWER:.0%}, {len(faults)} of them by {WORTH_MS} ms"
+        )
+        wrong += len(lacking) + len(faults)
     return wrong
 
 

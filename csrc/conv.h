@@ -47,7 +47,7 @@ static Cut cut(int64_t pixels, int64_t panels, int64_t threads) {
   Cut best{1, 1};
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t parts = 1; parts <= threads; ++parts) {
-    const Cut now{threads / parts, parts};
+    const Cut now{std::min(threads / parts, pixels), parts};  // nobody's rows are none
     const int64_t tiles = (pixels / now.rows + kMinRows - 1) / kMinRows, rows = tiles * kMinRows;
     const int64_t work = (panels + parts - 1) / parts *
                          (rows + kCopyRows * ((rows + kBlockRows - 1) / kBlockRows));

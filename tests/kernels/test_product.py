@@ -57,12 +57,12 @@ def test_a_gate_over_its_borders(isa, chosen):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [64, 1100])
+@pytest.mark.parametrize("rows", [1, 3, 64, 1100])
 def test_how_threads_share_a_product_changes_no_bit(rows, dtype):
     """Each sum has the same order in whichever thread, block and panel it is made."""
     x = torch.randn(rows, 700).to(dtype)
     weight = torch.randn(700, 330).to(dtype).t()
-    picture = torch.randn(1, rows // 4, 4, 70).to(dtype)
+    picture = torch.randn(1, -(-rows // 4), 4, 70).to(dtype)
     taps = torch.randn(3, 3, 70, 150).to(dtype).permute(3, 2, 0, 1)
     linear, conv2d = (implementation(name, "cpu") for name in ("linear", "conv2d"))
     before, made = torch.get_num_threads(), []
