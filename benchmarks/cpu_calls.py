@@ -23,6 +23,10 @@ from fastdiff.runtime.planned import Run
 SCALES = {"sd15": (1.0, 0.5), "sdxl": (1.0, 0.2), "sd3": (1.0, 0.1), "sd35-medium": (1.0,)}
 """Presets and the shares of their widths that are looked at; the others' sizes are near these."""
 
+CODED = 64
+"""Latents' side of the largest picture through an autoencoder: what a larger one asks for takes
+seconds a call, and goes where the nearest size goes."""
+
 
 @dataclass
 class Call:
@@ -32,6 +36,8 @@ class Call:
     arguments: Any
     """The op's; its tensors have shapes, strides and dtypes, and no memory."""
     models: list[str] = field(default_factory=list)
+    once: bool = True
+    """Whether it is made before the first step only, of so many rows as there are steps then."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Model:
     def runs(self, dtype: torch.dtype) -> list[Run]:
         """A step with guidance, and both halves of the autoencoder."""
         side = self.denoiser.config.sample_size
-        sizes = Sizes(side, 2 ** (len(self.coder.config.block_out_channels) - 1))
+        factor = 2 ** (len(self.coder.config.block_out_channels) - 1)
+        sizes = Sizes(min(side, CODED), factor)
         known = named(self.coder)
         assert known is not None
         halves = known[1].taken("", nn.Module.to(self.coder, dtype=dtype)).values()
@@ -81,22 +88,26 @@ def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
         if only and model.name not in only:
             continue
         with planned_on_cpu(), torch.no_grad(), _Calls() as made:
-            for run in model.runs(dtype):
+            runs = model.runs(dtype)  # what is hoisted is computed here
+            made.once = False
+            for run in runs:
                 run()
-        for op, arguments in made.found:
+        for op, arguments, once in made.found:
             work = work_of(KERNELS[op].spec, arguments)
             call = found.setdefault(work, Call(work, arguments))
+            call.once &= once
             if model.name not in call.models:
                 call.models.append(model.name)
     return list(found.values())
 
 
 class _Calls(TorchDispatchMode):
-    """Notes our ops' names and arguments."""
+    """Notes our ops' names and arguments, and what `once` was then."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, Any]] = []
+        self.once = True
+        self.found: list[tuple[str, Any, bool]] = []
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -104,5 +115,6 @@ class _Calls(TorchDispatchMode):
         kwargs = kwargs or {}
         if op.namespace == "fastdiff":
             name = op._schema.name.removeprefix("fastdiff::")
-            self.found.append((name, KERNELS[name].spec.arguments(*args, **kwargs)))
+            arguments = KERNELS[name].spec.arguments(*args, **kwargs)
+            self.found.append((name, arguments, self.once))
         return op(*args, **kwargs)

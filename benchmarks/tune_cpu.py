@@ -12,7 +12,7 @@ ends: a tape holds our loops only.
 FILE is reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.choices` finds it;
 samples lie beside it. `--check` measures nothing: it holds the committed tables to the models'
 calls, and exits with 1 where one was never measured or the chosen is slower than torch by `SLOWER`
-and by `WORTH_MS`; what is slower by less than that is listed.
+and by `WORTH_MS`; what is slower by less than that, or is computed once a picture, is listed.
 """
 
 import argparse
@@ -50,6 +50,8 @@ LEAST_S = 1e-3
 ROUNDS, SECONDS = (3, 9), 1.5
 """Rounds of a call, at least and at most; more than the least only within so many seconds."""
 DTYPES = (torch.float32, torch.bfloat16)
+SAMPLES = Path("benchmarks/results/cpu-zen5-2core/choices")
+"""Where the samples of the committed tables are."""
 LIBRARIES = {"avx512": "AVX512_CORE", "avx2": "AVX2", "baseline": "SSE41"}
 """What oneDNN is held to, so that it computes as on a processor without the rest."""
 
@@ -188,12 +190,13 @@ def slower(row: Row) -> tuple[float, float]:
 def check(isas: Sequence[str], log: Callable[[str], object]) -> int:
     """How many of the models' calls the tables lack or hold slower than torch's; says which."""
     wanted = [call for dtype in DTYPES for call in calls(dtype)]
+    once = [call.work for call in wanted if call.once]
     wrong = 0
     for isa in isas:
         rows = {row.work: row for row in read(FOLDER / f"cpu_{isa}.json", isa)}
         lacking = [call.work for call in wanted if call.work not in rows]
         slow = [row for row in rows.values() if slower(row)[0] > 1 + SLOWER]
-        faults = [row for row in slow if slower(row)[1] > WORTH_MS]
+        faults = [row for row in slow if slower(row)[1] > WORTH_MS and row.work not in once]
         for work in lacking:
             log(f"{isa}: never measured: {work}")
         for row in slow:
@@ -203,7 +206,7 @@ def check(isas: Sequence[str], log: Callable[[str], object]) -> int:
         counts = ", ".join(f"{name} {len(list(group))}" for name, group in groupby(chosen))
         log(
             f"{isa}: {len(rows)} rows ({counts}), {len(lacking)} lacking, {len(slow)} slower than"
-            f" torch by {SLOWER:.0%}, {len(faults)} of them by {WORTH_MS} ms"
+            f" torch by {SLOWER:.0%}, {len(faults)} of them in a step and by {WORTH_MS} ms"
         )
         wrong += len(lacking) + len(faults)
     return wrong
@@ -227,6 +230,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--isa", choices=NATIVE.isas(), default=NATIVE.isas()[0])
     parser.add_argument("--ops", help="comma-separated; all if absent")
     parser.add_argument("--models", help="comma-separated; all of benchmarks.cpu_calls if absent")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated (both)")
+    parser.add_argument("--add", action="store_true", help="to the committed table's other rows")
     parser.add_argument("--out", type=Path, help="build/cpu_<isa>.json if absent")
     parser.add_argument("--minutes", type=float, default=60, help="stop asking after (60)")
     parser.add_argument("--check", action="store_true", help="of the committed tables")
@@ -246,17 +251,31 @@ def main(arguments: Sequence[str]) -> int:
     only = options.models.split(",") if options.models else ()
     ops = options.ops.split(",") if options.ops else list(KERNELS)
     budget = Budget(options.minutes)
-    wanted = [call for dtype in DTYPES for call in calls(dtype, only) if call.work.op in ops]
+    dtypes = [dtype for dtype in DTYPES if str(dtype)[6:] in options.dtypes.split(",")]
+    wanted = [call for dtype in dtypes for call in calls(dtype, only) if call.work.op in ops]
     rows = tune(wanted, budget, print)
     about = {"schema": SCHEMA, "isa": options.isa, "machine": machine(), "versions": versions()}
     about |= {"commit": commit(), "threads": torch.get_num_threads()}
     about |= {"command": shlex.join(["python -m benchmarks.tune --cpu", *arguments])}
-    samples = [{name: row[name] for name in row if name != "ms"} for row in rows]
-    write_text(out.with_stem(f"{out.stem}-samples"), _document(about, samples))
-    write_text(out, _document(about, [{n: row[n] for n in row if n != "samples"} for row in rows]))
+    kept = [Path(FOLDER, out.name), SAMPLES / out.name] if options.add else []
+    for path, left in ((out, "samples"), (out.with_stem(f"{out.stem}-samples"), "ms")):
+        before = json.loads(kept.pop(0).read_text())["rows"] if kept else []
+        write_text(path, _document(about, _joined(before, rows, left)))
     budget.say()
     print(f"{len(rows)} rows: {out}")
     return 0
+
+
+def _joined(before: Sequence[Any], rows: Sequence[Any], left: str) -> list[Any]:
+    """Rows without the field `left`, after those of `before` that were not measured again."""
+    again = [_key(row) for row in rows]
+    return [row for row in before if _key(row) not in again] + [
+        {name: row[name] for name in row if name != left} for row in rows
+    ]
+
+
+def _key(row: Mapping[str, Any]) -> list[Any]:
+    return [row[name] for name in ("op", "dtype", "kind", "sizes")]
 
 
 def _document(about: Mapping[str, Any], rows: Sequence[Any]) -> str:
