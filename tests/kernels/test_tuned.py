@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fastdiff.kernels import tuned
+from fastdiff.kernels import choices, tuned
 from fastdiff.kernels.tuned import Pick, forced, key, recorded, tunable
 
 MEASURED = {
@@ -146,5 +146,11 @@ def test_fields_that_the_rule_has_not_are_an_error(planted, config):
 
 
 def test_every_committed_table_can_be_read():
+    assert tuned.FOLDER == choices.FOLDER
+    readers = {
+        "sm": lambda path, arch: tuned.read(path, int(arch)),
+        "cpu": choices.read,
+    }
     for path in tuned.FOLDER.glob("*.json"):
-        tuned.read(path, int(path.stem.removeprefix("sm_")))
+        kind, _, of = path.stem.partition("_")
+        readers[kind](path, of)
