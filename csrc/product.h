@@ -7,9 +7,6 @@
 
 namespace FASTDIFF_ISA {
 
-// A block of transformed numbers is stored as it is multiplied.
-static inline void put(float* to, vf v) { store(to, v); }
-
 template <int R, int V>
 static inline void add_products(const float* a, int64_t ld_a, const float* b, vf (&acc)[R][V]) {
   vf value[V];
@@ -24,16 +21,11 @@ static inline void add_products(const float* a, int64_t ld_a, const float* b, vf
 }
 
 #if defined(__AVX512BF16__)
-static inline void put(bf16* to, vf v) {
-  const auto rounded = _mm512_cvtneps_pbh((__m512)v);
-  std::memcpy(to, &rounded, sizeof(rounded));
-}
-static inline void put(Pair* to, vf first, vf second) {
+static inline void store(Pair* to, vf first, vf second) {
   bf16 rounded[2][W];
-  put(rounded[0], first);
-  put(rounded[1], second);
-  const vu both = pairs(rounded[0], rounded[1]);
-  std::memcpy(to, &both, sizeof(both));
+  store(rounded[0], first);
+  store(rounded[1], second);
+  store(to, pairs(rounded[0], rounded[1]));
 }
 
 template <int R, int V>
@@ -72,8 +64,10 @@ struct PositionProduct {
       const int64_t tall = rows_of(wide), groups = (rows + tall - 1) / tall;
       for (int64_t g = 0; g < groups; ++g) {  // of almost the same height
         const int64_t row = rows * g / groups, next = rows * (g + 1) / groups;
-        choose(wide, static_cast<int>(next - row), a + row * kDepth, b + at * W, length,
-               sums + row * kColumns + at * W, accumulate);
+        by_vectors(wide, [&](auto v) {
+          choose_rows<v>(static_cast<int>(next - row), a + row * kDepth, b + at * W, length,
+                         sums + row * kColumns + at * W, accumulate);
+        });
       }
     }
   }
@@ -112,18 +106,6 @@ struct PositionProduct {
                           bool accumulate) {
     if (rows == R) return tile<V, R>(a, b, length, sums, accumulate);
     if constexpr (R > 1) choose_rows<V, R - 1>(rows, a, b, length, sums, accumulate);
-  }
-
-  static void choose(int vectors, int rows, const A* a, const B* b, int64_t length, float* sums,
-                     bool accumulate) {
-    switch (vectors) {
-      case 1: return choose_rows<1>(rows, a, b, length, sums, accumulate);
-      case 2: return choose_rows<2>(rows, a, b, length, sums, accumulate);
-#if defined(__AVX512F__)
-      case 3: return choose_rows<3>(rows, a, b, length, sums, accumulate);
-      case 4: return choose_rows<4>(rows, a, b, length, sums, accumulate);
-#endif
-    }
   }
 };
 

@@ -66,7 +66,7 @@ class Winograd {
         for (int i = 0; i < kPositions; ++i) d[i] = load_n(from[i] + c, n);
         pixels_2d<F>(d);
 #pragma GCC unroll 24
-        for (int i = 0; i < kPositions; ++i) put(to + i * stride, d[i]);
+        for (int i = 0; i < kPositions; ++i) store(to + i * stride, d[i]);
       });
     }
   }
@@ -119,12 +119,12 @@ class Winograd {
         filter(channel + k, panel.begin + c, n, first);
         if constexpr (kPerRow == 1) {
 #pragma GCC unroll 24
-          for (int i = 0; i < kPositions; ++i) put(to + i * kFilters, first[i]);
+          for (int i = 0; i < kPositions; ++i) store(to + i * kFilters, first[i]);
         } else {
           vf second[kPositions] = {};
           if (k + 1 < length) filter(channel + k + 1, panel.begin + c, n, second);
 #pragma GCC unroll 24
-          for (int i = 0; i < kPositions; ++i) put(to + i * kFilters, first[i], second[i]);
+          for (int i = 0; i < kPositions; ++i) store(to + i * kFilters, first[i], second[i]);
         }
       }
   }

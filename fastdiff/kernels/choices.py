@@ -9,7 +9,7 @@ measured, without the library.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import log2
@@ -57,7 +57,8 @@ class Row:
 
 def work_of(spec: KernelSpec, a: Any) -> Work:
     """The work of a call of the op; `a`: its arguments."""
-    first, dtype = _first(a), str(_first(a).dtype).removeprefix("torch.")
+    first = _first(a)
+    dtype = str(first.dtype).removeprefix("torch.")
     if spec.work is not None:
         return Work(spec.name, dtype, *spec.work(a))
     given = {name: getattr(a, name) for name in a.__slots__}
@@ -108,9 +109,13 @@ def table(isa: str) -> Mapping[tuple[str, str, str, int], tuple[Row, ...]]:
     """The rows of an instruction set by op, dtype, kind and how many sizes; {} where there are no
     tables at all."""
     own, other = FOLDER / f"cpu_{isa}.json", FOLDER / f"cpu_{MEASURED}.json"
+    rows: Iterable[Row] = ()
+    if own.exists():
+        rows = read(own, isa)
+    elif other.exists():
+        rows = _in_float32(read(other, MEASURED))
     alike: defaultdict[tuple[str, str, str, int], list[Row]] = defaultdict(list)
-    rows = read(own, isa) if own.exists() else read(other, MEASURED) if other.exists() else []
-    for row in rows if own.exists() else _in_float32(rows):
+    for row in rows:
         work = row.work
         alike[work.op, work.dtype, work.kind, len(work.sizes)].append(row)
     return {key: tuple(rows) for key, rows in alike.items()}

@@ -111,7 +111,7 @@ _LIBRARY = torch.library.Library("fastdiff", "DEF")
 
 def register(
     spec: KernelSpec,
-    cpu: Callable[[Any], Any],
+    cpu: Callable[..., Any],
     gpu: str | None = None,
     others: Mapping[str, str] | None = None,
     otherwise: Callable[[Any], Any] | None = None,
@@ -120,7 +120,8 @@ def register(
     """Define `fastdiff::<spec.name>`; returns the op's overload.
 
     `cpu` runs CPU tensors, `otherwise` (default: the spec's formula) those for which it raises
-    NotNative or `choices` says that torch is faster. `gpu` names the module whose `run` is the
+    NotNative or `choices` says that torch is faster; where a table names one of an op's algorithms,
+    that is its second argument. `gpu` names the module whose `run` is the
     Triton implementation, a Launcher; None means that `library` (default: the formula) runs on
     CUDA tensors.
     `others`: modules with a `run`, by the name of the implementation; only `implementation` asks
@@ -136,10 +137,11 @@ def register(
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         given = arguments(*args, **kwargs)
-        if NATIVE is None or choices.runs(spec, given, NATIVE.isa()) == choices.LIBRARY:
+        who = choices.LIBRARY if NATIVE is None else choices.runs(spec, given, NATIVE.isa())
+        if who == choices.LIBRARY:
             return plain(given)
         try:
-            return cpu(given)
+            return cpu(given) if who == choices.OWN else cpu(given, who)
         except NotNative:
             return plain(given)
 

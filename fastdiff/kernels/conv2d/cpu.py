@@ -15,11 +15,13 @@ WINOGRAD24_CHANNELS = 4
 """With fewer its rounding errors leave the error budget."""
 
 
-def run(a: Arguments) -> Tensor:
-    runs = "direct" if NATIVE is None else choices.runs(SPEC, a, NATIVE.isa())
-    if runs == "winograd24" and not exact(a, runs):
-        runs = "winograd22"
-    return convolved(a, ALGORITHMS.get(runs, 0))
+def run(a: Arguments, algorithm: str | None = None) -> Tensor:
+    """By an algorithm, or if None by the one that `choices` names."""
+    if algorithm is None:
+        algorithm = "direct" if NATIVE is None else choices.runs(SPEC, a, NATIVE.isa())
+    if not exact(a, algorithm):
+        algorithm = "winograd22"
+    return convolved(a, ALGORITHMS.get(algorithm, 0))
 
 
 def exact(a: Arguments, algorithm: str) -> bool:

@@ -1,7 +1,6 @@
 """Triton implementation of `line_silu`: one read and one write of each pixel."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
 from fastdiff.kernels.line_silu.spec import Arguments
+from fastdiff.kernels.moments.gpu import LINE, LaunchConfig
 from fastdiff.kernels.tuned import tunable
 
 
@@ -35,19 +35,6 @@ def _line_silu_kernel(
     if SILU:
         y = y * tl.sigmoid(y)
     tl.store(out_ptr + places, y, mask=inside)
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Pixels and channels of a program, warps."""
-
-    rows: int
-    channels: int
-    num_warps: int
-
-
-LINE = 64
-"""Channels: a line of L1 in half precision."""
 
 
 @tunable("line_silu")

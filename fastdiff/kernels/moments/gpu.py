@@ -52,7 +52,7 @@ def _moments_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Pixels at a time and channels of a program, warps."""
+    """Pixels at a time and channels of a program, warps; of `line_silu`, too."""
 
     rows: int
     channels: int
