@@ -6,6 +6,9 @@
 >>> print(fastdiff.roofline(pipe))     # what each block costs a GPU at least
 >>> fastdiff.restore(pipe)             # as if nothing had happened
 
+What runs slower than it could, say a call that runs eagerly, is logged once for each reason, by the
+logger "fastdiff" at level WARNING; without a handler of yours Python prints it to stderr.
+
 Names are resolved when they are first used, so that ``fastdiff --help`` does not import torch.
 """
 

@@ -6,8 +6,8 @@ cores, while the caller goes on. The first call of a network waits for it. Nothi
 for a right picture: a kernel that is missing is compiled by Triton at its first launch.
 """
 
+import logging
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +25,8 @@ from fastdiff.kernels.jobs import job_of
 from fastdiff.kernels.pool import compile_jobs
 from fastdiff.kernels.shipped import Shipped, differences, install, read
 from fastdiff.runtime.planned import Run, kernels_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Ahead:
             self._watch()
         self._thread.join()
         if self.wrong is not None and self._told.acquire(blocking=False):
-            warnings.warn(f"fastdiff: {self.wrong}", RuntimeWarning, stacklevel=2)
+            logger.warning("fastdiff: %s", self.wrong)
 
     def __str__(self) -> str:
         return self.said if self.wrong is None else f"{self.said}; {self.wrong}"

@@ -6,8 +6,8 @@ The module keeps the slot beside it, too: `nn.Module.compile()` replaces a call 
 """
 
 import copy
+import logging
 import threading
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ from fastdiff.models.borrow import Loan, Unsupported
 from fastdiff.models.state import Homes
 from fastdiff.models.watch import Unwritten
 
+logger = logging.getLogger(__name__)
 _CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
 
 
@@ -63,7 +64,7 @@ class Slot:
     _taking: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # first of all: dynamo traces neither locks nor warnings
+        if torch.compiler.is_compiling():  # first of all: dynamo traces neither locks nor loggers
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
             network = self.offer(args, kwargs, scale=self.kind.scale(*args, **kwargs))
@@ -74,9 +75,7 @@ class Slot:
             self.fast += 1
             return result
         if reason not in self.eager:
-            warnings.warn(
-                f"fastdiff: {self.name} runs eagerly: {reason}", RuntimeWarning, stacklevel=3
-            )
+            logger.warning("fastdiff: %s runs eagerly: %s", self.name, reason)
         self.eager[reason] += 1
         return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 

@@ -6,10 +6,10 @@ last as long as the graph: its activations and the workspaces of cuBLAS lie in t
 are memory of the stream that captures, which nothing else takes except within a turn.
 """
 
+import logging
 import os
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 DEVICE = "cuda"
 """The type of device that makes graphs."""
 T = TypeVar("T")
@@ -92,11 +93,7 @@ def capture(
             with torch.cuda.stream(pool.stream), in_turn(device):
                 return run(_warmed, pool, function, buffers, most)  # type: ignore[no-any-return]
         except NotCaptured as reason:
-            warnings.warn(
-                f"fastdiff: this shape runs without a CUDA graph: {reason}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            logger.warning("fastdiff: this shape runs without a CUDA graph: %s", reason)
             return None
         finally:
             current.wait_stream(pool.stream)
