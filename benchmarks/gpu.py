@@ -132,7 +132,7 @@ def count(name: str, run: Run) -> list[str]:
 
 
 def build_engines(name: str, run: Run) -> list[str]:
-    return [*FASTDIFF, "export", "--preset", "sd15", "--trt", str(run.folder / "engines")]
+    return [*FASTDIFF, "export", "--preset", "sd15", "--trt", "--out", str(run.folder / "engines")]
 
 
 def race_engines(name: str, run: Run) -> list[str]:

@@ -88,6 +88,14 @@ def show(
     console.width = there
 
 
+def below(console: Any, lines: Sequence[str]) -> None:
+    """Print what a reader of the table above needs to know, a line or more for each."""
+    from rich.text import Text
+
+    for line in lines:
+        console.print(Text(line, style="dim"))
+
+
 def _stacks(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Which columns stand on one another, so that they fit into `room` beside the names."""
     count = len(sizes) - 1

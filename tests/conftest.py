@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import copy
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from command import run
+from command import run_json
 from interpreter import mend
+from logged import as_warnings
 from torch import Tensor, nn
 
 from fastdiff.kernels.contract import Verdict, judge
 from fastdiff.kernels.dispatch import NATIVE
 
 mend()
+as_warnings()
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # more threads than cores wait for one another
@@ -89,7 +90,7 @@ def demo():
 
 @dataclass(frozen=True)
 class Exported:
-    """What `fastdiff export --onnx FOLDER --verify --json` printed of `pipe`, and wrote."""
+    """What `fastdiff export --onnx --out FOLDER --verify` made of `pipe`, and its document."""
 
     pipe: Any
     folder: Path
@@ -103,10 +104,10 @@ def export_onnx(tmp_path_factory):
 
     def export(pipe, *arguments):
         folder = tmp_path_factory.mktemp("onnx") / "out"
-        code, out, err = run("export", *arguments, "--onnx", folder, "--verify", "--json")
-        assert code == 0, (out, err)
+        code, told, err = run_json("export", *arguments, "--onnx", "--out", folder, "--verify")
+        assert code == 0, (told, err)
         pipe.set_progress_bar_config(disable=True)
-        return Exported(pipe, folder, json.loads(out), err)
+        return Exported(pipe, folder, told, err)
 
     return export
 

@@ -59,7 +59,7 @@ def shown(request, monkeypatch, tmp_path):
     if command == "graph":
         monkeypatch.setattr(graph, "_show", each(graph._show))
         names = ["convolution (cuDNN)", "torch add (a convolution's bias)", "all"]
-        return names, graph.HEAD, out, ("graph", "--preset", "sd15", "--out", out)
+        return names, graph.HEAD, out, ("graph", "--preset", "sd15", "--json", out)
     monkeypatch.setattr(roofline_table, "text", texts(roofline_table.text))
     names = ["text encoder", "down 0", "VAE conv in", "the rest"]
     options = ("--gpu", "h200", "--measure", "--rounds", "2")
@@ -159,7 +159,7 @@ def test_a_full_disk_takes_only_the_files_of_report_and_inspect(
     options = [word for kind in kinds for word in (f"--{kind}", out / kind)]
     for command, says in (
         (("report", path, path, *options), "exit code 0: nothing got slower"),
-        (("inspect", "--arch", "90", "--out", out / "x.json"), "│guided_step · "),
+        (("inspect", "--arch", "90", "--json", out / "x.json"), "│guided_step · "),
     ):
         code, printed, err = run(*command)
         assert code == 2
@@ -214,7 +214,7 @@ MISSING = {
     ("diffusers", "count", "--preset", "tiny"): "count needs diffusers",
     ("diffusers", "count"): "the demo pipeline needs diffusers and transformers",
     ("matplotlib", "report", "{file}", "{file}", "--html", "{out}"): "needs matplotlib",
-    ("PIL", "generate", "sun", "--out", "{out}"): "generate needs PIL",
+    ("PIL", "generate", "--prompt", "sun", "--out", "{out}"): "generate needs PIL",
 }
 WITHOUT = """
 import sys

@@ -10,6 +10,8 @@ from torch import nn
 
 from fastdiff.bench.presets import autoencoder, blueprint, preset_named
 from fastdiff.bench.saved import check_folder
+from fastdiff.bench.source import Source, folder_of
+from fastdiff.demo import DEMO_FOLDER
 from fastdiff.families import family
 from fastdiff.recipes import RECIPES, Recipe
 
@@ -27,6 +29,14 @@ class Blueprint:
     upcasts: tuple[bool, ...]
     """Whether diffusers turns a float16 autoencoder into float32 to draw with it; both where the
     preset's published weights want either."""
+
+
+def named(source: Source, command: str) -> Blueprint:
+    """Of a preset, folder, hub id or the demo. UserError for what `command` cannot take."""
+    source.check()
+    if source.preset:
+        return of_preset(source.preset)
+    return of_folder(folder_of(source.pipeline, command) or DEMO_FOLDER)
 
 
 def of_preset(name: str) -> Blueprint:

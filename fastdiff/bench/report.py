@@ -29,6 +29,16 @@ COLUMNS = (
 PARTS = ("backend", "text encoders", "denoising", "VAE", "VAE × eager [95%]")
 
 
+LEGEND = (
+    "steps/s: with text encoding; images/s: with the VAE too; × eager: ratio of the steps/s, and"
+    " its 95% interval",
+    "prepare s: preparing and the first picture, less a later picture; PSNR, SSIM, max |Δ|: the"
+    " picture against eager's",
+    "step err / budget: how far one step is from float64, and how far it may be (twice eager's own"
+    " error and one rounding); a backend beyond it gets no speed",
+)
+
+
 def show(result: Result, note: str | None = None) -> None:
     """Print `note`, the table and, below it, all that a number needs to be believed."""
     console = tables.printer()
@@ -39,12 +49,11 @@ def show(result: Result, note: str | None = None) -> None:
     _show_parts(console, result)
     for row in result.rows:
         if row.failed:
-            line = f"{row.backend}: FAILED its receipt, so its speed is not told. {_why(row)}"
+            line = f"{row.backend}: FAILED, it draws something else than eager. {_why(row)}"
             console.print(Text(line, style="bold red"))
         if row.unavailable:
             console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
-    for line in _footer(result):
-        console.print(Text(line, style="dim"))
+    tables.below(console, (*LEGEND, *_footer(result)))
 
 
 def _show_parts(console: Any, result: Result) -> None:
@@ -139,9 +148,9 @@ def _why(row: Timed) -> str:
     receipt = row.receipt
     assert receipt is not None
     return (
-        f"One step is {receipt.err_vs_fp64:.2e} from float64 (budget {receipt.budget:.2e}, eager "
-        f"{receipt.err_eager_vs_fp64:.2e}), the picture {receipt.picture_rms_vs_fp64:.2e} rms "
-        f"(eager {receipt.picture_rms_eager_vs_fp64:.2e})."
+        f"One step is {receipt.err_vs_fp64:.2e} from float64 (allowed {receipt.budget:.2e}, eager"
+        f" {receipt.err_eager_vs_fp64:.2e}), the picture {receipt.picture_rms_vs_fp64:.2e} root"
+        f" mean square (eager {receipt.picture_rms_eager_vs_fp64:.2e})."
     )
 
 
@@ -157,7 +166,7 @@ def _footer(result: Result) -> list[str]:
     names += [name for name in theirs if versions.get(name)]
     rounds = max(len(row.samples_ms) for row in result.rows)
     return [
-        f"{rounds} interleaved rounds; steps/s with text encoding, images/s with the VAE too",
+        f"{rounds} rounds, in each of which all backends draw a picture in random order",
         where,
         ", ".join(f"{name} {versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",

@@ -14,6 +14,12 @@ from fastdiff.bench.roofline import Roofline
 SCHEMA = "fastdiff.roofline/1"
 HEAD = ("block", "per", "launches", "GFLOP", "MB", "floor ms", "bound by", "share", "measured ms")
 LEFT = ("per", "bound by")
+LEGEND = (
+    "floor ms: the least time a block can take on that GPU, by its FLOP/s or bytes/s, whichever is"
+    " longer; bound by: which of them; share: of the floors of a whole picture",
+    "MB: all that launches read and write; what a cache keeps from one to the next need not be"
+    " moved",
+)
 
 
 def text(roofline: Roofline) -> str:
@@ -37,8 +43,7 @@ def text(roofline: Roofline) -> str:
     out = StringIO()
     console = tables.printer(out)
     tables.show(console, _title(roofline), HEAD[: None if measured else -1], rows, LEFT)
-    for line in _footer(roofline, measured):
-        console.print(line, style="dim", markup=False)
+    tables.below(console, (*LEGEND, *_footer(roofline, measured)))
     return out.getvalue().rstrip("\n")
 
 
@@ -87,12 +92,11 @@ def _footer(roofline: Roofline, measured: bool) -> list[str]:
         sources.append(f"reported: {gpu.reported_source}")
     return [
         f"floor of a step {roofline.step_ms:.3f} ms ({1e3 / roofline.step_ms:.0f} steps/s), of an"
-        f" image {roofline.image_ms:.1f} ms: arithmetic, no measurement",
+        f" image {roofline.image_ms:.1f} ms: computed, not measured",
         *(f"assumed: {sentence}" for sentence in roofline.assumed),
         f"{tflops:g} TFLOP/s {'reported' if product_reported else 'specified'},"
         f" {gpu.bytes_per_s / 1e12:g} TB/s {'reported' if copy_reported else 'specified'}"
         f" ({'; '.join(sources)})",
-        "MB: all that launches read and write; what a cache keeps between two need not be moved",
         f"measured on {device_name(roofline.device)}: kernels called one by one, not replayed"
         if measured
         else "no block was measured",

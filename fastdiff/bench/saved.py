@@ -60,15 +60,18 @@ class Saved:
         return next((net.variant for net in self.networks if net.variant), None)
 
 
-def check_folder(folder: Path) -> Saved:
-    """Raise UserError unless `folder` holds a complete pipeline that draws from a text."""
+def check_folder(folder: Path, variant: str | None = None) -> Saved:
+    """Raise UserError unless `folder` holds a complete pipeline that draws from a text.
+
+    variant: of the files to be read; None: those without one, else the one that all have.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give a pipeline saved with save_pretrained()")
+        raise UserError(f"{folder} is not a folder; give a pipeline saved with save_pretrained()")
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+        raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     index = _read_json(index_file)
-    pipeline = _pipeline(folder, index)
+    pipeline = drawn_from_text(folder, index)
     networks: dict[str, tuple[str, str]] = {}
     for component, origin in index.items():
         if isinstance(origin, list) and len(origin) == 2 and origin[0] is not None:
@@ -77,10 +80,10 @@ def check_folder(folder: Path) -> Saved:
             if _check_component(folder / component):
                 networks[component] = (str(origin[0]), str(origin[1]))
     found = {name: _weights(folder / name, LIBRARIES[net[0]]) for name, net in networks.items()}
-    variant = _variant(folder, found)
+    variant = _variant(folder, found, variant)
     for files in found.values():
         for file in files.get(variant) or files[None]:
-            _check_whole(file)
+            check_whole(file)
     _need_text_alone(folder, pipeline, networks)
     return Saved(
         folder,
@@ -93,14 +96,16 @@ def check_folder(folder: Path) -> Saved:
     )
 
 
-def _pipeline(folder: Path, index: dict[str, Any]) -> str:
+def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
+    """The class to load a pipeline as, by its model_index.json; UserError for one that we do not
+    know, or that draws from a picture alone."""
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FROM_TEXT:
         raise UserError(
-            f"{folder} holds a {name}; supported are {', '.join(FROM_TEXT)}, which draw from a text"
+            f"{place} holds a {name}; supported are {', '.join(FROM_TEXT)}, which draw from a text"
         )
     if index.get("requires_aesthetics_score"):
-        raise UserError(f"{folder} holds a refiner, which goes on from a picture, not from a text")
+        raise UserError(f"{place} holds a refiner, which goes on from a picture, not from a text")
     return FROM_TEXT[name]
 
 
@@ -126,7 +131,7 @@ def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> 
 
 
 def _check_component(folder: Path) -> bool:
-    """Whether it is a network; UserError where a file is missing or no JSON."""
+    """Whether it is a network; UserError where a file is missing or is not JSON."""
     files = next((f for kind, f in _FILES.items() if folder.name.startswith(kind)), None)
     for name in files or ("config.json",):
         if not (folder / name).is_file():
@@ -166,18 +171,30 @@ def _shards(index_file: Path) -> Iterator[str]:
     yield from sorted(set(names.values()))
 
 
-def _variant(folder: Path, found: dict[str, dict[str | None, list[Path]]]) -> str | None:
-    """None where every network has files without a variant, else the one that completes them."""
+def _variant(
+    folder: Path, found: dict[str, dict[str | None, list[Path]]], asked: str | None
+) -> str | None:
+    """The variant to read: `asked`, else None where every network has files without one, else the
+    one that completes them."""
+    if asked is not None:
+        held = sorted({name for files in found.values() for name in files if name})
+        if asked not in held:
+            there = ", ".join(held) or "files without a variant only"
+            raise UserError(f"--variant is {asked!r}; {folder} holds {there}")
+        if lost := [name for name, files in found.items() if not {asked, None} & set(files)]:
+            raise UserError(f"--variant is {asked!r}; the {lost[0]} of {folder} has no such file")
+        return asked
     lacking = [set(files) for files in found.values() if None not in files]
     if not lacking:
         return None
     if common := set.intersection(*lacking):
         return min(name for name in common if name)
-    held = (f"{name} as {'/'.join(map(str, v))}" for name, v in found.items() if None not in v)
-    raise UserError(f"{folder} holds {', '.join(held)}, no one variant of all; save it again")
+    names = (f"{name} as {'/'.join(map(str, v))}" for name, v in found.items() if None not in v)
+    raise UserError(f"{folder} holds {', '.join(names)}, no one variant of all; save it again")
 
 
-def _check_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
+    """UserError where a .safetensors file is damaged, or stands for one that was not fetched."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -197,7 +214,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is no readable JSON: {error}") from error
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

@@ -30,10 +30,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line `arguments`, the process's own if None, and exit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Loading bars and advice of the libraries below are not what was asked for.
+    # advice of the libraries below is not what was asked for
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         try:

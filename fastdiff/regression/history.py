@@ -40,10 +40,10 @@ class Point:
 def read(folder: Path) -> list[Point]:
     """All points of `folder`/MACHINE/*.json, oldest first; files of other schemas are left out.
 
-    UserError for what is no folder, and for a file that is no JSON or not what its schema says.
+    UserError for what is not a folder, and for a file that is not JSON or not what its schema says.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give one that holds MACHINE/*.json")
+        raise UserError(f"{folder} is not a folder; give one that holds MACHINE/*.json")
     points = [point for path in sorted(folder.glob("*/*.json")) for point in _points(path)]
     return sorted(points, key=lambda point: (point.created, point.machine, point.name))
 

@@ -73,7 +73,7 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
         return _kept(against, commit, _content(source), log, lambda to: _copy(source, to), source)
     if sha is None:
         raise UserError(
-            f"--against {against} is no folder, no wheel and no revision of {root.name}; "
+            f"--against {against} is not a folder, a wheel or a revision of {root.name}; "
             "give one of these (a shallow clone has only its newest revision: fetch more)"
         )
     top = Path(_git(root, "rev-parse", "--show-toplevel") or root)

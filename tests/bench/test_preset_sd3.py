@@ -311,9 +311,9 @@ def test_bench_draws_it(tmp_path):
 
 def test_the_command_line_draws_a_folder(saved, tmp_path):
     picture = tmp_path / "x.png"
-    options = ("--pipe", saved, "--steps", 1, "--device", "cpu", "--eager", "--out", picture)
-    code, out, err = run("generate", "sun", *options)
+    options = (saved, "--steps", 1, "--device", "cpu", "--eager", "--out", picture)
+    code, out, err = run("generate", "--prompt", "sun", *options)
     assert (code, out.strip()) == (0, str(picture)), err
-    code, _, err = run("generate", "sun", *options, "--height", 72)
+    code, _, err = run("generate", "--prompt", "sun", *options, "--height", 72)
     assert code == 2
     assert "--height is 72; this pipeline needs a positive multiple of 16" in err

@@ -22,7 +22,7 @@ def test_one_layer_is_counted(demo):
 
 @pytest.mark.parametrize("command", ["generate", "bench", "roofline", "count"])
 def test_terabytes_are_refused_at_once(command, tmp_path):
-    arguments = ["sun", "--out", tmp_path / "x.png"] if command == "generate" else []
+    arguments = ["--prompt", "sun", "--out", tmp_path / "x.png"] if command == "generate" else []
     sides = ("--height", 100_000, "--width", 100_000, "--steps", 2, "--device", "cpu")
     code, out, err = run(command, *arguments, *sides)
     assert (code, out) == (2, "")

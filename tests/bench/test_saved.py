@@ -97,11 +97,13 @@ DAMAGED = {
     f"{UNET} is a Git LFS pointer": lambda f: (f / UNET).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
     ),
-    "unet/config.json is no readable JSON": lambda f: cut(f / "unet/config.json"),
-    "scheduler_config.json is no readable JSON": lambda f: cut(
+    "unet/config.json cannot be read as JSON": lambda f: cut(f / "unet/config.json"),
+    "scheduler_config.json cannot be read as JSON": lambda f: cut(
         f / "scheduler/scheduler_config.json"
     ),
-    "tokenizer/tokenizer.json is no readable JSON": lambda f: cut(f / "tokenizer/tokenizer.json"),
+    "tokenizer/tokenizer.json cannot be read as JSON": lambda f: cut(
+        f / "tokenizer/tokenizer.json"
+    ),
     "vae has no .safetensors file": lambda f: (f / VAE).unlink(),
     "holds only pickled weights .*never read": lambda f: (f / UNET).rename(
         f / "unet/diffusion_pytorch_model.bin"
@@ -125,10 +127,10 @@ def test_damage_is_one_sentence_and_names_the_file(folder, tmp_path, message):
 def test_commands_say_so_too(folder, tmp_path):
     cut(folder / UNET)
     for command in (
-        ("generate", "sun", "--out", tmp_path / "x.png", "--pipe", folder),
+        ("generate", "--prompt", "sun", "--out", tmp_path / "x.png", folder),
         ("bench", folder),
         ("count", folder),
-        ("export", folder, "--onnx", tmp_path / "onnx"),
+        ("export", folder, "--onnx", "--out", tmp_path / "onnx"),
     ):
         code, out, err = run(*command)
         assert (code, out) == (2, "")
@@ -156,8 +158,8 @@ def test_an_image_to_image_folder_draws_what_the_text_to_image_one_draws(demo, t
     kind(**demo.components, requires_safety_checker=False).save_pretrained(tmp_path / "pipe")
     pictures = [tmp_path / "ours.png", tmp_path / "theirs.png"]
     for folder, picture in zip((tmp_path / "pipe", DEMO_FOLDER), pictures, strict=True):
-        arguments = ("--steps", 2, "--pipe", folder, "--out", picture)
-        assert run("generate", "red heart", *arguments)[0] == 0
+        arguments = ("--steps", 2, folder, "--out", picture)
+        assert run("generate", "--prompt", "red heart", *arguments)[0] == 0
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
@@ -194,9 +196,9 @@ def test_latent_consistency_models(demo, tmp_path):
     parts = demo.components | {"unet": unet, "scheduler": LCMScheduler()}
     kind, folder = LatentConsistencyModelImg2ImgPipeline, tmp_path / "pipe"
     kind(**parts, requires_safety_checker=False).save_pretrained(folder)
-    shared = ("--pipe", folder, "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.png")
-    assert run("generate", "sun", *shared)[0] == 0
-    code, _, err = run("generate", "sun", "--negative-prompt", "rain", *shared)
+    shared = (folder, "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.png")
+    assert run("generate", "--prompt", "sun", *shared)[0] == 0
+    code, _, err = run("generate", "--prompt", "sun", "--negative-prompt", "rain", *shared)
     assert code == 2
     assert "a LatentConsistencyModelPipeline takes none" in err
     code, out, _ = run("bench", folder, "--steps", 1, "--rounds", 2, "--backends", "fastdiff")

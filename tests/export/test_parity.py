@@ -393,7 +393,7 @@ def test_export_that_draws_something_else_exits_1_and_names_the_node(tmp_path, m
 
     monkeypatch.setattr(exporter, "write", spoil)
     monkeypatch.setattr(parts_module, "parts", lambda *of, **how: parts(*of, **how)[:1])
-    code, out, err = run("export", "--onnx", tmp_path / "out", "--verify")
+    code, out, err = run("export", "--onnx", "--out", tmp_path / "out", "--verify")
     ((node, module),) = planted
     assert code == 1
     assert f"text_encoder parts from torch at MatMul {node}" in out

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tensorrt_rtx
 import torch
-from command import run
+from command import run, run_json
 from disks import small_disk
 
 import fastdiff
@@ -75,9 +75,9 @@ def networks(demo_half):
 def built(tmp_path_factory):
     """The folder that the command line writes, and its JSON."""
     out = tmp_path_factory.mktemp("trt") / "out"
-    code, told, _ = run("export", "--trt", out, "--target", ",".join(TARGETS), "--json")
+    code, told, _ = run_json("export", "--trt", "--out", out, "--target", ",".join(TARGETS))
     assert code == 0
-    return SimpleNamespace(out=out, document=json.loads(told))
+    return SimpleNamespace(out=out, document=told)
 
 
 @pytest.fixture(scope="session")
@@ -177,11 +177,11 @@ def test_the_command_prints_its_manifests(built):
 
 def test_dry_run_tells_the_same_and_writes_nothing(built, tmp_path):
     out = tmp_path / "out"
-    code, told, _ = run(
-        "export", "--trt", out, "--target", ",".join(TARGETS), "--dry-run", "--json"
+    code, told, _ = run_json(
+        "export", "--trt", "--out", out, "--target", ",".join(TARGETS), "--dry-run"
     )
     assert code == 0
-    rows = json.loads(told)["engines"]
+    rows = told["engines"]
     assert len(rows) == len(built.document["engines"])
     for row, made in zip(rows, built.document["engines"], strict=True):
         assert row == {key: made[key] for key in row}
@@ -192,11 +192,9 @@ def test_inspect_shows_whole_engines(built):
     code, out, _ = run("inspect", built.out)
     assert code == 0
     assert f"sm_120/unet: rtx {tensorrt_rtx.__version__} for sm_120, float16" in out
-    code, out, _ = run("inspect", built.out / "sm_89/unet", "--json")
+    code, told, _ = run_json("inspect", built.out / "sm_89/unet")
     assert code == 0
-    assert list(json.loads(out).values()) == [
-        json.loads((built.out / "sm_89/unet/engine.json").read_text())
-    ]
+    assert list(told.values()) == [json.loads((built.out / "sm_89/unet/engine.json").read_text())]
 
 
 def edit(**values):
@@ -431,7 +429,7 @@ def test_a_full_disk_is_one_sentence(built, tmp_path):
     """The text encoder's ONNX fits, its plan does not."""
     plan = (built.out / "sm_89/text_encoder/model.plan").stat().st_size
     with small_disk(tmp_path, plan - 1_000_000) as reason:
-        sentence = refused("export", "--trt", tmp_path / "out", "--target", "sm_89")
+        sentence = refused("export", "--trt", "--out", tmp_path / "out", "--target", "sm_89")
         assert sentence == f"fastdiff: {tmp_path}/out cannot be written: {reason}"
         assert list(tmp_path.iterdir()) == []
 
@@ -536,7 +534,7 @@ BAD = {
     "--opset is 'x'": ("--opset", "x"),
     "--opset is '21'; choose auto or 22 to 23 for bf16": ("--opset", "21", "--dtype", "bf16"),
     "--verify goes with --onnx": ("--verify",),
-    "give one of --onnx, --trt and --triton-repo": ("--onnx", "{tmp}/other"),
+    "give one of --onnx, --trt and --triton-repo": ("--onnx", "--out", "{tmp}/other"),
 }
 
 
@@ -545,7 +543,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, message):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in BAD[message]]
-    sentence = refused("export", "--trt", tmp_path / "out", *arguments)
+    sentence = refused("export", "--trt", "--out", tmp_path / "out", *arguments)
     assert message.replace("{tmp}", str(tmp_path)) in sentence
     assert list(tmp_path.iterdir()) == []
 
@@ -553,7 +551,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, message):
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
-    arguments = ("export", "--trt", tmp_path / "out", "--target", "sm_89")
+    arguments = ("export", "--trt", "--out", tmp_path / "out", "--target", "sm_89")
     sentence = refused(*arguments, "--flavor", "rtx")
     assert "rtx needs tensorrt_rtx" in sentence
     assert "pip install fastdiff[trt-rtx]" in sentence
@@ -564,10 +562,10 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option", ["flavor", "target", "shapes", "static", "timing-cache"])
 def test_engine_options_go_with_trt(tmp_path, option):
-    sentence = refused("export", "--onnx", tmp_path / "out", f"--{option}", "x")
+    sentence = refused("export", "--onnx", "--out", tmp_path / "out", f"--{option}", "x")
     assert sentence == f"fastdiff: --{option} goes with --trt"
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):
-    sentence = refused("export", "--trt", tmp_path, "--target", "sm_89")
+    sentence = refused("export", "--trt", "--out", tmp_path, "--target", "sm_89")
     assert f"{tmp_path} exists already" in sentence

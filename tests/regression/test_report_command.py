@@ -105,7 +105,7 @@ BAD = {
         *("--junit", "{tmp}/x.xml"),
     ),
     "or --history with --html": ("--history", "benchmarks/results"),
-    "nothing is no folder": ("--history", "{tmp}/nothing", "--html", "{tmp}/x.html"),
+    "nothing is not a folder": ("--history", "{tmp}/nothing", "--html", "{tmp}/x.html"),
 }
 
 
@@ -131,11 +131,11 @@ BAD_COMPARE = {
     "--preset goes with pipelines": ("kernels", *AGAINST, "--preset", "tiny"),
     "--backends is 'warp'": (*AGAINST, "--backends", "warp"),
     "--backends ort goes with bench": (*AGAINST, "--backends", "fastdiff,ort"),
-    "got the folder here and --preset tiny": ("here", *AGAINST, "--preset", "tiny"),
+    "got the pipeline here and --preset tiny": ("here", *AGAINST, "--preset", "tiny"),
     "--dtype is 'int8'": (*AGAINST, "--dtype", "int8"),
     "the folder {tmp}/no does not exist": (*AGAINST, "--json", "{tmp}/no/x.json"),
-    "is no folder, no wheel and no revision": ("--against", "no-such-revision"),
-    "{tmp}/nothing is no folder": ("{tmp}/nothing", *AGAINST),
+    "is not a folder, a wheel or a revision": ("--against", "no-such-revision"),
+    "{tmp}/nothing is not a folder or a .safetensors file": ("{tmp}/nothing", *AGAINST),
 }
 
 

@@ -240,7 +240,7 @@ def test_what_does_not_install_says_why_and_leaves_nothing(repository, cache):
 
 @pytest.mark.parametrize("name", ["nothing", "v1.0", ""])
 def test_what_names_nothing(repository, name):
-    with pytest.raises(UserError, match="is no folder, no wheel and no revision of repository"):
+    with pytest.raises(UserError, match="is not a folder, a wheel or a revision of repository"):
         states.other(name or "''", repository, print)
 
 
