@@ -1,12 +1,12 @@
 """fastdiff makes diffusers pipelines fast without changing what they draw.
 
 >>> import fastdiff
->>> pipe = fastdiff.compile(pipe)      # in place; the same object comes back
+>>> pipe = fastdiff.compile(pipe)      # in place; returns the same object
 >>> print(fastdiff.report(pipe))       # what runs fast, what runs eagerly, and why
->>> print(fastdiff.roofline(pipe))     # what each block costs a GPU at least
->>> fastdiff.restore(pipe)             # as if nothing had happened
+>>> print(fastdiff.roofline(pipe))     # the least time each block can take on a GPU
+>>> fastdiff.restore(pipe)             # undo compile
 
-Names are resolved when they are first used, so that ``fastdiff --help`` does not import torch.
+Names are imported on first use, so ``fastdiff --help`` does not import torch.
 """
 
 from importlib import import_module

@@ -225,7 +225,7 @@ def test_restore_finds_what_was_compiled(tiny, taken):
     before = rows(pipe)
     if taken == "in place":
         assert before["unet"].runs == before["vae.decoder"].runs == "torch.compile"
-        assert "lent until it is restored" in before["unet"].why
+        assert "keeps its weights until it is restored" in before["unet"].why
     elif taken in ("replaced", "set to None"):
         assert before["unet"].runs == "eager"
     assert fastdiff.restore(pipe) is pipe
