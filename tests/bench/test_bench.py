@@ -239,7 +239,7 @@ def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, dem
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     for engines, sentence in (
-        (folder, f"{file} is not what was written; copy it again, or export again"),
+        (folder, f"{file} differs from what was written; copy it again, or export again"),
         (tmp_path, f"{tmp_path} holds no engine"),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -266,7 +266,7 @@ def test_what_the_engine_has_no_input_for_runs_eagerly(on_ort):
     mask = torch.ones(1, 77)
     with (
         torch.no_grad(),
-        pytest.warns(RuntimeWarning, match="encoder_attention_mask, which is no input"),
+        pytest.warns(RuntimeWarning, match="encoder_attention_mask, which is not an input"),
     ):
         on_ort.unet(sample, 5, text, encoder_attention_mask=mask)
 
@@ -309,7 +309,7 @@ BAD = {
         folder, parts=[{"file": "unet/model.onnx"}]
     ),
     "holds no unet": lambda folder: edit(folder, parts=[]),
-    "is not what was written": lambda folder: truncate(folder / "unet/model.onnx"),
+    "differs from what was written": lambda folder: truncate(folder / "unet/model.onnx"),
 }
 
 

@@ -201,7 +201,7 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
     )
     with (source / "unet/model.onnx").open("ab") as file:
         file.write(b"\0")
-    assert "unet/model.onnx is not what was written" in told(lambda d: None)
+    assert "unet/model.onnx differs from what was written" in told(lambda d: None)
     (source / "unet/model.onnx").unlink()
     assert "unet/model.onnx cannot be read" in told(lambda d: None)
 

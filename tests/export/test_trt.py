@@ -228,9 +228,9 @@ DAMAGE = {
     "schema": (edit(schema="fastdiff.engine/2"), "has schema 'fastdiff.engine/2'"),
     "version": (
         edit(version="1.0.0"),
-        f"was built by rtx 1.0.0, installed is {tensorrt_rtx.__version__}",
+        f"was built by rtx 1.0.0, but {tensorrt_rtx.__version__} is installed",
     ),
-    "flavor": (edit(flavor="other"), "was built by other; known are tensorrt and rtx"),
+    "flavor": (edit(flavor="other"), "was built by other; expected tensorrt or rtx"),
     "foreign": (edit(flavor="tensorrt"), "tensorrt needs tensorrt"),
 }
 
