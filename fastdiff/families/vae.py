@@ -209,7 +209,7 @@ def _asked(vae: Any) -> dict[str, str]:
         "use_tiling": (
             "tiling",
             "by diffusers: overlapping tiles are blended, which changes pictures larger than"
-            ' a tile; disable_tiling() and Options(vae_tiling="exact") save memory and change nothing',
+            ' a tile; disable_tiling() and Options(vae_tiling="exact") save memory exactly',
         ),
         "use_slicing": ("slicing", "by diffusers: one picture after another, all unchanged"),
     }

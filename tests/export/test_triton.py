@@ -288,7 +288,7 @@ def test_an_engine_of_one_shape_gets_its_batch_in_its_sides(tmp_path):
 def test_engines_that_triton_cannot_run_are_refused(tmp_path):
     out = ("--triton-repo", tmp_path / "models")
     source = engine(tmp_path / "rtx", flavor="rtx")
-    assert "is of TensorRT-RTX, whose plans Triton has no backend for" in refused(source, *out)
+    assert "was built by TensorRT-RTX, for which Triton has no backend" in refused(source, *out)
     source = engine(tmp_path / "scalar", inputs={"timestep": ["float32"]})
     assert "takes timestep without sides" in refused(source, *out)
     source = engine(tmp_path / "flipped")
