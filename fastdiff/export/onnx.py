@@ -29,8 +29,7 @@ BF16_OPSET = 22
 """The first opset whose convolutions take bfloat16."""
 EXTERNAL_ABOVE = 100_000_000
 """Bytes above which weights go to a separate file. Runtimes map such a file, but copy weights
-inside
-the ONNX file; and protobuf is limited to 2 GiB."""
+inside the ONNX file; and protobuf is limited to 2 GiB."""
 
 
 @dataclass(frozen=True)

@@ -15,5 +15,4 @@ class Hoisted(NamedTuple):
     share them."""
     constants: Any
     """A tree of values that all steps share. An empty tensor is switched off for now: if a
-    recording
-    has one of another shape in its place, it reads zeros."""
+    recording has one of another shape in its place, it reads zeros."""

@@ -160,8 +160,7 @@ class JointBlock:
         images: tuple[Image | None, ...] = (None, None),
     ) -> tuple[Stream, Stream | None]:
         """`row`: [B, all vectors]. `images`: for `attention` and `own`. The returned text is None
-        if
-        its result is not used."""
+        if its result is not used."""
         shift, scale, gate, *vectors = self.norm.vectors(row)
         h = picture.normed(self.norm.eps, shift, scale)
         h_text, text_vectors = None, list[Tensor]()

@@ -118,7 +118,7 @@ DAMAGED = {
     "no commit": (without("commit"), "it has no 'commit'"),
     "no rows": (without("rows"), "it has no 'rows'"),
     "float": (TABLE | {"rows": [ROW | {"config": {"block": 1.5}}]}, "should be integers"),
-    "twice": (TABLE | {"rows": [ROW, ROW]}, r"norm \(L=4096,size=2\) is there twice"),
+    "twice": (TABLE | {"rows": [ROW, ROW]}, r"norm \(L=4096,size=2\) occurs twice"),
     "unmeasured": (TABLE | {"rows": [ROW | {"measured": []}]}, "was never measured"),
     "slower": (
         TABLE | {"rows": [ROW | {"measured": [MEASURED | {"ratio": {"lo": 0.99}}]}]},
