@@ -30,7 +30,7 @@ PARTS = ("backend", "text encoders", "denoising", "VAE", "VAE × eager [95%]")
 
 
 def show(result: Result, note: str | None = None) -> None:
-    """Print `note`, the table and, below it, all that a number needs to be believed."""
+    """Print `note`, the table and, below it, legends, machine, versions and command."""
     console = tables.printer()
     if note:
         console.print(Text(note, style="yellow"), soft_wrap=True)
@@ -39,7 +39,7 @@ def show(result: Result, note: str | None = None) -> None:
     _show_parts(console, result)
     for row in result.rows:
         if row.failed:
-            line = f"{row.backend}: FAILED its receipt, so its speed is not told. {_why(row)}"
+            line = f"{row.backend}: FAILED its receipt, so no speed is shown. {_why(row)}"
             console.print(Text(line, style="bold red"))
         if row.unavailable:
             console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
@@ -48,7 +48,7 @@ def show(result: Result, note: str | None = None) -> None:
 
 
 def _show_parts(console: Any, result: Result) -> None:
-    """Which part of a picture takes what share, by the medians of its rounds."""
+    """Print each part's share of a picture, by the medians of its rounds."""
     rows = []
     for row in result.rows:
         if not row.decode_samples_ms:
@@ -65,7 +65,7 @@ def _show_parts(console: Any, result: Result) -> None:
 
 
 def show_counts(result: counters.Result) -> None:
-    """Print what a step and an image take, a line each per backend, and what the words mean."""
+    """Print the counts of a step and an image, a line each per backend, with a legend."""
     kinds = [
         kind
         for kind in KINDS
@@ -96,8 +96,8 @@ def show_counts(result: counters.Result) -> None:
     tables.show(console, result.case, head, rows, left=("per",))
     names = ("fastdiff", "torch", "diffusers", "transformers")
     for line in (
-        "step: an image of one step more, less the image; image: what its steps do not explain",
-        "launches: dispatched ops that compute or move data; MB: all they read and write;"
+        "step: the difference that one more step makes; image: all but the steps",
+        "launches: dispatched ops that compute or move data; MB: all bytes they read and write;"
         " GFLOP: products and convolutions",
         ", ".join(f"{name} {result.versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",
@@ -158,6 +158,7 @@ def _footer(result: Result) -> list[str]:
     rounds = max(len(row.samples_ms) for row in result.rows)
     return [
         f"{rounds} interleaved rounds; steps/s with text encoding, images/s with the VAE too",
+        "step err / budget: largest difference of a step from float64, and the most allowed",
         where,
         ", ".join(f"{name} {versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",

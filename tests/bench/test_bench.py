@@ -177,8 +177,8 @@ def test_a_backend_without_room_is_one_sentence(tmp_path, capsys, monkeypatch):
     code, document = run_bench(tmp_path, "eager,networks")
     assert (code, document) == (2, None)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "fastdiff: --backends networks cannot run here: memory does not suffice beside what was"
-        " prepared before it; ask for fewer backends"
+        "fastdiff: --backends networks cannot run here: not enough memory beside the backends"
+        " prepared before it; choose fewer backends"
     )
 
 
@@ -219,7 +219,7 @@ def test_a_row_is_not_eager_under_an_engines_name(tmp_path, capsys, demo_onnx):
     code, document = run_bench(tmp_path, "ort", "--engines", str(demo_onnx), *size)
     assert (code, document) == (2, None)
     sentence = (
-        "fastdiff: --backends ort cannot run here: the U-Net ran eagerly: sample has the sides"
+        "fastdiff: --backends ort cannot run here: the network ran eagerly: sample has the sides"
     )
     assert capsys.readouterr().err.splitlines()[-1].startswith(sentence)
 

@@ -299,7 +299,7 @@ def test_engines_that_triton_cannot_run_are_refused(tmp_path):
 
 def test_bad_input_is_one_sentence(demo_onnx, tmp_path):
     out = ("--triton-repo", tmp_path / "models")
-    assert f"{tmp_path} is no diffusers pipeline" in refused(tmp_path, *out)
+    assert f"{tmp_path} is not a diffusers pipeline" in refused(tmp_path, *out)
     assert f"{tmp_path} exists already" in refused(demo_onnx, "--triton-repo", tmp_path)
     assert "give one of --onnx" in refused(demo_onnx)
     assert "give one of --onnx" in refused("--onnx", tmp_path / "x", *out)
