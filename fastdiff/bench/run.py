@@ -102,7 +102,7 @@ def bench(
                     rows[name] = _unavailable(row, NO_ROOM, settings)
                 else:
                     log(traceback.format_exc())
-                    words = (str(error).strip().splitlines() or ["without a word"])[0]
+                    words = (str(error).strip().splitlines() or ["without a message"])[0]
                     why = f"it broke: {type(error).__name__}: {words}"
                     rows[name] = replace(row, unavailable=why)
             else:

@@ -287,7 +287,9 @@ def test_a_run_that_is_killed_leaves_what_it_had(tmp_path, monkeypatch):
     assert [row["backend"] for row in left["rows"]] == ["eager", "fastdiff"]
     assert all(row["receipt"]["passed"] and not row["samples_ms"] for row in prepared["rows"])
     assert all(len(row["samples_ms"]) == 2 for row in left["rows"])
-    with pytest.raises(UserError, match=r"bench\.json is incomplete: its run goes on or was ended"):
+    with pytest.raises(
+        UserError, match=r"bench\.json is incomplete: its run is still going or was ended"
+    ):
         documents.read(path)
 
 
