@@ -132,7 +132,7 @@ def _rows(document: dict[str, Any], arch: int) -> Table:
     if document.get("dry_run"):
         raise ValueError("it is from a dry run, which measured the interpreter")
     if document["arch"] != arch:
-        raise ValueError(f"it is for sm_{document['arch']}, not sm_{arch}")
+        raise ValueError(f"it is for sm_{document['arch']}, not for sm_{arch}")
     _named(document, ABOUT)
     rows: Table = {}
     for row in document["rows"]:

@@ -245,7 +245,7 @@ def test_restore_finds_what_was_compiled(tiny, taken):
 def test_a_slot_whose_place_was_given_up_is_taken_anew(tiny):
     pipe = fastdiff.compile(tiny())
     pipe.unet.compile(backend="eager")
-    with pytest.raises(UserError, match=r"unet was compiled with torch.compile already; set its"):
+    with pytest.raises(UserError, match=r"unet is compiled with torch.compile already; set its"):
         fastdiff.compile(pipe)
     first, pipe.unet._compiled_call_impl = kept_slot(pipe.unet), None
     fastdiff.compile(pipe)

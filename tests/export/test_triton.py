@@ -184,7 +184,7 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
     def of(part, what):
         return next(row for row in part["parts"] if row["file"].startswith("unet"))[what]
 
-    assert "is fastdiff.export/9, this fastdiff reads" in told(
+    assert "has schema fastdiff.export/9, this fastdiff reads" in told(
         lambda d: d.update(schema="fastdiff.export/9")
     )
     assert "export.json is damaged" in told(lambda d: d.pop("parts"))

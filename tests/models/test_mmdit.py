@@ -480,7 +480,7 @@ BAD = {
         lambda x, c: (x, c._replace(encoder_hidden_states=torch.randn(2, 0, 40)))
     ),
     "hidden_states is empty": (lambda x, c: (x, c._replace(block_controlnet_hidden_states=[]))),
-    "of 5 tokens": (
+    "has 5 tokens": (
         lambda x, c: (x, c._replace(block_controlnet_hidden_states=[torch.randn(2, 5, 48)]))
     ),
     "an IP-Adapter": (lambda x, c: (x, c._replace(ip_adapter_image_embeds=torch.randn(2, 6, 20)))),
