@@ -184,7 +184,7 @@ class Window {
       run.b_row = b_row;
       for (size_t s = 0; s < slices.size();) {
         const Slice& slice = slices[s];
-        // may read beyond the row, if that is inside both the picture and the copy
+        // joined with the slices that follow it directly in both the picture and the copy
         int64_t whole = slice.length;
         for (++s; pixel.inside && s < slices.size() &&
                   offset(slices[s]) == offset(slice) + whole; ++s)
