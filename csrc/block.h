@@ -99,8 +99,8 @@ class Block {
   static int64_t bytes(int64_t width) { return 2 * width * kQueries * 4; }
 
   // Without pairs, q is scaled and scores are exponents of e, as in eager, so that both round to
-  // float32 alike. Scores of pairs become exponents of 2 by a factor; q changes
-  // its sign if necessary, so that the largest stays the largest.
+  // float32 alike. Scores of pairs become exponents of 2 by a factor; q changes its sign if
+  // necessary, so that the largest stays the largest.
   void begin(const T* rows, int64_t ld, int64_t count, float scale) {
     count_ = count;
     vectors_ = static_cast<int>((count + W - 1) / W);
