@@ -37,7 +37,7 @@ def nvcc() -> str | None:
 
 def version() -> str:
     """The version, such as "13.0.88"."""
-    text = _said(nvcc() or "nvcc", "--version")
+    text = _output_of(nvcc() or "nvcc", "--version")
     return re.findall(r"V(\d+\.\d+\.\d+)", text)[0]
 
 
@@ -46,9 +46,9 @@ def rows(arch: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         options = ("-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}")
-        _said(nvcc() or "nvcc", *options, "-o", str(cubin), str(SOURCE))
+        _output_of(nvcc() or "nvcc", *options, "-o", str(cubin), str(SOURCE))
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass"]
-        listing = _said(*command, str(cubin))
+        listing = _output_of(*command, str(cubin))
     usage, *kernels = listing.split("\t\tFunction : ")
     usages = dict(re.findall(r"Function (\w+):\s+(REG:.*)", usage))
     return [_row(arch, usages[code.split()[0]], code) for code in kernels]
@@ -72,7 +72,7 @@ def _row(arch: int, usage: str, listing: str) -> dict[str, Any]:
     }
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -118,8 +118,8 @@ def count(draw: Callable[[int], object], steps: int, device: torch.device) -> Co
     for n in both:
         _work(draw, n, device)
     short, long = (_work(draw, n, device) for n in both)
-    step = _less(long, short, 1)
-    image = _less(short, step, steps - 1)
+    step = _difference(long, short, 1)
+    image = _difference(short, step, steps - 1)
     if device.type != "cuda":
         return Counts(step, image)
     for n in both:
@@ -134,7 +134,7 @@ def _work(draw: Callable[[int], object], steps: int, device: torch.device) -> Wo
     return dict(counter.work)
 
 
-def _less(work: Work, other: Work, times: int) -> Work:
+def _difference(work: Work, other: Work, times: int) -> Work:
     """work - times · other, in the order of KINDS, without zero entries."""
     none = Tally()
     rest = {kind: work.get(kind, none).plus(other.get(kind, none), -times) for kind in KINDS}

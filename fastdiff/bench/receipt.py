@@ -92,7 +92,7 @@ def find_truth(pipe: Any, request: Request) -> Truth:
         step=step,
         picture=draw(exact, request).image,
         picture_eager=picture_eager,
-        output=run_step(denoiser(exact), Step(_double(step.args), _double(step.kwargs))),
+        output=run_step(denoiser(exact), Step(_as_float64(step.args), _as_float64(step.kwargs))),
         outputs_eager=outputs_eager,
         eps=torch.finfo(net.dtype).eps,
     )
@@ -143,12 +143,12 @@ def _rms(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt())
 
 
-def _double(value: Any) -> Any:
+def _as_float64(value: Any) -> Any:
     """`value` with every floating-point tensor in it cast to float64."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {key: _double(item) for key, item in value.items()}
+        return {key: _as_float64(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_double(item) for item in value)
+        return type(value)(_as_float64(item) for item in value)
     return value

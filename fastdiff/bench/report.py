@@ -39,7 +39,7 @@ def show(result: Result, note: str | None = None) -> None:
     _show_parts(console, result)
     for row in result.rows:
         if row.failed:
-            line = f"{row.backend}: FAILED its receipt, so no speed is shown. {_why(row)}"
+            line = f"{row.backend}: FAILED its receipt, so no speed is shown. {_errors(row)}"
             console.print(Text(line, style="bold red"))
         if row.unavailable:
             console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
@@ -135,7 +135,7 @@ def _number(value: float | None, spec: str) -> str:
     return "same" if value == math.inf else format(value, spec)
 
 
-def _why(row: Timed) -> str:
+def _errors(row: Timed) -> str:
     receipt = row.receipt
     assert receipt is not None
     return (

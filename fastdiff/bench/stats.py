@@ -140,7 +140,7 @@ def judge(
     if not estimates:
         return []
     alpha, edges = 1 - confidence, [log(1 + floor) for floor in floors]
-    chances = [_chance(*pair) for pair in zip(estimates, edges, strict=True)]
+    chances = [_p_value(*pair) for pair in zip(estimates, edges, strict=True)]
     called = int((false_discovery_control(chances) <= alpha).sum())
     alpha *= max(called, 1) / len(estimates)
     return [_judge(*pair, alpha) for pair in zip(estimates, edges, strict=True)]
@@ -175,7 +175,7 @@ def _median(logs: NDArray[np.float64]) -> Estimate:
     return Estimate(float(np.median(logs)), error, len(logs))
 
 
-def _chance(estimate: Estimate, edge: float) -> float:
+def _p_value(estimate: Estimate, edge: float) -> float:
     """The two-sided p-value of a change beyond the floor."""
     if estimate.samples < LEAST:
         return 1.0
@@ -195,10 +195,10 @@ def _judge(estimate: Estimate, edge: float, alpha: float) -> Judged:
             return Judged(ratio, "faster", 0)
         if -edge <= lo and hi <= edge:
             return Judged(ratio, "same", 0)
-    return Judged(ratio, "inconclusive", _missing(estimate, edge, alpha))
+    return Judged(ratio, "inconclusive", _samples_needed(estimate, edge, alpha))
 
 
-def _missing(estimate: Estimate, edge: float, alpha: float) -> int:
+def _samples_needed(estimate: Estimate, edge: float, alpha: float) -> int:
     """Samples until the interval, which narrows with the root of their number, is on one side of
     the floor's edge. For an estimate at the edge itself: until it is a third of the floor."""
     least = max(1, LEAST - estimate.samples)

@@ -81,9 +81,9 @@ def draw(pipe: Any, request: Request) -> Drawing:
 @contextmanager
 def _encoded(pipe: Any, device: torch.device) -> Iterator[Callable[[], float]]:
     """Yield a function that returns the ms from now to the end of the last text encoder's call."""
-    marks = [_mark(device)]
+    marks = [_now(device)]
     hooks = [
-        module.register_forward_hook(lambda *_: marks.append(_mark(device)))
+        module.register_forward_hook(lambda *_: marks.append(_now(device)))
         for name, module in pipe.components.items()
         if name.startswith("text_encoder") and module is not None
     ]
@@ -102,7 +102,7 @@ def _encoded(pipe: Any, device: torch.device) -> Iterator[Callable[[], float]]:
             hook.remove()
 
 
-def _mark(device: torch.device) -> Any:
+def _now(device: torch.device) -> Any:
     """The present time: on a GPU an event on its stream, which does not wait for it; else the
     host's clock."""
     if device.type != "cuda":

@@ -41,7 +41,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
             why.
     """
     options = chosen(options, keywords)
-    parts = _left(target, options)
+    parts = _not_ignored(target, options)
     _refuse_compiled(parts)
     from fastdiff.compiler.ahead import kernels
     from fastdiff.compiler.parts import denoiser_name
@@ -51,7 +51,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     parts = told(target, parts, options)
 
     if not parts and not options.ignore:
-        raise UserError(_nothing(target, _eager_parts(target)))
+        raise UserError(_nothing_fast(target, _eager_parts(target)))
     for module, _ in parts.values():
         if slot_of(module) is None and (lost := kept_slot(module)) is not None:
             lost.end()  # another call was put in its place, and removed again
@@ -68,7 +68,7 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
             if slot.refused and slot.kind.runner != FASTDIFF:
                 raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
         if slots and all(slot.refused for slot in slots):
-            raise UserError(_nothing(target, {slot.name: str(slot.refused) for slot in slots}))
+            raise UserError(_nothing_fast(target, {slot.name: str(slot.refused) for slot in slots}))
         made = kernels(target, slots, options.warm)
         for slot in slots:
             slot.kernels = made
@@ -208,7 +208,7 @@ def _notes(slot: Slot) -> list[str]:
     return notes + [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
 
 
-def _nothing(target: Any, reasons: dict[str, str]) -> str:
+def _nothing_fast(target: Any, reasons: dict[str, str]) -> str:
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return f"nothing in this {type(target).__name__} can be made fast: {why}"
 
@@ -231,7 +231,7 @@ def _refuse_compiled(parts: dict[str, Any]) -> None:
             )
 
 
-def _left(target: Any, options: Options) -> dict[str, Any]:
+def _not_ignored(target: Any, options: Options) -> dict[str, Any]:
     """The parts of `target` that `options` do not ignore."""
     found = _parts(target)
     if options.ignore:

@@ -120,7 +120,7 @@ class Denoising:
                 self.noises.clear()
             noise = self.noises.get(i)
             if run.draws and noise is None:
-                noise = self._draw()
+                noise = self._draw_noise()
                 if guarded:
                     self.noises[i] = noise
             run.advance(noise)
@@ -131,7 +131,7 @@ class Denoising:
             if guarded and looked_at and not run.finite():
                 return mark
             if call.callback is not None:
-                self._look(call.callback, run, i)
+                self._run_callback(call.callback, run, i)
             self._show(i)
         return None
 
@@ -156,7 +156,7 @@ class Denoising:
         while run.at < last:
             run.advance(self.noises.get(run.at))
 
-    def _draw(self) -> Tensor:
+    def _draw_noise(self) -> Tensor:
         """The noise that the scheduler would draw: same generator, same dtype, same order."""
         noise: Tensor = randn_tensor(
             self.call.latents.shape,
@@ -175,19 +175,19 @@ class Denoising:
             if done == last or whole:
                 self.call.bar.update()
 
-    def _look(self, callback: Callback, run: Run, i: int) -> None:
+    def _run_callback(self, callback: Callback, run: Run, i: int) -> None:
         """Call the callback with the latents; apply its changes to them and to the pipeline."""
         pipe, call, version, cls = self.pipe, self.call, self.slot.version, type(self.pipe)
         standing = Standing(self.scheduler)
         latents = run.latents(call.latents.dtype)
         returned = callback(pipe, i, call.timesteps[i], {"latents": latents})
-        self.latents = _tensor("latents", returned.pop("latents", latents))
+        self.latents = _as_tensor("latents", returned.pop("latents", latents))
         if type(pipe) is not cls:
             raise UserError(
                 f"callback_on_step_end made the pipeline a {type(pipe).__name__}, while it draws;"
                 " do that between two pictures"
             )
-        before, self.given = self.given, self._told(returned)
+        before, self.given = self.given, self._conditions_after(returned)
         if run.at == len(call.timesteps):
             return  # no step follows, so other changes do not matter
         try:
@@ -201,44 +201,46 @@ class Denoising:
         assert latents is not None
         alike = latents.shape == made.shape and latents.dtype == made.dtype
         alike = alike and latents.device == made.device
-        _leave(not alike, "returned latents of another shape, dtype or device")
+        _unsupported_if(not alike, "returned latents of another shape, dtype or device")
         for name, field in self.call.plan.replaced.items():
             first, now = getattr(self.call.conditions, field), getattr(self.given, field)
             other = now is not first and now.shape != first.shape
-            _leave(other, f"returned {name} of another shape")
+            _unsupported_if(other, f"returned {name} of another shape")
         name = self.call.network
-        _leave(slot_of(getattr(pipe, name)) is not self.slot, f"replaced the {name}")
-        _leave(pipe.scheduler is not self.scheduler, "replaced the scheduler")
-        _leave(not standing.holds(), "changed the scheduler")
+        _unsupported_if(slot_of(getattr(pipe, name)) is not self.slot, f"replaced the {name}")
+        _unsupported_if(pipe.scheduler is not self.scheduler, "replaced the scheduler")
+        _unsupported_if(not standing.holds(), "changed the scheduler")
         try:
             refuse_foreign(self.scheduler)
         except NotLinear as reason:
-            _leave(True, f"changed the scheduler ({reason})")
-        _leave(pipe.do_classifier_free_guidance != self.guided, "switched guidance on or off")
+            _unsupported_if(True, f"changed the scheduler ({reason})")
+        _unsupported_if(
+            pipe.do_classifier_free_guidance != self.guided, "switched guidance on or off"
+        )
         try:
             denoiser = self._offer()
         except Unsupported as reason:
-            _leave(True, f"changed the {name} beyond what fastdiff computes ({reason})")
-        _leave(denoiser.network is not run.network, f"replaced parts of the {name}")
-        if changed or self._adapted or self.slot.version != version:
+            _unsupported_if(True, f"changed the {name} beyond what fastdiff computes ({reason})")
+        _unsupported_if(denoiser.network is not run.network, f"replaced parts of the {name}")
+        if changed or self._uses_ip_adapters or self.slot.version != version:
             hoisted = self._hoist()
             what = "switched on an IP-Adapter that was off, or returned other embedding shapes"
-            _leave(not run.takes(hoisted), what)
+            _unsupported_if(not run.takes(hoisted), what)
             run.condition(hoisted)
         run.set_latents(latents)
         run.guide(*self._guidance())
 
     @property
-    def _adapted(self) -> bool:
+    def _uses_ip_adapters(self) -> bool:
         """Whether the hoisted values depend on more than the conditions: on IP-Adapter scales."""
         pictures = self.call.plan.pictures
         return bool(pictures) and getattr(self.given, pictures) is not None
 
-    def _told(self, returned: dict[str, Any]) -> Any:
+    def _conditions_after(self, returned: dict[str, Any]) -> Any:
         """The network's conditions after a callback has returned embeddings."""
         others = carried(self.pipe, self.call.plan)
         others |= {
-            field: _tensor(name, returned[name])
+            field: _as_tensor(name, returned[name])
             for name, field in self.call.plan.replaced.items()
             if name in returned and getattr(self.given, field) is not None
         }
@@ -281,7 +283,7 @@ def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
     return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def _as_tensor(name: str, value: Any) -> Tensor:
     """`value`, if it is a tensor; the callback returned it as `name`."""
     if not isinstance(value, Tensor):
         raise UserError(
@@ -290,7 +292,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     return value
 
 
-def _leave(condition: bool, what: str) -> None:
+def _unsupported_if(condition: bool, what: str) -> None:
     """Raise Unsupported if a callback did something that only diffusers' loop can follow."""
     if condition:
         raise Unsupported(f"after callback_on_step_end {what}")

@@ -123,7 +123,7 @@ def _planned(own: Any) -> Any:
             given.arguments["latents"] = latents
         # a pipeline stores the state of its call in itself: a second thread has to wait
         with loop.lock:
-            entered = _Entered(loop, tuple(given.arguments.values()))  # `_entered` finds it here
+            entered = _Entered(loop, tuple(given.arguments.values()))  # `_call_in` finds it here
             loop.running += 1
             try:
                 return own.__call__(*given.args, **given.kwargs)
@@ -140,9 +140,9 @@ def _planned(own: Any) -> Any:
     def enter(pipe: Any, frame: FrameType, bar: Any) -> _Entered | None:
         """Run the plan as far as possible at the first read in `frame`; None if `frame` is not
         ours."""
-        entered = _entered(frame, entry.__code__)
+        entered = _call_in(frame, entry.__code__)
         if entered is None:
-            _count_stranger(pipe, frame.f_locals)
+            _count_foreign_call(pipe, frame.f_locals)
         elif not entered.asked:
             entered.asked = True
             entered.passed = _run(pipe, entered, frame, bar)
@@ -165,7 +165,7 @@ def _planned(own: Any) -> Any:
         if frame.f_code is loop_code and iterable is None:
             entered = enter(self, frame, bar)
             if entered is not None and entered.passed:
-                _leave_none(frame, plan.results)
+                _skip_loop(frame, plan.results)
         return bar
 
     def reduce(self: Any, protocol: int) -> Any:
@@ -187,7 +187,7 @@ def _planned(own: Any) -> Any:
     return made
 
 
-def _entered(frame: FrameType, call: CodeType) -> _Entered | None:
+def _call_in(frame: FrameType, call: CodeType) -> _Entered | None:
     """The call whose loop `frame` runs; None if anything but our own `call` called it, since a
     stranger may keep the latents, or run the loop twice."""
     caller = frame.f_back
@@ -199,13 +199,13 @@ def _entered(frame: FrameType, call: CodeType) -> _Entered | None:
     return entered
 
 
-def _count_stranger(pipe: Any, local: Mapping[str, Any]) -> None:
+def _count_foreign_call(pipe: Any, local: Mapping[str, Any]) -> None:
     loop = loop_of(pipe)
     if loop is not None and local.get("i", 0) == 0:
         loop.own["its __call__ was called by something other than the compiled pipeline"] += 1
 
 
-def _leave_none(frame: FrameType, results: Iterable[str]) -> None:
+def _skip_loop(frame: FrameType, results: Iterable[str]) -> None:
     """Set the loop's timesteps to none, and the variables that its last step would set to the
     result."""
     local = frame.f_locals
@@ -221,7 +221,7 @@ def _run(pipe: Any, entered: _Entered, frame: FrameType, bar: Any) -> int:
     loop = entered.loop
     try:
         call = call_of(pipe, frame.f_locals, frame.f_globals, bar)
-        if call.callback is not None and _among(call.conditions, entered.given):
+        if call.callback is not None and _includes_any(call.conditions, entered.given):
             raise Unsupported("a callback may change the embeddings that were passed to the call")
         denoising = Denoising(pipe, call)
     except (Unsupported, NotLinear) as reason:
@@ -235,7 +235,7 @@ def _run(pipe: Any, entered: _Entered, frame: FrameType, bar: Any) -> int:
     return done
 
 
-def _among(conditions: Iterable[Any], given: Iterable[Any]) -> bool:
+def _includes_any(conditions: Iterable[Any], given: Iterable[Any]) -> bool:
     """Whether one of `conditions` is the same object as a tensor in `given`."""
     known = {id(value) for value in given if isinstance(value, Tensor)}
     return any(id(condition) in known for condition in conditions)

@@ -15,10 +15,10 @@ def told(target: Any, parts: Taken, options: Options) -> Taken:
     Raises UserError if one of them is already compiled with other options, or if the chosen backend
     cannot run.
     """
-    return _with_engine(target, _tiled(_searched(parts, options), options), options)
+    return _with_engine(target, _with_tiling(_with_tactics(parts, options), options), options)
 
 
-def _tiled(parts: Taken, options: Options) -> Taken:
+def _with_tiling(parts: Taken, options: Options) -> Taken:
     """`parts` with a decoder that works in strips, if `options` choose that."""
     exact = options.vae_tiling == "exact"
     if exact and not any(kind.cuts is not None for _, kind in parts.values()):
@@ -30,7 +30,7 @@ def _tiled(parts: Taken, options: Options) -> Taken:
     return {n: (m, in_strips(kind) if exact else kind) for n, (m, kind) in parts.items()}
 
 
-def _searched(parts: Taken, options: Options) -> Taken:
+def _with_tactics(parts: Taken, options: Options) -> Taken:
     """`parts` with cuDNN's plans searched or not, as `options` say."""
     for name, (module, _) in parts.items():
         slot = slot_of(module)

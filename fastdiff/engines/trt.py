@@ -133,7 +133,7 @@ def build(flavor: str, onnx: Path, order: Order, watch: Watch) -> Any:
     if plan is None:
         raise UserError(f"{flavor} cannot build {onnx.parent.name} for {order.target}: {log.why()}")
     if order.timing_cache is not None:
-        with _named(order.timing_cache):
+        with _file_errors(order.timing_cache):
             partial = order.timing_cache.with_name(f".{order.timing_cache.name}.partial")
             partial.write_bytes(timings.serialize())
             partial.replace(order.timing_cache)
@@ -210,7 +210,7 @@ def _timing_cache(config: Any, flavor: str, file: Path | None) -> Any:
     """The cache that the build uses and fills, if any. UserError if the library keeps none."""
     if file is None:
         return None
-    with _named(file):
+    with _file_errors(file):
         content = file.read_bytes() if file.exists() else b""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -224,7 +224,7 @@ def _timing_cache(config: Any, flavor: str, file: Path | None) -> Any:
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
+def _file_errors(file: Path) -> Iterator[None]:
     """Turn an OSError about a file into a UserError."""
     try:
         yield

@@ -127,12 +127,13 @@ def exportable(net: nn.Module) -> nn.Module:
     """A copy of the network on the same weights, with the modules in `EXPORTED` replaced."""
     own = copy.copy(net)
     own._modules = {
-        name: child if child is None else _told(child) for name, child in net._modules.items()
+        name: child if child is None else _exportable_child(child)
+        for name, child in net._modules.items()
     }
     return own
 
 
-def _told(module: nn.Module) -> nn.Module:
+def _exportable_child(module: nn.Module) -> nn.Module:
     if made := EXPORTED.get(type(module).__name__):
         return made(module)
     within = any(type(child).__name__ in EXPORTED for child in module.modules())

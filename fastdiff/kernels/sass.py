@@ -69,10 +69,10 @@ def read(cubins: Sequence[bytes], arch: int, cuobjdump: str, nvdisasm: str) -> l
         usages = []
         for cubin in cubins:
             path.write_bytes(cubin)
-            usages.append(_said(cuobjdump, "--dump-resource-usage", str(path)))
+            usages.append(_output_of(cuobjdump, "--dump-resource-usage", str(path)))
         texts = [text_of(cubin) for cubin in cubins]
         path.write_bytes(b"".join(texts))
-        listing = _said(nvdisasm, "--binary", target, "--no-dataflow", str(path))
+        listing = _output_of(nvdisasm, "--binary", target, "--no-dataflow", str(path))
     return parse(usages, listing, list(map(len, texts)))
 
 
@@ -105,7 +105,7 @@ def text_of(cubin: bytes) -> bytes:
     return texts[0]
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -116,10 +116,12 @@ def _code(usage: str, code: Sequence[tuple[str, list[str]]]) -> Code:
     registers, stack, local = map(int, found.groups())
     if not any(name == "EXIT" for name, _ in code):
         raise RuntimeError(f"nvdisasm printed no complete kernel: {code[-3:]}")
-    return Code(registers, stack + local, Counter(_of(code, LOADS)), Counter(_of(code, STORES)))
+    return Code(
+        registers, stack + local, Counter(_widths(code, LOADS)), Counter(_widths(code, STORES))
+    )
 
 
-def _of(code: Sequence[tuple[str, list[str]]], names: tuple[str, ...]) -> Iterator[int]:
+def _widths(code: Sequence[tuple[str, list[str]]], names: tuple[str, ...]) -> Iterator[int]:
     return (_width(name, parts) for name, parts in code if name in names)
 
 

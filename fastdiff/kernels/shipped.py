@@ -85,10 +85,10 @@ def ship(
                 raise UserError(f"{answer.job.kernel} cannot be compiled: {answer.error}")
             keys[answer.at] = answer.key
             told(len(keys))
-        return _gathered(folder, of, jobs, keys, Path(cache))
+        return _collected(folder, of, jobs, keys, Path(cache))
 
 
-def _gathered(
+def _collected(
     folder: Path, of: str, jobs: Sequence[Job], keys: Mapping[int, str], cache: Path
 ) -> Shipped:
     """The folder, filled from one of Triton's caches."""
@@ -143,7 +143,7 @@ def read(folder: Path) -> Shipped:
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema!r}, this fastdiff reads {SCHEMA}; {AGAIN}")
     try:
-        shipped = _from(folder, told)
+        shipped = _parsed(folder, told)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
     for kernel in shipped.kernels:
@@ -201,7 +201,7 @@ def install(shipped: Shipped, arch: int) -> None:
             _put(path, _bytes(shipped.folder, module.binary))
 
 
-def _from(folder: Path, told: dict[str, Any]) -> Shipped:
+def _parsed(folder: Path, told: dict[str, Any]) -> Shipped:
     def file(value: dict[str, str]) -> File:
         made = File(**value)
         if Path(made.file).name != made.file:

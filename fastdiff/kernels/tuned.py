@@ -68,7 +68,7 @@ def tunable(op: str) -> Callable[[Callable[P, C]], Callable[P, C]]:
                 config = config if forced[op] is None else forced[op]
             elif rows := table(arguments["arch"]):
                 row = rows.get((op, key(arguments)))
-                config = config if row is None else _like(config, row, op, arguments)
+                config = config if row is None else _config_from(config, row, op, arguments)
             if (picks := _picks.get()) is not None:
                 picks.append(Pick(op, arguments, config))
             return config
@@ -159,7 +159,7 @@ def _integers(mapping: Mapping[str, Any]) -> dict[str, int]:
     return dict(mapping)
 
 
-def _like(rule: Any, row: Mapping[str, int], op: str, arguments: Mapping[str, int]) -> Any:
+def _config_from(rule: Any, row: Mapping[str, int], op: str, arguments: Mapping[str, int]) -> Any:
     """A configuration of the default's class, from a row of the table."""
     names = {field.name for field in fields(rule)}
     if other := sorted(names ^ set(row)):

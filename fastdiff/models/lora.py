@@ -211,12 +211,12 @@ def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
             tensors += part.tensors
     return _Noted(
         watch(modules, items, dicts),
-        [(names, tuple(names)) for names in _lists(layers)],
+        [(names, tuple(names)) for names in _name_lists(layers)],
         Unwritten(tensors),
     )
 
 
-def _lists(layers: list[Any]) -> Iterator[list[str]]:
+def _name_lists(layers: list[Any]) -> Iterator[list[str]]:
     """Every list of adapter names, once: layers often share one."""
     found = {
         id(names): names

@@ -90,7 +90,7 @@ def check_own(instance: Any, entries: tuple[str, ...]) -> None:
     for name in code.names & own.keys():
         where = f"{cls.__name__}.{name}"
         if isinstance(getattr(cls, name, None), FunctionType) and replaced(instance, name):
-            raise _stranger(where)
+            raise _foreign(where)
         if callable(own[name]) and not isinstance(own[name], type):
             list(_links(own[name], where))
 
@@ -135,7 +135,7 @@ def _follow(classes: Iterable[type], entries: tuple[str, ...], packages: frozens
             links = [*_links(held[name], f"{owner.__qualname__}.{name}", packages)]
             theirs = _package(owner) in packages.union(PACKAGES)
             if not theirs or (links and not _is_method(links, owner, name)):
-                raise _stranger(f"{owner.__qualname__}.{name}", links)
+                raise _foreign(f"{owner.__qualname__}.{name}", links)
             for function in links:
                 todo += _scan(function, found, packages)
     return Reached([*found.values()], [held for _, held in spaces], frozenset(names))
@@ -161,7 +161,7 @@ def _scan(
             theirs = [link for link in links if _root(link.__module__) in followed]
             called = getattr(value, "__name__", name) if held is not outside else name
             if called.strip("_") != name.strip("_") or (theirs and not _is_helper(links, name)):
-                raise _stranger(where, links)
+                raise _foreign(where, links)
             for link in theirs if name != _DRAWN else ():
                 yield from _scan(link, found, packages)
 
@@ -184,7 +184,7 @@ def _links(
             package = _root(value.__globals__.get("__name__"))
             yield value
         if package not in packages.union(_KNOWN) or isinstance(value, partial | partialmethod):
-            raise _stranger(where, [value])
+            raise _foreign(where, [value])
         value = getattr(value, "__wrapped__", None)
 
 
@@ -211,7 +211,7 @@ def _is_helper(links: list[FunctionType], name: str) -> bool:
     return any(link.__code__.co_qualname == name for link in links)
 
 
-def _stranger(where: str, links: list[Any] | None = None) -> Unsupported:
+def _foreign(where: str, links: list[Any] | None = None) -> Unsupported:
     """`where`: the function's name; `links`: what was found in its place."""
     now = "".join(f": {getattr(link, '__qualname__', link)}" for link in (links or [])[-1:])
     return Unsupported(f"{where} is not its library's own{now}")

@@ -66,7 +66,7 @@ class Lent:
         self, parameter: Tensor, view: Tensor | None = None, homes: list[Home] | None = None
     ) -> None:
         self.parameter, self._view = parameter, view
-        self._stride, self._at_home = _dense(parameter), True
+        self._stride, self._at_home = _home_strides(parameter), True
         self._homes = [] if homes is None else homes
         self._homes[:] = [home for home in self._homes if home.is_of(parameter)]
         self.address = parameter.data_ptr()
@@ -119,7 +119,7 @@ class Lent:
         self.address = memory.data_ptr()
 
 
-def _dense(parameter: Tensor) -> tuple[int, ...]:
+def _home_strides(parameter: Tensor) -> tuple[int, ...]:
     """The strides at home: the parameter's, or contiguous ones if those leave gaps."""
     former = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
     last = former.ndim == 4 and former.is_contiguous(memory_format=torch.channels_last)
@@ -140,7 +140,7 @@ class Gate:
         self._modules: list[Any] = list(modules)
         self._lent, self._go_home = lent, go_home
         for module in self._modules:
-            module._state_dict_pre_hooks[_KEY] = self._ask
+            module._state_dict_pre_hooks[_KEY] = self._before_reading
             module._state_dict_hooks[_KEY] = self._hand_out
             # before other hooks change the entries
             module._state_dict_hooks.move_to_end(_KEY, last=False)
@@ -154,7 +154,7 @@ class Gate:
                 vars(module).pop(_GETSTATE)
         self._modules = []
 
-    def _ask(self, *_: Any) -> None:
+    def _before_reading(self, *_: Any) -> None:
         self._go_home()
 
     def _hand_out(self, module: nn.Module, state: Any, prefix: str, *_: Any) -> None:

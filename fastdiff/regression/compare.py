@@ -68,7 +68,13 @@ def compare(pair: Pair, command: str, floor: float | None = None) -> Comparison:
         paired=pair.taken_in_turn,
         command=command,
         case=" / ".join(cases),
-        differences=(*other, *machines, *updates, *_silent(pair), *_undrawn(pair)),
+        differences=(
+            *other,
+            *machines,
+            *updates,
+            *_without_counters(pair),
+            *_without_drawing(pair),
+        ),
     )
 
 
@@ -78,7 +84,7 @@ def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Rati
     both = [name for name in base if name in new and base[name].times and new[name].times]
     lines = [
         replace(_timed(name, base.get(name), new.get(name)), note=why)
-        for name, why in _lonely(pair.base, pair.new, both)
+        for name, why in _one_sided(pair.base, pair.new, both)
     ]
     if apart:
         note = f"{apart[0]}; measure both on one machine, in turn (fastdiff compare)"
@@ -92,7 +98,7 @@ def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Rati
             replace(
                 line,
                 verdict=found.verdict,
-                note=_needs(found, unit),
+                note=_advice(found, unit),
                 ratio=found.ratio.median,
                 lo=found.ratio.lo,
                 hi=found.ratio.hi,
@@ -141,7 +147,7 @@ def _middle_of_rows(rows: Iterable[Sequence[float]]) -> float:
 def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: bool) -> list[Line]:
     base, new = pair.base.counts, pair.new.counts
     lines = []
-    if undrawn := _undrawn(pair):
+    if undrawn := _without_drawing(pair):
         base, new = ({k: n for k, n in side.items() if n[1] not in DRAWN} for side in (base, new))
         if pair.base.drawn:  # a former gate must not disappear silently
             lines.append(
@@ -155,7 +161,7 @@ def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: boo
     if base and not new:
         note = "NEW has no counters, but BASE does"
         return [Line("counters", "count", "", None, None, "incomparable", note)]
-    if _silent(pair):
+    if _without_counters(pair):
         return lines
     for name in [*base, *new]:
         if name not in both:
@@ -179,13 +185,13 @@ def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: boo
     return lines
 
 
-def _silent(pair: Pair) -> list[str]:
+def _without_counters(pair: Pair) -> list[str]:
     """Whether one of the two states has no counters, as it is older than them."""
     silent = [name for name, side in (("BASE", pair.base), ("NEW", pair.new)) if not side.counts]
     return [f"{silent[0]} has no counters, so none are compared"] if len(silent) == 1 else []
 
 
-def _undrawn(pair: Pair) -> list[str]:
+def _without_drawing(pair: Pair) -> list[str]:
     """Whether only one of two counts drew pictures, so that the other lacks their rows."""
     if None in (pair.base.drawn, pair.new.drawn) or pair.base.drawn == pair.new.drawn:
         return []
@@ -235,7 +241,7 @@ def _wrong(pair: Pair) -> list[Line]:
     return lines
 
 
-def _lonely(base: Side, new: Side, both: list[str]) -> list[tuple[str, str]]:
+def _one_sided(base: Side, new: Side, both: list[str]) -> list[tuple[str, str]]:
     """Rows for which one state has no times, and why."""
     known = set(both)
     found = []
@@ -267,7 +273,7 @@ def _middle(times: tuple[tuple[float, ...], ...]) -> float | None:
     return float(np.median(samples)) if samples else None
 
 
-def _needs(found: Judged, unit: str) -> str:
+def _advice(found: Judged, unit: str) -> str:
     if found.verdict != "inconclusive":
         return ""
     return f"about {found.missing} more {unit} would settle it"

@@ -62,7 +62,7 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
     path = Path(against)
     if path.suffix == ".whl" and path.is_file():
         key = hashlib.sha256(path.read_bytes()).hexdigest()
-        return _kept(path.name, None, key, log, lambda _: path.resolve(), root)
+        return _cached(path.name, None, key, log, lambda _: path.resolve(), root)
     sha = _git(root, "rev-parse", "--verify", "--quiet", f"{against}^{{commit}}")
     if path.is_dir() and sha:
         raise UserError(
@@ -71,7 +71,7 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
     if path.is_dir():
         source = path.resolve()
         commit = _git(source, "describe", "--always", "--dirty")
-        return _kept(against, commit, _content(source), log, lambda to: _copy(source, to), source)
+        return _cached(against, commit, _content(source), log, lambda to: _copy(source, to), source)
     if sha is None:
         raise UserError(
             f"--against {against} is not a folder, wheel or revision of {root.name}; "
@@ -83,7 +83,7 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
     def bring(folder: Path) -> Path:
         return _worktree(top, sha, folder) / inside
 
-    return _kept(against, sha[:7], f"{sha} {inside}", log, bring, None)
+    return _cached(against, sha[:7], f"{sha} {inside}", log, bring, None)
 
 
 def cache() -> Path:
@@ -92,7 +92,7 @@ def cache() -> Path:
     return Path(base) / "fastdiff" / "states"
 
 
-def _kept(
+def _cached(
     name: str,
     commit: str | None,
     content: str,
@@ -215,7 +215,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _forget_oldest(current: Path) -> None:
     """Remove the least recently used environments, except those in use."""
-    made = {ready: _touched(ready) for ready in cache().glob("*/ready.json")}
+    made = {ready: _last_used(ready) for ready in cache().glob("*/ready.json")}
     for ready in sorted(made, key=lambda ready: made[ready])[:-KEPT]:
         folder = ready.parent
         with folder.with_suffix(".lock").open("w") as handle, suppress(OSError):
@@ -225,7 +225,7 @@ def _forget_oldest(current: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _touched(file: Path) -> float:
+def _last_used(file: Path) -> float:
     try:
         return file.stat().st_mtime
     except FileNotFoundError:  # another run has just removed it

@@ -71,10 +71,10 @@ def runner(device: torch.device, searches: bool) -> graphs.Runner:
     plans."""
     if device.type == graphs.DEVICE and searches and tactics.allowed() and not observed():
         return tactics.run
-    return _here
+    return _call
 
 
-def _here(function: Callable[..., T], *args: Any) -> T:
+def _call(function: Callable[..., T], *args: Any) -> T:
     return function(*args)
 
 
