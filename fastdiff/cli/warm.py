@@ -23,7 +23,7 @@ def warm(
     from fastdiff.bench.blueprints import of_folder, of_preset
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.progress import phases
-    from fastdiff.compiler.asked import jobs_of
+    from fastdiff.compiler.own_size import jobs_of
     from fastdiff.demo import DEMO_FOLDER
     from fastdiff.export.folder import check_new, new_folder
     from fastdiff.families import Sizes

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastdiff.compiler.found import forget, remember, remembered, torch_compiled
 from fastdiff.compiler.options import FASTDIFF, LOOP, Options, chosen
 from fastdiff.compiler.slot import Slot, kept_slot, slot_of
+from fastdiff.compiler.taken import forget, remember, remembered, torch_compiled
 from fastdiff.errors import UserError
 from fastdiff.families import plain
 from fastdiff.tables import amount
@@ -44,11 +44,11 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
     parts = _not_ignored(target, options)
     _refuse_compiled(parts)
     from fastdiff.compiler.ahead import kernels
+    from fastdiff.compiler.configured import configured
     from fastdiff.compiler.parts import denoiser_name
     from fastdiff.compiler.pipelines import take_loop
-    from fastdiff.compiler.told import told
 
-    parts = told(target, parts, options)
+    parts = configured(target, parts, options)
 
     if not parts and not options.ignore:
         raise UserError(_nothing_fast(target, _eager_parts(target)))

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastdiff.compiler.asked import own_size
+from fastdiff.compiler.own_size import own_size
 from fastdiff.errors import UserError
 from fastdiff.families import Kind
 from fastdiff.kernels.contract import Launch, architecture

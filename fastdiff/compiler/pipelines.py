@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils import _contextlib
 
-from fastdiff.compiler.begun import call_of
 from fastdiff.compiler.denoise import Denoising
+from fastdiff.compiler.loop_call import call_of
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original
 from fastdiff.recipes import packages_of, recipe_of, recipe_of_class

@@ -21,8 +21,8 @@ from diffusers import (
 from torch import nn
 
 import fastdiff
-from fastdiff.compiler.found import remembered
 from fastdiff.compiler.slot import Slot, kept_slot, slot_of
+from fastdiff.compiler.taken import remembered
 from fastdiff.errors import UserError
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.models.borrow import Loan

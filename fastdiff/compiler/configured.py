@@ -9,7 +9,7 @@ from fastdiff.errors import UserError
 from fastdiff.families import Taken
 
 
-def told(target: Any, parts: Taken, options: Options) -> Taken:
+def configured(target: Any, parts: Taken, options: Options) -> Taken:
     """`parts` of a target, changed as `options` say.
 
     Raises UserError if one of them is already compiled with other options, or if the chosen backend
