@@ -23,7 +23,7 @@ class Row:
     """Whether to draw a line above the row."""
 
 
-def amount(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """ "1 call", "2 calls"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 

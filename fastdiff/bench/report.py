@@ -148,7 +148,8 @@ def _errors(row: Timed) -> str:
 def _footer(result: Result) -> list[str]:
     machine, versions = result.machine, result.versions
     gpu: dict[str, Any] | None = machine["gpu"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    cores, threads = machine["cores"], machine["threads"]
+    where = f"{machine['cpu']}, {tables.plural(cores, 'core')}, {tables.plural(threads, 'thread')}"
     if gpu:
         where = f"{gpu['name']} (driver {gpu['driver']}, CUDA {gpu['cuda']}), {where}"
     names = ["fastdiff", "python", "torch", "diffusers", "transformers", "triton"]

@@ -72,7 +72,8 @@ def _measured(roofline: Roofline) -> bool:
 
 def _title(roofline: Roofline) -> str:
     r = roofline
-    return f"{r.pipeline}, {r.dtype}, {r.width}×{r.height}, {r.steps} steps, on {r.gpu.name}"
+    steps = tables.plural(r.steps, "step")
+    return f"{r.pipeline}, {r.dtype}, {r.width}×{r.height}, {steps}, on {r.gpu.name}"
 
 
 def _footer(roofline: Roofline, measured: bool) -> list[str]:

@@ -12,7 +12,7 @@ from fastdiff.compiler.slot import Slot, kept_slot, slot_of
 from fastdiff.compiler.taken import forget, remember, remembered, torch_compiled
 from fastdiff.errors import UserError
 from fastdiff.families import plain
-from fastdiff.tables import amount
+from fastdiff.tables import plural
 
 __all__ = ["Options", "Report", "compile", "report", "restore"]
 
@@ -150,7 +150,7 @@ def report(target: Any) -> Report:
         if loop is None:
             return Part(LOOP, "diffusers", "a few numbers per step")
         notes = [f"{count} ran in diffusers' own loop: {why}" for why, count in loop.own.items()]
-        return Part(LOOP, "fastdiff", "; ".join([amount(loop.planned, "loop"), *notes]))
+        return Part(LOOP, "fastdiff", "; ".join([plural(loop.planned, "loop"), *notes]))
 
     ours = [_part(name, module) for name, (module, _) in parts.items()]
     if hasattr(target, "scheduler"):
@@ -199,12 +199,12 @@ def _part(name: str, module: nn.Module) -> Part:
         return Part(name, "eager", "not compiled")
     if slot.refused is not None:
         return Part(name, "eager", "; ".join([slot.refused, *notes]))
-    return Part(name, slot.kind.runner, "; ".join([amount(slot.fast, "call"), *notes]))
+    return Part(name, slot.kind.runner, "; ".join([plural(slot.fast, "call"), *notes]))
 
 
 def _notes(slot: Slot) -> list[str]:
     notes = [] if slot.network is None else slot.kind.notes(slot.network)
-    notes += [f"{amount(count, 'call')} ran eagerly: {why}" for why, count in slot.eager.items()]
+    notes += [f"{plural(count, 'call')} ran eagerly: {why}" for why, count in slot.eager.items()]
     return notes + [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
 
 

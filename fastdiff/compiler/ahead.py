@@ -25,7 +25,7 @@ from fastdiff.kernels.jobs import job_of
 from fastdiff.kernels.pool import compile_jobs
 from fastdiff.kernels.shipped import Shipped, differences, install, read
 from fastdiff.runtime.planned import Run, kernels_of
-from fastdiff.tables import amount
+from fastdiff.tables import plural
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Ahead:
             missing = self._unpack(self._shipped, missing)
             parts.append(f"{before - len(missing)} from {self._shipped.folder}")
         self.total = len(missing)
-        self.said = f"{amount(len(jobs), 'kernel')}, {len(missing)} of them being compiled"
+        self.said = f"{plural(len(jobs), 'kernel')}, {len(missing)} of them being compiled"
         failed = []
         if missing:
             for answer in compile_jobs(missing):
@@ -166,10 +166,10 @@ class Ahead:
         if failed:
             first = failed[0]
             self.wrong = (
-                f"{len(failed)} of {len(jobs)} kernels could not be compiled ahead of their"
-                f" first launch; {first.job.kernel}: {first.error}"
+                f"{len(failed)} of {plural(len(jobs), 'kernel')} could not be compiled ahead of"
+                f" their first launch; {first.job.kernel}: {first.error}"
             )
-        self.said = f"{amount(len(jobs), 'kernel')}: {', '.join(parts)}"
+        self.said = f"{plural(len(jobs), 'kernel')}: {', '.join(parts)}"
 
     def _unpack(self, shipped: Shipped, missing: list[Any]) -> list[Any]:
         """Copy what the folder has into Triton's cache; return the jobs that are still missing."""
@@ -184,7 +184,7 @@ class Ahead:
         if missing:
             why = "; ".join(reasons) or f"it was made for {shipped.of}"
             self.wrong = (
-                f"{shipped.folder} lacks {amount(len(missing), 'kernel')} of this pipeline; now"
+                f"{shipped.folder} lacks {plural(len(missing), 'kernel')} of this pipeline; now"
                 f" compiled: {why}"
             )
         return missing

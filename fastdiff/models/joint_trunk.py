@@ -19,6 +19,7 @@ from fastdiff.models.joint import JointBlock
 from fastdiff.models.patches import Patches, Positions, borrow_patches
 from fastdiff.models.reads import Reader
 from fastdiff.models.stream import Stream
+from fastdiff.tables import plural
 
 
 def alike(text: Tensor) -> int:
@@ -89,7 +90,9 @@ class JointTrunk:
         """[steps, n] and [G·B, D''] -> [steps, G·B, all vectors]: one product for all steps."""
         with scope("modulation"):
             many = timesteps.shape[1] > 0 and pooled.shape[0] % timesteps.shape[1] == 0
-            require(many, f"{timesteps.shape[1]} timesteps for {pooled.shape[0]} texts")
+            require(
+                many, f"{plural(timesteps.shape[1], 'timestep')} for {plural(len(pooled), 'text')}"
+            )
             embedded = F.silu(self.time_text(timesteps, pooled))
             return linear(embedded, self.modulation.weight, self.modulation.bias)
 

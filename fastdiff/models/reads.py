@@ -12,6 +12,7 @@ from torch import nn
 from fastdiff.models.lora import without_adapters
 from fastdiff.models.originals import Reached, reached
 from fastdiff.models.watch import Item, Unsupported, hooks, kind, replaced, watch
+from fastdiff.tables import plural
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 """The types of a setting's value."""
@@ -89,7 +90,7 @@ class Reads:
         """The modules of a ModuleList; there must be `count` of them, if given."""
         self.open(modules, nn.ModuleList)
         if count is not None and len(modules) != count:
-            raise Unsupported(f"{len(modules)} modules where {count} were expected")
+            raise Unsupported(f"{plural(len(modules), 'module')} where {count} were expected")
         return list(modules)
 
     def inert(self, module: Any) -> None:

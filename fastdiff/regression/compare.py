@@ -20,6 +20,7 @@ from fastdiff.bench.stats import (
 )
 from fastdiff.regression.comparison import Comparison, Line, Verdict, within
 from fastdiff.regression.documents import Pair, Side, Timed
+from fastdiff.tables import plural
 
 FLOOR, APART_FLOOR = 0.03, 0.10
 """The share by which states may differ and still count as the same: if they took turns, and if each
@@ -90,7 +91,7 @@ def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Rati
         note = f"{apart[0]}; measure both on one machine, in turn (fastdiff compare)"
         return [*lines, *(replace(_timed(n, base[n], new[n]), note=note) for n in both)], None
     estimates = [_estimate(base[name], new[name], pair.taken_in_turn) for name in both]
-    unit = "process pairs" if pair.taken_in_turn else "rounds"
+    unit = "more process pair" if pair.taken_in_turn else "more round"
     floors = [max(floor, FIRST_FLOOR) if name.endswith(FIRST) else floor for name in both]
     for name, found in zip(both, judge(estimates, floors), strict=True):
         line = _timed(name, base[name], new[name])
@@ -276,7 +277,7 @@ def _middle(times: tuple[tuple[float, ...], ...]) -> float | None:
 def _advice(found: Judged, unit: str) -> str:
     if found.verdict != "inconclusive":
         return ""
-    return f"about {found.missing} more {unit} would settle it"
+    return f"about {plural(found.missing, unit)} would settle it"
 
 
 def _value(number: Number | None) -> float | None:

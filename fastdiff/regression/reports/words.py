@@ -6,6 +6,7 @@ from typing import Any
 
 from fastdiff.bench.stats import Ratio
 from fastdiff.regression.comparison import UNDECIDED, Comparison, Line, State, Verdict
+from fastdiff.tables import plural
 
 NONE = "–"
 LONGEST = 160
@@ -78,10 +79,11 @@ def finding(comparison: Comparison) -> str:
     worse = [line for line in lines if line.verdict == "slower"]
     if worse:
         word = "larger" if all(line.kind == "count" for line in worse) else "slower"
-        return f"{len(worse)} of {len(lines)} rows got {word}"
+        return f"{len(worse)} of {plural(len(lines), 'row')} got {word}"
     undecided = sum(line.verdict in UNDECIDED for line in lines)
     if undecided:
-        return f"Nothing got slower, but {undecided} of {len(lines)} rows are undecided"
+        are = "is" if undecided == 1 else "are"
+        return f"Nothing got slower, but {undecided} of {plural(len(lines), 'row')} {are} undecided"
     return "Nothing got slower"
 
 
@@ -128,8 +130,8 @@ def where(machine: Mapping[str, Any]) -> str:
     else:
         cores, name = machine.get("cores"), cpu
     facts = [name or machine.get("processor") or machine.get("machine")]
-    facts += [f"{cores} cores"] if cores else []
-    facts += [f"{machine['threads']} threads"] if machine.get("threads") else []
+    facts += [plural(cores, "core")] if cores else []
+    facts += [plural(machine["threads"], "thread")] if machine.get("threads") else []
     if isinstance(gpu, Mapping):
         facts = [f"{gpu.get('name')} (driver {gpu.get('driver')}, CUDA {gpu.get('cuda')})", *facts]
     facts.append(machine.get("os") or machine.get("system"))
