@@ -54,8 +54,8 @@ def _with_engine(target: Any, parts: Taken, options: Options) -> Taken:
     denoised = networks(target)[own].denoised
     if own not in parts or denoised is None:
         raise UserError(
-            f"the backend {options.backend} computes a network that a denoising loop repeats, and"
-            " there is none"
+            f"the backend {options.backend} computes only a denoising network, and there is"
+            " none here"
         )
     for name in denoised.beside:
         if getattr(target, name, None) is not None:

@@ -184,7 +184,7 @@ class Denoising:
         self.latents = _as_tensor("latents", returned.pop("latents", latents))
         if type(pipe) is not cls:
             raise UserError(
-                f"callback_on_step_end made the pipeline a {type(pipe).__name__}, while it draws;"
+                f"callback_on_step_end made the pipeline a {type(pipe).__name__} while it draws;"
                 " do that between two pictures"
             )
         before, self.given = self.given, self._conditions_after(returned)

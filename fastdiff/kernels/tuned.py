@@ -141,7 +141,9 @@ def _rows(document: dict[str, Any], arch: int) -> Table:
         for case in row["measured"]:
             _named(case, MEASURED)
             if not case["ratio"]["lo"] > 1:
-                raise ValueError(f"{at[0]} ({at[1]}) is not faster than the rule on {case['case']}")
+                raise ValueError(
+                    f"{at[0]} ({at[1]}) is not faster than the default on {case['case']}"
+                )
         if not row["measured"] or at in rows:
             raise ValueError(f"{at[0]} ({at[1]}) occurs twice or was never measured")
         rows[at] = _integers(row["config"])

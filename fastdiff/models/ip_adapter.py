@@ -78,7 +78,7 @@ class IPAdapters:
         scales = [processor.scale[adapter] for processor in self.processors]
         require(
             all(isinstance(scale, int | float) for scale in scales),
-            "an IP-Adapter scale that is not a number (but one for each mask)",
+            "an IP-Adapter scale that is not a number, as with masks",
         )
         return scales
 

@@ -388,5 +388,5 @@ def test_keywords_are_options(demo_onnx, demo):
 
 
 def test_a_backend_without_a_u_net_is_refused(demo):
-    with pytest.raises(UserError, match="a denoising loop repeats, and there is none"):
+    with pytest.raises(UserError, match="only a denoising network, and there is none"):
         fastdiff.compile(copy.deepcopy(demo.vae), Options(backend="ort"))

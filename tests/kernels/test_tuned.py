@@ -122,7 +122,7 @@ DAMAGED = {
     "unmeasured": (TABLE | {"rows": [ROW | {"measured": []}]}, "was never measured"),
     "slower": (
         TABLE | {"rows": [ROW | {"measured": [MEASURED | {"ratio": {"lo": 0.99}}]}]},
-        "not faster than the rule on sd15-64",
+        "not faster than the default on sd15-64",
     ),
 }
 

@@ -82,7 +82,7 @@ def attention(
     if k.shape != v.shape or q.shape[2:] != k.shape[2:] or q.shape[0] != k.shape[0]:
         raise ValueError(
             f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; expected"
-            " [B, Lq, H, K] and twice [B, Lk, H, K]"
+            " q [B, Lq, H, K], k and v [B, Lk, H, K]"
         )
     if impl == "auto" and on_gpu(q):
         impl = choose(q.shape[3], k.shape[1]).run

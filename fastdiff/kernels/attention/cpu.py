@@ -15,7 +15,7 @@ def run(a: Arguments) -> Tensor:
     native_dtype("attention", a.k)
     if mask is not None and mask.dtype != a.q.dtype:
         raise NotNative(
-            f"attention: got a mask of {mask.dtype}; the kernel in C++ takes q's {a.q.dtype}"
+            f"attention: got a mask of {mask.dtype}; the C++ kernel takes q's {a.q.dtype}"
         )
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (a.q, a.k, a.v))
     batch, queries, heads, width = q.shape

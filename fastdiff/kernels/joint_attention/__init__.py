@@ -50,8 +50,8 @@ def joint_attention(
     if any(t.shape != q.shape for t in (k, v)) or any(t.shape != (B, T, H, K) for t in text):
         shapes = [list(t.shape) for t in (q, k, v, *text)]
         raise ValueError(
-            f"joint_attention: {shapes}; expected three times [B, L, H, K] and three times"
-            " [B, T, H, K]"
+            f"joint_attention: {shapes}; expected [B, L, H, K] for q, k and v, and [B, T, H, K] for"
+            " text_q, text_k and text_v"
         )
     if text_bias is not None:
         if text_bias.dtype != torch.float32 or text_bias.device != q.device:
@@ -61,6 +61,6 @@ def joint_attention(
             )
         expects("joint_attention: text_bias", text_bias, text_bias, (T,))
     if L == 0 or T == 0:
-        raise ValueError(f"joint_attention: {L} picture and {T} text tokens; expected some of both")
+        raise ValueError(f"joint_attention: {L} picture and {T} text tokens; expected both")
     out, text_out = _op(q, k, v, text_q, text_k, text_v, scale, text_bias)
     return out, text_out
