@@ -48,8 +48,7 @@ class Run:
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def do(self, name: str, command: list[str], limit_s: float) -> int | None:
-        """Run a part, with its output in a file; returns its exit code, None if it ran out of
-        time."""
+        """Run a part, with its output in a file; return its exit code, None at the time limit."""
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if self.dry_run else {})
         # a killed compiler leaves half a file in its cache, which makes the next one fail
         environment["TORCHINDUCTOR_CACHE_DIR"] = str((self.folder / "inductor").resolve())

@@ -158,8 +158,7 @@ def race(
 
 
 def _product_rows(kernel: Kernel, case: Case) -> int:
-    """Rows of the product with a size's FLOPs; a multiple of 16, which fills a matrix
-    instruction."""
+    """Rows of the product with a size's FLOPs; a multiple of 16 for matrix instructions."""
     return max(16, round(kernel.spec.flops(case) / (2 * SIDE**2) / 16) * 16)
 
 

@@ -1,5 +1,4 @@
-"""The JSON file of one part: complete on disk after each row, and marked incomplete until the
-end."""
+"""The JSON file of one part: saved after each row, and marked incomplete until the end."""
 
 import json
 from collections.abc import Iterator

@@ -65,8 +65,7 @@ def load(burning: bool) -> Iterator[None]:
 
 
 def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **options) -> dict:
-    """The verdicts of one paired bench. gates: only times, since counters have runs of their
-    own."""
+    """The verdicts of one paired bench. gates: only times; counters have their own runs."""
     start = time.perf_counter()
     done = race(base, new, settings, options["until"], lambda *line: None, options["gates"])
     paired = document(done, {"base": base, "new": new}, kind, settings.threads, "")

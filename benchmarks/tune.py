@@ -99,8 +99,7 @@ def _module(kernel: Kernel) -> Any:
 
 
 def questions(kernels: Sequence[Kernel], arch: int, dry_run: bool) -> Iterator[Question]:
-    """The questions for each kernel's full sizes in half precision; in a dry run for its
-    smallest."""
+    """The questions for each kernel's full sizes in half precision; a dry run has the smallest."""
     dtype = torch.float32 if dry_run else torch.float16
     for kernel in kernels:
         for case in tiny(kernel) if dry_run else full(kernel):

@@ -48,8 +48,7 @@ WORTH_MS = 0.5
 """Less than a thousandth of a step of Stable Diffusion 1.5 on two cores."""
 LEAST_S = 1e-3
 ROUNDS, SECONDS = (3, 9), 1.5
-"""The least and most rounds of a call, and the seconds after which no round is added to the
-least."""
+"""The least and most rounds of a call; more than the least only within so many SECONDS."""
 DTYPES = (torch.float32, torch.bfloat16)
 SAMPLES = Path("benchmarks/results/cpu-zen5-2core/choices")
 """The folder with the samples of the committed tables."""

@@ -2,5 +2,4 @@
 
 
 class UserError(ValueError):
-    """One clear sentence: what was given, what was expected, what to do. The CLI exits 2 with
-    it."""
+    """One clear sentence: what was given, what was expected, what to do. The CLI exits with 2."""

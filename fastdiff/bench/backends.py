@@ -31,8 +31,7 @@ def inductor(pipe: Any) -> None:
 
 
 def inductor_max_autotune(pipe: Any) -> None:
-    """torch.compile in the mode that searches kernels and captures CUDA graphs, which takes
-    minutes."""
+    """torch.compile in the mode that searches kernels and captures CUDA graphs for minutes."""
     _inductor(pipe, "max-autotune")
 
 

@@ -51,8 +51,7 @@ class Launches:
     coming from the L2 cache."""
     flops: int
     floor_ms: float
-    """The sum over the launches of their roofline times on the GPU: memory or arithmetic, without
-    latency."""
+    """The sum of the launches' roofline times on the GPU, without latency."""
 
 
 class _Recorder(Planning):

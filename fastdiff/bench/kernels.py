@@ -20,8 +20,7 @@ from fastdiff.kernels.dispatch import Kernel, all_kernels
 from fastdiff.runtime.graphs import NotCaptured, captured, described
 
 LAUNCHES = 16
-"""Launches per CUDA graph, each on its own tensors, so that none finds another's in the L2
-cache."""
+"""Launches per CUDA graph, each on its own tensors, which no other leaves in the L2 cache."""
 L2_BYTES = 128 << 20  # at least the size of any GPU's L2 cache
 LEAST_S = 1e-3  # reading a clock takes a ten-thousandth of it
 QUICK_FLOPS, QUICK_BYTES = 1e9, 25e6

@@ -49,8 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of fastdiff, Python and every package that affects results; None if not
-    installed."""
+    """Versions of all packages that affect results, and of Python; None if not installed."""
     own = {
         "fastdiff": fastdiff.__version__,
         "fastdiff._C": "built" if native()["isa"] else None,

@@ -129,8 +129,7 @@ def check(picture: torch.Tensor, output: torch.Tensor, truth: Truth) -> Receipt:
 
 
 def psnr(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; inf if equal, nan if either has
-    nan."""
+    """Peak signal-to-noise ratio in dB for pictures in [0, 1]; inf if equal, nan with any nan."""
     mse = float(np.mean((a - b) ** 2))
     return float("inf") if mse == 0 else float(-10 * np.log10(mse))
 

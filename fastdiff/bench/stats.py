@@ -48,8 +48,7 @@ class Estimate:
     """How many of the lowest samples were left out, and as many of the highest."""
 
     def interval(self, alpha: float) -> tuple[float, float]:
-        """The ends, as logarithms, of an interval that misses the truth with probability
-        `alpha`."""
+        """The ends, as logarithms, of an interval that misses the truth with rate `alpha`."""
         if self.samples < 2:
             return -inf, inf
         half = float(t.isf(alpha / 2, self.freedom)) * self.error

@@ -111,8 +111,7 @@ class Ahead:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when all kernels are ready; show a bar on a terminal. Warn once about a
-        failure."""
+        """Wait until all kernels are ready, with a bar on a terminal. Warn once about a failure."""
         if self._thread.is_alive():
             self._watch()
         self._thread.join()

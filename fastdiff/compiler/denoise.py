@@ -91,8 +91,7 @@ class Denoising:
         return len(self.call.timesteps) if self.left is None else self.reached
 
     def _run_from(self, mark: Mark | None, guarded: bool) -> Mark | None:
-        """Run the steps after a mark. If float16 overflows, return the mark to resume from in
-        float32."""
+        """Run the steps after a mark. If float16 overflows, return the mark to resume from."""
         call, plans = self.call, self.denoiser.plans
         with plans.start(call.latents, self.table, self._guidance(), self.hoisted) as run:
             if mark is not None:
@@ -248,8 +247,7 @@ class Denoising:
         return self.given if same else self.given._replace(**others)
 
     def _guidance(self) -> tuple[float, float]:
-        """guidance_scale and guidance_rescale as they are now; diffusers ignores a negative
-        rescale."""
+        """The present guidance_scale and guidance_rescale; a negative rescale is ignored."""
         rescale = float(getattr(self.pipe, "guidance_rescale", 0.0))
         return float(self.pipe.guidance_scale), max(0.0, rescale)
 
@@ -276,8 +274,7 @@ class Denoising:
 
 
 def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
-    """The conditions that `pipe` passes to its network among the attention kwargs, as they are
-    now."""
+    """The conditions that `pipe` now passes to its network among the attention kwargs."""
     if not plan.pictures or plan.pictures in plan.conditions:
         return {}
     return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}

@@ -1,5 +1,4 @@
-"""An engine that `fastdiff export` wrote, run in place of our network while it computes the
-same."""
+"""Runs an exported engine in place of our network, while it computes the same."""
 
 import tempfile
 from collections.abc import Callable
@@ -78,8 +77,7 @@ class Source:
         self._rehearsed = rehearsed
         self._network_sha256, self._same = network_sha256, False
         self._compared: tuple[Unwritten, Any] | None = None
-        """The weights and settings hashed last, since hashing gigabytes at every call is too
-        slow."""
+        """The weights and settings hashed last; hashing them at every call is too slow."""
 
     def borrow(self, module: nn.Module, loan: Loan) -> Denoiser:
         """The engine, if it computes what `module` computes; no weight is borrowed.
@@ -206,8 +204,7 @@ def _onnx_source(wanted: Replaced, folder: Path, part: dict[str, Any]) -> Source
 def opened(
     backend: str, file: Path, device: torch.device, dtype: torch.dtype, graphs: bool = False
 ) -> Engine:
-    """Open an ONNX file with weights of `dtype` in "ort" or "openvino". UserError as these
-    raise."""
+    """Open an ONNX file with weights of `dtype` in "ort" or "openvino"; they raise UserError."""
     if backend == "openvino":
         return openvino.Compiled(file, dtype)
     return ort.Session(file, device, graphs)

@@ -1,5 +1,4 @@
-"""A denoising loop that is about to begin, read from the local variables of diffusers'
-`__call__`."""
+"""Reads a denoising loop that is about to begin from diffusers' local variables."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -138,8 +138,7 @@ def _planned(own: Any) -> Any:
     entry: Any = call
 
     def enter(pipe: Any, frame: FrameType, bar: Any) -> _Entered | None:
-        """Run the plan as far as possible at the first read in `frame`; None if `frame` is not
-        ours."""
+        """Run the plan at the first read in `frame`; None if `frame` is not ours."""
         entered = _call_in(frame, entry.__code__)
         if entered is None:
             _count_foreign_call(pipe, frame.f_locals)

@@ -36,8 +36,7 @@ _CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
 
 @dataclass
 class Slot:
-    """Replaces `module(...)`: fast where exact, else the module's own call, with the reason
-    noted."""
+    """Replaces `module(...)`: fast if exact, else the module's own call, for a noted reason."""
 
     name: str
     module: nn.Module
@@ -200,8 +199,7 @@ class Slot:
             return self.network
 
     def _holds(self, loan: Loan, scale: float) -> bool:
-        """Whether the loan is still valid, if need be after merging LoRA adapters again in
-        place."""
+        """Whether the loan is valid, if need be after merging LoRA adapters again in place."""
         if not loan.intact():
             return False
         if self._unwritten is not None and not self._unwritten.hold():

@@ -31,8 +31,7 @@ def transformed(leaves: Sequence[Any]) -> str | None:
 
 
 def _watched() -> bool:
-    """Whether a function mode sees this thread's calls; torch's default-device mode does not
-    count."""
+    """Whether a function mode, other than torch's default device, sees this thread's calls."""
     if torch._C._len_torch_function_stack() == 0:
         return False
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())

@@ -16,8 +16,7 @@ _ROW |= {"inputs": dict, "outputs": dict}
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The document of an exported folder, without checking its files; UserError for other
-    folders."""
+    """The document of an exported folder, without checking files; UserError for others."""
     path = folder / FILE
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -186,8 +186,7 @@ def _runtime(trt: Any) -> tuple[Any, Any]:
 
 
 def _configure(trt: Any, config: Any, flavor: str, order: Order) -> Any:
-    """Apply the order. Returns the timing cache in use, if any; UserError if something is
-    refused."""
+    """Apply the order. Returns the timing cache in use, if any; UserError if one is refused."""
     if known := named(trt):
         config.num_compute_capabilities = 1
         target = known.get(order.target, trt.ComputeCapability.CURRENT)

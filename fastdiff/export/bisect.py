@@ -141,8 +141,7 @@ def _furthest(got: Tensor, exact: Tensor) -> tuple[tuple[int, ...], float, float
 def _distinct(
     nodes: Iterable[fx.Node], names: dict[str, str], made: Collection[str]
 ) -> list[fx.Node]:
-    """torch's operations without repeats, which the exporter merges; a repeat gets the first's
-    name."""
+    """torch's operations without repeats, which the exporter merges under the first's name."""
     first: dict[str, str] = {}
     found = []
     for node in nodes:

@@ -104,8 +104,7 @@ def verify(
 
 @torch.no_grad()
 def verify_part(part: Part, run: Run) -> list[Row]:
-    """A row for each output at each of the part's cases, and at several timesteps if it takes
-    one."""
+    """A row for each output at each of the part's cases, and at each timestep if it has one."""
     exact_module = copy.deepcopy(part.module).double()
     channels_last: Any = copy.deepcopy(part.module)
     channels_last.to(memory_format=torch.channels_last)
@@ -173,8 +172,7 @@ def to_dict(parity: Parity) -> dict[str, Any]:
 
 
 def worst(parity: Parity) -> list[tuple[Row, int]]:
-    """For each output, the row nearest to (or furthest beyond) its budget, and the number of
-    rows."""
+    """For each output, the row nearest to or furthest beyond its budget, and its row count."""
     by_output: dict[tuple[str, str], list[Row]] = {}
     for row in parity.rows:
         by_output.setdefault((row.part, row.output), []).append(row)

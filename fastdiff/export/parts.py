@@ -1,5 +1,4 @@
-"""The exported parts of a pipeline: its text encoders, and those that the networks' families
-give."""
+"""The exported parts of a pipeline: text encoders, and those from the networks' families."""
 
 from typing import Any
 

@@ -69,8 +69,7 @@ def _unchecked(pipe: Any) -> Iterator[None]:
 
 
 def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
-    """Called as diffusers' pipelines do; with guidance they repeat the timestep for all
-    pictures."""
+    """Called as by diffusers' pipelines; with guidance they repeat one timestep."""
     timestep = part.inputs[1]
     names = inspect.signature(type(part.net).forward)
 

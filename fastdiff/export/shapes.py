@@ -60,8 +60,7 @@ def parse(shapes: str | None, static: str | None) -> Shapes | None:
 
 
 def default(parts: Sequence[Part], side: int) -> Shapes:
-    """One picture of half to one and a half times the network's own `side` (latents); at most
-    two."""
+    """One to two pictures, of half to one and a half times the network's own `side` (latents)."""
     unit = multiple(parts)
     pixels = side * _pixels(parts)
     half, more = (max(unit, times * pixels // 2 // unit * unit) for times in (1, 3))
@@ -130,8 +129,7 @@ def _pixels(parts: Sequence[Part]) -> int:
 
 
 def _unit(part: Part, parts: Sequence[Part]) -> int:
-    """The number of pixels that divides its heights and widths wherever it is traced and
-    verified."""
+    """The number of pixels that divides all its traced and verified heights and widths."""
     sizes = (part.example, *part.cases)
     own = math.gcd(*(each[side] for each in sizes for side in ("height", "width") if side in each))
     return own * (1 if _in_pixels(part) else _pixels(parts)) if own else 1

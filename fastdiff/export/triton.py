@@ -197,8 +197,7 @@ def _onnx(row: dict[str, Any]) -> Model:
 
 
 def _engines(folder: Path, target: str | None) -> tuple[Model, ...]:
-    """The models of the engines in the folder that were built for `target`, or for the only
-    target."""
+    """The models of the folder's engines for `target`, or for the only target."""
     read = {place: manifest.read(place) for place in manifest.find(folder)}
     targets = sorted({made.target for made in read.values()})
     if target is None and len(targets) > 1:

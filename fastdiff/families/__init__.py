@@ -115,8 +115,7 @@ class Family:
     """Classes that can be compiled on their own; a class outside of diffusers is given by its path,
     "package.module.Class"."""
     taken: Callable[[str, Any], Taken]
-    """(component's name, component) -> its modules that fastdiff runs; empty for an unknown
-    class."""
+    """(component's name, component) -> its modules that fastdiff runs; {} for an unknown class."""
     left: Mapping[str, str] = field(default_factory=dict)
     """Attributes of the component that stay with diffusers on purpose, and why."""
     asked: Callable[[Any], dict[str, str]] = lambda component: {}

@@ -191,8 +191,7 @@ CODERS = {
 
 
 def _taken(name: str, vae: Any) -> Taken:
-    """Only the encoder and decoder: slicing, tiling and the quant convolutions stay with
-    diffusers."""
+    """Only encoder and decoder: slicing, tiling and quant convolutions stay with diffusers."""
     if not of_model(vae, *FAMILY.models):
         return {}
     halves = {half: getattr(plain(vae), half, None) for half in CODERS}

@@ -106,8 +106,7 @@ def _distance(one: Work, other: Work) -> float:
 
 @cache
 def table(isa: str) -> Mapping[tuple[str, str, str, int], tuple[Row, ...]]:
-    """The rows for an instruction set by op, dtype, kind and number of sizes; {} without any
-    tables."""
+    """The rows for an instruction set by op, dtype, kind and number of sizes; {} without tables."""
     own, other = FOLDER / f"cpu_{isa}.json", FOLDER / f"cpu_{MEASURED}.json"
     rows: Iterable[Row] = ()
     if own.exists():

@@ -67,8 +67,7 @@ class KernelSpec:
     """FLOPs of a case: 2 for each multiply-add of a matrix product. Without products, the
     floating-point operations per output element; an exponential or a division counts as one."""
     work: Callable[[Any], tuple[str, tuple[int, ...]]] | None = None
-    """(kind, sizes), by which `choices` compares calls of a product; None if it is not a
-    product."""
+    """(kind, sizes), by which `choices` compares calls of a product; None for other ops."""
     fake: Callable[[Any], Any] | None = None
     """Shapes and strides of the outputs, for tracing; None if the formula can be traced."""
     mutates: tuple[str, ...] = ()
@@ -117,8 +116,7 @@ class Launch:
     """Run-time arguments in kernel order: inputs, integers, outputs. An absent tensor is None, for
     which another kernel is compiled, or else some tensor that is then neither read nor written."""
     constants: Mapping[str, int | float | bool]
-    """The kernel's constexpr arguments. All floats are among them, or are passed as
-    `float_bits`."""
+    """The kernel's constexpr arguments, including all floats not passed as `float_bits`."""
     grid: tuple[int, ...]
     num_warps: int
     num_stages: int = 1
@@ -160,8 +158,7 @@ class Launcher:
         return self.planner(arch, self.arguments(*args, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes the op's arguments, the first a CUDA tensor (under the interpreter, a CPU
-        tensor)."""
+        """The first argument is a CUDA tensor (under the interpreter, a CPU tensor)."""
         first = (*args, *kwargs.values())[0]
         launches, outputs = self.plan(architecture(first), *args, **kwargs)
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
@@ -219,8 +216,7 @@ class Verdict:
 
 
 def max_error(got: Tensor, exact: Tensor) -> float:
-    """The largest |got - exact| in float64; a NaN counts as infinite unless `exact` has one
-    there."""
+    """The largest |got - exact| in float64; a NaN is infinite unless `exact` has one there."""
     got, exact = got.double(), exact.double()
     # equal infinities; NaNs in history that is not written
     same = (got == exact) | (got.isnan() & exact.isnan())

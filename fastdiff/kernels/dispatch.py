@@ -46,8 +46,7 @@ class NotNative(ValueError):
 
 
 def native_dtype(what: str, x: torch.Tensor) -> int:
-    """The number of x's dtype in the C++ kernels; NotNative if they do not take x. `what`: the
-    op."""
+    """x's dtype as a number of the C++ kernels; NotNative if they do not take x. `what`: the op."""
     number = NATIVE_DTYPES.get(x.dtype)
     if number is not None and NATIVE is not None and x.numel():
         return number
@@ -85,8 +84,7 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def rows(tensor: torch.Tensor | None) -> tuple[int, int]:
-    """The address of the rows of [B, D], and the stride between rows in elements; zeros for
-    None."""
+    """The address of the rows of [B, D], and their stride in elements; zeros for None."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 

@@ -63,10 +63,9 @@ class Compiled:
     """What limits `occupancy`: "registers", "shared memory", "tensor memory", "blocks" or
     "warps"."""
     load: int
-    """Bytes of a thread's widest load from global memory; 16 for a bulk copy, 0 if there is
-    none."""
+    """Bytes of a thread's widest load from global memory; 16 for a bulk copy, 0 without loads."""
     store: int
-    """Bytes of a thread's widest store to global memory; 16 for a bulk copy, 0 if there is none."""
+    """Bytes of a thread's widest store to global memory; 16 for a bulk copy, 0 without stores."""
     mma: str
     """The matrix instruction; "" if there is none."""
     wants_load: int

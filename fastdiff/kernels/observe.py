@@ -81,8 +81,7 @@ _UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 @contextmanager
 def watching(told: Callable[[str], object]) -> Iterator[None]:
-    """Call `told(block)` whenever this thread enters or leaves a block; "" outside of all
-    blocks."""
+    """Call `told(block)` whenever this thread changes blocks; "" outside of all blocks."""
     token = _WATCH.set(_Watch(told))
     try:
         yield
@@ -107,8 +106,7 @@ _ENTERING: ContextVar[Entering | None] = ContextVar("entering", default=None)
 
 @contextmanager
 def entering(handler: Entering) -> Iterator[None]:
-    """In this block, the handler decides whether this thread's `entered` calls run, and how
-    often."""
+    """In this block, the handler decides how often this thread's `entered` calls run."""
     token = _ENTERING.set(handler)
     try:
         yield

@@ -26,8 +26,7 @@ ABOUT = ("machine", "versions", "commit", "command")
 """Fields that say where a table comes from."""
 ROW = ("op", "key", "config", "rule", "measured")
 MEASURED = ("case", "dtype", "samples_ms", "rule_samples_ms", "ratio")
-"""Fields for each case with a row's key: interleaved samples of both, and the ratio of their
-times."""
+"""Fields for each case with a row's key: interleaved samples of both, and their ratio."""
 
 Table = dict[tuple[str, str], dict[str, int]]
 """Configurations by op and key."""
@@ -116,8 +115,7 @@ def _path(arch: int) -> Path:
 
 
 def read(path: Path, arch: int) -> Table:
-    """Read a file of schema `fastdiff.tuned/1`; ValueError, in one sentence, if it cannot be
-    used."""
+    """Read a file of schema `fastdiff.tuned/1`; ValueError, in a sentence, if it is not valid."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return _rows(document, arch)

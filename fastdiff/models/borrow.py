@@ -66,8 +66,7 @@ class Loan(Reads):
         homes: Homes | None = None,
         rehearsed: Reads | None = None,
     ) -> None:
-        """`homes`: memory that state dicts hold from former loans of `root`; `rehearsed`: see
-        Reads."""
+        """`homes`: memory that state dicts hold from former loans; `rehearsed`: see Reads."""
         super().__init__(root, rehearsed)
         self._rehearsal, self._homes = rehearsal, {} if homes is None else homes
         self._lent: dict[int, Lent] = {}
@@ -156,8 +155,7 @@ class Loan(Reads):
         return None if parts.weight is None else self._keep(parts.weight), parts.eps
 
     def intact(self) -> bool:
-        """Whether every parameter is still where the loan put it, and nothing watched has
-        changed."""
+        """Whether no parameter has moved and nothing that is watched has changed."""
         if self._looked_at or self._held:
             with self._moving, torch.inference_mode(self._mode), torch.no_grad():
                 if self._looked_at:  # somebody may hold any of them now
@@ -203,8 +201,7 @@ class Loan(Reads):
             self.epoch = next(_EPOCHS)
 
     def end(self) -> None:
-        """Give every parameter memory of its own again, in its old layout and with its present
-        values."""
+        """Give every parameter memory of its own again, in its old layout."""
         if self._gate is not None:
             self._gate.leave()
         with self._moving, torch.inference_mode(self._mode), torch.no_grad():

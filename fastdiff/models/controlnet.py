@@ -52,8 +52,7 @@ class ControlNet(Trunk):
         return Hoisted(self.time_rows(timesteps, given), constants)
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
-        """The part that every step repeats: all residuals, channels last, flat, one after
-        another."""
+        """The part that every step repeats: all residuals, channels last, in one flat tensor."""
         middle, skips = self.down(x, row, constants.text, condition=constants.picture)
         outs = zip((*skips, middle), self.outs, strict=True)
         return torch.cat([linear(h.closed(), out.weight, out.bias).flatten() for h, out in outs])

@@ -74,8 +74,7 @@ class TimeText:
     text: Embedding
 
     def __call__(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
-        """[steps, n] and [B, D'] -> [steps, B, D]; n is 1 or a divisor of B (k texts per
-        timestep)."""
+        """[steps, n] and [B, D'] -> [steps, B, D]; n is 1 or divides B (k texts per timestep)."""
         times = self.time(self.sinusoid(timesteps.to(pooled.device)).to(pooled.dtype))
         if times.shape[1] > 1:
             times = times.repeat(1, pooled.shape[0] // times.shape[1], 1)

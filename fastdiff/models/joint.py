@@ -78,8 +78,7 @@ class JointAttention:
         text_bias: Tensor | None = None,
         image: Image | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, L, D], text [B, T, D] -> the same shapes; None for a text whose result is not
-        used."""
+        """x [B, L, D], text [B, T, D] -> the same shapes; None for an unused result."""
         q, k, v = self._heads(linear(x, self.qkv.weight, self.qkv.bias), 3)
         normed = (q, k) if self.norms is None else self.norms(q, k)
         if text is None or self.text is None:

@@ -1,5 +1,4 @@
-"""The parts that SD3's transformer and its ControlNets share: embeddings, modulations and
-blocks."""
+"""What SD3's transformer and its ControlNets share: embeddings, modulations and blocks."""
 
 import math
 from dataclasses import dataclass

@@ -41,8 +41,7 @@ from fastdiff.runtime.schedulers import Table
 STEP = "guided step"
 """The name under which `kernels.observe.entered` sees a step."""
 _ROWS = 64
-"""Tables are allocated in multiples of this many rows, so a few more steps need no new
-recording."""
+"""Tables are allocated in multiples of this, so a few more steps need no new recording."""
 
 
 class Buffers(NamedTuple):

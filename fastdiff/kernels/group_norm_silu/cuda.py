@@ -19,8 +19,7 @@ from fastdiff.kernels.occupancy import SMS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CLUSTERS = {90: (1, 2, 4, 8, 16), 100: (1, 2, 4, 8, 16)}
-"""Numbers of blocks that can share a picture's rows, by architecture; on others one block does
-all."""
+"""How many blocks can share a picture's rows, by architecture; on others only one."""
 THREADS = 512  # per block, as in the kernel
 SEGMENT = 128  # bytes of a row per tile: a cache line
 PROGRAMS = 132  # one block for every SM of an H100; more only if the slabs would not fit

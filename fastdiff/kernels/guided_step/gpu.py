@@ -126,8 +126,7 @@ def pick(E: int, arch: int) -> LaunchConfig:
 
 
 def candidates(E: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """Launches for a tuner to try: other block sizes, with one or two 16-byte vectors per
-    thread."""
+    """Launches for a tuner to try: block sizes, with one or two 16-byte vectors per thread."""
     offered = [
         LaunchConfig(block, 512 * (block // 32 // each), block // 32 // each)
         for block in (256, 512, 1024, 2048, 4096)
