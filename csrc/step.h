@@ -58,7 +58,8 @@ static void guided_step(const GuidedStep& p) {
     double factor;
     const float* values;
   };
-  std::vector<Term> terms;  // a zero factor hides what the history does not hold yet
+  // leaves out terms with a zero factor, whose history may not be written yet
+  std::vector<Term> terms;
   for (int64_t h = 1; h <= depth; ++h) {
     const int64_t slot = ((step - h) % depth + depth) % depth;
     if (b[h] != 0) terms.push_back({b[h], p.history + slot * all});
@@ -96,7 +97,7 @@ static void guided_step(const GuidedStep& p) {
       }
     }
   };
-  constexpr int64_t kSerialBelow = 1 << 14;  // elements that one core steps while another wakes up
+  constexpr int64_t kSerialBelow = 1 << 14;  // elements that one core does while another wakes up
   if (all < kSerialBelow) run(0, p.batch * blocks);
   else fastdiff::parallel_for(p.batch * blocks, run);
 }

@@ -1,15 +1,15 @@
 """fastdiff makes diffusers pipelines fast without changing what they draw.
 
 >>> import fastdiff
->>> pipe = fastdiff.compile(pipe)      # in place; the same object comes back
+>>> pipe = fastdiff.compile(pipe)      # in place; returns the same object
 >>> print(fastdiff.report(pipe))       # what runs fast, what runs eagerly, and why
->>> print(fastdiff.roofline(pipe))     # what each block costs a GPU at least
->>> fastdiff.restore(pipe)             # as if nothing had happened
+>>> print(fastdiff.roofline(pipe))     # the least time each block can take on a GPU
+>>> fastdiff.restore(pipe)             # undo compile
 
 What runs slower than it could, say a call that runs eagerly, is logged once for each reason, by the
-logger "fastdiff" at level WARNING; without a handler of yours Python prints it to stderr.
+logger "fastdiff" at level WARNING; unless you add a handler, Python prints it to stderr.
 
-Names are resolved when they are first used, so that ``fastdiff --help`` does not import torch.
+Names are imported on first use, so ``fastdiff --help`` does not import torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Versions of what is installed, and which extra brings what is not."""
+"""Installed versions, and the extra that installs each optional module."""
 
 from collections.abc import Iterable
 from importlib import metadata
@@ -20,11 +20,11 @@ EXTRAS = {
     "jinja2": "report",
     "matplotlib": "report",
 }
-"""By module: the extra of pyproject.toml that has it."""
+"""The extra of pyproject.toml that installs each module, by module name."""
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """By distribution name; None for what is not installed."""
+    """The installed version of each distribution, by name; None for one that is not installed."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:

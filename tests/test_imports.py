@@ -31,7 +31,7 @@ OPTIONAL = {
         *("kernels/cached.py", "kernels/worker.py"),
     ),
     "diffusers": (
-        *("families/*.py", "compiler/begun.py", "compiler/denoise.py"),
+        *("families/*.py", "compiler/loop_call.py", "compiler/denoise.py"),
         *("demo/*.py", "bench/preset*.py", "bench/pipelines.py", "regression/worker.py"),
         "bench/blueprints.py",
     ),

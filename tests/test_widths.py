@@ -265,5 +265,5 @@ def test_a_report_of_few_or_equal_rounds(tmp_path, samples):
     code, printed, err = run("report", path, path, *options)
     assert (code, err) == (3 if len(samples) == 2 else 0, "")
     assert "nan" not in printed.lower()
-    assert ("about 3 more rounds would tell" in " ".join(printed.split())) == (code == 3)
+    assert ("about 3 more rounds would settle it" in " ".join(printed.split())) == (code == 3)
     assert "nan" not in kinds["markdown"].read_text().lower()

@@ -1,4 +1,4 @@
-"""Networks of a pipeline without memory, of a folder's configs or a preset: no weight is read."""
+"""Networks without memory, from a folder's configs or a preset; no weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,17 @@ from fastdiff.recipes import RECIPES, Recipe
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The network that denoises and an autoencoder, on the meta device."""
+    """The denoising network and an autoencoder, on the meta device."""
 
     denoiser: nn.Module
     vae: nn.Module
     side: int
-    """Of the latents of its own size."""
+    """The latents' side at the network's own size."""
     factor: int
-    """Pixels of a latent's side."""
+    """Pixels per latent side."""
     upcasts: tuple[bool, ...]
-    """Whether diffusers turns a float16 autoencoder into float32 to draw with it; both where the
-    preset's published weights want either."""
+    """Whether diffusers casts a float16 autoencoder to float32 to decode; both values if a preset's
+    published weights differ in this."""
 
 
 def named(source: Source, command: str) -> Blueprint:
@@ -40,7 +40,7 @@ def named(source: Source, command: str) -> Blueprint:
 
 
 def of_preset(name: str) -> Blueprint:
-    """UserError for an unknown name."""
+    """The networks of a preset. UserError for an unknown name."""
     preset = preset_named(name)
     denoiser, side = blueprint(name)
     vae = autoencoder(preset)
@@ -48,7 +48,7 @@ def of_preset(name: str) -> Blueprint:
 
 
 def of_folder(folder: Path) -> Blueprint:
-    """UserError where it holds no pipeline that draws from a text."""
+    """The networks of a saved pipeline. UserError unless it draws from text."""
     recipe = RECIPES[check_folder(folder).pipeline]
     denoiser, vae = (_read(folder, name, recipe) for name in (recipe.denoiser, "vae"))
     upcast = recipe.upcasts and bool(vae.config.force_upcast)

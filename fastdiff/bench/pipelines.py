@@ -1,4 +1,4 @@
-"""Loading a pipeline's folder or file, and what can be asked of the pipeline."""
+"""Loads a pipeline's folder or file, and checks requests against the pipeline."""
 
 import math
 import re
@@ -24,11 +24,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load(folder: Path, dtype: torch.dtype, device: str, variant: str | None = None) -> Any:
-    """The diffusers pipeline saved in `folder`, its weights as `dtype` on `device`: the one that
-    draws from a text, where another with the same components was saved.
+    """The diffusers pipeline saved in `folder`, its weights cast to `dtype`, on `device`. If
+    another pipeline with the same components was saved, the one that draws from text.
 
-    Reads local safetensors only, those of `variant` where there are any. Raises UserError for
-    anything that is not such a pipeline.
+    Reads only local safetensors, those of `variant` where there are any. Raises UserError for
+    anything else.
     """
     saved = check_folder(folder, variant)
     try:
@@ -108,10 +108,10 @@ def load_file(place: Path | str, config: str | None, dtype: torch.dtype) -> Any:
 
 
 def _read(saved: Saved, dtype: torch.dtype) -> Any:
-    """The pipeline of a folder that was checked, on the CPU, loaded in silence.
+    """Load the pipeline of a checked folder to the CPU, without output.
 
-    Raises UserError where a file lacks weights that a network has: transformers would draw them at
-    random, and diffusers leave them without memory.
+    Raises UserError if a file lacks weights of a network: transformers would draw them at random,
+    and diffusers leave them without memory.
     """
     import diffusers
     import transformers
@@ -145,7 +145,7 @@ def _need_all(folder: Path, missing: Collection[str]) -> None:
     if missing:
         raise UserError(
             f"{folder}: its weights lack {min(missing)}, one of {len(missing)} that its config.json"
-            " asks for; save or copy it again"
+            " requires; save or copy it again"
         )
 
 
@@ -171,10 +171,10 @@ def schedulers(pipe: Any) -> dict[str, Any]:
 
 
 def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, the pipeline's own where None; UserError unless they fit.
+    """Height and width in pixels, by default the pipeline's own; UserError unless they fit.
 
-    Sides are multiples of the VAE's factor and of 8, which diffusers asks of every pipeline; those
-    of a transformer are whole patches, of which it has positions for so many.
+    Both must be multiples of the VAE's factor and of 8, as in every diffusers pipeline. For a
+    transformer they must be whole patches, and at most as many as it has positions.
     """
     config, factor = denoiser(pipe).config, pipe.vae_scale_factor
     patch = config.get("patch_size") or 1
@@ -192,14 +192,14 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
 
 
 def check_steps(pipe: Any, steps: int) -> None:
-    """UserError where the scheduler was trained on fewer steps than are asked for."""
+    """UserError if `steps` exceeds the scheduler's number of training steps."""
     most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
     if most is not None and steps > most:
         raise UserError(f"--steps is {steps}; this scheduler has {most} steps at most")
 
 
 def check_device(device: str | None) -> str:
-    """`device`, or the fastest at hand where None; UserError where torch cannot use it."""
+    """`device`, by default the fastest available; UserError if torch cannot use it."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -210,8 +210,8 @@ def check_device(device: str | None) -> str:
 
 
 def check_dtype(name: str | None, device: str) -> torch.dtype:
-    """The torch dtype called `name`; where None float16 on a GPU, as models are published there,
-    and float32 on a CPU. UserError for any other name."""
+    """The torch dtype called `name`; by default float16 on a GPU, as models are published, and
+    float32 on a CPU. UserError for any other name."""
     name = name or ("fp16" if device.startswith("cuda") else "fp32")
     if name not in DTYPES:
         raise UserError(f"--dtype is {name!r}; choose one of {', '.join(DTYPES)}")

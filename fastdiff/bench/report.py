@@ -40,7 +40,7 @@ LEGEND = (
 
 
 def show(result: Result, note: str | None = None) -> None:
-    """Print `note`, the table and, below it, all that a number needs to be believed."""
+    """Print `note`, the table and, below it, legends, machine, versions and command."""
     console = tables.printer()
     if note:
         console.print(Text(note, style="yellow"), soft_wrap=True)
@@ -49,7 +49,7 @@ def show(result: Result, note: str | None = None) -> None:
     _show_parts(console, result)
     for row in result.rows:
         if row.failed:
-            line = f"{row.backend}: FAILED, it draws something else than eager. {_why(row)}"
+            line = f"{row.backend}: FAILED its receipt, so no speed is shown. {_errors(row)}"
             console.print(Text(line, style="bold red"))
         if row.unavailable:
             console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
@@ -57,7 +57,7 @@ def show(result: Result, note: str | None = None) -> None:
 
 
 def _show_parts(console: Any, result: Result) -> None:
-    """Which part of a picture takes what share, by the medians of its rounds."""
+    """Print each part's share of a picture, by the medians of its rounds."""
     rows = []
     for row in result.rows:
         if not row.decode_samples_ms:
@@ -74,7 +74,7 @@ def _show_parts(console: Any, result: Result) -> None:
 
 
 def show_counts(result: counters.Result) -> None:
-    """Print what a step and an image take, a line each per backend, and what the words mean."""
+    """Print the counts of a step and an image, a line each per backend, with a legend."""
     kinds = [
         kind
         for kind in KINDS
@@ -105,8 +105,8 @@ def show_counts(result: counters.Result) -> None:
     tables.show(console, result.case, head, rows, left=("per",))
     names = ("fastdiff", "torch", "diffusers", "transformers")
     for line in (
-        "step: an image of one step more, less the image; image: what its steps do not explain",
-        "launches: dispatched ops that compute or move data; MB: all they read and write;"
+        "step: the difference that one more step makes; image: all but the steps",
+        "launches: dispatched ops that compute or move data; MB: all bytes they read and write;"
         " GFLOP: products and convolutions",
         ", ".join(f"{name} {result.versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",
@@ -144,7 +144,7 @@ def _number(value: float | None, spec: str) -> str:
     return "same" if value == math.inf else format(value, spec)
 
 
-def _why(row: Timed) -> str:
+def _errors(row: Timed) -> str:
     receipt = row.receipt
     assert receipt is not None
     return (
@@ -157,7 +157,8 @@ def _why(row: Timed) -> str:
 def _footer(result: Result) -> list[str]:
     machine, versions = result.machine, result.versions
     gpu: dict[str, Any] | None = machine["gpu"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    cores, threads = machine["cores"], machine["threads"]
+    where = f"{machine['cpu']}, {tables.plural(cores, 'core')}, {tables.plural(threads, 'thread')}"
     if gpu:
         where = f"{gpu['name']} (driver {gpu['driver']}, CUDA {gpu['cuda']}), {where}"
     names = ["fastdiff", "python", "torch", "diffusers", "transformers", "triton"]

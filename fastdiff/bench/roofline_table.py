@@ -1,4 +1,4 @@
-"""A roofline as a table, and as the file `fastdiff.roofline/1`."""
+"""A roofline as a table, and as a file of schema `fastdiff.roofline/1`."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +23,7 @@ LEGEND = (
 
 
 def text(roofline: Roofline) -> str:
-    """The table and, below it, where its figures come from."""
+    """The table, with a legend and the sources of its figures below it."""
     measured = _measured(roofline)
     rows = []
     for row in roofline.rows:
@@ -48,7 +48,7 @@ def text(roofline: Roofline) -> str:
 
 
 def to_json(roofline: Roofline, case: str, command: str) -> str:
-    """The roofline as schema `fastdiff.roofline/1`; `device` is where it was counted."""
+    """The roofline as schema `fastdiff.roofline/1`; `device`: where it was counted."""
     document = {
         "schema": SCHEMA,
         "note": "floors are arithmetic on counts, not measured",
@@ -66,7 +66,7 @@ def to_json(roofline: Roofline, case: str, command: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """The processor or GPU that blocks were measured on."""
+    """The name of the processor or GPU on which blocks were measured."""
     gpu: dict[str, Any] | None = machine()["gpu"] if device == "cuda" else None
     return str(gpu["name"]) if gpu else cpu_model()
 
@@ -77,7 +77,8 @@ def _measured(roofline: Roofline) -> bool:
 
 def _title(roofline: Roofline) -> str:
     r = roofline
-    return f"{r.pipeline}, {r.dtype}, {r.width}×{r.height}, {r.steps} steps, priced on {r.gpu.name}"
+    steps = tables.plural(r.steps, "step")
+    return f"{r.pipeline}, {r.dtype}, {r.width}×{r.height}, {steps}, on {r.gpu.name}"
 
 
 def _footer(roofline: Roofline, measured: bool) -> list[str]:
@@ -92,7 +93,7 @@ def _footer(roofline: Roofline, measured: bool) -> list[str]:
         sources.append(f"reported: {gpu.reported_source}")
     return [
         f"floor of a step {roofline.step_ms:.3f} ms ({1e3 / roofline.step_ms:.0f} steps/s), of an"
-        f" image {roofline.image_ms:.1f} ms: computed, not measured",
+        f" image {roofline.image_ms:.1f} ms: arithmetic, not a measurement",
         *(f"assumed: {sentence}" for sentence in roofline.assumed),
         f"{tflops:g} TFLOP/s {'reported' if product_reported else 'specified'},"
         f" {gpu.bytes_per_s / 1e12:g} TB/s {'reported' if copy_reported else 'specified'}"

@@ -1,4 +1,4 @@
-"""From a pipeline and a list of backends to rows: prepare and check each, then race them."""
+"""Prepares and checks each backend, then times them against each other."""
 
 import copy
 import time
@@ -33,7 +33,7 @@ from fastdiff.recipes import decodes_in_float32, denoiser
 
 @dataclass(frozen=True)
 class Settings:
-    """What to draw and how often. `device` as torch names it; sides in pixels."""
+    """What to draw and how often. `device` as in torch; sizes in pixels."""
 
     case: str
     backends: tuple[str, ...]
@@ -45,9 +45,9 @@ class Settings:
     seed: int
     prompt: str
     asked: tuple[str, ...] = ()
-    """Backends that were asked for by name: one that cannot run is no row, but an error."""
+    """Backends requested by name: if one cannot run, that is an error instead of a row."""
     engines: Path | None = None
-    """What `fastdiff export` wrote for this pipeline."""
+    """The folder that `fastdiff export` wrote for this pipeline."""
 
 
 def bench(
@@ -59,11 +59,11 @@ def bench(
     """One row per backend of `settings`, in that order.
 
     `pipe` is on the CPU and becomes the eager baseline on `settings.device`. A backend is timed
-    only if its receipt is green; `log` hears what is under way, `keep` the rows as far as they are
-    known: after each backend's preparation and, from the second on, after each round. A backend
-    that raises while it is prepared is a row that says so.
+    only if its receipt passes. `log` receives progress; `keep` receives the rows so far: after each
+    backend's preparation and, from the second on, after each round. A backend that raises during
+    its preparation gets a row that says so.
 
-    Raises UserError where one that was asked for cannot run here, before anything is timed.
+    Raises UserError before anything is timed if a requested backend cannot run here.
     """
     device = torch.device(settings.device)
     before = baseline(device)
@@ -75,7 +75,7 @@ def bench(
     for name in settings.asked:
         try:
             check_backend(name, pipe)
-        except Unavailable as reason:  # before the minutes that the reference can take
+        except Unavailable as reason:  # before the reference, which can take minutes
             raise UserError(f"--backends {name} cannot run here: {reason}") from reason
     log("reference: eager and float64")
     truth = find_truth(pipe, request)
@@ -95,14 +95,14 @@ def bench(
                 rows[name] = _prepare(row, contender, request, truth, before, *read)
             except (Unavailable, UserError) as reason:
                 rows[name] = _unavailable(row, str(reason), settings)
-            except Exception as error:  # it must not take the others' times with it
+            except Exception as error:  # one backend's failure must not lose the others' times
                 if wants_memory(error):
-                    if name == "eager":  # without it there is nothing to compare with
+                    if name == "eager":  # nothing to compare with
                         raise
                     rows[name] = _unavailable(row, NO_ROOM, settings)
                 else:
                     log(traceback.format_exc())
-                    words = (str(error).strip().splitlines() or ["without a word"])[0]
+                    words = (str(error).strip().splitlines() or ["without a message"])[0]
                     why = f"it broke: {type(error).__name__}: {words}"
                     rows[name] = replace(row, unavailable=why)
             else:
@@ -123,11 +123,11 @@ def bench(
     return timed(interleave(racers, settings.rounds, settings.seed, after_round))
 
 
-NO_ROOM = "memory does not suffice beside what was prepared before it; ask for fewer backends"
+NO_ROOM = "not enough memory beside the backends prepared before it; choose fewer backends"
 
 
 def _unavailable(row: Timed, reason: str, settings: Settings) -> Timed:
-    """The row that says why; UserError where its backend was asked for."""
+    """The row with the reason; UserError if its backend was requested."""
     if row.backend in settings.asked:
         raise UserError(f"--backends {row.backend} cannot run here: {reason}")
     return replace(row, unavailable=reason)
@@ -158,7 +158,7 @@ def _prepare(
 ) -> Timed:
     """Prepare `pipe` for the row's backend, draw with it until it is warm, check what it drew.
 
-    exported_s: what it took to write `engines`, for each backend that reads them.
+    exported_s: the seconds it took to write `engines`, for each backend that reads them.
     """
     start = time.perf_counter()
     prepare(row.backend, pipe, engines)
@@ -181,7 +181,7 @@ def _peak(backend: str, pipe: Any, before: Baseline, draw: Callable[[], object])
         return peak_bytes(pipe, before, draw)
     if pipe.device.type == "cpu":
         return engine_peak_bytes(pipe, before, draw, (denoiser(pipe), pipe.vae))
-    return None  # its library's, which torch does not see
+    return None  # torch does not see the library's memory
 
 
 def _with_speed(row: Timed, drawings: list[Drawing], eager: list[Drawing]) -> Timed:

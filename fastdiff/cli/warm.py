@@ -28,7 +28,7 @@ def warm(
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.progress import phases
     from fastdiff.bench.source import Source
-    from fastdiff.compiler.asked import jobs_of
+    from fastdiff.compiler.own_size import jobs_of
     from fastdiff.export.folder import check_new, new_folder
     from fastdiff.families import Sizes
     from fastdiff.kernels.shipped import ship

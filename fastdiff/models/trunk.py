@@ -1,4 +1,4 @@
-"""What a U-Net has in common with its ControlNets: the embeddings, the down half and the middle."""
+"""The parts that a U-Net and its ControlNets share: embeddings, the down half and the middle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _BLOCKS = {
     "up": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 _FREEU = ("s1", "s2", "b1", "b2")
-"""What FreeU sets on a block."""
+"""The attributes that FreeU sets on a block."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,29 @@ class Stage:
 
 
 class Conditions(NamedTuple):
-    """What a U-Net or a ControlNet is told beside latents and timesteps, by the names of diffusers'
-    `forward`. G: 2 with guidance, unconditional first; a call by itself has G = 1."""
+    """The inputs of a U-Net or a ControlNet besides latents and timesteps, by the argument names of
+    diffusers' `forward`. G: 2 with guidance, unconditional first; 1 for a single call."""
 
     encoder_hidden_states: Tensor
     """[G·B, T, D] the text."""
     text_embeds: Tensor | None = None
-    """[G·B, D'] of SDXL."""
+    """[G·B, D'] for SDXL."""
     time_ids: Tensor | None = None
-    """[G·B, 6] of SDXL."""
+    """[G·B, 6] for SDXL."""
     timestep_cond: Tensor | None = None
     """[B, D''] guidance embedding of distilled models (LCM); they run without guidance."""
     image_embeds: Any = None
-    """Of each IP-Adapter [G·B, N, ...], for N pictures."""
+    """For each IP-Adapter [G·B, N, ...], for N pictures."""
     controlnet_cond: Tensor | None = None
-    """[B, channels, rows, columns] the picture that a ControlNet is controlled by."""
+    """[B, channels, rows, columns] a ControlNet's control picture."""
     down_block_additional_residuals: Sequence[Tensor] | None = None
-    """A ControlNet's residuals of every skip, channels first."""
+    """A ControlNet's residuals for every skip, channels first."""
     mid_block_additional_residual: Tensor | None = None
-    """Its last one."""
+    """A ControlNet's residual for the middle."""
     down_intrablock_additional_residuals: Sequence[Tensor] | None = None
     """A T2I-Adapter's residuals, channels first."""
     encoder_attention_mask: Tensor | None = None
-    """[B, T] of 0 and 1: the words to attend to."""
+    """[B, T] of 0 and 1: 1 for the tokens to attend to."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Trunk:
         return self.conv_in.weight.dtype
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
-        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it.
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
 
-        latents: [B, C, Y, X]. copies: texts of each of them, 2 with guidance.
+        latents: [B, C, Y, X]. copies: texts for each of them, 2 with guidance.
         """
         text, condition = given.encoder_hidden_states, given.timestep_cond
         projection = self.time.condition
@@ -104,14 +104,14 @@ class Trunk:
         checked("sample", latents, weight, weight.shape[1], dim=4)
         checked("encoder_hidden_states", text, weight, self.text.weight.shape[1], dim=3)
         if condition is not None:
-            what = "it was given timestep_cond, for which it has no projection"
+            what = "it was given timestep_cond, but has no projection for it"
             require(projection is not None, what)
             assert projection is not None
             checked("timestep_cond", condition, weight, projection.weight.shape[1], dim=2)
         check_count("encoder_hidden_states", text, latents, copies)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X] -> [B, Y, X, C]: the same memory."""
+        """[B, C, Y, X] -> [B, Y, X, C], in the same memory."""
         return latents.permute(0, 2, 3, 1)
 
     def down(
@@ -124,14 +124,14 @@ class Trunk:
         condition: Tensor | None = None,
         inner: Sequence[Tensor] = (),
     ) -> tuple[Sum, list[Sum]]:
-        """The down half and the middle, channels last; arguments as of `UNet.predict`.
+        """The down half and the middle, channels last; arguments as for `UNet.predict`.
 
         Args:
-            condition: of the shape of conv_in's output, added to it.
+            condition: added to conv_in's output, and of its shape.
             inner: residuals of a T2I-Adapter.
 
         Returns:
-            The middle's output, and what each layer of the down half hands to the up half.
+            The middle's output, and the skips: every layer's output for the up half.
         """
         inner = list(inner)
         with scope("conv in"):
@@ -166,18 +166,18 @@ class Trunk:
 
     @property
     def skips(self) -> int:
-        """How many pictures the down half hands to the up half."""
+        """The number of skips from the down half to the up half."""
         return 1 + sum(len(s.resnets) + (s.down is not None) for s in self.downs)
 
     def text_rows(self, encoder_hidden_states: Tensor) -> Tensor:
-        """Keys and values of every cross-attention: [B, T, all their widths]."""
+        """Keys and values for every cross-attention: [B, T, all their widths]."""
         with scope("text rows"):
             return linear(encoder_hidden_states, self.text.weight, self.text.bias)
 
     def time_rows(self, timesteps: Tensor, given: Conditions) -> Tensor:
-        """Every resnet's projection of the time embedding: [steps, n, all their channels].
+        """The projected time embeddings of every resnet: [steps, n, all their channels].
 
-        `timesteps` [steps, n] broadcast with the conditions' [B, …].
+        `timesteps` [steps, n] broadcast against the conditions' [B, …].
         """
         with scope("time rows"):
             dtype, text_embeds, time_ids = self.dtype, given.text_embeds, given.time_ids
@@ -196,7 +196,7 @@ def borrow_stage(module: Any, part: str, loan: Loan, rows: Columns, text: CrossC
     block, crossed = loan.open(module, *_BLOCKS[part]), "Cross" in type(module).__name__
     require(all(getattr(block, name, None) is None for name in _FREEU), "FreeU")
     told = bool(getattr(block, "has_cross_attention", False))
-    require(told == crossed, "a block that is told of the text, or not, against its class")
+    require(told == crossed, "a block whose has_cross_attention contradicts its class")
     resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in loan.each(block.resnets))
     attentions = loan.each(block.attentions) if crossed else [None] * len(resnets)
     return Stage(
@@ -209,7 +209,7 @@ def borrow_stage(module: Any, part: str, loan: Loan, rows: Columns, text: CrossC
 def borrow_trunk(
     net: Reader, config: Reader, loan: Loan, ups: Sequence[Any] = ()
 ) -> tuple[dict[str, Any], tuple[Stage, ...], list[Reader]]:
-    """From the reads of a UNet2DConditionModel or a ControlNetModel.
+    """From a Reader of a UNet2DConditionModel or a ControlNetModel.
 
     Returns:
         The fields of its Trunk; the stages of the blocks `ups`; its cross-attentions in the order

@@ -288,7 +288,7 @@ def test_a_folder_without_a_transformer_or_with_more_channels(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "pipe")
     config, index = folder / "transformer/config.json", folder / "model_index.json"
     config.write_text(config.read_text().replace('"in_channels": 16', '"in_channels": 33'))
-    with pytest.raises(UserError, match="its transformer takes 33 channels where latents have 16"):
+    with pytest.raises(UserError, match="its transformer takes 33 channels but latents have 16"):
         check_folder(folder)
     index.write_text(index.read_text().replace('"transformer"', '"unet"'))
     shutil.move(folder / "transformer", folder / "unet")

@@ -28,7 +28,7 @@ def test_terabytes_are_refused_at_once(command, tmp_path):
     assert (code, out) == (2, "")
     line = err.splitlines()[-1]
     assert "--width 100000 and --height 100000 need" in line
-    assert "GiB are free; ask for fewer pixels" in line
+    assert "GiB are free; draw fewer pixels" in line
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 

@@ -155,7 +155,7 @@ def test_one_timestep_for_all_pictures_is_the_engines(exported, pipe):
             one.transformer(*given, torch.tensor(500.5).expand(2)).sample for one in (on_ort, pipe)
         )
     assert float((got - eager).abs().max()) < 2e-5
-    reason = "runs eagerly: it was given a timestep for each picture"
+    reason = "runs eagerly: the pictures have different timesteps"
     with torch.no_grad(), pytest.warns(RuntimeWarning, match=reason):
         on_ort.transformer(*given, torch.tensor([500.5, 3.0]))
 

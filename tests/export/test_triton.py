@@ -185,7 +185,7 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
     def of(part, what):
         return next(row for row in part["parts"] if row["file"].startswith("unet"))[what]
 
-    assert "is fastdiff.export/9, this fastdiff reads" in told(
+    assert "has schema fastdiff.export/9, this fastdiff reads" in told(
         lambda d: d.update(schema="fastdiff.export/9")
     )
     assert "export.json is damaged" in told(lambda d: d.pop("parts"))
@@ -202,7 +202,7 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
     )
     with (source / "unet/model.onnx").open("ab") as file:
         file.write(b"\0")
-    assert "unet/model.onnx is not what was written" in told(lambda d: None)
+    assert "unet/model.onnx differs from what was written" in told(lambda d: None)
     (source / "unet/model.onnx").unlink()
     assert "unet/model.onnx cannot be read" in told(lambda d: None)
 
@@ -289,7 +289,7 @@ def test_an_engine_of_one_shape_gets_its_batch_in_its_sides(tmp_path):
 def test_engines_that_triton_cannot_run_are_refused(tmp_path):
     out = ("--triton-repo", "--out", tmp_path / "models")
     source = engine(tmp_path / "rtx", flavor="rtx")
-    assert "is of TensorRT-RTX, whose plans Triton has no backend for" in refused(source, *out)
+    assert "was built by TensorRT-RTX, for which Triton has no backend" in refused(source, *out)
     source = engine(tmp_path / "scalar", inputs={"timestep": ["float32"]})
     assert "takes timestep without sides" in refused(source, *out)
     source = engine(tmp_path / "flipped")
@@ -300,7 +300,7 @@ def test_engines_that_triton_cannot_run_are_refused(tmp_path):
 
 def test_bad_input_is_one_sentence(demo_onnx, tmp_path):
     out = ("--triton-repo", "--out", tmp_path / "models")
-    assert f"{tmp_path} is no diffusers pipeline" in refused(tmp_path, *out)
+    assert f"{tmp_path} is not a diffusers pipeline" in refused(tmp_path, *out)
     assert f"{tmp_path} exists already" in refused(demo_onnx, "--triton-repo", "--out", tmp_path)
     assert "give one of --onnx" in refused(demo_onnx)
     assert "give one of --onnx" in refused("--onnx", "--out", tmp_path / "x", *out)

@@ -226,9 +226,9 @@ DAMAGE = {
     "schema": (edit(schema="fastdiff.engine/2"), "has schema 'fastdiff.engine/2'"),
     "version": (
         edit(version="1.0.0"),
-        f"was built by rtx 1.0.0, installed is {tensorrt_rtx.__version__}",
+        f"was built by rtx 1.0.0, but {tensorrt_rtx.__version__} is installed",
     ),
-    "flavor": (edit(flavor="other"), "was built by other; known are tensorrt and rtx"),
+    "flavor": (edit(flavor="other"), "was built by other; expected tensorrt or rtx"),
     "foreign": (edit(flavor="tensorrt"), "tensorrt needs tensorrt"),
 }
 
@@ -510,14 +510,14 @@ BAD = {
     "tensorrt needs tensorrt (": ("--flavor", "tensorrt", "--target", "sm_89"),
     "pip install fastdiff[trt]; rtx cannot build for sm_90": ("--target", "sm_89,sm_90"),
     "--flavor is 'x'; choose auto, tensorrt or rtx": ("--flavor", "x"),
-    "got --shapes and --static; give one": ("--shapes", "1x64x64", "--static", "1x64x64"),
+    "got --shapes and --static; give only one": ("--shapes", "1x64x64", "--static", "1x64x64"),
     "--shapes is '1x64x64'; give MIN:OPT:MAX": ("--shapes", "1x64x64"),
     "--shapes has '64x64'; give pictures x height": ("--shapes", "64x64:1x64x64:1x64x64"),
     "--static has '0x64x64'": ("--static", "0x64x64"),
     "--static has '-1x64x64'": ("--static", "-1x64x64"),
-    "count goes 2, 1, 3; it must grow": ("--shapes", "2x64x64:1x64x64:3x64x64"),
-    "width goes 64, 64, 32; it must grow": ("--shapes", "1x64x64:1x64x64:1x64x32"),
-    "1x64x72: width 72 is no multiple of 16, which unet needs; 16 suits every network": (
+    "count is 2, 1, 3; it must not fall": ("--shapes", "2x64x64:1x64x64:3x64x64"),
+    "width is 64, 64, 32; it must not fall": ("--shapes", "1x64x64:1x64x64:1x64x32"),
+    "1x64x72: width 72 is not a multiple of 16, as unet needs; 16 suits every network": (
         *("--static", "1x64x72", "--target", "sm_89"),
     ),
     "--compatible is 'x'; choose hardware or version": ("--compatible", "x"),

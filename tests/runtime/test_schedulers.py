@@ -263,7 +263,7 @@ def test_a_scheduler_that_has_run(name):
     try:
         assert_follows(scheduler, scheduler.timesteps[5:])  # without a history it goes on
     except NotLinear as error:
-        assert "in the middle of a run, call set_timesteps first" in str(error)  # noqa: PT017
+        assert "in the middle of a run; call set_timesteps first" in str(error)  # noqa: PT017
     for steps in (11, 11, 6):
         scheduler.set_timesteps(steps)
         assert_follows(scheduler)

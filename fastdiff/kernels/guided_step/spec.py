@@ -1,4 +1,4 @@
-"""Contract of `guided_step`: torch only."""
+"""Contract of `guided_step`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +9,13 @@ from torch import Tensor
 from fastdiff.kernels.contract import Case, KernelSpec
 
 GUIDANCE, RESCALE, SAMPLE, NOISE, NEXT_SCALE, HISTORY = range(6)
-"""Columns of a table row; from HISTORY on: b_0..b_M of the outputs, then c_1..c_M of the samples,
-where M is the depth of the history."""
+"""The columns of a table row. From HISTORY on: b_0..b_M for the outputs, then c_1..c_M for the
+samples, where M is the depth of the history."""
 
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     model_output: Tensor
     sample: Tensor
@@ -43,7 +43,7 @@ def formula(a: Arguments) -> None:
     result = row[SAMPLE] * a.sample + b[0] * output
     for h in range(1, depth + 1):
         slot = (index - h) % depth
-        # a zero coefficient must hide what the history does not hold yet
+        # entries with a zero coefficient may not be written yet, so mask them
         result = result + torch.where(b[h] != 0, b[h] * a.history[0, slot], 0.0)
         result = result + torch.where(c[h - 1] != 0, c[h - 1] * a.history[1, slot], 0.0)
     if a.noise is not None:
@@ -56,7 +56,7 @@ def formula(a: Arguments) -> None:
 
 
 def fake(*args: Any, **kwargs: Any) -> None:
-    """The formula reads the step on the host; a fake may not."""
+    """Does nothing: the formula reads the step on the host, which a fake must not."""
 
 
 def inputs(
@@ -71,7 +71,7 @@ def inputs(
     table[:, GUIDANCE] = 7.5
     table[:, RESCALE] = case.get("rescale", 0.0)
     history = normal(2, depth, *shape)
-    if case.get("fresh"):  # the first step: nothing in the history yet, its coefficients are zero
+    if case.get("fresh"):  # the first step: the history is empty, its coefficients are zero
         table[:, HISTORY + 1 :] = 0
         history.fill_(float("nan"))
     state = torch.float64 if dtype == torch.float64 else torch.float32
@@ -91,7 +91,7 @@ def _elements(case: Case) -> int:
 
 
 def moved(case: Case, size: int) -> int:
-    """The state is float32 and so is a table row, of which only what the case uses is read."""
+    """State and table are float32; of the row, only the columns that the case uses are read."""
     past = 0 if case.get("fresh") else 2 * case.depth
     state = 2 + past + 2 * bool(case.depth) + bool(case.get("noise"))
     columns = 4 + (case.copies == 2) + 2 * case.depth + bool(case.get("noise"))
