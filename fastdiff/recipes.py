@@ -90,6 +90,7 @@ SD3_PLAN = Plan(
 )
 SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
+UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
 
@@ -148,6 +149,8 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
+        "DDPMPipeline": Recipe(UNET2D),
+        "DDIMPipeline": Recipe(UNET2D),
     }
 
 
