@@ -1,17 +1,20 @@
-"""U-Nets that are told of no text, as DDPM's: diffusers' UNet2DModel."""
+"""U-Nets without a text, such as DDPM's: diffusers' UNet2DModel."""
 
+from dataclasses import replace
 from typing import Any
 
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from fastdiff.families import Family, Kind, Sizes, Taken, empty
+from fastdiff.errors import UserError
+from fastdiff.families import Denoised, Family, Kind, Sizes, Taken
+from fastdiff.families.part import Part
 from fastdiff.families.unet import channels
 from fastdiff.models import Loan, UNet, borrow_picture_unet
 from fastdiff.models.checks import refuse
 from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
-from fastdiff.runtime.planned import Run, call, without_memory
+from fastdiff.runtime.planned import Run, without_memory
 
 
 def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
@@ -32,16 +35,31 @@ def _call(
 
 
 def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
-    """One step: diffusers' loop calls it once in each."""
     network: Any = unet.network
-    bare: UNet = without_memory(network)
-    latents = empty(bare.conv_in.weight, 1, channels(bare), sizes.side, sizes.side)
-    return [call(bare, Conditions(), latents)]
+    return DENOISED.loop(without_memory(network), replace(sizes, guided=False))
+
+
+def _example(net: UNet, texts: int, tokens: int) -> Conditions:
+    return Conditions()
+
+
+def _part(folder: str, net: nn.Module, *_: object) -> Part:
+    raise UserError(f"{folder} is a {type(net).__name__}; supported is UNet2DConditionModel")
+
+
+def _exported(network: UNet) -> None:
+    """No UNet2DModel is exported; `_part` says so."""
+
+
+def _multiple(unet: Any) -> int:
+    times: int = 2 ** (len(unet.config.block_out_channels) - 1)
+    return times
 
 
 def _taken(name: str, unet: Any) -> Taken:
     return {name: (unet, UNET2D)}
 
 
+DENOISED = Denoised(Conditions, _example, channels, _part, _exported, _multiple)
 UNET2D = Kind(_borrow, _call, _planned)
-FAMILY = Family(models=("UNet2DModel",), taken=_taken)
+FAMILY = Family(models=("UNet2DModel",), taken=_taken, denoised=DENOISED)
