@@ -182,7 +182,7 @@ class Trunk:
         return 1 + sum(len(s.resnets) + (s.down is not None) for s in self.downs)
 
     def text_rows(self, encoder_hidden_states: Tensor | None) -> Tensor | None:
-        """Keys and values for every cross-attention, [B, T, all their widths]; None without text."""
+        """Keys and values for every cross-attention, [B, T, all their widths]; or None."""
         if self.text is None or encoder_hidden_states is None:
             return None
         with scope("text rows"):

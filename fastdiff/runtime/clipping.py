@@ -4,8 +4,8 @@
 
 DDPM's, DDIM's and LCM's steps have this form with `clip_sample`, whatever the network predicts: the
 estimate is a weighted sum of sample and output, and the result is linear in the clipped estimate.
-The coefficients follow from the step's values at points where nothing is clipped and at points where
-everything is.
+The coefficients follow from the step's values at points where nothing is clipped and at points
+where everything is.
 """
 
 from dataclasses import dataclass
