@@ -77,7 +77,7 @@ def bench(
     request = _request(pipe, settings)
     for name in settings.asked:
         try:
-            check_backend(name, pipe)
+            check_backend(name, pipe, settings.engines)
         except Unavailable as reason:  # before the reference, which can take minutes
             raise UserError(f"--backends {name} cannot run here: {reason}") from reason
     log("reference: eager and float64")
@@ -123,7 +123,7 @@ class _Trial:
         """Prepare and check a backend: its row, and a function that draws if it may be timed."""
         row, copied, before = Timed(self.settings.case, name), self.pipe, self.before
         try:
-            check_backend(name, self.pipe)
+            check_backend(name, self.pipe, self.settings.engines)
             read = self.engines() if name in ON_ONNX else (self.settings.engines, 0.0)
             if name != "eager":
                 before = baseline(self.pipe.device)
