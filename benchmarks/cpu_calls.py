@@ -15,7 +15,8 @@ from fastdiff.bench.presets import preset_named
 from fastdiff.demo import DEMO_FOLDER
 from fastdiff.families import Sizes, named
 from fastdiff.kernels.choices import Work, work_of
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.contract import KernelSpec
+from fastdiff.kernels.dispatch import kernel_of
 from fastdiff.kernels.where import planned_on_cpu
 from fastdiff.models.borrow import Loan
 from fastdiff.runtime.planned import Run
@@ -92,8 +93,8 @@ def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
             made.once = False
             for run in runs:
                 run()
-        for op, arguments, once in made.found:
-            work = work_of(KERNELS[op].spec, arguments)
+        for spec, arguments, once in made.found:
+            work = work_of(spec, arguments)
             call = found.setdefault(work, Call(work, arguments))
             call.once &= once
             if model.name not in call.models:
@@ -102,19 +103,18 @@ def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the names and arguments of our ops, and the value of `once` at each."""
+    """Notes the contracts and arguments of our ops, and the value of `once` at each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.once = True
-        self.found: list[tuple[str, Any, bool]] = []
+        self.found: list[tuple[KernelSpec, Any, bool]] = []
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "fastdiff":
-            name = op._schema.name.removeprefix("fastdiff::")
-            arguments = KERNELS[name].spec.arguments(*args, **kwargs)
-            self.found.append((name, arguments, self.once))
+        if kernel := kernel_of(op):
+            arguments = kernel.spec.arguments(*args, **kwargs)
+            self.found.append((kernel.spec, arguments, self.once))
         return op(*args, **kwargs)

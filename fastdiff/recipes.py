@@ -16,7 +16,6 @@ class Plan:
     """Where a plan finds the values of a denoising loop.
 
     A plan covers loops whose step is the network, guidance and the scheduler, and nothing else.
-    All these loops call their latents `latents` and their timesteps `timesteps`.
     """
 
     conditions: Mapping[str, str]
@@ -34,9 +33,16 @@ class Plan:
     a variable, the attention kwargs hold it. "" if there is none."""
     step_options: str = ""
     """The variable that holds further arguments of the scheduler's `step`. "" if there is none."""
+    step_arguments: tuple[str, ...] = ()
+    """Variables that are arguments of `step` by their own names."""
+    latents: str = "latents"
+    """The variable that holds the latents."""
     entrance: str = "interrupt"
     """Where the plan enters the loop: "interrupt", the property that the loop reads at the top of
     every step, or "progress_bar", which it opens around all steps."""
+    iterates: bool = False
+    """Whether the loop is `for t in progress_bar(timesteps)`. Such a loop has neither callbacks nor
+    warm-up steps."""
     results: tuple[str, ...] = ()
     """Variables, beside `latents`, that hold the last step's sample after the loop."""
     schedulers: tuple[str, ...] = ()
@@ -89,7 +95,18 @@ SD3_PLAN = Plan(
     absent=("skip_guidance_layers",),
 )
 SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
+DDPM_PLAN = Plan(
+    conditions={},
+    required=(),
+    returned=(),
+    step_arguments=("generator",),
+    latents="image",
+    entrance="progress_bar",
+    iterates=True,
+)
+DDIM_PLAN = replace(DDPM_PLAN, step_arguments=("eta", "use_clipped_model_output", "generator"))
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
+UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
 
@@ -148,6 +165,8 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
+        "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN),
+        "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN),
     }
 
 

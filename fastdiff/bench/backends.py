@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser
+from fastdiff.recipes import denoiser, recipe_of
 
 
 class Unavailable(Exception):
@@ -104,13 +104,17 @@ READERS = (
 """Backends that do not write to weights: on a CPU they can share eager's memory."""
 
 
-def check_backend(name: str, pipe: Any) -> None:
-    """Unavailable if a backend that reads ONNX files cannot run; checks before the export."""
+def check_backend(name: str, pipe: Any, engines: Path | None = None) -> None:
+    """Unavailable if a backend that reads ONNX files cannot run at all, or not from the folder
+    `engines`; checks before the export."""
     if name in ON_ONNX:
-        from fastdiff.compiler.engines import check_runtime
+        from fastdiff.compiler.engines import check_runtime, exported_part
 
+        dtype, recipe = denoiser(pipe).dtype, recipe_of(pipe)
         try:
-            check_runtime(name, pipe.device, denoiser(pipe).dtype)
+            check_runtime(name, pipe.device, dtype)
+            if engines is not None and recipe is not None:
+                exported_part(engines, recipe.denoiser, dtype)
         except UserError as error:
             raise Unavailable(str(error)) from error
 

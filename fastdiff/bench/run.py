@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,8 @@ from fastdiff.bench.stats import speedup
 from fastdiff.bench.timing import Drawing, Request, draw, interleave
 from fastdiff.errors import UserError
 from fastdiff.recipes import decodes_in_float32, denoiser
+
+Racer = Callable[[], Drawing]
 
 
 @dataclass(frozen=True)
@@ -74,40 +77,20 @@ def bench(
     request = _request(pipe, settings)
     for name in settings.asked:
         try:
-            check_backend(name, pipe)
+            check_backend(name, pipe, settings.engines)
         except Unavailable as reason:  # before the reference, which can take minutes
             raise UserError(f"--backends {name} cannot run here: {reason}") from reason
     log("reference: eager and float64")
     truth = find_truth(pipe, request)
     rows: dict[str, Timed] = {}
-    racers: dict[str, Callable[[], Drawing]] = {}
+    racers: dict[str, Racer] = {}
     with files(pipe, settings.engines, log) as engines:
+        trial = _Trial(pipe, settings, request, truth, before, engines, log)
         for name in settings.backends:
             log(f"{name}: preparing and checking")
-            row, contender = Timed(settings.case, name), pipe
-            try:
-                check_backend(name, pipe)
-                read = engines() if name in ON_ONNX else (settings.engines, 0.0)
-                if name != "eager":
-                    before = baseline(device)
-                    shares = device.type == "cpu" and name in READERS
-                    contender = sharing(pipe) if shares else copy.deepcopy(pipe)
-                rows[name] = _prepare(row, contender, request, truth, before, *read)
-            except (Unavailable, UserError) as reason:
-                rows[name] = _unavailable(row, str(reason), settings)
-            except Exception as error:  # one backend's failure must not lose the others' times
-                if wants_memory(error):
-                    if name == "eager":  # nothing to compare with
-                        raise
-                    rows[name] = _unavailable(row, NO_ROOM, settings)
-                else:
-                    log(traceback.format_exc())
-                    words = (str(error).strip().splitlines() or ["without a message"])[0]
-                    why = f"it broke: {type(error).__name__}: {words}"
-                    rows[name] = replace(row, unavailable=why)
-            else:
-                if not rows[name].failed:
-                    racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
+            rows[name], racer = trial.contender(name)
+            if racer is not None:
+                racers[name] = racer
             keep(list(rows.values()))
 
     def timed(drawings: dict[str, list[Drawing]]) -> list[Timed]:
@@ -121,6 +104,43 @@ def bench(
             keep(timed(drawings))
 
     return timed(interleave(racers, settings.rounds, settings.seed, after_round))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What every backend is prepared with and checked against before it is timed."""
+
+    pipe: Any
+    settings: Settings
+    request: Request
+    truth: Truth
+    before: Baseline
+    """The memory in use before the pipeline was on its device; eager is measured from it."""
+    engines: Callable[[], tuple[Path, float]]
+    log: Callable[[str], object]
+
+    def contender(self, name: str) -> tuple[Timed, Racer | None]:
+        """Prepare and check a backend: its row, and a function that draws if it may be timed."""
+        row, copied, before = Timed(self.settings.case, name), self.pipe, self.before
+        try:
+            check_backend(name, self.pipe, self.settings.engines)
+            read = self.engines() if name in ON_ONNX else (self.settings.engines, 0.0)
+            if name != "eager":
+                before = baseline(self.pipe.device)
+                shares = self.pipe.device.type == "cpu" and name in READERS
+                copied = sharing(self.pipe) if shares else copy.deepcopy(self.pipe)
+            row = _prepare(row, copied, self.request, self.truth, before, *read)
+        except (Unavailable, UserError) as reason:
+            return _unavailable(row, str(reason), self.settings), None
+        except Exception as error:  # one backend's failure must not lose the others' times
+            if wants_memory(error):
+                if name == "eager":  # nothing to compare with
+                    raise
+                return _unavailable(row, NO_ROOM, self.settings), None
+            self.log(traceback.format_exc())
+            words = (str(error).strip().splitlines() or ["without a message"])[0]
+            return replace(row, unavailable=f"it broke: {type(error).__name__}: {words}"), None
+        return row, None if row.failed else partial(draw, copied, self.request)
 
 
 NO_ROOM = "not enough memory beside the backends prepared before it; choose fewer backends"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.dispatch import Kernel, kernel_of
 
 KINDS = ("attention", "conv", "linear", "norm", "pointwise", "copy", "step", "host read", "other")
 
@@ -91,8 +91,8 @@ class Counter(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "fastdiff":
-            return self._ours(op, args, kwargs)
+        if kernel := kernel_of(op):
+            return self._ours(kernel, args, kwargs)
         formula = FORMULAS.get(op.overloadpacket)
         if formula is None:
             with self:  # under inference_mode composite ops arrive here
@@ -117,10 +117,9 @@ class Counter(TorchDispatchMode):
         flops = int(formula(*args, **kwargs, out_val=shape))
         return tree_map(_zeros, shape) if flops > COMPUTED else op(*args, **kwargs), flops
 
-    def _ours(self, op: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        kernel = KERNELS[op._schema.name.removeprefix("fastdiff::")]
+    def _ours(self, kernel: Kernel, args: tuple[Any, ...], kwargs: Any) -> Any:
         if self._device == "cuda" and "triton" in kernel.implementations:
-            result = op(*args, **kwargs)
+            result = kernel.op(*args, **kwargs)
         else:
             before = len(self._called)
             run = kernel.implementations["cpu"]() if self._device == "cpu" else kernel.library
@@ -132,7 +131,7 @@ class Counter(TorchDispatchMode):
                 fresh.zero_()
         with FlopCounterMode(display=False) as counter:
             kernel.spec.reference(*tree_map(_meta, args), **tree_map(_meta, kwargs))
-        self._tally(op, args, kwargs, result, counter.get_total_flops())
+        self._tally(kernel.op, args, kwargs, result, counter.get_total_flops())
         return result
 
     def _tally(self, op: Any, args: Any, kwargs: Any, result: Any, flops: int) -> None:

@@ -55,7 +55,7 @@ class Denoising:
         if slot is None:
             raise Unsupported(f"the {call.network} is not compiled")
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
-        self.scheduler, self.guided = pipe.scheduler, pipe.do_classifier_free_guidance
+        self.scheduler, self.guided = pipe.scheduler, _guided(pipe)
         self.denoiser = self._offer()
         network, sides = self.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
@@ -213,9 +213,7 @@ class Denoising:
             refuse_foreign(self.scheduler)
         except NotLinear as reason:
             _unsupported_if(True, f"changed the scheduler ({reason})")
-        _unsupported_if(
-            pipe.do_classifier_free_guidance != self.guided, "switched guidance on or off"
-        )
+        _unsupported_if(_guided(pipe) != self.guided, "switched guidance on or off")
         try:
             denoiser = self._offer()
         except Unsupported as reason:
@@ -249,7 +247,7 @@ class Denoising:
     def _guidance(self) -> tuple[float, float]:
         """The present guidance_scale and guidance_rescale; a negative rescale is ignored."""
         rescale = float(getattr(self.pipe, "guidance_rescale", 0.0))
-        return float(self.pipe.guidance_scale), max(0.0, rescale)
+        return float(getattr(self.pipe, "guidance_scale", 1.0)), max(0.0, rescale)
 
     def _scale(self) -> float:
         """The factor by which the call scales LoRA adapters."""
@@ -271,6 +269,11 @@ class Denoising:
         timesteps = self.call.timesteps.to(latents.device)[:, None]
         sides = (latents.shape[2], latents.shape[3])
         return entered("hoist", lambda: network.hoist(given, timesteps, sides))
+
+
+def _guided(pipe: Any) -> bool:
+    """Whether it draws with classifier-free guidance; some pipelines have no such property."""
+    return bool(getattr(pipe, "do_classifier_free_guidance", False))
 
 
 def carried(pipe: Any, plan: Plan) -> dict[str, Any]:

@@ -161,6 +161,17 @@ def export(pipe: Any, folder: Path, log: Callable[[str], object]) -> None:
     write_json(folder / exported.FILE, onnx.document(parts, opset, written))
 
 
+def exported_part(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What the ONNX folder says of the network `name`. UserError unless it is there in `dtype`."""
+    part, kind = exported.part(folder, name), str(dtype).removeprefix("torch.")
+    if part["dtype"] != kind:
+        raise UserError(
+            f"{folder} holds {name} in {part['dtype']}, the pipeline is in {kind}; export it"
+            " in the pipeline's --dtype"
+        )
+    return part
+
+
 def check_folder(folder: Path) -> None:
     """UserError unless `folder` holds, byte for byte, what `fastdiff export` wrote."""
     if (folder / exported.FILE).exists():
@@ -184,14 +195,7 @@ def _export(wanted: Replaced) -> Source:
 
 
 def _open_onnx(wanted: Replaced, folder: Path) -> Source:
-    part = exported.part(folder, wanted.name)
-    kind = str(wanted.dtype).removeprefix("torch.")
-    if part["dtype"] != kind:
-        raise UserError(
-            f"{folder} holds {wanted.name} in {part['dtype']}, the pipeline is in {kind}; export it"
-            " in the pipeline's --dtype"
-        )
-    return _onnx_source(wanted, folder, part)
+    return _onnx_source(wanted, folder, exported_part(folder, wanted.name, wanted.dtype))
 
 
 def _onnx_source(wanted: Replaced, folder: Path, part: dict[str, Any]) -> Source:

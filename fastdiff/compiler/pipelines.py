@@ -7,11 +7,12 @@ result into the latents.
 
 Most loops read `interrupt` at the top of every step. The plan runs at the first such read; from
 then on the property is True, so diffusers skips its own steps. Other loops open a progress bar
-around their steps; for them, the plan runs there and leaves no timesteps. Everything before and
-after the loop stays with diffusers. Where the plan does not apply (or a later diffusers no longer
-reads `interrupt`) diffusers' own loop runs, with our networks in it. If a callback does something
-that no plan can follow, `interrupt` is False again from the next step on. A loop entered by its
-progress bar cannot resume in mid-loop, so if it has a callback, diffusers runs it.
+around their steps, or over the timesteps; for them, the plan runs there and leaves no timesteps.
+Everything before and after the loop stays with diffusers. Where the plan does not apply (or a later
+diffusers no longer reads `interrupt`) diffusers' own loop runs, with our networks in it. If a
+callback does something that no plan can follow, `interrupt` is False again from the next step on. A
+loop entered by its progress bar cannot resume in mid-loop, so if it has a callback, diffusers runs
+it.
 """
 
 import ctypes
@@ -137,14 +138,16 @@ def _planned(own: Any) -> Any:
 
     entry: Any = call
 
-    def enter(pipe: Any, frame: FrameType, bar: Any) -> _Entered | None:
+    def enter(
+        pipe: Any, frame: FrameType, bar: Any, timesteps: Tensor | None = None
+    ) -> _Entered | None:
         """Run the plan at the first read in `frame`; None if `frame` is not ours."""
         entered = _call_in(frame, entry.__code__)
         if entered is None:
             _count_foreign_call(pipe, frame.f_locals)
         elif not entered.asked:
             entered.asked = True
-            entered.passed = _run(pipe, entered, frame, bar)
+            entered.passed = _run(pipe, entered, frame, bar, timesteps)
         return entered
 
     def interrupt(self: Any) -> Any:
@@ -161,10 +164,15 @@ def _planned(own: Any) -> Any:
 
     def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
         bar, frame = super(made, self).progress_bar(iterable, total), sys._getframe(1)
-        if frame.f_code is loop_code and iterable is None:
-            entered = enter(self, frame, bar)
-            if entered is not None and entered.passed:
-                _skip_loop(frame, plan.results)
+        if frame.f_code is not loop_code or (iterable is not None) != plan.iterates:
+            return bar
+        entered = enter(self, frame, bar, iterable)
+        if entered is None or not entered.passed:
+            return bar
+        if plan.iterates:
+            bar.close()
+            return iter(())
+        _skip_loop(frame, plan.results)
         return bar
 
     def reduce(self: Any, protocol: int) -> Any:
@@ -214,12 +222,12 @@ def _skip_loop(frame: FrameType, results: Iterable[str]) -> None:
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
 
 
-def _run(pipe: Any, entered: _Entered, frame: FrameType, bar: Any) -> int:
+def _run(pipe: Any, entered: _Entered, frame: FrameType, bar: Any, timesteps: Tensor | None) -> int:
     """Run the loop that `frame` is about to begin; return how many steps are done, 0 if diffusers
     has to run it."""
     loop = entered.loop
     try:
-        call = call_of(pipe, frame.f_locals, frame.f_globals, bar)
+        call = call_of(pipe, frame.f_locals, frame.f_globals, bar, timesteps)
         if call.callback is not None and _includes_any(call.conditions, entered.given):
             raise Unsupported("a callback may change the embeddings that were passed to the call")
         denoising = Denoising(pipe, call)

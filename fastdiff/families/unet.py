@@ -88,6 +88,7 @@ def _scale(*_: Any, cross_attention_kwargs: Any = None, **__: Any) -> float:
 def example(net: Trunk, texts: int, tokens: int) -> Conditions:
     """Conditions of `texts`, not initialised."""
     weight, added = net.conv_in.weight, net.added
+    assert net.text is not None
     text = empty(weight, texts, tokens, net.text.weight.shape[1])
     if added is None or net.added_sinusoid is None:
         return Conditions(text)

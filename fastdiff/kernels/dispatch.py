@@ -179,6 +179,11 @@ def module_of(name: str) -> Any:
     return module
 
 
+def kernel_of(op: Any) -> Kernel | None:
+    """The kernel that a dispatched op calls; None if the op is none of ours."""
+    return KERNELS[op.name().partition("::")[2]] if op.namespace == "fastdiff" else None
+
+
 def all_kernels() -> dict[str, Kernel]:
     """Every kernel by name: `KERNELS` after each kernel's folder is imported."""
     for module in iter_modules([str(Path(__file__).parent)]):

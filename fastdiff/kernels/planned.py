@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.kernels.contract import Launch
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.dispatch import Kernel, kernel_of
 
 _aten = torch.ops.aten
 
@@ -41,9 +41,9 @@ class Planning(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kernel := kernel_of(op):
+            return self._ours(kernel, args, kwargs)
         name = op._schema.name.partition("::")[2]
-        if op.namespace == "fastdiff":
-            return self._ours(name, args, kwargs)
         if op is _aten.convolution.default:
             return self.convolution(args)
         if name == "upsample_nearest2d":
@@ -75,14 +75,13 @@ class Planning(TorchDispatchMode):
         """Called for an op of ours."""
         self.launches += launches
 
-    def _ours(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kernel = KERNELS[name]
+    def _ours(self, kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "triton" not in kernel.implementations:
             with self:
                 return kernel.library(*args, **kwargs)
         launcher: Any = kernel.implementations["triton"]()
         launches, outputs = launcher.plan(self.arch, *args, **kwargs)
-        self.planned(name, args, kwargs, launches)
+        self.planned(kernel.spec.name, args, kwargs, launches)
         return outputs
 
 

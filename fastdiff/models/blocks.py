@@ -146,12 +146,13 @@ class PictureAttention:
     qkv: Weights
     out: Weights
 
-    def __call__(self, x: Sum) -> Sum:
+    def __call__(self, x: Sum, *_told: object) -> Sum:
+        """`_told`: the text and masks that a transformer in its place would take."""
         h = linear(x.group_normed(self.norm, silu=False), self.qkv.weight, self.qkv.bias)
         around = x.closed()
-        split = (-1, (self.heads, around.shape[-1] // self.heads))
+        split = (-1, (self.heads, h.shape[-1] // 3 // self.heads))
         q, k, v = (part.unflatten(*split) for part in h.flatten(1, 2).chunk(3, -1))
-        return projected(attention(q, k, v).reshape(around.shape), self.out, around)
+        return projected(attention(q, k, v).reshape(*around.shape[:-1], -1), self.out, around)
 
 
 def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:

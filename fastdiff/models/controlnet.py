@@ -18,7 +18,7 @@ from fastdiff.models.trunk import Conditions, Trunk, borrow_trunk
 class Constants(NamedTuple):
     """What all steps of a picture share."""
 
-    text: Tensor
+    text: Tensor | None
     """[B, T, …] result of `Trunk.text_rows`."""
     picture: Tensor
     """[B, Y, X, C] the embedded control picture."""
@@ -43,12 +43,14 @@ class ControlNet(Trunk):
         condition = given.controlnet_cond
         assert condition is not None
         picture = self.embedding(condition.flip(1) if self.flipped else condition)
-        shape = (len(given.encoder_hidden_states), self.conv_in.weight.shape[0], *sides)
+        text = given.encoder_hidden_states
+        assert text is not None
+        shape = (len(text), self.conv_in.weight.shape[0], *sides)
         require(
             picture.shape == shape,
             f"a ControlNet's picture is embedded as {list(picture.shape)}; expected {list(shape)}",
         )
-        constants = Constants(self.text_rows(given.encoder_hidden_states), channels_last(picture))
+        constants = Constants(self.text_rows(text), channels_last(picture))
         return Hoisted(self.time_rows(timesteps, given), constants)
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:

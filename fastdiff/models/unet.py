@@ -1,4 +1,4 @@
-"""The denoising U-Net of SD1.x, SD2.x and SDXL, on borrowed weights."""
+"""The U-Nets of SD1.x, SD2.x and SDXL, and U-Nets without a text, on borrowed weights."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from fastdiff.models.checks import checked
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.sums import Sum
-from fastdiff.models.trunk import Conditions, Stage, Trunk, borrow_trunk
+from fastdiff.models.trunk import ALONE, Conditions, Stage, Trunk, borrow_trunk
 
 
 class Constants(NamedTuple):
     """What all steps of a picture share, channels last; G·B texts as in `Conditions`."""
 
-    text: Tensor
+    text: Tensor | None
     """[G·B, T, …] result of `Trunk.text_rows`."""
     images: tuple[Tensor, ...] = ()
     """[G·B, tokens, …] for every IP-Adapter, in the text's layout."""
@@ -41,10 +41,16 @@ class UNet(Trunk):
     ups: tuple[Stage, ...]
     norm_out: Norm
     conv_out: Weights
+    multiple: int = 1
+    """The latents' sides must be multiples of this: diffusers' UNet2DModel always enlarges by two,
+    so other sides do not meet their skips."""
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it."""
         super().check(latents, given, copies)
+        sides = tuple(latents.shape[2:])
+        whole = all(side % self.multiple == 0 for side in sides)
+        require(whole, f"latents of {sides}, which are not multiples of {self.multiple}")
         mask = given.encoder_attention_mask
         require(mask is None or mask.ndim == 2, "a text mask without two dimensions")
         down, middle = given.down_block_additional_residuals, given.mid_block_additional_residual
@@ -86,7 +92,7 @@ class UNet(Trunk):
         controls = () if down is None or middle is None else (*down, middle)
         mask = given.encoder_attention_mask
         if mask is not None:
-            mask = ((1 - mask.to(text.dtype)) * -10000.0)[:, None, None, :]
+            mask = ((1 - mask.to(self.dtype)) * -10000.0)[:, None, None, :]
         constants = Constants(
             self.text_rows(text),
             self._image_rows(given),
@@ -115,9 +121,9 @@ class UNet(Trunk):
             h = Sum(h.closed() + controls[-1])
         for i, stage in enumerate(self.ups):
             with scope(f"up {i}"):
-                for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
+                for resnet, attention in zip(stage.resnets, stage.attentions, strict=True):
                     h = resnet(h, row, beside=skips.pop().closed())
-                    h = h if transformer is None else transformer(h, text, images, mask)
+                    h = h if attention is None else attention(h, text, images, mask)
                 if stage.up is not None:  # to the next skips' size, which may be odd
                     _, rows_next, columns_next, _ = skips[-1].closed().shape
                     h = stage.up(h, (rows_next, columns_next))
@@ -136,8 +142,8 @@ class UNet(Trunk):
         what = "image_embeds are missing in added_cond_kwargs, which IP-Adapters need"
         require(given.image_embeds is not None, what)
         rows = self.ip_adapters.rows(given.image_embeds)
-        texts = given.encoder_hidden_states.shape[0]
-        alike = all(image.shape[0] == texts for image in rows)
+        text = given.encoder_hidden_states
+        alike = text is not None and all(image.shape[0] == text.shape[0] for image in rows)
         require(alike, "the numbers of image_embeds and texts differ")
         return rows
 
@@ -168,6 +174,24 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
         ups=ups,
         norm_out=loan.norm(net.conv_norm_out),
         conv_out=loan.conv(net.conv_out),
+    )
+    loan.seal()
+    return unet
+
+
+def borrow_picture_unet(module: Any, loan: Loan) -> UNet:
+    """Lend a UNet2DModel's weights; raises Unsupported for what this runtime is not."""
+    net, config = loan.open(module, "UNet2DModel"), loan.config(module)
+    require(not config.center_input_sample, "center_input_sample")
+    loan.silu(net.conv_act)
+    trunk, ups, _ = borrow_trunk(net, config, loan, loan.each(net.up_blocks), ALONE)
+    unet = UNet(
+        **trunk,
+        ip_adapters=None,
+        ups=ups,
+        norm_out=loan.norm(net.conv_norm_out),
+        conv_out=loan.conv(net.conv_out),
+        multiple=2 ** sum(stage.up is not None for stage in ups),
     )
     loan.seal()
     return unet

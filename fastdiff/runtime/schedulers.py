@@ -6,8 +6,9 @@ noise have an axis of their own. The result shows the exact combination; each st
 
     x[i+1] = a x[i] + sum over h of (b_h eps[i-h] + c_h x[i-h]) + d noise,   input[i] = s[i] x[i]
 
-A scheduler that is not linear (thresholding, clipping) leaves a residual and is refused, as is one
-that cannot be run this way. `trajectory` runs it, `recurrence` fits the coefficients.
+A scheduler that clips its estimate of the clean picture has a step of its own in `clipping`. Any
+other scheduler that is not linear (thresholding) leaves a residual and is refused, as is one that
+cannot be run this way. `trajectory` runs it, `recurrence` fits the coefficients.
 """
 
 import threading
@@ -20,9 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.guided_step.spec import GUIDANCE, HISTORY, NEXT_SCALE, NOISE, RESCALE, SAMPLE
+from fastdiff.kernels.guided_step.spec import (
+    CLIP_SAMPLE,
+    GUIDANCE,
+    HISTORY,
+    LIMIT,
+    NEXT_SCALE,
+    NOISE,
+    RESCALE,
+    SAMPLE,
+)
 from fastdiff.models.originals import check_own
 from fastdiff.models.watch import Unsupported
+from fastdiff.runtime.clipping import points, read
 from fastdiff.runtime.contents import digest_of
 from fastdiff.runtime.recurrence import (
     ALLOWED,
@@ -33,11 +44,11 @@ from fastdiff.runtime.recurrence import (
     follow,
     scales_of,
 )
-from fastdiff.runtime.trajectory import PICTURE, NotLinear, run
+from fastdiff.runtime.trajectory import PICTURE, NotLinear, Trajectory, run
 
 __all__ = ["NotLinear", "Table", "probe", "refuse_foreign"]
 
-SPREAD = 30.0
+SPREAD = 1000.0
 """Standard deviation of the random samples that check the table: beyond every clipping range."""
 
 
@@ -57,6 +68,8 @@ class Table:
     """[n, M] c_1..c_M."""
     noises: Tensor
     """[n] d."""
+    clips: Tensor
+    """[n, 3] p, q and r of `clipping`; zeros for a step that clips nothing."""
     draws: tuple[bool, ...]
     """Whether the scheduler draws noise in each step, even unused: the generator must advance."""
     noise_dtype: torch.dtype | None
@@ -76,13 +89,14 @@ class Table:
         return self.past_samples.shape[1]
 
     def rows(self, guidance_scale: float, guidance_rescale: float = 0.0) -> Tensor:
-        """[n, 6 + 2M] float64: the table that `kernels.guided_step` reads."""
+        """[n, 9 + 2M] float64: the table that `kernels.guided_step` reads."""
         count, depth = len(self.timesteps), self.depth
         rows = torch.zeros(count, HISTORY + 1 + 2 * depth, dtype=torch.float64)
         rows[:, GUIDANCE] = guidance_scale
         rows[:, RESCALE] = guidance_rescale
         rows[:, SAMPLE] = self.samples
         rows[:, NOISE] = self.noises
+        rows[:, CLIP_SAMPLE : LIMIT + 1] = self.clips
         rows[:-1, NEXT_SCALE] = self.scales[1:]
         rows[-1, NEXT_SCALE] = 1.0
         rows[:, HISTORY : HISTORY + depth + 1] = self.outputs
@@ -104,8 +118,9 @@ def probe(
             (image to image, `denoising_end`).
 
     Raises:
-        NotLinear: its code is not all diffusers' own (then it is not run), it thresholds or clips,
-            uses more than three past steps, or cannot be run.
+        NotLinear: its code is not all diffusers' own (then it is not run), it thresholds, clips
+            more than its estimate of the clean picture, uses more than three past steps, or cannot
+            be run.
     """
     refuse_foreign(scheduler)
     options = {k: v for k, v in (step_options or {}).items() if k != "generator"}
@@ -191,9 +206,12 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         worst = float(fit.residuals.max())
         if editable and worst <= ALLOWED and float(misses.max()) <= ALLOWED:
             break
-    if not worst <= ALLOWED:
-        raise NotLinear(f"its steps are not a linear recurrence of depth {MAX_DEPTH}")
-    if not float(misses.max()) <= ALLOWED:
+    if not (worst <= ALLOWED and float(misses.max()) <= ALLOWED):
+        clipped = _clipped(scheduler, step_options, timesteps, vectors, trajectory)
+        if clipped is not None:
+            return clipped
+        if not worst <= ALLOWED:
+            raise NotLinear(f"its steps are not a linear recurrence of depth {MAX_DEPTH}")
         raise NotLinear("it clips samples or mixes their pixels")
     used = ((fit.outputs[:, 1:] != 0) | (fit.past_samples != 0)).any(0).nonzero()
     depth = int(used.max()) + 1 if len(used) else 0
@@ -204,9 +222,48 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         outputs=fit.outputs[:, : depth + 1].clone(),
         past_samples=fit.past_samples[:, :depth].clone(),
         noises=fit.noises,
+        clips=torch.zeros(count, 3, dtype=torch.float64),
         draws=trajectory.draws,
         noise_dtype=trajectory.noise_dtype,
         residual=worst,
+        states=trajectory.states,
+        keeps=trajectory.keeps,
+    )
+
+
+def _clipped(
+    scheduler: Any,
+    step_options: Mapping[str, Any],
+    timesteps: Tensor,
+    vectors: Tensor,
+    trajectory: Trajectory,
+) -> Table | None:
+    """The table of a scheduler that clips its estimate of the clean picture and keeps nothing
+    between steps; None for any other.
+
+    vectors: [R, 3n, *PICTURE] the random samples at the end of `trajectory`.
+    """
+    count = len(timesteps)
+    if trajectory.keeps:
+        return None
+    step = read(run(scheduler, timesteps, step_options, points(count), apart=True))
+    # far beyond the clipping range, and about as large as it
+    within = torch.cat([vectors[4:], vectors[4:] / SPREAD])
+    for known in (vectors, within):
+        made = run(scheduler, timesteps, step_options, known)
+        if not float(step.misses(made, known.flatten(2)).max()) <= ALLOWED:
+            return None
+    return Table(
+        timesteps=timesteps,
+        scales=scales_of(trajectory),
+        samples=step.a,
+        outputs=step.b[:, None],
+        past_samples=step.a.new_zeros(count, 0),
+        noises=step.d,
+        clips=torch.stack([step.p, step.q, step.r], dim=1),
+        draws=trajectory.draws,
+        noise_dtype=trajectory.noise_dtype,
+        residual=0.0,
         states=trajectory.states,
         keeps=trajectory.keeps,
     )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.dispatch import kernel_of
 from fastdiff.kernels.observe import recording
 
 TAPE_BYTES = 64 << 20
@@ -79,10 +79,9 @@ class _Memory(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "fastdiff":
-            name = op._schema.name.removeprefix("fastdiff::")
+        if kernel := kernel_of(op):
             with self:  # this also catches copies that an implementation makes
-                return KERNELS[name].implementations["cpu"]()(*args, **kwargs)
+                return kernel.implementations["cpu"]()(*args, **kwargs)
         if op is torch.ops.aten.new_empty.default:
             like, shape = args
             return self._new(shape, kwargs.get("dtype") or like.dtype)

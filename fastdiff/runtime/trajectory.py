@@ -44,7 +44,11 @@ class Trajectory:
 
 
 def run(
-    scheduler: Any, timesteps: Tensor, step_options: Mapping[str, Any], known: Tensor
+    scheduler: Any,
+    timesteps: Tensor,
+    step_options: Mapping[str, Any],
+    known: Tensor,
+    apart: bool = False,
 ) -> Trajectory:
     """Run a copy of the scheduler, from its present state, as a pipeline does.
 
@@ -55,6 +59,7 @@ def run(
         known: [W, 3n, *PICTURE] float64: first, for each step, what is added to its sample (the
             initial sample at the first, then as a callback may change it), then the network's
             outputs, then the noises.
+        apart: give each step only what is added, without the result of the step before.
 
     Raises:
         NotLinear: a step fails on these vectors, or gives numbers that are not finite.
@@ -80,7 +85,7 @@ def run(
         results: list[Tensor] = []
         changes.note(own)
         for at, timestep in enumerate(timesteps):
-            samples.append(results[-1] + edits[at] if at else edits[0])
+            samples.append(edits[at] if apart or not at else results[-1] + edits[at])
             # clones: the scheduler may work in place
             inputs.append(scale(samples[-1].clone(), timestep))
             moved = own.step(outputs[at].clone(), timestep, samples[-1].clone(), **options)

@@ -250,6 +250,16 @@ def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, dem
         assert err.count("\n") == 1
 
 
+def test_engines_in_another_dtype_are_refused_before_the_reference(
+    tmp_path, capsys, demo_onnx, monkeypatch
+):
+    monkeypatch.setattr(running, "find_truth", None)
+    arguments = ["--engines", str(demo_onnx), "--dtype", "bf16"]
+    assert run_bench(tmp_path, "openvino", *arguments) == (2, None)
+    sentence = f"{demo_onnx} holds unet in float32, the pipeline is in bfloat16; export it"
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(tmp_path, capsys, monkeypatch):
     """Before anything is timed; one of bench's own choice is a row that says why."""
     monkeypatch.setitem(BACKENDS, "inductor", missing)

@@ -18,13 +18,14 @@ def guided_step(
     step: Tensor,
     noise: Tensor | None = None,
 ) -> None:
-    """One step of any scheduler that is linear in the samples, outputs and noise.
+    """One step of any scheduler that is linear in the samples, outputs and noise, or that clips its
+    estimate of the clean picture.
 
-    With g, φ, a, d, s, b_0..b_M, c_1..c_M from the row `table[step]`:
+    With g, φ, a, d, s, p, q, r, b_0..b_M, c_1..c_M from the row `table[step]`:
 
         ε  = ε_uncond + g (ε_text - ε_uncond)                   (with two outputs per sample)
         ε ← φ ε · std(ε_text) / std(ε) + (1 - φ) ε              (φ ≠ 0; std over each sample)
-        x' = a x + b_0 ε + Σ_h (b_h ε[i-h] + c_h x[i-h]) + d noise
+        x' = a x + b_0 ε + Σ_h (b_h ε[i-h] + c_h x[i-h]) + d noise + clip(p x + q ε, ±r)
         next input = s x'
 
     Args:
@@ -34,7 +35,7 @@ def guided_step(
             (step % M), into which this step's are written. Entries with a zero coefficient are not
             read.
         following: [B, ...] in model_output's dtype, overwritten by the network's next input.
-        table: [steps, 6 + 2M] like sample; see `spec` for its columns.
+        table: [steps, 9 + 2M] like sample; see `spec` for its columns.
         step: [1] int64 on the same device: the row's index, so that the host reads nothing back.
         noise: [B, ...] like sample.
 

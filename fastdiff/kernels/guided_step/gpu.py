@@ -20,6 +20,8 @@ from fastdiff.kernels.tuned import tunable
 GUIDANCE, RESCALE = tl.constexpr(spec.GUIDANCE), tl.constexpr(spec.RESCALE)
 SAMPLE, NOISE = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.NOISE)
 NEXT_SCALE, HISTORY = tl.constexpr(spec.NEXT_SCALE), tl.constexpr(spec.HISTORY)
+CLIP_SAMPLE, CLIP_OUTPUT = tl.constexpr(spec.CLIP_SAMPLE), tl.constexpr(spec.CLIP_OUTPUT)
+LIMIT = tl.constexpr(spec.LIMIT)
 
 
 @triton.jit
@@ -79,6 +81,10 @@ def _guided_step_kernel(
     own = first + offsets
     sample = tl.load(sample_ptr + own, mask=inside, other=0.0)
     result = tl.load(row + SAMPLE) * sample + tl.load(row + HISTORY) * output
+    limit = tl.load(row + LIMIT)
+    if limit != 0:
+        clean = tl.load(row + CLIP_SAMPLE) * sample + tl.load(row + CLIP_OUTPUT) * output
+        result += tl.clamp(clean, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     for h in tl.static_range(1, DEPTH + 1):
         slot = (step - h + DEPTH) % DEPTH
         b = tl.load(row + HISTORY + h)
