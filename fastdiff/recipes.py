@@ -108,6 +108,8 @@ class Recipe:
     `force_upcast`; other pipelines do not look at that."""
     exported: bool = False
     """Whether its networks can be exported, and its blocks priced."""
+    loop: str = "a few numbers per step"
+    """What the loop is where it is diffusers', as the report says it."""
 
     @property
     def denoiser(self) -> str:
@@ -118,6 +120,7 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
+    blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
     return {
@@ -147,6 +150,10 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
+        # with blocks of a user's own around a U-Net, diffusers makes the bare ModularPipeline
+        "ModularPipeline": Recipe(controlled, loop=blocks),
+        "StableDiffusionXLModularPipeline": Recipe(controlled, upcasts=True, loop=blocks),
+        "StableDiffusion3ModularPipeline": Recipe(MMDIT, loop=blocks),
     }
 
 
