@@ -21,10 +21,13 @@ import torch
 from fastdiff.kernels import choices
 from fastdiff.kernels.contract import KernelSpec
 
+NAMESPACE = __name__.partition(".")[0]
+"""Of the ops in torch, and the package that they lie in: "fastdiff", or a copy's own."""
+
 
 def _load_native() -> Any:
     try:
-        return import_module("fastdiff._C")
+        return import_module(f"{NAMESPACE}._C")
     except ModuleNotFoundError:  # built without a compiler; any other ImportError is shown
         return None
 
@@ -106,7 +109,7 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {}
-_LIBRARY = torch.library.Library("fastdiff", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register(
@@ -149,7 +152,7 @@ def register(
     _LIBRARY.impl(spec.name, on_cpu, "CPU")
     by_library, fake = spec.called(library or spec.formula), spec.called(spec.fake or spec.formula)
     _LIBRARY.impl(spec.name, on_cuda if gpu else by_library, "CUDA")
-    torch.library.register_fake(f"fastdiff::{spec.name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{spec.name}", fake, lib=_LIBRARY)
     implementations: dict[str, Callable[[], Callable[..., Any]]] = {
         "reference": lambda: spec.reference,
         "cpu": lambda: on_cpu,
@@ -157,7 +160,7 @@ def register(
     if gpu is not None:
         implementations["triton"] = lambda: module_of(gpu).run
     implementations |= {which: loader(module) for which, module in (others or {}).items()}
-    op = getattr(torch.ops.fastdiff, spec.name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), spec.name).default
     KERNELS[spec.name] = Kernel(
         spec, op, implementations, spec.called(cpu), spec.called(plain), by_library
     )
@@ -184,7 +187,7 @@ def all_kernels() -> dict[str, Kernel]:
     """Every kernel by name: `KERNELS` once each kernel's folder has been imported."""
     for module in iter_modules([str(Path(__file__).parent)]):
         if module.ispkg:
-            import_module(f"fastdiff.kernels.{module.name}")
+            import_module(f"{__package__}.{module.name}")
     return KERNELS
 
 
