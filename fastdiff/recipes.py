@@ -126,6 +126,8 @@ class Recipe:
     `force_upcast`; other pipelines ignore that setting."""
     exported: bool = False
     """Whether its networks can be exported, and the least time of its blocks computed."""
+    loop: str = "a few numbers per step"
+    """What the report says of the loop if diffusers runs it."""
 
     @property
     def denoiser(self) -> str:
@@ -136,6 +138,7 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
+    blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
     return {
@@ -167,6 +170,10 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN),
         "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN),
+        # with blocks of a user's own around a U-Net, diffusers makes the bare ModularPipeline
+        "ModularPipeline": Recipe(controlled, loop=blocks),
+        "StableDiffusionXLModularPipeline": Recipe(controlled, upcasts=True, loop=blocks),
+        "StableDiffusion3ModularPipeline": Recipe(MMDIT, loop=blocks),
     }
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from torch import nn
 
-from fastdiff.compiler.options import FASTDIFF, LOOP, Options, chosen
+from fastdiff.compiler.options import FASTDIFF, LOOP, Keywords, Options, chosen
 from fastdiff.compiler.slot import Slot, kept_slot, slot_of
 from fastdiff.compiler.taken import forget, remember, remembered, torch_compiled
 from fastdiff.errors import UserError
@@ -19,7 +19,7 @@ __all__ = ["Options", "Report", "compile", "report", "restore"]
 T = TypeVar("T")
 
 
-def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
+def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywords]) -> T:
     """Make a pipeline or model fast, in place, without changing what it draws.
 
     Its networks run as compact networks on the same weights. The target keeps its identity and
@@ -144,11 +144,11 @@ def report(target: Any) -> Report:
     Components that are None have no row.
     """
     parts = _parts(target)
-    from fastdiff.compiler.pipelines import Loop, loop_of
+    from fastdiff.compiler.pipelines import Loop, loop_of, why_not_planned
 
     def loop_part(loop: Loop | None) -> Part:
         if loop is None:
-            return Part(LOOP, "diffusers", "a few numbers per step")
+            return Part(LOOP, "diffusers", why_not_planned(target))
         notes = [f"{count} ran in diffusers' own loop: {why}" for why, count in loop.own.items()]
         return Part(LOOP, "fastdiff", "; ".join([plural(loop.planned, "loop"), *notes]))
 

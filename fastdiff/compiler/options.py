@@ -1,8 +1,9 @@
 """What `fastdiff.compile` may be told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fastdiff.errors import UserError
 
@@ -98,7 +99,19 @@ class Options:
             raise UserError(f'Options.ort_graphs goes with the backend "ort"; got {self.backend!r}')
 
 
-def chosen(options: Options | None, keywords: dict[str, Any]) -> Options:
+class Keywords(TypedDict, total=False):
+    """The fields of `Options`, for who reads `compile`'s types."""
+
+    ignore: tuple[str, ...]
+    backend: str
+    engines: str | Path | None
+    ort_graphs: bool
+    warm: str | Path | None
+    tactics: bool
+    vae_tiling: str
+
+
+def chosen(options: Options | None, keywords: Mapping[str, Any]) -> Options:
     """The options that a caller gave as one object or as keywords; UserError for anything else."""
     names = ", ".join(field.name for field in fields(Options))
     if options is None:

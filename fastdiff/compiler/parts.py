@@ -52,7 +52,11 @@ def components(target: Any) -> dict[str, Any]:
     bare model is one component."""
     if (bare := named(target)) is not None:
         return {bare[0]: target}
-    given = [name for name, of in target.config.items() if isinstance(of, tuple | list)]
+    given = [
+        name
+        for name, of in target.config.items()
+        if isinstance(of, tuple | list) and not name.startswith("_")  # from_pipe keeps others so
+    ]
     found = {name: getattr(target, name, None) for name in dict.fromkeys((*given, *vars(target)))}
     return {
         name: part

@@ -32,9 +32,10 @@ from torch.utils import _contextlib
 
 from fastdiff.compiler.denoise import Denoising
 from fastdiff.compiler.loop_call import call_of
+from fastdiff.compiler.slot import slot_of
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original
-from fastdiff.recipes import packages_of, recipe_of, recipe_of_class
+from fastdiff.recipes import Recipe, packages_of, recipe_of, recipe_of_class
 from fastdiff.runtime.schedulers import NotLinear
 
 _LOOP = "_fastdiff_loop"
@@ -81,13 +82,27 @@ def loop_of(pipe: Any) -> Loop | None:
 
 def take_loop(pipe: Any) -> None:
     """Run the loops of `pipe` as plans from now on; the object and its class name stay the same."""
-    own: Any = _own_class(type(pipe))
-    call, recipe = vars(own).get("__call__"), recipe_of(pipe)
+    recipe = recipe_of(pipe)
     planned = recipe is not None and recipe.plan is not None
-    theirs = original(call, own, "__call__", packages_of(pipe))
-    if planned and theirs and loop_of(pipe) is None:
+    if planned and _theirs(pipe) and loop_of(pipe) is None:
         vars(pipe)[_LOOP] = Loop()
-        pipe.__class__ = _planned(own)
+        pipe.__class__ = _planned(_own_class(type(pipe)))
+
+
+def _theirs(pipe: Any) -> bool:
+    """Whether its `__call__` is its library's own."""
+    own = _own_class(type(pipe))
+    return original(vars(own).get("__call__"), own, "__call__", packages_of(pipe))
+
+
+def why_not_planned(pipe: Any) -> str:
+    """Why the loops of `pipe` are diffusers'."""
+    recipe = recipe_of(pipe) or Recipe()
+    if recipe.plan is None or slot_of(getattr(pipe, recipe.denoiser, None)) is None:
+        return recipe.loop
+    if not _theirs(pipe):
+        return "its __call__ is not diffusers' own"
+    return "its network is compiled, but not this pipeline; compile it, and the loop is a plan"
 
 
 def release_loop(pipe: Any) -> None:

@@ -20,10 +20,13 @@ import torch
 from fastdiff.kernels import choices
 from fastdiff.kernels.contract import KernelSpec
 
+NAMESPACE = __name__.partition(".")[0]
+"""Of the ops in torch, and the package that they lie in: "fastdiff", or a copy's own."""
+
 
 def _load_native() -> Any:
     try:
-        return import_module("fastdiff._C")
+        return import_module(f"{NAMESPACE}._C")
     except ModuleNotFoundError:  # built without a compiler; any other ImportError is raised
         return None
 
@@ -105,7 +108,7 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {}
-_LIBRARY = torch.library.Library("fastdiff", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register(
@@ -148,7 +151,7 @@ def register(
     _LIBRARY.impl(spec.name, on_cpu, "CPU")
     by_library, fake = spec.called(library or spec.formula), spec.called(spec.fake or spec.formula)
     _LIBRARY.impl(spec.name, on_cuda if gpu else by_library, "CUDA")
-    torch.library.register_fake(f"fastdiff::{spec.name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{spec.name}", fake, lib=_LIBRARY)
     implementations: dict[str, Callable[[], Callable[..., Any]]] = {
         "reference": lambda: spec.reference,
         "cpu": lambda: on_cpu,
@@ -156,7 +159,7 @@ def register(
     if gpu is not None:
         implementations["triton"] = lambda: module_of(gpu).run
     implementations |= {which: loader(module) for which, module in (others or {}).items()}
-    op = getattr(torch.ops.fastdiff, spec.name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), spec.name).default
     KERNELS[spec.name] = Kernel(
         spec, op, implementations, spec.called(cpu), spec.called(plain), by_library
     )
@@ -181,14 +184,14 @@ def module_of(name: str) -> Any:
 
 def kernel_of(op: Any) -> Kernel | None:
     """The kernel that a dispatched op calls; None if the op is none of ours."""
-    return KERNELS[op.name().partition("::")[2]] if op.namespace == "fastdiff" else None
+    return KERNELS[op.name().partition("::")[2]] if op.namespace == NAMESPACE else None
 
 
 def all_kernels() -> dict[str, Kernel]:
     """Every kernel by name: `KERNELS` after each kernel's folder is imported."""
     for module in iter_modules([str(Path(__file__).parent)]):
         if module.ispkg:
-            import_module(f"fastdiff.kernels.{module.name}")
+            import_module(f"{__package__}.{module.name}")
     return KERNELS
 
 
