@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastdiff import installed
 from fastdiff.compiler.asked import own_size
 from fastdiff.errors import UserError
 from fastdiff.families import Kind
@@ -68,7 +69,8 @@ def kernels(target: Any, slots: Sequence[Any], warm: str | Path | None) -> Kerne
     Raises UserError where `warm` is no folder of `fastdiff warm`, or damaged.
     """
     if warm is not None and find_spec("triton") is None:
-        raise UserError(f"Options.warm is {warm}, kernels of Triton, which fastdiff[gpu] has")
+        how = installed.pip("gpu")
+        raise UserError(f"Options.warm is {warm}, which needs Triton; {how}")
     made = Kernels(weakref.ref(target), slots, None if warm is None else read(Path(warm)))
     made.begin()
     return made
