@@ -5,15 +5,12 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import copy
-import json
+import gc
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from command import run
+from exports import demo_export, demo_onnx, export_onnx  # noqa: F401  fixtures
 from interpreter import mend
 from torch import Tensor, nn
 
@@ -33,6 +30,16 @@ LONGEST = ("test_readme.py", "test_workflows.py", "test_trt.py", "test_random_ed
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage looks at its million objects again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -85,38 +92,3 @@ def demo():
     pipe = fastdiff.load_demo()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What `fastdiff export --onnx FOLDER --verify --json` printed of `pipe`, and wrote."""
-
-    pipe: Any
-    folder: Path
-    document: dict[str, Any]
-    progress: str
-
-
-@pytest.fixture(scope="session")
-def export_onnx(tmp_path_factory):
-    """export_onnx(pipe, *arguments): `pipe` is what the arguments name."""
-
-    def export(pipe, *arguments):
-        folder = tmp_path_factory.mktemp("onnx") / "out"
-        code, out, err = run("export", *arguments, "--onnx", folder, "--verify", "--json")
-        assert code == 0, (out, err)
-        pipe.set_progress_bar_config(disable=True)
-        return Exported(pipe, folder, json.loads(out), err)
-
-    return export
-
-
-@pytest.fixture(scope="session")
-def demo_export(demo, export_onnx):
-    return export_onnx(demo)
-
-
-@pytest.fixture(scope="session")
-def demo_onnx(demo_export):
-    """The demo pipeline as `fastdiff export --onnx` writes it."""
-    return demo_export.folder
