@@ -1,4 +1,4 @@
-# make bench · make test · make lint · make gpu: each works alone on a fresh clone.
+# make bench · make test · make test-all · make lint · make gpu: each works alone on a fresh clone.
 
 PYTHON ?= python3
 # Plain `torch` may bring several GB of CUDA libraries: without an NVIDIA GPU one version that has
@@ -8,15 +8,20 @@ BIN := .venv/bin
 OUT ?= build/gpu-archive
 MINUTES ?= 8
 HAS_TORCH = $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 GPU_PYTHON = $(if $(HAS_TORCH),$(PYTHON),$(BIN)/python)
 
-.PHONY: bench test slow-test lint gpu clean
+.PHONY: bench test test-all slow-test lint gpu clean
 
 bench: .venv/ready
 	$(BIN)/fastdiff bench
 
+# products of cases by a pairwise cover (tests/covered.py); test-all runs all of each
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not product"
+
+test-all: .venv/ready
+	$(PYTEST) -m "not slow"
 
 slow-test: .venv/ready
 	$(BIN)/python -m pytest -m slow

@@ -5,14 +5,12 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import copy
+import gc
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from command import run_json
+from exports import demo_export, demo_onnx, export_onnx  # noqa: F401  fixtures
 from interpreter import mend
 from logged import as_warnings
 from torch import Tensor, nn
@@ -34,6 +32,16 @@ LONGEST = ("test_readme.py", "test_workflows.py", "test_trt.py", "test_random_ed
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage looks at its million objects again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -86,38 +94,3 @@ def demo():
     pipe = fastdiff.load_demo()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What `fastdiff export --onnx --out FOLDER --verify` made of `pipe`, and its document."""
-
-    pipe: Any
-    folder: Path
-    document: dict[str, Any]
-    progress: str
-
-
-@pytest.fixture(scope="session")
-def export_onnx(tmp_path_factory):
-    """export_onnx(pipe, *arguments): `pipe` is what the arguments name."""
-
-    def export(pipe, *arguments):
-        folder = tmp_path_factory.mktemp("onnx") / "out"
-        code, told, err = run_json("export", *arguments, "--onnx", "--out", folder, "--verify")
-        assert code == 0, (told, err)
-        pipe.set_progress_bar_config(disable=True)
-        return Exported(pipe, folder, told, err)
-
-    return export
-
-
-@pytest.fixture(scope="session")
-def demo_export(demo, export_onnx):
-    return export_onnx(demo)
-
-
-@pytest.fixture(scope="session")
-def demo_onnx(demo_export):
-    """The demo pipeline as `fastdiff export --onnx` writes it."""
-    return demo_export.folder

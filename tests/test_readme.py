@@ -2,18 +2,17 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command import environment
+from command import environment, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
 EXPORT = (ROOT / "docs/export.md").read_text()
 
 
@@ -47,28 +46,40 @@ def test_graphs_are_the_committed_ones():
         ]
 
 
-@pytest.mark.parametrize("text", [README, EXPORT], ids=["README", "export"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(README, id="README"),
+        # 20 s; compiler/test_engines.py compiles for ONNX Runtime with one export for all
+        pytest.param(EXPORT, id="export", marks=pytest.mark.product),
+    ],
+)
 def test_python_runs(text):
     for block in blocks("python", text):
-        subprocess.run([sys.executable, "-c", block], check=True, timeout=300)
+        exec(block, {})
 
 
+MADE = "fastdiff export --onnx demo-onnx --verify"
+COMPILES = ("fastdiff inspect ", "fastdiff warm ")
+"""These want Triton's compiler, in whose place the tests' own process has the interpreter."""
+
+
+# Minutes; test_workflows.py holds every word of them to the command line, and each command has
+# tests of its own: test_cli.py, bench/, export/, kernels/test_inspect.py and test_shipped.py.
+@pytest.mark.product
 @pytest.mark.parametrize("lines", commands(README) + commands(EXPORT), ids=lambda x: x[0][:40])
-def test_commands_run(lines, tmp_path):
-    beside = Path(sys.executable).parent / "fastdiff"
-    command = str(beside) if beside.exists() else shutil.which("fastdiff")
-    variables = environment()
+def test_commands_run(lines, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
     for line in lines:
-        done = subprocess.run(
-            f"{command} {line.removeprefix('fastdiff ')}",
-            shell=True,
-            cwd=tmp_path,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
+        if line == MADE:
+            shutil.copytree(request.getfixturevalue("demo_onnx"), "demo-onnx")
+        elif line.startswith(COMPILES):
+            command = [sys.executable, "-m", *shlex.split(line)]
+            done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        else:
+            code, out, err = run(*shlex.split(line, comments=True)[1:])
+            assert code == 0, (out, err)
         for name in re.findall(r"[\w-]+\.(?:png|json)", line):
             assert (tmp_path / name).stat().st_size > 0
 

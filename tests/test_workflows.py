@@ -1,4 +1,5 @@
-"""Workflows, ours and those of docs/ci.md: they parse, are safe, and call what exists."""
+"""Workflows, ours and those of docs/ci.md: they parse, are safe, and call what exists; so do all
+commands of the documents."""
 
 import json
 import re
@@ -16,6 +17,7 @@ from fastdiff.cli import app
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs/ci.md").read_text()
+PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
 WORKFLOWS = {
     path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))
 } | {
@@ -45,9 +47,10 @@ def commands(shell):
 
 def all_commands():
     scripts = [step["run"] for text in WORKFLOWS.values() for step in steps(text) if "run" in step]
-    scripts += re.findall(r"```sh\n(.*?)```", GUIDE, re.S)
-    prose = re.sub(r"```.*?```", "", GUIDE, flags=re.S)
-    scripts += [" ".join(code.split()) for code in re.findall(r"`(fastdiff [^`]+)`", prose)]
+    for page in PAGES:
+        scripts += re.findall(r"```sh\n(.*?)```", page, re.S)
+        prose = re.sub(r"```.*?```", "", page, flags=re.S)
+        scripts += [" ".join(code.split()) for code in re.findall(r"`(fastdiff [^`]+)`", prose)]
     return sorted({tuple(words) for script in scripts for words in commands(script)})
 
 
@@ -106,9 +109,12 @@ def test_commands_are_those_of_the_command_line(words):
     with group.make_context("fastdiff", list(words)) as context:
         name, command, rest = group.resolve_command(context, list(words))
         assert command is not None, name
-        command.make_context(name, rest, parent=context).close()
+        if rest:  # else prose may only name it
+            command.make_context(name, rest, parent=context).close()
 
 
+# A minute; regression/ tests states, pairs of processes, documents and reports one by one.
+@pytest.mark.product
 def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
     """A pipeline that is tracked, and a branch to compare with, in which nothing is different."""
     demo.save_pretrained(tmp_path / "my_pipe")

@@ -1,0 +1,118 @@
+"""One declaration of a cross product for two suites: `make test` runs a cover, `make test-all` all.
+
+    @pytest.mark.parametrize(
+        ("case", "isa", "dtype"),
+        covered(CASES, ISAS, DTYPES, always=lambda case, isa, dtype: case.small),
+    )
+
+Every combination is a test. Those outside the cover carry the mark `product`, which `make test`
+deselects and `make test-all` runs. The cover is pairwise: any two values of different axes meet in
+at least one test of it. A fault that needs two particular values (an odd size and float16) is
+found by `make test`; one that needs three may wait for `make test-all`.
+
+What is cheap, and every boundary that has found a fault, belongs in `always`. A combination that
+does not exist is left out by `possible`. Two axes have no smaller pairwise cover than their
+product: `together=1` then asks for every value of each axis at least once.
+
+What repeats without being a product is marked by `first_of_each`; a whole test that `make test`
+need not run, because a named cheaper one fails with it, is marked `@pytest.mark.product` itself.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+Row = tuple[int, ...]
+"""The index of a value on each axis."""
+
+
+def covered(
+    *axes: Iterable[Any],
+    together: int = 2,
+    always: Callable[..., bool] = lambda *values: False,
+    possible: Callable[..., bool] = lambda *values: True,
+) -> list[Any]:
+    """Parameters of a test: the product of `axes`, the last axis changing fastest.
+
+    A value is anything, or a `pytest.param` of one or more values with its own id and marks.
+    `always(*values)` and `possible(*values)` are asked with what the test is given. The same
+    axes give the same cover in every process.
+    """
+    choices = [[_parameter(value) for value in axis] for axis in axes]
+    joined = {
+        row: _joined([axis[i] for axis, i in zip(choices, row, strict=True)])
+        for row in itertools.product(*map(range, map(len, choices)))
+    }
+    rows = [row for row, parameter in joined.items() if possible(*parameter.values)]
+    fast = cover(rows, together, [row for row in rows if always(*joined[row].values)])
+    return [joined[row] if row in fast else _marked(joined[row]) for row in rows]
+
+
+def first_of_each(values: Iterable[Any], kind: Callable[..., Hashable]) -> list[Any]:
+    """Parameters of a test: all values; from the second of a kind on they carry `product`.
+
+    `kind(*values)` is asked with what the test is given. Sort by cost to keep the cheapest.
+    """
+    parameters, seen = [_parameter(value) for value in values], set()
+    for i, parameter in enumerate(parameters):
+        if (this := kind(*parameter.values)) in seen:
+            parameters[i] = _marked(parameter)
+        seen.add(this)
+    return parameters
+
+
+def cover(rows: Sequence[Row], together: int, chosen: Iterable[Row] = ()) -> set[Row]:
+    """`chosen` and as many of `rows` as it takes for every `together` values of a row to meet.
+
+    The next is the row that brings most of them together for the first time; of equals the one
+    whose values were used least, of these the first.
+
+    Not allpairspy's: where combinations are excluded it ends before all pairs have met.
+    """
+    brings = {row: set(itertools.combinations(enumerate(row), together)) for row in rows}
+    taken: set[Row] = set()
+    missing = set().union(*brings.values())
+    uses: Counter[tuple[int, int]] = Counter()
+
+    def take(row: Row) -> None:
+        taken.add(row)
+        uses.update(enumerate(row))
+        missing.difference_update(brings[row])
+
+    for row in chosen:
+        take(row)
+    left = [row for row in rows if row not in taken]
+    while missing:
+        gains = {row: gain for row in left if (gain := len(brings[row] & missing))}
+        used = {row: sum(uses[value] for value in enumerate(row)) for row in gains}
+        take(max(gains, key=lambda row: (gains[row], -used[row])))
+        left = list(gains)
+    return taken
+
+
+def _parameter(value: Any) -> Any:
+    """A value as `pytest.param` with an id."""
+    if isinstance(value, type(pytest.param())):
+        name = "-".join(map(_name, value.values)) if value.id is None else value.id
+        return pytest.param(*value.values, id=name, marks=value.marks)
+    return pytest.param(value, id=_name(value))
+
+
+def _name(value: Any) -> str:
+    name = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
+    return str(name).removeprefix("torch.")
+
+
+def _joined(parameters: Sequence[Any]) -> Any:
+    values = itertools.chain.from_iterable(parameter.values for parameter in parameters)
+    marks = itertools.chain.from_iterable(parameter.marks for parameter in parameters)
+    name = "-".join(parameter.id for parameter in parameters)
+    return pytest.param(*values, id=name, marks=list(marks))
+
+
+def _marked(parameter: Any) -> Any:
+    marks = [*parameter.marks, pytest.mark.product]
+    return pytest.param(*parameter.values, id=parameter.id, marks=marks)
