@@ -26,8 +26,8 @@ def test_weights_beside_a_file_are_compared_with_it(tmp_path):
 
 def test_equal_weights_with_other_heads_are_another_network():
     torch.manual_seed(0)
-    net = UNet2DConditionModel(**TINY)
-    other = UNet2DConditionModel(**TINY | {"attention_head_dim": 2})
+    net = UNet2DConditionModel(**TINY).eval()
+    other = UNet2DConditionModel(**TINY | {"attention_head_dim": 2}).eval()
     other.load_state_dict(net.state_dict())
     assert fingerprint.of_network(copy.deepcopy(net)) == fingerprint.of_network(net)
     assert fingerprint.of_network(other) != fingerprint.of_network(net)
