@@ -1,4 +1,4 @@
-"""What is installed: versions, the extra that brings what is not, and another package in our place."""
+"""Installed versions, the extra that brings each module, and another package in our place."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
