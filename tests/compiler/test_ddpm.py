@@ -89,7 +89,7 @@ def test_arguments_of_the_step_reach_the_plan():
     eager = [drawn(**more) for more in given]
     fastdiff.compile(pipe)
     for more, want in zip(given, eager, strict=True):
-        assert abs(drawn(**more) - want).max() < 1e-12, more
+        assert abs(drawn(**more) - want).max() < 1e-10, more  # as of tests/runtime/test_schedulers
     assert loop_of(pipe).planned == 3
 
 

@@ -89,7 +89,7 @@ def test_sizes_that_diffusers_cannot_draw():
     ("more", "why"),
     [
         ({"num_class_embeds": 10}, "class embeddings"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "time embeddings of the kind 'scale_shift'"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "time embeddings of kind 'scale_shift'"),
         ({"downsample_type": "resnet"}, "ResnetBlock2D"),
         ({"upsample_type": "resnet"}, "ResnetBlock2D"),
         ({"center_input_sample": True}, "center_input_sample"),
