@@ -53,8 +53,8 @@ def _is_project(source: Path) -> bool:
 
 
 def lay_beneath(packages: Path) -> None:
-    """Make the packages installed here visible in an environment, including editable projects, but
-    not those of an environment that runs this.
+    """Make the packages installed here visible in an environment, including editable projects,
+    except projects that it has itself.
 
     An editable project is a .pth file. Python reads .pth files in an environment's own folders, but
     not in folders that another .pth file names, so their lines are repeated.
@@ -71,8 +71,7 @@ def lay_beneath(packages: Path) -> None:
     for folder in map(Path, _site_packages()):
         lines.append(str(folder))
         for pth in sorted(set(folder.glob("*.pth")) - hidden):
-            # if this interpreter is itself in a state's environment, use its own folders
-            if pth.name != BENEATH:
+            if pth.name != BENEATH:  # the folders named there are in _site_packages() already
                 for line in filter(None, pth.read_text().splitlines()):
                     is_code = line.startswith(("import ", "import\t"))
                     lines.append(line if is_code else str(folder / line))
