@@ -1,12 +1,11 @@
 """env and --version: what is installed here."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastdiff.cli.options import app
+from fastdiff.cli.options import Json, app
 
 SCHEMA = "fastdiff.env/1"
 
@@ -32,11 +31,7 @@ def every(
 
 
 @app.command()
-def env(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help=f"Write {SCHEMA} here.")
-    ] = None,
-) -> None:
+def env(json_file: Json = None) -> None:
     """Show versions and machine, to paste into an issue."""
     from fastdiff.bench.machine import commit, machine, native, versions
     from fastdiff.installed import clash

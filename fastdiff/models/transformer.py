@@ -118,7 +118,10 @@ class Transformer:
     blocks: tuple[Block, ...]
     proj_out: Weights
 
-    def __call__(self, x: Sum, text: Tensor, images: Sequence[Tensor], mask: Tensor | None) -> Sum:
+    def __call__(
+        self, x: Sum, text: Tensor | None, images: Sequence[Tensor], mask: Tensor | None
+    ) -> Sum:
+        assert text is not None
         h = x.group_normed(self.norm, silu=False).flatten(1, 2)
         tokens = Sum(linear(h, self.proj_in.weight, self.proj_in.bias))
         for block in self.blocks:

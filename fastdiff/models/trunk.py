@@ -29,8 +29,10 @@ from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved
 from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
 
-TOLD = ("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn")
-TOLD += ("UpBlock2D", "CrossAttnUpBlock2D")
+TOLD = (
+    *("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn"),
+    *("UpBlock2D", "CrossAttnUpBlock2D"),
+)
 """Block classes of a U-Net that attends to a text."""
 ALONE = ("DownBlock2D", "AttnDownBlock2D", "UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D")
 """Block classes of a U-Net without a text: it attends to its own pixels only."""
