@@ -51,16 +51,22 @@ def test_a_row_names_components_of_its_class(name, recipe):
 def test_a_plan_names_variables_of_the_loop(name, recipe):
     call = inspect.unwrap(getattr(diffusers, name).__call__)
     variables, plan = set(call.__code__.co_varnames), recipe.plan
-    assert {"latents", "timesteps", *plan.required} <= variables
+    own = () if plan.iterates else ("timesteps",)
+    assert {plan.latents, *own, *plan.step_arguments, *plan.required} <= variables
     assert set(plan.required) <= set(plan.conditions.values()) <= variables
     denoised = family(recipe.networks[recipe.denoiser]).denoised
     assert {*plan.conditions, plan.pictures} - {""} <= set(denoised.conditions._fields)
     assert set(plan.replaced.values()) <= set(plan.conditions)
     source = inspect.getsource(call)
-    asks = {"interrupt": "self.interrupt", "progress_bar": "with self.progress_bar(total="}
-    assert [name for name, text in asks.items() if text in source][0] == plan.entrance
+    asks = {
+        "self.interrupt": ("interrupt", False),
+        "with self.progress_bar(total=": ("progress_bar", False),
+        "in self.progress_bar(self.scheduler.timesteps)": ("progress_bar", True),
+    }
+    found = next(entrance for text, entrance in asks.items() if text in source)
+    assert found == (plan.entrance, plan.iterates)
     assert set(plan.results) <= variables
-    shown = getattr(diffusers, name)._callback_tensor_inputs
+    shown = getattr(getattr(diffusers, name), "_callback_tensor_inputs", ())
     assert set(plan.returned) <= set(shown)
 
 

@@ -48,7 +48,7 @@ from fastdiff.runtime.trajectory import PICTURE, NotLinear, Trajectory, run
 
 __all__ = ["NotLinear", "Table", "probe", "refuse_foreign"]
 
-SPREAD = 1000.0
+SPREAD = 30.0
 """Standard deviation of the random samples that check the table: beyond every clipping range."""
 
 
@@ -178,7 +178,8 @@ def _key(scheduler: Any, arguments: list[Any]) -> _Key | None:
 
 def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -> Table:
     config = getattr(scheduler, "config", None)
-    if isinstance(config, Mapping) and config.get("thresholding"):
+    config = config if isinstance(config, Mapping) else {}
+    if config.get("thresholding"):
         raise NotLinear("it thresholds every sample by its own quantile")
     count = len(timesteps)
     axes = 3 * count  # one each for the changes of the samples, the outputs, the noises
@@ -206,12 +207,14 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         worst = float(fit.residuals.max())
         if editable and worst <= ALLOWED and float(misses.max()) <= ALLOWED:
             break
-    if not (worst <= ALLOWED and float(misses.max()) <= ALLOWED):
+    linear = worst <= ALLOWED and float(misses.max()) <= ALLOWED
+    if not linear or config.get("clip_sample"):  # perhaps beyond SPREAD
         clipped = _clipped(scheduler, step_options, timesteps, vectors, trajectory)
         if clipped is not None:
             return clipped
-        if not worst <= ALLOWED:
-            raise NotLinear(f"its steps are not a linear recurrence of depth {MAX_DEPTH}")
+    if not worst <= ALLOWED:
+        raise NotLinear(f"its steps are not a linear recurrence of depth {MAX_DEPTH}")
+    if not linear:
         raise NotLinear("it clips samples or mixes their pixels")
     used = ((fit.outputs[:, 1:] != 0) | (fit.past_samples != 0)).any(0).nonzero()
     depth = int(used.max()) + 1 if len(used) else 0

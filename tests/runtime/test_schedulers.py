@@ -549,7 +549,7 @@ def test_what_is_remembered_is_never_anothers():
         scheduler.factors = [torch.tensor(factor, dtype=torch.float64)]
         assert_follows(scheduler)
 
-    scheduler = make("DDIMScheduler", clip_sample=True)
+    scheduler = make("DDIMScheduler", thresholding=True)
     scheduler.set_timesteps(5)
     for _ in range(2):
         with pytest.raises(NotLinear, match="DDIMScheduler: "):

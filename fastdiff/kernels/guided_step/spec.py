@@ -106,7 +106,7 @@ def moved(case: Case, size: int) -> int:
 def operations(case: Case) -> int:
     """Without rescaling, which each program of the kernel repeats over its whole sample."""
     each = 4 + 3 * (case.copies == 2) + 4 * case.depth + 2 * bool(case.get("noise"))
-    each += 6 * bool(case.get("limit"))
+    each += 4 * bool(case.get("limit"))  # min and max are not arithmetic
     return int(_elements(case) * each)
 
 
