@@ -1,4 +1,4 @@
-"""Installed versions, the extra that brings each module, and another package in our place."""
+"""Installed versions, the extras that install what is missing, and who else lies in our place."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,11 +38,11 @@ BRINGS = {
     "trt": "export --trt for every GPU from sm_75 on",
     "triton-server": "export --triton-repo",
 }
-"""What each extra for users is for, by extra."""
+"""By extra, of those that users want: what it is for."""
 
 
 def pip(*extras: str) -> str:
-    """The command that installs our extras."""
+    """The command that installs extras of ours."""
     return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
 
 
@@ -70,6 +70,10 @@ class Need:
     fits: bool
     """Whether that is one that we take."""
 
+    def __str__(self) -> str:
+        """As pip spells it, and what is installed where that does not fit."""
+        return f"{self.package}{self.takes}" + (f" (not {self.found})" if self.found else "")
+
 
 def needs(extra: str = "") -> list[Need]:
     """What an extra asks for, or without one what we always need. Nothing where pip does not know
@@ -92,14 +96,6 @@ def needs(extra: str = "") -> list[Need]:
     return found
 
 
-def unfit() -> list[Need]:
-    """What keeps us, or an extra of BRINGS that is all there, from working as tested."""
-    asked = [needs(extra) for extra in BRINGS]
-    whole = [own for own in asked if all(need.found for need in own)]
-    every = [need for own in (needs(), *whole) for need in own if not need.fits]
-    return list(dict.fromkeys(every))
-
-
 def clash() -> str | None:
     """A sentence where the other project's `fastdiff` shares our folder, or has left it damaged.
 
@@ -116,9 +112,13 @@ def clash() -> str | None:
     ]
     if ours and not others:
         return None
-    who = others[0] if others else "another distribution than ours"
-    has = "lies in the same folder" if ours else "has replaced or removed fastdiff/__init__.py"
-    return (
-        f"{who}, another project, {has}; pip uninstall --yes fastdiff {DISTRIBUTION}, then install"
-        f" {DISTRIBUTION} again"
-    )
+    if not others:
+        what = (
+            "fastdiff/__init__.py is missing or not ours, as another project's fastdiff leaves it"
+        )
+    elif ours:
+        what = f"{others[0]}, another project, lies in our folder"
+    else:
+        what = f"{others[0]}, another project, has replaced our fastdiff/__init__.py"
+    how = f"pip uninstall --yes fastdiff {DISTRIBUTION}, then install {DISTRIBUTION} again"
+    return f"{what}; {how}"

@@ -11,12 +11,14 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from command import environment, run
 from packaging.requirements import Requirement
 
 import fastdiff
 from fastdiff import installed
+from fastdiff.cli import app
 from fastdiff.kernels import dispatch
 
 ROOT = Path(__file__).parent.parent
@@ -106,13 +108,13 @@ def test_a_package_in_our_place_is_named(tmp_path):
     pip(*install, ours)
     assert said() == "None"
     pip(*install, other)
-    assert said() == (
-        f"fastdiff 0.3.0, another project, has replaced or removed fastdiff/__init__.py{how}"
-    )
+    replaced = "fastdiff 0.3.0, another project, has replaced our fastdiff/__init__.py"
+    assert said() == replaced + how
     pip(*install, ours)
-    assert said() == f"fastdiff 0.3.0, another project, lies in the same folder{how}"
+    assert said() == f"fastdiff 0.3.0, another project, lies in our folder{how}"
     pip("uninstall", "--yes", "fastdiff")
-    assert said().endswith(f"has replaced or removed fastdiff/__init__.py{how}")
+    left = "fastdiff/__init__.py is missing or not ours, as another project's fastdiff leaves it"
+    assert said() == left + how
 
 
 def test_a_command_that_fails_for_it_says_so(monkeypatch):
@@ -121,7 +123,7 @@ def test_a_command_that_fails_for_it_says_so(monkeypatch):
     monkeypatch.delattr(fastdiff, "__version__")
     code, _, err = run("env")
     assert code == 2
-    assert err.startswith("fastdiff: another distribution than ours")
+    assert err.startswith("fastdiff: fastdiff/__init__.py is missing or not ours")
     assert "pip uninstall --yes fastdiff fastdiff-engine" in err
 
 
@@ -186,31 +188,31 @@ def test_the_workflow_of_wheels_can_do_no_harm():
                 assert "==" in tool, "a tool that changes by itself"
 
 
-def commands(*texts):
+def commands(text):
     """The arguments of every line that calls fastdiff."""
-    lines = "\n".join(texts).splitlines()
-    return sorted(
-        {tuple(line.split()[1:]) for line in map(str.strip, lines) if line.startswith("fastdiff ")}
-    )
+    lines = map(str.strip, text.splitlines())
+    return [tuple(line.split()[1:]) for line in lines if line.startswith("fastdiff ")]
 
 
-TOLD = commands(
-    *re.findall(r"```sh\n(.*?)```", PAGE, re.S),
-    *PROJECT["tool"]["cibuildwheel"]["test-command"],
-    *(
-        step.get("run", "")
-        for job in yaml.safe_load(WORKFLOW)["jobs"].values()
-        for step in job["steps"]
-    ),
+@pytest.mark.parametrize(
+    "words", commands("\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.S))), ids=" ".join
 )
-
-
-@pytest.mark.parametrize("words", TOLD, ids=" ".join)
-def test_what_is_told_to_be_run_runs(words, monkeypatch):
+def test_what_the_page_has_run_runs(words, monkeypatch):
     monkeypatch.setattr("fastdiff.bench.doctor.of_machine", lambda device: [])  # this one's faults
     code, out, err = run(*words)
     assert code == 0, err
     assert out
+
+
+def test_wheels_are_tried_with_commands_that_exist():
+    jobs = yaml.safe_load(WORKFLOW)["jobs"].values()
+    scripts = [step.get("run", "") for job in jobs for step in job["steps"]]
+    told = commands("\n".join([*scripts, *PROJECT["tool"]["cibuildwheel"]["test-command"]]))
+    assert {words[0] for words in told} == {"bench", "doctor", "env"}
+    group = typer.main.get_command(app)
+    for name, *rest in told:
+        with group.commands[name].make_context(name, list(rest)) as context:
+            assert context.info_name == name
 
 
 def test_the_version_is_that_of_the_package():

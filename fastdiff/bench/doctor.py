@@ -31,6 +31,9 @@ class Finding:
 
     what: str
     do: str
+    """What to do about it."""
+    blocks: bool = False
+    """Whether no pipeline can be drawn before that is done."""
 
     def __str__(self) -> str:
         return f"{self.what}; {self.do}"
@@ -41,14 +44,16 @@ def of_machine(device: str) -> list[Finding]:
     found = []
     if sentence := installed.clash():
         found.append(_split(sentence))
-    for need in installed.unfit():
-        has = "is missing" if need.found is None else f"{need.found} is installed"
-        what = f"{need.package} {has}, and fastdiff takes {need.takes}"
-        found.append(Finding(what, f"pip install '{need.package}{need.takes}'"))
     if lost := missing("diffusers"):
         what = f"no pipeline can be opened without {' and '.join(lost)}"
-        found.append(Finding(what, installed.pip("diffusers")))
-    return [*found, *(_cpu() if device == "cpu" else _gpu()), *_unused_gpu()]
+        found.append(Finding(what, installed.pip("diffusers"), blocks=True))
+    for extra in ("", "diffusers", *(() if device == "cpu" else ("gpu",))):
+        for need in installed.needs(extra):
+            if need.found and not need.fits:
+                what = f"{need.package} {need.found} is installed, and fastdiff takes {need.takes}"
+                found.append(Finding(what, f"pip install '{need.package}{need.takes}'"))
+    on_device = _threads() if device == "cpu" else _triton()
+    return [*found, *_native(device), *on_device, *_unused_gpu()]
 
 
 def missing(extra: str) -> list[str]:
@@ -58,12 +63,12 @@ def missing(extra: str) -> list[str]:
 
 
 def absent() -> dict[str, list[str]]:
-    """By extra that is not there, or in part: the packages that it lacks."""
+    """By extra that is not there, or in part: what it lacks."""
     lost = {
-        extra: [need.package for need in installed.needs(extra) if need.found is None]
+        extra: [str(need) for need in installed.needs(extra) if not need.fits]
         for extra in installed.BRINGS
     }
-    return {extra: packages for extra, packages in lost.items() if packages}
+    return {extra: needs for extra, needs in lost.items() if needs}
 
 
 def _split(sentence: str) -> Finding:
@@ -71,18 +76,24 @@ def _split(sentence: str) -> Finding:
     return Finding(what, do)
 
 
-def _cpu() -> Iterator[Finding]:
+def _native(device: str) -> Iterator[Finding]:
     """What keeps our C++ kernels from running, or from running on all cores."""
     kernels = native()
-    if kernels["note"] is not None:
-        what, _, do = kernels["note"].partition("; ")
+    note, on_cpu = kernels["note"], device == "cpu"
+    if note is not None and "; " not in note:  # "built, but does not load: …", which stops us all
         again = f"pip install --force-reinstall --no-deps --no-cache-dir {installed.DISTRIBUTION}"
-        yield Finding(f"fastdiff._C: {what}" if not do else what, do or again)
-    elif "serial" in str(kernels["isa"]):
+        yield Finding(f"fastdiff._C is {note}", again, blocks=True)
+    elif note is not None and on_cpu:
+        yield _split(note)
+    elif on_cpu and "serial" in str(kernels["isa"]):
         yield Finding(
-            "our C++ kernels run on one core, for this torch has no OpenMP that they find",
-            "install a torch from the index, whose libtorch_cpu.so exports GOMP_parallel",
+            "our C++ kernels run on one core, for they find no OpenMP in this torch",
+            "install a torch of the package index or of pytorch.org, which export GOMP_parallel",
         )
+
+
+def _threads() -> Iterator[Finding]:
+    """Threads of torch, and so ours, that are not as many as there are cores."""
     threads, (cores, most) = torch.get_num_threads(), processors()
     if threads < cores:
         yield Finding(
@@ -91,7 +102,7 @@ def _cpu() -> Iterator[Finding]:
         )
     if threads > most:
         yield Finding(
-            f"torch computes in {threads} threads where {most} processors may be used",
+            f"torch computes in {threads} threads, of which {most} can run at once",
             f"set OMP_NUM_THREADS={most}",
         )
 
@@ -112,7 +123,7 @@ def processors() -> tuple[int, int]:
     return min(len(cores), paid), min(len(mine), paid)
 
 
-def _gpu() -> Iterator[Finding]:
+def _triton() -> Iterator[Finding]:
     """What keeps our kernels from an NVIDIA GPU that torch uses."""
     if missing("gpu"):
         yield Finding("our GPU kernels need triton, which is not installed", installed.pip("gpu"))
@@ -157,22 +168,17 @@ def of_pipeline(pipe: Any, height: int, width: int) -> list[Finding]:
         before = recordings.made()
         picture(pipe, height, width, STEPS, output_type="pt")
         again = recordings.made() - before
-    reasons = list(_slow_parts(pipe))
-    known = [reason for _, reason, _ in reasons]
-    found = [Finding(f"{part} {reason}", do) for part, reason, do in reasons]
-    for sentence in dict.fromkeys(said):
-        if not any(reason.partition(": ")[2] in sentence for reason in known):
-            found.append(Finding(sentence, REPORT))
+    found = {one.what: one for one in _slow_parts(pipe)}
+    for sentence in said:  # such as what a CUDA graph cannot hold
+        found.setdefault(sentence, Finding(sentence, REPORT))
     if again:
-        found.append(
-            Finding(f"a third picture of the same size had {again} recordings made anew", REPORT)
-        )
-    return found
+        what = f"a third picture of the same size was recorded anew ({again})"
+        found[what] = Finding(what, REPORT)
+    return list(found.values())
 
 
-def _slow_parts(pipe: Any) -> Iterator[tuple[str, str, str]]:
-    """Each part that does not run as it could since it was compiled: why, after a colon, and what
-    to do."""
+def _slow_parts(pipe: Any) -> Iterator[Finding]:
+    """Each part that did not run as it could since it was compiled."""
     from fastdiff.compiler.parts import EAGER_PARTS, eager_parts, parts
     from fastdiff.compiler.pipelines import loop_of
     from fastdiff.compiler.slot import slot_of
@@ -182,14 +188,15 @@ def _slow_parts(pipe: Any) -> Iterator[tuple[str, str, str]]:
         if (slot := slot_of(plain(module))) is None:
             continue
         reasons = [slot.refused] if slot.refused else list(slot.eager)
-        yield from ((name, f"runs eagerly: {reason}", TAKEN) for reason in reasons)
+        yield from (Finding(f"{name} runs eagerly: {reason}", TAKEN) for reason in reasons)
         for where in slot.promoted:
-            yield name, f"computes in float32: float16 overflowed in {where}", "try --dtype bf16"
+            what = f"{name} computes in float32, for float16 overflowed in {where}"
+            yield Finding(what, "try --dtype bf16")
     if (loop := loop_of(pipe)) is not None:
-        yield from (("the denoising loop", f"is diffusers' own: {why}", TAKEN) for why in loop.own)
+        yield from (Finding(f"the loop is diffusers' own: {why}", TAKEN) for why in loop.own)
     for name, why in eager_parts(pipe).items():
         if name not in EAGER_PARTS and "." not in name:
-            yield name, f"runs eagerly: {why}", TAKEN
+            yield Finding(f"{name} runs eagerly: {why}", TAKEN)
 
 
 @contextmanager
