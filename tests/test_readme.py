@@ -130,7 +130,7 @@ def test_tables_are_the_committed_results(path, table):
         ratio, receipt = row["ratio_vs_eager"], row["receipt"]
         assert cells == [
             row["backend"],
-            f"{row['steps_per_s']:.1f}",
+            f"{row['steps_per_s']:.{1 if row['steps_per_s'] >= 1 else 2}f}",
             f"{ratio['median']:.2f} [{ratio['lo']:.2f}, {ratio['hi']:.2f}]",
             f"{row['prepare_s']:.1f} s",
             "same" if receipt["psnr_db"] is None else f"{receipt['psnr_db']:.0f} dB",
