@@ -15,7 +15,7 @@ vae = fastdiff.compile(fastdiff.load_demo().vae)
 for _ in range(2):
     vae.decoder(torch.zeros(1, 4, 2, 2))
 """
-SENTENCE = "fastdiff: decoder runs eagerly: gradients are enabled; call it under torch.no_grad()"
+SENTENCE = "fastdiff: vae.decoder runs eagerly: gradients are enabled; call it under torch.no_grad()"
 
 
 def call(unet):
