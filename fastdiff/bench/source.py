@@ -173,7 +173,7 @@ def _adapt(pipe: Any, loras: tuple[str, ...]) -> None:
         raise UserError("--lora needs peft, which is not installed: pip install peft")
     from fastdiff.demo import quiet
 
-    weights = {}
+    weights: dict[str, float] = {}
     for text in loras:
         place, weight = adapter(text)
         path, more = Path(place), {}
