@@ -153,7 +153,7 @@ def schedulers(pipe: Any) -> dict[str, Any]:
     """The scheduler classes, by name, that can take the place of a pipeline's own: they read the
     same config, and what its network predicts means the same to them."""
     import diffusers
-    from diffusers.schedulers import KarrasDiffusionSchedulers
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
     own = type(pipe.scheduler).__name__
     recipe = recipe_of(pipe)

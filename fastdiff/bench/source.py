@@ -174,7 +174,7 @@ def _adapt(pipe: Any, loras: tuple[str, ...]) -> None:
         raise UserError(f"--lora needs peft, which is not installed; {installed.pip('lora')}")
     from fastdiff.demo import quiet
 
-    weights = {}
+    weights: dict[str, float] = {}
     for text in loras:
         place, weight = adapter(text)
         path, more = Path(place), {}

@@ -122,7 +122,7 @@ def test_an_unknown_name_lists_what_there_is(pipe):
 def test_help_explains_every_field_with_gain_and_cost():
     text = pydoc.plain(pydoc.render_doc(fastdiff.Options))
     names = [field.name for field in dataclasses.fields(fastdiff.Options)]
-    starts = [text.index(f"\n |          {name}: ") for name in names]
+    starts = [text.index(f"\n |      {name}: ") for name in names]
     assert starts == sorted(starts)
     for name, start, end in zip(names, starts, [*starts[1:], text.index("Raises:")], strict=True):
         assert "Gain" in text[start:end], name
