@@ -1,4 +1,5 @@
-# make bench · make test · make test-all · make lint · make gpu: each works alone on a fresh clone.
+# make bench · make test · make test-all · make lint · make docs · make gpu: each works alone on a
+# fresh clone.
 
 PYTHON ?= python3
 # Plain `torch` may bring several GB of CUDA libraries: without an NVIDIA GPU one version that has
@@ -11,7 +12,7 @@ HAS_TORCH = $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 GPU_PYTHON = $(if $(HAS_TORCH),$(PYTHON),$(BIN)/python)
 
-.PHONY: bench test test-all slow-test lint gpu clean
+.PHONY: bench test test-all slow-test lint docs gpu clean
 
 bench: .venv/ready
 	$(BIN)/fastdiff bench
@@ -31,10 +32,14 @@ lint: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# build/site/index.html; exits with 1 where a link, a page or a reference is missing
+docs: .venv/ready
+	$(BIN)/python -m tools.site_build
+
 # offline, with the interpreter that has torch and nothing of its own: benchmarks/offline.py
 gpu: $(if $(HAS_TORCH),,.venv/ready)
-	$(GPU_PYTHON) benchmarks/offline.py build/site
-	PYTHONPATH=build/site:.:$$PYTHONPATH $(GPU_PYTHON) -P -m benchmarks.gpu \
+	$(GPU_PYTHON) benchmarks/offline.py build/offline
+	PYTHONPATH=build/offline:.:$$PYTHONPATH $(GPU_PYTHON) -P -m benchmarks.gpu \
 	  --out $(OUT) --minutes $(MINUTES) $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY)) $(if $(WARM),--warm $(WARM))
 
 .venv/ready: pyproject.toml CMakeLists.txt $(wildcard csrc/*)

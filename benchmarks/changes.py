@@ -1,4 +1,4 @@
-"""What a VAE takes, and what the first picture of a new size and a switch of LoRA adapters add."""
+"""Times a VAE, the first picture of a new size, and a switch between LoRA adapters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from fastdiff.demo import load_demo
 Row = dict[str, Any]
 REPEATS = 11
 VAE_SIDE = 128
-"""Of the latents that are decoded: a picture of 1024 x 1024, as SDXL's and SD3's are."""
+"""The latents' side for decoding: a picture of 1024 x 1024, as in SDXL and SD3."""
 
 
 def _pipeline(device: torch.device, dry_run: bool) -> Any:
@@ -23,14 +23,14 @@ def _pipeline(device: torch.device, dry_run: bool) -> Any:
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds until the device is done."""
+    """Milliseconds until the device has finished."""
     start = clock(device)
     run()
     return 1e3 * (clock(device) - start)
 
 
 def time_vae(device: torch.device, dry_run: bool, add: Callable[[Row], object]) -> None:
-    """Decoding one picture of 1024 x 1024 (in a dry run the demo's): eager, then compiled."""
+    """Decode one picture of 1024 x 1024 (in a dry run the demo's): eager, then compiled."""
     pipe = _pipeline(device, dry_run)
     side = pipe.unet.config.sample_size if dry_run else VAE_SIDE
     channels = pipe.vae.config.latent_channels
@@ -51,7 +51,7 @@ def time_vae(device: torch.device, dry_run: bool, add: Callable[[Row], object]) 
 
 
 def time_changes(device: torch.device, dry_run: bool, add: Callable[[Row], object]) -> None:
-    """Milliseconds of each change, and of what is drawn again the same way."""
+    """The milliseconds of each change, and of drawing again without a change."""
     pipe = _pipeline(device, dry_run)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
@@ -76,7 +76,7 @@ def time_changes(device: torch.device, dry_run: bool, add: Callable[[Row], objec
 
 
 def _add_adapters(pipe: Any) -> str | None:
-    """Two LoRA adapters of the U-Net, "one" and "two"; or why there are none."""
+    """Add two LoRA adapters to the U-Net, "one" and "two"; returns why not, if that fails."""
     try:
         from peft import LoraConfig
     except ImportError as missing:

@@ -1,4 +1,4 @@
-"""A budget of minutes that says what it left out instead of being overrun."""
+"""A budget of minutes: what does not fit is left out and reported."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Budget:
-    """From when it is made."""
+    """A budget that starts when it is made."""
 
     minutes: float
     left_out: list[str] = field(default_factory=list)
@@ -14,17 +14,17 @@ class Budget:
 
     @property
     def left_s(self) -> float:
-        """Seconds."""
+        """The seconds left."""
         return self.start + 60 * self.minutes - time.monotonic()
 
     def allows(self, what: str, seconds: float = 0.0) -> bool:
-        """Whether something that takes about so long still fits; remembers what does not."""
+        """Whether something that takes about this long still fits; remembers what does not."""
         if self.left_s > seconds:
             return True
         self.left_out.append(what)
         return False
 
     def say(self) -> None:
-        """Print a line of what was left out, if anything was."""
+        """Print one line about what was left out, if anything was."""
         if self.left_out:
             print(f"{self.minutes:g} minutes are over; left out: {', '.join(self.left_out)}")

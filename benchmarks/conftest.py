@@ -1,4 +1,4 @@
-"""What both suites share: options, the clock, what a number is stored with, what was left out."""
+"""Shared by both suites: options, the clock, the facts stored with a number, skipped cases."""
 
 import subprocess
 from collections.abc import Callable
@@ -17,7 +17,7 @@ LEFT_OUT = pytest.StashKey[dict]()
 
 
 class Stopwatch:
-    """The clock of pytest-benchmark: it moves by what was measured, and stands still otherwise.
+    """pytest-benchmark's clock: it advances only by what was measured.
 
     So its statistics are those of our samples, which on a GPU come from events.
     """
@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--steps", type=int, default=4, help="of each picture (4)")
 
 
-@pytest.hookimpl(trylast=True)  # what -k deselects was not left out by us
+@pytest.hookimpl(trylast=True)  # after -k has deselected: those items are not listed as left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     ours = [item for item in items if here in item.path.parents]
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def too_large(item: Any) -> str | None:
-    """The size of an item's kernel and case where it takes seconds on a CPU."""
+    """The size of an item's case in words, if it takes seconds on a CPU; else None."""
     params = item.callspec.params
     if "case_name" not in params:
         return None
@@ -78,7 +78,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info.pop("node", None)  # a host's name: such a file may be published
+    machine_info.pop("node", None)  # a host name, which must not be published
     machine_info["fastdiff"] = {"machine": machine(), "versions": versions(), "commit": commit()}
 
 
@@ -94,13 +94,13 @@ def dtype(pytestconfig: pytest.Config, device: torch.device) -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def gpu(device: torch.device) -> dict | None:
-    """Name, architecture, memory and driver of the GPU that is timed; None on a CPU."""
+    """Name, architecture, memory and driver of the GPU in use; None on a CPU."""
     return machine()["gpu"] if device.type == "cuda" else None
 
 
 @pytest.fixture
 def record(benchmark: Any, device: torch.device, dtype: torch.dtype, gpu: dict | None):
-    """record(sample, rounds, floor_ms, **facts): take the samples, store them with the facts."""
+    """record(sample, rounds, floor_ms, **facts): take samples and store them with the facts."""
 
     def take(sample: Callable[[], float], rounds: int, floor_ms: float | None, **facts: Any):
         samples_ms: list[float] = []
@@ -117,7 +117,7 @@ def record(benchmark: Any, device: torch.device, dtype: torch.dtype, gpu: dict |
 
 
 def clocks() -> dict[str, str] | None:
-    """What the GPU runs at right after the samples, as its driver says; None where it does not."""
+    """The GPU's clocks, temperature and power right after the samples; None if unknown."""
     fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     try:

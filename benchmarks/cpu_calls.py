@@ -1,4 +1,4 @@
-"""The calls of our ops that pictures of the presets make on a CPU, found without weights."""
+"""The calls of our ops when presets draw pictures on a CPU, found without weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,29 +15,30 @@ from fastdiff.bench.presets import preset_named
 from fastdiff.demo import DEMO_FOLDER
 from fastdiff.families import Sizes, named
 from fastdiff.kernels.choices import Work, work_of
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.contract import KernelSpec
+from fastdiff.kernels.dispatch import kernel_of
 from fastdiff.kernels.where import planned_on_cpu
 from fastdiff.models.borrow import Loan
 from fastdiff.runtime.planned import Run
 
 SCALES = {"sd15": (1.0, 0.5), "sdxl": (1.0, 0.2), "sd3": (1.0, 0.1), "sd35-medium": (1.0,)}
-"""Presets and the shares of their widths that are looked at; the others' sizes are near these."""
+"""Presets, and the scales of their widths to look at; other presets' sizes are close to these."""
 
 CODED = 64
-"""Latents' side of the largest picture through an autoencoder: what a larger one asks for takes
-seconds a call, and goes where the nearest size goes."""
+"""The latents' side of the largest picture through an autoencoder. A larger one's calls take
+seconds each, and use the choice of the nearest size."""
 
 
 @dataclass
 class Call:
-    """A call of an op and who makes it."""
+    """A call of an op, and the model that makes it."""
 
     work: Work
     arguments: Any
-    """The op's; its tensors have shapes, strides and dtypes, and no memory."""
+    """The op's arguments; their tensors have shapes, strides and dtypes, but no memory."""
     models: list[str] = field(default_factory=list)
     once: bool = True
-    """Whether it is made before the first step only, of so many rows as there are steps then."""
+    """Whether it is made only before the first step; the number of rows is then that of steps."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Model:
     denoiser: Any
     coder: Any
     tokens: int | None = None
-    """Of a text; None: as published pipelines encode it."""
+    """Tokens of a text; None: as in published pipelines."""
 
     def runs(self, dtype: torch.dtype) -> list[Run]:
-        """A step with guidance, and both halves of the autoencoder."""
+        """A step with guidance, and the autoencoder's encoder and decoder."""
         side = self.denoiser.config.sample_size
         factor = 2 ** (len(self.coder.config.block_out_channels) - 1)
         sizes = Sizes(min(side, CODED), factor)
@@ -67,7 +68,7 @@ class Model:
 
 
 def models() -> Iterator[Model]:
-    """The demo and `SCALES`."""
+    """The demo and the presets in `SCALES`."""
     parts: list[Any] = []
     for cls, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
         parts.append(without_memory(cls, cls.load_config(DEMO_FOLDER / folder)))
@@ -81,19 +82,19 @@ def models() -> Iterator[Model]:
 
 
 def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
-    """One call of each work that the models' pictures ask for: of the denoising network with
-    guidance, and of the autoencoder's halves. `only`: names of models; all if empty."""
+    """One call for each distinct work in the models' pictures: in the denoising network with
+    guidance, and in the autoencoder. `only`: names of models; all if empty."""
     found: dict[Work, Call] = {}
     for model in models():
         if only and model.name not in only:
             continue
         with planned_on_cpu(), torch.no_grad(), _Calls() as made:
-            runs = model.runs(dtype)  # what is hoisted is computed here
+            runs = model.runs(dtype)  # computes what is hoisted
             made.once = False
             for run in runs:
                 run()
-        for op, arguments, once in made.found:
-            work = work_of(KERNELS[op].spec, arguments)
+        for spec, arguments, once in made.found:
+            work = work_of(spec, arguments)
             call = found.setdefault(work, Call(work, arguments))
             call.once &= once
             if model.name not in call.models:
@@ -102,19 +103,18 @@ def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
 
 
 class _Calls(TorchDispatchMode):
-    """Notes our ops' names and arguments, and what `once` was then."""
+    """Notes the contracts and arguments of our ops, and the value of `once` at each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.once = True
-        self.found: list[tuple[str, Any, bool]] = []
+        self.found: list[tuple[KernelSpec, Any, bool]] = []
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "fastdiff":
-            name = op._schema.name.removeprefix("fastdiff::")
-            arguments = KERNELS[name].spec.arguments(*args, **kwargs)
-            self.found.append((name, arguments, self.once))
+        if kernel := kernel_of(op):
+            arguments = kernel.spec.arguments(*args, **kwargs)
+            self.found.append((kernel.spec, arguments, self.once))
         return op(*args, **kwargs)

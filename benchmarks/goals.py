@@ -1,7 +1,7 @@
-"""What we want on a GPU, and what the files of a run of `benchmarks.gpu` say of each goal.
+"""Goals on a GPU, and the results of a `benchmarks.gpu` run for each.
 
-A goal of a kernel is a title, the sizes that it is about, what is aimed at, and a figure of a
-race's row; one of a pipeline is steps per second. Where a size was not reached the line says so.
+A kernel's goal is a title, the sizes it applies to, an aim, and a figure computed from a race's
+row; a pipeline's goal is in steps per second. The line of a size that was not reached says so.
 """
 
 import json
@@ -14,11 +14,11 @@ from benchmarks.race import medians
 
 Row = Mapping[str, Any]
 SMALL, LARGE = (5e6, 10e6), 20e6
-"""Bytes of a tensor of activations."""
+"""Bytes of an activation tensor."""
 
 
 def copy_share(row: Row) -> str:
-    """Of the bandwidth that a copy of as many bytes has."""
+    """The bandwidth as a share of that of an equally large copy."""
     times = medians(row)
     return f"{times['copy'] / times['ours']:.0%} of a copy"
 
@@ -29,7 +29,7 @@ def copies(row: Row) -> str:
 
 
 def rate(row: Row) -> str:
-    """Useful FLOPs: no padding is counted."""
+    """Useful FLOP/s, without padding."""
     return f"{row['flops'] / medians(row)['ours'] / 1e9:.0f} TFLOP/s"
 
 
@@ -57,7 +57,7 @@ class Goal:
 
 
 def _heads(width: int, least: int, most: int = 1 << 20) -> Callable[[Row], bool]:
-    """Self-attention of heads so wide over so many tokens."""
+    """Self-attention with heads of this width over this many tokens."""
 
     def about(row: Row) -> bool:
         sizes = row["sizes"]
@@ -112,7 +112,7 @@ PIPELINES = {
 
 
 def lines(folder: Path) -> list[str]:
-    """Of all goals, from the files that a run has left in `folder`."""
+    """The lines of all goals, from the files of a run in `folder`."""
     found = []
     for part, (title, aim) in PIPELINES.items():
         for row in _rows(folder / f"{part}.json") or [{}]:
@@ -130,5 +130,5 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _figure(goal: Goal, row: Row) -> str:
     try:
         return goal.figure(row)
-    except (KeyError, ValueError):  # a rival that did not run
+    except (KeyError, ValueError):  # a rival did not run
         return "a part of it did not run: see the file"

@@ -1,8 +1,8 @@
-"""Everything worth measuring while a GPU is at hand, in one run: `make gpu`.
+"""Runs all measurements that need a GPU: `make gpu`.
 
-Each part runs in a process of its own, in order of what matters most, and writes JSON as it goes;
-after each, and while it runs, all of it is packed into one archive. So whenever the run is ended,
-what was found is there. What there was no time for is said, and a line for each goal at the end.
+Each part runs in its own process, the most important first, and writes JSON as it goes. After each
+part, and while it runs, everything is packed into one archive, so the results survive however the
+run ends. At the end it prints what was left out for lack of time, and a line for each goal.
 
     python -m benchmarks.gpu --out FOLDER [--minutes 8] [--only PART,…] [--warm W] [--dry-run]
 """
@@ -37,20 +37,20 @@ EAGER, PACK_S = "eager,channels_last", 5.0
 
 @dataclass
 class Run:
-    """Of all parts: results go to `folder`, the archive to `out`."""
+    """Shared by all parts: results go to `folder`, the archive to `out`."""
 
     out: Path
     folder: Path
     dry_run: bool
     budget: Budget
     warm: Path | None = None
-    """What `fastdiff warm` wrote for SD1.5."""
+    """A folder that `fastdiff warm` wrote for SD1.5."""
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def do(self, name: str, command: list[str], limit_s: float) -> int | None:
-        """The exit code of a part, its output kept in a file; None where its time was over."""
+        """Run a part, with its output in a file; return its exit code, None at the time limit."""
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if self.dry_run else {})
-        # a compiler that is killed leaves half a file in its cache, on which the next one fails
+        # a killed compiler leaves half a file in its cache, which makes the next one fail
         environment["TORCHINDUCTOR_CACHE_DIR"] = str((self.folder / "inductor").resolve())
         log = self.folder / f"{name}.log"
         with log.open("wb") as output:
@@ -70,14 +70,14 @@ class Run:
         return code
 
     def end(self) -> None:
-        """Whatever of the part still runs."""
+        """End the part, if it is still running."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def pack(self) -> None:
-        """All that is there, as one archive, whole at every moment."""
+        """Pack all results into one archive, which is complete at every moment."""
 
         def write(path: Path) -> None:
             with tarfile.open(path, "w:gz", compresslevel=1) as archive:
@@ -90,14 +90,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """A name, its command, the seconds that it should have left to begin, and may take."""
+    """A name, a command, the seconds that must be left to start it, and its time limit."""
 
     name: str
     command: Callable[[str, Run], list[str]]
     least_s: float
     most_s: float
     needs: str = "torch"
-    """A module without which the part is left out."""
+    """A module that the part needs; without it the part is left out."""
 
 
 def own(name: str, run: Run) -> list[str]:
@@ -111,7 +111,7 @@ def first_pictures(name: str, run: Run) -> list[str]:
 
 
 def tune(name: str, run: Run) -> list[str]:
-    """The dearest kernels of U-Nets; its table is reviewed before it decides anything."""
+    """Tune the most expensive kernels of U-Nets; the table has no effect until it is reviewed."""
     command = [sys.executable, "-P", "-m", "benchmarks.tune", "--minutes", "2"]
     command += ["--ops", "group_norm_silu,attention", "--out", str(run.folder / f"{name}.json")]
     return [*command, "--dry-run"] if run.dry_run else command
@@ -132,7 +132,7 @@ def count(name: str, run: Run) -> list[str]:
 
 
 def build_engines(name: str, run: Run) -> list[str]:
-    return [*FASTDIFF, "export", "--preset", "sd15", "--trt", str(run.folder / "engines")]
+    return [*FASTDIFF, "export", "--preset", "sd15", "--trt", "--out", str(run.folder / "engines")]
 
 
 def race_engines(name: str, run: Run) -> list[str]:
@@ -166,11 +166,11 @@ PARTS = (
     Part("engines-build", build_engines, 120, 600, needs="tensorrt"),
     Part("engines", race_engines, 60, 120, needs="tensorrt"),
 )
-"""In order of what matters most. torch.compile comes last: it may hang or take minutes."""
+"""In order of importance. torch.compile comes last: it may hang or take minutes."""
 
 
 def measure(run: Run, names: list[str]) -> bool:
-    """Every part in its turn; whether all of them ended well."""
+    """Run every part in order; returns whether all of them succeeded."""
     with Sheet.open(run.folder / "run.json") as sheet:
         for part in PARTS:
             if part.name not in names:

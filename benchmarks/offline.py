@@ -1,8 +1,8 @@
-"""Makes a checkout run where nothing can be fetched: `python benchmarks/offline.py FOLDER`.
+"""Makes a checkout run without a network: `python benchmarks/offline.py FOLDER`.
 
-For the interpreter that runs this. Wheels in .whl/ go into FOLDER, which belongs on PYTHONPATH
-before the checkout; the C++ kernels are built into the checkout's own package, where there is a
-compiler and what is there is older than its sources. Nothing else of the machine changes.
+It prepares the interpreter that runs it. Wheels in .whl/ are unpacked into FOLDER, which must be on
+PYTHONPATH before the checkout. The C++ kernels are built into the checkout's own package, if there
+is a compiler and the present build is older than its sources. Nothing else changes.
 """
 
 import os
@@ -23,7 +23,7 @@ def unpack(wheels: list[Path], folder: Path) -> None:
 
 
 def is_built(folder: Path) -> bool:
-    """Whether this interpreter finds the C++ kernels, and an editable or newer build of them."""
+    """Whether this interpreter finds the C++ kernels, editable or newer than their sources."""
     module = ROOT / "fastdiff" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists() and module.stat().st_mtime < max(
         (ROOT / source).stat().st_mtime for source in SOURCES
@@ -36,7 +36,7 @@ def is_built(folder: Path) -> bool:
 
 
 def build() -> None:
-    """With the CMake and the pybind11 that are here; CalledProcessError where they fail."""
+    """Build with the installed CMake and pybind11; CalledProcessError if that fails."""
     folder = ROOT / "build" / f"offline-{sys.implementation.cache_tag}"
     asked = [sys.executable, "-m", "pybind11", "--cmakedir"]
     pybind11 = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
@@ -61,7 +61,7 @@ def main() -> None:
     try:
         build()
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"the C++ kernels could not be built ({error}); going on without", file=sys.stderr)
+        print(f"the C++ kernels could not be built ({error}); continuing without", file=sys.stderr)
 
 
 if __name__ == "__main__":

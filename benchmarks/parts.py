@@ -1,7 +1,7 @@
 """The parts of `make gpu` that no `fastdiff` command measures: `python -m benchmarks.parts NAME`.
 
-Each runs in a process of its own and writes rows as they are found, so that one that hangs or
-breaks takes nothing from the others.
+Each runs in its own process and writes rows as it goes, so that one that hangs or fails does not
+affect the others.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from fastdiff.recipes import denoiser
 from fastdiff.written import write_text
 
 DRY_SCALE = 0.1
-"""Of the presets in a dry run."""
+"""The scale of presets in a dry run."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a part is told: `dry_run` tries the script at small sizes on a CPU, not the kernels."""
+    """A part's settings. `dry_run` tests the script at small sizes on a CPU, not the kernels."""
 
     path: Path
     dry_run: bool
     warm: Path | None = None
-    """What `fastdiff warm` wrote for SD1.5."""
+    """A folder that `fastdiff warm` wrote for SD1.5."""
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +65,7 @@ class Session:
 
 
 def ceilings(session: Session, sheet: Sheet) -> None:
-    """What this GPU gives today: bytes of a copy and FLOPs of a product, a second."""
+    """This GPU's actual rates: bytes per second of a copy, FLOP/s of a product."""
     device, dtype = session.device, session.dtype
     elements, side = (1 << 16, 256) if session.dry_run else (1 << 30, 8192)
     source = torch.randn(elements, device=device, dtype=dtype)
@@ -85,7 +85,7 @@ def verified(
     cases: Iterable[tuple[Kernel, Case]],
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """Each case within the error budget or not, and by how much."""
+    """Compare each case with the error budget."""
     for kernel, case in cases:
         for dtype in (dtype for dtype in dtypes if dtype in kernel.spec.dtypes):
             row = {"kernel": kernel.spec.name, "case": case.name, "dtype": str(dtype)}
@@ -94,7 +94,7 @@ def verified(
                 verdicts = verify(kernel.spec, run, case, dtype, session.device)
                 row["errors"] = [(v.output, v.error, v.allowed) for v in verdicts]
                 row["passed"] = all(v.passed for v in verdicts)
-            except Exception as error:  # one kernel that does not launch must not end the run
+            except Exception as error:  # a kernel that fails to launch must not end the run
                 row |= {"passed": False, "exception": repr(error)[:2000]}
             sheet.add(row)
             if not row["passed"]:
@@ -109,14 +109,14 @@ def check_sizes(session: Session, sheet: Sheet) -> None:
 
 
 def check_cases(session: Session, sheet: Sheet) -> None:
-    """The specs' own cases, nasty ones among them, in every dtype; a few of them in a dry run."""
+    """The specs' own cases, including nasty ones, in every dtype; in a dry run a few of them."""
     few = slice(-2, None) if session.dry_run else slice(None)
     cases = [(k, case) for k in triton_kernels() for case in k.spec.cases[few]]
     verified(session, sheet, cases, (torch.float16, torch.bfloat16, torch.float32))
 
 
 def time_kernels(session: Session, sheet: Sheet, inductor: bool = False) -> None:
-    """Each size against its rivals; against what torch.compile makes of the reference alone."""
+    """Time each size against its rivals; with `inductor`, only against torch.compile."""
     for kernel in triton_kernels():
         for case in session.sizes(kernel):
             try:
@@ -124,7 +124,7 @@ def time_kernels(session: Session, sheet: Sheet, inductor: bool = False) -> None
                     row = race(
                         *(kernel, case, session.device, session.which, session.dry_run, inductor)
                     )
-            except Exception as error:  # wrong, or out of memory: kept, without a time
+            except Exception as error:  # wrong, or out of memory: keep the row, without a time
                 row = {"kernel": kernel.spec.name, "case": case.name, "sizes": case.sizes}
                 row |= {"samples_ms": {}, "exception": repr(error)[:2000]}
             sheet.add(row)
@@ -134,7 +134,7 @@ def time_kernels(session: Session, sheet: Sheet, inductor: bool = False) -> None
 
 
 def profile_step(preset: str, session: Session, sheet: Sheet) -> None:
-    """The kernels of one step, eager and fastdiff; a text beside the rows shows the dearest."""
+    """Profile the kernels of one step, eager and fastdiff; a text file lists the most expensive."""
     import fastdiff
     from fastdiff.bench.timing import picture
 
@@ -157,7 +157,7 @@ def profile_step(preset: str, session: Session, sheet: Sheet) -> None:
 
 
 def first_picture(backend: str, session: Session, sheet: Sheet) -> None:
-    """Seconds to the first pictures of a process: kernels are compiled, graphs recorded."""
+    """Seconds until the first pictures of a process: kernels are compiled, graphs recorded."""
     import fastdiff
     from fastdiff.bench.backends import prepare
     from fastdiff.bench.timing import clock, picture
@@ -181,8 +181,8 @@ def first_picture(backend: str, session: Session, sheet: Sheet) -> None:
 
 
 def first_pictures(session: Session, sheet: Sheet) -> None:
-    """In fresh processes: without any compiled kernel, then with what the process before left in
-    Triton's cache, then with what `fastdiff warm` wrote and nothing else."""
+    """In new processes: without any compiled kernel, then with the first process's Triton cache,
+    then only with what `fastdiff warm` wrote."""
 
     def begin(backend: str, kernels: str, cache: str, *more: str) -> None:
         path = session.path.with_name(f"first-{backend}-{kernels}.json")

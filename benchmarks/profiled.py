@@ -1,7 +1,7 @@
-"""Where the time of a denoising step goes on a GPU: every kernel, from torch's profiler.
+"""Where a GPU spends the time of a denoising step: every kernel, from torch's profiler.
 
-Two pictures are profiled that differ in their number of steps, so that what is done once a picture
-(text encoders, what is hoisted) falls out. Kernels of a CUDA graph are seen like others.
+Two pictures with different numbers of steps are profiled; the difference leaves out what is done
+once per picture (text encoders, hoisting). Kernels in a CUDA graph are seen like any others.
 """
 
 import cProfile
@@ -18,13 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 from fastdiff.bench.timing import clock, picture
 
 FEW, MANY = 2, 10
-"""Steps of the two pictures."""
+"""The numbers of steps of the two pictures."""
 
 
 def kernels_of_a_step(pipe: Any, side: int) -> list[dict[str, Any]]:
-    """Rows of one step, the dearest kernel first: kernel, launches, microseconds.
+    """Rows of one step, most expensive kernel first: kernel, launches, microseconds.
 
-    On a CPU the operators that torch knows of instead. `side`: of the picture, in pixels.
+    On a CPU the rows are torch's operators. `side`: of the picture, in pixels.
     """
     few, many = _profiled(pipe, side, FEW), _profiled(pipe, side, MANY)
     steps = MANY - FEW
@@ -40,7 +40,7 @@ def kernels_of_a_step(pipe: Any, side: int) -> list[dict[str, Any]]:
 
 
 def step_ms(pipe: Any, side: int) -> float:
-    """Wall clock of a step without the profiler, found the same way; the least of three."""
+    """Wall-clock time of a step without the profiler, found the same way; the minimum of three."""
     device = pipe.device
 
     def spent(steps: int) -> float:
@@ -73,7 +73,7 @@ def _profiled(pipe: Any, side: int, steps: int) -> dict[str, tuple[int, float]]:
 
 
 def on_the_host(run: Callable[[], object], most: int = 40) -> str:
-    """Python's functions in the order of the time that passes within them, of one run."""
+    """Python's functions in one run, by cumulative time."""
     recorded = cProfile.Profile()
     recorded.runcall(run)
     told = io.StringIO()
@@ -82,7 +82,7 @@ def on_the_host(run: Callable[[], object], most: int = 40) -> str:
 
 
 def table(title: str, rows: list[dict[str, Any]], wall_ms: float, most: int = 45) -> list[str]:
-    """Lines: the sum against the wall clock, then the dearest kernels."""
+    """Lines: the sum beside the wall-clock time, then the most expensive kernels."""
     total = sum(row["us"] for row in rows)
     launches = sum(row["launches"] for row in rows)
     lines = [

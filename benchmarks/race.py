@@ -1,8 +1,8 @@
-"""One Triton kernel on one size against all that it should beat, in turn, each behind its check.
+"""Times one Triton kernel on one size against its rivals, in turn, after checking each result.
 
-Every size has two yardsticks that no kernel can fool: a copy of as many bytes as the size must move
-(half read, half written) and, where there are products, a plain product of as many FLOPs. Their
-times over ours are our share of the bandwidth and of the matrix rate that this GPU gives today.
+Every size has two yardsticks that no kernel can cheat: a copy of as many bytes as the size must
+move (half read, half written) and, if there are products, a plain product of as many FLOPs. Their
+times divided by ours are our shares of this GPU's actual bandwidth and matrix rate.
 """
 
 import random
@@ -24,15 +24,15 @@ from fastdiff.kernels.joint_attention import spec as joint
 
 REPLAYS = 21
 SIDE = 4096
-"""Of the square factor of a plain product: large enough for any GPU's full rate."""
+"""Side of the square factor in a plain product: large enough for any GPU's full rate."""
 
 Run = Callable[[], object]
 Inputs = dict[str, Any]
 
 
 def compiled(dry_run: bool) -> Callable[[Kernel, Inputs], Run]:
-    """torch.compile of the reference, shapes static; in a dry run without generating code."""
-    torch._dynamo.reset()  # after eight recompilations of one function it runs eagerly
+    """torch.compile of the reference with static shapes; in a dry run without code generation."""
+    torch._dynamo.reset()  # after eight recompilations a function would run eagerly
 
     def rival(kernel: Kernel, inputs: Inputs) -> Run:
         backend = {"backend": "eager"} if dry_run else {}
@@ -58,7 +58,7 @@ def scaled_dot_product(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
 
 
 def joined(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
-    """torch's attention over both sequences, put end to end first and taken apart again."""
+    """torch's attention over both sequences: they are concatenated, and the result is split."""
 
     def attend(a: Any) -> Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in (a.q, a.k, a.v))
@@ -73,14 +73,14 @@ def joined(backend: SDPBackend) -> Callable[[Kernel, Inputs], Run]:
 def rivals(
     kernel: Kernel, which: str, dry_run: bool, inductor: bool
 ) -> dict[str, Callable[[Kernel, Inputs], Run]]:
-    """What a kernel is timed against, by name; each takes the kernel and one set of inputs."""
+    """The rivals of a kernel, by name; each takes the kernel and one set of inputs."""
     if inductor:
         return {"inductor": compiled(dry_run)}
     found: dict[str, Callable[[Kernel, Inputs], Run]] = {
         "eager": lambda kernel, inputs: partial(kernel.spec.reference, **inputs),
     }
     for other in kernel.implementations.keys() - {"reference", "cpu", "triton", which}:
-        run = kernel.implementations[other]  # CUDA C++ beside Triton
+        run = kernel.implementations[other]  # CUDA C++ besides Triton
         found[other] = lambda kernel, inputs, run=run: partial(run(), **inputs)
     attend = {"attention": scaled_dot_product, "joint_attention": joined}.get(kernel.spec.name)
     for backend in ("CUDNN", "FLASH", "EFFICIENT") if attend else ():
@@ -91,15 +91,15 @@ def rivals(
 
 
 def copying(source: Tensor) -> Run:
-    """A kernel that reads a tensor once and writes another. Not `copy_`, which in a CUDA graph is
-    no kernel and moves 2.7 TB/s on an H200."""
+    """A kernel that reads one tensor and writes another. Not `copy_`, which in a CUDA graph is not
+    a kernel and only moves 2.7 TB/s on an H200."""
     return partial(torch.mul, source, 1.0, out=torch.empty_like(source))
 
 
 def yardsticks(
     kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device, sets: int
 ) -> dict[str, list[Run]]:
-    """Runs of a copy and a product that do a size's bytes and FLOPs, on as many tensors."""
+    """A copy and a product with a size's bytes and FLOPs, on as many sets of tensors."""
     elements = max(1, kernel.spec.bytes(case, dtype.itemsize) // (2 * dtype.itemsize))
     found: dict[str, list[Run]] = {"copy": []}
     for _ in range(sets):
@@ -118,10 +118,9 @@ def race(
 ) -> dict[str, Any]:
     """Samples of all in milliseconds, or why there are none; the size's bytes, FLOPs and floor.
 
-    `inductor`: against what torch.compile makes of the reference, which takes seconds to make, and
-    against nothing else.
+    `inductor`: only against torch.compile of the reference, which takes seconds to make.
 
-    Raises OutOfBudget where our kernel computes the wrong thing.
+    Raises OutOfBudget if our kernel's result is wrong.
     """
     spec, dtype = kernel.spec, torch.float32 if dry_run else torch.float16
     check(kernel, case, dtype, device, which)
@@ -139,7 +138,7 @@ def race(
     for name, build in runs.items():
         try:
             samples[name], times[name] = sampler(build(), device), []
-        except Exception as error:  # a backend that does not take this size is a result, too
+        except Exception as error:  # a backend that does not support this size is a result, too
             times[name] = f"{type(error).__name__}: {str(error)[:200]}"
     order = random.Random(0)
     for _ in range(2 if dry_run else REPLAYS):
@@ -159,12 +158,12 @@ def race(
 
 
 def _product_rows(kernel: Kernel, case: Case) -> int:
-    """Of the product that does a size's FLOPs; in sixteens, which fill a matrix instruction."""
+    """Rows of the product with a size's FLOPs; a multiple of 16 for matrix instructions."""
     return max(16, round(kernel.spec.flops(case) / (2 * SIDE**2) / 16) * 16)
 
 
 def medians(row: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of all that ran."""
+    """The milliseconds of each that ran."""
     return {
         name: median(times) for name, times in row["samples_ms"].items() if isinstance(times, list)
     }

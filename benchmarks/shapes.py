@@ -1,8 +1,8 @@
-"""The sizes that full models start our Triton kernels with, which no interpreter has time for.
+"""The sizes of full models for our Triton kernels, which are too slow for the interpreter.
 
 SD1.5 at 512x512, SDXL, SD3-medium, SD3.5-medium and SD3.5-large at 1024x1024 with two samples
-(guidance), the VAE of SD1.5 and SDXL with one picture. What a spec's own cases of models hold at
-full size already (`guided_step`) is taken from there.
+(guidance); the VAE of SD1.5 and SDXL with one picture. Ops whose spec already has full-size cases
+of models (`guided_step`) use those.
 """
 
 from fastdiff.bench.kernels import MODELS
@@ -86,17 +86,17 @@ SHAPES: dict[str, tuple[Case, ...]] = {
 
 
 def triton_kernels() -> list[Kernel]:
-    """Kernels with a Triton implementation."""
+    """The kernels that have a Triton implementation."""
     return [kernel for kernel in all_kernels().values() if "triton" in kernel.implementations]
 
 
 def full(kernel: Kernel) -> tuple[Case, ...]:
-    """A kernel's sizes of full models."""
+    """A kernel's sizes in full models."""
     own = [case for case in kernel.spec.cases if case.name.startswith(MODELS)]
     return SHAPES.get(kernel.spec.name) or tuple(own)
 
 
 def tiny(kernel: Kernel) -> tuple[Case, ...]:
-    """The smallest of its spec's cases, of the demo's if there are any: for a dry run."""
+    """The smallest of its spec's cases, preferably a demo case; for a dry run."""
     demo = [case for case in kernel.spec.cases if case.name.startswith("demo")]
     return (min(demo or kernel.spec.cases, key=lambda case: kernel.spec.bytes(case, 4)),)

@@ -1,4 +1,4 @@
-"""The JSON file of one part of a run: whole on disk after each row, and marked until it is done."""
+"""The JSON file of one part: saved after each row, and marked incomplete until the end."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Sheet:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator["Sheet"]:
-        """A sheet that is marked incomplete until the block has ended well."""
+        """A sheet that is marked incomplete until the block succeeds."""
         sheet = cls(path)
         sheet._write(incomplete=True)
         yield sheet

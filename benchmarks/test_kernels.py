@@ -1,6 +1,6 @@
-"""Every kernel at the sizes that models have: `pytest benchmarks/test_kernels.py`.
+"""Every kernel at the sizes of models: `pytest benchmarks/test_kernels.py`.
 
-A kernel out of its error budget fails here and gets no number.
+A kernel that exceeds its error budget fails here and gets no number.
 """
 
 import pytest

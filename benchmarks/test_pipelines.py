@@ -1,7 +1,7 @@
 """A step of the demo, and of `--presets sd15,sdxl --scale 0.2`, eager and with fastdiff.
 
-Both draw in turn, in random order, and the numbers are those of `fastdiff bench`; a backend whose
-receipt is red fails here and gets none. Times are of one step, counts, too.
+Both draw in turn, in random order, as in `fastdiff bench`; a backend whose receipt fails also fails
+here and gets no number. Times and counts are per step.
 """
 
 from dataclasses import asdict
@@ -23,9 +23,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def raced(request, device, dtype):
-    """By backend its row of a bench, and the work of one step."""
+    """By backend: its row of a bench, and the work of one step."""
     option = request.config.option
-    # diffusers takes seconds to import, which `pytest benchmarks -k linear` need not wait for
+    # diffusers takes seconds to import, which `pytest benchmarks -k linear` does not need
     if request.param == "demo":
         from fastdiff.demo import load_demo
 

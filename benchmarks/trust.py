@@ -1,9 +1,9 @@
-"""How far a verdict can be trusted: false alarms where nothing changed, misses where something did.
+"""Measures how reliable verdicts are: false alarms without a change, misses with one.
 
-Runs the paired bench of `.ci/run` again and again: this state against its own commit, quiet and
-with another process burning a core; then against copies of it in which something was planted
+It repeats the paired bench of `.ci/run`: this state against its own commit, with the machine quiet
+and with another process using a core; then against copies with a planted change
 (`tests/regression/planted.py`). Every run's ratios and verdicts go to the file, and a short table
-to the terminal. A file that is there is added to.
+to the terminal. If the file exists, runs are added to it.
 
     python benchmarks/trust.py --out FILE [--only same,slow,counters]
 """
@@ -42,7 +42,7 @@ SHARES = {
     0.05: Until(half_width=0.008, limit_s=75),
     0.03: Until(pairs=6),
 }
-"""What is planted, and how long a run may take to find it."""
+"""The planted shares, and how long a run may take to find each."""
 COUNTED = {
     "launch": "step · launches",
     "copy": "step · bytes",
@@ -52,7 +52,7 @@ COUNTED = {
 
 @contextlib.contextmanager
 def load(burning: bool) -> Iterator[None]:
-    """With another process that never rests, or without."""
+    """With or without another process that keeps a core busy."""
     if not burning:
         yield
         return
@@ -65,7 +65,7 @@ def load(burning: bool) -> Iterator[None]:
 
 
 def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **options) -> dict:
-    """One paired bench as its verdicts. gates: times alone, for counters have runs of their own."""
+    """The verdicts of one paired bench. gates: only times; counters have their own runs."""
     start = time.perf_counter()
     done = race(base, new, settings, options["until"], lambda *line: None, options["gates"])
     paired = document(done, {"base": base, "new": new}, kind, settings.threads, "")
@@ -80,7 +80,7 @@ def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **
 
 
 def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
-    """Every other run beside a process that burns a core."""
+    """Every other run is beside a process that keeps a core busy."""
     until = Until(pairs=PAIRS)
     for index in range(runs):
         kind = "same, one core burning" if index % 2 else "same"
@@ -91,7 +91,7 @@ def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
 def slow(
     base: states.Place, planted: states.Place, each: int, shares: list[float]
 ) -> Iterator[dict]:
-    """Planted shares of a kernel's and of a step's time, half of the runs each."""
+    """Planted shares of a kernel's time and of a step's, in half of the runs each."""
     for share, until in ((share, SHARES[share]) for share in shares):
         for _ in range(each // 2):
             for place, settings in PLANTS.items():
@@ -109,7 +109,7 @@ def counters(base: states.Place, planted: states.Place, each: int) -> Iterator[d
 
 
 def called(result: dict) -> str:
-    """What a run says of what was planted: a step, a counter; else of any of its rows."""
+    """A run's verdict on the planted step or counter; if nothing is planted, on any row."""
     planted = (COUNTED | {"loop": "· step"}).get(result["kind"].split()[0], "")
     verdicts = {line["verdict"] for line in result["lines"] if planted in line["name"]}
     return next((v for v in ("slower", "faster", "inconclusive") if v in verdicts), "same")

@@ -1,20 +1,20 @@
-"""Measure whether another launch configuration beats the rule of a kernel's `pick` on this GPU.
+"""Measures whether another launch configuration beats the default of a kernel's `pick` on this GPU.
 
-Of every size of a full model (`benchmarks.shapes`): the configurations that the kernel's own
-`candidates` offers are compiled, those that spill or do not fit are dropped, the others must
-compute the right thing before they are timed in turn with the rule's. The fastest of that round is
-timed once more, afresh, so that it was not chosen for its luck; it becomes a row of FILE only if
-its interval then clears the noise floor, on every size that picks by the same integers. FILE is
-reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.tuned` finds it.
+For every size in a full model (`benchmarks.shapes`), all configurations that the kernel's
+`candidates` offers are compiled. Those that spill or do not fit are dropped; the others must
+compute the right result before they are timed in turn with the default. The fastest is then timed
+again, so that it is not chosen by luck. It becomes a row of FILE only if its interval clears the
+noise floor on every size with the same `pick` arguments. FILE is reviewed and moved to
+fastdiff/kernels/tables/, where `fastdiff.kernels.tuned` finds it.
 
     python -m benchmarks.tune [--ops attention,…] [--out FILE] [--minutes N] [--dry-run]
     python -m benchmarks.tune --static --arch 90 [--out SIEVED]
     python -m benchmarks.tune --sieved SIEVED
     python -m benchmarks.tune --cpu …
 
-The second form needs no GPU and leaves what it compiled in Triton's cache: with both, the third
-spends a GPU's minutes on measuring alone. The last one is `benchmarks.tune_cpu`: who computes what
-on a CPU.
+The second form needs no GPU, and leaves its compiled kernels in Triton's cache. With these and
+SIEVED, the third form uses a GPU's minutes only for measuring. The last form is
+`benchmarks.tune_cpu`, which chooses implementations on a CPU.
 """
 
 import argparse
@@ -46,9 +46,9 @@ from fastdiff.kernels.tuned import SCHEMA, forced, key, recorded
 from fastdiff.written import check_writable, write_text
 
 FLOOR = 0.03
-"""Share by which times may differ and still be the same, as in a report."""
+"""The share by which times may differ and still count as the same, as in a report."""
 SCREEN, CONFIRM = 7, 21
-"""Rounds: of all candidates, and of the fastest of them. Of a dry run: candidates, rounds."""
+"""Rounds for all candidates, and for the fastest one; then for a dry run: candidates and rounds."""
 DRY_CANDIDATES, DRY_ROUNDS = 2, 2
 
 Log = Callable[[str], object]
@@ -58,7 +58,7 @@ Sieved = dict[tuple[str, str], list[dict[str, int]]]
 
 @dataclass(frozen=True)
 class Question:
-    """A size, and what its `pick` is asked there."""
+    """A size, and the arguments of its `pick`."""
 
     kernel: Kernel
     case: Case
@@ -76,8 +76,8 @@ class Question:
 
     @property
     def candidates(self) -> list[Any]:
-        """The kernel's, less the rule's own."""
-        with forced(self.op, None):  # they may ask the rule
+        """The kernel's candidates, without the default."""
+        with forced(self.op, None):  # candidates may call pick
             offered = _module(self.kernel).candidates(**self.arguments)
         return [config for config in offered if config != self.rule]
 
@@ -86,7 +86,7 @@ class Question:
 
 
 def tunable_kernels(ops: Sequence[str] | None) -> list[Kernel]:
-    """Those that offer candidates; UserError where one asked for does not."""
+    """The kernels that offer candidates; UserError if a requested one does not."""
     found = {k.spec.name: k for k in triton_kernels() if hasattr(_module(k), "candidates")}
     if unknown := set(ops or ()) - set(found):
         names = ", ".join(sorted(found)) or "none"
@@ -99,7 +99,7 @@ def _module(kernel: Kernel) -> Any:
 
 
 def questions(kernels: Sequence[Kernel], arch: int, dry_run: bool) -> Iterator[Question]:
-    """Of each kernel's full sizes in half precision; in a dry run of its smallest."""
+    """The questions for each kernel's full sizes in half precision; a dry run has the smallest."""
     dtype = torch.float32 if dry_run else torch.float16
     for kernel in kernels:
         for case in tiny(kernel) if dry_run else full(kernel):
@@ -111,7 +111,7 @@ def questions(kernels: Sequence[Kernel], arch: int, dry_run: bool) -> Iterator[Q
 
 
 def static_rows(question: Question, config: Any, arch: int) -> list[Any]:
-    """What a size's launches compile to with a configuration; raises where they do not compile."""
+    """The compiled launches of a size with a configuration; raises if they do not compile."""
     with forced(question.op, config):
         launches = planned(question.kernel, question.case, question.dtype, arch)
     plans = [(question.kernel.spec, question.case, question.dtype, one) for one in launches]
@@ -119,10 +119,10 @@ def static_rows(question: Question, config: Any, arch: int) -> list[Any]:
 
 
 def refused(question: Question, config: Any, arch: int) -> str | None:
-    """Why a configuration cannot be wanted, found without running it."""
+    """Why a configuration is unsuitable, found without running it; None if it is not."""
     try:
         rows = static_rows(question, config, arch)
-    except Exception as error:  # the compiler's own, of many kinds
+    except Exception as error:  # compilers raise errors of many kinds
         return f"does not compile: {str(error).splitlines()[0] if str(error) else error!r}"
     bad = [row for row in rows if row.spills or not row.fits]
     return bad[0].faults[0].split(": ", 1)[1] if bad else None
@@ -131,7 +131,7 @@ def refused(question: Question, config: Any, arch: int) -> str | None:
 def race(
     question: Question, configs: Sequence[Any], rounds: int, device: torch.device
 ) -> list[list[float]]:
-    """Milliseconds of each configuration, all in turn, in another order each round."""
+    """Milliseconds of each configuration, all in turn, in a new order each round."""
     run = question.kernel.implementations["triton"]()
     sets = inputs_of(question.kernel, question.case, question.dtype, device)
 
@@ -152,12 +152,12 @@ def race(
 
 
 def wrong(question: Question, config: Any, device: torch.device) -> str | None:
-    """How a configuration errs: it does not start, or leaves the error budget."""
+    """The fault of a configuration: it does not start, or exceeds the error budget; else None."""
     spec, run = question.kernel.spec, question.kernel.implementations["triton"]()
     try:
         with forced(question.op, config):
             verdicts = verify(spec, run, question.case, question.dtype, device)
-    except Exception as error:  # what a GPU refuses to start is of many kinds
+    except Exception as error:  # GPUs refuse launches in many ways
         return f"does not start: {error!r}"
     return next((f"is wrong: {verdict}" for verdict in verdicts if not verdict.passed), None)
 
@@ -170,7 +170,7 @@ def survivors(
     log: Log,
     sieved: Sieved | None,
 ) -> list[Any]:
-    """Candidates of all questions of one key that compile, fit and are right in each."""
+    """Candidates that compile, fit and are right in all questions of one key."""
     candidates = asked[0].candidates[: DRY_CANDIDATES if dry_run else None]
     if sieved is not None:
         fit = sieved.get(asked[0].at, [])
@@ -195,7 +195,7 @@ def answer(
     log: Log,
     sieved: Sieved | None,
 ) -> dict[str, Any] | None:
-    """The row of one key, or None where nothing beats the rule."""
+    """The row for one key; None if nothing beats the default."""
     rule = asked[0].rule
     configs = survivors(asked, arch, device, dry_run, log, sieved)
     if not configs:
@@ -207,7 +207,7 @@ def answer(
         for i in range(len(configs))
     ]
     for config, ratio in zip(configs, slowest, strict=True):
-        log(f"  {config}: {ratio:.3f} x the rule's speed")
+        log(f"  {config}: {ratio:.3f} x the default's speed")
     best = configs[max(range(len(configs)), key=slowest.__getitem__)]
     measured = []
     for question in asked:
@@ -242,7 +242,7 @@ def tune(
     kernels: Sequence[Kernel], arch: int, device: torch.device, dry_run: bool, budget: Budget,
     log: Log, sieved: Sieved | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows for a table; what the time does not suffice for is left to the rule."""
+    """Rows for a table; keys for which there is no time keep the default."""
     groups: dict[tuple[str, str], list[Question]] = defaultdict(list)
     for question in questions(kernels, arch, dry_run):
         groups[question.at].append(question)
@@ -258,8 +258,8 @@ def tune(
 
 
 def sieve(kernels: Sequence[Kernel], arch: int, log: Log) -> Sieved:
-    """Each distinct pick's candidates that compile, do not spill and fit, found without a GPU; the
-    log hears what the machine code of all of them and of the rule's own has."""
+    """For each distinct pick: the candidates that compile, do not spill and fit, found without a
+    GPU. The log shows the machine code's figures for them and for the default."""
     sieved: Sieved = {}
     for question in questions(kernels, arch, dry_run=False):
         if question.at in sieved:
@@ -271,7 +271,7 @@ def sieve(kernels: Sequence[Kernel], arch: int, log: Log) -> Sieved:
             start = f" {'*' if config == question.rule else ' '} {numbers}: "
             try:
                 rows = static_rows(question, config, arch)
-            except Exception as error:  # the compiler's own, of many kinds
+            except Exception as error:  # compilers raise errors of many kinds
                 log(f"{start}does not compile ({type(error).__name__})")
                 continue
             if config != question.rule and not any(row.spills or not row.fits for row in rows):
@@ -291,7 +291,7 @@ def write_sieved(sieved: Sieved, path: Path) -> None:
 
 
 def read_sieved(path: Path) -> Sieved:
-    """UserError for what `--static --out` did not write."""
+    """UserError unless `--static --out` wrote the file."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return {(row["op"], row["key"]): row["configs"] for row in rows}

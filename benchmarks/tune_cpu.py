@@ -1,18 +1,18 @@
-"""Measure who computes each op fastest on a CPU: one of our loops, or torch's library.
+"""Measures what computes each op fastest on a CPU: one of our kernels, or torch's library.
 
-Every call that a picture of the models in `benchmarks.cpu_calls` makes is timed in turn by each who
-can compute it, and as diffusers' own modules would have it computed ("eager": weights and pictures
-in torch's own layouts). Ours are timed as a tape runs them, without Python. Of ours the fastest is
-chosen; the library where it takes `FLOOR` less than that, and so much less that it is worth what it
-ends: a tape holds our loops only.
+Every call in a picture of the models in `benchmarks.cpu_calls` is timed in turn with each
+implementation, and as diffusers' own modules compute it ("eager": weights and pictures in torch's
+own layouts). Ours are timed as a tape runs them, without Python. The fastest of ours is chosen,
+unless the library takes `FLOOR` less and saves enough to be worth ending a tape, which can hold
+only our kernels.
 
     python -m benchmarks.tune --cpu [--isa avx2] [--ops conv2d,…] [--models "sd15 1,…"] [--out FILE]
     python -m benchmarks.tune --cpu --check
 
 FILE is reviewed and moved to fastdiff/kernels/tables/, where `fastdiff.kernels.choices` finds it;
-samples lie beside it. `--check` measures nothing: it holds the committed tables to the models'
-calls, and exits with 1 where one was never measured or the chosen is slower than torch by `SLOWER`
-and by `WORTH_MS`; what is slower by less than that, or is computed once a picture, is listed.
+the samples are beside it. `--check` measures nothing: it compares the committed tables with the
+models' calls, and exits with 1 if one was never measured, or if the choice is slower than torch by
+`SLOWER` and by `WORTH_MS`. Choices that are slower by less, or run once per picture, are listed.
 """
 
 import argparse
@@ -48,18 +48,18 @@ WORTH_MS = 0.5
 """Less than a thousandth of a step of Stable Diffusion 1.5 on two cores."""
 LEAST_S = 1e-3
 ROUNDS, SECONDS = (3, 9), 1.5
-"""Rounds of a call, at least and at most; more than the least only within so many seconds."""
+"""The least and most rounds of a call; more than the least only within so many SECONDS."""
 DTYPES = (torch.float32, torch.bfloat16)
 SAMPLES = Path("benchmarks/results/cpu-zen5-2core/choices")
-"""Where the samples of the committed tables are."""
+"""The folder with the samples of the committed tables."""
 LIBRARIES = {"avx512": "AVX512_CORE", "avx2": "AVX2", "baseline": "SSE41"}
-"""What oneDNN is held to, so that it computes as on a processor without the rest."""
+"""The limit for oneDNN, so that it computes as on a processor without newer instructions."""
 
 Run = Callable[[], object]
 
 
 def with_memory(a: Any) -> Any:
-    """Arguments of an op with tensors of random values in the places of those without memory."""
+    """An op's arguments, with random tensors in place of those without memory."""
 
     def filled(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -74,12 +74,12 @@ def with_memory(a: Any) -> Any:
 
 
 def values(a: Any) -> list[Any]:
-    """The arguments of an op in its order."""
+    """The arguments of an op, in its order."""
     return [getattr(a, field.name) for field in fields(a)]
 
 
 def ours(call: Call, a: Any) -> dict[str, Run]:
-    """Our loops that take a call, as a tape runs them."""
+    """Our kernels that support a call, as a tape runs them."""
     kernel = KERNELS[call.work.op]
     named: dict[str, Run] = {OWN: partial(kernel.own, *values(a))}
     if call.work.op == "conv2d":
@@ -90,7 +90,7 @@ def ours(call: Call, a: Any) -> dict[str, Run]:
         try:
             with recording() as tape:
                 kept = run()
-        except ValueError:  # that loop does not take these arguments
+        except ValueError:  # the kernel does not take these arguments
             continue
         taped[name] = partial(_replayed, tape, kept)
     return taped
@@ -101,7 +101,7 @@ def _replayed(tape: Any, kept: object) -> None:
 
 
 def torchs(call: Call, a: Any) -> dict[str, Run]:
-    """torch's own ops: on the tensors as we hold them, and as diffusers' modules do."""
+    """torch's own ops, on the tensors as we store them and as diffusers' modules do."""
     kernel = KERNELS[call.work.op]
     named: dict[str, Run] = {LIBRARY: partial(kernel.plain, *values(a))}
     if call.work.op == "conv2d":
@@ -137,7 +137,7 @@ def _convolution(a: Any, layout: torch.memory_format) -> Run:
 
 
 def race(runs: Mapping[str, Run]) -> dict[str, list[float]]:
-    """Milliseconds of each, all in turn, in another order each round."""
+    """Milliseconds of each, all in turn, in a new order each round."""
     repeats, took = {}, {}
     for name, run in runs.items():
         run()  # the first call allocates
@@ -163,7 +163,7 @@ def _spent(run: Run, repeats: int) -> float:
 
 
 def choose(times: Mapping[str, float], own: Sequence[str]) -> str:
-    """Who computes, by median milliseconds; `own`: names of our loops."""
+    """The implementation to use, by median milliseconds; `own`: names of our kernels."""
     best = min(own, key=times.__getitem__)
     saved = times[best] - times[LIBRARY]
     return LIBRARY if saved > max(FLOOR * times[best], WORTH_MS) else best
@@ -182,13 +182,13 @@ def measured(call: Call) -> dict[str, Any]:
 
 
 def slower(row: Row) -> tuple[float, float]:
-    """How many times as long as torch's fastest the chosen takes, and how many ms longer."""
+    """The choice's time relative to torch's fastest, and the difference in ms."""
     fastest = min(ms for name, ms in row.ms.items() if theirs(name))
     return row.ms[row.runs] / fastest, row.ms[row.runs] - fastest
 
 
 def check(isas: Sequence[str], log: Callable[[str], object]) -> int:
-    """How many of the models' calls the tables lack or hold slower than torch's; says which."""
+    """How many of the models' calls are missing in the tables or slower than torch's; logs them."""
     wanted = [call for dtype in DTYPES for call in calls(dtype)]
     once = [call.work for call in wanted if call.once]
     wrong = 0
@@ -279,6 +279,6 @@ def _key(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _document(about: Mapping[str, Any], rows: Sequence[Any]) -> str:
-    """JSON with a line for each row."""
+    """JSON with one line per row."""
     head = json.dumps(about, indent=1).rstrip("\n}")
     return head + ',\n "rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"

@@ -1,4 +1,4 @@
-// Attention without a score matrix: blocks of queries against chunks of keys, softmax on the way.
+// Attention without a score matrix: blocks of queries meet chunks of keys, with a running softmax.
 #pragma once
 #include <vector>
 
@@ -13,11 +13,11 @@ using fastdiff::JointAttention;
 
 constexpr int64_t kPanel = 1 << 20;  // bytes of blocks that meet a stretch before the next one
 
-// Takes blocks of queries past the keys of one or two sequences. A thread's own.
+// Runs blocks of queries past the keys of one or two sequences; one object per thread.
 template <typename T, int N>
 class Attend {
  public:
-  // The keys of each sequence.
+  // keys: the number of keys of each sequence.
   Attend(const int64_t (&keys)[N], int64_t width, int64_t most_blocks)
       : scores_(scratch<float>((kKeys + kTall) * kQueries)) {
     bool whole = true;
@@ -25,7 +25,7 @@ class Attend {
       stretches_.emplace_back(keys[s], width);
       whole = whole && stretches_[s].keys() >= keys[s];
     }
-    // what a head's blocks share is copied once, or as seldom as the second cache allows
+    // what a head's blocks share is copied once, or as rarely as the L2 cache allows
     const int64_t fit = std::max<int64_t>(1, kPanel / Block<T>::bytes(width));
     const int64_t count = whole ? 1 : std::min(fit, most_blocks);
     for (int64_t i = 0; i < count; ++i) blocks_.emplace_back(width);
@@ -34,7 +34,8 @@ class Attend {
   int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
   Block<T>& block(int64_t i) { return blocks_[i]; }
 
-  // The first `count` blocks past all keys of sequence s of the head `number`; mask(i): block i's.
+  // Runs the first `count` blocks past all keys of sequence s of head `number`; mask(i): of block
+  // i.
   template <typename F>
   void meet(int s, int64_t number, const Head<T>& head, int64_t count, const F& mask) {
     Stretch<T>& stretch = stretches_[s];
@@ -51,11 +52,10 @@ class Attend {
   std::vector<Stretch<T>> stretches_;
   std::vector<Block<T>> blocks_;
   Scratch<float> scores_;
-  int64_t held_[2] = {-1, -1};  // the head that a stretch holds
+  int64_t held_[2] = {-1, -1};  // the head in each stretch
 };
 
-// Asks for a block's rows of a tensor before they are needed: they lie too far apart for the
-// processor to foresee them.
+// Prefetches a block's rows of a tensor: they are too far apart for the processor to predict.
 template <typename T>
 static void ask(const T* rows, int64_t ld, int64_t count, int64_t width) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -110,7 +110,7 @@ static void joint_attention(const JointAttention& p) {
     for (int64_t task = first, count; task < last; task += count) {
       const int64_t number = task / blocks, b = number / p.heads, h = number % p.heads;
       count = std::min({attend.blocks(), last - task, blocks - task % blocks});
-      // f(block, the sequence that it is of, its first query)
+      // f(block, its sequence, its first query)
       const auto each_block = [&](const auto& f) {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t block = task % blocks + i;

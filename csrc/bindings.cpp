@@ -1,5 +1,5 @@
-// fastdiff._C: the CPU kernels behind plain integers. No torch headers, so one build serves every
-// torch: tensors arrive as addresses (0 for none), sizes and strides in elements.
+// fastdiff._C: the CPU kernels with plain integers as arguments. No torch headers, so one build
+// serves every torch: tensors are passed as addresses (0 for none), sizes and strides in elements.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,7 +30,7 @@ using Ints = std::array<int64_t, N>;
 const void* in(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* out(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// The instruction sets that this build holds and this processor runs, best first.
+// The instruction sets that are in this build and that this processor supports, best first.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(FASTDIFF_X86)
@@ -66,8 +66,8 @@ void set_isa(const std::string& name) {
                               valid);
 }
 
-// Rows of two tensors side by side; left and right are the bytes of a row of each. The second has
-// that many rows and then begins anew.
+// Joins the rows of two tensors; left and right are the bytes per row of each. The second repeats
+// after that many rows.
 struct Concat {
   const char *first, *second;
   int64_t rows, left, right, second_rows;
@@ -85,7 +85,7 @@ void execute(const SlabMoments& p) { chosen->moments(p); }
 void execute(const LineSilu& p) { chosen->line_silu(p); }
 void execute(const GuidedStep& p) { chosen->guided_step(p); }
 void execute(const Concat& p) {
-  // memcpy takes longer to begin than a row takes
+  // calling memcpy takes longer than copying a row
   const auto copy_row = [](char* to, const char* from, int64_t bytes) {
     int64_t at = 0;
     for (; at + 64 <= bytes; at += 64) std::memcpy(to + at, from + at, 64);
@@ -103,7 +103,7 @@ void execute(const Concat& p) {
   else parallel_for(p.rows, copy);
 }
 
-// The kernels that a thread called between start and stop, to be run again on the same addresses.
+// The kernels that a thread called between start and stop, to run again on the same addresses.
 class Tape {
  public:
   void start() {
@@ -181,7 +181,7 @@ void run_attention(int dtype, const Ints<4>& q, const Ints<4>& k, const Ints<4>&
   run(p);
 }
 
-// Of a sequence: q, k and v with their strides, queries and keys, the output.
+// One sequence: q, k and v with their strides, queries and keys, the output.
 using Sequence = std::tuple<Ints<4>, Ints<4>, Ints<4>, int64_t, int64_t, uintptr_t>;
 
 JointAttention::Sequence sequence(const Sequence& s) {
@@ -208,7 +208,7 @@ void run_group_norm(int dtype, uintptr_t x, const Ints<2>& row, uintptr_t residu
   run(p);
 }
 
-// A row for each sample: its address and what lies between two.
+// One row per sample: its address, and the stride between rows.
 using Rows = std::pair<uintptr_t, int64_t>;
 
 // sizes: samples of the residual, batch, tokens, width
@@ -239,7 +239,7 @@ void run_residual(int dtype, uintptr_t x, uintptr_t other, uintptr_t shift, cons
   run(p);
 }
 
-// sizes: rows, width, rows of a slab
+// sizes: rows, width, rows per slab
 void run_moments(int dtype, uintptr_t x, const Ints<3>& sizes, uintptr_t output) {
   run(SlabMoments{dtype, in(x), sizes[0], sizes[1], sizes[2], static_cast<float*>(out(output))});
 }
@@ -265,7 +265,7 @@ void run_guided_step(int dtype, uintptr_t output, uintptr_t table, uintptr_t ste
   run(p);
 }
 
-// counts: rows, bytes of a row of each, rows of the second
+// counts: rows, bytes per row of each, rows of the second
 void run_concat(uintptr_t first, uintptr_t second, const Ints<4>& counts, uintptr_t output) {
   run(Concat{static_cast<const char*>(in(first)), static_cast<const char*>(in(second)), counts[0],
              counts[1], counts[2], counts[3], static_cast<char*>(out(output))});

@@ -1,4 +1,4 @@
-// What attention keeps of a head's keys and values, and of a block of queries.
+// The copies that attention keeps of a head's keys and values, and of a block of queries.
 #pragma once
 #include <cmath>
 
@@ -8,18 +8,18 @@ namespace FASTDIFF_ISA {
 
 constexpr int64_t kStretch = 4 << 20;  // bytes of keys and values that a thread copies at a time
 
-// What is added to the scores of one head's queries and keys; null: nothing.
+// The mask added to the scores of one head; null: none.
 template <typename M>
 struct Mask {
   const M* at;
-  int64_t query, key;  // elements from one to the next; 0 where it repeats
+  int64_t query, key;  // strides in elements; 0 where it repeats
 
   Mask from(int64_t queries, int64_t keys) const {
     return {at ? at + queries * query + keys * key : nullptr, query, key};
   }
 };
 
-// One head's keys and values where they lie.
+// One head's keys and values in place.
 template <typename T>
 struct Head {
   const T *k, *v;
@@ -40,7 +40,7 @@ class Stretch {
         k_(scratch<E>((keys_ + kTall) * steps_)),
         v_(scratch<E>((keys_ + kStep<T> - 1) / kStep<T> * width + W + kTall)) {}
 
-  // Keys that one holds, at most: whole chunks.
+  // The most keys in a stretch: whole chunks.
   static int64_t most(int64_t width) {
     const int64_t bytes = 2 * width * static_cast<int64_t>(sizeof(E)) / kStep<T>;
     return std::max<int64_t>(1, kStretch / bytes / kKeys) * kKeys;
@@ -51,7 +51,8 @@ class Stretch {
 
   void read(const Head<T>& head, int64_t from, int64_t keys) {
     const T *k = head.k + from * head.k_ld, *v = head.v + from * head.v_ld;
-    for (int64_t j = 0; j < keys + kTall; ++j) {  // a tile may reach beyond: the last key again
+    // a tile may extend beyond the last key: repeat it
+    for (int64_t j = 0; j < keys + kTall; ++j) {
       const T* row = k + std::min(j, keys - 1) * head.k_ld;
       E* to = k_.get() + j * steps_;
       if constexpr (kPaired<T> || std::is_same_v<T, float>) {
@@ -66,7 +67,8 @@ class Stretch {
       E* to = v_.get() + j / kStep<T> * width_;
       if constexpr (kPaired<T>) {
         const T* second = j + 1 < keys ? row + head.v_ld : nullptr;
-        each_vector(width_, [&](int64_t c, int n) {  // what it writes beyond, the next row replaces
+        // the next row overwrites what this writes beyond
+        each_vector(width_, [&](int64_t c, int n) {
           vu both = (vu)load_n(row + c, n) >> 16;
           if (second) both |= (vu)load_n(second + c, n);
           store(reinterpret_cast<float*>(to + c), (vf)both);
@@ -96,9 +98,9 @@ class Block {
 
   static int64_t bytes(int64_t width) { return 2 * width * kQueries * 4; }
 
-  // Where that rounds to float32, q is scaled and scores are exponents of e, as of eager: both then
-  // round alike. Scores of pairs become exponents of 2 by a factor; q changes its sign if need be,
-  // so that the largest stays the largest.
+  // Without pairs, q is scaled and scores are exponents of e, as in eager, so that both round to
+  // float32 alike. Scores of pairs become exponents of 2 by a factor; q changes its sign if
+  // necessary, so that the largest stays the largest.
   void begin(const T* rows, int64_t ld, int64_t count, float scale) {
     count_ = count;
     vectors_ = static_cast<int>((count + W - 1) / W);
@@ -118,7 +120,7 @@ class Block {
     met_ = false;
   }
 
-  // Past `keys` keys of a stretch; `scores` has room for a chunk's.
+  // Meets `keys` keys of a stretch; `scores` has room for one chunk's.
   template <typename M>
   void meet(const Stretch<T>& stretch, int64_t keys, const Mask<M>& mask, float* scores) {
     switch (vectors_) {
@@ -133,7 +135,7 @@ class Block {
 
   void write(T* to, int64_t ld) const {
     for (int i = 0; i < vectors_; ++i) {
-      // where all keys are masked out by -inf there is no largest score, and the result is NaN
+      // if -inf masks out all keys there is no largest score, and the result is NaN
       const vf lost = splat(-std::numeric_limits<float>::infinity());
       const vf share = 1.0f / (top_[i] == lost ? vf{} / vf{} : total_[i]);
       const int valid = static_cast<int>(std::min<int64_t>(W, count_ - i * W));
@@ -149,7 +151,7 @@ class Block {
   }
 
  private:
-  // W steps of a query from the `s`-th, as bits; zero beyond the width.
+  // W steps of a query from step `s` on, as bits; zero beyond the width.
   vf steps(const T* row, int64_t s, float scale) const {
     const int64_t c = s * kStep<T>, n = std::min(kStep<T> * W, width_ - c);
     if constexpr (kPaired<T>) return (vf)(bits_n(row + c, n) ^ (scale < 0 ? 0x80008000 : 0));
@@ -169,7 +171,7 @@ class Block {
       if (mask.at) add(mask.from(0, from), keys, scores, now);
       for (int v = 0; v < V; ++v) {
         now[v] = max(top[v], now[v]);
-        // finite even where every key so far is masked out
+        // finite even if every key so far is masked out
         base[v] = max(now[v], splat(-std::numeric_limits<float>::max()));
         shrink[v] = exp_fine((top[v] - base[v]) * (kPaired<T> ? 1 / kLog2e : 1.0f));
         top[v] = now[v];
@@ -183,7 +185,7 @@ class Block {
     for (int v = 0; v < V; ++v) top_[v] = top[v], total_[v] = total[v];
   }
 
-  // Turns scores into exponents with the mask in them; `top` becomes the largest.
+  // Turns scores into masked exponents; `top` becomes the largest.
   template <int V, typename M>
   void add(const Mask<M>& mask, int64_t keys, float* scores, vf (&top)[V]) const {
     const float lowest = -std::numeric_limits<float>::max();
@@ -195,7 +197,7 @@ class Block {
           for (int l = 0; l < W; ++l)
             m[l] = load1(mask.at + std::min<int64_t>(v * W + l, count_ - 1) * mask.query +
                          j * mask.key);
-        // of 2; what is finite stays so
+        // exponents of 2; finite values stay finite
         if (kPaired<T>) m = m < lowest ? m : max(m * kLog2e, splat(lowest));
         float* at = scores + (j * V + v) * W;
         const vf sum = load(at) * factor_ + m;
@@ -210,7 +212,7 @@ class Block {
   Scratch<E> q_;
   Scratch<float> result_;
   vf top_[kQueryVectors], total_[kQueryVectors];
-  bool met_ = false;  // any keys so far
+  bool met_ = false;  // whether it has met any keys
 };
 
 }  // namespace FASTDIFF_ISA

@@ -1,8 +1,8 @@
-// A thread's part of a product: blocks of A's rows against copies of B, and what follows the sums.
+// A thread's part of a product: blocks of A's rows times copies of B, then the epilogue.
 //
-// B's rows lie as far apart as the weight is wide, so they are copied side by side, a chunk of a
-// panel at a time, for hundreds of rows of A that then meet it; what is copied or read next is
-// brought near meanwhile. A thread keeps about 1 MiB for it.
+// B's rows are as far apart as the weight is wide. So they are copied together, one chunk of a
+// panel at a time, for the hundreds of rows of A that use the copy; meanwhile the next data to copy
+// or read is prefetched. A thread keeps about 1 MiB for this.
 #pragma once
 #include <optional>
 
@@ -11,25 +11,26 @@
 
 namespace FASTDIFF_ISA {
 
-constexpr int64_t kChunk = 384;            // inner steps whose B is copied at once
+constexpr int64_t kChunk = 384;            // inner steps of B per copy
 constexpr int64_t kBlockRows = 528;        // rows that share a copy of B; a multiple of any tile's
 constexpr int64_t kGroup = 5;              // panels that share a chunk's rows, which stay in L2
-constexpr int64_t kFew = 4;                // tiles of rows: fewer foresee no rows of B
+constexpr int64_t kFew = 4;                // tiles of rows: with fewer, no rows of B are prefetched
 
-// Inner steps summed at once: few for the rounding errors' sake, which bfloat16 hides, and so that
-// copies of rows are small.
+// Inner steps summed at once: few, for small rounding errors (which bfloat16 hides) and small
+// copies of rows.
 template <typename T>
 constexpr int64_t kSlice = std::is_same_v<Packed<T>, float> ? 128 : kChunk;
 
-// Tiles of rows from which on a copy of B pays: bfloat16 is made into pairs (or converted) by it.
+// The least tiles of rows for which a copy of B pays; bfloat16 needs one to form pairs (or
+// convert).
 template <typename T>
 constexpr int64_t kReused = std::is_same_v<T, Packed<T>> ? 16 : 4;
 
-// Columns [begin, begin + columns) of the output, and where their weights are.
+// Columns [begin, begin + columns) of the output, with the addresses of their weights.
 template <typename T>
 struct Panel {
   int64_t begin, columns;
-  int vectors;             // of B: twice the output's with GEGLU (value columns, then gate columns)
+  int vectors;             // of B: with GEGLU twice the output's (value, then gate columns)
   const T* b[kMaxVectors];
   int64_t ld_b;
 };
@@ -38,7 +39,7 @@ template <typename T>
 struct Epilogue {
   const Conv& p;
 
-  // Brings near what is added to a row of sums. Inlined for certain, as Window's.
+  // Prefetches what is added to a row of sums. Must be inlined, as in Window.
   __attribute__((always_inline)) void ahead(const Panel<T>& panel, int64_t pixel) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     const int64_t wide = p.act == fastdiff::kGeglu ? p.n / 2 : p.n;
@@ -80,7 +81,7 @@ struct Epilogue {
 
 using Chunks = std::vector<std::span<const Slice>>;
 
-// Consecutive slices of at most `most` channels together.
+// Consecutive slices joined to at most `most` channels.
 static Chunks split_chunks(std::span<const Slice> slices, int64_t most) {
   Chunks chunks;
   for (size_t begin = 0, end; begin < slices.size(); begin = end) {
@@ -92,8 +93,8 @@ static Chunks split_chunks(std::span<const Slice> slices, int64_t most) {
   return chunks;
 }
 
-// Brings a panel's rows of B under a chunk into L2, a few while each tile is computed: rows that lie
-// far apart are not foreseen by the processor.
+// Prefetches a panel's rows of B for a chunk into L2, a few while each tile is computed: the
+// processor does not predict rows that are far apart.
 template <typename T>
 class Ahead {
  public:
@@ -115,7 +116,7 @@ class Ahead {
   int64_t row_ = 0, last_ = 0, each_ = 0;
 };
 
-// A thread's part of a product: blocks of rows against groups of panels.
+// A thread's part of a product: blocks of rows times groups of panels.
 template <typename T>
 class Product {
  public:
@@ -133,7 +134,7 @@ class Product {
     b_rows_.resize(most_slices());
   }
 
-  // Output pixels [first, last) of panels [begin, end).
+  // Computes output pixels [first, last) of panels [begin, end).
   void operator()(int64_t first, int64_t last, int64_t begin, int64_t end) {
     constexpr int64_t kUnit = 2 * kMaxRows;  // a multiple of any tile's rows
     const int64_t blocks = (last - first + kBlockRows - 1) / kBlockRows;
@@ -169,7 +170,7 @@ class Product {
       window_->chunk(chunk, b_rows_.data());
       for (size_t g = 0; g < group.size(); ++g) {
         if (packs) copy(group[g], chunk);
-        // Meanwhile the next rows of B that will be copied come near.
+        // prefetch the next rows of B to be copied
         const bool same = g + 1 < group.size();
         Ahead<T> ahead(group[same ? g + 1 : 0], tiles);
         if (tiles >= kFew && (same || c + 1 < chunks_.size()))
@@ -197,7 +198,7 @@ class Product {
     }
   }
 
-  // Copies a panel's rows of B under a chunk to packed_.
+  // Copies a panel's rows of B for a chunk to packed_.
   void copy(const Panel<T>& panel, std::span<const Slice> chunk) {
     by_vectors(panel.vectors, [&](auto v) {
       const int64_t first = chunk[0].b_row, last = chunk.back().b_row + chunk.back().length;
@@ -212,11 +213,11 @@ class Product {
   const Conv& p_;
   const std::span<const Panel<T>> panels_;
   const Chunks& chunks_;
-  const bool whole_;  // one chunk is all of the inner dimension
+  const bool whole_;  // whether one chunk is the whole inner dimension
   const Epilogue<T> finish_;
   std::optional<Window<T>> window_;
-  std::vector<int64_t> b_rows_;  // at which row of B each slice of the chunk begins
-  int64_t group_;  // panels at most that share a chunk's rows
+  std::vector<int64_t> b_rows_;  // the row of B at which each slice of the chunk begins
+  int64_t group_;  // the most panels that share a chunk's rows
   float* sums_;
   Packed<T>* packed_;
 };

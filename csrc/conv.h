@@ -1,4 +1,4 @@
-// Convolution and linear layers: how a product is split into panels, chunks and threads' parts.
+// Convolution and linear layers: divides a product into panels, chunks and threads' parts.
 #pragma once
 #include "blocks.h"
 #include "parallel.h"
@@ -8,7 +8,7 @@ namespace FASTDIFF_ISA {
 constexpr int64_t kCopyRows = 12;          // rows whose sums take about as long as a copy of B
 constexpr int64_t kSerialBelow = 1 << 15;  // multiply-adds; waking a thread costs about as much
 
-// The last columns, when they do not fill a vector, are copied to a zero-padded [inner, W] panel.
+// The last columns, if they do not fill a vector, are copied to a zero-padded [inner, W] panel.
 template <typename T>
 static std::vector<Panel<T>> split_columns(const Conv& p, int64_t inner, std::vector<T>& padded) {
   const auto* w = static_cast<const T*>(p.w);
@@ -42,12 +42,12 @@ struct Cut {
   int64_t rows, panels;
 };
 
-// The cut with the least work for a thread: a panel that is copied costs as much as some rows of it.
+// The cut with the least work per thread; copying a panel costs as much as some of its rows.
 static Cut cut(int64_t pixels, int64_t panels, int64_t threads) {
   Cut best{1, 1};
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t parts = 1; parts <= threads; ++parts) {
-    const Cut now{std::min(threads / parts, pixels), parts};  // nobody's rows are none
+    const Cut now{std::min(threads / parts, pixels), parts};  // no thread has zero rows
     const int64_t tiles = (pixels / now.rows + kMinRows - 1) / kMinRows, rows = tiles * kMinRows;
     const int64_t work = (panels + parts - 1) / parts *
                          (rows + kCopyRows * ((rows + kBlockRows - 1) / kBlockRows));

@@ -1,9 +1,9 @@
-// The products and the softmax of attention, for a block of queries against a chunk of keys.
+// The products and the softmax of attention, for a block of queries and a chunk of keys.
 //
-// All of it is transposed: scores are [keys, queries], the result [width, queries], so a vector
-// holds a query in each lane. Both products then broadcast from rows of K and V as they lie, a
-// softmax needs no sums across a vector, and a shrinking result is multiplied lane by lane. Where
-// the instruction set multiplies pairs of bfloat16, a step along the inner dimension is a pair.
+// Everything is transposed: scores are [keys, queries], the result [width, queries], so each lane
+// of a vector holds one query. Then both products broadcast from the rows of K and V in place, a
+// softmax needs no sums across a vector, and the result is rescaled lane by lane. If the
+// instruction set multiplies pairs of bfloat16, a step along the inner dimension is a pair.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -15,7 +15,7 @@
 
 #include "gemm.h"
 
-// Not inlined: each keeps what it works on in registers, which all three together do not.
+// Not inlined: each keeps its working set in registers, for which all three together are too large.
 #define FASTDIFF_APART __attribute__((noinline))
 
 namespace FASTDIFF_ISA {
@@ -26,13 +26,13 @@ constexpr int kQueryVectors = 4;
 constexpr int kQueryVectors = 2;
 #endif
 constexpr int64_t kQueries = kQueryVectors * W;
-constexpr int64_t kKeys = 128;   // in a chunk: its scores stay in the first two caches
-constexpr int64_t kInner = 128;  // inner steps summed at once, for the rounding errors' sake
-constexpr int kTall = 6;         // rows of a tile; kTall - 1 where that leaves fewer over
+constexpr int64_t kKeys = 128;   // per chunk: its scores stay in the L1 and L2 caches
+constexpr int64_t kInner = 128;  // inner steps summed at once, to limit rounding errors
+constexpr int kTall = 6;         // rows of a tile; kTall - 1 if that leaves fewer rows over
 
-// What products of T are made of: a step of float32, or a pair of two of bfloat16.
+// The unit of products of T: one float32, or a pair of bfloat16.
 #if defined(__AVX512BF16__)
-// The first n <= 2 W elements as they are, two in a lane; the rest is zero.
+// The first n <= 2 W elements unchanged, two per lane; the rest is zero.
 static inline vu bits_n(const bf16* p, int64_t n) {
   return (vu)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p);
 }
@@ -47,9 +47,9 @@ template <typename T>
 using Step = float;
 #endif
 template <typename T>
-constexpr int64_t kStep = kPaired<T> ? 2 : 1;  // elements of T in a step
+constexpr int64_t kStep = kPaired<T> ? 2 : 1;  // elements of T per step
 
-// Memory that begins where a cache line does and is not set.
+// Uninitialised memory aligned to a cache line.
 struct Freed {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
@@ -60,7 +60,7 @@ static Scratch<E> scratch(int64_t count) {
   return Scratch<E>(static_cast<E*>(::operator new(count * sizeof(E), std::align_val_t(64))));
 }
 
-// Swaps rows and lanes of W vectors: first single lanes, then blocks of 2, 4, ...
+// Transposes W vectors: first single lanes, then blocks of 2, 4, ...
 template <int S, bool high, int... I>
 static inline vf exchange(vf a, vf b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(
@@ -98,8 +98,8 @@ struct Power {
 #endif
 };
 
-// e^x for x <= 0 by a fit of 2^r, |r| <= 1/2, whose relative error is 9e-8. Below -87: about e^-87,
-// which beside a largest weight of 1 is nothing. NaN stays NaN.
+// e^x for x <= 0 by a fit of 2^r, |r| <= 1/2, with relative error 9e-8. Below -87: about e^-87,
+// which is negligible beside the largest weight of 1. NaN stays NaN.
 static inline vf exp_fine(vf x) {
   const vf y = max(splat(-87.0f), x);
   const Power power(y * kLog2e);
@@ -112,7 +112,7 @@ static inline vf exp_fine(vf x) {
   return power(p * r + 1.0f);
 }
 
-// 2^x for x <= 0, to 8e-5: enough where it becomes a bfloat16. Below -126: about 2^-126.
+// 2^x for x <= 0, to 8e-5, which is enough for a bfloat16. Below -126: about 2^-126.
 static inline vf exp2_coarse(vf x) {
   const vf y = max(splat(-126.0f), x);
   const Power power(y);
@@ -153,7 +153,7 @@ static inline void product(const E* a, int64_t row, int64_t step, const E* b, in
   }
 }
 
-// f(first row, rows of the tile as a constant) over n rows; the last tile may reach beyond by
+// f(first row, rows of the tile as a constant) over n rows; the last tile may extend beyond by
 // kTall - 2.
 template <typename F>
 static inline void each_tile(int64_t n, const F& f) {
@@ -165,8 +165,8 @@ static inline void each_tile(int64_t n, const F& f) {
     f(first, std::integral_constant<int, kTall - 1>());
 }
 
-// scores[j, i] (+)= k[j] . q[:, i] over `steps` steps for `keys` keys and V vectors of queries;
-// top[i] is the largest of the sums, if these are the `last` steps, and of what it was.
+// scores[j, i] (+)= k[j] . q[:, i] over `steps` steps for `keys` keys and V vectors of queries. If
+// these are the `last` steps, top[i] becomes the largest of the sums and its former value.
 template <int V, bool sum, bool last, typename E>
 static inline void score_slice(const E* k, int64_t ld_k, int64_t keys, int64_t steps, const E* q,
                                float* scores, vf (&top)[V]) {
@@ -188,8 +188,8 @@ static inline void score_slice(const E* k, int64_t ld_k, int64_t keys, int64_t s
   });
 }
 
-// scores[j, i] = k[j] . q[:, i], by slices of the inner dimension; top[i] is the largest of them
-// and of what it was.
+// scores[j, i] = k[j] . q[:, i], by slices of the inner dimension; top[i] becomes the largest of
+// them and its former value.
 template <int V, typename E>
 FASTDIFF_APART static void score(const E* k, int64_t keys, int64_t steps, const E* q,
                                  float* scores, vf (&top)[V]) {
@@ -207,8 +207,8 @@ FASTDIFF_APART static void score(const E* k, int64_t keys, int64_t steps, const 
   }
 }
 
-// result[d, i] = sum over steps of v[s, d] * weights[s, i], and, if some were met `before`,
-// shrink[i] times what it was.
+// result[d, i] = sum over steps of v[s, d] * weights[s, i], plus, if there were keys `before`,
+// shrink[i] times its former value.
 template <int V, bool before, typename E>
 FASTDIFF_APART static void weigh(const E* weights, int64_t steps, const E* v, int64_t width,
                                  const vf (&shrink)[V], float* result) {
@@ -225,8 +225,7 @@ FASTDIFF_APART static void weigh(const E* weights, int64_t steps, const E* v, in
   });
 }
 
-// Turns scores [keys, queries] into weights e^(score - base), in their place, and adds these up in
-// `sum`.
+// Turns scores [keys, queries] into weights e^(score - base) in place, and adds them up in `sum`.
 template <int V>
 FASTDIFF_APART static void weights_of(float* scores, int64_t keys, float, const vf (&base)[V],
                                       vf (&sum)[V], float) {
@@ -252,7 +251,8 @@ static inline vu pair_of(vf a, vf b) {
   static constexpr Order order;
   return (vu)_mm512_maskz_permutexvar_epi16(-1, _mm512_loadu_si512(order.lanes), both);
 }
-// Into weights 2^(factor * score - base), in pairs of keys; an odd last key's second is zero.
+// Turns scores into weights 2^(factor * score - base), in pairs of keys; an odd last key is paired
+// with zero.
 template <int V>
 FASTDIFF_APART static void weights_of(float* scores, int64_t keys, float factor,
                                       const vf (&base)[V], vf (&sum)[V], Pair) {

@@ -1,6 +1,6 @@
-// The one inner loop of convolution, linear layers and attention: an outer-product tile held in
+// The single inner loop of convolution, linear layers and attention: an outer-product tile held in
 // registers. Rows of A are reached through pointers, so a convolution needs no im2col: its rows are
-// pixels, its zero padding is a pointer to zeros. Columns of B are contiguous.
+// pixels, and its zero padding is a pointer to zeros. Columns of B are contiguous.
 #pragma once
 #include <type_traits>
 
@@ -17,14 +17,14 @@ constexpr int kUnrolled = 2;  // steps of the inner loop
 #else
 constexpr int kMaxVectors = 2;
 constexpr int kTileSums = 12;
-constexpr int kUnrolled = 1;  // two would not fit the registers
+constexpr int kUnrolled = 1;  // two do not fit the registers
 #endif
 template <int V>
 constexpr int Rows = kTileSums / V > 12 ? 12 : kTileSums / V;
 constexpr int kMaxRows = 12;
 constexpr int kMinRows = kTileSums / kMaxVectors;
 
-// What rows of A hold where B is of T: float32, or bfloat16 where that is multiplied as it is.
+// The type of A's rows if B is of T: float32, or bfloat16 if the instruction set multiplies that.
 #if defined(__AVX512BF16__)
 template <typename T>
 using Factor = T;
@@ -33,7 +33,7 @@ template <typename T>
 using Factor = float;
 #endif
 
-// A run of the inner dimension: `length` steps along every row of A, against consecutive rows of B.
+// A run of the inner dimension: `length` steps along every row of A, with consecutive rows of B.
 template <typename A>
 struct Run {
   const A* a[kMaxRows];
@@ -58,14 +58,14 @@ static inline vu pairs(const bf16* a, const bf16* b) {
   return (vu)_mm512_maskz_permutexvar_epi16(-1, _mm512_loadu_si512(order.lanes), both);
 }
 
-// B of bfloat16 as a product wants it: pairs of two steps.
+// bfloat16 of B in the form that products need: pairs of two steps.
 struct Pair {
   uint32_t bits;
 };
 static inline vu load(const Pair* p) { return (vu)load(reinterpret_cast<const float*>(p)); }
 static inline void store(Pair* p, vu v) { store(reinterpret_cast<float*>(p), (vf)v); }
 
-// acc += pairs of A's rows at `a` (of `bytes` bytes, the rest of a pair being zero) times B's pairs.
+// acc += pairs of A's rows at `a` (`bytes` bytes; the rest of a pair is zero) times B's pairs.
 template <int V, int bytes>
 static inline void multiply_pair(const bf16* const* a, int64_t k, const vu (&value)[V],
                                  vf (&acc)[Rows<V>][V]) {
@@ -81,7 +81,7 @@ static inline void multiply_pair(const bf16* const* a, int64_t k, const vu (&val
 }
 #endif
 
-// What a copy of B for many rows holds: pairs, where the instruction set multiplies those.
+// The element type of a copy of B for many rows: pairs, if the instruction set multiplies those.
 #if defined(__AVX512BF16__)
 template <typename T>
 using Packed = std::conditional_t<std::is_same_v<T, bf16>, Pair, T>;
@@ -90,13 +90,13 @@ template <typename T>
 using Packed = float;
 #endif
 
-// Rows of a copy of `length` rows of B.
+// The rows in a copy of `length` rows of B.
 template <typename T>
 constexpr int64_t packed_rows(int64_t length) {
   return std::is_same_v<Packed<T>, float> ? length : (length + 1) / 2;
 }
 
-// Copies `length` rows of a panel's B, from row `b_row`, to `to`.
+// Copies `length` rows of a panel's B to `to`, from row `b_row` on.
 template <int V, typename T>
 static inline void pack(const T* const* b, int64_t ld_b, int64_t b_row, int64_t length,
                         Packed<T>* to) {
@@ -119,7 +119,7 @@ static inline void pack(const T* const* b, int64_t ld_b, int64_t b_row, int64_t 
   }
 }
 
-// B where it is: V columns of vectors, `ld` elements from one row to the next.
+// B in place: V vectors of columns, `ld` elements from one row to the next.
 template <int V, typename T>
 struct Columns {
   const T* at[V];
@@ -136,7 +136,7 @@ struct Columns {
 #endif
 };
 
-// B as `pack` copies it; its rows are pairs where it holds those.
+// B as copied by `pack`; its rows are pairs if it holds those.
 template <int V, typename P>
 struct Copy {
   const P* at;
@@ -188,7 +188,7 @@ static inline void multiply(const Run<bf16>& run, const B& b, vf (&acc)[Rows<V>]
 #endif
 
 // sums (+)= a . b over all segments. Each segment is summed from zero, so that rounding errors grow
-// with the length of a segment, not with the inner dimension.
+// with the length of a segment, not of the inner dimension.
 template <int V, typename A, typename B>
 static inline void tile(const Run<A>* segments, int count, const B& b,
                         float* sums /* [Rows][V * W] */, bool accumulate) {
@@ -206,7 +206,7 @@ static inline void tile(const Run<A>* segments, int count, const B& b,
   }
 }
 
-// f(std::integral_constant<int, vectors>()) for a panel of so many vectors
+// f(std::integral_constant<int, vectors>()) for a panel of this many vectors
 template <typename F>
 static inline void by_vectors(int vectors, const F& f) {
   switch (vectors) {
@@ -224,7 +224,7 @@ static inline int rows_of(int vectors) {
   return rows[vectors];
 }
 
-// How many vectors the next panel takes when `left` whole vectors of columns remain.
+// How many vectors the next panel takes if `left` whole vectors of columns remain.
 static inline int panel_vectors(int64_t left) {
   if (left <= kMaxVectors) return static_cast<int>(left);
   if (kMaxVectors == 4 && left % 4 != 0 && (left % 3 == 0 || left == 5)) return 3;

@@ -1,4 +1,4 @@
-// Compiled once per instruction set (see CMakeLists.txt): FASTDIFF_ISA names it and its namespace.
+// Compiled once per instruction set (see CMakeLists.txt); FASTDIFF_ISA is its name and namespace.
 #include <algorithm>
 
 #include "attention.h"

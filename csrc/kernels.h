@@ -1,13 +1,13 @@
-// The CPU kernels: their arguments, and the table of them that each instruction set fills.
-// Addresses come as pointers, strides and leading dimensions in elements. `Dtype` names what the
-// tensors hold; arithmetic is float32 throughout.
+// The CPU kernels: their arguments, and the table of kernels that each instruction set fills.
+// Addresses are pointers; strides and leading dimensions are in elements. `Dtype` is the tensors'
+// type; arithmetic is float32 throughout.
 #pragma once
 #include <cstdint>
 
 namespace fastdiff {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
-// How a convolution is computed: product by product, or by Winograd's F(2x2, 3x3) or F(2x4, 3x3).
+// The algorithm of a convolution: direct products, or Winograd's F(2x2, 3x3) or F(2x4, 3x3).
 enum Algorithm : int { kDirect = 0, kWinograd2x2 = 1, kWinograd2x4 = 2 };
 enum Activation : int { kNone = 0, kSilu = 1, kGeglu = 2, kGelu = 3, kGeluTanh = 4 };
 
@@ -18,16 +18,16 @@ struct Conv {
   const void* x;  // [batch, height, width, channels]
   int64_t batch, height, width, channels;
   int64_t up_height, up_width;  // x is first enlarged to this size (nearest neighbour)
-  int64_t kernel, stride, pad;  // square window; pad counts at the top and left
+  int64_t kernel, stride, pad;  // square window; pad: zeros at the top and left
   int64_t out_height, out_width;
   const void* w;         // [kernel, kernel, channels, n] with n contiguous
   int64_t ld_w;          // elements from one input channel to the next
   int64_t n;             // columns of w; with kGeglu the output has n / 2
   const void* bias;      // [n] or null
   const void* residual;  // like out, or null
-  int64_t residual_pixels;  // after this many pixels the residual begins anew
+  int64_t residual_pixels;  // after this many pixels the residual repeats
   int act;
-  int algorithm;         // what is not kDirect needs kernel 3, stride 1, pad 1, no kGeglu
+  int algorithm;         // all but kDirect need kernel 3, stride 1, pad 1, no kGeglu
   void* out;             // contiguous
 };
 
@@ -42,8 +42,8 @@ struct Attention {
   void* out;  // [batch, queries, heads, width]
 };
 
-// Attention of a picture and a text put end to end, without moving either. The bias is added to the
-// scores of the text's keys. With text.queries = 0 nobody reads the text's result.
+// Attention of a picture and a text together, both in place. The bias is added to the scores of the
+// text's keys. With text.queries = 0 the text has no result.
 struct JointAttention {
   int dtype;
   struct Sequence {
@@ -61,25 +61,25 @@ struct JointAttention {
 struct GroupNorm {
   int dtype;
   const void *x, *row, *residual, *weight, *bias;  // row and residual may be null
-  int64_t ld_row;  // elements from one picture's row to the next; 0 where all share one
+  int64_t ld_row;  // elements from one picture's row to the next; 0 if all share one
   int64_t batch, pixels, channels, groups;
   float eps;
   int silu;
-  void *y, *total;  // total receives t when there is a residual, else null
+  void *y, *total;  // total receives t if there is a residual, else null
 };
 
-// y = norm(t) * weight + bias, then y * (1 + scale) + shift; t = residual + gate * x, or x where
-// there is no residual. norm(t) = (t - mean) / sqrt(var + eps), or t / sqrt(mean(t^2) + eps).
+// y = norm(t) * weight + bias, then y * (1 + scale) + shift; t = residual + gate * x, or x without
+// a residual. norm(t) = (t - mean) / sqrt(var + eps), or t / sqrt(mean(t^2) + eps).
 struct AdaNorm {
   int dtype;
   const void *x, *weight, *bias;     // [batch, tokens, width], [width] or null
-  const void *scale, *shift, *gate;  // rows of `width`, one for each sample, or null
+  const void *scale, *shift, *gate;  // rows of `width`, one per sample, or null
   int64_t ld_scale, ld_shift, ld_gate;
-  const void* residual;  // [samples, tokens, width] or null: begins anew after so many samples
+  const void* residual;  // [samples, tokens, width] or null: repeats after that many samples
   int64_t samples, batch, tokens, width;
   float eps;
   int rms;
-  void *y, *total;  // total receives t when there is a residual, else null
+  void *y, *total;  // total receives t if there is a residual, else null
 };
 
 // y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, of q and of k
@@ -95,13 +95,13 @@ struct QkNorm {
 // y = x + shift + gate * other
 struct Residual {
   int dtype;
-  const void *x, *other, *shift, *gate;  // all but x may be null; gate: a row for each sample
+  const void *x, *other, *shift, *gate;  // all but x may be null; gate: one row per sample
   int64_t ld_gate, batch, tokens, width;
   void* y;
 };
 
-// Mean, what a float misses of it, and centred squares of each channel in slabs of `slab` rows, the
-// last of which may be shorter.
+// Mean, its float rounding error, and centred squares of each channel in slabs of `slab` rows, of
+// which the last may be shorter.
 struct SlabMoments {
   int dtype;
   const void* x;  // [rows, width]
@@ -127,7 +127,7 @@ struct GuidedStep {
   const int64_t* step;  // [1]
   const float* noise;   // [batch, elements] or null
   int64_t copies, batch, elements, columns, depth;
-  float *sample, *history;  // [batch, elements], [2, depth, batch, elements]: replaced
+  float *sample, *history;  // [batch, elements], [2, depth, batch, elements]: overwritten
   void* next;               // [batch, elements]
 };
 

@@ -1,4 +1,4 @@
-// GroupNorm (+ SiLU) over channels-last pictures.
+// GroupNorm (+ SiLU) of channels-last pictures.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,7 +17,7 @@ struct Moments {
   double count, mean, m2;
 };
 
-// Chan's rule: the moments of two samples together, without ever subtracting large squares.
+// Chan's rule: the joint moments of two samples, without subtracting large squares.
 static inline Moments merge(const Moments& a, const Moments& b) {
   const double count = a.count + b.count, delta = b.mean - a.mean;
   if (count == 0) return a;
@@ -34,8 +34,8 @@ static inline vf summed(const GroupNorm& p, int64_t picture, int64_t at, int64_t
   return v;
 }
 
-// f(i, how many as a constant) over [begin, end), four at a time: what is summed is then read and
-// written once for each four.
+// f(i, how many as a constant) over [begin, end), four at a time, so that each sum is read and
+// written once per four.
 template <typename F>
 static inline void each_few(int64_t begin, int64_t end, const F& f) {
   for (; begin + 4 <= end; begin += 4) f(begin, std::integral_constant<int, 4>());
@@ -45,7 +45,7 @@ static inline void each_few(int64_t begin, int64_t end, const F& f) {
 template <typename T>
 static void group_norm(const GroupNorm& p) {
   const int64_t C = p.channels, padded = (C + W - 1) / W * W, per_group = C / p.groups;
-  // Slabs of pixels that fit L2 (256 KiB), and enough of them for every thread.
+  // Slabs of pixels that fit L2 (256 KiB), and enough of them for all threads.
   const int64_t fits = std::max<int64_t>(1, (1 << 16) / C);
   const int64_t wanted = (fastdiff::num_threads() + p.batch - 1) / p.batch;
   const int64_t slabs = std::clamp<int64_t>((p.pixels + fits - 1) / fits, std::min(wanted, p.pixels),
@@ -74,7 +74,7 @@ static void group_norm(const GroupNorm& p) {
         groups[g] = {count, total / count, 0};
         std::fill_n(&centres[g * per_group], per_group, static_cast<float>(groups[g].mean));
       }
-      // Around a float close to the mean: what that float misses comes back from the first sum.
+      // around a float close to the mean; the first sum corrects its rounding error
       std::fill(totals.begin(), totals.end(), 0.0f);
       std::fill(squares.begin(), squares.end(), 0.0f);
       each_few(begin, end, [&](int64_t i, auto few) {
@@ -102,7 +102,7 @@ static void group_norm(const GroupNorm& p) {
     }
   });
 
-  // (t - centre) * scale + shift, with the centre a float near the mean and the rest in the shift
+  // (t - centre) * scale + shift; the centre is a float near the mean, shift includes the rest
   std::vector<float> centres(p.batch * padded), scales(p.batch * padded), shifts(p.batch * padded);
   for (int64_t picture = 0; picture < p.batch; ++picture)
     for (int64_t g = 0; g < p.groups; ++g) {

@@ -8,7 +8,7 @@
 namespace fastdiff {
 namespace {
 
-// libgomp's entry for `#pragma omp parallel`; LLVM's and Intel's runtimes export it as well.
+// libgomp's entry point for `#pragma omp parallel`; LLVM's and Intel's runtimes have it, too.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 struct Runtime {
@@ -19,7 +19,7 @@ struct Runtime {
 
 Runtime find_runtime() {
   Runtime runtime;
-  // Already loaded by `import torch`; dlsym on its handle also searches what it depends on.
+  // Already loaded by `import torch`; dlsym on its handle also searches its dependencies.
   void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (torch == nullptr) return runtime;
   runtime.parallel = reinterpret_cast<GompParallel>(dlsym(torch, "GOMP_parallel"));
@@ -39,9 +39,9 @@ struct Region {
   void* context;
   int64_t tasks;
   int64_t parts;
-  std::atomic<int64_t> next{0};  // the runtime may start fewer threads than asked for
+  std::atomic<int64_t> next{0};  // the runtime may start fewer threads than requested
   std::atomic<bool> failed{false};
-  std::exception_ptr failure;  // an exception (no memory) must not cross the C runtime
+  std::exception_ptr failure;  // an exception (out of memory) must not cross the C runtime
 };
 
 void work(void* argument) {

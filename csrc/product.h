@@ -1,5 +1,5 @@
-// The matrix product at one position of Winograd's convolution: gemm.h's tile in registers, for rows
-// of A that lie side by side and any number of them, whose sums are kept short.
+// The matrix product at one position of Winograd's convolution: gemm.h's register tile, for any
+// number of contiguous rows of A, with short sums.
 #pragma once
 #include <algorithm>
 
@@ -45,24 +45,25 @@ static inline void add_products(const bf16* a, int64_t ld_a, const Pair* b, vf (
 }
 #endif
 
-// A: float, or bf16 where the instruction set multiplies that.
+// A: float, or bf16 if the instruction set multiplies that.
 template <typename A>
 struct PositionProduct {
   using B = Packed<A>;
-  static constexpr int64_t kDepth = 256 / sizeof(A);         // channels of a block
-  static constexpr int64_t kColumns = 64;                    // output channels of a block
-  static constexpr int64_t kPerRow = sizeof(B) / sizeof(A);  // channels in a row of B
-  // Channels summed in one chain: at 32 the error of F(2x4) is a sixth larger, at 8 the time a tenth.
+  static constexpr int64_t kDepth = 256 / sizeof(A);         // channels per block
+  static constexpr int64_t kColumns = 64;                    // output channels per block
+  static constexpr int64_t kPerRow = sizeof(B) / sizeof(A);  // channels per row of B
+  // Channels per chain of sums: at 32 F(2x4)'s error is a sixth larger, at 8 the time is a tenth
+  // longer.
   static constexpr int64_t kChain = std::is_same_v<A, bf16> ? kDepth : 16;
 
-  // sums[row][kColumns] (+)= a[row][kDepth] . b[depth][kColumns] over `length` channels, in so many
-  // vectors of columns.
+  // sums[row][kColumns] (+)= a[row][kDepth] . b[depth][kColumns] over `length` channels, in that
+  // many vectors of columns.
   static void run(const A* a, const B* b, int64_t length, int64_t rows, int vectors, float* sums,
                   bool accumulate) {
     for (int at = 0, wide; at < vectors; at += wide) {
       wide = panel_vectors(vectors - at);
       const int64_t tall = rows_of(wide), groups = (rows + tall - 1) / tall;
-      for (int64_t g = 0; g < groups; ++g) {  // of almost the same height
+      for (int64_t g = 0; g < groups; ++g) {  // of almost equal height
         const int64_t row = rows * g / groups, next = rows * (g + 1) / groups;
         by_vectors(wide, [&](auto v) {
           choose_rows<v>(static_cast<int>(next - row), a + row * kDepth, b + at * W, length,

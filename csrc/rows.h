@@ -1,5 +1,5 @@
-// What happens to rows of tokens: LayerNorm and RMSNorm with what comes before and after them, the
-// RMSNorm of heads, and sums with a gate. A row is read from memory once.
+// Operations on rows of tokens: LayerNorm and RMSNorm with what precedes and follows them, RMSNorm
+// of heads, and gated sums. Each row is read from memory once.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ using fastdiff::AdaNorm;
 using fastdiff::QkNorm;
 using fastdiff::Residual;
 
-constexpr int64_t kRowsSerialBelow = 1 << 14;  // elements that one core takes while another wakes
+constexpr int64_t kRowsSerialBelow = 1 << 14;  // elements that one core does while another wakes up
 
 template <typename F>
 static void each_row(int64_t rows, int64_t width, const F& body) {
@@ -24,7 +24,7 @@ static void each_row(int64_t rows, int64_t width, const F& body) {
   else fastdiff::parallel_for(rows, body);
 }
 
-// sums[i] = the sum of what add(c, elements, i-th vector) adds; four sums of each at a time, since
+// sums[i] = the total that add(c, elements, i-th vector) adds; with four partial sums each, since
 // an addition waits for the one before.
 template <int N, typename F>
 static inline void sum_row(int64_t width, float (&sums)[N], const F& add) {
@@ -46,7 +46,7 @@ static inline vf first_of(vf d, int n) {
   return d;
 }
 
-// y = norm * factor + offset for one sample: weight and bias, then scale and shift.
+// y = norm * factor + offset for one sample: weight and bias, combined with scale and shift.
 template <typename T>
 static void combine(const AdaNorm& p, int64_t sample, float* factor, float* offset) {
   const auto row = [&](const void* rows, int64_t ld, int64_t c, int n, float otherwise) {
@@ -66,7 +66,7 @@ static void ada_norm(const AdaNorm& p) {
   const bool plain = !p.weight && !p.bias && !p.scale && !p.shift;
   each_row(p.batch * p.tokens, D, [&](int64_t first, int64_t last) {
     std::vector<float> whole(D), factor(plain ? 0 : D), offset(plain ? 0 : D);
-    int64_t ready = -1;  // the sample that factor and offset are of
+    int64_t ready = -1;  // the sample of factor and offset
     for (int64_t i = first; i < last; ++i) {
       const int64_t sample = i / p.tokens;
       if (!plain && sample != ready) combine<T>(p, sample, factor.data(), offset.data());
@@ -103,7 +103,7 @@ static void ada_norm(const AdaNorm& p) {
         });
       }
       float mean = 0, correction = 0, variance = total[0] / count;
-      if (!p.rms) {  // around the mean; what its float misses comes back as the correction
+      if (!p.rms) {  // around the mean, whose rounding error is the correction
         float sums[2];
         mean = total[0] / count;
         sum_row(D, sums, [&](int64_t c, int n, vf* parts) {
@@ -160,7 +160,7 @@ static void qk_norm(const QkNorm& p) {
   });
 }
 
-// y = x + shift + gate * other for `count` elements; `terms` says what there is beside x.
+// y = x + shift + gate * other for `count` elements; `terms` says which terms there are.
 enum Terms { kOther = 1, kShift = 2, kGate = 4 };
 template <int terms, typename T>
 static void add_row(int64_t count, const T* x, const T* other, const T* shift, const T* gate,
@@ -184,7 +184,7 @@ static void residual(const Residual& p) {
                        : p.other ? add_row<kOther, T>
                                  : add_row<0, T>;
   const auto add = shift ? with_shift : without;
-  // where rows share nothing, they are cut anew, longer
+  // rows that share nothing are cut again, into longer ones
   const bool whole = !p.gate && !shift;
   const int64_t all = p.batch * p.tokens * p.width;
   const int64_t D = whole ? std::min<int64_t>(all, 1 << 12) : p.width;

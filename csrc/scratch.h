@@ -1,5 +1,5 @@
-// Memory that a thread keeps from call to call: fresh pages at every call would cost as much as
-// what is written to them.
+// Memory that a thread keeps between calls: new pages at every call would cost as much as writing
+// to them.
 #pragma once
 #include <sys/mman.h>
 
@@ -9,11 +9,11 @@
 
 namespace FASTDIFF_ISA {
 
-// What it is for: pixels, weights or sums, transformed or copied.
+// Its use: pixels, weights or sums, transformed or copied.
 enum Kept { kKeptPixels, kKeptWeights, kKeptSums };
 
-// Room for `count` elements, aligned to pages of 2 MiB, which the system is asked to use. What it
-// held is lost when it grows.
+// Room for `count` elements, aligned to pages of 2 MiB, which the system is asked to use. Growing
+// loses the contents.
 template <typename T, Kept which>
 static T* kept(int64_t count) {
   struct Memory {

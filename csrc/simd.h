@@ -1,5 +1,6 @@
-// Vectors of floats as wide as the instruction set this file is compiled for, and the few
-// functions on them. Included once per instruction set, inside the namespace FASTDIFF_ISA.
+// Vectors of floats as wide as the instruction set this file is compiled for, and functions on
+// them.
+// Included once per instruction set, inside the namespace FASTDIFF_ISA.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -32,7 +33,8 @@ struct bf16 {
 static inline vf splat(float value) { return value - vf{}; }
 
 static inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
-// Between 16 and 32 bits; gcc 12 makes four instructions or more of __builtin_convertvector.
+// Conversion between 16 and 32 bits; __builtin_convertvector takes four or more instructions in gcc
+// 12.
 static inline vu widen(const bf16* p) {
 #if defined(__AVX512F__)
   return (vu)_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -79,7 +81,7 @@ static inline void store1(bf16* p, float value) {
   p->bits = static_cast<uint16_t>(value == value ? nearest : 0x7fc0);
 }
 
-// The first n <= W elements; the rest is zero, nothing beyond them is read or written.
+// The first n <= W elements; the rest is zero, and nothing beyond them is read or written.
 #if defined(__AVX512F__)
 static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 static inline vf load_n(const float* p, int n) {
@@ -115,7 +117,7 @@ static inline void store_n(T* p, vf v, int n) {
 }
 #endif
 
-// Adds f(c, elements) over `width` elements in vectors, the last one partial.
+// Calls f(c, elements) for each vector of `width` elements; the last may be partial.
 template <typename F>
 static inline void each_vector(int64_t width, const F& f) {
   int64_t c = 0;
@@ -138,7 +140,7 @@ static inline float sum(vf v) {
 #endif
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
-// a > b ? a : b (a < b ? a : b), lane by lane: b where either is NaN
+// a > b ? a : b (a < b ? a : b), lane by lane: b if either is NaN
 static inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
@@ -159,8 +161,8 @@ static inline vf min(vf a, vf b) {
 }
 
 // e^x: x = n ln2 + r with |r| <= ln2 / 2, a degree-6 fit of e^r (relative error 2e-9), then 2^n by
-// the exponent bits. 0 below -87.3, or below -103.9 where the instruction set makes numbers smaller
-// than the normal ones; NaN stays NaN.
+// the exponent bits. 0 below -87.3, or below -103.9 if the instruction set makes denormal numbers;
+// NaN stays NaN.
 static inline vf exp(vf x) {
 #if defined(__AVX512F__)
   const vf y = max(splat(-104.0f), min(splat(89.0f), x));

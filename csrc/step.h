@@ -52,13 +52,15 @@ static void guided_step(const GuidedStep& p) {
   const int64_t all = p.batch * p.elements, step = *p.step, depth = p.depth;
   const float* row = p.table + step * p.columns;
   const double guidance = row[0], rescale = row[1], own = row[2], fresh = row[3], next = row[4];
-  const float *b = row + 5, *c = row + 5 + depth;  // c[h] for h >= 1
+  const double of_sample = row[5], of_output = row[6], limit = row[7];
+  const float *b = row + 8, *c = row + 8 + depth;  // c[h] for h >= 1
 
   struct Term {
     double factor;
     const float* values;
   };
-  std::vector<Term> terms;  // a zero factor hides what the history does not hold yet
+  // leaves out terms with a zero factor, whose history may not be written yet
+  std::vector<Term> terms;
   for (int64_t h = 1; h <= depth; ++h) {
     const int64_t slot = ((step - h) % depth + depth) % depth;
     if (b[h] != 0) terms.push_back({b[h], p.history + slot * all});
@@ -81,6 +83,11 @@ static void guided_step(const GuidedStep& p) {
       guided<T>(p, guidance, at, n, output, text);
       for (int64_t i = 0; i < n; ++i) output[i] *= factors[picture];
       for (int64_t i = 0; i < n; ++i) result[i] = own * p.sample[at + i] + b[0] * output[i];
+      if (limit != 0)
+        for (int64_t i = 0; i < n; ++i) {
+          const double clean = of_sample * p.sample[at + i] + of_output * output[i];
+          result[i] += clean > limit ? limit : clean < -limit ? -limit : clean;  // NaN stays
+        }
       for (const Term& term : terms)
         for (int64_t i = 0; i < n; ++i) result[i] += term.factor * term.values[at + i];
       if (depth) {
@@ -96,7 +103,7 @@ static void guided_step(const GuidedStep& p) {
       }
     }
   };
-  constexpr int64_t kSerialBelow = 1 << 14;  // elements that one core steps while another wakes up
+  constexpr int64_t kSerialBelow = 1 << 14;  // elements that one core does while another wakes up
   if (all < kSerialBelow) run(0, p.batch * blocks);
   else fastdiff::parallel_for(p.batch * blocks, run);
 }

@@ -1,4 +1,4 @@
-// GroupNorm of a picture that is never there as a whole: moments strip by strip, then lines.
+// GroupNorm of a picture that is computed in strips: moments strip by strip, then lines.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -12,8 +12,8 @@ namespace FASTDIFF_ISA {
 using fastdiff::LineSilu;
 using fastdiff::SlabMoments;
 
-// Mean (and what a float misses of it) and centred squares of each channel in each slab. Float sums
-// are of a few pixels each, then doubles add them up.
+// Mean (with its float rounding error) and centred squares of each channel in each slab. Float sums
+// cover a few pixels each, then doubles add them up.
 template <typename T>
 static void moments(const SlabMoments& p) {
   constexpr int64_t kPixels = 16;
@@ -25,7 +25,7 @@ static void moments(const SlabMoments& p) {
     for (int64_t slab = first; slab < last; ++slab) {
       const int64_t begin = slab * p.slab, end = std::min(begin + p.slab, p.rows);
       const auto count = static_cast<double>(end - begin);
-      // Sums of the pixels less `centres` into total and square.
+      // Adds the pixels minus `centres` to total and square.
       const auto add = [&] {
         std::fill(total.begin(), total.end(), 0.0);
         std::fill(square.begin(), square.end(), 0.0);

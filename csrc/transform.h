@@ -1,5 +1,5 @@
-// The transforms of Winograd's convolutions, on a vector of channels at once: F(2, 3) down a column,
-// F(2, 3) or F(4, 3) along a row. Each reads what it needs before it writes.
+// The transforms of Winograd's convolutions, on a vector of channels at once: F(2, 3) along
+// columns, F(2, 3) or F(4, 3) along rows. Each reads all its inputs before it writes.
 #pragma once
 #include "simd.h"
 
@@ -33,7 +33,7 @@ struct F2 {
 };
 
 // Four outputs by six products: points 0, +-a, +-b, infinity with a^2 = 1/2 and b^2 = 2. The errors
-// are half of those with the points +-1, +-2, which leave our budget.
+// are half of those with the points +-1, +-2, which exceed our budget.
 struct F4 {
   static constexpr int kIn = 6, kOut = 4;
   static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
@@ -74,7 +74,7 @@ struct F4 {
   }
 };
 
-// Of 4 x F::kIn pixels, in place.
+// 4 x F::kIn pixels, in place.
 template <typename F>
 static inline void pixels_2d(vf* d) {
 #pragma GCC unroll 6
@@ -83,7 +83,7 @@ static inline void pixels_2d(vf* d) {
   for (int i = 0; i < F2::kIn; ++i) F::template pixels<1>(d + i * F::kIn);
 }
 
-// Of 3 x 3 taps, to 4 x F::kIn.
+// From 3 x 3 taps to 4 x F::kIn.
 template <typename F>
 static inline void filter_2d(const vf* g, vf* u) {
   vf half[F2::kIn * 3];
@@ -93,7 +93,7 @@ static inline void filter_2d(const vf* g, vf* u) {
   for (int i = 0; i < F2::kIn; ++i) F::template filter<1, 1>(half + i * 3, u + i * F::kIn);
 }
 
-// Of 4 x F::kIn sums, to 2 x F::kOut outputs.
+// From 4 x F::kIn sums to 2 x F::kOut outputs.
 template <typename F>
 static inline void sums_2d(const vf* m, vf* y) {
   vf half[F2::kOut * F::kIn];

@@ -1,4 +1,4 @@
-// What Python's side of a loan is asked before every step: whether all is still as it was.
+// Checks before every step whether everything that a loan depends on is unchanged.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,11 +12,12 @@ namespace fastdiff {
 
 namespace py = pybind11;
 
-// Many "this attribute is still that object" at once: asked before every step of a network whose
-// weights are lent, when the objects have long left the caches, so it must touch little.
+// Many "this attribute is still that object" checks at once. They run before every step of a
+// network with lent weights, when the objects have long left the caches, so they must touch little
+// memory.
 class Watch {
  public:
-  // items: (dict, key, value), where None also stands for a key that is missing;
+  // items: (dict, key, value), where None also stands for a missing key;
   // objects: each must keep its class; sizes: dicts that must keep their number of keys.
   Watch(std::vector<std::tuple<py::dict, py::object, py::object>> items,
         std::vector<py::object> objects, std::vector<py::dict> dicts)
@@ -31,7 +32,7 @@ class Watch {
   bool intact() const {
     if (cleared_) return false;
     for (const auto& [dict, key, value] : items_) {
-      // keys are names, whose hashes never fail; PyDict_GetItem would put errors aside each time
+      // keys are strings, whose hashes never fail; PyDict_GetItem would save and restore errors
       PyObject* now = PyDict_GetItemWithError(dict.ptr(), key.ptr());
       if ((now ? now : Py_None) != value.ptr()) return false;
     }
@@ -42,7 +43,7 @@ class Watch {
     return true;
   }
 
-  // What it holds, for Python's garbage collector: the modules that it watches lead back to it.
+  // The references, for Python's garbage collector: the watched modules lead back to this object.
   int traverse(visitproc visit, void* arg) const {
     for (const auto& [dict, key, value] : items_) {
       Py_VISIT(dict.ptr());
@@ -53,14 +54,14 @@ class Watch {
     for (const py::dict& dict : dicts_) Py_VISIT(dict.ptr());
     return 0;
   }
-  void clear() {  // out of the members first: what goes with the last reference may ask them
+  void clear() {  // empty the members first: code run by the last reference may read them
     cleared_ = true;
     const auto items = std::exchange(items_, {});
     const auto types = std::exchange(types_, {});
     const auto dicts = std::exchange(dicts_, {});
   }
 
-  // Tells the collector of them.
+  // Visits the references for the collector.
   static void collected(PyHeapTypeObject* heap_type) {
     PyTypeObject& type = heap_type->ht_type;
     type.tp_flags |= Py_TPFLAGS_HAVE_GC;
@@ -76,7 +77,7 @@ class Watch {
   }
 
  private:
-  // The watch of its Python object; null before __init__ and after it failed.
+  // The watch in its Python object; null before __init__ and after it failed.
   static Watch* made(PyObject* self) {
     const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
     return held.holder_constructed() ? held.value_ptr<Watch>() : nullptr;

@@ -1,5 +1,5 @@
-// Which pixels the rows of a product are: a convolution's rows of A are read where they lie, so
-// there is no im2col; only short or converted rows are copied, for one block of rows at a time.
+// Finds the pixels that form the rows of a product. A convolution's rows of A are read in place, so
+// there is no im2col; only short or converted rows are copied, one block of rows at a time.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -18,7 +18,7 @@ struct Slice {
   int64_t tap_y, tap_x, first, length, b_row;
 };
 
-// Slices of at most `longest` channels; those under one tap are about equally long.
+// Slices of at most `longest` channels; those under one tap have about equal length.
 static std::vector<Slice> split_inner(const Conv& p, int64_t longest) {
   std::vector<Slice> slices;
   const int64_t parts = (p.channels + longest - 1) / longest;
@@ -34,8 +34,8 @@ static std::vector<Slice> split_inner(const Conv& p, int64_t longest) {
   return slices;
 }
 
-// Which source row (or column) the nearest-neighbour enlargement shows at each position; the
-// arithmetic is float32 because torch's is, and they must agree on every pixel.
+// The source row (or column) at each position after nearest-neighbour enlargement. The arithmetic
+// is float32 because torch's is, and they must agree on every pixel.
 static std::vector<int64_t> nearest(int64_t from, int64_t to) {
   std::vector<int64_t> source(to);
   const float scale = static_cast<float>(from) / static_cast<float>(to);
@@ -46,7 +46,7 @@ static std::vector<int64_t> nearest(int64_t from, int64_t to) {
   return source;
 }
 
-// Copies up to a vector of a row; what lies behind it in `to` may be overwritten.
+// Copies up to a vector of a row; memory after it in `to` may be overwritten.
 template <typename A, typename T>
 static inline void copy_vector(A* to, const T* from, int n, const T* end) {
   if constexpr (std::is_same_v<A, T>) {
@@ -57,23 +57,23 @@ static inline void copy_vector(A* to, const T* from, int n, const T* end) {
   }
 }
 
-// The rows of A of one block of output pixels: pointers to them for one chunk of slices at a time.
+// The rows of A for one block of output pixels: pointers to them, one chunk of slices at a time.
 template <typename T>
 class Window {
  public:
   using A = Factor<T>;
 
-  // Whether rows are copied: converted ones, and short ones, so that an inner loop is long.
+  // Whether rows are copied: if they are converted, or so short that inner loops would be short.
   static bool copies(const Conv& p) {
     return !std::is_same_v<T, A> || p.channels < kShort || p.channels % 2 != 0;
   }
 
-  // Elements of memory that copies of `rows` rows take; `longest`: inner steps of a chunk.
+  // Elements of memory for copies of `rows` rows; `longest`: inner steps per chunk.
   static int64_t copied(const Conv& p, int64_t rows, int64_t longest) {
     return copies(p) ? (rows + kMaxRows) * (longest + 2 * W) : 0;
   }
 
-  // copy: memory for as many elements as `copied` says.
+  // copy: memory of as many elements as `copied` returns.
   Window(const Conv& p, int64_t rows, int64_t longest, size_t most_slices, A* copy)
       : p_(p),
         x_(static_cast<const T*>(p.x)),
@@ -88,7 +88,7 @@ class Window {
         zeros_(longest),
         copy_(copy) {}
 
-  // Output pixels [first, last), `tall` of them in a tile; rows beyond the last are zeros.
+  // Output pixels [first, last), `tall` per tile; rows beyond the last are zeros.
   void block(int64_t first, int64_t last, int tall) {
     tall_ = tall;
     tiles_ = (last - first + tall - 1) / tall;
@@ -116,7 +116,7 @@ class Window {
   int segments() const { return segments_; }
   Run<A>* runs(int64_t tile) { return &runs_[tile * segments_]; }
 
-  // Brings a tile's rows near, while the one before is computed. Inlined for certain: gcc leaves out
+  // Prefetches a tile's rows while the one before is computed. Must be inlined: gcc leaves out
   // calls of a function that only prefetches.
   __attribute__((always_inline)) void ahead(int64_t tile) const {
     constexpr int64_t kLine = 64 / sizeof(A);
@@ -128,8 +128,8 @@ class Window {
     }
   }
 
-  // Points the runs of each tile at the pixels that are seen through the slices' taps.
-  // b_rows: at which row of B each slice begins.
+  // Points the runs of each tile at the pixels that the slices' taps cover.
+  // b_rows: the row of B at which each slice begins.
   void chunk(std::span<const Slice> slices, const int64_t* b_rows) {
     if (copies_) return copy(slices, b_rows[0]);
     if constexpr (std::is_same_v<T, A>) {
@@ -156,7 +156,7 @@ class Window {
   static constexpr int64_t kOutside = std::numeric_limits<int64_t>::min() / 2;
   struct Pixel {
     int64_t top, left, picture;  // where the window begins, and the picture's first pixel
-    const T* inside;             // the window's first number if the picture has all of it, or null
+    const T* inside;             // the window's first element if it is inside the picture, or null
   };
 
   const T* seen(const Pixel& pixel, const Slice& slice) const {
@@ -166,12 +166,12 @@ class Window {
     return x_ + (pixel.picture + source) * p_.channels + slice.first;
   }
 
-  // From the window's first number to a slice of it, in a picture that is not enlarged.
+  // The offset from the window's first element to a slice, in a picture that is not enlarged.
   int64_t offset(const Slice& slice) const {
     return (slice.tap_y * p_.width + slice.tap_x) * p_.channels + slice.first;
   }
 
-  // Copies what each row sees through the slices, one after the other: a run for each tile.
+  // Copies what each row reads through the slices, one after another: one run per tile.
   void copy(std::span<const Slice> slices, int64_t b_row) {
     segments_ = 1;
     const int64_t length = slices.back().b_row + slices.back().length - slices[0].b_row;
@@ -184,7 +184,8 @@ class Window {
       run.b_row = b_row;
       for (size_t s = 0; s < slices.size();) {
         const Slice& slice = slices[s];
-        int64_t whole = slice.length;  // with what lies behind it both in the picture and here
+        // joined with the slices that follow it directly in both the picture and the copy
+        int64_t whole = slice.length;
         for (++s; pixel.inside && s < slices.size() &&
                   offset(slices[s]) == offset(slice) + whole; ++s)
           whole += slices[s].length;

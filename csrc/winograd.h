@@ -1,11 +1,11 @@
 // Convolution by Winograd's minimal filtering: 3x3, stride 1, pad 1. Tiles of the picture and the
-// filters are transformed, multiplied position by position (a matrix product over the channels at
-// each), and transformed back: F(2x2) has 16 products for 4 outputs where the direct loop has 36,
-// F(2x4) has 24 for 8 where that has 72.
+// filters are transformed, multiplied position by position (at each a matrix product over the
+// channels), and transformed back. F(2x2) takes 16 products for 4 outputs where the direct loop
+// takes 36; F(2x4) takes 24 for 8 outputs where the direct loop takes 72.
 //
-// Filters are transformed block by block into the cache, at every call: they are borrowed, and a
-// copy would be more than twice as large. An Inf in a pixel becomes a NaN (Inf - Inf) in all outputs
-// of the tiles that read it; whoever looks for numbers that are not finite still finds one.
+// Filters are transformed block by block into the cache at every call: they are borrowed, and a
+// copy would be more than twice as large. An Inf in a pixel becomes a NaN (Inf - Inf) in all
+// outputs of the tiles that read it, so a check for non-finite values still works.
 #pragma once
 #include <algorithm>
 
@@ -24,7 +24,7 @@ static inline Tiles part(int64_t tiles, int64_t i, int64_t parts) {
   return {first, tiles * (i + 1) / parts - first};
 }
 
-// T: of the picture and the filters; A: of what is multiplied; F: the transform along a row.
+// T: type of the picture and the filters; A: of the products; F: the transform along a row.
 template <typename T, typename A, typename F>
 class Winograd {
  public:
@@ -34,7 +34,7 @@ class Winograd {
   using Product = PositionProduct<A>;
   static constexpr int64_t kDepth = Product::kDepth, kColumns = Product::kColumns;
   static constexpr int64_t kPerRow = Product::kPerRow;
-  // Between positions: no power of two, or all would lie in one set of the cache
+  // The stride between positions: not a power of two, or all would share one set of the cache
   static constexpr int64_t kPad = 64;
   static constexpr int64_t kFilters = kDepth / kPerRow * kColumns + kPad / sizeof(B);
 
@@ -48,7 +48,7 @@ class Winograd {
         zeros(p.channels),
         finish{p} {}
 
-  // Of transformed pixels and of sums, for one position of `count` tiles.
+  // Elements of transformed pixels and of sums, at one position of `count` tiles.
   static int64_t pixel_stride(int64_t count) { return count * kDepth + kPad / sizeof(A); }
   static int64_t sum_stride(int64_t count) { return count * kColumns + kPad / sizeof(float); }
   int64_t pixels(int64_t count) const { return depths * kPositions * pixel_stride(count); }
@@ -71,7 +71,7 @@ class Winograd {
     }
   }
 
-  // The outputs of tiles [begin, end) of a block, whose pixels are v, in the columns from `column` on.
+  // The outputs of tiles [begin, end) of a block with pixels v, in the columns from `column` on.
   void compute(const Tiles& block, int64_t begin, int64_t end, int64_t column, const A* v, B* u,
                float* m) const {
     const int64_t wide = std::min(kColumns, p.n - column), count = end - begin;
@@ -94,7 +94,7 @@ class Winograd {
   const int64_t across, tiles, depths;
 
  private:
-  // Points at the pixels that a tile reads; at zeros outside of the picture.
+  // Pointers to the pixels that a tile reads, or to zeros outside of the picture.
   void look(int64_t tile, const T** from) const {
     const int64_t down = (p.out_height + F2::kOut - 1) / F2::kOut;
     const int64_t top = tile / across % down * F2::kOut - 1, left = tile % across * kOut - 1;
@@ -141,7 +141,7 @@ class Winograd {
     filter_2d<F>(g, to);
   }
 
-  // Writes the outputs of a tile, whose sums are m[position][column].
+  // Writes the outputs of a tile with sums m[position][column].
   void transform_sums(const Panel<T>& panel, int64_t tile, const float* m, int64_t count) const {
     float out[kOutputs][kColumns];
     for (int64_t c = 0; c < panel.columns; c += W) {
@@ -167,10 +167,10 @@ class Winograd {
 
 constexpr int64_t kSumBytes = 768 << 10;  // of a task's sums: they stay in L2
 constexpr int64_t kPixelBytes = 8 << 20;  // of a thread's transformed pixels: they stay in L3
-constexpr int64_t kFilterTiles = 16;      // to transform filters takes as long as so many tiles
+constexpr int64_t kFilterTiles = 16;      // transforming filters takes as long as this many tiles
 
-// Into how many parts each of `panels` is cut for `threads`, no part above `most` tiles: few parts
-// transform filters seldom, many keep all threads busy.
+// Into how many parts to cut each of `panels` for `threads`, with at most `most` tiles per part:
+// few parts transform filters rarely, many keep all threads busy.
 static inline int64_t cuts_of(int64_t tiles, int64_t most, int64_t panels, int64_t threads) {
   const int64_t least = (tiles + most - 1) / most;
   int64_t best = least, best_time = INT64_MAX;
@@ -182,8 +182,8 @@ static inline int64_t cuts_of(int64_t tiles, int64_t most, int64_t panels, int64
   return best;
 }
 
-// Where each thread has tiles for itself, it transforms and multiplies these; otherwise the threads
-// share what they transform.
+// If every thread has tiles of its own, it transforms and multiplies these; otherwise the threads
+// share the transformed data.
 template <typename T, typename A, typename F>
 static void winograd(const Conv& p) {
   using Kind = Winograd<T, A, F>;
@@ -229,7 +229,8 @@ static void winograd(const Conv& p) {
   }
 }
 
-// By the algorithm that is asked for. F(2x4) in bfloat16 would round too much: it stays float32.
+// Uses the requested algorithm, except that F(2x4) in bfloat16 would round too much: it uses
+// float32.
 template <typename T>
 static void convolve(const Conv& p) {
   switch (p.algorithm) {

@@ -1,12 +1,15 @@
 """fastdiff makes diffusers pipelines fast without changing what they draw.
 
 >>> import fastdiff
->>> pipe = fastdiff.compile(pipe)      # in place; the same object comes back
+>>> pipe = fastdiff.compile(pipe)      # in place; returns the same object
 >>> print(fastdiff.report(pipe))       # what runs fast, what runs eagerly, and why
->>> print(fastdiff.roofline(pipe))     # what each block costs a GPU at least
->>> fastdiff.restore(pipe)             # as if nothing had happened
+>>> print(fastdiff.roofline(pipe))     # the least time each block can take on a GPU
+>>> fastdiff.restore(pipe)             # undo compile
 
-Names are resolved when they are first used, so that ``fastdiff --help`` does not import torch.
+What runs slower than it could, say a call that runs eagerly, is logged once for each reason, by the
+logger "fastdiff" at level WARNING; unless you add a handler, Python prints it to stderr.
+
+Names are imported on first use, so ``fastdiff --help`` does not import torch.
 """
 
 from importlib import import_module
@@ -30,7 +33,9 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+if not TYPE_CHECKING:  # or every name would have a type: Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+        return getattr(import_module(_HOME[name]), name)

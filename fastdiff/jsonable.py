@@ -1,11 +1,11 @@
-"""What JSON can hold."""
+"""Values that JSON can hold."""
 
 import math
 from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every infinity and NaN in it, at any depth."""
+    """`value` with every infinity and NaN in it, at any depth, replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""The pipelines that fastdiff knows: a row for each class, and nothing about any of them elsewhere.
+"""The pipelines that fastdiff knows: one row for each class.
 
-What is compiled, planned, measured, exported and documented is read from here. A new pipeline of
-networks that fastdiff computes is a new row.
+Compile, plan, bench, export and the docs read this table; no other file names a pipeline class. To
+add a pipeline whose networks fastdiff computes, add a row.
 """
 
 from collections.abc import Mapping
@@ -13,40 +13,46 @@ from fastdiff.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a denoising loop finds what its plan is made from.
+    """Where a plan finds the values of a denoising loop.
 
-    The loop is one whose step is nothing but the network, guidance and the scheduler. `latents` and
-    `timesteps` have these names in all of them.
+    A plan covers loops whose step is the network, guidance and the scheduler, and nothing else.
     """
 
     conditions: Mapping[str, str]
-    """What the network is told: fields of its family's conditions, and the local variables of the
-    pipeline's `__call__` that they are."""
+    """What the network receives: by field of its family's conditions, the local variable of the
+    pipeline's `__call__` that holds it."""
     required: tuple[str, ...]
-    """Those of the variables that a diffusers which the plan can follow has."""
+    """The variables that a version of diffusers must have for a plan."""
     returned: tuple[str, ...]
-    """Those that a callback may return beside the latents."""
+    """The variables, beside the latents, that a callback may return."""
     attention_kwargs: str = ""
-    """The pipeline's property that the network is given as an argument of the same name; the scale
-    of LoRA adapters stands there; "": there is none."""
+    """The pipeline's property that the network receives as an argument of the same name; it holds
+    the scale of LoRA adapters. "" if there is none."""
     pictures: str = ""
-    """The condition that IP-Adapters read; what they add depends on their scales, too. Where it is
-    no variable, it stands in the attention kwargs. "": there is none."""
+    """The condition that IP-Adapters read; their output also depends on their scales. If it is not
+    a variable, the attention kwargs hold it. "" if there is none."""
     step_options: str = ""
-    """The variable that holds further arguments of the scheduler's `step`; "": there are none."""
+    """The variable that holds further arguments of the scheduler's `step`. "" if there is none."""
+    step_arguments: tuple[str, ...] = ()
+    """Variables that are arguments of `step` by their own names."""
+    latents: str = "latents"
+    """The variable that holds the latents."""
     entrance: str = "interrupt"
-    """Where the plan enters the loop: "interrupt", which it asks the pipeline for at the top of
-    every step, or "progress_bar", which it opens around all of them."""
+    """Where the plan enters the loop: "interrupt", the property that the loop reads at the top of
+    every step, or "progress_bar", which it opens around all steps."""
+    iterates: bool = False
+    """Whether the loop is `for t in progress_bar(timesteps)`. Such a loop has neither callbacks nor
+    warm-up steps."""
     results: tuple[str, ...] = ()
-    """Variables beside `latents` that the last step leaves its sample in."""
+    """Variables, beside `latents`, that hold the last step's sample after the loop."""
     schedulers: tuple[str, ...] = ()
-    """Classes of those whose last step does so; (): any."""
+    """The scheduler classes for which `results` are that sample; (): all."""
     absent: tuple[str, ...] = ()
-    """Variables that must be None: what they ask for is no part of a plan."""
+    """Variables that must be None: a plan does not do what they ask for."""
 
     @property
     def replaced(self) -> dict[str, str]:
-        """The fields of the conditions that what a callback returns replaces, by its name."""
+        """The fields of the conditions that a callback may replace, by the name it returns."""
         return {name: field for field, name in self.conditions.items() if name in self.returned}
 
 
@@ -89,25 +95,39 @@ SD3_PLAN = Plan(
     absent=("skip_guidance_layers",),
 )
 SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
+DDPM_PLAN = Plan(
+    conditions={},
+    required=(),
+    returned=(),
+    step_arguments=("generator",),
+    latents="image",
+    entrance="progress_bar",
+    iterates=True,
+)
+DDIM_PLAN = replace(DDPM_PLAN, step_arguments=("eta", "use_clipped_model_output", "generator"))
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
+UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pipeline class."""
+    """What fastdiff knows about a pipeline class."""
 
     networks: Mapping[str, str] = field(default_factory=lambda: UNET)
     """Components that fastdiff computes, and their families; the loop repeats the first."""
     plan: Plan | None = None
-    """None: the loop stays diffusers', with our networks in it."""
+    """None if diffusers runs the loop, with our networks in it."""
     from_text: str = ""
-    """The class that draws from a text alone with the same components, itself perhaps; "": none."""
+    """The class, perhaps this one, that draws from text alone with the same components. "" if
+    none."""
     upcasts: bool = False
-    """Whether it decodes in float32 beside a float16 U-Net where the autoencoder's config says
-    `force_upcast`; other pipelines do not look at that."""
+    """Whether it decodes in float32 beside a float16 U-Net if the autoencoder's config sets
+    `force_upcast`; other pipelines ignore that setting."""
     exported: bool = False
-    """Whether its networks can be exported, and its blocks priced."""
+    """Whether its networks can be exported, and the least time of its blocks computed."""
+    loop: str = "a few numbers per step"
+    """What the report says of the loop if diffusers runs it."""
 
     @property
     def denoiser(self) -> str:
@@ -118,6 +138,7 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
+    blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
     return {
@@ -147,25 +168,32 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
+        "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN),
+        "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN),
+        # with blocks of a user's own around a U-Net, diffusers makes the bare ModularPipeline
+        "ModularPipeline": Recipe(controlled, loop=blocks),
+        "StableDiffusionXLModularPipeline": Recipe(controlled, upcasts=True, loop=blocks),
+        "StableDiffusion3ModularPipeline": Recipe(MMDIT, loop=blocks),
     }
 
 
 RECIPES: Mapping[str, Recipe] = _rows()
-"""By the name of the class; one outside of diffusers has its path: "package.module.Class"."""
+"""By class name, or for a class outside of diffusers by its path, "package.module.Class"."""
 
 
 def recipe_of(pipe: Any) -> Recipe | None:
-    """The row of a pipeline's class; None where fastdiff does not know it."""
+    """The row of a pipeline's class; None if fastdiff does not know it."""
     return recipe_of_class(type(pipe))
 
 
 def recipe_of_class(cls: type) -> Recipe | None:
-    """As `recipe_of`."""
+    """The row of a pipeline class; None if fastdiff does not know it."""
     return RECIPES.get(_path(cls)) or RECIPES.get(cls.__name__)
 
 
 def packages_of(pipe: Any) -> tuple[str, ...]:
-    """The package of a pipeline whose row has its path: its loop is as good as diffusers'."""
+    """The package of a pipeline that is registered by path; its code is trusted as diffusers'
+    is."""
     path = _path(type(pipe))
     return (path.partition(".")[0],) if path in RECIPES else ()
 
@@ -181,8 +209,8 @@ def denoiser(pipe: Any) -> Any:
 
 
 def exported(pipe: Any, what: str) -> Recipe:
-    """The row of a pipeline whose networks can be exported. UserError for any other: `what` it is
-    that cannot be done with it."""
+    """The row of a pipeline whose networks can be exported. For any other, UserError; `what` begins
+    its message."""
     recipe = recipe_of(pipe)
     if recipe is None or not recipe.exported:
         supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
@@ -191,7 +219,7 @@ def exported(pipe: Any, what: str) -> Recipe:
 
 
 def decodes_in_float32(pipe: Any) -> bool:
-    """Whether diffusers turns the pipeline's float16 autoencoder into float32 to draw with it."""
+    """Whether diffusers casts the pipeline's float16 autoencoder to float32 before it decodes."""
     recipe, vae = recipe_of(pipe), getattr(pipe, "vae", None)
     config = getattr(vae, "config", None)
     return recipe is not None and recipe.upcasts and bool(getattr(config, "force_upcast", False))

@@ -1,4 +1,4 @@
-"""Tables that stay readable at any width: rows of a wide one take several lines, each its own."""
+"""Tables that stay readable at any width: each row of a wide table takes several lines."""
 
 import os
 import sys
@@ -7,23 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 PIPED_WIDTH = 80
-"""Columns where nobody tells how many there are: what goes to a file is read on any terminal."""
+"""Columns to print when the width is unknown, as in a file: any terminal can show this many."""
 LEAST_NAME = 24
-"""Columns to which names may be wrapped before the cells beside them take one line more."""
+"""The name column may be wrapped down to this width before the other cells are stacked."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Cells, the name first; text or rich's `Text`, a line each. Missing ones are empty."""
+    """The cells of a row, name first. Each is a string or rich's `Text`. Missing cells are
+    empty."""
 
     cells: Sequence[Any]
     style: str = ""
     apart: bool = False
-    """Whether a line is drawn above it."""
+    """Whether to draw a line above the row."""
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 call", "2 calls"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def width() -> int:
-    """Columns of the terminal, of COLUMNS elsewhere, else PIPED_WIDTH."""
+    """The terminal's width in columns; elsewhere the variable COLUMNS, or else PIPED_WIDTH."""
     from rich.console import Console
 
     console = Console(file=sys.stdout)
@@ -31,7 +37,7 @@ def width() -> int:
 
 
 def printer(file: Any = None, columns: int | None = None) -> Any:
-    """A console on stdout, or a file, that is so many columns wide; as `width` if None."""
+    """A console that prints to stdout or to `file`, `columns` wide, by default `width()`."""
     from rich.console import Console
 
     return Console(file=file or sys.stdout, highlight=False, width=columns or width())
@@ -40,12 +46,12 @@ def printer(file: Any = None, columns: int | None = None) -> Any:
 def show(
     console: Any, title: Any, head: Sequence[str], rows: Sequence[Row], left: Collection[str] = ()
 ) -> None:
-    """Print a table as wide as `console`, and no cell of it cut.
+    """Print a table as wide as `console` without cutting any cell.
 
-    The first column names the rows and is wrapped between words. Where the others do not fit beside
-    it they are stacked, and their headings likewise: two to a column, or three, …
+    The first column names the rows and is wrapped between words. If the other columns do not fit
+    beside it, they are stacked, as are their headings: two to a column, or three, and so on.
 
-    left: headings of columns that hold words; numbers stand at the right.
+    left: headings of the columns that hold words and are aligned left; all others align right.
     """
     from rich.table import Table
     from rich.text import Text
@@ -57,7 +63,7 @@ def show(
     lines = [texts(head), *(texts(row.cells) for row in rows)]
     sizes = [max(cells[at].cell_len for cells in lines) for at in range(len(head))]
     words = [word for cells in lines for word in cells[0].plain.split()]
-    # a word as long as that, say a path, is wrapped anywhere
+    # a word longer than half the width, such as a path, is wrapped anywhere
     longest = min(max(map(_columns, words), default=1), console.width // 2)
     name = min(sizes[0], max(LEAST_NAME, longest))
     stacks = _stacks(sizes, console.width - name)
@@ -71,7 +77,7 @@ def show(
             parts = [cells[at].copy() for at in stack]
             for at, part in zip(stack, parts, strict=True):
                 part.align("left" if head[at] in left else "right", size)
-            parts += [Text()] * (height - len(parts))  # what is short begins at the top, too
+            parts += [Text()] * (height - len(parts))  # a short stack starts at the top, too
             found.append(Text("\n").join(parts))
         return [cells[0], *found]
 
@@ -88,8 +94,16 @@ def show(
     console.width = there
 
 
+def below(console: Any, lines: Sequence[str]) -> None:
+    """Print what a reader of the table above needs to know, a line or more for each."""
+    from rich.text import Text
+
+    for line in lines:
+        console.print(Text(line, style="dim"))
+
+
 def _stacks(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Which columns stand on one another, so that they fit into `room` beside the names."""
+    """Groups of column indices to stack so that the columns fit into `room` beside the names."""
     count = len(sizes) - 1
     stacks: list[list[int]] = []
     for height in range(1, count + 1):
@@ -101,7 +115,7 @@ def _stacks(sizes: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _framed(sizes: Sequence[int]) -> int:
-    """Of columns with the lines and the space beside them."""
+    """The width of columns together with their borders and padding."""
     return sum(sizes) + 3 * len(sizes) + 2
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and one sentence where the system takes none."""
+"""Files written whole or not at all; a system error becomes one sentence."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ from fastdiff.errors import UserError
 
 @contextmanager
 def told(out: Path) -> Iterator[None]:
-    """UserError where the system refuses what `out` needs: a full disk, a closed folder."""
+    """Turn an OSError into a UserError about `out`: a full disk, a folder without permission."""
     try:
         yield
     except OSError as error:
@@ -21,10 +21,10 @@ def told(out: Path) -> Iterator[None]:
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, then rename it: all of it or nothing.
 
-    What a link leads to is replaced, not the link; a device or a pipe is written to as it is.
+    A symbolic link is kept, and its target replaced. A device or a pipe is written to directly.
 
     Raises:
-        UserError: the system refuses, say on a full disk; `path` is then what it was.
+        UserError: the system refuses, for example on a full disk; `path` is unchanged then.
     """
     with told(path):
         if path.exists() and not path.is_file():
@@ -36,21 +36,23 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary = Path(name)
         try:
             write(temporary)
-            temporary.chmod(0o644)  # mkstemp's files are for their owner alone
+            temporary.chmod(0o644)  # mkstemp makes files that only their owner may read
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_file` of a text, as UTF-8."""
+    """`write_file` for text, encoded as UTF-8."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
 def afterwards(path: Path | None, text: Callable[[], str]) -> Iterator[None]:
-    """Write `text()` once the block has shown what is in it: no full disk loses what was measured,
-    and no closed pipe what was to be kept."""
+    """Write `text()` after the block, even if the block raises.
+
+    So results reach the screen even on a full disk, and the file even on a closed pipe.
+    """
     try:
         yield
     finally:
@@ -60,16 +62,17 @@ def afterwards(path: Path | None, text: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def so_far(path: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes what is known so far, so that a run which is killed leaves that.
+    """Yield a function that writes the results so far, so that a killed run leaves them behind.
 
-    A pipe or device hears nothing of it: it takes one text, the last. Where the block refuses with
-    UserError, nothing is left.
+    A pipe or device is skipped: it takes one text, the last. If the block raises UserError, the
+    file is removed.
     """
     file = None if path is None or (path.exists() and not path.is_file()) else path
 
     def keep(text: str) -> None:
         if file is not None:
-            with suppress(UserError):  # a full disk does not end the run; the last text says so
+            # a full disk does not end the run; the final write reports it
+            with suppress(UserError):
                 write_text(file, text)
 
     try:
@@ -81,18 +84,18 @@ def so_far(path: Path | None) -> Iterator[Callable[[str], None]]:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raise UserError unless `path` can become a file; before an hour of work, not after."""
-    with told(path):  # of a name too long, or a folder on the way that is closed to us
+    """Raise UserError unless `path` can be written; checks before an hour of work, not after."""
+    with told(path):  # the name may be too long, or a parent folder closed to us
         folder = Path(os.path.realpath(path)).parent
         if not folder.exists():
             raise UserError(
                 f"{option} {path}: the folder {path.parent} does not exist; make it first"
             )
         if not folder.is_dir():
-            raise UserError(f"{option} {path}: {path.parent} is no folder; give another name")
+            raise UserError(f"{option} {path}: {path.parent} is not a folder; give another name")
         if path.is_dir():
             raise UserError(f"{option} {path} is a folder; give a file name")
         if path.exists() and not path.is_file():
-            folder = path  # a device, which is not replaced
+            folder = path  # a device is written in place
         if not os.access(folder, os.W_OK):
             raise UserError(f"{option} {path}: {folder} cannot be written to; give another name")

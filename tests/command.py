@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -49,6 +50,15 @@ def run(*arguments: Any) -> tuple[Any, str, str]:
     ):
         main([str(argument) for argument in arguments])
     return caught.value.code, out.getvalue(), err.getvalue()
+
+
+def run_json(*arguments: Any) -> tuple[Any, Any, str]:
+    """Exit code, what `--json` writes, and stderr of `fastdiff` with these arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "document.json")
+        code, _, err = run(*arguments, "--json", file)
+        assert file.is_file(), err
+        return code, json.loads(file.read_text()), err
 
 
 COPIED = """

@@ -12,12 +12,14 @@ import pytest
 import torch
 from exports import demo_export, demo_onnx, export_onnx  # noqa: F401  fixtures
 from interpreter import mend
+from logged import as_warnings
 from torch import Tensor, nn
 
 from fastdiff.kernels.contract import Verdict, judge
 from fastdiff.kernels.dispatch import NATIVE
 
 mend()
+as_warnings()
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # more threads than cores wait for one another

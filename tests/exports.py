@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import run
+from command import run_json
 from filelock import FileLock
 
 
@@ -36,7 +36,7 @@ def once(
 
 @dataclass(frozen=True)
 class Exported:
-    """What `fastdiff export --onnx FOLDER --verify --json` printed of `pipe`, and wrote."""
+    """What `fastdiff export --onnx --out FOLDER --verify` made of `pipe`, and its document."""
 
     pipe: Any
     folder: Path
@@ -51,11 +51,11 @@ def export_onnx(tmp_path_factory):
     def export(pipe, *arguments):
         def make(folder):
             out = folder / "out"
-            code, document, progress = run(
-                *("export", *arguments, "--onnx", out, "--verify", "--json")
+            code, document, progress = run_json(
+                *("export", *arguments, "--onnx", "--out", out, "--verify")
             )
             assert code == 0, (document, progress)
-            return [json.loads(document), progress]
+            return [document, progress]
 
         name = "-".join(["onnx", *(str(word).strip("-") for word in arguments)])
         folder, told = once(tmp_path_factory, name, make)

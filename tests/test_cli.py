@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import triton
+import typer
 from diffusers import StableDiffusionPipeline
 from disks import small_disk
 from PIL import Image
 
-from fastdiff.cli import main
+from fastdiff.cli import app, main
+from fastdiff.cli.facts import COLUMNS
 from fastdiff.demo import DEMO_FOLDER, load_demo
 
 
@@ -33,7 +35,7 @@ BAD = {
     "--scale is 3": ("bench", "--preset", "tiny", "--scale", "3"),
     "--scale goes with --preset": ("bench", "--scale", "0.5"),
     "give one of them": ("bench", "{tmp}", "--preset", "tiny"),
-    "is no folder": ("bench", "{tmp}/nothing"),
+    "is not a folder": ("bench", "{tmp}/nothing"),
     "has no model_index.json": ("bench", "{tmp}"),
     "--scale is nan": ("bench", "--preset", "tiny", "--scale", "nan"),
     "--height is 70": ("bench", "--height", "70"),
@@ -46,8 +48,8 @@ BAD_GENERATE = {
     "--steps is 0": (*OUT, "--steps", "0"),
     "--steps is 2000": (*OUT, "--steps", "2000"),
     ".psd": (*OUT[:-1], "a.psd"),
-    "has no model_index.json": (*OUT, "--pipe", "{tmp}"),
-    "is no folder": (*OUT, "--pipe", "{tmp}/nothing"),
+    "has no model_index.json": (*OUT, "{tmp}"),
+    "is not a folder": (*OUT, "{tmp}/nothing"),
     "--width is 12": (*OUT, "--width", "12"),
     "--dtype is 'int8'": (*OUT, "--dtype", "int8"),
     "{tmp}/no does not exist": ("--out", "{tmp}/no/x.png"),
@@ -68,7 +70,10 @@ BAD_GENERATE = {
     ("message", "arguments"),
     [
         *BAD.items(),
-        *((message, ("generate", "sun", *more)) for message, more in BAD_GENERATE.items()),
+        *(
+            (message, ("generate", "--prompt", "sun", *more))
+            for message, more in BAD_GENERATE.items()
+        ),
     ],
 )
 def test_bad_input(tmp_path, capsys, message, arguments):
@@ -100,7 +105,12 @@ def test_an_error_is_red_unless_no_color(capsys, monkeypatch):
 def test_generate_writes_the_picture_that_diffusers_draws(tmp_path, capsys):
     path = tmp_path / "heart.png"
     shared = ("--steps", "3", "--seed", "5", "--device", "cpu", "--eager")
-    assert run("generate", "red heart", "--out", path, "--negative-prompt", "blue", *shared) == 0
+    assert (
+        run(
+            "generate", "--prompt", "red heart", "--out", path, "--negative-prompt", "blue", *shared
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out == f"{path}\n"
     pipe = load_demo()
@@ -121,15 +131,47 @@ def test_generate_compiled_draws_the_same_picture(tmp_path):
     for more in ((), ("--eager",)):
         path = tmp_path / f"{len(more)}.png"
         arguments = ("--steps", "4", "--device", "cpu", "--out", path, *more)
-        assert run("generate", "sunflower", *arguments) == 0
+        assert run("generate", "--prompt", "sunflower", *arguments) == 0
         pictures.append(np.asarray(Image.open(path)).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # a rounding of the 8-bit levels
+
+
+def test_several_prompts_make_numbered_files_that_overwrite_none(tmp_path, capsys):
+    shared = ("--steps", 2, "--seed", 7, "--device", "cpu", "--eager")
+    several = ("--prompt", "red heart", "--prompt", "sunflower")
+    out = tmp_path / "x.png"
+    (tmp_path / "x-3.png").write_bytes(b"mine")
+    (tmp_path / "x-9.jpg").write_bytes(b"another kind")
+    assert run("generate", *several, "--out", out, *shared) == 0
+    names = [str(tmp_path / f"x-{n}.png") for n in (4, 5)]
+    assert capsys.readouterr().out.split() == names
+    assert (tmp_path / "x-3.png").read_bytes() == b"mine"
+    assert run("generate", "--prompt", "sunflower", "--out", out, *shared) == 0
+    assert out.read_bytes() == (tmp_path / "x-5.png").read_bytes(), "one is drawn as if alone"
+    assert out.read_bytes() != (tmp_path / "x-4.png").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_picture_that_fails_leaves_those_before_it(tmp_path, capsys, monkeypatch):
+    pictures = [np.zeros((1, 8, 8, 3)), np.full((1, 8, 8, 3), np.nan)]
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "__call__",
+        lambda pipe, text, guidance_scale=1, **kwargs: SimpleNamespace(images=pictures.pop(0)),
+    )
+    several = ("--prompt", "sun", "--prompt", "moon")
+    assert run("generate", *several, "--out", tmp_path / "x.png", "--eager") == 2
+    assert "not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x-1.png"]
 
 
 def test_numbers_that_are_not_finite_are_no_picture(tmp_path, capsys):
     path = tmp_path / "x.png"
     scale = ("--guidance-scale", "1e38")
-    assert run("generate", "sun", "--out", path, "--steps", 2, "--device", "cpu", *scale) == 2
+    assert (
+        run("generate", "--prompt", "sun", "--out", path, "--steps", 2, "--device", "cpu", *scale)
+        == 2
+    )
     out, err = capsys.readouterr()
     assert out == ""
     assert "not finite, in torch.float32 with guidance 1e+38; give a smaller" in err
@@ -139,7 +181,9 @@ def test_numbers_that_are_not_finite_are_no_picture(tmp_path, capsys):
 def test_a_full_disk_leaves_no_picture(tmp_path, capsys):
     with small_disk(tmp_path, 4096) as reason:
         path = tmp_path / "x.tiff"  # not compressed: 12 kB
-        assert run("generate", "sun", "--out", path, "--steps", 1, "--device", "cpu") == 2
+        assert (
+            run("generate", "--prompt", "sun", "--out", path, "--steps", 1, "--device", "cpu") == 2
+        )
         assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err.strip() == f"fastdiff: {path} cannot be written: {reason}"
 
@@ -147,7 +191,7 @@ def test_a_full_disk_leaves_no_picture(tmp_path, capsys):
 def test_a_device_that_is_full_stays(tmp_path, capsys):
     path = tmp_path / "x.png"
     path.symlink_to("/dev/full")
-    assert run("generate", "sun", "--out", path, "--steps", 1, "--device", "cpu") == 2
+    assert run("generate", "--prompt", "sun", "--out", path, "--steps", 1, "--device", "cpu") == 2
     assert "cannot be written: No space left on device" in capsys.readouterr().err
     assert path.is_char_device()
 
@@ -161,7 +205,7 @@ def test_what_a_format_cannot_hold_is_one_sentence(tmp_path, capsys, monkeypatch
             images=np.zeros((1, 16384, 8, 3))
         ),
     )
-    assert run("generate", "sun", "--out", path, "--eager") == 2
+    assert run("generate", "--prompt", "sun", "--out", path, "--eager") == 2
     assert "x.webp cannot be written: encoding error 5" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -174,30 +218,34 @@ def test_without_a_scale_it_is_that_of_the_pipeline(tmp_path, monkeypatch):
         return SimpleNamespace(images=np.zeros((1, 8, 8, 3)))
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
-    for more in ((), ("--pipe", DEMO_FOLDER), ("--pipe", DEMO_FOLDER, "--guidance-scale", "0")):
-        assert run("generate", "sun", "--out", tmp_path / "x.png", "--eager", *more) == 0
+    for more in ((), (DEMO_FOLDER,), (DEMO_FOLDER, "--guidance-scale", "0")):
+        assert (
+            run("generate", "--prompt", "sun", "--out", tmp_path / "x.png", "--eager", *more) == 0
+        )
     assert asked == [4.0, 5.5, 0.0]
 
 
 def test_help_names_the_dtype_that_export_takes(tmp_path, capsys):
     assert run("export", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
-    assert "fp32 if absent, of --trt fp16" in text
+    assert "Default: fp32, with --trt fp16." in text
+    file = tmp_path / "export.json"
     for option, kinds in (("--onnx", {"float32"}), ("--trt", {"float16"})):
         more = ("--target", "sm_89") if option == "--trt" else ()
-        assert run("export", option, tmp_path / "x", *more, "--dry-run", "--json") == 0
-        document = json.loads(capsys.readouterr().out)
+        where = ("--out", tmp_path / "x", "--json", file)
+        assert run("export", option, *more, "--dry-run", *where) == 0
+        document = json.loads(file.read_text())
         rows = document.get("parts") or document["engines"]
         assert {row["dtype"] for row in rows} == kinds
 
 
-def test_env_is_lines_or_json(capsys):
+def test_env_is_lines_or_json(capsys, tmp_path):
     assert run("env") == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("- ") and ": " in line for line in lines)
     assert f"- torch: {torch.__version__}" in lines
-    assert run("env", "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    assert run("env", "--json", tmp_path / "env.json") == 0
+    facts = json.loads((tmp_path / "env.json").read_text())
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert {"fastdiff", "python", "diffusers", "cpu", "fastdiff._C", "commit"} <= set(facts)
@@ -239,15 +287,13 @@ def static_table(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastdiff.kernels.inspect", module)
 
 
-def test_inspect_writes_and_prints_one_document(static_table, capsys, tmp_path):
+def test_inspect_writes_its_document(static_table, tmp_path):
     out = tmp_path / "kernels.json"
-    assert run("inspect", "group_norm_silu", "--arch", "90", "--json", "--out", out) == 0
-    text = capsys.readouterr().out
-    assert out.read_text() == text
-    document = json.loads(text)
+    assert run("inspect", "group_norm_silu", "--arch", "90", "--json", out) == 0
+    document = json.loads(out.read_text())
     assert document["schema"] == "fastdiff.static/1"
     assert document["versions"] == {"triton": triton.__version__}
-    assert document["command"] == f"fastdiff inspect group_norm_silu --arch 90 --json --out {out}"
+    assert document["command"] == f"fastdiff inspect group_norm_silu --arch 90 --json {out}"
     assert "commit" in document
     assert document["rows"] == [asdict(StaticRow("group_norm_silu", 90))]
 
@@ -255,9 +301,15 @@ def test_inspect_writes_and_prints_one_document(static_table, capsys, tmp_path):
 def test_inspect_prints_a_line_for_each_kernel(static_table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     assert run("inspect", "--arch", "90", "--arch", "120") == 0
-    _, _, head, _, *lines, _ = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    (head,) = (line for line in printed if line[:1] == "┃")
     assert all(name in head for name in ("regs", "spill", "occupancy", "limited by", "load B"))
+    lines = [line for line in printed if line[:1] == "│"]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    legend = " ".join(printed[printed.index(lines[-1]) + 2 :])
+    assert all(
+        f"{name}: " in legend or f"{name}, " in legend for name in list(COLUMNS.values())[1:]
+    )
     kernel = "_statistics_kernel · sdxl-cfg-multistep · float16"
     ops = ["attention"] * 2 + ["guided_step"] * 2
     assert [row[0] for row in rows] == [
@@ -269,7 +321,7 @@ def test_inspect_prints_a_line_for_each_kernel(static_table, capsys, monkeypatch
 def test_inspect_exits_with_1_and_says_what_may_not_be(static_table, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(StaticRow, "faults", ["attention, sm_90: spills 8 bytes a thread"])
     out = tmp_path / "kernels.json"
-    assert run("inspect", "attention", "--arch", "90", "--out", out) == 1
+    assert run("inspect", "attention", "--arch", "90", "--json", out) == 1
     assert capsys.readouterr().err.endswith("attention, sm_90: spills 8 bytes a thread\n")
     assert json.loads(out.read_text())["rows"]
 
@@ -278,12 +330,41 @@ def test_inspect_names_what_it_knows(static_table, capsys, tmp_path):
     refused = {
         ("--arch", "75"): "--arch is 75; choose from 90, 120",
         ("conv2d",): "nor one of our Triton kernels, which are",
-        (str(tmp_path), "--out", str(tmp_path / "x.json")): "--out is for our kernels",
-        ("attention", "--out", str(tmp_path / "no" / "x.json")): "make it first",
+        (str(tmp_path), "--models"): "--models is for our kernels",
+        ("attention", "--json", str(tmp_path / "no" / "x.json")): "make it first",
     }
     for arguments, message in refused.items():
         assert run("inspect", *arguments) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def commands():
+    group = typer.main.get_command(app)
+    return {name: command for name, command in group.commands.items() if name != "env"}
+
+
+def test_options_mean_the_same_in_every_command():
+    """--json FILE is written to, --out names what is made, and the one pipeline is positional."""
+    takes = {"pipeline": set(), "--json": set(), "--out": set()}
+    for name, command in commands().items():
+        for parameter in command.params:
+            for option in takes.keys() & {parameter.name, *parameter.opts}:
+                takes[option].add(name)
+                assert not getattr(parameter, "is_flag", False), (name, option)
+                positional = parameter.param_type_name == "argument"
+                assert positional == (option == "pipeline"), (name, option)
+    compared = {"bench", "compare", "count", "export", "graph", "roofline"}
+    assert takes["pipeline"] == compared | {"generate", "warm"}
+    assert takes["--json"] == compared | {"inspect", "report"}
+    assert takes["--out"] == {"export", "generate", "warm"}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_option_is_explained(name):
+    """By a sentence, or what continues one after the option that it goes with."""
+    for parameter in commands()[name].params:
+        if parameter.name != "help":
+            assert (getattr(parameter, "help", None) or "").endswith("."), parameter.name
 
 
 def test_help_does_not_wait_for_torch():

@@ -31,7 +31,7 @@ OPTIONAL = {
         *("kernels/cached.py", "kernels/worker.py"),
     ),
     "diffusers": (
-        *("families/*.py", "compiler/begun.py", "compiler/denoise.py"),
+        *("families/*.py", "compiler/loop_call.py", "compiler/denoise.py"),
         *("demo/*.py", "bench/preset*.py", "bench/pipelines.py", "regression/worker.py"),
         "bench/blueprints.py",
     ),
@@ -110,7 +110,7 @@ torch.testing.assert_close(attention(q, q, q), torch.einsum("bhij,bjhk->bihk", w
 try:
     fastdiff.compile(torch.nn.Linear(1, 1))
 except ImportError as error:
-    assert "pip install 'fastdiff[diffusers]'" in str(error), error
+    assert "pip install 'fastdiff-engine[diffusers]'" in str(error), error
 else:
     raise SystemExit("compile ran without diffusers")
 """

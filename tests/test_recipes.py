@@ -17,14 +17,28 @@ ROWS = [pytest.param(name, recipe, id=name) for name, recipe in OWN.items()]
 PLANNED = [row for row in ROWS if row.values[1].plan is not None]
 
 
+MODULAR = [name for name in OWN if issubclass(getattr(diffusers, name), diffusers.ModularPipeline)]
+"""Those whose components are named by blocks, the first by a user's."""
+
+
 def components(name):
-    """What a pipeline's constructor takes."""
-    return set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
+    """What a pipeline's constructor takes, or its blocks."""
+    cls = getattr(diffusers, name)
+    if name in MODULAR:
+        return set(cls().component_names)
+    return set(inspect.signature(cls.__init__).parameters) - {"self"}
+
+
+def sources(name):
+    """The code of a pipeline; of a modular one all that its blocks lie in."""
+    module = inspect.getmodule(getattr(diffusers, name))
+    path = Path(module.__file__)
+    return "".join(p.read_text() for p in (path.parent.glob("*.py") if name in MODULAR else [path]))
 
 
 @pytest.mark.parametrize(("name", "recipe"), ROWS)
 def test_a_row_names_components_of_its_class(name, recipe):
-    assert set(recipe.networks) <= components(name)
+    assert name == "ModularPipeline" or set(recipe.networks) <= components(name)
     assert recipe.plan is None or family(recipe.networks[recipe.denoiser]).denoised is not None
     if recipe.from_text:
         twin = RECIPES[recipe.from_text]
@@ -37,23 +51,28 @@ def test_a_row_names_components_of_its_class(name, recipe):
 def test_a_plan_names_variables_of_the_loop(name, recipe):
     call = inspect.unwrap(getattr(diffusers, name).__call__)
     variables, plan = set(call.__code__.co_varnames), recipe.plan
-    assert {"latents", "timesteps", *plan.required} <= variables
+    own = () if plan.iterates else ("timesteps",)
+    assert {plan.latents, *own, *plan.step_arguments, *plan.required} <= variables
     assert set(plan.required) <= set(plan.conditions.values()) <= variables
     denoised = family(recipe.networks[recipe.denoiser]).denoised
     assert {*plan.conditions, plan.pictures} - {""} <= set(denoised.conditions._fields)
     assert set(plan.replaced.values()) <= set(plan.conditions)
     source = inspect.getsource(call)
-    asks = {"interrupt": "self.interrupt", "progress_bar": "with self.progress_bar(total="}
-    assert [name for name, text in asks.items() if text in source][0] == plan.entrance
+    asks = {
+        "self.interrupt": ("interrupt", False),
+        "with self.progress_bar(total=": ("progress_bar", False),
+        "in self.progress_bar(self.scheduler.timesteps)": ("progress_bar", True),
+    }
+    found = next(entrance for text, entrance in asks.items() if text in source)
+    assert found == (plan.entrance, plan.iterates)
     assert set(plan.results) <= variables
-    shown = getattr(diffusers, name)._callback_tensor_inputs
+    shown = getattr(getattr(diffusers, name), "_callback_tensor_inputs", ())
     assert set(plan.returned) <= set(shown)
 
 
 @pytest.mark.parametrize(("name", "recipe"), ROWS)
 def test_only_those_upcast_whose_class_looks_at_it(name, recipe):
-    looks = "force_upcast" in inspect.getsource(inspect.getmodule(getattr(diffusers, name)))
-    assert looks == recipe.upcasts
+    assert ("force_upcast" in sources(name)) == recipe.upcasts
 
 
 def line_of(name: str, recipe: Recipe) -> str:

@@ -24,6 +24,8 @@ WORKFLOWS = {
     f"docs/ci.md, {number}": text
     for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", GUIDE, re.S), 1)
 }
+PERF = {name: text for name, text in WORKFLOWS.items() if "fastdiff report" in text}
+"""Those that say what a pull request does to speed."""
 MARKER = "<!-- fastdiff-report -->"
 OPERATORS = {"||", "&&", ";", "|", ">", ">>", "(", ")", "&"}
 
@@ -55,10 +57,10 @@ def all_commands():
 
 
 def test_there_are_a_workflow_of_ours_and_two_to_copy():
-    assert {"perf.yml", "docs/ci.md, 1", "docs/ci.md, 2"} <= WORKFLOWS.keys()
+    assert {"perf.yml", "docs/ci.md, 1", "docs/ci.md, 2"} == PERF.keys()
 
 
-@pytest.mark.parametrize("text", WORKFLOWS.values(), ids=WORKFLOWS)
+@pytest.mark.parametrize("text", PERF.values(), ids=PERF)
 def test_what_a_workflow_needs_is_there(text):
     document = yaml.safe_load(text)
     assert document[True] == "pull_request", "YAML reads `on` as true"
@@ -78,7 +80,7 @@ def test_what_a_workflow_needs_is_there(text):
     assert job["timeout-minutes"] <= 60
 
 
-@pytest.mark.parametrize("text", WORKFLOWS.values(), ids=WORKFLOWS)
+@pytest.mark.parametrize("text", PERF.values(), ids=PERF)
 @pytest.mark.parametrize(
     ("codes", "passes", "warns"),
     [("", True, False), ("3\n", True, True), ("1\n", False, False), ("2\n", False, False)]

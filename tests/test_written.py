@@ -62,7 +62,7 @@ def test_places_that_take_no_file(tmp_path):
     for path, sentence in {
         tmp_path / "no" / "x.json": f"the folder {tmp_path}/no does not exist; make it first",
         tmp_path: "is a folder; give a file name",
-        file / "x.json": f"{file} is no folder; give another name",
+        file / "x.json": f"{file} is not a folder; give another name",
         tmp_path / ("x" * 300): "cannot be written: File name too long",
         loop / "x.json": "does not exist; make it first",
     }.items():

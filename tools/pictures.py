@@ -1,4 +1,4 @@
-"""Draws the README's pictures: four prompts, eager above, fastdiff below, the same seeds.
+"""Draws the README's pictures: four prompts, eager above, fastdiff below, with the same seeds.
 
 python tools/pictures.py docs/pictures.png
 """

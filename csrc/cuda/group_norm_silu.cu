@@ -1,4 +1,4 @@
-// The kernel of group_norm_silu: the phases of group_norm_silu.h between barriers, and its launch.
+// The kernel of group_norm_silu: the phases of group_norm_silu.h with barriers, and its launch.
 #include "group_norm_silu.h"
 
 namespace fastdiff::cuda {
@@ -16,7 +16,7 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ const Moments* of_rank(Moments* shared, int) { return shared; }
 #endif
 
-// Two CTAs on an SM where their slabs allow it: 64 registers.
+// Two CTAs per SM if their slabs fit: 64 registers.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, 2) group_norm_silu(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) char shared[];
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2) group_norm_silu(const __grid_cons
   cluster_arrive();  // this CTA has read what it needs of the others
   __syncthreads();
   thread.write();
-  cluster_wait();  // none may leave while another reads its shared memory
+  cluster_wait();  // none may exit while another reads its shared memory
 }
 
 template <typename T, int N>
@@ -46,7 +46,7 @@ static cudaError_t launch(const Args& a, cudaStream_t stream) {
   const int64_t shared = Thread<T, N>::shared_bytes(a);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared));
-  if (error == cudaSuccess && a.cluster > 8)  // no more than 8 are promised on every device
+  if (error == cudaSuccess && a.cluster > 8)  // only up to 8 work on every device
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;
 
@@ -59,7 +59,7 @@ static cudaError_t launch(const Args& a, cudaStream_t stream) {
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = a.cluster > 1 ? 1 : 0;  // sm_80 knows not even those of one
+  config.numAttrs = a.cluster > 1 ? 1 : 0;  // sm_80 supports not even a cluster of one
   return cudaLaunchKernelEx(&config, kernel, a);
 }
 

@@ -1,11 +1,11 @@
-// group_norm_silu as phases between barriers: what a thread does in each is a function here, for
-// the device and, one thread after another, for the host (group_norm_silu_host.cpp), so that the
-// arithmetic can be tested where there is no GPU.
+// group_norm_silu as phases between barriers. What a thread does in each phase is a function here,
+// for the device and, one thread after another, for the host (group_norm_silu_host.cpp), so that
+// the arithmetic can be tested without a GPU.
 //
 // A tile is whole groups of one picture, K channels wide; its rows are pixels. A cluster of CTAs
-// shares them; each keeps its slab [rows, K] in shared memory from the one read to the one write. A
-// thread owns the same N channels of every `stride`-th row, so it needs no barrier to read what it
-// copied itself.
+// shares them; each CTA keeps its slab [rows, K] in shared memory between the single read and the
+// single write. A thread owns the same N channels of every `stride`-th row, so it needs no barrier
+// to read what it copied itself.
 //
 //   load        begin to copy the slab; each group's pivot
 //   accumulate  mean and centred squares of the thread's channels (Welford)
@@ -14,7 +14,7 @@
 //   combine     the moments of all CTAs of the cluster -> mean and 1 / deviation
 //   write       normalise, SiLU, store
 //
-// All values are taken relative to a pivot, the group's first value in the picture: it lies within
+// All values are taken relative to a pivot, the group's first value in the picture. It is within
 // sqrt(n) deviations of the mean, so float32 is enough wherever the mean is.
 #pragma once
 #include <cmath>
@@ -29,20 +29,20 @@ namespace fastdiff::cuda {
 using Args = GroupNormSilu;
 
 constexpr int kThreads = 512;
-constexpr int kStages = 4;  // copies are waited for in quarters: statistics begin with the first
+constexpr int kStages = 4;  // copies are awaited in quarters: statistics begin with the first
 constexpr int kFan = 8;     // moments that a thread folds into one
 
 struct Moments {
-  float count, mean, squares;  // of values less their pivot; squares around the mean
+  float count, mean, squares;  // of values minus their pivot; squares around the mean
 };
 struct Part {
   float mean, squares;
 };
-struct Norm {  // of a group; the mean is that of values less the pivot
+struct Norm {  // of a group; the mean is of values minus the pivot
   float pivot, mean, rstd;
 };
 
-// Chan's formula for many parts: each is asked for twice, the second time around the common mean.
+// Chan's formula for many parts; each part is read twice, the second time around the common mean.
 template <typename F>
 HD Moments merged(int parts, const F& part) {
   Moments all{0, 0, 0};
@@ -52,7 +52,7 @@ HD Moments merged(int parts, const F& part) {
     all.count += one.count;
     all.mean += one.count * one.mean;
   }
-  all.mean = all.count > 0 ? all.mean / all.count : 0.0f;  // a CTA without rows has none
+  all.mean = all.count > 0 ? all.mean / all.count : 0.0f;  // a CTA without rows has no values
 #pragma unroll 1
   for (int i = 0; i < parts; ++i) {
     const Moments one = part(i);
@@ -62,7 +62,7 @@ HD Moments merged(int parts, const F& part) {
   return all;
 }
 
-// A thread of a CTA. N elements are loaded at once: 16 bytes, or one element.
+// A thread of a CTA. It loads N elements at once: 16 bytes, or one element.
 template <typename T, int N>
 class Thread {
  public:
@@ -75,7 +75,7 @@ class Thread {
     rows_ = left < a.rows ? left : a.rows;
     row_ = index / (K_ / N);
     column_ = index % (K_ / N) * N;
-    count_ = row_ < stride_ ? passes(row_) : 0;  // as many threads work as fill whole rows
+    count_ = row_ < stride_ ? passes(row_) : 0;  // only threads that fill whole rows work
     begin_ = begin;
     slab_ = reinterpret_cast<T*>(shared);
     parts_ = reinterpret_cast<Part*>(shared + slab_bytes(a));
@@ -143,8 +143,8 @@ class Thread {
     });
   }
 
-  // The first `width` moments of each group become as many as it returns, in place: a slot is read
-  // only by the thread that writes it.
+  // Folds the first `width` moments of each group in place; returns how many are left. Only the
+  // thread that writes a slot reads it.
   HD int fold(int width) {
     const int left = (width + kFan - 1) / kFan, group = index_ / slots_, slot = index_ % slots_;
     if (group < a_.groups && slot < left)
@@ -153,7 +153,7 @@ class Thread {
     return left;
   }
 
-  // moments(r): where CTA r of the cluster keeps its moments.
+  // moments(r): the moments of CTA r of the cluster.
   template <typename F>
   HD void combine(const F& moments) {
     if (index_ >= a_.groups) return;
@@ -215,7 +215,7 @@ class Thread {
     }
   }
 
-  // What turns the slab's values into t less the pivot.
+  // What turns the slab's values into t minus the pivot.
   HD void offsets(float (&offset)[N]) const {
     each_channel([&](int i, int channel, const Norm& norm) {
       offset[i] = (sums(channel) ? 0.0f : added(channel)) - norm.pivot;
@@ -252,17 +252,17 @@ class Thread {
   HD V* own(int k) const { return at(slab_, (row_ + k * stride_) * K_ + column_); }
   HD int64_t pixel(int k) const { return begin_ + row_ + k * stride_; }
   HD int64_t x_at(int64_t pixel) const { return (int64_t{picture_} * a_.L + pixel) * a_.C; }
-  // Rows that the threads at `row` of a stride go through.
+  // The number of rows that the threads at `row` of a stride process.
   HD int passes(int row) const {
     return row < rows_ ? (rows_ - row + stride_ - 1) / stride_ : 0;
   }
-  // One past the last of its rows that a thread copies with a stage.
+  // The end of the rows that a thread copies in a stage.
   HD int end_of(int stage) const { return count_ * (stage + 1) / kStages; }
 
   const Args& a_;
   int picture_, index_, K_, stride_, slots_;  // stride_: rows that the CTA's threads cover at once
   int first_, begin_, rows_;        // the tile's first channel; the slab's first pixel, its pixels
-  int row_, column_, count_;        // of the thread: first row and channel, number of rows
+  int row_, column_, count_;        // the thread's first row and channel, and number of rows
   T* slab_;                         // [rows, K]
   Part* parts_;                     // [stride, K]
   Moments* moments_;                // [groups, slots]

@@ -1,9 +1,9 @@
-// The phases of group_norm_silu.h on the host: the CTAs of a cluster and their threads one after
-// another, forwards or backwards. It shows that indices and arithmetic are right, and by both
-// orders that no thread needs what another does in the same phase, so that a barrier between phases
-// is enough. It cannot show that the kernel has those barriers, that one CTA reaches another's
-// shared memory, or how good the device's own exponential and division are.
-// Built by tests/kernels/test_cuda.py only.
+// Runs the phases of group_norm_silu.h on the host: the CTAs of a cluster and their threads one
+// after another, forwards or backwards. This shows that indices and arithmetic are right and, by
+// both orders, that no thread needs another's result from the same phase, so a barrier between
+// phases is enough. It cannot show that the kernel has those barriers, that one CTA reaches
+// another's shared memory, or how exact the device's own exponential and division are. Built only
+// by tests/kernels/test_cuda.py.
 #include <algorithm>
 #include <vector>
 
@@ -51,7 +51,7 @@ static int64_t run(const Args& a, bool vector, bool backwards) {
 
 }  // namespace fastdiff::cuda
 
-// Returns the bytes of shared memory of a CTA.
+// Returns the bytes of shared memory per CTA.
 extern "C" int64_t emulate(int dtype, bool vector, const uintptr_t* addresses, const int64_t* sizes,
                            float eps, bool silu, bool backwards) {
   using namespace fastdiff::cuda;

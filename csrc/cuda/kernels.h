@@ -1,5 +1,5 @@
-// The CUDA kernels: their arguments and what starts them. No CUDA header, so that any C++ compiler
-// reads it. Addresses are those of device memory, strides count elements.
+// The CUDA kernels: their arguments and their launchers. No CUDA header, so that any C++ compiler
+// can read this. Addresses are of device memory, strides in elements.
 #pragma once
 #include <cstdint>
 
@@ -7,23 +7,23 @@ namespace fastdiff::cuda {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// y = silu((t - mean) / sqrt(var + eps) * weight + bias), where the channels of t are those of
-// x + row + shift + residual and then those of beside. An address of what is absent is null.
+// y = silu((t - mean) / sqrt(var + eps) * weight + bias); the channels of t are those of
+// x + row + shift + residual, then those of beside. An absent tensor's address is null.
 struct GroupNormSilu {
   const void *x, *residual;     // [batch, L, C]
   const void* beside;           // [copies, L, C2]; picture b reads b % copies
   const void *row, *shift;      // [batch, C], [C]
   const void *weight, *bias;    // [C + C2]
   int64_t ld_row;               // from one picture's row to the next
-  int batch, copies, L;         // pixels of a picture
-  int C, C2, W;                 // channels of x, of beside, of a group
-  int groups, cluster, rows;    // groups of a tile; CTAs that share a picture; pixels of each
+  int batch, copies, L;         // pixels per picture
+  int C, C2, W;                 // channels of x, of beside, per group
+  int groups, cluster, rows;    // groups per tile; CTAs that share a picture; pixels per CTA
   float eps;
   int silu;
   void *y, *total;              // [batch, L, C + C2]; x + row + shift + residual if there is one
 };
 
-// Addresses in the order of the struct's pointers, sizes in that of its integers.
+// Addresses in the order of the struct's pointers, sizes in the order of its integers.
 inline GroupNormSilu group_norm_silu(const uintptr_t* address, const int64_t* size, float eps,
                                      bool silu) {
   const auto in = [&](int i) { return reinterpret_cast<const void*>(address[i]); };
@@ -35,9 +35,9 @@ inline GroupNormSilu group_norm_silu(const uintptr_t* address, const int64_t* si
 }
 constexpr int kAddresses = 9, kSizes = 10;
 
-// Starts the kernel on a stream (an address; 0: the default one) of a device; nothing is allocated
-// or waited for, so it can be captured in a graph. `vector`: all addresses and row segments of a
-// tile are multiples of 16 bytes. Returns null, or what CUDA says went wrong.
+// Starts the kernel on a stream (an address; 0: the default) of a device. It neither allocates nor
+// waits, so a graph can capture it. `vector`: all addresses and a tile's row segments are multiples
+// of 16 bytes. Returns null, or CUDA's error.
 const char* start(const GroupNormSilu&, int dtype, bool vector, int device, uintptr_t stream);
 
 }  // namespace fastdiff::cuda

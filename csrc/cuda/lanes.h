@@ -1,5 +1,5 @@
-// Elements that a thread moves at once, what they are in float32, copies that it waits for later;
-// and what the host does instead, where the tests run a kernel's phases.
+// Elements that a thread moves at once, their float32 values, and asynchronous copies; and their
+// host versions, with which the tests run a kernel's phases.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -38,7 +38,7 @@ HD float silu(float v) {
 #endif
 }
 
-// A load that says it is one from global memory, where the pointer was chosen among several.
+// A load marked as one from global memory, for a pointer that was chosen among several.
 template <typename T>
 HD T loaded(const T* global) {
 #if defined(__CUDA_ARCH__)
@@ -48,7 +48,7 @@ HD T loaded(const T* global) {
 #endif
 }
 
-// 16 bytes go to shared memory without a register in between.
+// Copies 16 bytes to shared memory without a register in between.
 template <typename T, int N>
 HD void copy(Vector<T, N>* shared, const Vector<T, N>* global) {
 #if defined(__CUDA_ARCH__)
@@ -67,10 +67,10 @@ HD void commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Wait for all but the last `left` groups of this thread's copies.
+// Waits for all but the last `left` groups of this thread's copies.
 HD void arrived([[maybe_unused]] int left) {
 #if defined(__CUDA_ARCH__)
-  switch (left) {  // an immediate operand
+  switch (left) {  // needs an immediate operand
     case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
     case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
     case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;

@@ -1,5 +1,5 @@
-"""Honest steps per second: backends side by side in one process, each behind a receipt.
+"""Steps per second of several backends, in one process, each only with a passed receipt.
 
-`run.bench` is the whole of it: it draws the same picture with every backend, checks the picture
-and one U-Net step against float64, and only then times, interleaved in random order.
+`run.bench` draws the same picture with every backend, compares the picture and one step of the
+denoising network with float64, and only then times them, interleaved in random order.
 """

@@ -1,4 +1,4 @@
-"""The ways to run a pipeline that a bench compares: a name and a function that prepares a copy."""
+"""The backends that a bench compares: a name, and a function that prepares a copy of a pipeline."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -8,30 +8,30 @@ from typing import Any
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser
+from fastdiff.recipes import denoiser, recipe_of
 
 
 class Unavailable(Exception):
-    """This backend cannot run on this machine; the message says why and lands in its row."""
+    """This backend cannot run on this machine; the message says why and is shown in its row."""
 
 
 def eager(pipe: Any) -> None:
-    """As diffusers runs it: the baseline."""
+    """The baseline: diffusers unchanged."""
 
 
 def channels_last(pipe: Any) -> None:
-    """Eager with the convolutions' weights and activations as NHWC."""
+    """Eager, with NHWC weights and activations in the convolutions."""
     denoiser(pipe).to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
 
 
 def inductor(pipe: Any) -> None:
-    """torch.compile of the network that denoises and of the VAE's decoder, as it is by default."""
+    """torch.compile, with default settings, of the denoising network and the VAE's decoder."""
     _inductor(pipe, "default")
 
 
 def inductor_max_autotune(pipe: Any) -> None:
-    """The same with the mode that searches kernels and captures CUDA graphs, for minutes."""
+    """torch.compile in the mode that searches kernels and captures CUDA graphs for minutes."""
     _inductor(pipe, "max-autotune")
 
 
@@ -46,22 +46,22 @@ def _inductor(pipe: Any, mode: str) -> None:
 
 
 def fastdiff(pipe: Any) -> None:
-    """`fastdiff.compile` with its defaults: lossless."""
+    """`fastdiff.compile` with its defaults, which are lossless."""
     _compile(pipe)
 
 
 def networks(pipe: Any) -> None:
-    """fastdiff's networks in diffusers' own denoising loop: what the plan is measured against."""
+    """fastdiff's networks in diffusers' own denoising loop, to show what the plan adds."""
     _compile(pipe, ignore=("loop",))
 
 
 def ort(pipe: Any, engines: Path) -> None:
-    """The U-Net in ONNX Runtime within fastdiff's plan, and the VAE's decoder."""
+    """The denoising network in ONNX Runtime within fastdiff's plan, and the VAE's decoder."""
     _read(pipe, "ort", engines)
 
 
 def openvino(pipe: Any, engines: Path) -> None:
-    """The U-Net in OpenVINO within fastdiff's plan, and the VAE's decoder."""
+    """The denoising network in OpenVINO within fastdiff's plan, and the VAE's decoder."""
     _read(pipe, "openvino", engines)
 
 
@@ -76,7 +76,7 @@ def _read(pipe: Any, backend: str, engines: Path) -> None:
 
 
 def tensorrt(pipe: Any, engines: Path) -> None:
-    """The U-Net as a TensorRT engine within fastdiff's plan."""
+    """The denoising network as a TensorRT engine within fastdiff's plan."""
     _compile(pipe, backend="tensorrt", engines=engines)
 
 
@@ -94,29 +94,33 @@ BACKENDS: dict[str, Callable[..., None]] = {
 
 
 ON_ONNX = ("ort", "openvino")
-"""Backends that read the ONNX files which `fastdiff export` writes, or are exported first."""
+"""Backends that read the ONNX files of `fastdiff export`; without any, the bench exports them."""
 ON_ENGINES = (*ON_ONNX, "tensorrt")
-"""Backends that also take the folder which `fastdiff export` wrote for the pipeline."""
+"""Backends that accept the folder which `fastdiff export` wrote for the pipeline."""
 READERS = (
     *("channels_last", "inductor", "inductor-max-autotune", "networks", "fastdiff"),
     *ON_ENGINES,
 )
-"""Backends that write no weights: on a CPU they can share the memory of eager's."""
+"""Backends that do not write to weights: on a CPU they can share eager's memory."""
 
 
-def check_backend(name: str, pipe: Any) -> None:
-    """Unavailable where a backend that reads ONNX files cannot run, before they are exported."""
+def check_backend(name: str, pipe: Any, engines: Path | None = None) -> None:
+    """Unavailable if a backend that reads ONNX files cannot run at all, or not from the folder
+    `engines`; checks before the export."""
     if name in ON_ONNX:
-        from fastdiff.compiler.engines import check_runtime
+        from fastdiff.compiler.engines import check_runtime, exported_part
 
+        dtype, recipe = denoiser(pipe).dtype, recipe_of(pipe)
         try:
-            check_runtime(name, pipe.device, denoiser(pipe).dtype)
+            check_runtime(name, pipe.device, dtype)
+            if engines is not None and recipe is not None:
+                exported_part(engines, recipe.denoiser, dtype)
         except UserError as error:
             raise Unavailable(str(error)) from error
 
 
 def prepare(name: str, pipe: Any, engines: Path | None = None) -> None:
-    """Make `pipe` run on a backend; Unavailable where that cannot be here."""
+    """Make `pipe` run on a backend; Unavailable if that is impossible here."""
     if name in ON_ENGINES:
         BACKENDS[name](pipe, engines)
     else:
@@ -124,17 +128,17 @@ def prepare(name: str, pipe: Any, engines: Path | None = None) -> None:
 
 
 def check_ran(name: str, pipe: Any) -> None:
-    """Unavailable where `pipe` drew, but not on the engine: its picture had a size it refuses."""
+    """Unavailable if `pipe` has drawn, but not on the engine: it refuses the picture's size."""
     if name in ON_ENGINES:
         from fastdiff.compiler.slot import slot_of
 
         slot = slot_of(denoiser(pipe))
         if slot is not None and slot.eager:
-            raise Unavailable(f"the U-Net ran eagerly: {'; '.join(slot.eager)}")
+            raise Unavailable(f"the network ran eagerly: {'; '.join(slot.eager)}")
 
 
 def choose(names: str) -> tuple[str, ...]:
-    """The backends of a comma-separated list, eager first: every ratio is to it."""
+    """The backends in a comma-separated list, with eager first since every ratio is to it."""
     asked = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in asked if name not in BACKENDS]
     if unknown or not asked:

@@ -1,8 +1,8 @@
-"""The launches, bytes and FLOPs of a picture by block, and its calls to be made and timed again.
+"""The launches, bytes and FLOPs of a picture by block; its calls can be repeated to time them.
 
-The networks name their blocks themselves (`kernels.observe.scope`), the loop what it hoists and its
-steps (`kernels.observe.entered`); what surrounds them is wrapped here while a picture is counted:
-the text encoders and the autoencoder.
+The networks name their blocks (`kernels.observe.scope`), and the loop names its hoisting and its
+steps (`kernels.observe.entered`). The text encoders and the autoencoder are wrapped here while a
+picture is counted.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,25 +24,25 @@ REST = "the rest"
 
 @dataclass(frozen=True)
 class Block:
-    """What a block takes each time that it runs."""
+    """What a block takes each time it runs."""
 
     name: str
     per: str
-    """"step" for what every step repeats, "image" for what is done once."""
+    """"step" for what every step repeats, "image" for what is done once per picture."""
     work: Tally
 
 
 @dataclass
 class _Ledger:
-    """What a picture has entered so far."""
+    """The entries of a picture so far."""
 
     per: str = "image"
     seen: dict[str, str] = field(default_factory=dict)
-    """Per what, by block; ordered by when each was left, so that what a block holds beside its
-    inner ones comes after them."""
+    """"step" or "image" for each block, ordered by when it was last left; so a block comes after
+    the blocks within it."""
     calls: list[Callable[[], object]] = field(default_factory=list)
     stepped: bool = False
-    """Whether its first step was run."""
+    """Whether the first step has run."""
 
     def told(self, block: str) -> None:
         self.seen.pop(block, None)
@@ -54,18 +54,19 @@ def count_blocks(
 ) -> tuple[list[Block], list[Callable[[], object]]]:
     """Count what `draw` makes a compiled pipeline do, block by block.
 
-    Only the first step is run: on a plan each is like another. Pictures are void on a CPU.
+    Only the first step runs, since a plan's steps are alike. On a CPU the pictures are not valid.
 
     Returns:
-        The blocks in the order in which a picture leaves them, the step's once; the calls that
-        make up a picture with one step, which run again, unrecorded, when called.
+        The blocks in the order in which a picture leaves them, a step's once; and the calls that
+        make up a picture with one step. Each can be called again, and then runs unrecorded.
 
     Raises:
         UserError: the loop does not run as a plan.
     """
     device = torch.device(pipe.device)
     with _one_step(_Ledger()):
-        _count(draw, device, _Ledger())  # what is kept for the next image is no cost of an image
+        # a first picture, so that what is kept for the next is not counted
+        _count(draw, device, _Ledger())
     ledger = _Ledger()
     with ExitStack() as stack:
         stack.enter_context(_one_step(ledger))
@@ -75,7 +76,7 @@ def count_blocks(
     if STEP not in ledger.seen:
         loop = loop_of(pipe)
         reason = "its loop is not compiled" if loop is None else "; ".join(loop.own)
-        raise UserError(f"only a loop that runs as a plan can be priced, and here {reason}")
+        raise UserError(f"a roofline needs a loop that runs as a plan: {reason}")
     order = [block for block in ledger.seen if block] + [""]
     blocks = [
         Block(name or REST, ledger.seen.get(name, "image"), tallies[name])
@@ -99,7 +100,7 @@ def _count(draw: Callable[[], object], device: torch.device, ledger: _Ledger) ->
 
 @contextmanager
 def _one_step(ledger: _Ledger) -> Iterator[None]:
-    """A loop runs its first step only; that is a block, as what is hoisted."""
+    """In this block, a loop runs only its first step. The step and the hoisting are blocks."""
 
     def enter(block: str, call: Callable[[], Any]) -> Any:
         if block == STEP and ledger.stepped:
@@ -121,7 +122,7 @@ def _one_step(ledger: _Ledger) -> Iterator[None]:
 
 
 def _entrances(pipe: Any) -> Iterator[tuple[Any, str, str]]:
-    """What a picture enters beside its steps: an owner, the attribute that it calls, a name."""
+    """The calls of a picture besides its steps: an owner, the attribute it calls, a name."""
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         if (encoder := getattr(pipe, name, None)) is not None:
             yield encoder, "forward", name.replace("_", " ")
@@ -134,7 +135,7 @@ def _entrances(pipe: Any) -> Iterator[tuple[Any, str, str]]:
 
 @contextmanager
 def _entered(owner: Any, name: str, block: str, ledger: _Ledger) -> Iterator[None]:
-    """Calls of an attribute are a block, and kept."""
+    """Make calls of an attribute a block, and keep them."""
     function = getattr(owner, name)
 
     def enter(*args: Any, **kwargs: Any) -> Any:
@@ -151,7 +152,7 @@ def _entered(owner: Any, name: str, block: str, ledger: _Ledger) -> Iterator[Non
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner` has another attribute within it; afterwards its own, or its class's, again."""
+    """Replace an attribute of `owner` in this block."""
     inherited, before = name not in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:

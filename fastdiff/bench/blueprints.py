@@ -1,4 +1,4 @@
-"""Networks of a pipeline without memory, of a folder's configs or a preset: no weight is read."""
+"""Networks without memory, from a folder's configs or a preset; no weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,27 +10,37 @@ from torch import nn
 
 from fastdiff.bench.presets import autoencoder, blueprint, preset_named
 from fastdiff.bench.saved import check_folder
+from fastdiff.bench.source import Source, folder_of
+from fastdiff.demo import DEMO_FOLDER
 from fastdiff.families import family
 from fastdiff.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The network that denoises and an autoencoder, on the meta device."""
+    """The denoising network and an autoencoder, on the meta device."""
 
     denoiser: nn.Module
     vae: nn.Module
     side: int
-    """Of the latents of its own size."""
+    """The latents' side at the network's own size."""
     factor: int
-    """Pixels of a latent's side."""
+    """Pixels per latent side."""
     upcasts: tuple[bool, ...]
-    """Whether diffusers turns a float16 autoencoder into float32 to draw with it; both where the
-    preset's published weights want either."""
+    """Whether diffusers casts a float16 autoencoder to float32 to decode; both values if a preset's
+    published weights differ in this."""
+
+
+def named(source: Source, command: str) -> Blueprint:
+    """Of a preset, folder, hub id or the demo. UserError for what `command` cannot take."""
+    source.check()
+    if source.preset:
+        return of_preset(source.preset)
+    return of_folder(folder_of(source.pipeline, command) or DEMO_FOLDER)
 
 
 def of_preset(name: str) -> Blueprint:
-    """UserError for an unknown name."""
+    """The networks of a preset. UserError for an unknown name."""
     preset = preset_named(name)
     denoiser, side = blueprint(name)
     vae = autoencoder(preset)
@@ -38,7 +48,7 @@ def of_preset(name: str) -> Blueprint:
 
 
 def of_folder(folder: Path) -> Blueprint:
-    """UserError where it holds no pipeline that draws from a text."""
+    """The networks of a saved pipeline. UserError unless it draws from text."""
     recipe = RECIPES[check_folder(folder).pipeline]
     denoiser, vae = (_read(folder, name, recipe) for name in (recipe.denoiser, "vae"))
     upcast = recipe.upcasts and bool(vae.config.force_upcast)

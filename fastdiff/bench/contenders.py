@@ -1,4 +1,4 @@
-"""Copies of one pipeline that run beside it, and the files that engines of it read."""
+"""Copies of a pipeline that share its memory, and exported files for engines."""
 
 import copy
 import tempfile
@@ -13,9 +13,9 @@ import torch
 
 
 def sharing(pipe: Any) -> Any:
-    """A deep copy whose weights are the pipeline's memory until they are moved or converted.
+    """A deep copy that uses the pipeline's weights until they are moved or converted.
 
-    For those who do not write into them: three networks of gigabytes then take the room of one.
+    For backends that do not write to weights: three copies then need the memory of one.
     """
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     memo: dict[int, Any] = {}
@@ -35,10 +35,10 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 def files(
     pipe: Any, engines: Path | None, log: Callable[[str], object]
 ) -> Iterator[Callable[[], tuple[Path, float]]]:
-    """A function: the folder of ONNX files that engines read, and the seconds it took to make.
+    """Yield a function that returns the folder of ONNX files for engines, and its export time in s.
 
-    `engines`, where it is given, in no time; else it is exported once, when it is first asked for,
-    and removed in the end. UserError where it cannot be.
+    The folder is `engines`, in no time, or else it is exported at the first call and removed at the
+    end. UserError if the export fails.
     """
     made: list[tuple[Path, float]] = [] if engines is None else [(engines, 0.0)]
     with tempfile.TemporaryDirectory(prefix="fastdiff-") as place:

@@ -1,11 +1,13 @@
-"""What an image costs in launches, bytes and FLOPs: counted, never timed, so the same every time.
+"""Launches, bytes and FLOPs of a picture: counted, not timed, so they are always the same.
 
-A launch is a dispatched op that computes or moves data; views and allocations are none. One of our
-kernels is one launch where it is C++ or Triton, and what it dispatches where it is plain torch.
-A step is what an image of one step more costs more: what is done once shows as zero per step.
+A launch is a dispatched op that computes or moves data, not a view or an allocation. One of our
+kernels counts as one launch in C++ or Triton; in plain torch it counts as its dispatched ops. A
+step's counts are the difference between pictures with n and n - 1 steps, so one-time work is zero
+per step.
 
-On a CPU large products, convolutions and our kernels are counted without being computed: their
-results are zeros of the right layout, so that a full-size network takes seconds. Pictures are void.
+On a CPU, large products, convolutions and our kernels are counted without being computed: their
+results are zeros in the right layout, so that a full-size network takes only seconds. The pictures
+are not valid.
 """
 
 import json
@@ -28,10 +30,10 @@ SCHEMA = "fastdiff.counts/1"
 
 @dataclass(frozen=True)
 class Counts:
-    """What every step repeats, and what an image takes beside its steps.
+    """Counts per step, and per picture without its steps.
 
-    The latter is a remainder: where the first steps are cheaper than later ones (a scheduler that
-    has no history yet) it is too small by the difference, and can fall below zero.
+    The latter is a difference: if early steps are cheaper than later ones (a scheduler without
+    history), it is too low by that much, and can be negative.
     """
 
     step: Work
@@ -43,20 +45,20 @@ class Counts:
 
 @dataclass(frozen=True)
 class Counted:
-    """The counts of one way to run a pipeline."""
+    """The counts of one backend."""
 
     backend: str
     counts: Counts
     drawn: Drawn | None = None
-    """What real pictures took; None where none were drawn."""
+    """Counts from drawing real pictures; None if none were drawn."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """All rows and where they come from.
+    """All rows, and where they come from.
 
-    Counts depend on the kind of device, on the versions and on whether the C++ kernels were built;
-    only `step_kernels` and `image_kernels` depend on the GPU.
+    Counts depend on the kind of device, on versions and on whether the C++ kernels were built; only
+    `step_kernels` and `image_kernels` depend on the GPU.
     """
 
     case: str
@@ -69,7 +71,7 @@ class Result:
 
 
 def to_json(result: Result) -> str:
-    """The result as schema `fastdiff.counts/1`, with the totals per step and image."""
+    """The result as schema `fastdiff.counts/1`, with totals per step and per image."""
     document = asdict(result)
     for row, counted in zip(document["rows"], result.rows, strict=True):
         for part in ("step", "image"):
@@ -87,12 +89,14 @@ def count_pipe(
 ) -> Iterator[Counted]:
     """Count a text-to-image pipeline up to its latents: eager, then compiled in place.
 
-    Guidance is on: a step runs the batch of two that users run. height and width: pixels. `log`
-    hears what is under way. draw: also draw real pictures with fastdiff; see `drawn`.
+    Guidance is on, so a step runs a batch of two, as for most users. height and width are in
+    pixels.
+    `log` receives progress. draw: also draw real pictures with fastdiff; see `drawn`.
     """
     for name in ("eager", "fastdiff"):
         log(f"counting {name}")
-        before = replace(baseline(pipe.device), reserved=0)  # this pipeline's is all there is
+        # memory counts from zero for this pipeline alone
+        before = replace(baseline(pipe.device), reserved=0)
         BACKENDS[name](pipe)
         real = drawn(pipe, height, width, before) if draw and name == "fastdiff" else None
         yield Counted(name, count_pictures(pipe, height, width, steps), real)
@@ -104,21 +108,22 @@ def count_pictures(pipe: Any, height: int, width: int, steps: int = 3) -> Counts
 
 
 def count(draw: Callable[[int], object], steps: int, device: torch.device) -> Counts:
-    """Count `draw(steps - 1)` and `draw(steps)`: per step the difference, per image the rest.
+    """Count `draw(steps - 1)` and `draw(steps)`: the difference per step, the rest per image.
 
-    Both run once before, uncounted: what is kept for the next image of the same kind is no cost of
-    an image. steps: at least 2. On a GPU they run twice more, the second time profiled.
+    Both run once before, uncounted, so that what is kept for the next picture is not counted.
+    steps:
+    at least 2. On a GPU they run twice more, the second time with the profiler.
     """
     both = (steps - 1, steps)
     for n in both:
         _work(draw, n, device)
     short, long = (_work(draw, n, device) for n in both)
-    step = _less(long, short, 1)
-    image = _less(short, step, steps - 1)
+    step = _difference(long, short, 1)
+    image = _difference(short, step, steps - 1)
     if device.type != "cuda":
         return Counts(step, image)
     for n in both:
-        draw(n)  # recordings are made now, for nothing is recorded while it is counted
+        draw(n)  # make recordings now: none are made while counting
     fewer, more = (_kernels(draw, n) for n in both)
     return Counts(step, image, more - fewer, fewer - (steps - 1) * (more - fewer))
 
@@ -129,15 +134,15 @@ def _work(draw: Callable[[int], object], steps: int, device: torch.device) -> Wo
     return dict(counter.work)
 
 
-def _less(work: Work, other: Work, times: int) -> Work:
-    """work - times · other, in the order of KINDS, without what is nothing."""
+def _difference(work: Work, other: Work, times: int) -> Work:
+    """work - times · other, in the order of KINDS, without zero entries."""
     none = Tally()
     rest = {kind: work.get(kind, none).plus(other.get(kind, none), -times) for kind in KINDS}
     return {kind: tally for kind, tally in rest.items() if tally != none}
 
 
 def _kernels(draw: Callable[[int], object], steps: int) -> int:
-    """What a GPU ran, CUDA graphs' nodes each by itself: kernels, copies and fills."""
+    """The kernels, copies and fills that a GPU ran; each node of a CUDA graph counts."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()

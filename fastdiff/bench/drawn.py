@@ -1,4 +1,4 @@
-"""What drawing real pictures takes that does not jitter: recordings, compilations, memory."""
+"""Counts from drawing real pictures that do not vary: recordings, compilations, memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,31 +9,31 @@ from fastdiff.runtime import recordings
 
 STEPS = 2
 LARGER = 64
-"""Pixels that the other size is higher: whole latents of every U-Net, whatever it halves."""
+"""How many pixels higher the other size is: whole latents for every U-Net."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """CUDA graphs captured, or tapes recorded on a CPU, by the pictures of one pipeline in turn."""
+    """Recordings (CUDA graphs, or tapes on a CPU) made by successive pictures of one pipeline."""
 
     first: int
-    """By two of one size: a decoder is recorded when it is called again."""
+    """By two pictures of one size, since a decoder is recorded at its second call."""
     again: int
-    """By a third of it: none."""
+    """By a third picture of that size; should be none."""
     other_size: int
-    """By two of another size."""
+    """By two pictures of another size."""
     back: int
-    """By the first size once more: none."""
+    """By another picture of the first size; should be none."""
     compilations: int
-    """Graphs that torch compiled for all of them together: none but with torch.compile."""
+    """Graphs that torch compiled for all of them; none without torch.compile."""
     peak_bytes: int
-    """Of a picture of the first size; see `memory`."""
+    """Peak memory of a picture of the first size; see `memory`."""
 
 
 def drawn(pipe: Any, height: int, width: int, before: Baseline) -> Drawn:
-    """Draw with a compiled pipeline that has not drawn yet; sides in pixels.
+    """Draw with a compiled pipeline that has not drawn yet; sizes in pixels.
 
-    before: what there was before it was compiled, for what compiling keeps is its memory, too.
+    before: the baseline from before it was compiled, since compiling keeps memory, too.
     """
 
     def draw(height: int = height) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that do not jitter, by name: what a report can gate on without a quiet machine."""
+"""Counts by name, which do not vary: a report can gate on them without a quiet machine."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -15,10 +15,10 @@ Number = tuple[float, str]
 """A value and its unit."""
 
 PEAK = "peak bytes"
-"""The unit of what jitters a little after all: a scalar more or less that is alive by chance."""
+"""The unit of a count that varies slightly, by a scalar that happens to be alive or not."""
 
 DRAWN = ("recordings", "graphs", PEAK)
-"""Units of what only drawn pictures tell: `fastdiff count --draw`."""
+"""Units of the counts that need drawn pictures: `fastdiff count --draw`."""
 
 _RECORDINGS = {
     "first": "first size",
@@ -29,7 +29,7 @@ _RECORDINGS = {
 
 
 def gates(load: Callable[[], Any], device: str, height: int, width: int) -> dict[str, Number]:
-    """Of the pipeline that `load` gives on `device`, compiled; sides in pixels."""
+    """Count the pipeline that `load` returns on `device`, compiled; sizes in pixels."""
     before = baseline(torch.device(device))
     pipe = load()
     BACKENDS["fastdiff"](pipe)
@@ -38,7 +38,7 @@ def gates(load: Callable[[], Any], device: str, height: int, width: int) -> dict
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, Number]:
-    """From a row of a `fastdiff.counts/1` document."""
+    """The numbers of a row in a `fastdiff.counts/1` document, by name."""
     counts = row["counts"]
     found: dict[str, Number] = {}
     for part in ("step", "image"):

@@ -1,7 +1,7 @@
-"""What GPUs can do at most: figures of their makers, and what real ones are reported to reach.
+"""Peak rates of GPUs: their makers' figures, and rates reported from real ones.
 
-Products are dense (datasheets like to print the rate for half of the weights being zero, twice as
-much) and accumulate in float32, as torch's do; GeForce cards are twice as fast when they do not.
+Products are dense (datasheets often give the rate with half of the weights zero, twice as much) and
+accumulate in float32, as torch's do; GeForce cards are twice as fast if they accumulate in float16.
 """
 
 from dataclasses import dataclass
@@ -19,32 +19,32 @@ class Gpu:
     """One kind of GPU. Rates: 1e12 FLOP/s and 1e12 bytes/s; memory: 1e9 bytes."""
 
     name: str
-    """As `--gpu` takes it."""
+    """The name for `--gpu`."""
     device: str
-    """As `torch.cuda.get_device_name` tells it."""
+    """The name that `torch.cuda.get_device_name` returns."""
     arch: str
     tflops_fp16: float
-    """float16 and bfloat16 products in the tensor cores."""
+    """float16 and bfloat16 products on tensor cores."""
     tflops_fp32: float
-    """float32 products in the tensor cores (TF32), the fastest that torch may choose."""
+    """float32 products on tensor cores (TF32), the fastest mode that torch may choose."""
     bandwidth: float
     memory: int
     source: str
     reported_tflops: float | None = None
-    """By a large bfloat16 matrix product, without samples that anyone could look at."""
+    """From a large bfloat16 matrix product; no samples were kept."""
     reported_bandwidth: float | None = None
-    """Likewise by a large copy, read and written bytes together."""
+    """From a large copy, reads and writes together; no samples were kept."""
     reported_source: str | None = None
 
     def rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s that products of a dtype reach at most: as reported, else as the maker says."""
+        """Peak FLOP/s of products in a dtype: as reported, else as specified."""
         if dtype == torch.float32:
             return 1e12 * self.tflops_fp32
         return 1e12 * (self.reported_tflops or self.tflops_fp16)
 
     @property
     def bytes_per_s(self) -> float:
-        """Of device memory, as reported, else as the maker says."""
+        """Device memory bandwidth: as reported, else as specified."""
         return 1e12 * (self.reported_bandwidth or self.bandwidth)
 
 
@@ -85,17 +85,17 @@ GPUS = {gpu.name: gpu for gpu in _ALL}
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU called `name`; UserError, with all names, where there is none."""
+    """The GPU called `name`; UserError, with all names, if there is none."""
     if name.lower() not in GPUS:
         raise UserError(f"--gpu is {name!r}; choose one of {', '.join(GPUS)}")
     return GPUS[name.lower()]
 
 
 def gpu_called(device: str) -> Gpu | None:
-    """The GPU that torch calls `device`, None if not in the table: a laptop's is another one."""
+    """The GPU with torch's name `device`; None if unknown (a laptop GPU has another name)."""
     return next((gpu for gpu in _ALL if gpu.device == device), None)
 
 
 def gpu_here() -> Gpu | None:
-    """The GPU that torch sees first; None without one, and where it is not in the table."""
+    """torch's first GPU; None if there is none or it is unknown."""
     return gpu_called(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None

@@ -1,8 +1,8 @@
-"""A denoising step kernel by kernel, as an NVIDIA GPU would be asked for it, found without one.
+"""The kernels of a denoising step on an NVIDIA GPU, found without one.
 
-The networks run on tensors without memory (the meta device), which our own decisions take for ones
-on a GPU (`kernels.where.on_gpu`). Our Triton kernels are the launches of their own plans;
-torch's ops are what its CUDA backend starts.
+The networks run on tensors without memory (the meta device), for which our code decides as on a GPU
+(`kernels.where.on_gpu`). Our Triton kernels count as the launches of their plans, torch's ops as
+what its CUDA backend launches.
 """
 
 from collections import defaultdict
@@ -36,7 +36,7 @@ NAMES = {
     "mm": "matrix product (cuBLAS)",
     "bmm": "matrix product (cuBLAS)",
 }
-"""torch's ops that libraries compute; others are kernels of torch's own."""
+"""torch's ops that libraries compute; all others are torch's own kernels."""
 SDPA = "attention (cuDNN or FlashAttention)"
 
 
@@ -47,15 +47,15 @@ class Launches:
     kernel: str
     launches: int
     bytes: int
-    """Least traffic: what a launch reads of what an earlier one of the same op has read, or
-    written, is taken to come from the L2 cache."""
+    """The least traffic: data that an earlier launch of the same op has read or written counts as
+    coming from the L2 cache."""
     flops: int
     floor_ms: float
-    """Sum over the launches, each at the roofline of the GPU: memory or arithmetic, no latency."""
+    """The sum of the launches' roofline times on the GPU, without latency."""
 
 
 class _Recorder(Planning):
-    """Notes all that is launched, as (kernel, work) in order; results have no values."""
+    """Notes every launch as (kernel, work), in order; results have no values."""
 
     def __init__(self, arch: int) -> None:
         super().__init__(arch)
@@ -75,7 +75,7 @@ class _Recorder(Planning):
         return out
 
     def enlargement(self, x: Tensor, enlarged: Tensor) -> Tensor:
-        """One launch from channels last to channels last, where the meta device has many ops."""
+        """On a GPU this is one launch, channels last; on the meta device it is many ops."""
         out = super().enlargement(x, enlarged)
         self.note("torch upsample_nearest2d", bytes_of(x) + bytes_of(out))
         return out
@@ -107,7 +107,7 @@ class _Recorder(Planning):
 
 
 class _Attention(TorchFunctionMode):
-    """One launch of a library for torch's own attention, which differs by device."""
+    """Notes torch's own attention, which differs by device, as one library launch."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Attention(TorchFunctionMode):
 
 
 def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
-    """What `run` has a GPU of an architecture launch, in order; its tensors are on meta."""
+    """The launches of `run` on an architecture, in order; its tensors are on the meta device."""
     recorder = _Recorder(arch)
     with torch.no_grad(), recorder, _Attention(recorder):
         run()
@@ -135,23 +135,23 @@ def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
 
 
 def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int | None = None) -> Run:
-    """The plan's own step of one picture with guidance; arguments as of `rows`, tokens of a text as
-    published pipelines encode it if None."""
+    """A plan's step of one picture with guidance; arguments as for `rows`. tokens: of a text; by
+    default as in published pipelines."""
     known = named(model)
     denoised = None if known is None else known[1].denoised
     if known is None or denoised is None:
-        raise UserError(f"no denoising loop of fastdiff repeats a {type(model).__name__}")
+        raise UserError(f"fastdiff has no denoising loop for a {type(model).__name__}")
     ((module, kind),) = known[1].taken("", nn.Module.to(model, dtype=dtype)).values()
     network = kind.borrow(module, Loan(module, rehearsal=True)).network
     return step(network, *denoised.picture(network, side, 2, tokens))
 
 
 def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Launches]:
-    """The launches of one step of classifier-free guidance, by kernel, the dearest first.
+    """The launches of one guided step by kernel, those with the largest floor first.
 
     Args:
-        model: diffusers' own, on the meta device.
-        side: of the latents.
+        model: diffusers' own network, on the meta device.
+        side: the latents' height and width.
     """
     run = guided(model, dtype, side)
     by_kernel: defaultdict[str, list[Tally]] = defaultdict(list)

@@ -1,8 +1,8 @@
-"""Timing one kernel on one case: a function that takes one sample each time it is called.
+"""Times one kernel on one case.
 
-On a GPU a sample is the replay of a CUDA graph between two events, right after the L2 cache was
-overwritten: no Python and no launch is in it. On a CPU it is wall clock over as many calls as take
-a millisecond, on warm caches, as a layer finds what the layer before it wrote.
+On a GPU a sample is a CUDA graph's replay between two events, after the L2 cache was overwritten:
+it includes neither Python nor launches. On a CPU it is wall-clock time over enough calls to take a
+millisecond, on warm caches, as a layer finds the previous layer's output.
 """
 
 import time
@@ -20,24 +20,24 @@ from fastdiff.kernels.dispatch import Kernel, all_kernels
 from fastdiff.runtime.graphs import NotCaptured, captured, described
 
 LAUNCHES = 16
-"""Of one CUDA graph, each on tensors of its own: none finds in the L2 what another left there."""
-L2_BYTES = 128 << 20  # at least as large as the L2 cache of any GPU
-LEAST_S = 1e-3  # a clock's reading costs a ten-thousandth of it
+"""Launches per CUDA graph, each on its own tensors, which no other leaves in the L2 cache."""
+L2_BYTES = 128 << 20  # at least the size of any GPU's L2 cache
+LEAST_S = 1e-3  # reading a clock takes a ten-thousandth of it
 QUICK_FLOPS, QUICK_BYTES = 1e9, 25e6
 MODELS = ("demo", "sd15", "sdxl", "sd3", "flux", "vae", "lcm")
 
 Sample = Callable[[], float]
-"""Milliseconds of one call, measured anew each time."""
+"""Measures and returns the milliseconds of one call."""
 
 
 class OutOfBudget(Exception):
-    """A kernel computes the wrong thing, so its time is no result; the message says where."""
+    """A kernel's result is wrong, so its time does not count; the message says where."""
 
 
 def cases(device: str | None = None) -> list[tuple[Kernel, Case]]:
-    """The sizes that models have; the others of a spec are there to break a kernel.
+    """The cases with sizes of real models; a spec's other cases only test for errors.
 
-    Of a device only those of kernels written for it, on a CPU without `large` ones.
+    With `device`, only those of kernels written for it, and on a CPU without the `large` ones.
     """
     on_cpu, own = device == "cpu", "cpu" if device in ("cpu", None) else "triton"
     return [
@@ -51,7 +51,7 @@ def cases(device: str | None = None) -> list[tuple[Kernel, Case]]:
 
 
 def large(kernel: Kernel, case: Case) -> str | None:
-    """How large a case is whose check and samples take seconds on two cores; None otherwise."""
+    """A case's size in words, if its check and samples take seconds on two cores; else None."""
     flops, moved = kernel.spec.flops(case), kernel.spec.bytes(case, 4)
     if flops <= QUICK_FLOPS and moved <= QUICK_BYTES:
         return None
@@ -59,7 +59,7 @@ def large(kernel: Kernel, case: Case) -> str | None:
 
 
 def chosen(kernel: Kernel, device: torch.device) -> str:
-    """The implementation that the op runs on `device`."""
+    """The implementation that the op uses on `device`."""
     if device.type == "cpu":
         return "cpu"
     return "triton" if "triton" in kernel.implementations else "reference"
@@ -68,7 +68,7 @@ def chosen(kernel: Kernel, device: torch.device) -> str:
 def check(
     kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device, which: str
 ) -> list[Verdict]:
-    """What stands before every time: OutOfBudget unless all outputs are within the error budget."""
+    """Check a result before its time counts: OutOfBudget if an output exceeds the error budget."""
     verdicts = verify(kernel.spec, kernel.implementations[which](), case, dtype, device)
     if wrong := [v for v in verdicts if not v.passed]:
         errors = "; ".join(f"{v.output}: error {v.error:.1e} of {v.allowed:.1e}" for v in wrong)
@@ -77,7 +77,7 @@ def check(
 
 
 def floor_ms(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> float | None:
-    """The roofline: what a call takes at least. None on a CPU and on a GPU of unknown rates."""
+    """The roofline: a call's least time. None on a CPU, and on a GPU of unknown rates."""
     gpu = gpu_called(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is None:
         return None
@@ -88,7 +88,7 @@ def floor_ms(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.devic
 def runner(
     kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device, which: str
 ) -> Sample:
-    """A sample of one implementation. It tells nothing of what is computed: `check` first."""
+    """A sampler of one implementation. It does not check results: call `check` first."""
     run = kernel.implementations[which]()
     sets = inputs_of(kernel, case, dtype, device)
     return sampler([partial(run, **inputs) for inputs in sets], device)
@@ -97,18 +97,18 @@ def runner(
 def inputs_of(
     kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
-    """What the calls of one sample are given: a set for each launch of the graph; on a CPU one."""
+    """The inputs for a sample's calls: a set for each launch of the graph; on a CPU one set."""
     generator = torch.Generator(device).manual_seed(0)
     sets = range(LAUNCHES if device.type == "cuda" else 1)
     return [kernel.spec.inputs(case, dtype, device, generator) for _ in sets]
 
 
 def sampler(runs: Sequence[Callable[[], object]], device: torch.device) -> Sample:
-    """A sample of functions that do the same on tensors of their own, which it keeps alive.
+    """A sampler of functions that do the same on tensors of their own, which it keeps alive.
 
-    On a CPU only the first is called. On a GPU they are one graph.
+    On a CPU only the first is called. On a GPU they form one graph.
 
-    Raises NotCaptured where a run does what no graph can hold.
+    Raises NotCaptured if a function does something that a graph cannot hold.
     """
     if device.type == "cpu":
         return _by_clock(runs[0])
@@ -125,11 +125,12 @@ def _by_clock(run: Callable[[], object]) -> Sample:
 
     run()  # the first call allocates
     calls = 1
-    while min(spent(calls) for _ in range(3)) < LEAST_S:  # one stall would make it look long
+    # the minimum, since a stall would make it look long
+    while min(spent(calls) for _ in range(3)) < LEAST_S:
         calls *= 2
 
     def sample() -> float:
-        run()  # finds in the caches what another process's turn has pushed out
+        run()  # refill the caches that another process has evicted
         return 1e3 * spent(calls) / calls
 
     return sample
@@ -141,7 +142,7 @@ def _by_events(runs: Sequence[Callable[[], object]]) -> Sample:
             run()
 
     stream, handle = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    stream.wait_stream(torch.cuda.current_stream())  # which made the inputs
+    stream.wait_stream(torch.cuda.current_stream())  # that stream made the inputs
     with torch.cuda.stream(stream):
         for run in runs[:3]:  # Triton compiles, libraries choose
             run()
@@ -163,7 +164,7 @@ def _by_events(runs: Sequence[Callable[[], object]]) -> Sample:
 
 
 def _refuse_waits(run: Callable[[], object]) -> None:
-    """Raise NotCaptured where `run` waits for the GPU, as a number read from it does."""
+    """Raise NotCaptured if `run` waits for the GPU, for example to read a number from it."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -176,5 +177,5 @@ def _refuse_waits(run: Callable[[], object]) -> None:
 
 @cache
 def _flush(device: int) -> torch.Tensor:
-    """What is written over to empty the L2 cache: one for all samples."""
+    """The buffer that is overwritten to clear the L2 cache; one for all samples."""
     return torch.empty(L2_BYTES, dtype=torch.int8, device=f"cuda:{device}")

@@ -1,4 +1,4 @@
-"""What a number was measured on. No host name, no path: a result file may be published."""
+"""The machine that numbers were measured on. No host name, no path: results may be published."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and threads in use, memory in bytes, and the GPU where there is one."""
+    """Processor, cores and threads in use, memory in bytes, and the GPU if there is one."""
     import torch
 
     facts: dict[str, Any] = {
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of fastdiff, Python and every package that can change a number; None if not installed."""
+    """Versions of all packages that affect results, and of Python; None if not installed."""
     own = {
         "fastdiff": fastdiff.__version__,
         "fastdiff._C": "built" if native()["isa"] else None,
@@ -59,9 +59,9 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The git commit of this checkout, "-dirty" if edited; None for an installed package.
+    """The git commit of this checkout, with "-dirty" if edited; None for an installed package.
 
-    FASTDIFF_COMMIT overrules it, for a copy of a checkout on another machine.
+    FASTDIFF_COMMIT overrides it, for a copy of a checkout on another machine.
     """
     if told := os.environ.get("FASTDIFF_COMMIT"):
         return told
@@ -88,7 +88,7 @@ def cpu_model() -> str:
 
 
 def native() -> dict[str, str | None]:
-    """The C++ kernels: the SIMD level they chose, or why there are none and what to do."""
+    """The C++ kernels: the instruction set in use, or why there are none and what to do."""
     try:
         from fastdiff.kernels.dispatch import NATIVE, NOT_BUILT
     except ImportError as error:
@@ -99,7 +99,7 @@ def native() -> dict[str, str | None]:
 
 
 def _ask(*command: str) -> str | None:
-    """A command's first line of output; None where it is missing or fails."""
+    """The first line that a command prints; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

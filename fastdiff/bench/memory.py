@@ -1,17 +1,17 @@
-"""Peak memory of one backend, though all of them live in one process.
+"""The peak memory of one backend, though all backends are in one process.
 
-On a GPU: the memory torch reserves while a picture is drawn, less what it reserved before the
-backend was made. Reserved, not allocated: the pool of a CUDA graph is nobody else's to use, yet
-counts as free among the allocated.
+On a GPU: the memory that torch reserves while a picture is drawn, minus what it reserved before the
+backend was made. Reserved, not allocated, because nothing else can use a CUDA graph's pool although
+it counts as free.
 
-On a CPU: the tensors that the backend keeps (weights, packed copies) and the most that were alive
-on top of them while a picture was drawn, as torch's profiler saw its allocator. What a library
-takes for itself is not in it; the resident set would be, but it also depends on what the backends
-before it left in the heap.
+On a CPU: the tensors that the backend keeps (weights, packed copies), plus the most that were alive
+on top of them while a picture was drawn, as torch's profiler saw its allocator. Memory that a
+library allocates for itself is not counted. The resident set would include it, but it also depends
+on what earlier backends left in the heap.
 
-Of an engine on a CPU, whose memory torch does not see: by how much the process grew at most since
-before the engine was made, files that it maps apart (Linux can drop their pages), and the weights
-of the parts of the pipeline that no engine stands for.
+For an engine on a CPU, whose memory torch does not see: the process's largest growth since before
+the engine was made, without mapped files (Linux can drop their pages), plus the weights of the
+pipeline's parts that do not run on an engine.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ import torch
 
 @dataclass(frozen=True)
 class Baseline:
-    """What was there before: bytes reserved on the GPU, addresses of the CPU's storages, bytes of
-    the process that are no file's (None where Linux does not tell)."""
+    """The memory in use before a backend: bytes reserved on the GPU, addresses of CPU storages, and
+    bytes of the process that belong to no file (None if Linux does not tell)."""
 
     reserved: int
     storages: frozenset[int]
@@ -36,7 +36,7 @@ class Baseline:
 
 
 def baseline(device: torch.device) -> Baseline:
-    """Call before a backend's pipeline is copied or moved to `device`."""
+    """The present state; call before a backend's pipeline is copied or moved to `device`."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -48,7 +48,7 @@ def baseline(device: torch.device) -> Baseline:
 
 
 def free_heap() -> None:
-    """Give the system back what is free in the C library's heap, where that can be asked for it."""
+    """Return free heap memory of the C library to the system, if it supports that."""
     with suppress(AttributeError, OSError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -56,12 +56,12 @@ def free_heap() -> None:
 def engine_peak_bytes(
     pipe: Any, before: Baseline, draw: Callable[[], object], replaced: Sequence[Any]
 ) -> int | None:
-    """Bytes at the peak of one warm `draw()` on a CPU whose engines stand for the modules
-    `replaced`; None where Linux does not tell."""
+    """Bytes at the peak of one warm `draw()` on a CPU, with engines in place of the modules
+    `replaced`; None if Linux does not tell."""
     gc.collect()
     free_heap()
     try:
-        (_PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+        (_PROCESS / "clear_refs").write_text("5")  # resets the peak
     except OSError:
         return None
     draw()
@@ -78,7 +78,7 @@ _PROCESS = Path("/proc/self")
 
 
 def _status() -> dict[str, int]:
-    """Bytes by Linux' names of memory: VmHWM is the peak of VmRSS; empty where it has none."""
+    """Bytes by Linux's names of memory (VmHWM is the peak of VmRSS); empty on other systems."""
     try:
         lines = (_PROCESS / "status").read_text().splitlines()
         told = (line.split() for line in lines if line.endswith(" kB"))
@@ -88,7 +88,7 @@ def _status() -> dict[str, int]:
 
 
 def peak_bytes(pipe: Any, before: Baseline, draw: Callable[[], object]) -> int:
-    """Bytes at the peak of one warm `draw()` that belong to `pipe`'s backend."""
+    """The bytes of `pipe`'s backend at the peak of one warm `draw()`."""
     gc.collect()
     if pipe.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -109,13 +109,13 @@ def _tensors(module: torch.nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def _alive() -> dict[int, int]:
-    # By exact type: fake tensors are not memory, and asking a lazy module for its class loads it.
+    # compare exact types: fake tensors are not memory, and isinstance would load lazy modules
     kinds = (torch.Tensor, torch.nn.Parameter)
     return _storages(item for item in gc.get_objects() if type(item) in kinds)
 
 
 def _storages(tensors: Any) -> dict[int, int]:
-    """Address and bytes of the distinct CPU storages under `tensors`."""
+    """Address and bytes of each distinct CPU storage of `tensors`."""
     storages = (
         tensor.untyped_storage()
         for tensor in tensors

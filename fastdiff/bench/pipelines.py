@@ -1,4 +1,4 @@
-"""Loading a pipeline folder, and what can be asked of the pipeline."""
+"""Loads a pipeline's folder or file, and checks requests against the pipeline."""
 
 import math
 import re
@@ -9,35 +9,109 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.saved import Saved, check_folder
+from fastdiff.bench.saved import Saved, check_folder, check_whole, drawn_from_text
 from fastdiff.devices import refusal
-from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser
+from fastdiff.errors import UserError, first_line
+from fastdiff.recipes import denoiser, recipe_of
 
+FLOW = {
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+}
+"""Schedulers of networks that predict a flow."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """The diffusers pipeline saved in `folder`, its weights as `dtype` on `device`: the one that
-    draws from a text, where another with the same components was saved.
+def load(folder: Path, dtype: torch.dtype, device: str, variant: str | None = None) -> Any:
+    """The diffusers pipeline saved in `folder`, its weights cast to `dtype`, on `device`. If
+    another pipeline with the same components was saved, the one that draws from text.
 
-    Reads local safetensors only. Raises UserError for anything that is not such a pipeline.
+    Reads only local safetensors, those of `variant` where there are any. Raises UserError for
+    anything else.
     """
-    saved = check_folder(folder)
+    saved = check_folder(folder, variant)
     try:
         return _read(saved, dtype).to(device)
     except (ImportError, UserError):
         raise
     except Exception as error:  # a foreign file can be wrong in any way: say which, and where
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} cannot be loaded: {reason}") from error
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
+
+
+def on_disk(place: Path | str, variant: str | None) -> Path:
+    """The folder `place`, or that of a hub id once its safetensors of `variant` are here.
+
+    Raises UserError where the hub does not have it, or cannot be reached and nothing is cached.
+    """
+    if isinstance(place, Path):
+        return place
+    from diffusers import DiffusionPipeline
+
+    try:
+        download: Any = DiffusionPipeline.download
+        return Path(download(place, variant=variant, use_safetensors=True))
+    except ImportError:
+        raise
+    except Exception as error:  # of the hub, of the network, of the files there
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"{place} is not a folder here, and the Hugging Face hub does not give it: {reason}"
+        ) from error
+
+
+def load_file(place: Path | str, config: str | None, dtype: torch.dtype) -> Any:
+    """The pipeline in one .safetensors file, here or at an address of the hub, on the CPU.
+
+    config: a folder or hub id whose configs and tokenizers it is read with; None: the hub id that
+    diffusers finds by the file's weights. Raises UserError where it holds no pipeline that draws
+    from a text, or lacks weights.
+    """
+    if isinstance(place, Path):
+        check_whole(place)
+    import diffusers
+    from diffusers.loaders.single_file_utils import (
+        fetch_diffusers_config,
+        load_single_file_checkpoint,
+    )
+
+    from fastdiff.demo import quiet
+
+    try:
+        with quiet():
+            if config is None:
+                kind = fetch_diffusers_config(load_single_file_checkpoint(str(place)))
+                config = str(kind["pretrained_model_name_or_path"])
+            local = Path(config).is_dir()
+            reader: Any = diffusers.DiffusionPipeline
+            index = reader.load_config(config, local_files_only=local)
+            pipeline: Any = getattr(diffusers, drawn_from_text(place, index))
+            pipe = pipeline.from_single_file(
+                str(place), config=config, dtype=dtype, local_files_only=local
+            )
+    except (ImportError, UserError):
+        raise
+    except Exception as error:
+        how = "" if config is None else f" with the configs of {config}"
+        reason = first_line(error)
+        if "meta tensor" in reason:  # diffusers casts what it has no weights for
+            reason = "it lacks weights that they ask for"
+        raise UserError(f"{place} cannot be loaded{how}: {reason}") from error
+    _need_weights(pipe, Path(place))
+    net, vae = denoiser(pipe), pipe.vae
+    if net.config.in_channels != vae.config.latent_channels:
+        raise UserError(
+            f"{place} reads {net.config.in_channels} channels where latents have"
+            f" {vae.config.latent_channels}, so it draws from a picture, not from a text alone"
+        )
+    return pipe
 
 
 def _read(saved: Saved, dtype: torch.dtype) -> Any:
-    """The pipeline of a folder that was checked, on the CPU, loaded in silence.
+    """Load the pipeline of a checked folder to the CPU, without output.
 
-    Raises UserError where a file lacks weights that a network has: transformers would draw them at
-    random, and diffusers leave them without memory.
+    Raises UserError if a file lacks weights of a network: transformers would draw them at random,
+    and diffusers leave them without memory.
     """
     import diffusers
     import transformers
@@ -56,26 +130,51 @@ def _read(saved: Saved, dtype: torch.dtype) -> Any:
                 _need_all(net.folder, told["missing_keys"])
         pipeline: Any = getattr(diffusers, saved.pipeline)
         pipe = pipeline.from_pretrained(saved.folder, variant=saved.variant, **shared, **given)
+    _need_weights(pipe, saved.folder)
+    return pipe
+
+
+def _need_weights(pipe: Any, place: Path) -> None:
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             weights = chain(module.named_parameters(), module.named_buffers())
-            _need_all(saved.folder / name, [key for key, weight in weights if weight.is_meta])
-    return pipe
+            _need_all(place / name, [key for key, weight in weights if weight.is_meta])
 
 
 def _need_all(folder: Path, missing: Collection[str]) -> None:
     if missing:
         raise UserError(
             f"{folder}: its weights lack {min(missing)}, one of {len(missing)} that its config.json"
-            " asks for; save or copy it again"
+            " requires; save or copy it again"
         )
 
 
-def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, the pipeline's own where None; UserError unless they fit.
+def schedulers(pipe: Any) -> dict[str, Any]:
+    """The scheduler classes, by name, that can take the place of a pipeline's own: they read the
+    same config, and what its network predicts means the same to them."""
+    import diffusers
+    from diffusers.schedulers import KarrasDiffusionSchedulers
 
-    Sides are multiples of the VAE's factor and of 8, which diffusers asks of every pipeline; those
-    of a transformer are whole patches, of which it has positions for so many.
+    own = type(pipe.scheduler).__name__
+    recipe = recipe_of(pipe)
+    plan = recipe.plan if recipe is not None else None
+    names = plan.schedulers if plan is not None and plan.schedulers else (own,)
+    if names == (own,):
+        # EDM's networks predict something else than those that the list is of
+        noise = {one.name for one in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
+        for group in (noise | {"LCMScheduler", "TCDScheduler"}, FLOW):
+            if own in group:
+                names = tuple(sorted(group))
+    classes = {name: getattr(diffusers, name) for name in names}
+    # where a scheduler's own package is missing, diffusers has something else under its name
+    return {n: c for n, c in classes.items() if issubclass(c, diffusers.SchedulerMixin)}
+
+
+def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels, by default the pipeline's own; UserError unless they fit.
+
+    Both must be multiples of the VAE's factor and of 8, as in every diffusers pipeline. For a
+    transformer they must be whole patches, and at most as many as it has positions.
     """
     config, factor = denoiser(pipe).config, pipe.vae_scale_factor
     patch = config.get("patch_size") or 1
@@ -93,14 +192,14 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
 
 
 def check_steps(pipe: Any, steps: int) -> None:
-    """UserError where the scheduler was trained on fewer steps than are asked for."""
+    """UserError if `steps` exceeds the scheduler's number of training steps."""
     most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
     if most is not None and steps > most:
         raise UserError(f"--steps is {steps}; this scheduler has {most} steps at most")
 
 
 def check_device(device: str | None) -> str:
-    """`device`, or the fastest at hand where None; UserError where torch cannot use it."""
+    """`device`, by default the fastest available; UserError if torch cannot use it."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -111,8 +210,8 @@ def check_device(device: str | None) -> str:
 
 
 def check_dtype(name: str | None, device: str) -> torch.dtype:
-    """The torch dtype called `name`; where None float16 on a GPU, as models are published there,
-    and float32 on a CPU. UserError for any other name."""
+    """The torch dtype called `name`; by default float16 on a GPU, as models are published, and
+    float32 on a CPU. UserError for any other name."""
     name = name or ("fp16" if device.startswith("cuda") else "fp32")
     if name not in DTYPES:
         raise UserError(f"--dtype is {name!r}; choose one of {', '.join(DTYPES)}")

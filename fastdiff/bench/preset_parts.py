@@ -1,4 +1,4 @@
-"""What the presets of every architecture are made of: text encoders, the autoencoder, weights."""
+"""Parts that all presets share: text encoders, the autoencoder, random weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,23 +15,23 @@ from transformers import (
 from fastdiff.demo import DEMO_FOLDER
 
 HEAD = 64
-"""Width of a head of every text encoder."""
+"""The width of a head in every text encoder."""
 
 
 class Preset(Protocol):
-    """An architecture, its published sizes at scale 1."""
+    """An architecture with its published sizes at scale 1."""
 
     @property
     def base_scale(self) -> float:
-        """What `--scale 1` stands for; below 1 for an architecture that is made smaller."""
+        """What `--scale 1` means; below 1 for a preset that is a smaller version."""
 
     @property
     def upcasts(self) -> tuple[bool, ...]:
-        """Whether diffusers turns a float16 autoencoder into float32 to draw with it; both where
-        published weights want either."""
+        """Whether diffusers casts a float16 autoencoder to float32 to decode; both values if
+        published weights differ in this."""
 
     def network(self, scale: float) -> tuple[Any, dict[str, Any]]:
-        """The class of the network that denoises, and its config."""
+        """The class of the denoising network, and its config."""
 
     def autoencoder(self, scale: float) -> dict[str, Any]:
         """The config of its AutoencoderKL."""
@@ -42,7 +42,7 @@ class Preset(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """A CLIP text encoder: its width (heads of 64), layers and activation."""
+    """A CLIP text encoder: its width (with heads of 64), layers and activation."""
 
     width: int
     layers: int
@@ -51,26 +51,26 @@ class Text:
 
 CLIP_L = Text(768, 12, "quick_gelu")
 CLIP_G = Text(1280, 32, "gelu")
-"""The two encoders that SDXL and Stable Diffusion 3 share."""
+"""The two text encoders that SDXL and Stable Diffusion 3 share."""
 
 
 def heads_of(width: float) -> int:
-    """How many heads of 64 come nearest to a width, at least one."""
+    """The number of heads of 64 nearest to a width; at least one."""
     return max(1, round(width / HEAD))
 
 
 def scaled_texts(texts: Sequence[Text], scale: float) -> list[Text]:
-    """The text encoders with heads taken away."""
+    """The text encoders with fewer heads."""
     return [replace(text, width=HEAD * heads_of(text.width * scale)) for text in texts]
 
 
 def side_of(latent_size: int, scale: float) -> int:
-    """The latents' side at a scale: a multiple of 8."""
+    """The latents' side at a scale; a multiple of 8."""
     return max(8, 8 * round(latent_size * scale / 8))
 
 
 def vae_config(scale: float, scaling_factor: float) -> dict[str, Any]:
-    """The AutoencoderKL config that every Stable Diffusion shares; it draws 8x8 a latent."""
+    """The AutoencoderKL config that all Stable Diffusions share; 8×8 pixels per latent."""
     width = 32 * max(1, round(4 * scale))
     return {
         "block_out_channels": [width, 2 * width, 4 * width, 4 * width],
@@ -84,7 +84,7 @@ def vae_config(scale: float, scaling_factor: float) -> dict[str, Any]:
 
 
 def clip_tokenizer() -> Any:
-    """The demo's tokenizer, with the length of the published ones."""
+    """The demo's tokenizer, with the length of published ones."""
     read: Any = CLIPTokenizer.from_pretrained
     return read(DEMO_FOLDER / "tokenizer", model_max_length=77)
 
@@ -108,7 +108,7 @@ def clip(text: Text, tokenizer: Any, projection: bool) -> Any:
 
 
 def made(cls: Any, **arguments: Any) -> Any:
-    """`cls(**arguments)`, for constructors that carry no types."""
+    """`cls(**arguments)`, for constructors without types."""
     return cls(**arguments)
 
 
@@ -119,11 +119,10 @@ def without_memory(cls: Any, config: dict[str, Any]) -> Any:
 
 
 def random(cls: Any, config: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -> Any:
-    """A network of `cls` whose weights are drawn straight in `dtype` on `device`; its buffers, if
-    it has any, hold whatever was there.
+    """A network of `cls` with random weights in `dtype` on `device`; buffers are not initialised.
 
-    Built on the meta device first: SDXL in float32 with torch's own initialisation takes 10 GB
-    and minutes before the first cast.
+    It is built on the meta device first: SDXL in float32 with torch's own initialisation takes
+    10 GB and minutes before the first cast.
     """
     net = without_memory(cls, config)
     net = torch.nn.Module.to(net, dtype=dtype).to_empty(device=device).eval()

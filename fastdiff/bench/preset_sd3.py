@@ -1,9 +1,9 @@
-"""Stable Diffusion 3 and 3.5: transformers that attend to picture and text together.
+"""Stable Diffusion 3 and 3.5, whose transformers attend to picture and text together.
 
-Scaling keeps the layers and the heads' width of 64, and takes heads away: SD3 at 1/8 has 3 heads
-instead of 24, and a picture an eighth as high and wide. The greatest picture stays the published
-one. A preset has no T5, as people run it whose memory does not hold 4.8 billion weights more:
-diffusers then pads the 77 tokens of CLIP with 256 that are zero. With T5 these are its tokens.
+Scaling keeps the layers and the heads' width of 64, and removes heads: SD3 at 1/8 has 3 heads
+instead of 24, and a picture of an eighth of the height and width. The largest picture stays the
+published one. A preset has no T5, as for users without memory for its 4.8 billion weights:
+diffusers then pads CLIP's 77 tokens with 256 zeros. With T5, its tokens take their place.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from fastdiff.bench.preset_parts import (
 TEXTS = (CLIP_L, CLIP_G)
 PATCH, CHANNELS, LATENT_SIZE = 2, 16, 128
 T5_WIDTH, T5_LAYERS, T5_INNER = 4096, 24, 160
-"""T5-XXL: its width, its layers, and how wide its MLP is for each head."""
+"""T5-XXL's width, layers, and the width of its MLP per head."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class SD3Preset:
     layers: int
     heads: int
     pos_embed_max_size: int
-    """Patches on a side of the greatest picture."""
+    """Patches along a side of the largest picture."""
     dual_layers: int = 0
-    """How many of the first layers attend to the picture alone a second time."""
+    """How many of the first layers have a second attention, of the picture only."""
     qk_norm: str | None = None
     t5: bool = False
     """Whether T5 reads the prompt, too."""
@@ -111,7 +111,7 @@ class SD3Preset:
 
 
 def text_width(scale: float) -> int:
-    """T5's width, that of all tokens: at least as wide as both CLIPs side by side."""
+    """T5's width, which all tokens have: at least that of both CLIPs together."""
     clips = sum(text.width for text in scaled_texts(TEXTS, scale))
     return max(HEAD * heads_of(T5_WIDTH * scale), clips)
 
@@ -148,13 +148,13 @@ def t5(scale: float, tokenizer: Any, dtype: torch.dtype, device: str, seed: int)
     )
     encoder = random(T5EncoderModel, {"config": config}, dtype, device, seed)
     encoder.tie_weights()
-    for block in encoder.encoder.block:  # T5 divides no scores: its weights hold that factor
+    for block in encoder.encoder.block:  # T5 does not scale scores: its weights include that factor
         block.layer[0].SelfAttention.q.weight.data.mul_(HEAD**-0.5)
     return encoder
 
 
 def t5_tokenizer(other: Any) -> Any:
-    """A T5 tokenizer of the words that a CLIP tokenizer knows; it spells other words in pieces."""
+    """A T5 tokenizer with a CLIP tokenizer's words; it spells other words in pieces."""
     special = ("<pad>", "</s>", "<unk>")
     words = {token.replace("</w>", "") for token in other.get_vocab()} - {""}
     pieces = sorted({"▁", *words, *(f"▁{word}" for word in words)})

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.5, 2.1 and XL: U-Nets.
+"""Stable Diffusion 1.5, 2.1 and XL, whose networks are U-Nets.
 
-Scaling keeps the block structure and the head widths, and takes heads away: SD1.5 at 1/4 has
-2 heads of 40, 80 and 160 instead of 8, and a picture a quarter as high and wide.
+Scaling keeps the block structure and the heads' widths, and removes heads: SD1.5 at 1/4 has 2 heads
+of 40, 80 and 160 instead of 8, and a picture of a quarter of the height and width.
 """
 
 from dataclasses import dataclass, replace
@@ -37,12 +37,12 @@ XL_TIME_IDS, XL_TIME_WIDTH = 6, 256
 
 @dataclass(frozen=True)
 class UNetPreset:
-    """An architecture at scale 1. `unit` is the width of one head in the first block."""
+    """An architecture at scale 1. `unit`: the width of a head in the first block."""
 
     channels: tuple[int, ...]
     heads: tuple[int, ...]
     unit: int
-    attention: tuple[bool, ...]  # which down blocks have it
+    attention: tuple[bool, ...]  # of each down block
     depth: tuple[int, ...]  # transformer layers of each block
     texts: tuple[Text, ...]
     latent_size: int
@@ -71,7 +71,8 @@ class UNetPreset:
             "block_out_channels": channels,
             "down_block_types": down,
             "up_block_types": up,
-            "attention_head_dim": [h * units // whole for h in self.heads],  # diffusers: head count
+            # diffusers means the number of heads
+            "attention_head_dim": [h * units // whole for h in self.heads],
             "transformer_layers_per_block": list(self.depth),
             "cross_attention_dim": sum(text.width for text in texts),
             "use_linear_projection": self.linear_projection,
@@ -112,7 +113,7 @@ class UNetPreset:
                 ),
                 add_watermarker=False,
             )
-        # DDIM, not SD1.5's own PNDM: that one calls the U-Net once more than there are steps.
+        # DDIM, not SD1.5's own PNDM, which calls the U-Net one more time than there are steps
         scheduler = made(
             DDIMScheduler,
             **SCHEDULE,

@@ -1,4 +1,4 @@
-"""Real architectures with random weights at any scale, no download: see `preset_unet` for Stable
+"""Real architectures with random weights at any scale, without a download: `preset_unet` for Stable
 Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5."""
 
 from collections.abc import Mapping
@@ -22,17 +22,17 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def preset_named(name: str) -> Preset:
-    """UserError for an unknown name."""
+    """The preset called `name`. UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"--preset is {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def build(name: str, scale: float, dtype: torch.dtype, device: str, seed: int = 0) -> Any:
-    """The pipeline of preset `name` with widths and picture scaled by `scale` in (0, 1].
+    """The pipeline of preset `name`, with widths and picture scaled by `scale` in (0, 1].
 
-    Weights are random, so that every layer keeps its input's scale: outputs are finite and of
-    unit size, pictures are noise. UserError for an unknown name or a scale out of range.
+    Random weights are scaled so that every layer keeps its input's magnitude: outputs are finite,
+    pictures are noise. UserError for an unknown name or a scale out of range.
     """
     preset = preset_named(name)
     if not 0 < scale <= 1:
@@ -42,13 +42,13 @@ def build(name: str, scale: float, dtype: torch.dtype, device: str, seed: int = 
 
 
 def blueprint(name: str) -> tuple[torch.nn.Module, int]:
-    """The network of preset `name` that denoises, without memory (on the meta device), and its
-    latents' side. UserError for an unknown name."""
+    """The denoising network of preset `name` without memory (on the meta device), and its latents'
+    side. UserError for an unknown name."""
     preset = preset_named(name)
     cls, config = preset.network(preset.base_scale)
     return without_memory(cls, config), config["sample_size"]
 
 
 def autoencoder(preset: Preset, **changed: Any) -> Any:
-    """The autoencoder of a preset without memory; `changed`: of its config."""
+    """A preset's autoencoder without memory; `changed`: changes to its config."""
     return without_memory(AutoencoderKL, preset.autoencoder(preset.base_scale) | changed)

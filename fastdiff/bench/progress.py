@@ -1,4 +1,4 @@
-"""What is under way, on stderr: a spinner or a bar on a terminal, plain lines elsewhere."""
+"""Progress on stderr: a spinner or a bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def status() -> Iterator[Any]:
-    """A function that shows one line: a spinner on a terminal, else plain lines."""
+    """A function that shows one line: with a spinner on a terminal, else as a plain line."""
     from rich.console import Console
     from rich.text import Text
 
@@ -21,9 +21,9 @@ def status() -> Iterator[Any]:
 
 @contextmanager
 def phases() -> Iterator[Any]:
-    """`log(line)` as of `status`; `start(phase, parent, steps)`, `step(phase)`, `finish(phase)`.
+    """`log(line)` as for `status`; `start(phase, parent, steps)`, `step(phase)`, `finish(phase)`.
 
-    A bar for each phase under way, inside its parent's; none off a terminal.
+    On a terminal there is a bar for each phase in progress, below its parent's.
     """
     from types import SimpleNamespace
 
@@ -56,7 +56,7 @@ def phases() -> Iterator[Any]:
 
 @contextmanager
 def shares() -> Iterator[Any]:
-    """`show(line, share)`: how much of the work is done, 0 to 1, None where that is not known.
+    """`show(line, share)`: the share of the work done, 0 to 1, or None if unknown.
 
     A bar on a terminal, else plain lines.
     """
@@ -82,7 +82,7 @@ def shares() -> Iterator[Any]:
 
 @contextmanager
 def step_bar(iterable: None = None, total: int | None = None) -> Iterator[Any]:
-    """Stands in for a pipeline's `progress_bar`: the same calls, drawn by rich."""
+    """Replaces a pipeline's `progress_bar`: the same calls, drawn by rich."""
     from types import SimpleNamespace
 
     from rich.console import Console

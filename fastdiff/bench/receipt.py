@@ -1,13 +1,13 @@
-"""The receipt beside the speed: is it the same picture, and how far from float64 is a step?
+"""The receipt beside the speed: is the picture the same, and how far from float64 is a step?
 
-Two gates, both against the same network in float64 rather than against eager, because eager
-rounds too:
+There are two gates. Both compare with the same network in float64 rather than with eager, since
+eager rounds, too:
 
-- one step's network, the one rule of every kernel here:
+- one step's network, by the same rule as every kernel:
   max|y - ref| <= 2 (max|eager - ref| + eps(dtype) max|ref|), where eager's error is the larger
-  of its two memory formats: both are PyTorch's own, and on two Zen cores NHWC rounds the demo's
-  step three times as coarsely as NCHW;
-- the whole picture, whose rounding errors a sampler amplifies:
+  one of its two memory formats. Both are PyTorch's own, and on two Zen cores the demo's step has
+  three times the rounding error in NHWC as in NCHW;
+- the whole picture, in which a sampler amplifies rounding errors:
   rms(y - ref) <= max(4 rms(eager - ref), 0.001), the latter a quarter of an 8-bit step.
 """
 
@@ -30,11 +30,11 @@ STEP_FACTOR, PICTURE_FACTOR, PICTURE_FLOOR = 2.0, 4.0, 1e-3
 
 @dataclass(frozen=True)
 class Receipt:
-    """How a backend's picture and step compare; passed only if both gates are green.
+    """How a backend's picture and step compare; passed only if both gates are.
 
-    psnr_db (inf where equal), ssim, max_abs: picture in [0, 1] against eager's at the same noise.
-    err_*: max-abs of one step's network against float64, eager's in the worse of its memory
-    formats; budget: what err_vs_fp64 may be. picture_rms_*: the picture against float64.
+    psnr_db (inf if equal), ssim, max_abs: picture in [0, 1] against eager's from the same noise.
+    err_*: largest error of one step's network against float64, eager's in the worse of its memory
+    formats; budget: the limit of err_vs_fp64. picture_rms_*: the picture against float64.
     """
 
     psnr_db: float
@@ -50,7 +50,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Step:
-    """The arguments of one call of the network that denoises, as the pipeline made it."""
+    """The arguments of one call of the denoising network, as the pipeline made it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -58,10 +58,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Truth:
-    """What eager and float64 made of the request; all float64 on the CPU.
+    """The results of eager and float64 for the request; all float64 on the CPU.
 
-    picture*: [H, W, 3] in [0, 1]; output*: [2B, C, H/f, W/f] of the middle step, eager's as NCHW
-    and as NHWC.
+    picture*: [H, W, 3] in [0, 1]; output*: [2B, C, H/f, W/f] of the middle step, eager's both in
+    NCHW and in NHWC.
     """
 
     step: Step
@@ -73,7 +73,7 @@ class Truth:
 
 
 def find_truth(pipe: Any, request: Request) -> Truth:
-    """Draw with the eager `pipe` and with a float64 copy of it, which is freed on return."""
+    """Draw with the eager `pipe`, and with a float64 copy that is freed on return."""
     calls: list[Step] = []
     net = denoiser(pipe)
     hook = net.register_forward_pre_hook(
@@ -92,7 +92,7 @@ def find_truth(pipe: Any, request: Request) -> Truth:
         step=step,
         picture=draw(exact, request).image,
         picture_eager=picture_eager,
-        output=run_step(denoiser(exact), Step(_double(step.args), _double(step.kwargs))),
+        output=run_step(denoiser(exact), Step(_as_float64(step.args), _as_float64(step.kwargs))),
         outputs_eager=outputs_eager,
         eps=torch.finfo(net.dtype).eps,
     )
@@ -106,7 +106,7 @@ def run_step(net: Any, step: Step) -> torch.Tensor:
 
 
 def check(picture: torch.Tensor, output: torch.Tensor, truth: Truth) -> Receipt:
-    """The receipt of a backend that made `picture` and `output` of truth's request and step.
+    """The receipt of a backend's `picture` and `output` for truth's request and step.
 
     picture: [H, W, 3] in [0, 1]; output: [2B, C, H/f, W/f]; both float64. NaN never passes.
     """
@@ -129,7 +129,7 @@ def check(picture: torch.Tensor, output: torch.Tensor, truth: Truth) -> Receipt:
 
 
 def psnr(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Peak signal to noise in dB of pictures in [0, 1]; inf where equal, nan where either is."""
+    """Peak signal-to-noise ratio in dB for pictures in [0, 1]; inf if equal, nan with any nan."""
     mse = float(np.mean((a - b) ** 2))
     return float("inf") if mse == 0 else float(-10 * np.log10(mse))
 
@@ -142,12 +142,12 @@ def _rms(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt())
 
 
-def _double(value: Any) -> Any:
-    """`value` with every floating tensor in it as float64."""
+def _as_float64(value: Any) -> Any:
+    """`value` with every floating-point tensor in it cast to float64."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {key: _double(item) for key, item in value.items()}
+        return {key: _as_float64(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_double(item) for item in value)
+        return type(value)(_as_float64(item) for item in value)
     return value

@@ -29,8 +29,18 @@ COLUMNS = (
 PARTS = ("backend", "text encoders", "denoising", "VAE", "VAE × eager [95%]")
 
 
+LEGEND = (
+    "steps/s: with text encoding; images/s: with the VAE too; × eager: ratio of the steps/s, and"
+    " its 95% interval",
+    "prepare s: preparing and the first picture, less a later picture; PSNR, SSIM, max |Δ|: the"
+    " picture against eager's",
+    "step err / budget: how far one step is from float64, and how far it may be (twice eager's own"
+    " error and one rounding); a backend beyond it gets no speed",
+)
+
+
 def show(result: Result, note: str | None = None) -> None:
-    """Print `note`, the table and, below it, all that a number needs to be believed."""
+    """Print `note`, the table and, below it, legends, machine, versions and command."""
     console = tables.printer()
     if note:
         console.print(Text(note, style="yellow"), soft_wrap=True)
@@ -39,16 +49,15 @@ def show(result: Result, note: str | None = None) -> None:
     _show_parts(console, result)
     for row in result.rows:
         if row.failed:
-            line = f"{row.backend}: FAILED its receipt, so its speed is not told. {_why(row)}"
+            line = f"{row.backend}: FAILED its receipt, so no speed is shown. {_errors(row)}"
             console.print(Text(line, style="bold red"))
         if row.unavailable:
             console.print(Text(f"{row.backend}: not run: {row.unavailable}", style="yellow"))
-    for line in _footer(result):
-        console.print(Text(line, style="dim"))
+    tables.below(console, (*LEGEND, *_footer(result)))
 
 
 def _show_parts(console: Any, result: Result) -> None:
-    """Which part of a picture takes what share, by the medians of its rounds."""
+    """Print each part's share of a picture, by the medians of its rounds."""
     rows = []
     for row in result.rows:
         if not row.decode_samples_ms:
@@ -65,7 +74,7 @@ def _show_parts(console: Any, result: Result) -> None:
 
 
 def show_counts(result: counters.Result) -> None:
-    """Print what a step and an image take, a line each per backend, and what the words mean."""
+    """Print the counts of a step and an image, a line each per backend, with a legend."""
     kinds = [
         kind
         for kind in KINDS
@@ -96,8 +105,8 @@ def show_counts(result: counters.Result) -> None:
     tables.show(console, result.case, head, rows, left=("per",))
     names = ("fastdiff", "torch", "diffusers", "transformers")
     for line in (
-        "step: an image of one step more, less the image; image: what its steps do not explain",
-        "launches: dispatched ops that compute or move data; MB: all they read and write;"
+        "step: the difference that one more step makes; image: all but the steps",
+        "launches: dispatched ops that compute or move data; MB: all bytes they read and write;"
         " GFLOP: products and convolutions",
         ", ".join(f"{name} {result.versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",
@@ -135,20 +144,21 @@ def _number(value: float | None, spec: str) -> str:
     return "same" if value == math.inf else format(value, spec)
 
 
-def _why(row: Timed) -> str:
+def _errors(row: Timed) -> str:
     receipt = row.receipt
     assert receipt is not None
     return (
-        f"One step is {receipt.err_vs_fp64:.2e} from float64 (budget {receipt.budget:.2e}, eager "
-        f"{receipt.err_eager_vs_fp64:.2e}), the picture {receipt.picture_rms_vs_fp64:.2e} rms "
-        f"(eager {receipt.picture_rms_eager_vs_fp64:.2e})."
+        f"One step is {receipt.err_vs_fp64:.2e} from float64 (allowed {receipt.budget:.2e}, eager"
+        f" {receipt.err_eager_vs_fp64:.2e}), the picture {receipt.picture_rms_vs_fp64:.2e} root"
+        f" mean square (eager {receipt.picture_rms_eager_vs_fp64:.2e})."
     )
 
 
 def _footer(result: Result) -> list[str]:
     machine, versions = result.machine, result.versions
     gpu: dict[str, Any] | None = machine["gpu"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    cores, threads = machine["cores"], machine["threads"]
+    where = f"{machine['cpu']}, {tables.plural(cores, 'core')}, {tables.plural(threads, 'thread')}"
     if gpu:
         where = f"{gpu['name']} (driver {gpu['driver']}, CUDA {gpu['cuda']}), {where}"
     names = ["fastdiff", "python", "torch", "diffusers", "transformers", "triton"]
@@ -157,7 +167,7 @@ def _footer(result: Result) -> list[str]:
     names += [name for name in theirs if versions.get(name)]
     rounds = max(len(row.samples_ms) for row in result.rows)
     return [
-        f"{rounds} interleaved rounds; steps/s with text encoding, images/s with the VAE too",
+        f"{rounds} rounds, in each of which all backends draw a picture in random order",
         where,
         ", ".join(f"{name} {versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",

@@ -1,4 +1,4 @@
-"""What a bench hands back, and its file: schema `fastdiff.bench/1`."""
+"""A bench's result, and its file: schema `fastdiff.bench/1`."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -16,13 +16,13 @@ SCHEMA = "fastdiff.bench/1"
 class Timed:
     """One backend on one case.
 
-    Speeds and samples are None and empty where the receipt failed or the backend could not run
-    (`unavailable` says why). ratio_vs_eager: of steps; image_ratio_vs_eager: with the VAE too.
+    If the receipt failed or the backend could not run (`unavailable` says why), speeds are None and
+    samples empty. ratio_vs_eager: of steps; image_ratio_vs_eager: of images, with the VAE, too;
     decode_ratio_vs_eager: of the VAE alone. samples_ms: per step; image_samples_ms: per image;
-    element i is round i; text_samples_ms and decode_samples_ms are the parts of an image before its
-    first step and after its last (files of before 2026-12 have neither). peak_mem_bytes: see
-    `memory`. prepare_s: seconds by which a second picture is later than it is from a warm
-    pipeline, that is preparing and the first call, less a warm call.
+    element i is round i. text_samples_ms and decode_samples_ms are the parts of an image before its
+    first step and after its last (files from before 2026-12 have neither). peak_mem_bytes: see
+    `memory`. prepare_s: the seconds before a second picture, minus those of a warm picture: that
+    is, preparation and the first call.
     """
 
     case: str
@@ -47,13 +47,13 @@ class Timed:
 
 
 def now() -> str:
-    """UTC, ISO 8601, to the second: results of one branch are put in order by it."""
+    """UTC, ISO 8601, to the second: it orders the results of one branch."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class Result:
-    """All rows and where they come from."""
+    """All rows, and where they come from."""
 
     machine: dict[str, Any]
     versions: dict[str, str | None]
@@ -62,10 +62,10 @@ class Result:
     command: str
     rows: tuple[Timed, ...]
     incomplete: bool = False
-    """The run that wrote this goes on, or was ended before its last round."""
+    """Whether the run is still going, or was ended before its last round."""
 
 
 def to_json(result: Result) -> str:
-    """The result as schema `fastdiff.bench/1`; infinities and NaN as null."""
+    """The result as schema `fastdiff.bench/1`; infinities and NaN become null."""
     document = finite({"schema": SCHEMA, **asdict(result)})
     return json.dumps(document, indent=1, allow_nan=False) + "\n"

@@ -1,12 +1,12 @@
-"""Where the next millisecond is: every block of a pipeline, what it takes, and what it must take.
+"""Where time can be saved: what every block of a pipeline takes, and what it must take at least.
 
-A block's floor is the longer of two times: that of its FLOPs at the rate of the GPU's tensor cores,
-and that of its bytes at the bandwidth of the GPU's memory. It is arithmetic, no measurement. Bytes
-are all that the launches read and write; what stays in a cache from one launch to the next need not
-come from memory, so a block that is bound by memory can beat its floor.
+A block's floor is the longer of two times: its FLOPs at the rate of the GPU's tensor cores, and its
+bytes at the bandwidth of the GPU's memory. It is computed, not measured. Bytes are all that the
+launches read and write. Data that stays in a cache between launches need not come from memory, so a
+memory-bound block can be faster than its floor.
 
 On a CPU the networks are counted as the CPU's kernels fuse them, and the products are not computed
-(see `counters`): a GPU for which there is no such machine at hand can be priced.
+(see `counters`). So the roofline of a GPU needs no such GPU.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,39 +36,39 @@ ROUNDS = 9
 
 @dataclass(frozen=True)
 class Priced:
-    """A block of the pipeline and what it takes each time that it runs."""
+    """A block of the pipeline and what it takes each time it runs."""
 
     block: str
     per: str
-    """"step" for what every step repeats, "image" for what is done once."""
+    """"step" for what every step repeats, "image" for what is done once per picture."""
     launches: int
     flops: int
     bytes: int
     floor_ms: float
     bound: str
-    """Which of the two the floor is: "compute" or "memory"."""
+    """Which time the floor is: "compute" or "memory"."""
     share: float
-    """Of the floor of a whole image, 0 to 1; a step's counts once per step."""
+    """The share of a whole picture's floor, 0 to 1; a step's blocks count once per step."""
     measured_ms: float | None = None
-    """Kernels called one by one, not replayed, on the device that the pipeline is on."""
+    """With kernels called one by one, not replayed, on the pipeline's device."""
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """All blocks in the order in which an image meets them; `str(roofline)` is a table."""
+    """All blocks in the order in which a picture runs them; `str(roofline)` is a table."""
 
     pipeline: str
     gpu: Gpu
     dtype: str
     device: str
-    """Where blocks were counted and measured: "cpu" or "cuda"."""
+    """The device on which blocks were counted and measured: "cpu" or "cuda"."""
     steps: int
     height: int
     width: int
     """Pixels."""
     rows: tuple[Priced, ...]
     assumed: tuple[str, ...] = ()
-    """What was not asked for and not found here: a sentence each."""
+    """Assumptions where nothing was given and nothing found: a sentence each."""
 
     @property
     def step_ms(self) -> float:
@@ -77,7 +77,7 @@ class Roofline:
 
     @property
     def image_ms(self) -> float:
-        """The floor of an image with all its steps."""
+        """The floor of a picture with all its steps."""
         once = sum(row.floor_ms for row in self.rows if row.per == "image")
         return once + self.steps * self.step_ms
 
@@ -96,25 +96,26 @@ def roofline(
     width: int | None = None,
     rounds: int | None = None,
 ) -> Roofline:
-    """Price each block of a pipeline on a GPU: launches, FLOPs, bytes and the floor in ms.
+    """The roofline of each block of a pipeline on a GPU: launches, FLOPs, bytes and floor in ms.
 
-    One picture with guidance (a batch of two) on fastdiff's networks and plan; `pipe` is compiled
-    for it where it is not, and restored. Source of the GPUs' figures: `fastdiff.bench.gpus`.
+    It is for one picture with guidance (a batch of two) on fastdiff's networks and plan. If `pipe`
+    is not compiled, it is compiled for this and restored. `fastdiff.bench.gpus` has the GPUs' rates
+    and their sources.
 
     Args:
-        pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline; its dtype and device count.
-            float16 on a CPU is refused, which our kernels do not compute there: bfloat16 costs
-            a GPU the same.
-        gpu: a name in `fastdiff.bench.gpus.GPUS`; if None the one that torch sees, else "h200",
-            and the result says that it was assumed.
+        pipe: a pipeline whose row in `fastdiff.recipes` is exported; its dtype and device count.
+            float16 on a CPU is refused, since our kernels do not compute it there; bfloat16 takes
+            the same on a GPU.
+        gpu: a name in `fastdiff.bench.gpus.GPUS`; by default torch's first GPU, or without one
+            "h200", which the result then names as assumed.
         steps: of the picture; they share what is done once.
-        height, width: pixels; the pipeline's own if None.
-        rounds: how often each block is run to measure it, 0 for not at all; if None 9 on a GPU and
-            0 on a CPU, where a full-size network takes minutes.
+        height, width: in pixels; by default the pipeline's own.
+        rounds: how often to run each block to measure it, 0 for not at all; by default 9 on a GPU
+            and 0 on a CPU, where a full-size network takes minutes.
 
     Raises:
-        UserError: another pipeline, an unknown GPU, a size that the VAE has not, a scheduler that
-            does not run as a plan; the message says which.
+        UserError: an unsupported pipeline, an unknown GPU, a size that the VAE does not support, a
+            scheduler that does not run as a plan; the message says which.
     """
     _check(pipe)
     kind = gpu_named(gpu) if gpu else gpu_here()
@@ -122,7 +123,7 @@ def roofline(
     if kind is None:
         if pipe.device.type == "cuda":
             name = torch.cuda.get_device_name(pipe.device)
-            raise UserError(f"the rates of {name} are not known here; name the GPU to price on")
+            raise UserError(f"the rates of {name} are unknown; choose another GPU by its name")
         kind, assumed = gpu_named(DEFAULT), (f"{DEFAULT}, as no GPU is here and none was named",)
     if steps < 1:
         raise UserError(f"got {steps} steps; give at least 1")
@@ -153,7 +154,7 @@ def roofline(
 
 
 def floor(work: Tally, gpu: Gpu, dtype: torch.dtype) -> tuple[float, str]:
-    """Milliseconds that `work` takes at least on a GPU, and what binds it."""
+    """The least milliseconds of `work` on a GPU, and which rate bounds them."""
     compute_ms = 1e3 * work.flops / gpu.rate(dtype)
     memory_ms = 1e3 * work.bytes / gpu.bytes_per_s
     return (compute_ms, "compute") if compute_ms > memory_ms else (memory_ms, "memory")
@@ -182,27 +183,27 @@ def _rows(
 
 
 def _check(pipe: Any) -> None:
-    exported(pipe, f"a {type(pipe).__name__} cannot be priced")
+    exported(pipe, f"a {type(pipe).__name__} has no roofline")
     slot = slot_of(denoiser(pipe))
     if slot is not None and slot.kind.runner != FASTDIFF:
-        raise UserError(f"the U-Net runs on {slot.kind.runner}, whose blocks are its own; restore")
+        raise UserError(f"the network runs on {slot.kind.runner}, not on fastdiff; restore it")
     dtype = denoiser(pipe).dtype
     if dtype not in DTYPES:
-        raise UserError(f"the U-Net is {dtype}; GPUs are priced for {', '.join(map(str, DTYPES))}")
+        raise UserError(f"the network is {dtype}; rooflines are for {', '.join(map(str, DTYPES))}")
     if dtype == torch.float16 and pipe.device.type == "cpu":
         raise UserError(
             "float16 on a CPU runs as plain torch, which is not what a GPU runs;"
-            " price bfloat16, which costs it the same"
+            " use bfloat16, whose roofline is the same"
         )
 
 
 @contextmanager
 def _compiled(pipe: Any) -> Iterator[None]:
-    """Compiled within it, and silent; afterwards as it was."""
+    """In this block the pipeline is compiled and silent; then it is as before."""
     bar = vars(pipe).get("_progress_bar_config")
     compiled = slot_of(denoiser(pipe)) is not None
     if compiled and loop_of(pipe) is None:
-        raise UserError("this pipeline was compiled without its loop; restore it to be priced")
+        raise UserError("this pipeline was compiled without its loop; restore it first")
     pipe.set_progress_bar_config(disable=True)
     try:
         if not compiled:

@@ -1,4 +1,4 @@
-"""A roofline as a table, and as the file `fastdiff.roofline/1`."""
+"""A roofline as a table, and as a file of schema `fastdiff.roofline/1`."""
 
 import json
 from dataclasses import asdict
@@ -14,10 +14,16 @@ from fastdiff.bench.roofline import Roofline
 SCHEMA = "fastdiff.roofline/1"
 HEAD = ("block", "per", "launches", "GFLOP", "MB", "floor ms", "bound by", "share", "measured ms")
 LEFT = ("per", "bound by")
+LEGEND = (
+    "floor ms: the least time a block can take on that GPU, by its FLOP/s or bytes/s, whichever is"
+    " longer; bound by: which of them; share: of the floors of a whole picture",
+    "MB: all that launches read and write; what a cache keeps from one to the next need not be"
+    " moved",
+)
 
 
 def text(roofline: Roofline) -> str:
-    """The table and, below it, where its figures come from."""
+    """The table, with a legend and the sources of its figures below it."""
     measured = _measured(roofline)
     rows = []
     for row in roofline.rows:
@@ -37,13 +43,12 @@ def text(roofline: Roofline) -> str:
     out = StringIO()
     console = tables.printer(out)
     tables.show(console, _title(roofline), HEAD[: None if measured else -1], rows, LEFT)
-    for line in _footer(roofline, measured):
-        console.print(line, style="dim", markup=False)
+    tables.below(console, (*LEGEND, *_footer(roofline, measured)))
     return out.getvalue().rstrip("\n")
 
 
 def to_json(roofline: Roofline, case: str, command: str) -> str:
-    """The roofline as schema `fastdiff.roofline/1`; `device` is where it was counted."""
+    """The roofline as schema `fastdiff.roofline/1`; `device`: where it was counted."""
     document = {
         "schema": SCHEMA,
         "note": "floors are arithmetic on counts, not measured",
@@ -61,7 +66,7 @@ def to_json(roofline: Roofline, case: str, command: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """The processor or GPU that blocks were measured on."""
+    """The name of the processor or GPU on which blocks were measured."""
     gpu: dict[str, Any] | None = machine()["gpu"] if device == "cuda" else None
     return str(gpu["name"]) if gpu else cpu_model()
 
@@ -72,7 +77,8 @@ def _measured(roofline: Roofline) -> bool:
 
 def _title(roofline: Roofline) -> str:
     r = roofline
-    return f"{r.pipeline}, {r.dtype}, {r.width}×{r.height}, {r.steps} steps, priced on {r.gpu.name}"
+    steps = tables.plural(r.steps, "step")
+    return f"{r.pipeline}, {r.dtype}, {r.width}×{r.height}, {steps}, on {r.gpu.name}"
 
 
 def _footer(roofline: Roofline, measured: bool) -> list[str]:
@@ -87,12 +93,11 @@ def _footer(roofline: Roofline, measured: bool) -> list[str]:
         sources.append(f"reported: {gpu.reported_source}")
     return [
         f"floor of a step {roofline.step_ms:.3f} ms ({1e3 / roofline.step_ms:.0f} steps/s), of an"
-        f" image {roofline.image_ms:.1f} ms: arithmetic, no measurement",
+        f" image {roofline.image_ms:.1f} ms: arithmetic, not a measurement",
         *(f"assumed: {sentence}" for sentence in roofline.assumed),
         f"{tflops:g} TFLOP/s {'reported' if product_reported else 'specified'},"
         f" {gpu.bytes_per_s / 1e12:g} TB/s {'reported' if copy_reported else 'specified'}"
         f" ({'; '.join(sources)})",
-        "MB: all that launches read and write; what a cache keeps between two need not be moved",
         f"measured on {device_name(roofline.device)}: kernels called one by one, not replayed"
         if measured
         else "no block was measured",

@@ -1,4 +1,4 @@
-"""Whether a picture fits in memory: one sentence where it does not, before the system kills us."""
+"""Refuses a picture that does not fit in memory, before the system kills the process."""
 
 import resource
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ TOLD = (
     *("can't allocate memory", "not enough memory", "out of memory"),
     *("ALLOC_FAILED", "bad_alloc", "overflowed"),
 )
-"""What errors of torch, ONNX Runtime and OpenVINO say that are a want of memory."""
+"""Words by which errors of torch, ONNX Runtime and OpenVINO report a lack of memory."""
 MEMORY = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 
 
 @contextmanager
 def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
-    """Draw within it. Sides in pixels. UserError where memory does not suffice: at once where one
-    layer alone needs more than there is, else when torch asks for more."""
+    """Draw in this block; sizes in pixels. UserError if memory is too small: at once if a single
+    layer needs more than is free, else when torch requests more."""
     asked = f"--width {width} and --height {height}"
     free = None if device.startswith("cuda") else available()
     if free is not None and (need := least(pipe, height, width)) > free:
         raise UserError(
-            f"{asked} need {_size(need)} of memory at least, and {_size(free)} are free; ask for"
+            f"{asked} need {_size(need)} of memory at least, and {_size(free)} are free; draw"
             " fewer pixels"
         )
     try:
@@ -36,24 +36,24 @@ def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:  # runtimes of others raise classes of their own
+    except Exception as error:  # other runtimes raise their own classes
         if not wants_memory(error):
             raise
         raise UserError(
-            f"{asked} need more memory than there is on {device}; ask for fewer pixels, or close"
-            " what else takes memory"
+            f"{asked} need more memory than there is on {device}; draw fewer pixels, or close"
+            " other programs"
         ) from error
 
 
 def wants_memory(error: BaseException) -> bool:
-    """Whether it was raised since there was no memory left."""
+    """Whether an error was raised because memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in TOLD)
 
 
 def least(pipe: Any, height: int, width: int) -> int:
-    """Bytes of what one layer of the first block reads and writes, guided: a convolution of a
+    """Bytes that one layer of the first block reads and writes, with guidance: a convolution of a
     U-Net, a product of a transformer."""
     net, factor = denoiser(pipe), int(pipe.vae_scale_factor)
     config = net.config
@@ -66,7 +66,8 @@ def least(pipe: Any, height: int, width: int) -> int:
 
 
 def available() -> int | None:
-    """Bytes that this process can still take, with swap and its group's limit; None if unknown."""
+    """Bytes that this process can still allocate, given swap and its cgroup's limit; None if
+    unknown."""
     try:
         lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
         free = 1024 * sum(int(lines[key].split()[0]) for key in ("MemAvailable", "SwapFree"))
@@ -74,15 +75,15 @@ def available() -> int | None:
         return None
     try:
         most, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no group of its own, or one without a limit
+    except (OSError, ValueError):  # no cgroup of its own, or no limit
         return free
     return min(free, max(0, most - used))
 
 
 @contextmanager
 def _limit(free: int | None) -> Iterator[None]:
-    """Refuse this process more than `free` bytes: an allocation then fails, where Linux would grant
-    it and kill the process when it is used."""
+    """Limit this process to `free` more bytes: an allocation then fails, where Linux would grant it
+    and kill the process when it is used."""
     if free is None:
         yield
         return

@@ -1,10 +1,11 @@
-"""From a pipeline and a list of backends to rows: prepare and check each, then race them."""
+"""Prepares and checks each backend, then times them against each other."""
 
 import copy
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,10 +31,12 @@ from fastdiff.bench.timing import Drawing, Request, draw, interleave
 from fastdiff.errors import UserError
 from fastdiff.recipes import decodes_in_float32, denoiser
 
+Racer = Callable[[], Drawing]
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What to draw and how often. `device` as torch names it; sides in pixels."""
+    """What to draw and how often. `device` as in torch; sizes in pixels."""
 
     case: str
     backends: tuple[str, ...]
@@ -45,9 +48,9 @@ class Settings:
     seed: int
     prompt: str
     asked: tuple[str, ...] = ()
-    """Backends that were asked for by name: one that cannot run is no row, but an error."""
+    """Backends requested by name: if one cannot run, that is an error instead of a row."""
     engines: Path | None = None
-    """What `fastdiff export` wrote for this pipeline."""
+    """The folder that `fastdiff export` wrote for this pipeline."""
 
 
 def bench(
@@ -59,11 +62,11 @@ def bench(
     """One row per backend of `settings`, in that order.
 
     `pipe` is on the CPU and becomes the eager baseline on `settings.device`. A backend is timed
-    only if its receipt is green; `log` hears what is under way, `keep` the rows as far as they are
-    known: after each backend's preparation and, from the second on, after each round. A backend
-    that raises while it is prepared is a row that says so.
+    only if its receipt passes. `log` receives progress; `keep` receives the rows so far: after each
+    backend's preparation and, from the second on, after each round. A backend that raises during
+    its preparation gets a row that says so.
 
-    Raises UserError where one that was asked for cannot run here, before anything is timed.
+    Raises UserError before anything is timed if a requested backend cannot run here.
     """
     device = torch.device(settings.device)
     before = baseline(device)
@@ -74,40 +77,20 @@ def bench(
     request = _request(pipe, settings)
     for name in settings.asked:
         try:
-            check_backend(name, pipe)
-        except Unavailable as reason:  # before the minutes that the reference can take
+            check_backend(name, pipe, settings.engines)
+        except Unavailable as reason:  # before the reference, which can take minutes
             raise UserError(f"--backends {name} cannot run here: {reason}") from reason
     log("reference: eager and float64")
     truth = find_truth(pipe, request)
     rows: dict[str, Timed] = {}
-    racers: dict[str, Callable[[], Drawing]] = {}
+    racers: dict[str, Racer] = {}
     with files(pipe, settings.engines, log) as engines:
+        trial = _Trial(pipe, settings, request, truth, before, engines, log)
         for name in settings.backends:
             log(f"{name}: preparing and checking")
-            row, contender = Timed(settings.case, name), pipe
-            try:
-                check_backend(name, pipe)
-                read = engines() if name in ON_ONNX else (settings.engines, 0.0)
-                if name != "eager":
-                    before = baseline(device)
-                    shares = device.type == "cpu" and name in READERS
-                    contender = sharing(pipe) if shares else copy.deepcopy(pipe)
-                rows[name] = _prepare(row, contender, request, truth, before, *read)
-            except (Unavailable, UserError) as reason:
-                rows[name] = _unavailable(row, str(reason), settings)
-            except Exception as error:  # it must not take the others' times with it
-                if wants_memory(error):
-                    if name == "eager":  # without it there is nothing to compare with
-                        raise
-                    rows[name] = _unavailable(row, NO_ROOM, settings)
-                else:
-                    log(traceback.format_exc())
-                    words = (str(error).strip().splitlines() or ["without a word"])[0]
-                    why = f"it broke: {type(error).__name__}: {words}"
-                    rows[name] = replace(row, unavailable=why)
-            else:
-                if not rows[name].failed:
-                    racers[name] = lambda contender=contender: draw(contender, request)  # type: ignore[misc]
+            rows[name], racer = trial.contender(name)
+            if racer is not None:
+                racers[name] = racer
             keep(list(rows.values()))
 
     def timed(drawings: dict[str, list[Drawing]]) -> list[Timed]:
@@ -123,11 +106,48 @@ def bench(
     return timed(interleave(racers, settings.rounds, settings.seed, after_round))
 
 
-NO_ROOM = "memory does not suffice beside what was prepared before it; ask for fewer backends"
+@dataclass(frozen=True)
+class _Trial:
+    """What every backend is prepared with and checked against before it is timed."""
+
+    pipe: Any
+    settings: Settings
+    request: Request
+    truth: Truth
+    before: Baseline
+    """The memory in use before the pipeline was on its device; eager is measured from it."""
+    engines: Callable[[], tuple[Path, float]]
+    log: Callable[[str], object]
+
+    def contender(self, name: str) -> tuple[Timed, Racer | None]:
+        """Prepare and check a backend: its row, and a function that draws if it may be timed."""
+        row, copied, before = Timed(self.settings.case, name), self.pipe, self.before
+        try:
+            check_backend(name, self.pipe, self.settings.engines)
+            read = self.engines() if name in ON_ONNX else (self.settings.engines, 0.0)
+            if name != "eager":
+                before = baseline(self.pipe.device)
+                shares = self.pipe.device.type == "cpu" and name in READERS
+                copied = sharing(self.pipe) if shares else copy.deepcopy(self.pipe)
+            row = _prepare(row, copied, self.request, self.truth, before, *read)
+        except (Unavailable, UserError) as reason:
+            return _unavailable(row, str(reason), self.settings), None
+        except Exception as error:  # one backend's failure must not lose the others' times
+            if wants_memory(error):
+                if name == "eager":  # nothing to compare with
+                    raise
+                return _unavailable(row, NO_ROOM, self.settings), None
+            self.log(traceback.format_exc())
+            words = (str(error).strip().splitlines() or ["without a message"])[0]
+            return replace(row, unavailable=f"it broke: {type(error).__name__}: {words}"), None
+        return row, None if row.failed else partial(draw, copied, self.request)
+
+
+NO_ROOM = "not enough memory beside the backends prepared before it; choose fewer backends"
 
 
 def _unavailable(row: Timed, reason: str, settings: Settings) -> Timed:
-    """The row that says why; UserError where its backend was asked for."""
+    """The row with the reason; UserError if its backend was requested."""
     if row.backend in settings.asked:
         raise UserError(f"--backends {row.backend} cannot run here: {reason}")
     return replace(row, unavailable=reason)
@@ -158,7 +178,7 @@ def _prepare(
 ) -> Timed:
     """Prepare `pipe` for the row's backend, draw with it until it is warm, check what it drew.
 
-    exported_s: what it took to write `engines`, for each backend that reads them.
+    exported_s: the seconds it took to write `engines`, for each backend that reads them.
     """
     start = time.perf_counter()
     prepare(row.backend, pipe, engines)
@@ -181,7 +201,7 @@ def _peak(backend: str, pipe: Any, before: Baseline, draw: Callable[[], object])
         return peak_bytes(pipe, before, draw)
     if pipe.device.type == "cpu":
         return engine_peak_bytes(pipe, before, draw, (denoiser(pipe), pipe.vae))
-    return None  # its library's, which torch does not see
+    return None  # torch does not see the library's memory
 
 
 def _with_speed(row: Timed, drawings: list[Drawing], eager: list[Drawing]) -> Timed:

@@ -1,4 +1,4 @@
-"""What a folder of `save_pretrained` holds: all that can be checked before a weight is read."""
+"""A folder written by `save_pretrained`: all checks that need no weights."""
 
 import json
 import re
@@ -11,21 +11,22 @@ from fastdiff.errors import UserError
 from fastdiff.recipes import RECIPES
 
 FROM_TEXT = {name: recipe.from_text for name, recipe in RECIPES.items() if recipe.from_text}
-"""By the class in a folder, the class that draws from a text with the same components."""
+"""By the class in a folder: the class that draws from text with the same components."""
 LCM = "LatentConsistencyModelPipeline"
 LIBRARIES = {
     "diffusers": "diffusion_pytorch_model",
     "transformers": "model",
     "stable_diffusion": "model",
 }
-"""Where a component may come from, and how the names of its weights begin there."""
+"""Where a component may come from, and the prefix of its weights' names there."""
 DISPENSABLE = ("text_encoder_3", "tokenizer_3")
-"""Components that diffusers draws without, though it loads no folder without them unless it is told
+"""Components that diffusers can draw without; but it loads a folder without them only if it is told
 that they are None."""
 LFS_POINTER = b"version https://git-lfs"
 SUFFIX = ".safetensors"
 
-# What a component's folder must hold, by how its name begins; any other is a network.
+# the files that a component's folder must hold, by how its name begins; other components are
+# networks
 _FILES: dict[str, tuple[str, ...]] = {
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("tokenizer_config.json",),
@@ -35,8 +36,8 @@ _FILES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Network:
-    """A component with weights: its folder, its class, and the variant of its files to be read,
-    None for those without one."""
+    """A component with weights: its folder, its class, and the variant of its files, None for files
+    without one."""
 
     folder: Path
     library: str
@@ -46,7 +47,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Saved:
-    """A folder that was checked, and the pipeline that it is loaded as."""
+    """A checked folder, and the pipeline class to load it as."""
 
     folder: Path
     pipeline: str
@@ -56,19 +57,22 @@ class Saved:
 
     @property
     def variant(self) -> str | None:
-        """The variant to ask diffusers for; it takes plain files where a network has no other."""
+        """The variant to load; diffusers takes plain files if a network has no such variant."""
         return next((net.variant for net in self.networks if net.variant), None)
 
 
-def check_folder(folder: Path) -> Saved:
-    """Raise UserError unless `folder` holds a complete pipeline that draws from a text."""
+def check_folder(folder: Path, variant: str | None = None) -> Saved:
+    """Raise UserError unless `folder` holds a complete pipeline that draws from text.
+
+    variant: of the files to read; None: files without one, else the one that all networks have.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give a pipeline saved with save_pretrained()")
+        raise UserError(f"{folder} is not a folder; give a pipeline saved with save_pretrained()")
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+        raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     index = _read_json(index_file)
-    pipeline = _pipeline(folder, index)
+    pipeline = drawn_from_text(folder, index)
     networks: dict[str, tuple[str, str]] = {}
     for component, origin in index.items():
         if isinstance(origin, list) and len(origin) == 2 and origin[0] is not None:
@@ -77,10 +81,10 @@ def check_folder(folder: Path) -> Saved:
             if _check_component(folder / component):
                 networks[component] = (str(origin[0]), str(origin[1]))
     found = {name: _weights(folder / name, LIBRARIES[net[0]]) for name, net in networks.items()}
-    variant = _variant(folder, found)
+    variant = _variant(folder, found, variant)
     for files in found.values():
         for file in files.get(variant) or files[None]:
-            _check_whole(file)
+            check_whole(file)
     _need_text_alone(folder, pipeline, networks)
     return Saved(
         folder,
@@ -93,20 +97,22 @@ def check_folder(folder: Path) -> Saved:
     )
 
 
-def _pipeline(folder: Path, index: dict[str, Any]) -> str:
+def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
+    """The class to load a pipeline as, by its model_index.json; UserError for one that we do not
+    know, or that draws from a picture alone."""
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in FROM_TEXT:
         raise UserError(
-            f"{folder} holds a {name}; supported are {', '.join(FROM_TEXT)}, which draw from a text"
+            f"{place} holds a {name}; supported are {', '.join(FROM_TEXT)}, which draw from text"
         )
     if index.get("requires_aesthetics_score"):
-        raise UserError(f"{folder} holds a refiner, which goes on from a picture, not from a text")
+        raise UserError(f"{place} holds a refiner, which draws from a picture, not from text")
     return FROM_TEXT[name]
 
 
 def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> None:
-    """UserError where the network that denoises reads more than latents: an inpainting model's mask
-    and picture."""
+    """UserError if the denoising network reads more than latents, like the mask and picture of an
+    inpainting model."""
     name = RECIPES[pipeline].denoiser
     for missing in sorted({name, "vae"} - set(networks)):
         raise UserError(f"{folder} has no {missing}; save or copy the pipeline again")
@@ -115,18 +121,18 @@ def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> 
     takes = net.get("in_channels", given)
     if takes != given:
         raise UserError(
-            f"{folder}: its {name} takes {takes} channels where latents have {given}, so it draws"
-            " from a picture, not from a text alone"
+            f"{folder}: its {name} takes {takes} channels but latents have {given}, so it draws"
+            " from a picture, not from text alone"
         )
     if pipeline == LCM and net.get("time_cond_proj_dim") is None:
         raise UserError(
-            f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} asks for; save it as a"
+            f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} needs; save it as a"
             f" StableDiffusionPipeline"
         )
 
 
 def _check_component(folder: Path) -> bool:
-    """Whether it is a network; UserError where a file is missing or no JSON."""
+    """Whether the component is a network; UserError if a file is missing or not JSON."""
     files = next((f for kind, f in _FILES.items() if folder.name.startswith(kind)), None)
     for name in files or ("config.json",):
         if not (folder / name).is_file():
@@ -137,8 +143,8 @@ def _check_component(folder: Path) -> bool:
 
 
 def _weights(folder: Path, stem: str) -> dict[str | None, list[Path]]:
-    """The files of weights by variant. Safetensors only: a .bin or .ckpt file is a pickle, which
-    can run any code when read."""
+    """Weight files by variant. Only safetensors: .bin and .ckpt files are pickles, which can run
+    any code when read."""
     found: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob(f"{stem}*{SUFFIX}")):
         rest = path.name.removeprefix(stem).removesuffix(SUFFIX)
@@ -166,18 +172,30 @@ def _shards(index_file: Path) -> Iterator[str]:
     yield from sorted(set(names.values()))
 
 
-def _variant(folder: Path, found: dict[str, dict[str | None, list[Path]]]) -> str | None:
-    """None where every network has files without a variant, else the one that completes them."""
+def _variant(
+    folder: Path, found: dict[str, dict[str | None, list[Path]]], asked: str | None
+) -> str | None:
+    """The variant to read: `asked`; else None if every network has files without a variant, else
+    the variant that completes them."""
+    if asked is not None:
+        held = sorted({name for files in found.values() for name in files if name})
+        if asked not in held:
+            there = ", ".join(held) or "files without a variant only"
+            raise UserError(f"--variant is {asked!r}; {folder} holds {there}")
+        if lost := [name for name, files in found.items() if not {asked, None} & set(files)]:
+            raise UserError(f"--variant is {asked!r}; the {lost[0]} of {folder} has no such file")
+        return asked
     lacking = [set(files) for files in found.values() if None not in files]
     if not lacking:
         return None
     if common := set.intersection(*lacking):
         return min(name for name in common if name)
-    held = (f"{name} as {'/'.join(map(str, v))}" for name, v in found.items() if None not in v)
-    raise UserError(f"{folder} holds {', '.join(held)}, no one variant of all; save it again")
+    names = (f"{name} as {'/'.join(map(str, v))}" for name, v in found.items() if None not in v)
+    raise UserError(f"{folder} holds {', '.join(names)}, but no variant of all; save it again")
 
 
-def _check_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
+    """UserError where a .safetensors file is damaged, or stands for one that was not fetched."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -187,7 +205,7 @@ def _check_whole(path: Path) -> None:
                     f"{path} is a Git LFS pointer, not the weights that it stands for; run git lfs"
                     " pull"
                 )
-        with safe_open(path, framework="pt"):  # reads where each tensor lies, none of them
+        with safe_open(path, framework="pt"):  # reads the positions of the tensors only
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}; save or copy it again") from error
@@ -197,7 +215,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is no readable JSON: {error}") from error
+        raise UserError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

@@ -1,7 +1,7 @@
-"""How many kernels Triton compiles before the first picture of a pipeline, found without a GPU.
+"""How many kernels Triton compiles before a pipeline's first picture, found without a GPU.
 
-A kernel that is compiled anew for every width, flag or missing bias makes a new machine wait a
-third of a second for each; one that takes them as arguments is compiled once.
+If a kernel is compiled again for every width, flag or missing bias, a new machine waits a third of
+a second each time; if they are run-time arguments, it is compiled once.
 """
 
 from collections import Counter
@@ -16,14 +16,14 @@ from fastdiff.models.vae import borrow_decoder, borrow_encoder
 from fastdiff.runtime.planned import coding, kernels_of
 
 MOST = 30
-"""That a pipeline may need."""
+"""The most that a pipeline may need."""
 PIPELINES = ("sd15", "sdxl", "sd3", "sd35-medium", "sd35-large")
 
 
 def needed(pipeline: str, arch: int, dtype: torch.dtype) -> list[Launch]:
-    """A launch of each specialisation that a guided step, decoding and encoding a picture need.
+    """One launch of each specialisation that a guided step, encoding and decoding need.
 
-    pipeline: of PIPELINES, at its own size.
+    pipeline: one of PIPELINES, at its own size.
     """
     net, side = blueprint(pipeline)
     vae = torch.nn.Module.to(autoencoder(PRESETS[pipeline]), dtype=dtype)
@@ -35,6 +35,6 @@ def needed(pipeline: str, arch: int, dtype: torch.dtype) -> list[Launch]:
 
 
 def counted(pipeline: str, arch: int, dtype: torch.dtype) -> dict[str, int]:
-    """How many of `needed` are of each kernel, by name, the most first."""
+    """The number of specialisations in `needed` by kernel name, the largest first."""
     kernels = Counter(launch.kernel.__name__ for launch in needed(pipeline, arch, dtype))
     return dict(kernels.most_common())

@@ -1,13 +1,13 @@
-"""Ratios that survive a busy machine: paired, with an interval, and what may be said of many.
+"""Ratios that are valid on a busy machine: paired, with intervals, and verdicts on many of them.
 
-Two ways to know how many times as long one state of a project takes as another:
+There are two ways to measure the ratio of times between two states of a project:
 
-- `across_processes`: process pairs, each with rounds in turn. A process has a speed of its own
-  (where its memory came to lie: about 1% on two cores), so the pair is the unit, not the round;
-- `between_runs`: two runs at different times. Where both also timed a yardstick in turn, the
-  ratios to it are compared, which do not know how fast the machine was that hour.
+- `across_processes`: pairs of processes, with interleaved rounds in each. A process has a speed of
+  its own (by its memory addresses: about 1% on two cores), so the unit is the pair, not the round;
+- `between_runs`: two runs at different times. If both also timed a yardstick in turn, the ratios to
+  it are compared, which do not depend on the machine's speed at the time.
 
-All work on logarithms: a factor and its inverse are equally far from 1.
+All computations use logarithms: a factor and its inverse are equally far from 1.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from scipy.stats.mstats import mjci
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 LEAST = 5
-"""Process pairs, or rounds, below which nothing is called: chance alone is too often unanimous."""
+"""The least process pairs, or rounds, for a verdict: with fewer, chance alone often agrees."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as much (speed or time, as the caller says): the ends of its interval, too."""
+    """A ratio of speeds or times, as the caller says, with the ends of its interval."""
 
     median: float
     lo: float
@@ -43,12 +43,12 @@ class Estimate:
     error: float
     """Its standard error."""
     samples: int
-    """Independent ones: process pairs, else rounds."""
+    """Independent samples: process pairs, else rounds."""
     trimmed: int = 0
-    """Of them, left out as the lowest, and as many as the highest."""
+    """How many of the lowest samples were left out, and as many of the highest."""
 
     def interval(self, alpha: float) -> tuple[float, float]:
-        """Ends, as logarithms, of the interval that misses the truth with probability `alpha`."""
+        """The ends, as logarithms, of an interval that misses the truth with rate `alpha`."""
         if self.samples < 2:
             return -inf, inf
         half = float(t.isf(alpha / 2, self.freedom)) * self.error
@@ -61,20 +61,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Judged:
-    """What an estimate says about a change beyond the noise floor."""
+    """The verdict on whether an estimate shows a change beyond the noise floor."""
 
     ratio: Ratio
     verdict: Literal["slower", "faster", "same", "inconclusive"]
     missing: int
-    """About how many more samples would settle it; 0 where it is settled."""
+    """About how many more samples are needed for a verdict; 0 if there is one."""
 
 
 def speedup(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> Ratio:
-    """The speed of `samples_ms` over that of `baseline_ms`; element i of both is round i.
+    """The speed of `samples_ms` relative to `baseline_ms`; element i of both is round i.
 
-    A round's two samples lie close in time and share what the machine was doing, so their
-    ratio jitters less than either. Percentile bootstrap of the median, always the same draws.
-    Raises ValueError for fewer than two rounds or unequal lengths.
+    A round's two samples are close in time and share the machine's state, so their ratio varies
+    less than either. Percentile bootstrap of the median, with a fixed seed. Raises ValueError for
+    fewer than two rounds or unequal lengths.
     """
     if len(baseline_ms) != len(samples_ms) or len(samples_ms) < 2:
         got = f"{len(baseline_ms)} and {len(samples_ms)}"
@@ -94,9 +94,9 @@ def speedup(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> Ratio:
 def across_processes(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate:
     """From [process pair][round]: Student's t on the median ratio of each pair.
 
-    From ten pairs on a tenth at either end is left out (Tukey and McLaughlin's t): something else
-    may have run beside one of a pair's processes and not beside the other. A bootstrap of so few
-    units is too narrow: of six normal ones its 95% hold the truth in 87%.
+    From ten pairs on, a tenth at either end is left out (Tukey and McLaughlin's t): another program
+    may have run beside one of a pair's processes only. With so few units a bootstrap's interval is
+    too narrow: for six normal ones its 95% interval holds the truth in 87%.
     """
     units = np.sort([np.median(_logs(b, n)) for b, n in zip(base, new, strict=True)])
     count, cut = len(units), len(units) // 10
@@ -115,7 +115,7 @@ def between_runs(
 ) -> Estimate:
     """From two runs: the ratio of their medians, each relative to its own yardstick if given.
 
-    A yardstick's element i is of the same round as its run's element i.
+    A yardstick's element i is from the same round as its run's element i.
     """
     runs = ((base, base_yardstick), (new, new_yardstick))
     before, after = (
@@ -129,24 +129,24 @@ def between_runs(
 def judge(
     estimates: Sequence[Estimate], floors: Sequence[float], confidence: float = CONFIDENCE
 ) -> list[Judged]:
-    """Verdicts of many estimates at once, each by its interval against 1 ± its floor.
+    """Verdicts on many estimates together, each by its interval against 1 ± its floor.
 
-    The more there are, the likelier one looks changed by chance. Benjamini and Hochberg's
-    procedure bounds the share of false ones among those that are called changed (so where nothing
-    changed, the probability of calling anything) by 1 - confidence; intervals are widened to
-    match, so that a verdict and its interval never disagree.
+    The more estimates there are, the likelier one looks changed by chance. Benjamini and Hochberg's
+    procedure bounds the share of false verdicts among all those of a change by 1 - confidence (so,
+    if nothing changed, the probability of any such verdict). Intervals are widened to match, so
+    that a verdict and its interval never disagree.
     """
     if not estimates:
         return []
     alpha, edges = 1 - confidence, [log(1 + floor) for floor in floors]
-    chances = [_chance(*pair) for pair in zip(estimates, edges, strict=True)]
+    chances = [_p_value(*pair) for pair in zip(estimates, edges, strict=True)]
     called = int((false_discovery_control(chances) <= alpha).sum())
     alpha *= max(called, 1) / len(estimates)
     return [_judge(*pair, alpha) for pair in zip(estimates, edges, strict=True)]
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The geometric mean of ratios that may err together, by a yardstick that they share."""
+    """The geometric mean of ratios whose errors may be correlated by a shared yardstick."""
     return Estimate(
         float(np.mean([estimate.log for estimate in estimates])),
         float(np.mean([estimate.error for estimate in estimates])),
@@ -155,7 +155,7 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def ratio_of(logarithm: float) -> float:
-    """Its exponential, which no float is too large for: of two pairs anything may come."""
+    """The exponential, limited to a float's range: two pairs can give any value."""
     return exp(min(max(logarithm, -99.0), 99.0))
 
 
@@ -165,17 +165,17 @@ def _logs(below: Sequence[float], above: Sequence[float]) -> NDArray[np.float64]
 
 
 def _median(logs: NDArray[np.float64]) -> Estimate:
-    """Maritz and Jarrett's error of a median, a bootstrap's without its drawing; scipy's version of
-    it is some percent larger where there are few, and says nothing of two."""
+    """The median with Maritz and Jarrett's error, as from a bootstrap without its random draws.
+    scipy's version is a few percent larger for few samples, and undefined for two."""
     error = inf
     if len(logs) > 2:
-        with np.errstate(invalid="ignore"):  # of equal samples its square is rounded below zero
+        with np.errstate(invalid="ignore"):  # for equal samples rounding makes its square negative
             error = float(np.nan_to_num(mjci(logs, [0.5])[0], nan=0.0))
     return Estimate(float(np.median(logs)), error, len(logs))
 
 
-def _chance(estimate: Estimate, edge: float) -> float:
-    """Two-sided p-value of a change beyond the floor."""
+def _p_value(estimate: Estimate, edge: float) -> float:
+    """The two-sided p-value of a change beyond the floor."""
     if estimate.samples < LEAST:
         return 1.0
     beyond = abs(estimate.log) - edge
@@ -194,12 +194,12 @@ def _judge(estimate: Estimate, edge: float, alpha: float) -> Judged:
             return Judged(ratio, "faster", 0)
         if -edge <= lo and hi <= edge:
             return Judged(ratio, "same", 0)
-    return Judged(ratio, "inconclusive", _missing(estimate, edge, alpha))
+    return Judged(ratio, "inconclusive", _samples_needed(estimate, edge, alpha))
 
 
-def _missing(estimate: Estimate, edge: float, alpha: float) -> int:
-    """Samples until the interval, narrowing by the root of their number, lies to one side of the
-    floor's edge. Where the estimate itself lies at the edge: until it is a third of the floor."""
+def _samples_needed(estimate: Estimate, edge: float, alpha: float) -> int:
+    """Samples until the interval, which narrows with the root of their number, is on one side of
+    the floor's edge. For an estimate at the edge itself: until it is a third of the floor."""
     least = max(1, LEAST - estimate.samples)
     lo, hi = estimate.interval(alpha)
     if lo == -inf:

@@ -1,4 +1,4 @@
-"""How long each block takes where its kernels are called one by one."""
+"""The time of each block when its kernels are called one by one."""
 
 import time
 from collections import defaultdict
@@ -13,16 +13,16 @@ from fastdiff.kernels.observe import watching
 
 _WARM_UPS = 2
 _AHEAD = 100_000_000
-"""Clock cycles, some 50 ms, for which a GPU waits while the host queues a whole step behind it:
-what is timed then is the GPU, not how fast Python launches."""
+"""Clock cycles, some 50 ms, for which a GPU waits while the host queues a whole step: so the GPU is
+timed, not Python's launches."""
 
 
 def time_blocks(
     runs: Iterable[Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Milliseconds that each block takes in `runs`, by block: medians over `rounds`.
+    """The milliseconds of each block in `runs`, by block: medians over `rounds`.
 
-    What a run does outside of all blocks stands under "". A block of several runs is their sum.
+    Work outside of all blocks has the name "". If a block occurs in several runs, they are added.
     """
     times: defaultdict[str, float] = defaultdict(float)
     for run in runs:

@@ -1,4 +1,4 @@
-"""A dispatch mode that tallies what torch is asked to do: launches, bytes and FLOPs."""
+"""A dispatch mode that counts torch's launches, bytes and FLOPs."""
 
 import math
 from collections import defaultdict
@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.dispatch import Kernel, kernel_of
 
 KINDS = ("attention", "conv", "linear", "norm", "pointwise", "copy", "step", "host read", "other")
 
 _aten = torch.ops.aten
-FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table leaves the CPU's attention out
+FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table lacks the CPU's attention
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _aten._scaled_dot_product_flash_attention
     ],
@@ -42,15 +42,15 @@ _KIND_OF = {
     for name in names.split()
 }
 COMPUTED = 1 << 20
-"""FLOPs up to which a product is computed on a CPU: a scheduler decides by the results of its own,
-and no network's steps are told apart by its outputs."""
+"""FLOPs up to which a product is computed on a CPU: a scheduler branches on its own products, but
+nothing branches on a network's outputs."""
 _OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_")
-"""Ops in place that do not read what they write."""
+"""In-place ops that do not read what they overwrite."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Launches, bytes read and written by them, and the FLOPs of products and convolutions."""
+    """Launches, the bytes that they read and write, and the FLOPs of products and convolutions."""
 
     launches: int = 0
     bytes: int = 0
@@ -65,7 +65,7 @@ class Tally:
 
 
 Work = Mapping[str, Tally]
-"""By kind of op; kinds that do not occur are left out."""
+"""By kind of op, without kinds that do not occur."""
 
 
 def total(work: Work) -> Tally:
@@ -73,10 +73,10 @@ def total(work: Work) -> Tally:
 
 
 class Counter(TorchDispatchMode):
-    """Tallies the ops of this thread that run on `device`.
+    """Counts this thread's ops that run on `device`.
 
-    `called`: names of the C++ kernels called meanwhile, which `counting` leaves uncomputed.
-    `blocks`: the same tallies by the block that is under way, as whoever is `watching` sets it.
+    `called`: names of the C++ kernels called in the meantime, which `counting` does not compute.
+    `blocks`: the same tallies by the current `block`, which `watching` sets.
     """
 
     def __init__(self, device: torch.device, called: list[str]) -> None:
@@ -91,11 +91,11 @@ class Counter(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "fastdiff":
-            return self._ours(op, args, kwargs)
+        if kernel := kernel_of(op):
+            return self._ours(kernel, args, kwargs)
         formula = FORMULAS.get(op.overloadpacket)
         if formula is None:
-            with self:  # under inference_mode ops arrive that are made of others
+            with self:  # under inference_mode composite ops arrive here
                 result = op.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -106,24 +106,24 @@ class Counter(TorchDispatchMode):
         return result
 
     def _product(self, op: Any, formula: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-        """What `op` returns, or zeros of the same layout where computing it would take long."""
+        """The result of `op`, or zeros in the same layout if computing it would take long."""
         if self._device != "cpu":
             result = op(*args, **kwargs)
             return result, int(formula(*args, **kwargs, out_val=result))
         shape = op(*tree_map(_meta, args), **tree_map(_meta, kwargs))
         if op is _aten.convolution.default and torch.channels_last in map(_layout, args[:2]):
-            shape = shape.contiguous(memory_format=torch.channels_last)  # forgotten without values
+            # without values the layout is lost
+            shape = shape.contiguous(memory_format=torch.channels_last)
         flops = int(formula(*args, **kwargs, out_val=shape))
         return tree_map(_zeros, shape) if flops > COMPUTED else op(*args, **kwargs), flops
 
-    def _ours(self, op: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        kernel = KERNELS[op._schema.name.removeprefix("fastdiff::")]
+    def _ours(self, kernel: Kernel, args: tuple[Any, ...], kwargs: Any) -> Any:
         if self._device == "cuda" and "triton" in kernel.implementations:
-            result = op(*args, **kwargs)
+            result = kernel.op(*args, **kwargs)
         else:
             before = len(self._called)
             run = kernel.implementations["cpu"]() if self._device == "cpu" else kernel.library
-            with self:  # what plain torch does in it counts by itself
+            with self:  # the ops of plain torch count one by one
                 result = run(*args, **kwargs)
             if len(self._called) == before:
                 return result
@@ -131,13 +131,13 @@ class Counter(TorchDispatchMode):
                 fresh.zero_()
         with FlopCounterMode(display=False) as counter:
             kernel.spec.reference(*tree_map(_meta, args), **tree_map(_meta, kwargs))
-        self._tally(op, args, kwargs, result, counter.get_total_flops())
+        self._tally(kernel.op, args, kwargs, result, counter.get_total_flops())
         return result
 
     def _tally(self, op: Any, args: Any, kwargs: Any, result: Any, flops: int) -> None:
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
         if not any(tensor.device.type == self._device for tensor in tensors):
-            return  # a scheduler's arithmetic on the host of a GPU
+            return  # a scheduler's arithmetic on the host
         name = op._schema.name.partition("::")[2]
         if only_memory(op, name):
             return
@@ -149,12 +149,12 @@ class Counter(TorchDispatchMode):
 
 
 def only_memory(op: Any, name: str) -> bool:
-    """Whether an op takes memory, or looks at it otherwise, and launches nothing."""
+    """Whether an op only allocates memory or makes a view, and launches nothing."""
     return name.startswith(("empty", "new_empty")) or torch.Tag.inplace_view in op.tags
 
 
 def moved(op: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
-    """Bytes that an op reads and writes: its tensors, each once per argument."""
+    """The bytes that an op reads and writes: each of its tensors once per argument."""
     read, written = 0, sum(map(bytes_of, _fresh(args, kwargs, result)))
     for position, argument in enumerate(op._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -166,7 +166,7 @@ def moved(op: Any, name: str, args: Any, kwargs: Any, result: Any) -> tuple[int,
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Of the elements in memory: those of an expanded dimension lie there once."""
+    """The bytes of the elements in memory: an expanded dimension counts once."""
     if tensor.numel() == 0:
         return 0
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
@@ -174,7 +174,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def _fresh(args: Any, kwargs: Any, result: Any) -> list[Tensor]:
-    """The tensors of `result` that are no memory of an argument's; schemas do not always tell."""
+    """The tensors of `result` that share no argument's memory; schemas do not always say so."""
     given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     return [tensor for tensor in results if _storage(tensor) not in given]
@@ -193,14 +193,14 @@ def _kind(op: Any, name: str) -> str:
 
 
 def _meta(value: Any) -> Any:
-    """A float tensor without its values; integers stay, for an index is looked at."""
+    """A float tensor without its values; integer tensors stay, since indices are read."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _zeros(shape: Any) -> Any:
-    """Zeros on the CPU, in the strides of a tensor that has no values."""
+    """Zeros on the CPU, with the strides of a tensor that has no values."""
     if not isinstance(shape, Tensor):
         return shape
     return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype).zero_()

@@ -1,4 +1,4 @@
-"""Drawing one picture with a stopwatch, and taking turns in random order."""
+"""Draws a picture and times it; interleaves several backends in random order."""
 
 import gc
 import random
@@ -13,7 +13,7 @@ import torch
 from fastdiff.recipes import denoiser
 
 T = TypeVar("T")
-GUIDANCE_SCALE = 4.0  # above 1, so that every step runs the batch of two that users run
+GUIDANCE_SCALE = 4.0  # above 1, so that every step has a batch of two, as for most users
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture, [H, W, 3] in [0, 1], and what it took.
+    """One picture, [H, W, 3] in [0, 1], and its times.
 
-    step_ms: the pipeline up to its latents, over the number of steps; encoding the prompt is in
-    it. image_ms: that and the VAE. text_ms: until the last text encoder had its outputs.
-    decode_ms: the VAE. On a GPU the first of these two is the stream's, the second the host's.
+    step_ms: from the start to the latents, divided by the number of steps; includes encoding the
+    prompt. image_ms: all of it, with the VAE. text_ms: until the last text encoder is done.
+    decode_ms: the VAE. On a GPU text_ms is by the stream's clock, decode_ms by the host's.
     """
 
     image: torch.Tensor
@@ -45,7 +45,7 @@ class Drawing:
 
 
 def draw(pipe: Any, request: Request) -> Drawing:
-    """Draw and time one picture. What is timed is what the receipt looks at."""
+    """Draw and time one picture, the same one that the receipt checks."""
     device = pipe.device
     generator = torch.Generator("cpu").manual_seed(request.seed)
     latents = request.latents.to(device, denoiser(pipe).dtype)
@@ -80,10 +80,10 @@ def draw(pipe: Any, request: Request) -> Drawing:
 
 @contextmanager
 def _encoded(pipe: Any, device: torch.device) -> Iterator[Callable[[], float]]:
-    """A function: ms from now until the last call of a text encoder within the block had ended."""
-    marks = [_mark(device)]
+    """Yield a function that returns the ms from now to the end of the last text encoder's call."""
+    marks = [_now(device)]
     hooks = [
-        module.register_forward_hook(lambda *_: marks.append(_mark(device)))
+        module.register_forward_hook(lambda *_: marks.append(_now(device)))
         for name, module in pipe.components.items()
         if name.startswith("text_encoder") and module is not None
     ]
@@ -102,8 +102,9 @@ def _encoded(pipe: Any, device: torch.device) -> Iterator[Callable[[], float]]:
             hook.remove()
 
 
-def _mark(device: torch.device) -> Any:
-    """Now: on the GPU's stream, which is not made to wait for it; else on the host."""
+def _now(device: torch.device) -> Any:
+    """The present time: on a GPU an event on its stream, which does not wait for it; else the
+    host's clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -112,7 +113,7 @@ def _mark(device: torch.device) -> Any:
 
 
 def picture(pipe: Any, height: int, width: int, steps: int, output_type: str = "latent") -> None:
-    """Draw for the work of it: what counters count, guided as users guide. Sides in pixels."""
+    """Draw without timing, for counters; with guidance, as for most users. Sizes in pixels."""
     pipe.set_progress_bar_config(disable=True)
     pipe(
         "red heart",
@@ -126,7 +127,7 @@ def picture(pipe: Any, height: int, width: int, steps: int, output_type: str = "
 
 
 def clock(device: torch.device) -> float:
-    """Seconds on a monotonic clock, once everything queued on `device` is done."""
+    """Seconds on a monotonic clock, after everything queued on `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -138,12 +139,12 @@ def interleave(
     seed: int,
     after_round: Callable[[int, dict[str, list[T]]], object] = lambda done, results: None,
 ) -> dict[str, list[T]]:
-    """Run everything once a round, in an order drawn anew each round; results by name and round.
+    """Run everything once per round, each round in a new random order; results by name and round.
 
-    `after_round(done, results)` hears of each round, and what all rounds so far have given.
+    `after_round(done, results)` is called after each round with all results so far.
 
-    A slow minute then slows all alike: sequential blocks on a busy machine cry wolf in one
-    comparison of five.
+    A slow minute then slows everything alike. On a busy machine, sequential blocks give a false
+    alarm in one of five comparisons.
     """
     results: dict[str, list[T]] = {name: [] for name in runs}
     order = list(runs)

@@ -11,7 +11,9 @@ from typing import NoReturn
 from fastdiff import installed
 from fastdiff.cli import (  # noqa: F401  each adds its commands
     compare,
+    doctor,
     draw,
+    env,
     export,
     facts,
     graph,
@@ -30,10 +32,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line `arguments`, the process's own if None, and exit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Loading bars and advice of the libraries below are not what was asked for.
+    # advice of the libraries below is not what was asked for
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         try:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _refuse(str(error))
     except Exception as error:
-        if sentence := _missing(error, arguments) or _full(error):
+        if sentence := _missing(error, arguments) or _full(error) or installed.clash():
             _refuse(sentence)
         traceback.print_exc()  # a fault of ours
         sys.exit(2)  # Python's own exit code for it is 1, which says "slower"
@@ -64,13 +65,13 @@ def _missing(error: BaseException | None, arguments: Sequence[str]) -> str | Non
     while error is not None:  # diffusers and transformers wrap it in errors of their own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, ImportError):
-            if "fastdiff[" in reason:
+            if f"{installed.DISTRIBUTION}[" in reason:
                 return reason
             words = re.findall(r"\w+", error.name or reason)
             package = next((word for word in words if word in installed.EXTRAS), None)
             if package is not None and "fastdiff" not in words:
-                extra = f"fastdiff[{installed.EXTRAS[package]}]"
-                return f"{arguments[0]} needs {package} ({reason}); {extra} has it"
+                how = installed.pip(installed.EXTRAS[package])
+                return f"{arguments[0]} needs {package} ({reason}); {how}"
         error = error.__cause__ or error.__context__
     return None
 

@@ -9,59 +9,79 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff.cli.options import (
-    DEMO,
     Device,
     Dtype,
+    Json,
     Preset,
     Scale,
     Side,
     app,
     at_least,
-    one_of,
     was_given,
 )
 from fastdiff.errors import UserError
 
+SUITES = ("pipelines", "kernels")
 OF_PIPELINES = ("preset", "scale", "steps", "height", "width", "backends")
 
 
 @app.command()
 def compare(
     context: typer.Context,
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="A diffusers pipeline, or kernels; the demo if absent."),
+    pipeline: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PIPELINE|kernels",
+            help="A folder that save_pretrained wrote, a hub id (owner/name), or the word kernels"
+            " to compare our kernels one by one. Default: the demo that comes with fastdiff.",
+            show_default=False,
+        ),
     ] = None,
     against: Annotated[
-        str, typer.Option(help="The other state: a revision, a folder or a wheel.")
+        str,
+        typer.Option(help="The other state: a revision of this repository, a folder or a wheel."),
     ] = "HEAD",
-    pairs: Annotated[int | None, typer.Option(help="Process pairs.")] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many pairs of processes, one of each state."),
+    ] = None,
     until_precise: Annotated[
-        str | None, typer.Option(help="How narrow each interval is to be; 1% if absent.")
+        str | None,
+        typer.Option(help="Stop once every ratio is known this closely. Default: 1%."),
     ] = None,
     limit: Annotated[
-        int, typer.Option(help="With --until-precise: seconds that it takes at most.")
+        int, typer.Option(help="With --until-precise: stop after so many seconds in any case.")
     ] = 60,
     gate: Annotated[
-        str, typer.Option(help="both, times or counters, which need no quiet.")
+        str,
+        typer.Option(
+            help="What may fail: times, counters (which a busy machine does not disturb) or both."
+        ),
     ] = "both",
     preset: Preset = None,
     scale: Scale = 1.0,
-    backends: Annotated[str, typer.Option(help="Comma-separated.")] = "fastdiff",
+    backends: Annotated[
+        str, typer.Option(help="Which to compare, with commas between them.")
+    ] = "fastdiff",
     filter_: Annotated[
-        str, typer.Option("--filter", help="Of kernels: part of a kernel's or case's name.")
+        str,
+        typer.Option(
+            "--filter", help="With kernels: only those with this in their or a case's name."
+        ),
     ] = "",
     dtype: Dtype = None,
     device: Device = None,
-    threads: Annotated[int, typer.Option(help="Of each state on a CPU.")] = 1,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10,
+    threads: Annotated[int, typer.Option(help="Threads of each state on a CPU.")] = 1,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 10,
     height: Side = None,
     width: Side = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write fastdiff.paired/1 here.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
-    """Has this state become slower than another? A verdict, and exit 1 where it has."""
+    """Run two states of a project in turn: has this one become slower?
+
+    Exit codes: 0 no, 1 yes, 2 bad input, 3 it cannot be told. fastdiff report makes reports of
+    the document that --json writes.
+    """
     from fastdiff.bench.progress import shares
     from fastdiff.bench.saved import check_folder
     from fastdiff.regression import paired, states
@@ -91,7 +111,7 @@ def compare(
     if "times" in gates and not done.times and not any(done.wrong.values()):
         raise UserError(_nothing(settings, done.rows))
     command = shlex.join(["fastdiff", *context.obj])
-    document = paired.document(done, places, _case(folder, settings), settings.threads, command)
+    document = paired.document(done, places, _case(pipeline, settings), settings.threads, command)
     comparison = judge(pair_of(document), command)
     with afterwards(json_file, lambda: paired.to_json(document)):
         show(comparison)
@@ -103,10 +123,11 @@ def _settings(context: typer.Context) -> Any:
     """What both states are asked to run."""
     from fastdiff.bench.backends import ON_ENGINES, choose
     from fastdiff.bench.pipelines import check_device, check_dtype
+    from fastdiff.bench.source import Source, folder_of
     from fastdiff.regression.pairs import Settings
 
     given = context.params
-    suite, folder = suite_of(given["folder"])
+    suite, pipeline = suite_of(given["pipeline"])
     device = check_device(given["device"])
     dtype = str(check_dtype(given["dtype"], device)).removeprefix("torch.")
     at_least("--threads", given["threads"], 1)
@@ -117,32 +138,31 @@ def _settings(context: typer.Context) -> Any:
         return Settings(**shared, filter=given["filter_"])
     if given["filter_"]:
         raise UserError("--filter goes with kernels; pipelines are chosen by --preset or a folder")
-    one_of(folder, given["preset"])
+    Source(pipeline, given["preset"], given["scale"]).check()
     wanted = [name.strip() for name in given["backends"].split(",")]
     backends = tuple(name for name in choose(given["backends"]) if name in wanted)
     if engines := set(backends) & set(ON_ENGINES):
         raise UserError(
             f"--backends {min(engines)} goes with bench: its engines are made of one state alone"
         )
+    folder = folder_of(pipeline, "compare")
     return Settings(
         **shared,
         steps=given["steps"],
         height=given["height"],
         width=given["width"],
         backends=backends,
-        folder=folder,
+        folder=None if folder is None else str(folder),
         preset=given["preset"],
         scale=given["scale"],
     )
 
 
-def suite_of(folder: Path | None) -> tuple[str, str | None]:
-    """The suite that an argument names, or that of the folder which it is."""
-    if folder is None or (folder in (DEMO, Path("pipelines")) and not folder.exists()):
-        return "pipelines", None
-    if folder == Path("kernels") and not folder.exists():
-        return "kernels", None
-    return "pipelines", str(folder)
+def suite_of(pipeline: str | None) -> tuple[str, str | None]:
+    """The suite that an argument names, and the pipeline that it names, None for the demo."""
+    if pipeline in SUITES and not Path(pipeline).exists():
+        return pipeline, None
+    return "pipelines", pipeline
 
 
 def _until(pairs: int | None, precise: str | None, limit: int, limited: bool) -> Any:
@@ -189,16 +209,17 @@ def _folder(folder: str, base: Any, new: Any) -> str:
     return folder
 
 
-def _case(folder: Path | None, settings: Any) -> str:
+def _case(pipeline: str | None, settings: Any) -> str:
     """What was timed, as every row begins."""
+    from fastdiff.bench.source import Source
+
     parts = [settings.dtype, settings.device]
     if settings.suite == "kernels":
         return ", ".join(["kernels", *parts])
-    preset = settings.preset and f"{settings.preset} scale {settings.scale:g}"
-    name = preset or (folder.name if folder and settings.folder else "demo")
+    source = Source(pipeline if settings.folder else None, settings.preset, settings.scale)
     if settings.height or settings.width:
         parts.append(f"{settings.width or 'own'}×{settings.height or 'own'}")
-    return ", ".join([name, *parts, f"{settings.steps} steps"])
+    return ", ".join([source.name, *parts, f"{settings.steps} steps"])
 
 
 def _nothing(settings: Any, rows: dict[str, list[str]]) -> str:

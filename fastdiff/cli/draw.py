@@ -1,58 +1,90 @@
-"""generate: one picture."""
+"""generate: a picture for each prompt."""
 
 import inspect
 import math
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastdiff.cli.options import Device, Dtype, Seed, Side, Steps, app, at_least, load_pipe
+from fastdiff.cli.options import (
+    Config,
+    Device,
+    Dtype,
+    Lora,
+    Pipeline,
+    Scheduler,
+    Seed,
+    Side,
+    Steps,
+    Variant,
+    app,
+    at_least,
+    source_of,
+)
 from fastdiff.errors import UserError
 from fastdiff.recipes import denoiser
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="The picture's file, .png or what else Pillow writes.")],
+    context: typer.Context,
+    prompt: Annotated[
+        list[str], typer.Option(help="What to draw. Repeat it for a picture of each.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The picture's file, a .png or another format of Pillow's. Several prompts make"
+            " NAME-1.png, NAME-2.png and so on, counted on from those that are there already."
+        ),
+    ],
+    pipeline: Pipeline = None,
     steps: Steps = 25,
     seed: Seed = 0,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="How closely to follow the prompt; the pipeline's own if absent, 4 for the demo."
+            help="How closely to follow the prompt. Default: the pipeline's own, 4 for the demo."
         ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    pipe: Annotated[Path | None, typer.Option(help="A pipeline's folder, not the demo.")] = None,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    config: Config = None,
     height: Side = None,
     width: Side = None,
     dtype: Dtype = None,
     device: Device = None,
-    eager: Annotated[bool, typer.Option("--eager", help="Without fastdiff.")] = False,
+    eager: Annotated[
+        bool, typer.Option("--eager", help="Draw with diffusers alone, without fastdiff.")
+    ] = False,
 ) -> None:
-    """Draw one picture."""
+    """Draw a picture of each prompt, all from the same seed."""
     at_least("--steps", steps, 1)
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import step_bar
     from fastdiff.bench.room import room
+    from fastdiff.bench.source import opened, placed
     from fastdiff.written import check_writable, write_file
 
     check_writable(out, "--out")
     kind = _format(out)
     device = check_device(device)
-    painter = load_pipe(pipe, check_dtype(dtype, device), device)
+    painter = opened(source_of(context), check_dtype(dtype, device), device).to(device)
     check_steps(painter, steps)
     height, width = check_size(painter, height, width)
     known = inspect.signature(painter.__call__).parameters
     if negative_prompt is not None and "negative_prompt" not in known:
         raise UserError(f"--negative-prompt: a {type(painter).__name__} takes none; leave it out")
     if guidance_scale is None:
-        guidance_scale = known["guidance_scale"].default if pipe else 4.0
+        is_demo = placed(pipeline) is None
+        guidance_scale = 4.0 if is_demo else known["guidance_scale"].default
     wanted = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
@@ -68,16 +100,27 @@ def generate(
     painter.progress_bar = step_bar
     import torch
 
-    with room(painter, height, width, device):
-        drawn = painter(
-            prompt,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            **{name: value for name, value in wanted.items() if value is not None},
-        ).images
-        image = _picture(painter, drawn, guidance_scale)
-    encoded = _encoded(image, out, kind)
-    write_file(out, lambda path: path.write_bytes(encoded))
-    print(out)
+    for text, place in zip(prompt, _places(out, len(prompt)), strict=True):
+        with room(painter, height, width, device):
+            drawn = painter(
+                text,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                **{name: value for name, value in wanted.items() if value is not None},
+            ).images
+            image = _picture(painter, drawn, guidance_scale)
+        encoded = _encoded(image, place, kind)
+        write_file(place, lambda path, encoded=encoded: path.write_bytes(encoded))  # type: ignore[misc]
+        print(place)
+
+
+def _places(out: Path, count: int) -> list[Path]:
+    """`out` for one picture; for several its name with numbers, none of which is taken yet."""
+    if count == 1:
+        return [out]
+    numbered = re.compile(rf"{re.escape(out.stem)}-(\d+)")
+    names = [one.stem for one in out.parent.iterdir() if one.suffix == out.suffix]
+    last = max((int(found[1]) for name in names if (found := numbered.fullmatch(name))), default=0)
+    return [out.with_name(f"{out.stem}-{last + 1 + at}{out.suffix}") for at in range(count)]
 
 
 def _format(out: Path) -> str:

@@ -1,6 +1,6 @@
 """export --trt and inspect: engines that are built, and engines that lie in a folder."""
 
-import json as json_module
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,9 @@ def write_engines(
     load: Callable[[], tuple[Any, Any]],
     opset: int,
     dry_run: bool,
-    json: bool,
+    json_file: Path | None,
 ) -> None:
-    """Build, and print, the engines in the new folder `out` of what `load` gives.
+    """Build engines of what `load` gives in the new folder `out`, and show them.
 
     load: the pipeline and its parts.
     """
@@ -49,7 +49,7 @@ def write_engines(
     from fastdiff.export import trt as builder
     from fastdiff.export.folder import check_new
     from fastdiff.export.parts import left_out
-    from fastdiff.written import check_writable
+    from fastdiff.written import afterwards, check_writable
 
     wanted = shapes.parse(asked.shapes, asked.static)
     compatible = tuple(asked.compatible.split(",")) if asked.compatible is not None else ()
@@ -89,16 +89,14 @@ def write_engines(
         }
     numbers = [engine.get("numeric_check") for engine in document["engines"]]
     failed = any(check is not None and not check["passed"] for check in numbers)
-    if json:
-        print(json_module.dumps(document, indent=1))
-    else:
+    with afterwards(json_file, lambda: json.dumps(document, indent=1) + "\n"):
         _show_all(document)
     if failed:
         raise typer.Exit(1)
 
 
 def _show_all(document: dict[str, Any]) -> None:
-    """What was built, or would be, and what was left out."""
+    """Print what was built, or would be, and what was left out."""
     would = "would write" if document["dry_run"] else "wrote"
     print(f"{would} {document['out']}, opset {document['opset']}, {document['shapes']}")
     for engine in document["engines"]:
@@ -107,11 +105,15 @@ def _show_all(document: dict[str, Any]) -> None:
         print(f"left out: {name}, which has no engine")
 
 
-def inspect_engines(folder: Path, json: bool) -> None:
-    """Print what the engines in `folder` are. UserError where one is damaged, or not for the
+def inspect_engines(folder: Path, json_file: Path | None) -> None:
+    """Show what the engines in `folder` are. UserError where one is damaged, or not for the
     library that is installed."""
     from fastdiff.bench.progress import status
     from fastdiff.engines import manifest, trt
+    from fastdiff.written import afterwards, check_writable
+
+    if json_file:
+        check_writable(json_file, "--json")
 
     found = {}
     with status() as log:
@@ -120,15 +122,13 @@ def inspect_engines(folder: Path, json: bool) -> None:
             made = manifest.check(place)
             trt.library_of(place, made)
             found[str(place)] = made.to_dict()
-    if json:
-        print(json_module.dumps(found, indent=1))
-        return
-    for name, engine in found.items():
-        _show(name, engine)
+    with afterwards(json_file, lambda: json.dumps(found, indent=1) + "\n"):
+        for name, engine in found.items():
+            _show(name, engine)
 
 
 def _show(name: str, engine: dict[str, Any]) -> None:
-    """A line for an engine, one for each of its inputs' shapes, and what was checked."""
+    """Print a line for an engine, one for each input's shapes, and how far it is from torch."""
     size = f", {engine['plan_bytes'] / 1e6:.1f} MB" if "plan_bytes" in engine else ""
     built = f", {engine['build_seconds']:g} s" if "build_seconds" in engine else ""
     print(
@@ -137,9 +137,10 @@ def _show(name: str, engine: dict[str, Any]) -> None:
     )
     for profile in engine["profiles"]:
         for tensor, shapes in profile.items():
-            ends = " to ".join(str(shapes[end]) for end in ("min", "max"))
-            print(f"  {tensor}: {ends}, best at {shapes['opt']}")
+            low, best, high = (shapes[end] for end in ("min", "opt", "max"))
+            print(f"  {tensor}: minimum {low}, optimum {best}, maximum {high}")
     if reason := engine.get("numeric_check_reason"):
-        print(f"  numbers: {reason}")
-    if numbers := engine.get("numeric_check"):
-        print(f"  numbers: {'within' if numbers['passed'] else 'OUT OF'} torch's own budget")
+        print(f"  not compared with torch: {reason.removeprefix('not run: ')}")
+    if check := engine.get("numeric_check"):
+        within = "within" if check["passed"] else "OUTSIDE"
+        print(f"  compared with torch: {within} the error that is allowed")

@@ -1,6 +1,6 @@
 """export: the networks as ONNX, the proof that they draw the same, engines, a server's folder."""
 
-import json as json_module
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,86 +9,125 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff.cli.engines import EngineOptions, write_engines
-from fastdiff.cli.options import Preset, Scale, app, choose_pipe
+from fastdiff.cli.options import (
+    Config,
+    Json,
+    Lora,
+    Preset,
+    Scale,
+    Scheduler,
+    Variant,
+    app,
+    source_of,
+)
 from fastdiff.cli.repository import write_repository
 from fastdiff.errors import UserError
 
 
 @app.command()
 def export(
-    folder: Annotated[
-        Path | None,
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="The new folder to make.")],
+    pipeline: Annotated[
+        str | None,
         typer.Argument(
-            help="A diffusers pipeline, the demo if absent; or what --onnx or --trt wrote."
+            metavar="PIPELINE",
+            help="A folder that save_pretrained wrote, a hub id (owner/name), or a .safetensors"
+            " file that holds a whole pipeline; with --triton-repo also what --onnx or --trt made."
+            " Default: the demo that comes with fastdiff.",
+            show_default=False,
         ),
     ] = None,
-    onnx: Annotated[Path | None, typer.Option(help="The new folder, in Optimum's layout.")] = None,
-    trt: Annotated[Path | None, typer.Option(help="The new folder of TensorRT engines.")] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Make ONNX files, in Optimum's layout.")
+    ] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="Make TensorRT engines.")] = False,
     triton_repo: Annotated[
-        Path | None, typer.Option(help="The new model repository of Triton Inference Server.")
-    ] = None,
+        bool,
+        typer.Option("--triton-repo", help="Make a model repository of Triton Inference Server."),
+    ] = False,
     preset: Preset = None,
     scale: Scale = 1.0,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    config: Config = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; fp32 if absent, of --trt fp16.")
+        str | None,
+        typer.Option(help="fp32, bf16 or fp16. Default: fp32, with --trt fp16."),
     ] = None,
     opset: Annotated[
-        str, typer.Option(help="auto (20 for ONNX Runtime, 22 for TensorRT) or 18 to 23.")
+        str,
+        typer.Option(help="ONNX opset, 18 to 23; auto: 20 for ONNX Runtime, 22 for TensorRT."),
     ] = "auto",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run each file against torch; report beside it.")
+        bool,
+        typer.Option("--verify", help="--onnx: run each file, and hold it to torch's own result."),
     ] = False,
     ort_fused: Annotated[
         bool,
         typer.Option(
-            "--ort-fused", help="--onnx: GroupNorm for ONNX Runtime's CUDA provider only."
+            "--ort-fused", help="--onnx: the GroupNorm that only ONNX Runtime on CUDA has."
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List files, shapes and opset; write nothing.")
+        bool, typer.Option("--dry-run", help="List files, shapes and opset; make nothing.")
     ] = False,
     flavor: Annotated[
-        str | None, typer.Option(help="--trt: auto, tensorrt or rtx, the library that builds.")
+        str | None,
+        typer.Option(help="--trt: the library that builds: tensorrt, rtx or auto (the default)."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="--trt: sm_89,sm_120,…; the GPU that is there if absent.")
+        str | None,
+        typer.Option(help="--trt: GPU architectures, as sm_89,sm_120. Default: the GPU here."),
     ] = None,
     shapes: Annotated[
         str | None,
-        typer.Option(help="--trt: MIN:OPT:MAX, each pictures x height x width, as 1x512x512."),
+        typer.Option(
+            help="--trt: minimum:optimum:maximum, each pictures x height x width, as"
+            " 1x256x256:1x512x512:2x768x768."
+        ),
     ] = None,
     static: Annotated[
-        str | None, typer.Option(help="--trt: one shape alone, as 1x512x512; with guidance.")
+        str | None,
+        typer.Option(help="--trt: one shape only, as 1x512x512, drawn with guidance."),
     ] = None,
     compatible: Annotated[
-        str | None, typer.Option(help="--trt: hardware, version, or both with a comma.")
+        str | None,
+        typer.Option(help="--trt: hardware, version, or both with a comma between them."),
     ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="--trt: a file of tactics timed before; made if absent.")
+        Path | None,
+        typer.Option(help="--trt: a file that keeps what was timed, for the next build."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="As one JSON object, on stdout.")] = False,
+    json_file: Json = None,
 ) -> None:
-    """The networks as ONNX files, proven against torch, or as TensorRT engines."""
-    places = {"--onnx": onnx, "--trt": trt, "--triton-repo": triton_repo}
-    if sum(place is not None for place in places.values()) != 1:
-        raise UserError("give one of --onnx, --trt and --triton-repo, the new folder to write")
+    """Write the networks as ONNX files, TensorRT engines, or a server's model repository.
+
+    Exits with 1 where an engine, or with --verify a file, computes something else than torch.
+    """
+    kinds = {"--onnx": onnx, "--trt": trt, "--triton-repo": triton_repo}
+    if sum(kinds.values()) != 1:
+        raise UserError("give one of --onnx, --trt and --triton-repo: what to make")
     only_trt = EngineOptions(flavor, target, shapes, static, compatible, timing_cache)
     if lost := [one for one in only_trt.given() if not trt and (onnx or one != "--target")]:
         raise UserError(f"{lost[0]} goes with --trt")
-    if ort_fused and onnx is None:
+    if ort_fused and not onnx:
         raise UserError("--ort-fused goes with --onnx")
     if verify and dry_run:
-        raise UserError("--dry-run writes nothing that --verify could run; give one of them")
+        raise UserError("--dry-run makes nothing that --verify could run; give one of them")
     if verify and triton_repo:
         raise UserError("--verify goes with --onnx, whose folder --triton-repo then takes")
     if verify and trt:
         raise UserError("--verify goes with --onnx; it runs no engines")
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.progress import status
+    from fastdiff.bench.source import fused as fused_source
     from fastdiff.export import fused
     from fastdiff.export import onnx as exporter
     from fastdiff.export.folder import check_new
     from fastdiff.export.parts import left_out, parts
+    from fastdiff.written import afterwards, check_writable
 
     torch_dtype = check_dtype(dtype or ("fp16" if trt else None), "cpu")
     if verify and dtype == "bf16":
@@ -100,30 +139,35 @@ def export(
     if ort_fused:
         fused.check(number, torch_dtype)
     exporter.check_packages(verify)
+    if json_file:
+        check_writable(json_file, "--json")
+    source = source_of(context)
 
     def load() -> tuple[Any, Any]:
-        pipe, _ = choose_pipe(folder, preset, scale, torch_dtype, "cpu")
+        pipe = fused_source(source, torch_dtype)
         # Triton's TensorRT backend takes no scalar; Optimum has one
         return pipe, parts(pipe, torch_dtype, timestep=(1,) if trt else ())
 
-    if triton_repo is not None:
-        given = {"--preset": preset, "--dtype": dtype, "--opset": opset != "auto"}
+    if triton_repo:
+        given = {"--opset": opset != "auto"} | {
+            f"--{name}": context.params[name]
+            for name in ("preset", "dtype", "scheduler", "lora", "variant", "config")
+        }
         asked = [option for option, value in given.items() if value]
-        return write_repository(folder, triton_repo, asked, target, load, number, dry_run, json)
-    if trt is not None:
-        return write_engines(trt, only_trt, load, number, dry_run, json)
-    assert onnx is not None
-    check_new(onnx)
+        folder = Path(pipeline) if pipeline else None
+        return write_repository(folder, out, asked, target, load, number, dry_run, json_file)
+    if trt:
+        return write_engines(out, only_trt, load, number, dry_run, json_file)
+    check_new(out)
     with status() as log:
         log("loading")
         pipe, networks = load()
-        written = () if dry_run else exporter.export(pipe, networks, onnx, number, log, ort_fused)
+        written = () if dry_run else exporter.export(pipe, networks, out, number, log, ort_fused)
         document = exporter.document(networks, number, written)
-        document |= {"out": str(onnx), "dry_run": dry_run, "left_out": left_out(pipe)}
-        parity = _verify(pipe, networks, onnx, ort_fused, log) if verify else None
-    if json:
-        print(json_module.dumps(document | ({"parity": parity[0]} if parity else {}), indent=1))
-    else:
+        document |= {"out": str(out), "dry_run": dry_run, "left_out": left_out(pipe)}
+        parity = _verify(pipe, networks, out, ort_fused, log) if verify else None
+    whole = document | ({"parity": parity[0]} if parity else {})
+    with afterwards(json_file, lambda: json.dumps(whole, indent=1) + "\n"):
         _show(document)
         if parity:
             print(parity[1])
@@ -145,7 +189,7 @@ def _verify(
     if ort_fused:
         document["spelled_out"] = fused.OPERATOR
         text += f"\n{fused.OPERATOR} was computed in standard operators: no CPU has it.\n"
-    as_json = json_module.dumps(document, indent=1, allow_nan=False) + "\n"
+    as_json = json.dumps(document, indent=1, allow_nan=False) + "\n"
     with told(out):
         write_file(out / "parity.json", lambda path: path.write_text(as_json, encoding="utf-8"))
         write_file(out / "parity.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -153,7 +197,7 @@ def _verify(
 
 
 def _show(document: dict[str, Any]) -> None:
-    """A line for each file, one for each of its tensors, and what was left out."""
+    """Print a line for each file, one for each of its tensors, and what was left out."""
     would = "would write" if document["dry_run"] else "wrote"
     print(f"{would} {document['out']}, opset {document['opset']}")
     for part in document["parts"]:

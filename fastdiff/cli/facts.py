@@ -1,4 +1,4 @@
-"""env and inspect: what is installed, and what the kernels compile to."""
+"""inspect: what the kernels compile to."""
 
 import json as json_module
 import shlex
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastdiff.cli.engines import inspect_engines
-from fastdiff.cli.options import app
+from fastdiff.cli.options import Json, app
 from fastdiff.errors import UserError
 
 SCHEMA = "fastdiff.static/1"
@@ -25,31 +25,22 @@ COLUMNS = {
     "limited_by": "limited by",
     "load": "load B",
     "store": "store B",
-    "wants_load": "wants",
-    "narrow": "narrow",
-    "mma": "mma",
-    "bound": "bound",
+    "wants_load": "could load B",
+    "narrow": "narrow loads",
+    "mma": "multiplies by",
+    "bound": "waits for",
 }
 """Of the table of kernels: a row's field beside its name, and what stands above it."""
-
-
-@app.command()
-def env(
-    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-) -> None:
-    """Versions and machine, to paste into an issue."""
-    from fastdiff.bench.machine import commit, machine, native, versions
-
-    facts = {"commit": commit()} | versions() | machine()
-    gpu = facts.pop("gpu")
-    facts |= {f"gpu {key}": value for key, value in gpu.items()} if gpu else {"gpu": None}
-    compiled = native()
-    facts |= {"fastdiff._C": compiled["isa"] or compiled["note"]}
-    if json:
-        print(json_module.dumps(facts, indent=1))
-        return
-    for name, value in facts.items():
-        print(f"- {name}: {'none' if value is None else value}")
+LEGEND = (
+    "stages: rounds of a loop whose loads are under way at once; regs: registers of a thread, 255"
+    " at most; spill: bytes of a thread that do not fit into them",
+    "shared: bytes of shared memory of a block; occupancy: warps on a multiprocessor, of those that"
+    " it can hold; limited by: why there are no more",
+    "load B, store B: bytes of a thread's widest load and store; could load B: what the layout of"
+    " the data allows; narrow loads: how many loads and stores are narrower than that",
+    "multiplies by: the matrix instruction, empty without one; waits for: memory or compute, which"
+    " takes longer at the GPU's specified rates",
+)
 
 
 @app.command()
@@ -59,26 +50,38 @@ def inspect(
         str | None,
         typer.Argument(
             metavar="KERNEL|ENGINES",
-            help="One of our GPU kernels, or what export --trt wrote; all our kernels if absent.",
+            help="One of our GPU kernels, or a folder that export --trt made. Default: all our"
+            " kernels.",
+            show_default=False,
         ),
     ] = None,
     arch: Annotated[
-        list[int] | None, typer.Option(help="80, 90, 120, …; every one we know if absent.")
+        list[int] | None,
+        typer.Option(
+            help="A GPU's architecture, as 80, 90 or 120. Repeat it for more. Default: all we know."
+        ),
     ] = None,
-    models: Annotated[bool, typer.Option(help="Only sizes that models have.")] = False,
-    count: Annotated[
-        bool, typer.Option(help="How many each pipeline needs compiled; compiles none.")
+    models: Annotated[
+        bool, typer.Option("--models", help="Only the sizes that occur in models.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write fastdiff.static/1 here.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    count: Annotated[
+        bool,
+        typer.Option(
+            "--count", help="Only count the kernels that each pipeline needs; compile none."
+        ),
+    ] = False,
+    json_file: Json = None,
 ) -> None:
-    """What each GPU kernel compiles to: registers, …; or what engines are, if they are whole.
+    """Show what GPU kernels compile to, or what engines are and whether they are undamaged.
 
-    Exits with 1 where a kernel spills, does not fit, or moves or multiplies less than it could, and
-    with --count where a pipeline needs more kernels than it may.
+    Needs no GPU. Exits with 1 where a kernel spills, does not fit, or moves or multiplies less at
+    once than it could; with --count where a pipeline needs more kernels than it may.
     """
     from fastdiff.kernels.dispatch import all_kernels
+    from fastdiff.written import check_writable
 
+    if json_file:
+        check_writable(json_file, "--json")
     kernels = [name for name, one in all_kernels().items() if "triton" in one.implementations]
     if what is not None and what not in kernels:
         if not Path(what).exists():
@@ -90,41 +93,38 @@ def inspect(
             raise UserError("--arch is for our kernels; an engine has the GPU it was built for")
         if models:
             raise UserError("--models is for our kernels")
-        if out:
-            raise UserError("--out is for our kernels; an engine's manifest lies beside it")
-        return inspect_engines(Path(what), json)
+        return inspect_engines(Path(what), json_file)
     if count:
-        if what or models or out:
-            raise UserError("--count takes no kernel, --models or --out; give --arch and --json")
-        return count_kernels(arch, json)
+        if what or models:
+            raise UserError("--count takes no kernel and no --models; give --arch and --json")
+        return count_kernels(arch, json_file)
     command = shlex.join(["fastdiff", *context.obj])
-    inspect_kernels(None if what is None else [what], arch, models, out, json, command)
+    inspect_kernels(None if what is None else [what], arch, models, json_file, command)
 
 
-def count_kernels(archs: list[int] | None, json: bool) -> None:
-    """How often each kernel is compiled for each pipeline; says which need too many."""
+def count_kernels(archs: list[int] | None, json_file: Path | None) -> None:
+    """Show how often each kernel is compiled for each pipeline; say which need too many."""
     import torch
 
     from fastdiff import tables
     from fastdiff.bench.specialisations import MOST, PIPELINES, counted
     from fastdiff.kernels.inspect import SHARED_LIMIT
+    from fastdiff.written import afterwards
 
     archs = archs or list(SHARED_LIMIT)
     known_archs(archs)
     found = {
         arch: {name: counted(name, arch, torch.float16) for name in PIPELINES} for arch in archs
     }
-    if json:
-        print(json_module.dumps(found, indent=1))
-    else:
-        rows = []
-        for arch, counts in found.items():
-            for kernel in sorted({kernel for one in counts.values() for kernel in one}):
-                cells = [str(one.get(kernel, 0)) for one in counts.values()]
-                rows.append(tables.Row((f"{kernel} · sm_{arch}", *cells)))
-            totals = [str(sum(one.values())) for one in counts.values()]
-            rows.append(tables.Row((f"all · sm_{arch}", *totals), apart=True))
-        title = f"kernels compiled for a float16 pipeline, at most {MOST}"
+    rows = []
+    for arch, counts in found.items():
+        for kernel in sorted({kernel for one in counts.values() for kernel in one}):
+            cells = [str(one.get(kernel, 0)) for one in counts.values()]
+            rows.append(tables.Row((f"{kernel} · sm_{arch}", *cells)))
+        totals = [str(sum(one.values())) for one in counts.values()]
+        rows.append(tables.Row((f"all · sm_{arch}", *totals), apart=True))
+    title = f"kernels to compile for a float16 pipeline, {MOST} at most"
+    with afterwards(json_file, lambda: json_module.dumps(found, indent=1) + "\n"):
         tables.show(tables.printer(), title, ("kernel", *PIPELINES), rows)
     wrong = [
         f"{name} needs {total} kernels on sm_{arch}, more than {MOST}"
@@ -150,22 +150,19 @@ def inspect_kernels(
     ops: list[str] | None,
     arch: list[int] | None,
     models: bool,
-    out: Path | None,
-    json: bool,
+    json_file: Path | None,
     command: str,
 ) -> None:
-    """Compile them, write the table to `out`, print it and say what may not be."""
+    """Compile them, show the table and say what may not be."""
     from dataclasses import asdict
 
     from fastdiff.bench.kernels import cases
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.progress import status
     from fastdiff.kernels.inspect import table
-    from fastdiff.written import afterwards, check_writable
+    from fastdiff.written import afterwards
 
     known_archs(arch or ())
-    if out:
-        check_writable(out, "--out")
     named = {case.name for _, case in cases("cuda")} if models else None
     with status() as log:
         found = table(arch or None, cases=named, ops=ops, log=log)
@@ -177,19 +174,15 @@ def inspect_kernels(
         "command": command,
         "rows": rows,
     }
-    text = json_module.dumps(document, indent=1) + "\n"
-    with afterwards(out, lambda: text):
-        if json:
-            print(text, end="")
-        else:
-            show_kernels(rows)
+    with afterwards(json_file, lambda: json_module.dumps(document, indent=1) + "\n"):
+        show_kernels(rows)
     if faults := [fault for row in found for fault in row.faults]:
         print(*faults, sep="\n", file=sys.stderr)
         raise typer.Exit(1)
 
 
 def show_kernels(rows: list[dict[str, Any]]) -> None:
-    """A row for each, named as in a report."""
+    """Print a row for each, named as in a report, and what the columns mean."""
     from fastdiff import tables
 
     shown = []
@@ -199,4 +192,6 @@ def show_kernels(rows: list[dict[str, Any]]) -> None:
         shown.append(tables.Row((name, *(str(cells[key]) for key in COLUMNS))))
     head = ("kernel", *COLUMNS.values())
     left = [COLUMNS[key] for key in ("limited_by", "mma", "bound")]
-    tables.show(tables.printer(), "what the kernels compile to", head, shown, left)
+    console = tables.printer()
+    tables.show(console, "what the kernels compile to", head, shown, left)
+    tables.below(console, LEGEND)

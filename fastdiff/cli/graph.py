@@ -3,42 +3,56 @@
 import json
 import shlex
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastdiff.cli.options import PRESETS, app
+from fastdiff.cli.options import Json, Preset, Saved, app
 
 SCHEMA = "fastdiff.graph/1"
 HEAD = ("kernel", "launches", "MB", "GFLOP", "floor ms")
+LEGEND = (
+    "launches: of one denoising step with guidance",
+    "MB: what they read and write; GFLOP: products and convolutions",
+    "floor ms: the least time they can take on that GPU, by its bytes/s or FLOP/s, whichever is"
+    " longer; computed, not measured",
+)
 
 
 @app.command()
 def graph(
     context: typer.Context,
-    preset: Annotated[str, typer.Option(help=PRESETS)] = "sd15",
-    gpu: Annotated[str, typer.Option(help="h200, h100, a100-80, rtx4090, …")] = "h200",
+    pipeline: Saved = None,
+    preset: Preset = None,
+    gpu: Annotated[
+        str, typer.Option(help="The GPU to price for, as h200, h100, a100-80 or rtx4090.")
+    ] = "h200",
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "fp16",
-    out: Annotated[Path | None, typer.Option(help="Write fastdiff.graph/1 here.")] = None,
+    json_file: Json = None,
 ) -> None:
-    """The launches of one guided step by kernel, their bytes, FLOPs and floors; no GPU needed."""
+    """List what one guided step launches on a GPU, kernel by kernel, and the least time it needs.
+
+    No GPU is needed, and no weight is read.
+    """
+    from fastdiff.bench.blueprints import named
     from fastdiff.bench.gpus import gpu_named
     from fastdiff.bench.graph import rows
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.pipelines import check_dtype
-    from fastdiff.bench.presets import blueprint
+    from fastdiff.bench.source import Source
     from fastdiff.written import afterwards, check_writable
 
     priced = gpu_named(gpu)
-    network, side = blueprint(preset)
-    if out:
-        check_writable(out, "--out")
-    found = rows(network, priced, check_dtype(dtype, "cuda"), side)
+    if json_file:
+        check_writable(json_file, "--json")
+    source = Source(pipeline, preset)
+    plan = named(source, "graph")
+    found = rows(plan.denoiser, priced, check_dtype(dtype, "cuda"), plan.side)
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "note": "counted and priced at the roofline, not measured",
-        "case": f"{preset}, {dtype}, latents {side}×{side}, classifier-free guidance",
+        "case": f"{preset or source.name}, {dtype}, latents {plan.side}×{plan.side},"
+        " classifier-free guidance",
         "gpu": priced.name,
         "versions": {name: versions()[name] for name in ("torch", "diffusers")},
         "commit": commit(),
@@ -49,7 +63,7 @@ def graph(
         "floor_ms": sum(row.floor_ms for row in found),
         "rows": [asdict(row) for row in found],
     }
-    with afterwards(out, lambda: json.dumps(document, indent=1) + "\n"):
+    with afterwards(json_file, lambda: json.dumps(document, indent=1) + "\n"):
         _show(document)
 
 
@@ -69,5 +83,7 @@ def _show(document: dict[str, Any]) -> None:
         )
         for row in (*document["rows"], document)
     ]
-    title = f"{document['case']}, floors on {document['gpu']}"
-    tables.show(tables.printer(), title, HEAD, rows)
+    title = f"{document['case']}, priced on {document['gpu']}"
+    console = tables.printer()
+    tables.show(console, title, HEAD, rows)
+    tables.below(console, LEGEND)

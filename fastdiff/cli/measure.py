@@ -8,17 +8,22 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.options import (
+    Config,
     Device,
     Dtype,
-    Folder,
+    Json,
+    Lora,
+    Pipeline,
     Preset,
     Scale,
+    Scheduler,
     Seed,
     Side,
     Steps,
+    Variant,
     app,
     at_least,
-    choose_pipe,
+    source_of,
     was_given,
 )
 from fastdiff.errors import UserError
@@ -27,30 +32,41 @@ from fastdiff.errors import UserError
 @app.command()
 def bench(
     context: typer.Context,
-    folder: Folder = None,
+    pipeline: Pipeline = None,
     preset: Preset = None,
     scale: Scale = 1.0,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    config: Config = None,
     backends: Annotated[
-        str, typer.Option(help="Comma-separated; eager is always run.")
+        str,
+        typer.Option(
+            help="Which to run, with commas between them; eager, which the others are compared"
+            " with, is always run."
+        ),
     ] = "eager,channels_last,inductor,fastdiff",
     dtype: Dtype = None,
     device: Device = None,
     steps: Steps = 20,
     height: Side = None,
     width: Side = None,
-    rounds: Annotated[int, typer.Option(help="Pictures timed per backend.")] = 15,
+    rounds: Annotated[
+        int, typer.Option(help="Number of pictures that each backend is timed on.")
+    ] = 15,
     seed: Seed = 0,
     engines: Annotated[
-        Path | None, typer.Option(help="What fastdiff export wrote for this pipeline.")
+        Path | None, typer.Option(help="Folder that fastdiff export made of this pipeline.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write fastdiff.bench/1 here.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
-    """Steps per second of each backend side by side, with the quality receipt."""
+    """Time the backends side by side, and hold what each draws to float64.
+
+    Exits with 1 where a backend draws something else, or one that --backends names cannot run.
+    """
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
-    if folder == Path("kernels") and not folder.exists():
+    if pipeline == "kernels" and not Path(pipeline).exists():
         raise UserError(
             "bench times pipelines; fastdiff compare times kernels, pytest benchmarks too"
         )
@@ -63,6 +79,7 @@ def bench(
     from fastdiff.bench.room import room
     from fastdiff.bench.run import Settings
     from fastdiff.bench.run import bench as run
+    from fastdiff.bench.source import opened
     from fastdiff.written import afterwards, check_writable, so_far
 
     if json_file:
@@ -82,12 +99,13 @@ def bench(
     device = check_device(device)
     torch_dtype = check_dtype(dtype, device)
     # a preset's weights come from the device's own generator; those in engines from the CPU's
-    pipe, case = choose_pipe(folder, preset, scale, torch_dtype, "cpu" if engines else device)
+    source = source_of(context)
+    pipe = opened(source, torch_dtype, "cpu" if engines else device)
     check_steps(pipe, steps)
     height, width = check_size(pipe, height, width)
     kind = str(torch_dtype).removeprefix("torch.")
     settings = Settings(
-        case=f"{case}, {kind}, {device}, {width}×{height}, {steps} steps",
+        case=f"{source.name}, {kind}, {device}, {width}×{height}, {steps} steps",
         backends=names,
         asked=asked,
         device=device,
@@ -118,23 +136,36 @@ def bench(
 @app.command()
 def count(
     context: typer.Context,
-    folder: Folder = None,
+    pipeline: Pipeline = None,
     preset: Preset = None,
     scale: Scale = 1.0,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    config: Config = None,
     dtype: Dtype = None,
     device: Device = None,
-    steps: Annotated[int, typer.Option(help="Of one picture; another has one less.")] = 5,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Denoising steps of one picture; a second one, of a step less, shows"
+            " what a step takes."
+        ),
+    ] = 5,
     height: Side = None,
     width: Side = None,
     draw: Annotated[
         bool,
-        typer.Option("--draw", help="Also draw: recordings, compilations, peak memory."),
+        typer.Option(
+            "--draw", help="Also draw pictures, and count recordings, compilations and peak memory."
+        ),
     ] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write fastdiff.counts/1 here.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
-    """Launches, bytes and FLOPs per step and per image, eager and with fastdiff: no timing."""
+    """Count the launches, bytes and FLOPs of a step and of a picture, eager and with fastdiff.
+
+    Nothing is timed, so that the numbers are the same on a busy machine.
+    """
     at_least("--steps", steps, 2)
     from fastdiff.bench import counters
     from fastdiff.bench.machine import commit, machine, versions
@@ -142,20 +173,22 @@ def count(
     from fastdiff.bench.progress import status
     from fastdiff.bench.report import show_counts
     from fastdiff.bench.room import room
+    from fastdiff.bench.source import opened
     from fastdiff.written import afterwards, check_writable
 
     if json_file:
         check_writable(json_file, "--json")
     device = check_device(device)
     torch_dtype = check_dtype(dtype, device)
+    source = source_of(context)
     with status() as log:
         log("loading")
-        pipe, case = choose_pipe(folder, preset, scale, torch_dtype, device)
+        pipe = opened(source, torch_dtype, device)
         check_steps(pipe, steps)
         height, width = check_size(pipe, height, width)
         with room(pipe, height, width, device):
             rows = tuple(counters.count_pipe(pipe.to(device), steps, height, width, log, draw))
-    case = f"{case}, {str(torch_dtype).removeprefix('torch.')}, {device}, {width}×{height}"
+    case = f"{source.name}, {str(torch_dtype).removeprefix('torch.')}, {device}, {width}×{height}"
     command = shlex.join(["fastdiff", *context.obj])
     result = counters.Result(case, machine(), versions(), commit(), command, rows)
     with afterwards(json_file, lambda: counters.to_json(result)):

@@ -1,62 +1,110 @@
-"""What commands share: the application, their options, and the pipeline these name."""
+"""What commands share: the application, their options, and the pipeline that these name.
 
+Every command spells these the same way: the pipeline is the positional argument, `--out` names what
+is made, `--json FILE` is where the machine-readable document goes.
+"""
+
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastdiff.errors import UserError
 
+if TYPE_CHECKING:
+    from fastdiff.bench.source import Source
+
 app = typer.Typer(
     help="Makes diffusers pipelines fast without changing what they draw.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-DEMO = Path("demo")
-Folder = Annotated[Path | None, typer.Argument(help="A diffusers pipeline; the demo if absent.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same picture.", min=0, max=2**63 - 1)]
-Side = Annotated[int | None, typer.Option(help="Pixels; the pipeline's own if absent.")]
-Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 on a CPU, else fp16.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")]
-PRESETS = "sd15, sd21, sdxl, tiny, sd3, sd35-medium, sd35-large; -t5 after these with T5."
-Preset = Annotated[str | None, typer.Option(help=PRESETS)]
-Scale = Annotated[float, typer.Option(help="Preset's widths and picture, 0 to 1.")]
+Pipeline = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PIPELINE",
+        help="A folder that save_pretrained wrote, a hub id (owner/name), or a .safetensors file"
+        " that holds a whole pipeline. Default: the demo that comes with fastdiff.",
+        show_default=False,
+    ),
+]
+Saved = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PIPELINE",
+        help="A folder that save_pretrained wrote, or a hub id (owner/name). Default: the demo that"
+        " comes with fastdiff.",
+        show_default=False,
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Which files of weights to read where a folder or hub id has several, as fp16."
+        " Default: those without a variant, or the only ones there are."
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="For a .safetensors file: a folder or hub id of a pipeline with the same networks,"
+        " whose configs and tokenizers are used. Default: the hub id that diffusers finds for it."
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LORA[=WEIGHT]",
+        help="LoRA adapter: a .safetensors file, a folder or a hub id, and how strongly it counts,"
+        " 1 if not given. Repeat it for several.",
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="A scheduler class of diffusers, as EulerDiscreteScheduler. Default: the pipeline's."
+    ),
+]
+Steps = Annotated[int, typer.Option(help="Number of denoising steps.")]
+Seed = Annotated[
+    int,
+    typer.Option(help="The same seed draws the same picture again.", min=0, max=2**63 - 1),
+]
+Side = Annotated[
+    int | None, typer.Option(help="Of the picture, in pixels. Default: the pipeline's own size.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp32 on a CPU, fp16 on a GPU.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU.")
+]
+PRESETS = "sd15, sd21, sdxl, tiny, sd3, sd35-medium, sd35-large, or one of the last three with -t5"
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Instead of a pipeline: a known network with random weights: {PRESETS} for T5 too."
+    ),
+]
+Scale = Annotated[
+    float,
+    typer.Option(help="With --preset: multiplies its widths and its picture's sides; at most 1."),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the machine-readable document here."),
+]
 
 
-def choose_pipe(
-    folder: Path | None, preset: str | None, scale: float, dtype: Any, device: str
-) -> tuple[Any, str]:
-    """The pipeline of a folder (on the CPU) or a preset (on `device`), else the demo; its name."""
-    one_of(folder, preset)
-    if scale != 1.0 and not preset:
-        raise UserError("--scale goes with --preset; a folder's widths are what they are")
-    if folder == DEMO and not folder.exists():
-        folder = None
-    if not preset:
-        return load_pipe(folder, dtype, "cpu"), folder.name if folder else "demo"
-    from fastdiff.bench.presets import build
+def source_of(context: typer.Context) -> "Source":
+    """What the command line says of the pipeline to open."""
+    from fastdiff.bench.source import Source
 
-    return build(preset, scale, dtype, device), f"{preset} scale {scale:g}"
-
-
-def one_of(folder: object, preset: str | None) -> None:
-    """UserError where a folder and a preset are given."""
-    if folder and preset:
-        raise UserError(f"got the folder {folder} and --preset {preset}; give one of them")
-
-
-def load_pipe(folder: Path | None, dtype: Any, device: str) -> Any:
-    """The pipeline in `folder`, or the demo."""
-    if folder:
-        from fastdiff.bench.pipelines import load
-
-        return load(folder, dtype, device)
-    from fastdiff.demo import load_demo
-
-    return load_demo(dtype, device)
+    given = context.params
+    named = {one.name: given[one.name] for one in fields(Source) if one.name in given}
+    return Source(**named | {"lora": tuple(given.get("lora") or ())})
 
 
 def at_least(option: str, value: int, least: int) -> None:

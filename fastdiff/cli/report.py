@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.compare import share
-from fastdiff.cli.options import app
+from fastdiff.cli.options import Json, app
 from fastdiff.errors import UserError
 
 
@@ -18,28 +18,47 @@ from fastdiff.errors import UserError
 def report(
     context: typer.Context,
     base: Annotated[
-        Path | None, typer.Argument(help="What was before; or one file of both: compare --json.")
+        Path | None,
+        typer.Argument(
+            help="Document of the state before; or of both, as compare --json writes it."
+        ),
     ] = None,
-    new: Annotated[Path | None, typer.Argument(help="What is now.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="For a comment on a pull request.")] = None,
-    html: Annotated[Path | None, typer.Option(help="One page with plots.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="A test case a row.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="fastdiff.report/1.")] = None,
+    new: Annotated[Path | None, typer.Argument(help="Document of the state now.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write a comment for a pull request here.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write JUnit XML here, a test case for each row.")
+    ] = None,
+    json_file: Json = None,
     pytest_benchmark: Annotated[
-        Path | None, typer.Option(help="The times of NEW as pytest-benchmark writes them.")
+        Path | None,
+        typer.Option(help="Write the times of NEW here, as pytest-benchmark does."),
     ] = None,
     floor: Annotated[
-        str | None, typer.Option(help="A smaller change is none; 3% in turn, 10% apart.")
+        str | None,
+        typer.Option(
+            help="Changes below this share do not count. Default: 3% for states that ran in turn,"
+            " 10% for separate runs."
+        ),
     ] = None,
     history: Annotated[
-        Path | None, typer.Option(help="Instead: a folder of results over commits, with --html.")
+        Path | None,
+        typer.Option(help="With --html: also plot the results in this folder over their commits."),
     ] = None,
     roofline: Annotated[
-        list[Path] | None, typer.Option(help="What roofline --json wrote, drawn with --html.")
+        list[Path] | None,
+        typer.Option(help="With --html: also plot what roofline --json wrote. Repeat it for more."),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Rows that are the same, too.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show rows without a change, too.")
+    ] = False,
 ) -> None:
-    """Is it slower? Exit 0: no, 1: yes, 2: bad input, 3: it cannot be told."""
+    """Compare what two states measured, and report it: is the new one slower?
+
+    Exit codes: 0 no, 1 yes, 2 bad input, 3 it cannot be told.
+    """
     from fastdiff.regression.history import read as read_history
     from fastdiff.written import afterwards, check_writable, told, write_text
 

@@ -1,6 +1,6 @@
 """export --triton-repo: what a Triton Inference Server serves, of a pipeline or its export."""
 
-import json as json_module
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,11 @@ def write_repository(
     load: Callable[[], tuple[Any, Any]],
     opset: int,
     dry_run: bool,
-    json: bool,
+    json_file: Path | None,
 ) -> None:
-    """Write, and print, the repository `out` of the exported `folder`, else of what `load` gives.
+    """Make the repository `out` of the exported `folder`, else of what `load` gives; show it.
 
-    asked: options given that only an export can honour.
+    asked: the options given that a folder which is exported already cannot follow.
     target: of its engines, the one to serve.
     load: the pipeline and its parts, which are exported to ONNX first.
     """
@@ -30,6 +30,7 @@ def write_repository(
     from fastdiff.export import onnx as exporter
     from fastdiff.export import triton
     from fastdiff.export.folder import check_new, new_folder
+    from fastdiff.written import afterwards
 
     triton.check_packages()
     check_new(out)
@@ -43,7 +44,7 @@ def write_repository(
                     triton.fill(place, folder, found, shutil.copyfile)
         else:
             if target:
-                raise UserError("--target goes with the folder of --trt, or with --trt itself")
+                raise UserError("--target goes with a folder that --trt made, or with --trt itself")
             log("loading")
             pipe, networks = load()
             found = triton.models(exporter.document(networks, opset))
@@ -53,14 +54,12 @@ def write_repository(
                     exporter.export(pipe, networks, source, opset, log)
                     triton.fill(place, source, found, Path.rename)
     document = triton.document(found) | {"out": str(out), "dry_run": dry_run}
-    if json:
-        print(json_module.dumps(document, indent=1))
-    else:
+    with afterwards(json_file, lambda: json.dumps(document, indent=1) + "\n"):
         _show(document)
 
 
 def _show(document: dict[str, Any]) -> None:
-    """A line for each model, and how to serve them."""
+    """Print a line for each model, and how to serve them."""
     print(f"{'would write' if document['dry_run'] else 'wrote'} {document['out']}")
     for model in document["models"]:
         batch = f"batches of up to {n}" if (n := model["max_batch_size"]) else "no batching"

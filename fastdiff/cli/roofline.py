@@ -2,51 +2,61 @@
 
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastdiff.cli.options import (
+    Config,
     Device,
-    Folder,
+    Json,
+    Lora,
+    Pipeline,
     Preset,
     Scale,
+    Scheduler,
     Side,
     Steps,
+    Variant,
     app,
     at_least,
-    choose_pipe,
+    source_of,
 )
 
 
 @app.command()
 def roofline(
     context: typer.Context,
-    folder: Folder = None,
+    pipeline: Pipeline = None,
     gpu: Annotated[
-        str | None, typer.Option(help="h200, rtx4090, …; the one here if absent.")
+        str | None,
+        typer.Option(help="The GPU to price for, as h200 or rtx4090. Default: the one here."),
     ] = None,
     preset: Preset = None,
     scale: Scale = 1.0,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    config: Config = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on a CPU, else fp16.")
+        str | None,
+        typer.Option(help="fp32, bf16 or fp16. Default: bf16 on a CPU, fp16 on a GPU."),
     ] = None,
     device: Device = None,
     steps: Steps = 20,
     height: Side = None,
     width: Side = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time each block on a CPU, too, for minutes.")
+        bool,
+        typer.Option("--measure", help="Without a GPU: time each block on the CPU, for minutes."),
     ] = False,
-    rounds: Annotated[int, typer.Option(help="Times that each block is timed.")] = 15,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write fastdiff.roofline/1 here.")
-    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often each block is timed.")] = 15,
+    json_file: Json = None,
 ) -> None:
-    """Launches, FLOPs, bytes and floor of each block; the time it takes, where there is a GPU.
+    """Count the launches, FLOPs and bytes of each block, and the least time a GPU needs for it.
 
-    A CPU counts bfloat16: it costs a GPU what float16 does, and our CPU kernels compute it.
+    Where there is a GPU, each block is timed on it too. On a CPU, bfloat16 is counted: it costs a
+    GPU what float16 does, and our CPU kernels compute it.
     """
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
@@ -56,6 +66,7 @@ def roofline(
     from fastdiff.bench.roofline import roofline as price
     from fastdiff.bench.roofline_table import to_json
     from fastdiff.bench.room import room
+    from fastdiff.bench.source import opened
     from fastdiff.compiler import compile
     from fastdiff.written import afterwards, check_writable
 
@@ -66,9 +77,10 @@ def roofline(
     device = check_device(device)
     on_gpu = device.startswith("cuda")
     torch_dtype = check_dtype(dtype or (None if on_gpu else "bf16"), device)
+    source = source_of(context)
     with status() as log:
         log("loading")
-        pipe, case = choose_pipe(folder, preset, scale, torch_dtype, device)
+        pipe = opened(source, torch_dtype, device)
         log("counting")
         with room(pipe, *check_size(pipe, height, width), device):
             result = price(
@@ -83,5 +95,5 @@ def roofline(
         why = "bfloat16, as no --dtype was given: it costs a GPU what float16 does"
         result = replace(result, assumed=(*result.assumed, why))
     command = shlex.join(["fastdiff", *context.obj])
-    with afterwards(json_file, lambda: to_json(result, case, command)):
+    with afterwards(json_file, lambda: to_json(result, source.name, command)):
         print(result)

@@ -6,35 +6,39 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.facts import known_archs
-from fastdiff.cli.options import Folder, Preset, app, one_of
+from fastdiff.cli.options import Preset, Saved, app
 
 
 @app.command()
 def warm(
-    out: Annotated[Path, typer.Option(help="A new folder for them.")],
+    out: Annotated[Path, typer.Option(help="The new folder for the kernels.")],
     arch: Annotated[
-        list[int], typer.Option(help="80, 86, 89, 90, 100, 120, …; as often as wanted.")
+        list[int],
+        typer.Option(help="A GPU's architecture: 80, 86, 89, 90, 100 or 120. Repeat it for more."),
     ],
-    folder: Folder = None,
+    pipeline: Saved = None,
     preset: Preset = None,
     dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
 ) -> None:
-    """Compile a pipeline's kernels for GPUs that are not here: fastdiff.Options(warm=OUT)."""
-    from fastdiff.bench.blueprints import of_folder, of_preset
+    """Compile a pipeline's GPU kernels on a machine without that GPU.
+
+    Copy the folder to a machine that has it: fastdiff.Options(warm=OUT) loads them there.
+    """
+    from fastdiff.bench.blueprints import named
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.progress import phases
-    from fastdiff.compiler.asked import jobs_of
-    from fastdiff.demo import DEMO_FOLDER
+    from fastdiff.bench.source import Source
+    from fastdiff.compiler.own_size import jobs_of
     from fastdiff.export.folder import check_new, new_folder
     from fastdiff.families import Sizes
     from fastdiff.kernels.shipped import ship
 
     known_archs(arch)
-    one_of(folder, preset)
     wanted = check_dtype(dtype, "cuda")
     check_new(out)
-    plan = of_preset(preset) if preset else of_folder(folder or DEMO_FOLDER)
-    name = preset or (folder.resolve().name if folder else "demo")
+    source = Source(pipeline, preset)
+    plan = named(source, "warm")
+    name = preset or source.name
     sizes = [
         Sizes(plan.side, plan.factor, guided, upcast)
         for guided in (True, False)

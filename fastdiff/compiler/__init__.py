@@ -3,71 +3,73 @@
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from torch import nn
 
-from fastdiff.compiler.found import forget, remember, remembered, torch_compiled
-from fastdiff.compiler.options import FASTDIFF, LOOP, Options, chosen
+from fastdiff import installed
+from fastdiff.compiler.options import FASTDIFF, LOOP, Keywords, Options, chosen
 from fastdiff.compiler.slot import Slot, kept_slot, slot_of
+from fastdiff.compiler.taken import forget, remember, remembered, torch_compiled
 from fastdiff.errors import UserError
 from fastdiff.families import plain
+from fastdiff.tables import plural
 
 __all__ = ["Options", "Report", "compile", "report", "restore"]
 
 T = TypeVar("T")
 
 
-def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
+def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywords]) -> T:
     """Make a pipeline or model fast, in place, without changing what it draws.
 
-    Its networks run as compact networks on the same weights. The target stays the object and class
-    it was: `save_pretrained`, `state_dict`, schedulers, callbacks and LoRA loading work as before.
-    Where a call cannot be honoured it runs eagerly, with one warning, and `report` lists it.
+    Its networks run as compact networks on the same weights. The target keeps its identity and
+    class: `save_pretrained`, `state_dict`, schedulers, callbacks and LoRA loading work as before.
+    A call that fastdiff does not support runs eagerly, with one warning, and `report` lists it.
 
     Args:
-        target: a pipeline of diffusers (see `fastdiff.recipes`), or a bare network of one, on any
+        target: a diffusers pipeline (see `fastdiff.recipes`), or one of its networks alone, on any
             device, in any dtype.
         options: see `Options`.
-        keywords: the same by name, as `backend="ort"`.
+        keywords: the same options by name, such as `backend="ort"`.
 
     Returns:
         `target` itself. Compiling it again changes nothing.
 
     Raises:
-        ValueError: the target or an option is not known, `ignore` names no part of the target,
-            nothing in it can be made fast, or the backend asked for cannot run; the message says
+        ValueError: the target or an option is unknown, `ignore` names no part of the target,
+            nothing in it can be made fast, or the chosen backend cannot run; the message says
             why.
     """
     options = chosen(options, keywords)
-    parts = _left(target, options)
+    parts = _not_ignored(target, options)
     _refuse_compiled(parts)
     from fastdiff.compiler.ahead import kernels
+    from fastdiff.compiler.configured import configured
     from fastdiff.compiler.parts import denoiser_name
     from fastdiff.compiler.pipelines import take_loop
-    from fastdiff.compiler.told import told
 
-    parts = told(target, parts, options)
+    parts = configured(target, parts, options)
 
     if not parts and not options.ignore:
-        raise UserError(_nothing(target, _eager_parts(target)))
+        raise UserError(_nothing_fast(target, _eager_parts(target)))
     for module, _ in parts.values():
         if slot_of(module) is None and (lost := kept_slot(module)) is not None:
-            lost.end()  # its place was taken, and given up again
+            lost.end()  # another call was put in its place, and removed again
     slots = [
         Slot(name, module, kind)
         for name, (module, kind) in parts.items()
         if slot_of(module) is None
     ]
     if options.warm is not None and parts and not slots:
-        raise UserError("Options.warm comes too late: it is compiled already; restore it first")
+        raise UserError("Options.warm comes too late: this is compiled already; restore it first")
     try:
         for slot in slots:
             slot.take()
             if slot.refused and slot.kind.runner != FASTDIFF:
                 raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
         if slots and all(slot.refused for slot in slots):
-            raise UserError(_nothing(target, {slot.name: str(slot.refused) for slot in slots}))
+            raise UserError(_nothing_fast(target, {slot.name: str(slot.refused) for slot in slots}))
         made = kernels(target, slots, options.warm)
         for slot in slots:
             slot.kernels = made
@@ -82,12 +84,12 @@ def compile(target: T, options: Options | None = None, **keywords: Any) -> T:
 
 
 def restore(target: T) -> T:
-    """Undo `compile`: eager calls, and parameters in contiguous memory of their own.
+    """Undo `compile`: calls run eagerly, and each parameter has contiguous memory of its own.
 
-    Modules that were replaced since, or that torch.compile has taken, are restored, too; what
-    torch.compile made stays. A model that several pipelines share is eager in all of them
-    afterwards. Restore before moving a pipeline away for good: what the kernels' layout needs is
-    given back at the next call only.
+    Modules that were replaced since, or that torch.compile has wrapped, are restored, too; what
+    torch.compile made of them stays. A model shared by several pipelines becomes eager in all of
+    them. Restore before you move a pipeline for good: otherwise, the memory that the kernels'
+    layout needs on the old device is freed only at the next call.
 
     Returns:
         `target` itself; eager outputs are bit for bit what they were before `compile`.
@@ -103,7 +105,7 @@ def restore(target: T) -> T:
 
 
 def _end(slots: Iterable[Slot]) -> None:
-    """Give back what each slot has, whatever becomes of the others."""
+    """End every slot, even if ending another one raises."""
     with ExitStack() as stack:
         for slot in slots:
             stack.callback(slot.end)
@@ -111,12 +113,12 @@ def _end(slots: Iterable[Slot]) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a pipeline: who runs it, and why it is not fastdiff where it is not."""
+    """One part of a pipeline, its backend, and the reason if that is not fastdiff."""
 
     name: str
     runs: str
-    """"fastdiff" or another backend's name, "eager" (it would, but something stands in the way),
-    "torch.compile" or "diffusers"."""
+    """"fastdiff" or another backend's name, "eager" (fastdiff supports the part, but something
+    prevents it), "torch.compile" or "diffusers"."""
     why: str
 
 
@@ -126,9 +128,9 @@ class Report:
 
     parts: tuple[Part, ...]
     note: str | None = None
-    """What makes all of them slower than they need be."""
+    """What makes all parts slower than necessary, if anything."""
     tactics: str | None = None
-    """On a GPU: by which plans cuDNN convolves."""
+    """On a GPU: how cuDNN chooses its plans for convolutions."""
 
     def __str__(self) -> str:
         name = max((len(part.name) for part in self.parts), default=0)
@@ -138,18 +140,18 @@ class Report:
 
 
 def report(target: Any) -> Report:
-    """Who runs each component of a pipeline, or the parts of it, and why.
+    """Which backend runs each component of a pipeline, and why.
 
     Components that are None have no row.
     """
     parts = _parts(target)
-    from fastdiff.compiler.pipelines import Loop, loop_of
+    from fastdiff.compiler.pipelines import Loop, loop_of, why_not_planned
 
     def loop_part(loop: Loop | None) -> Part:
         if loop is None:
-            return Part(LOOP, "diffusers", "a few numbers per step")
+            return Part(LOOP, "diffusers", why_not_planned(target))
         notes = [f"{count} ran in diffusers' own loop: {why}" for why, count in loop.own.items()]
-        return Part(LOOP, "fastdiff", "; ".join([f"{loop.planned} loops", *notes]))
+        return Part(LOOP, "fastdiff", "; ".join([plural(loop.planned, "loop"), *notes]))
 
     ours = [_part(name, module) for name, (module, _) in parts.items()]
     if hasattr(target, "scheduler"):
@@ -191,23 +193,23 @@ def _part(name: str, module: nn.Module) -> Part:
     slot = kept_slot(plain(module))
     notes = [] if slot is None else _notes(slot)
     if slot_of(module) is None and torch_compiled(module):
-        lent = [] if slot is None else ["its weights are lent until it is restored"]
-        reason = "not compiled by fastdiff: torch.compile stands in its place"
+        lent = [] if slot is None else ["fastdiff keeps its weights until it is restored"]
+        reason = "not compiled by fastdiff: torch.compile has taken its place"
         return Part(name, "torch.compile", "; ".join([reason, *lent, *notes]))
     if slot is None or slot_of(module) is None:
         return Part(name, "eager", "not compiled")
     if slot.refused is not None:
         return Part(name, "eager", "; ".join([slot.refused, *notes]))
-    return Part(name, slot.kind.runner, "; ".join([f"{slot.fast} calls", *notes]))
+    return Part(name, slot.kind.runner, "; ".join([plural(slot.fast, "call"), *notes]))
 
 
 def _notes(slot: Slot) -> list[str]:
     notes = [] if slot.network is None else slot.kind.notes(slot.network)
-    notes += [f"{count} calls ran eagerly: {why}" for why, count in slot.eager.items()]
+    notes += [f"{plural(count, 'call')} ran eagerly: {why}" for why, count in slot.eager.items()]
     return notes + [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
 
 
-def _nothing(target: Any, reasons: dict[str, str]) -> str:
+def _nothing_fast(target: Any, reasons: dict[str, str]) -> str:
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return f"nothing in this {type(target).__name__} can be made fast: {why}"
 
@@ -225,12 +227,12 @@ def _refuse_compiled(parts: dict[str, Any]) -> None:
             if plain(module) is not module:
                 undo = "put its _orig_mod in its place"
             raise UserError(
-                f"{name} was compiled with torch.compile already; {undo} and compile it with"
-                f" fastdiff alone, or leave it so with Options(ignore=({name.split('.')[0]!r},))"
+                f"{name} is compiled with torch.compile already; {undo} and compile it with"
+                f" fastdiff alone, or keep it with Options(ignore=({name.split('.')[0]!r},))"
             )
 
 
-def _left(target: Any, options: Options) -> dict[str, Any]:
+def _not_ignored(target: Any, options: Options) -> dict[str, Any]:
     """The parts of `target` that `options` do not ignore."""
     found = _parts(target)
     if options.ignore:
@@ -252,7 +254,7 @@ def _parts(target: Any) -> dict[str, Any]:
         return parts(target)
     except ModuleNotFoundError as missing:
         raise ImportError(
-            f"fastdiff.compile needs {missing.name}: pip install 'fastdiff[diffusers]'"
+            f"fastdiff.compile needs {missing.name}; {installed.pip('diffusers')}"
         ) from missing
     except ValueError as unknown:
         raise UserError(str(unknown)) from None

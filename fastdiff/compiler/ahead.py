@@ -1,13 +1,13 @@
-"""The kernels of a pipeline, compiled before its first picture needs them.
+"""Compile a pipeline's kernels before its first picture needs them.
 
-What a picture of the pipeline's own size asks of a GPU is planned on tensors without memory; what
-Triton's cache does not hold of it comes from a folder of `fastdiff warm`, or is compiled on all
-cores, while the caller goes on. The first call of a network waits for it. Nothing here is needed
-for a right picture: a kernel that is missing is compiled by Triton at its first launch.
+A picture of the pipeline's own size is planned on tensors without memory, which gives the kernels
+it launches. Those that Triton's cache lacks come from a folder of `fastdiff warm`, or are compiled
+on all cores in the background; the first call of a network waits for them. Correctness does not
+depend on this: Triton compiles a missing kernel at its first launch.
 """
 
+import logging
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastdiff.compiler.asked import own_size
+from fastdiff import installed
+from fastdiff.compiler.own_size import own_size
 from fastdiff.errors import UserError
 from fastdiff.families import Kind
 from fastdiff.kernels.contract import Launch, architecture
@@ -25,21 +26,24 @@ from fastdiff.kernels.jobs import job_of
 from fastdiff.kernels.pool import compile_jobs
 from fastdiff.kernels.shipped import Shipped, differences, install, read
 from fastdiff.runtime.planned import Run, kernels_of
+from fastdiff.tables import plural
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Kernels:
-    """Those of all slots of one `compile`."""
+    """The kernels of all slots of one `compile`."""
 
     target: Any
-    """The pipeline or model, while it lives."""
+    """A weak reference to the pipeline or model."""
     slots: Sequence[Any]
     shipped: Shipped | None
     ahead: "Ahead | None" = None
     _beginning: Any = field(default_factory=threading.Lock, repr=False)
 
     def begin(self) -> None:
-        """Have them compiled, if the networks lie on an NVIDIA GPU and nothing has begun."""
+        """Start compiling, if the networks are on an NVIDIA GPU and nothing has started yet."""
         with self._beginning:
             target = self.target()
             taken = [(slot.kind, slot.network) for slot in self.slots if slot.network is not None]
@@ -48,7 +52,7 @@ class Kernels:
                 self.ahead = Ahead(partial(_plan, taken, target), arch, self.shipped)
 
     def wait(self) -> None:
-        """Return when they are there."""
+        """Return when all kernels are ready."""
         if self.ahead is None:
             self.begin()
         if self.ahead is not None:
@@ -61,19 +65,20 @@ class Kernels:
 
 
 def kernels(target: Any, slots: Sequence[Any], warm: str | Path | None) -> Kernels:
-    """Those of a target that was just compiled, begun where it lies on a GPU.
+    """The kernels of a target that was just compiled; starts compiling them if it is on a GPU.
 
-    Raises UserError where `warm` is no folder of `fastdiff warm`, or damaged.
+    Raises UserError if `warm` is not a folder written by `fastdiff warm`, or is damaged.
     """
     if warm is not None and find_spec("triton") is None:
-        raise UserError(f"Options.warm is {warm}, kernels of Triton, which fastdiff[gpu] has")
+        how = installed.pip("gpu")
+        raise UserError(f"Options.warm is {warm}, but Triton is missing: {how}")
     made = Kernels(weakref.ref(target), slots, None if warm is None else read(Path(warm)))
     made.begin()
     return made
 
 
 def _triton() -> bool:
-    """Whether Triton is there, and compiles."""
+    """Whether Triton is installed and compiles, rather than interprets."""
     return find_spec("triton") is not None and not interpreted()
 
 
@@ -83,23 +88,23 @@ def _plan(taken: Sequence[tuple[Kind, Any]], target: Any) -> list[Run]:
 
 
 def _arch(module: Any) -> int:
-    """Of the GPU that a module lies on; 0 for none."""
+    """The architecture of the GPU that a module is on; 0 if it is not on one."""
     first = next(module.parameters(), None)
     return 0 if first is None else architecture(first)
 
 
 class Ahead:
-    """Kernels on their way to Triton's cache, from when it is made."""
+    """Kernels that a thread is putting into Triton's cache; it starts at once."""
 
     def __init__(
         self, plan: Callable[[], list[Run]], arch: int, shipped: Shipped | None = None
     ) -> None:
         self.total = self.done = 0
-        """Kernels to compile, and those that are."""
+        """How many kernels have to be compiled, and how many are."""
         self.said = "being planned"
-        """Where all of them came from, or how many of them are there."""
+        """The state in words: where the kernels came from, or how many are ready."""
         self.wrong: str | None = None
-        """What kept some of them from being there, in a sentence."""
+        """One sentence on why some kernels are not ready, if so."""
         self._arch, self._shipped = arch, shipped
         self._told = threading.Lock()
         self._thread = threading.Thread(
@@ -108,12 +113,12 @@ class Ahead:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when all are there; a bar on a terminal. Warns once of what went wrong."""
+        """Wait until all kernels are ready, with a bar on a terminal. Warn once about a failure."""
         if self._thread.is_alive():
             self._watch()
         self._thread.join()
         if self.wrong is not None and self._told.acquire(blocking=False):
-            warnings.warn(f"fastdiff: {self.wrong}", RuntimeWarning, stacklevel=2)
+            logger.warning("fastdiff: %s", self.wrong)
 
     def __str__(self) -> str:
         return self.said if self.wrong is None else f"{self.said}; {self.wrong}"
@@ -135,10 +140,10 @@ class Ahead:
     def _work(self, plan: Callable[[], list[Run]]) -> None:
         try:
             self._fetch(kernels_of(plan(), self._arch))
-        except Exception as error:  # a picture needs none of this
+        except Exception as error:  # a picture can be drawn without all this
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.said = "compiled at their first launch"
-            self.wrong = f"no kernel is compiled ahead, each is at its first launch: {reason}"
+            self.said = "not compiled ahead"
+            self.wrong = f"kernels are compiled only at their first launch: {reason}"
 
     def _fetch(self, launches: Sequence[Launch]) -> None:
         from fastdiff.kernels import cached
@@ -151,7 +156,7 @@ class Ahead:
             missing = self._unpack(self._shipped, missing)
             parts.append(f"{before - len(missing)} from {self._shipped.folder}")
         self.total = len(missing)
-        self.said = f"{len(jobs)} kernels, {len(missing)} of them being compiled"
+        self.said = f"{plural(len(jobs), 'kernel')}, {len(missing)} of them being compiled"
         failed = []
         if missing:
             for answer in compile_jobs(missing):
@@ -162,13 +167,13 @@ class Ahead:
         if failed:
             first = failed[0]
             self.wrong = (
-                f"{len(failed)} of {len(jobs)} kernels could not be compiled ahead, and are at"
+                f"{len(failed)} of {plural(len(jobs), 'kernel')} could not be compiled ahead of"
                 f" their first launch; {first.job.kernel}: {first.error}"
             )
-        self.said = f"{len(jobs)} kernels: {', '.join(parts)}"
+        self.said = f"{plural(len(jobs), 'kernel')}: {', '.join(parts)}"
 
     def _unpack(self, shipped: Shipped, missing: list[Any]) -> list[Any]:
-        """Take what the folder has; what is still missing."""
+        """Copy what the folder has into Triton's cache; return the jobs that are still missing."""
         from fastdiff.kernels import cached
 
         reasons = differences(shipped, missing, self._arch)
@@ -180,7 +185,7 @@ class Ahead:
         if missing:
             why = "; ".join(reasons) or f"it was made for {shipped.of}"
             self.wrong = (
-                f"{shipped.folder} lacks {len(missing)} kernels of this pipeline, which are"
+                f"{shipped.folder} lacks {plural(len(missing), 'kernel')} of this pipeline; now"
                 f" compiled: {why}"
             )
         return missing

@@ -1,4 +1,4 @@
-"""A VAE that decodes in the runtime that denoises: a peer's picture, timed beside ours."""
+"""Another runtime's VAE decoder, so that the bench can time its whole picture beside ours."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ PART = "vae_decoder"
 
 
 def take_decoder(pipe: Any, backend: str, folder: Path) -> None:
-    """Have `pipe.vae.decode` computed by the decoder that `fastdiff export --onnx` wrote.
+    """Replace `pipe.vae.decode` by the decoder that `fastdiff export --onnx` wrote.
 
-    It looks at the VAE's weights once, now. UserError where the folder has no decoder, or another
-    VAE's.
+    The VAE's weights are compared only once, now. Raises UserError if the folder has no decoder, or
+    one of another VAE.
     """
     vae = pipe.vae
     part = exported.part(folder, PART)

@@ -1,4 +1,4 @@
-"""All steps of one denoising loop on the plan: noise, callbacks, the progress bar, overflow."""
+"""Runs the steps of a denoising loop as a plan: noise, callbacks, the progress bar, overflow."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,29 +25,29 @@ Callback = Callable[..., dict[str, Any]]
 
 @dataclass(frozen=True)
 class Call:
-    """A loop about to begin. What its pipeline is set to is read from the pipeline."""
+    """A loop that is about to begin. The pipeline's settings are read from the pipeline itself."""
 
     network: str
-    """The pipeline's component that the loop repeats."""
+    """The component that the loop repeats."""
     latents: Tensor
-    """[B, C, Y, X]; the result replaces its values."""
+    """[B, C, Y, X]; the result is written into it."""
     conditions: Any
-    """Those of the network's family."""
+    """The network's conditions, of its family's class."""
     plan: Plan
     timesteps: Tensor
     step_options: Mapping[str, Any]
-    """Further arguments of the scheduler's `step`; the generator among them."""
+    """Further arguments of the scheduler's `step`, such as the generator."""
     bar: Any
     warm_up: int
-    """Steps that do not move the bar: those that a scheduler of higher order takes beside."""
+    """Extra steps of a higher-order scheduler, which do not move the progress bar."""
     callback: Callback | None
-    """As `callback_on_step_end`, which sees the latents."""
+    """`callback_on_step_end`, which receives the latents."""
 
 
 class Denoising:
     """A loop that can run as a plan, on `pipe` as it is.
 
-    Raises Unsupported or NotLinear, before anything is drawn, where it cannot.
+    Raises Unsupported or NotLinear, before anything is drawn, if it cannot.
     """
 
     def __init__(self, pipe: Any, call: Call) -> None:
@@ -55,34 +55,34 @@ class Denoising:
         if slot is None:
             raise Unsupported(f"the {call.network} is not compiled")
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
-        self.scheduler, self.guided = pipe.scheduler, pipe.do_classifier_free_guidance
+        self.scheduler, self.guided = pipe.scheduler, _guided(pipe)
         self.denoiser = self._offer()
         network, sides = self.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
         if back.shape != call.latents.shape:
-            raise Unsupported(f"latents of {sides[0]} x {sides[1]} are no whole patches")
+            raise Unsupported(f"latents of {sides[0]} x {sides[1]} do not divide into patches")
         self.table = probe(pipe.scheduler, call.step_options, call.timesteps)
         if call.callback is not None and self.table.keeps:
             name, kept = type(pipe.scheduler).__name__, self.table.keeps[0]
-            raise Unsupported(f"a callback might look at what {name} keeps in its {kept}")
+            raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")
         self.hoisted = self._hoist()
         self.noises: dict[int, Tensor] = {}
-        """What was drawn since the last mark, by step: repeated steps must not draw again."""
+        """Noise drawn since the last mark, by step: a repeated step must not draw again."""
         self.reached = 0
-        """Steps that the progress bar has seen."""
+        """Steps that the progress bar has counted."""
         self.latents: Tensor | None = None
-        """What the last callback made of the latents."""
+        """The latents as the last callback left them."""
         self.left: str | None = None
-        """Why the plan left the rest of the steps to diffusers."""
+        """Why the remaining steps are left to diffusers, if they are."""
 
     def run(self) -> int:
-        """All steps, or those up to one that only diffusers can take, where `left` says why.
+        """Run all steps, or those before the first that only diffusers can run; then `left` is why.
 
-        What diffusers is to go on from replaces the call's latents, and its conditions where a
-        callback returned others.
+        For diffusers to continue from there, the call's latents are overwritten, as are those of
+        its conditions that a callback replaced.
 
         Returns:
-            How many steps diffusers is to pass over.
+            How many steps diffusers must skip.
         """
         guarded = self.denoiser.network.dtype == torch.float16 and not overflowed(self.call.latents)
         mark = self._run_from(None, guarded)
@@ -91,7 +91,7 @@ class Denoising:
         return len(self.call.timesteps) if self.left is None else self.reached
 
     def _run_from(self, mark: Mark | None, guarded: bool) -> Mark | None:
-        """All steps from a mark on; where float16 overflowed, the mark to go on from in float32."""
+        """Run the steps after a mark. If float16 overflows, return the mark to resume from."""
         call, plans = self.call, self.denoiser.plans
         with plans.start(call.latents, self.table, self._guidance(), self.hoisted) as run:
             if mark is not None:
@@ -109,7 +109,7 @@ class Denoising:
         return right
 
     def _advance(self, run: Run, guarded: bool) -> Mark | None:
-        """Steps from `run.at` on; a mark to go back to if float16 overflowed after it."""
+        """Run the steps from `run.at`. If float16 overflows, return the last mark before it."""
         call, count = self.call, len(self.call.timesteps)
         mark: Mark | None = None
         while run.at < count and self.left is None and not self._interrupted:
@@ -119,17 +119,18 @@ class Denoising:
                 self.noises.clear()
             noise = self.noises.get(i)
             if run.draws and noise is None:
-                noise = self._draw()
+                noise = self._draw_noise()
                 if guarded:
                     self.noises[i] = noise
             run.advance(noise)
             self.slot.fast += 1
-            vars(self.scheduler).update(self.table.states[i])  # previews look up their sigma by it
+            # previews look up their sigma in this state
+            vars(self.scheduler).update(self.table.states[i])
             looked_at = call.callback is not None or run.at == count
             if guarded and looked_at and not run.finite():
                 return mark
             if call.callback is not None:
-                self._look(call.callback, run, i)
+                self._run_callback(call.callback, run, i)
             self._show(i)
         return None
 
@@ -138,7 +139,7 @@ class Denoising:
         return bool(getattr(self.pipe, "interrupt", False))  # some pipelines have none
 
     def _hand_over(self, run: Run) -> None:
-        """Give diffusers what it goes on from, in the tensors that it has in its variables."""
+        """Write what diffusers continues from into the tensors that its local variables hold."""
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
         call.latents.data = latents
@@ -148,14 +149,14 @@ class Denoising:
                 before.data = now
 
     def _repeat(self, run: Run, mark: Mark) -> None:
-        """The steps since `mark` once more."""
+        """Run the steps since `mark` again."""
         last = run.at
         run.go_back(mark)
         while run.at < last:
             run.advance(self.noises.get(run.at))
 
-    def _draw(self) -> Tensor:
-        """What the scheduler would draw: by the same generator, in the same dtype and order."""
+    def _draw_noise(self) -> Tensor:
+        """The noise that the scheduler would draw: same generator, same dtype, same order."""
         noise: Tensor = randn_tensor(
             self.call.latents.shape,
             generator=self.call.step_options.get("generator"),
@@ -165,7 +166,7 @@ class Denoising:
         return noise
 
     def _show(self, i: int) -> None:
-        """Move the progress bar as diffusers does."""
+        """Advance the progress bar as diffusers does."""
         done, last = i + 1, len(self.call.timesteps)
         if done > self.reached:
             self.reached = done
@@ -173,70 +174,70 @@ class Denoising:
             if done == last or whole:
                 self.call.bar.update()
 
-    def _look(self, callback: Callback, run: Run, i: int) -> None:
-        """Let the callback see the latents; honour what it does to them and to the pipeline."""
+    def _run_callback(self, callback: Callback, run: Run, i: int) -> None:
+        """Call the callback with the latents; apply its changes to them and to the pipeline."""
         pipe, call, version, cls = self.pipe, self.call, self.slot.version, type(self.pipe)
         standing = Standing(self.scheduler)
         latents = run.latents(call.latents.dtype)
         returned = callback(pipe, i, call.timesteps[i], {"latents": latents})
-        self.latents = _tensor("latents", returned.pop("latents", latents))
+        self.latents = _as_tensor("latents", returned.pop("latents", latents))
         if type(pipe) is not cls:
             raise UserError(
-                f"callback_on_step_end made the pipeline a {type(pipe).__name__}, while it draws;"
+                f"callback_on_step_end made the pipeline a {type(pipe).__name__} while it draws;"
                 " do that between two pictures"
             )
-        before, self.given = self.given, self._told(returned)
+        before, self.given = self.given, self._conditions_after(returned)
         if run.at == len(call.timesteps):
-            return  # whatever else it changed, no step follows
+            return  # no step follows, so other changes do not matter
         try:
             self._follow(run, standing, changed=before is not self.given, version=version)
         except Unsupported as reason:
             self.left = str(reason)
 
     def _follow(self, run: Run, standing: Standing, changed: bool, version: int) -> None:
-        """Take the next step as a callback wants it; Unsupported where only diffusers can."""
+        """Prepare the next step after a callback; Unsupported if only diffusers can run it."""
         pipe, latents, made = self.pipe, self.latents, self.call.latents
         assert latents is not None
         alike = latents.shape == made.shape and latents.dtype == made.dtype
-        _leave(not alike or latents.device != made.device, "gave other latents than it was given")
+        alike = alike and latents.device == made.device
+        _unsupported_if(not alike, "returned latents of another shape, dtype or device")
         for name, field in self.call.plan.replaced.items():
             first, now = getattr(self.call.conditions, field), getattr(self.given, field)
-            _leave(now is not first and now.shape != first.shape, f"gave {name} of another shape")
+            other = now is not first and now.shape != first.shape
+            _unsupported_if(other, f"returned {name} of another shape")
         name = self.call.network
-        _leave(slot_of(getattr(pipe, name)) is not self.slot, f"replaced the {name}")
-        _leave(pipe.scheduler is not self.scheduler, "replaced the scheduler")
-        _leave(not standing.holds(), "changed the scheduler")
+        _unsupported_if(slot_of(getattr(pipe, name)) is not self.slot, f"replaced the {name}")
+        _unsupported_if(pipe.scheduler is not self.scheduler, "replaced the scheduler")
+        _unsupported_if(not standing.holds(), "changed the scheduler")
         try:
             refuse_foreign(self.scheduler)
         except NotLinear as reason:
-            _leave(True, f"changed the scheduler ({reason})")
-        _leave(pipe.do_classifier_free_guidance != self.guided, "switched guidance on or off")
+            _unsupported_if(True, f"changed the scheduler ({reason})")
+        _unsupported_if(_guided(pipe) != self.guided, "switched guidance on or off")
         try:
             denoiser = self._offer()
         except Unsupported as reason:
-            _leave(True, f"changed the {name} beyond what fastdiff computes ({reason})")
-        _leave(denoiser.network is not run.network, f"replaced parts of the {name}")
-        if changed or self._adapted or self.slot.version != version:
+            _unsupported_if(True, f"changed the {name} beyond what fastdiff computes ({reason})")
+        _unsupported_if(denoiser.network is not run.network, f"replaced parts of the {name}")
+        if changed or self._uses_ip_adapters or self.slot.version != version:
             hoisted = self._hoist()
-            what = (
-                "switched on an IP-Adapter that was off, or gave pictures or texts of another form"
-            )
-            _leave(not run.takes(hoisted), what)
+            what = "switched on an IP-Adapter that was off, or returned other embedding shapes"
+            _unsupported_if(not run.takes(hoisted), what)
             run.condition(hoisted)
         run.set_latents(latents)
         run.guide(*self._guidance())
 
     @property
-    def _adapted(self) -> bool:
-        """Whether what is hoisted depends on more than the conditions: on IP-Adapters' scales."""
+    def _uses_ip_adapters(self) -> bool:
+        """Whether the hoisted values depend on more than the conditions: on IP-Adapter scales."""
         pictures = self.call.plan.pictures
         return bool(pictures) and getattr(self.given, pictures) is not None
 
-    def _told(self, returned: dict[str, Any]) -> Any:
-        """What the network is told once a callback has returned embeddings."""
+    def _conditions_after(self, returned: dict[str, Any]) -> Any:
+        """The network's conditions after a callback has returned embeddings."""
         others = carried(self.pipe, self.call.plan)
         others |= {
-            field: _tensor(name, returned[name])
+            field: _as_tensor(name, returned[name])
             for name, field in self.call.plan.replaced.items()
             if name in returned and getattr(self.given, field) is not None
         }
@@ -244,12 +245,12 @@ class Denoising:
         return self.given if same else self.given._replace(**others)
 
     def _guidance(self) -> tuple[float, float]:
-        """Scale and rescale as the pipeline has them now; diffusers ignores a negative rescale."""
+        """The present guidance_scale and guidance_rescale; a negative rescale is ignored."""
         rescale = float(getattr(self.pipe, "guidance_rescale", 0.0))
-        return float(self.pipe.guidance_scale), max(0.0, rescale)
+        return float(getattr(self.pipe, "guidance_scale", 1.0)), max(0.0, rescale)
 
     def _scale(self) -> float:
-        """What the call multiplies LoRA adapters by."""
+        """The factor by which the call scales LoRA adapters."""
         name = self.call.plan.attention_kwargs
         return self.slot.kind.scale(**({name: getattr(self.pipe, name)} if name else {}))
 
@@ -261,7 +262,7 @@ class Denoising:
         return denoiser
 
     def _hoist(self) -> Hoisted:
-        """What is computed once; in the network's own dtype where it was promoted."""
+        """Compute once what all steps share; in the network's dtype if it was promoted."""
         network, latents, given = self.denoiser.network, self.call.latents, self.given
         if self.slot.promotion is not None:
             given = as_type(given, torch.float16, network.dtype)
@@ -270,15 +271,20 @@ class Denoising:
         return entered("hoist", lambda: network.hoist(given, timesteps, sides))
 
 
+def _guided(pipe: Any) -> bool:
+    """Whether it draws with classifier-free guidance; some pipelines have no such property."""
+    return bool(getattr(pipe, "do_classifier_free_guidance", False))
+
+
 def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
-    """The conditions that `pipe` gives its network among the attention kwargs, as they are now."""
+    """The conditions that `pipe` now passes to its network among the attention kwargs."""
     if not plan.pictures or plan.pictures in plan.conditions:
         return {}
     return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}
 
 
-def _tensor(name: str, value: Any) -> Tensor:
-    """`value`, which a callback returned as `name`."""
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """`value`, if it is a tensor; the callback returned it as `name`."""
     if not isinstance(value, Tensor):
         raise UserError(
             f"callback_on_step_end returned a {type(value).__name__} as {name}; return a tensor"
@@ -286,7 +292,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     return value
 
 
-def _leave(condition: bool, what: str) -> None:
-    """Raise Unsupported where a callback did what only diffusers' loop can follow."""
+def _unsupported_if(condition: bool, what: str) -> None:
+    """Raise Unsupported if a callback did something that only diffusers' loop can follow."""
     if condition:
         raise Unsupported(f"after callback_on_step_end {what}")

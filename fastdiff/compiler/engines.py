@@ -1,4 +1,4 @@
-"""A file of `fastdiff export` in place of our network, for as long as it computes the same."""
+"""Runs an exported engine in place of our network, while it computes the same."""
 
 import tempfile
 from collections.abc import Callable
@@ -27,13 +27,13 @@ from fastdiff.runtime.loop import Plans
 
 @dataclass(frozen=True)
 class Replaced:
-    """A network that an engine is to stand for."""
+    """A network that an engine is to replace."""
 
     name: str
-    """Of the component."""
+    """The name of the component."""
     module: nn.Module
     kind: Kind
-    """How it is taken over without an engine."""
+    """How fastdiff runs it without an engine."""
     denoised: Denoised
     options: Options
 
@@ -46,11 +46,12 @@ class Replaced:
         return next(self.module.parameters()).dtype
 
     def rehearsed(self, module: nn.Module) -> Loan:
-        """A rehearsal; raises Unsupported unless the module computes what its config and weights
-        say."""
+        """Borrow without changing anything; Unsupported unless config and weights alone define what
+        the module computes."""
         loan = Loan(module, rehearsal=True)
         self.denoised.unexported(self.kind.borrow(module, loan).network)
-        if any(map(is_lora, module.modules())):  # active or not: nothing would tell of a switch
+        # even an inactive one: switching it on would go unnoticed
+        if any(map(is_lora, module.modules())):
             raise Unsupported(
                 "a LoRA adapter, which an engine does not have; fuse it, unload it, export and"
                 " compile again"
@@ -66,7 +67,7 @@ class Replaced:
 
 
 class Source:
-    """An open engine and the network it was made from, as `fingerprint.of_network` hashes it."""
+    """An open engine, and the hash (`fingerprint.of_network`) of the network it was made from."""
 
     def __init__(
         self, network: EngineNetwork, network_sha256: str, rehearsed: Callable[[nn.Module], Loan]
@@ -76,14 +77,14 @@ class Source:
         self._rehearsed = rehearsed
         self._network_sha256, self._same = network_sha256, False
         self._compared: tuple[Unwritten, Any] | None = None
-        """The weights and settings that were hashed last: gigabytes, not to be read every call."""
+        """The weights and settings hashed last; hashing them at every call is too slow."""
 
     def borrow(self, module: nn.Module, loan: Loan) -> Denoiser:
-        """The engine, if `module` computes what it computes; borrows nothing of it.
+        """The engine, if it computes what `module` computes; no weight is borrowed.
 
-        Raises Unsupported where something has been added to the module (an adapter, FreeU, a
-        foreign attention processor), or its weights or settings are not those that the engine was
-        made from.
+        Raises Unsupported if something was added to the module (an adapter, FreeU, a foreign
+        attention processor), or if its weights or settings are not those that the engine was made
+        from.
         """
         loan.adopt(self._rehearsed(module))
         if not self._was_compared(module):
@@ -106,8 +107,8 @@ class Source:
 def kind_of_engine(
     name: str, module: nn.Module, kind: Kind, denoised: Denoised, options: Options
 ) -> Kind:
-    """How a network is taken over by the engine of `options`; one that reads ONNX is exported first
-    where none is named.
+    """How a network runs on the engine that `options` choose. If an ONNX backend has no engine
+    folder, the network is exported first.
 
     Raises:
         UserError: it cannot be exported, read, or run here.
@@ -137,17 +138,17 @@ def kind_of_engine(
 
 
 _RUNTIMES = {"ort": ort, "openvino": openvino}
-"""Those that read ONNX files."""
+"""The runtimes that read ONNX files."""
 
 
 def check_runtime(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """UserError unless a runtime that reads ONNX files is installed and runs `dtype` here."""
+    """UserError unless the ONNX runtime `backend` is installed and runs `dtype` on `device`."""
     _RUNTIMES[backend].check(device, dtype)
 
 
 def export(pipe: Any, folder: Path, log: Callable[[str], object]) -> None:
-    """Write into the empty `folder` what engines read of `pipe`: the network that denoises and the
-    VAE's decoder, as `fastdiff export --onnx` does. UserError where they cannot be exported."""
+    """Export the engines of `pipe`, the network that denoises and the VAE's decoder, into the empty
+    `folder`, as `fastdiff export --onnx` does. UserError if they cannot be exported."""
     from fastdiff.export import onnx
     from fastdiff.export.folder import write_json
     from fastdiff.export.parts import networks
@@ -160,8 +161,19 @@ def export(pipe: Any, folder: Path, log: Callable[[str], object]) -> None:
     write_json(folder / exported.FILE, onnx.document(parts, opset, written))
 
 
+def exported_part(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What the ONNX folder says of the network `name`. UserError unless it is there in `dtype`."""
+    part, kind = exported.part(folder, name), str(dtype).removeprefix("torch.")
+    if part["dtype"] != kind:
+        raise UserError(
+            f"{folder} holds {name} in {part['dtype']}, the pipeline is in {kind}; export it"
+            " in the pipeline's --dtype"
+        )
+    return part
+
+
 def check_folder(folder: Path) -> None:
-    """UserError unless `folder` is what `fastdiff export` wrote, every byte of it."""
+    """UserError unless `folder` holds, byte for byte, what `fastdiff export` wrote."""
     if (folder / exported.FILE).exists():
         exported.check(folder)
     else:
@@ -183,14 +195,7 @@ def _export(wanted: Replaced) -> Source:
 
 
 def _open_onnx(wanted: Replaced, folder: Path) -> Source:
-    part = exported.part(folder, wanted.name)
-    kind = str(wanted.dtype).removeprefix("torch.")
-    if part["dtype"] != kind:
-        raise UserError(
-            f"{folder} holds {wanted.name} in {part['dtype']}, the pipeline is in {kind}; export it"
-            " in the pipeline's --dtype"
-        )
-    return _onnx_source(wanted, folder, part)
+    return _onnx_source(wanted, folder, exported_part(folder, wanted.name, wanted.dtype))
 
 
 def _onnx_source(wanted: Replaced, folder: Path, part: dict[str, Any]) -> Source:
@@ -203,7 +208,7 @@ def _onnx_source(wanted: Replaced, folder: Path, part: dict[str, Any]) -> Source
 def opened(
     backend: str, file: Path, device: torch.device, dtype: torch.dtype, graphs: bool = False
 ) -> Engine:
-    """An ONNX file with weights of `dtype` in "ort" or "openvino". UserError as their classes."""
+    """Open an ONNX file with weights of `dtype` in "ort" or "openvino"; they raise UserError."""
     if backend == "openvino":
         return openvino.Compiled(file, dtype)
     return ort.Session(file, device, graphs)

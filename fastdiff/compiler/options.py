@@ -1,8 +1,9 @@
 """What `fastdiff.compile` may be told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fastdiff.errors import UserError
 
@@ -16,37 +17,55 @@ LOOP = "loop"
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of `fastdiff.compile`. Every default is lossless.
+    """Choices of `fastdiff.compile`. Every default is lossless: the picture stays the same.
 
-    Raises ValueError where one is none of those offered, or two contradict each other.
+    Attributes:
+        ignore: parts that stay as diffusers runs them, by the names in `fastdiff.report` or by the
+            component they belong to: ("vae",), ("vae.decoder",), or ("loop",) for diffusers' own
+            denoising loop around our networks.
+            Gain: none in speed; a part that you patch yourself is left alone.
+            Cost: these parts are as slow as before.
+        backend: what computes the network that the denoising loop repeats: "fastdiff" (our own
+            kernels), "ort" (ONNX Runtime), "openvino" (on a CPU only) or "tensorrt" (TensorRT, or
+            TensorRT for RTX).
+            Gain: where that library is faster than our kernels; `fastdiff bench` tells.
+            Cost: the weights lie in a file as well. After an edit of the weights, or with a LoRA,
+            that network runs eagerly. "ort" and "openvino" export it first, which takes minutes,
+            unless `engines` is given.
+        engines: the folder that `fastdiff export` made of this pipeline, for the other backends;
+            "tensorrt" needs one.
+            Gain: nothing is exported at every start.
+            Cost: the folder belongs to these weights; with others it is refused.
+        ort_graphs: whether ONNX Runtime keeps a CUDA graph for every shape; goes with "ort".
+            Gain: fewer launches, which counts where pictures are small.
+            Cost: GPU memory for each shape that was drawn.
+        warm: the folder that `fastdiff warm` made: GPU kernels that need not be compiled here.
+            Gain: on a new machine the first picture does not wait for kernels to be compiled.
+            Cost: the folder belongs to one version of fastdiff and Triton, and holds code that
+            runs: load only what you or people you trust made. What it lacks is compiled, and the
+            logger "fastdiff" says so.
+        tactics: whether cuDNN measures its ways to compute a convolution too small to fill a GPU,
+            when it first meets it. Off where torch is set to deterministic algorithms.
+            Gain: faster steps where pictures are small.
+            Cost: time once per process; the report says how much.
+        vae_tiling: how an autoencoder decodes pictures that take much memory. "auto": in one
+            piece, and in strips only where a GPU runs out of memory. "exact": in strips whenever
+            one piece would take more than 1 GiB. Strips draw the same picture up to rounding;
+            diffusers' own `enable_tiling`, which does not, goes before both.
+            Gain of "exact": 1 GiB or a quarter of the memory, whichever is more.
+            Cost of "exact": up to 30% more time to decode.
+
+    Raises:
+        ValueError: a value is not one of those offered, or two contradict each other.
     """
 
     ignore: tuple[str, ...] = ()
-    """Parts to leave as they are, as `report` names them or the component that they belong to: e.g.
-    ("vae",), ("vae.decoder",), or ("loop",) for diffusers' own denoising loop around our networks.
-    Gains nothing; costs their speed."""
     backend: str = FASTDIFF
-    """Who computes the network that the loop repeats: "fastdiff", "ort" (ONNX Runtime),
-    "openvino" (on a CPU) or "tensorrt" (either flavour)."""
     engines: str | Path | None = None
-    """Folder that `fastdiff export` wrote for this pipeline. Without one "ort" and "openvino"
-    export the network first, which takes minutes; "tensorrt" needs one."""
     ort_graphs: bool = False
-    """Whether ONNX Runtime keeps a CUDA graph for every shape. Gains launches at small sizes, costs
-    memory."""
     warm: str | Path | None = None
-    """Folder that `fastdiff warm` wrote: its kernels are not compiled on this machine. What it does
-    not have for this pipeline, GPU or Triton is compiled, with a warning."""
     tactics: bool = True
-    """Whether cuDNN measures its plans for a convolution that is too small to fill a GPU, when it
-    first meets it. Gains speed where pictures are small, costs time once a process (the report says
-    how much). Not done where torch is set to deterministic algorithms."""
     vae_tiling: str = "auto"
-    """How an autoencoder decodes what takes much memory. "auto": in one piece, and where a GPU's
-    memory is short in strips, exactly: the same picture up to rounding. "exact": in strips whenever
-    its pictures would take more than 1 GiB; they take that much then, or a quarter if that is more,
-    for up to 30% more time. diffusers' own `enable_tiling`, which changes the picture, goes before
-    both."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore, list | tuple | set | frozenset) or not all(
@@ -80,7 +99,19 @@ class Options:
             raise UserError(f'Options.ort_graphs goes with the backend "ort"; got {self.backend!r}')
 
 
-def chosen(options: Options | None, keywords: dict[str, Any]) -> Options:
+class Keywords(TypedDict, total=False):
+    """The fields of `Options`, for who reads `compile`'s types."""
+
+    ignore: tuple[str, ...]
+    backend: str
+    engines: str | Path | None
+    ort_graphs: bool
+    warm: str | Path | None
+    tactics: bool
+    vae_tiling: str
+
+
+def chosen(options: Options | None, keywords: Mapping[str, Any]) -> Options:
     """The options that a caller gave as one object or as keywords; UserError for anything else."""
     names = ", ".join(field.name for field in fields(Options))
     if options is None:

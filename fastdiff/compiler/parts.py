@@ -1,4 +1,4 @@
-"""The parts of a pipeline: what of its components is taken over, and what is left to diffusers."""
+"""The parts of a pipeline: which of them fastdiff runs, and which stay with diffusers."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,19 +17,19 @@ EAGER_PARTS = {
     "image_encoder": "once per picture",
     "safety_checker": "once per picture",
     "adapter": "once per picture",
-    "tokenizer": "no network: words to numbers, once per prompt",
-    "tokenizer_2": "no network: words to numbers, once per prompt",
-    "tokenizer_3": "no network: words to numbers, once per prompt",
-    "feature_extractor": "no network: pixels to pixels, once per picture",
+    "tokenizer": "not a network; once per prompt",
+    "tokenizer_2": "not a network; once per prompt",
+    "tokenizer_3": "not a network; once per prompt",
+    "feature_extractor": "not a network; once per picture",
     "controlnet": "of a kind that fastdiff does not compute",
 }
-"""Components that are left to diffusers on purpose, and why."""
+"""Components that stay with diffusers on purpose, and why."""
 
 
 def parts(target: Any) -> Taken:
-    """The modules of a pipeline or a bare model that can be taken over, by dotted name.
+    """The modules of a pipeline or a bare model that fastdiff can run, by dotted name.
 
-    What torch.compile wrapped is among them as it is. Nothing where the pipeline has no such part.
+    A module wrapped by torch.compile is returned with its wrapper. Empty if there is no such part.
 
     Raises:
         ValueError: `target` is neither a known pipeline nor a known model.
@@ -48,11 +48,15 @@ def denoiser_name(target: Any) -> str:
 
 
 def components(target: Any) -> dict[str, Any]:
-    """What a pipeline has been given, and every further module in it; no None. A bare model is one
-    component."""
+    """The components of a pipeline and its other modules, by name, without those that are None. A
+    bare model is one component."""
     if (bare := named(target)) is not None:
         return {bare[0]: target}
-    given = [name for name, of in target.config.items() if isinstance(of, tuple | list)]
+    given = [
+        name
+        for name, of in target.config.items()
+        if isinstance(of, tuple | list) and not name.startswith("_")  # from_pipe keeps others so
+    ]
     found = {name: getattr(target, name, None) for name in dict.fromkeys((*given, *vars(target)))}
     return {
         name: part
@@ -62,8 +66,8 @@ def components(target: Any) -> dict[str, Any]:
 
 
 def eager_parts(target: Any) -> dict[str, str]:
-    """Parts that `target` has and that stay with diffusers, with the reason: every component but
-    the scheduler, and what is left of those that are taken over."""
+    """The parts of `target` that stay with diffusers, and why: components that fastdiff does not
+    run (except the scheduler), and the remaining parts of those that it does."""
     known, has = networks(target), components(target)
     taken = {path.partition(".")[0] for path in parts(target)}
     whole = {
@@ -89,8 +93,8 @@ def eager_parts(target: Any) -> dict[str, str]:
 
 
 def networks(target: Any) -> dict[str, Family]:
-    """The families of the networks that fastdiff computes, by component; ValueError for a target
-    that it does not know."""
+    """The families of the networks that fastdiff computes, by component; ValueError for an unknown
+    target."""
     bare, recipe = named(target), recipe_of(target)
     if bare is not None:
         return dict([bare])
@@ -104,12 +108,12 @@ def networks(target: Any) -> dict[str, Family]:
 
 
 def without_tactics(kind: Kind) -> Kind:
-    """The same, with cuDNN's own choice of plans."""
+    """The same kind, but cuDNN chooses its own plans."""
     return replace(kind, borrow=partial(kind.borrow, searches=False), tactics=False)
 
 
 def in_strips(kind: Kind) -> Kind:
-    """The same, cutting large pictures where it can."""
+    """The same kind, but it decodes large pictures in strips if it can."""
     if kind.cuts is None:
         return kind
     return replace(kind, borrow=partial(kind.borrow, exact=True), cuts=True)

@@ -1,4 +1,4 @@
-"""When float16 overflows: say where, and compute that part in float32 from then on."""
+"""When float16 overflows: find the layer, and compute that network in float32 from then on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from fastdiff.models.watch import Unwritten, version
 
 @dataclass(frozen=True)
 class Promotion:
-    """A part's network on a float32 copy of its module."""
+    """A network on a float32 copy of its module."""
 
     network: Any
     module: nn.Module
     version: int
-    """State of the module's weights when they were copied."""
+    """`Slot.version` when the weights were copied."""
     unwritten: Unwritten
-    """Tells what `version` does not: writes through `.data`."""
+    """Detects writes through `.data`, which `version` misses."""
 
 
 def overflowed(values: Any) -> bool:
-    """Whether a float16 tensor among `values` holds an infinity or a NaN; waits for the device."""
+    """Whether a float16 tensor in `values` holds an infinity or a NaN; waits for the device."""
     half = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.dtype == torch.float16]
     return not all(bool(tensor.isfinite().all()) for tensor in half)
 
 
 def as_type(values: Any, given: torch.dtype, wanted: torch.dtype) -> Any:
-    """`values` with the tensors of one dtype cast to another."""
+    """`values` with its tensors of one dtype cast to another."""
 
     def cast(value: Any) -> Any:
         return value.to(wanted) if isinstance(value, Tensor) and value.dtype == given else value
@@ -40,12 +40,12 @@ def as_type(values: Any, given: torch.dtype, wanted: torch.dtype) -> Any:
 
 
 def version_of(module: nn.Module) -> int:
-    """Grows with every edit in place of a parameter that autograd can see."""
+    """A number that grows with every in-place edit of a parameter that autograd sees."""
     return sum(version(parameter) or 0 for parameter in module.parameters())
 
 
 def scaled_alike(module: nn.Module, other: nn.Module) -> None:
-    """Let `other`, a copy of `module`, have the scales that IP-Adapters' processors have there."""
+    """Copy the scales of IP-Adapter processors from `module` to `other`, a copy of it."""
     for own, copied in zip(module.modules(), other.modules(), strict=True):
         read: Any = getattr(own, "processor", None)
         shown: Any = getattr(copied, "processor", None)
@@ -54,14 +54,14 @@ def scaled_alike(module: nn.Module, other: nn.Module) -> None:
 
 
 def first_overflow(module: nn.Module, call: Callable[[], Any]) -> str:
-    """Name of the layer of `module` whose output is the first in `call()` that is not finite."""
+    """The name of the layer of `module` that gives the first non-finite output in `call()`."""
     with _Watch(module) as watch:
         call()
     return watch.where or "its input"
 
 
 class _Watch(TorchDispatchMode):
-    """Looks at the output of every kernel of ours; a kernel goes by the weights that it reads."""
+    """Checks the output of every kernel; the weights that a kernel reads identify its layer."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,8 @@ class _Watch(TorchDispatchMode):
         if op.namespace == "fastdiff" and self.where is None:
             addresses = [t.data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)]
             named = [self._layers[address] for address in addresses if address in self._layers]
-            self._last = named[0] if named else self._last  # attention and others read no weights
+            # attention and some others read no weights
+            self._last = named[0] if named else self._last
             if overflowed(result):
                 self.where = self._last
         return result

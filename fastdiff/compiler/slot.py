@@ -1,13 +1,13 @@
-"""A module whose calls run on a compact network for as long as that gives the same result.
+"""Runs a module's calls on a compact network for as long as that gives the same result.
 
-The slot sits where `nn.Module.compile()` puts a compiled call (`_compiled_call_impl`): the module
-stays the object, class and state_dict it was, and a deepcopy or pickle of it is plain diffusers.
-The module keeps the slot beside it, too: `nn.Module.compile()` replaces a call without asking.
+The slot sits where `nn.Module.compile()` puts a compiled call (`_compiled_call_impl`). The module
+keeps its identity, class and state_dict; a deepcopy or pickle of it is plain diffusers. A second
+reference to the slot stays on the module, since `nn.Module.compile()` overwrites the first.
 """
 
 import copy
+import logging
 import threading
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,12 +31,13 @@ from fastdiff.models.borrow import Loan, Unsupported
 from fastdiff.models.state import Homes
 from fastdiff.models.watch import Unwritten
 
+logger = logging.getLogger(__name__)
 _CALL, _KEPT = "_compiled_call_impl", "_fastdiff_slot"
 
 
 @dataclass
 class Slot:
-    """Stands for `module(...)`: fast where exact, else the module's own call, the reason noted."""
+    """Replaces `module(...)`: fast if exact, else the module's own call, for a noted reason."""
 
     name: str
     module: nn.Module
@@ -44,26 +45,27 @@ class Slot:
     network: Any = None
     loan: Loan | None = None
     refused: str | None = None
-    """Why the module as it is now cannot be borrowed."""
+    """Why the module cannot be borrowed in its present state, if so."""
     eager: Counter[str] = field(default_factory=Counter)
     """Calls that ran eagerly since compile, by reason."""
     fast: int = 0
     """Calls that ran on the compact network since compile."""
     promotion: Promotion | None = None
-    """What stands in for the network since float16 overflowed."""
+    """The float32 copy that is used since float16 overflowed."""
     promoted: list[str] = field(default_factory=list)
     """The layers that overflowed since compile."""
     kernels: Any = None
-    """What is compiled before its first call: `ahead.Kernels`."""
+    """The kernels to wait for before the first call: `ahead.Kernels`."""
     ended: bool = False
-    """Whether the module was restored: whoever still holds the slot borrows nothing any more."""
+    """Whether the module was restored; the slot then borrows nothing any more."""
     _homes: Homes = field(default_factory=dict, repr=False)
     _unwritten: Unwritten | None = None
-    """The weights, for as long as a frozen network is taken."""
+    """Detects writes to the weights while a frozen network (an engine) is in use."""
     _taking: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # first of all: dynamo traces neither locks nor warnings
+        # must come first: dynamo traces neither locks nor loggers
+        if torch.compiler.is_compiling():
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
             network = self.offer(args, kwargs, scale=self.kind.scale(*args, **kwargs))
@@ -74,30 +76,28 @@ class Slot:
             self.fast += 1
             return result
         if reason not in self.eager:
-            warnings.warn(
-                f"fastdiff: {self.name} runs eagerly: {reason}", RuntimeWarning, stacklevel=3
-            )
+            logger.warning("fastdiff: %s runs eagerly: %s", self.name, reason)
         self.eager[reason] += 1
         return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __bool__(self) -> bool:
-        # peft and others take a true one for torch.compile's, after which hotswapping would be late
+        # peft and others take a true value for torch.compile's, and then refuse to hotswap
         return False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or pickle of the module has none."""
+        """A copy or pickle of the module has no slot."""
         return type(None), ()
 
     def put(self) -> None:
-        """Stand for the module's calls."""
+        """Take over the module's calls."""
         vars(self.module).update({_CALL: self, _KEPT: self})
 
     def offer(self, *given: Any, scale: float = 1.0) -> Any:
-        """The network on the module as it is now, for a call with the tensors in `given`.
+        """The network for a call with the tensors in `given`, on the module as it is now.
 
         `scale` multiplies the module's LoRA adapters until the next offer.
 
-        Raises Unsupported where only the module's own call gives the same result.
+        Raises Unsupported if only the module's own call gives the same result.
         """
         reason = "it was restored" if self.ended else self._obstacle(tree_leaves(given))
         network = None if reason else self._ready(scale)
@@ -114,7 +114,7 @@ class Slot:
         return network
 
     def promote(self, where: str, scale: float = 1.0) -> None:
-        """Offer a float32 copy until the weights change, since float16 overflowed in `where`."""
+        """Use a float32 copy until the weights change, since float16 overflowed in `where`."""
         module, version = copy.deepcopy(self.module).float(), self.version
         scaled_alike(self.module, module)
         with torch.inference_mode(False), torch.no_grad():
@@ -127,7 +127,7 @@ class Slot:
             self.promoted.append(where)
 
     def _guarded(self, network: Any, args: Any, kwargs: Any) -> Any:
-        """The call, in float32 where float16 overflows."""
+        """Run the network; if float16 overflows, run it in float32."""
         if self.promotion is None:
             result = self.kind.call(network, *args, **kwargs)
             half = self.loan is not None and self.loan.dtype == torch.float16
@@ -144,16 +144,16 @@ class Slot:
 
     @property
     def version(self) -> int:
-        """Grows with every change of the weights that is made in sight of autograd."""
+        """A number that grows with every change of the weights that autograd can see."""
         return self.epoch + version_of(self.module)
 
     @property
     def epoch(self) -> int:
-        """Grows when the weights were borrowed anew, or LoRA adapters merged anew in place."""
+        """A number that grows when weights are borrowed again, or LoRA adapters merged again."""
         return 0 if self.loan is None else self.loan.epoch
 
     def take(self, scale: float = 1.0) -> None:
-        """Borrow the module's weights as it is now; on refusal leave it as it was."""
+        """Borrow the module's weights as they are now; on refusal leave the module unchanged."""
         self.release()
         with torch.inference_mode(False), torch.no_grad():
             try:
@@ -174,11 +174,11 @@ class Slot:
                 raise
 
     def end(self) -> None:
-        """Give the weights back for good, and the module its own call."""
+        """Give the weights back for good, and restore the module's own call."""
         self.ended = True
         self.release()
         names = vars(self.module)
-        for name in (_CALL, _KEPT):  # another call than ours stays
+        for name in (_CALL, _KEPT):  # keep a call that is not ours
             if names.get(name) is self:
                 del names[name]
 
@@ -191,14 +191,14 @@ class Slot:
             self.loan = None
 
     def _ready(self, scale: float) -> Any:
-        """The network on the module as it is now, or None where that is refused."""
+        """The network on the module as it is now; None if it cannot be borrowed."""
         with self._taking:
             if self.loan is None or not self._holds(self.loan, scale):
                 self.take(scale)
             return self.network
 
     def _holds(self, loan: Loan, scale: float) -> bool:
-        """Whether the loan is good as it is, or after LoRA adapters were merged anew in place."""
+        """Whether the loan is valid, if need be after merging LoRA adapters again in place."""
         if not loan.intact():
             return False
         if self._unwritten is not None and not self._unwritten.hold():
@@ -210,7 +210,7 @@ class Slot:
         return True
 
     def _obstacle(self, leaves: list[Any]) -> str | None:
-        """What in how the module is called, rather than in what it is, asks for an eager call."""
+        """Why this way of calling the module needs an eager call, if it does."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and (
             any(parameter.requires_grad for parameter in self.module.parameters())
@@ -227,13 +227,13 @@ class Slot:
 
 
 def slot_of(module: Any) -> Slot | None:
-    """The slot that stands for a module's calls, or None."""
+    """The slot that runs a module's calls, or None."""
     slot = getattr(module, "__dict__", {}).get(_CALL)
     return slot if isinstance(slot, Slot) else None
 
 
 def kept_slot(module: Any) -> Slot | None:
-    """The slot that was given to a module, whoever stands for its calls since; None: there is none,
-    or it was ended."""
+    """The slot that was made for a module, even if another call has taken its place; None if there
+    is none, or it has ended."""
     slot = getattr(module, "__dict__", {}).get(_KEPT)
     return slot if isinstance(slot, Slot) and slot.module is module else None

@@ -1,4 +1,4 @@
-"""Whether torch looks at a call, or rewrites it: then only the module's own will do."""
+"""Detects when torch traces or transforms a call; then only the module's own call is right."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _TRACED = "it is traced or counted"
 
 
 def transformed(leaves: Sequence[Any]) -> str | None:
-    """What stands between a call with these arguments and the kernels; None: nothing."""
+    """Why a call with these arguments cannot use our kernels; None if it can."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms it (grad, jvp, vmap, functionalize)"
     if forward_ad._current_level >= 0:
@@ -26,12 +26,12 @@ def transformed(leaves: Sequence[Any]) -> str | None:
     if (observed() and not is_counting()) or _watched():
         return _TRACED
     if any(hasattr(leaf, "__torch_function__") and type(leaf) not in _PLAIN for leaf in leaves):
-        return _TRACED  # tensors of other classes, and what torch.fx traces with
+        return _TRACED  # other tensor classes, and torch.fx's proxies
     return None
 
 
 def _watched() -> bool:
-    """Whether a function mode sees this thread's calls: any but torch's default device."""
+    """Whether a function mode, other than torch's default device, sees this thread's calls."""
     if torch._C._len_torch_function_stack() == 0:
         return False
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())

@@ -1,7 +1,7 @@
 """The embedded demo: a small trained Stable Diffusion that turns a prompt into a 64×64 emoji.
 
-Real weights, real text encoder, no download: what ``fastdiff bench`` and ``fastdiff generate``
-use when no folder is given. ``README.md`` beside this file is the model card.
+Real weights, a real text encoder, no download: ``fastdiff bench`` and ``fastdiff generate`` use it
+when no folder is given. ``README.md`` beside this file is the model card.
 """
 
 import warnings
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fastdiff import installed
 from fastdiff.devices import refusal
 from fastdiff.errors import UserError
 
@@ -25,11 +26,11 @@ PROMPTS: tuple[str, ...] = ("red heart", "dog face", "purple car", "sunflower")
 def load_demo(
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> "StableDiffusionPipeline":
-    """A fresh copy of the demo pipeline, its float16 weights cast to `dtype`, on `device`.
+    """A fresh copy of the demo pipeline on `device`, its float16 weights cast to `dtype`.
 
-    It draws [64, 64, 3] pictures from [4, 16, 16] latents; prompts are cut to 22 tokens.
-    Guidance 3 to 4 and 25 DDIM steps (the scheduler it comes with) look cleanest.
-    Raises ValueError where torch cannot compute in `dtype` on `device`, ImportError where diffusers
+    It draws [64, 64, 3] pictures from [4, 16, 16] latents; prompts are cut to 22 tokens. Pictures
+    look cleanest with a guidance_scale of 3 to 4 and 25 steps of its DDIM scheduler.
+    Raises ValueError if torch cannot compute in `dtype` on `device`, and ImportError if diffusers
     or transformers is not installed.
     """
     if not isinstance(dtype, torch.dtype):
@@ -49,15 +50,15 @@ def load_demo(
             pipe: Any = load(DEMO_FOLDER, dtype=dtype, local_files_only=True)
     except ImportError as error:
         raise ImportError(
-            f"the demo pipeline needs diffusers and transformers ({error}): "
-            "pip install fastdiff[diffusers]"
+            f"the demo pipeline needs diffusers and transformers ({error});"
+            f" {installed.pip('diffusers')}"
         ) from error
     return cast("StableDiffusionPipeline", pipe.to(device))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Import and load without progress bars or advice (no torchvision, …); then as before."""
+    """Silence progress bars and advice (no torchvision, …) while importing and loading."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 

@@ -1,1 +1,1 @@
-"""Networks that another runtime computes: files that `fastdiff export` wrote, run in a pipeline."""
+"""Runs files that `fastdiff export` wrote in another runtime, inside a pipeline."""

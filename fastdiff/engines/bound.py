@@ -1,4 +1,4 @@
-"""One network of another runtime for one set of shapes, on memory that stays where it is."""
+"""A network of another runtime, bound to one set of shapes and fixed memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def reason_of(error: Exception) -> str:
-    """The last line of what a runtime says, for those before it name its own source files.
+    """The last line of a runtime's error; the lines before it name its own source files.
 
-    Raises MemoryError where it says in its own words that there was no memory left.
+    Raises MemoryError if the message says that memory ran out.
     """
     words = str(error).strip() or type(error).__name__
     if isinstance(error, MemoryError) or "bad_alloc" in words:
@@ -21,7 +21,7 @@ def reason_of(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Bound:
-    """Fill `inputs`, call `run()`, read `outputs`; on a GPU in the order of torch's stream."""
+    """Fill `inputs`, call `run()`, read `outputs`; on a GPU all in the order of torch's stream."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
@@ -33,7 +33,7 @@ class Engine(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors lie."""
+        """The device of its tensors."""
         ...
 
     @property
@@ -42,11 +42,11 @@ class Engine(Protocol):
         ...
 
     def refusal(self, inputs: Mapping[str, Sequence[int]]) -> str | None:
-        """Why inputs of these shapes are too small or too large for it; None where they are not."""
+        """Why inputs of these shapes are too small or too large; None if they are not."""
         ...
 
     def bind(
         self, inputs: Mapping[str, Sequence[int]], outputs: Mapping[str, Sequence[int]]
     ) -> Bound:
-        """Memory of these shapes by tensor name."""
+        """Allocate inputs and outputs of these shapes, by tensor name."""
         ...

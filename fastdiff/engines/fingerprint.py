@@ -10,8 +10,8 @@ from fastdiff.families import settings
 
 
 def of_network(module: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer in the state dict (name, dtype, shape, values), then
-    of its `settings`: equal weights compute something else with other heads."""
+    """SHA-256 of every parameter and buffer in the state dict (name, dtype, shape, values), then of
+    its `settings`: with another number of heads, equal weights compute something else."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -23,7 +23,7 @@ def of_network(module: nn.Module) -> str:
 
 
 def of_files(*paths: Path) -> str:
-    """SHA-256 of the files' bytes, one after the other."""
+    """SHA-256 of the files' bytes, one after another."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

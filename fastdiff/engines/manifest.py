@@ -1,4 +1,4 @@
-"""What stands beside a TensorRT plan: schema `fastdiff.engine/1`, and the hash that ties them."""
+"""The manifest beside a TensorRT plan: schema `fastdiff.engine/1`, with the plan's hash."""
 
 import hashlib
 import json
@@ -16,20 +16,21 @@ AGAIN = "run fastdiff export --trt again"
 
 ENDS = ("min", "opt", "max")
 Profile = dict[str, dict[str, list[int]]]
-"""Of each input with free sides, by name: its shapes under "min", "opt" and "max"."""
+"""By input with free sides: its "min", "opt" and "max" shapes."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A plan and where it comes from.
+    """A plan and its origin.
 
-    flavor, version: the library that built it: tensorrt or rtx, and the library's own version.
+    flavor, version: the library that built it, tensorrt or rtx, and the library's version.
     target: the GPU it was built for, such as sm_89; compatible: hardware, version, or neither.
-    dtype: of the weights. inputs, outputs: of each tensor by name its dtype and its sides, a named
-    side being free within the profiles.
-    onnx_sha256: of the file it was built from and then of the weights beside that file, if any.
-    config_sha256: of the network's config.json. network_sha256: see `fingerprint.of_network`.
-    numeric_check: what its outputs were against torch's on a GPU, else None and the reason why.
+    dtype: the weights'. inputs, outputs: the dtype and sides of each tensor, by name; a named side
+    is free within the profiles.
+    onnx_sha256: hash of the ONNX file it was built from, then of the weights beside it, if any.
+    config_sha256: hash of the network's config.json. network_sha256: see `fingerprint.of_network`.
+    numeric_check: its outputs compared with torch's on a GPU; None if that was not run, with the
+    reason.
     """
 
     part: str
@@ -53,14 +54,14 @@ class Manifest:
     versions: dict[str, str | None]
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written."""
+        """The manifest's JSON."""
         return {"schema": SCHEMA, **asdict(self)}
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest in `folder`, its plan not yet looked at.
+    """The manifest in `folder`, without checking its plan.
 
-    UserError where there is none, it is of another schema than this fastdiff's, or damaged.
+    UserError if there is none, if it has another schema, or if it is damaged.
     """
     path = folder / FILE
     try:
@@ -78,7 +79,7 @@ def read(folder: Path) -> Manifest:
     for field in fields(Manifest):
         if not _is_a(values[field.name], field.type):
             raise UserError(f"{path} has {values[field.name]!r} for {field.name}; {AGAIN}")
-    if not values["part"].isidentifier():  # it names a folder of a server's repository
+    if not values["part"].isidentifier():  # it names a folder in a server's repository
         raise UserError(f"{path} has {values['part']!r} for part; {AGAIN}")
     for name, shapes in (item for profile in values["profiles"] for item in profile.items()):
         if len({len(shapes.get(end, ())) for end in ENDS}) > 1 or not shapes.keys() >= set(ENDS):
@@ -87,9 +88,9 @@ def read(folder: Path) -> Manifest:
 
 
 def plan(folder: Path, manifest: Manifest) -> bytes:
-    """The plan in `folder`, the very bytes whose hash is the manifest's. UserError for others.
+    """The plan in `folder`; UserError unless its hash is the manifest's.
 
-    The hash tells of damage. It is no signature: who can write a plan can write its hash.
+    The hash detects damage. It is not a signature: anyone who can write a plan can write its hash.
     """
     try:
         content = (folder / PLAN).read_bytes()
@@ -100,7 +101,7 @@ def plan(folder: Path, manifest: Manifest) -> bytes:
 
 
 def check(folder: Path) -> Manifest:
-    """The manifest in `folder`, its plan compared but not kept. UserError as of `plan`."""
+    """The manifest in `folder`, after its plan is checked. UserError as for `plan`."""
     manifest = read(folder)
     try:
         size, digest = (folder / PLAN).stat().st_size, fingerprint.of_files(folder / PLAN)
@@ -111,7 +112,7 @@ def check(folder: Path) -> Manifest:
 
 
 def find(folder: Path) -> tuple[Path, ...]:
-    """The folders at or below `folder` with a plan or a manifest. UserError where there is none."""
+    """The folders at or below `folder` with a plan or a manifest. UserError if there are none."""
     found = {path.parent for name in (FILE, PLAN) for path in folder.rglob(name)}
     if not found:
         raise UserError(f"{folder} holds no engine; fastdiff export --trt writes them")
@@ -137,7 +138,7 @@ def _unreadable(folder: Path, error: OSError) -> UserError:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value read from JSON is what a field is annotated with, and all that is in it."""
+    """Whether a value from JSON, with everything in it, has the type of a field's annotation."""
     if kind is Any:
         return True
     if isinstance(kind, UnionType):

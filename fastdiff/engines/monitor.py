@@ -1,4 +1,4 @@
-"""How far a build is, and the end of it on Ctrl-C."""
+"""Reports the progress of a build, and ends it on Ctrl-C."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Watch(Protocol):
-    """Is told how far a build is; phases lie within phases, and a step ends one of many."""
+    """Receives a build's progress; phases may be nested, and each step completes a part of one."""
 
     def start(self, phase: str, parent: str | None, steps: int) -> None: ...
 
@@ -18,7 +18,7 @@ class Watch(Protocol):
 
 
 def monitor(trt: Any, watch: Watch) -> Any:
-    """A progress monitor that tells `watch`, and ends the build once it is `cancelled`."""
+    """A progress monitor that reports to `watch`, and ends the build once it is `cancelled`."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -40,9 +40,10 @@ def monitor(trt: Any, watch: Watch) -> Any:
 
 @contextmanager
 def interruptible(progress: Any) -> Iterator[None]:
-    """Ctrl-C ends the build at its next step: an exception must not pass through the library."""
+    """Make Ctrl-C end the build at its next step: no exception may pass through the library."""
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):  # None: of C's own
+    # None: a handler in C
+    if not main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield
         return
 

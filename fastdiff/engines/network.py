@@ -1,4 +1,4 @@
-"""A network in another runtime's file, told and asked by the denoising plan as ours is."""
+"""A network in another runtime's file, with the interface of our own networks."""
 
 import threading
 from collections.abc import Sequence
@@ -14,18 +14,19 @@ from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime import graphs
 
 Ports = dict[str, list[Any]]
-"""Of a file's inputs or outputs: dtype and sides, a named side being free."""
+"""The inputs or outputs of a file: dtype and sides of each; named sides are free."""
 
 
 class EngineNetwork:
     """Inputs and outputs as `fastdiff export` names them, channels first: the latents, the
-    timestep, then conditions by name. What is constant in them the engine computes in every step.
+    timestep, then conditions by name. The engine recomputes in every step what our own network
+    hoists.
 
     Args:
-        engine: what computes.
-        inputs, outputs: of the file.
-        multiple: of which the latents' height and width must be.
-        most: the greatest that these may be; None: any.
+        engine: runs the file.
+        inputs, outputs: the file's.
+        multiple: must divide the latents' height and width.
+        most: the largest height and width; None: unlimited.
     """
 
     def __init__(
@@ -52,9 +53,9 @@ class EngineNetwork:
         tensors = {self._latents: latents}
         for name, value in given._asdict().items():
             if value is not None and name not in self._conditions:
-                raise Unsupported(f"it was given {name}, which is no input of the engine")
+                raise Unsupported(f"it was given {name}, which is not an input of the engine")
             if value is None and name in self._conditions:
-                raise Unsupported(f"{name} is missing, which is an input of the engine")
+                raise Unsupported(f"{name}, an input of the engine, is missing")
             if value is not None:
                 tensors[name] = value
         for name, tensor in tensors.items():
@@ -94,22 +95,22 @@ class EngineNetwork:
             )
 
     def hoist(self, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
-        """Rows [steps, 1] float32 of the timesteps, and the conditions as they are."""
+        """The timesteps as rows [steps, 1] float32; the conditions unchanged."""
         first = timesteps[:, :1]
         if timesteps.shape[1] > 1 and not bool((timesteps == first).all()):  # SD3 repeats one
-            raise Unsupported("it was given a timestep for each picture")
+            raise Unsupported("the pictures have different timesteps")
         constants = tuple(getattr(given, name) for name in self._conditions)
         return Hoisted(first.float(), constants)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X] as they are."""
+        """[B, C, Y, X], unchanged."""
         return latents
 
     def predict(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
-        """[B, C, Y, X] latents -> [G·B, C, Y, X]; `row` [1], constants of G·B pictures."""
+        """[B, C, Y, X] latents -> [G·B, C, Y, X]; `row`: [1]; constants for G·B pictures."""
         batch, texts = x.shape[0], constants[0].shape[0]
         bound = self._bind(x, constants)
-        with self._lock:  # two threads share its memory
+        with self._lock:  # threads share the engine's memory
             given = bound.inputs
             given[self._latents].unflatten(0, (texts // batch, batch)).copy_(x)
             given[self._timestep].copy_(row.reshape(given[self._timestep].shape))
@@ -119,16 +120,16 @@ class EngineNetwork:
             return bound.outputs[self._output].clone()  # the next run overwrites it
 
     def predict_in_turn(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
-        """The same, where no plan waits for whoever else runs on the device."""
+        """`predict` for single calls, which do not run within a plan's turn."""
         with graphs.in_turn(self.engine.device):
             return self.predict(x, row, constants)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
-        """[B, C, Y, X] as they are."""
+        """[B, C, Y, X], unchanged."""
         return x.contiguous()
 
     def _bind(self, x: Tensor, constants: tuple[Tensor, ...]) -> Bound:
-        # a plan gives each picture once, a call twice: to the engine they are the same
+        # a plan gives each picture once, a call repeats it for guidance; the engine gets the same
         texts, _, height, width = constants[0].shape[0], *x.shape[1:]
         key = (x.shape[1:], *(tensor.shape for tensor in constants))
         if key not in self._bound:

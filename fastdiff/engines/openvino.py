@@ -1,4 +1,4 @@
-"""OpenVINO on torch's memory: inputs and outputs are bound where they lie."""
+"""OpenVINO on torch's memory: inputs and outputs are bound in place."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import installed
 from fastdiff.engines.bound import Bound, reason_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.recordings import buffer
 
 PRECISIONS = {torch.float32: "FP32", torch.bfloat16: "BF16"}
-"""What it is asked to compute in, under the name by which a processor says that it can."""
+"""The precisions it computes in, by OpenVINO's names for what a processor supports."""
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
@@ -27,11 +28,11 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 
 
 class Compiled:
-    """An ONNX file in OpenVINO on the CPU, compiled for each set of shapes that is bound: with free
-    sides it is slower. It computes in the dtype of the file's weights, on as many threads as torch.
+    """An ONNX file in OpenVINO on the CPU. It is compiled for each bound set of shapes, since free
+    sides are slower. It computes in the dtype of the file's weights, on as many threads as torch.
 
     Args:
-        file: of `fastdiff export --onnx`.
+        file: written by `fastdiff export --onnx`.
         dtype: of its weights.
 
     Raises:
@@ -46,7 +47,7 @@ class Compiled:
         self._file, self._dtype = file, dtype
         self._core = _openvino().Core()
         try:
-            self._model = self._core.read_model(file)  # maps weights that lie beside it
+            self._model = self._core.read_model(file)  # maps the weights beside it
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot read {file}: {reason_of(error)}") from error
 
@@ -57,9 +58,9 @@ class Compiled:
     def bind(
         self, inputs: Mapping[str, Sequence[int]], outputs: Mapping[str, Sequence[int]]
     ) -> Bound:
-        """See `Engine.bind`. Raises UserError where OpenVINO cannot compile it for these sides."""
+        """See `Engine.bind`. Raises UserError if OpenVINO cannot compile it for these sides."""
         openvino = _openvino()
-        model = self._model.clone()  # of the same weights
+        model = self._model.clone()  # shares the weights
         try:
             model.reshape({name: openvino.PartialShape(list(inputs[name])) for name in inputs})
             compiled = self._core.compile_model(model, "CPU", _settings(self._dtype))
@@ -83,11 +84,11 @@ class Compiled:
 
 
 _TORCH = {"f32": "float32", "bf16": "bfloat16", "f64": "float64", "i64": "int64"}
-"""OpenVINO's name of a type, and torch's."""
+"""torch's name of each of OpenVINO's types."""
 
 
 def _settings(dtype: torch.dtype) -> dict[str, Any]:
-    """One picture at a time on all of torch's threads; in float32 nothing is rounded further."""
+    """One picture at a time on all of torch's threads; float32 is not rounded to less."""
     exact = dtype is torch.float32
     return {
         "PERFORMANCE_HINT": "LATENCY",
@@ -99,7 +100,7 @@ def _settings(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _shared(openvino: Any, tensor: Tensor, kind: Any) -> Any:
-    """The tensor as OpenVINO's, in the same memory."""
+    """The tensor as an OpenVINO tensor in the same memory."""
     if tensor.dtype is not torch.bfloat16:
         return openvino.Tensor(tensor.numpy(), shared_memory=True)
     bits = tensor.view(torch.int16).numpy()  # numpy has no bfloat16
@@ -111,6 +112,6 @@ def _openvino() -> Any:
         import openvino
     except ImportError as error:
         raise UserError(
-            f"backend openvino needs openvino ({error}); pip install fastdiff[onnx,openvino]"
+            f"backend openvino needs openvino ({error}); {installed.pip('onnx', 'openvino')}"
         ) from error
     return openvino

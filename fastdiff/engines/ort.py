@@ -1,4 +1,4 @@
-"""ONNX Runtime on torch's memory: inputs and outputs are bound where they lie."""
+"""ONNX Runtime on torch's memory: inputs and outputs are bound in place."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import installed
 from fastdiff.engines.bound import Bound, reason_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.recordings import buffer
@@ -18,7 +19,7 @@ TYPES = {
     "tensor(double)": (torch.float64, 11),
     "tensor(int64)": (torch.int64, 7),
 }
-"""ONNX Runtime's name of a type, torch's, and the number ONNX gives it."""
+"""By ONNX Runtime's name of a type: torch's, and ONNX's number."""
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
@@ -29,22 +30,22 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 
 
 class Session:
-    """An ONNX file in ONNX Runtime: the CUDA provider on a GPU, else the CPU's.
+    """An ONNX file in ONNX Runtime: with the CUDA provider on a GPU, else on the CPU.
 
-    On a GPU its kernels run on a stream of its own, and the host waits for torch's before each run
-    and for that one after it.
+    On a GPU its kernels run on a stream of its own; the host waits for torch's stream before each
+    run, and for ONNX Runtime's after it.
 
     Args:
-        file: of `fastdiff export --onnx`.
-        device: where its tensors will lie.
-        graphs: whether its CUDA graphs are used, one for each set of shapes that is bound.
+        file: written by `fastdiff export --onnx`.
+        device: of its tensors.
+        graphs: whether to use its CUDA graphs, one for each bound set of shapes.
 
     Raises:
         UserError: ONNX Runtime is not installed, has no provider for the device, or cannot run the
             file; the message says which.
     """
 
-    recordable = False  # it waits for the device where a graph must not
+    recordable = False  # a run waits for the device, which a graph must not
 
     def __init__(self, file: Path, device: torch.device, graphs: bool = False) -> None:
         onnxruntime = _onnxruntime()
@@ -53,7 +54,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-        # on a CPU no faster, and a second block beside the arena: 3.3 GB in SD1.5 at 512²
+        # on a CPU this is no faster, but takes a second block: 3.3 GB for SD1.5 at 512²
         options.enable_mem_pattern = device.type != "cpu"
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -92,7 +93,7 @@ class Session:
         options = self._run_options()
 
         def run() -> None:
-            if self.device.type == "cuda":  # it waits only for what it has queued itself
+            if self.device.type == "cuda":  # ONNX Runtime waits only for its own work
                 torch.cuda.current_stream(self.device).synchronize()
             self._session.run_with_iobinding(binding, options)
 
@@ -123,7 +124,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise UserError(
-            f"backend ort needs onnxruntime ({error}); pip install fastdiff[onnx]"
+            f"backend ort needs onnxruntime ({error}); {installed.pip('onnx')}"
         ) from error
     return onnxruntime
 
@@ -134,7 +135,7 @@ def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:
     name = "CUDAExecutionProvider"
     if device.type != "cuda" or name not in onnxruntime.get_available_providers():
         raise UserError(
-            f"this ONNX Runtime has no provider for {device.type}; pip install fastdiff[onnx-gpu]"
+            f"this ONNX Runtime has no provider for {device.type}; {installed.pip('onnx-gpu')}"
         )
     return name, {
         "device_id": device.index or 0,

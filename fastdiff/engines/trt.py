@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX, one code path for both: plans built from ONNX, and read back."""
+"""TensorRT and TensorRT-RTX by one code path: builds plans from ONNX, and loads them."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,23 +11,25 @@ from typing import Any
 
 import torch
 
+from fastdiff import installed
 from fastdiff.engines import manifest
 from fastdiff.engines.manifest import Manifest, Profile
 from fastdiff.engines.monitor import Watch, interruptible, monitor
 from fastdiff.errors import UserError
 
 FLAVORS = {"tensorrt": ("tensorrt", "trt"), "rtx": ("tensorrt_rtx", "trt-rtx")}
-"""Their module, and our extra that installs it."""
+"""The module of each flavor, and the extra that installs it."""
 COMPATIBLE = ("hardware", "version")
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a plan is to be.
+    """The requested properties of a plan.
 
-    compatible: of COMPATIBLE. hardware: runs on every GPU from sm_80 on. version: can be read by
-    later versions' own lean runtime, which is left out of the plan, as it would be host code.
-    timing_cache: a file that is read if it is there and written after the build.
+    compatible: one of COMPATIBLE. hardware: the plan runs on every GPU from sm_80 on. version:
+    later versions' lean runtime can read it (that runtime is left out of the plan, since it is host
+    code).
+    timing_cache: a file that is read, if it exists, and written after the build.
     """
 
     target: str
@@ -37,18 +39,16 @@ class Order:
 
 
 def library(flavor: str) -> Any:
-    """The module of a flavor. UserError where it is not installed."""
+    """The module of a flavor. UserError if it is not installed."""
     module, extra = FLAVORS[flavor]
     try:
         return import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{flavor} needs {module} ({error}); pip install fastdiff[{extra}]"
-        ) from error
+        raise UserError(f"{flavor} needs {module} ({error}); {installed.pip(extra)}") from error
 
 
 def here(device: int = 0) -> str | None:
-    """The GPU that is there as a target, such as sm_89."""
+    """The present GPU as a target, such as sm_89; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -56,7 +56,7 @@ def here(device: int = 0) -> str | None:
 
 
 def named(trt: Any) -> dict[str, Any]:
-    """The targets a library builds for by name, whatever GPU is there; TensorRT has none."""
+    """The targets that a library can build for without that GPU; TensorRT has none."""
     if not hasattr(trt.IBuilderConfig, "set_compute_capability"):
         return {}
     members = trt.ComputeCapability.__members__.items()
@@ -64,11 +64,11 @@ def named(trt: Any) -> dict[str, Any]:
 
 
 def choose(flavor: str, targets: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """A flavor that builds for all targets, and these; of none given, the GPU that is there.
+    """A flavor that builds for all targets, and the targets; by default the present GPU.
 
-    flavor: of FLAVORS, or "auto" for the first that is installed and can.
+    flavor: one of FLAVORS, or "auto" for the first installed one that can.
 
-    UserError where the flavor is not installed, or knows a target as little as the machine.
+    UserError if the flavor is not installed, or supports a target no more than this machine does.
     """
     if flavor not in ("auto", *FLAVORS):
         raise UserError(f"--flavor is {flavor!r}; choose auto, {' or '.join(FLAVORS)}")
@@ -85,7 +85,7 @@ def choose(flavor: str, targets: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 def _check_targets(flavor: str, targets: Sequence[str]) -> tuple[str, ...]:
     known, own = tuple(named(library(flavor))), here()
-    which = f"knows {', '.join(known)}" if known else "builds only for the GPU that is there"
+    which = f"knows {', '.join(known)}" if known else "builds only for the present GPU"
     if not targets and own is None:
         raise UserError(
             f"there is no GPU here to build for; name one with --target: {flavor} {which}"
@@ -97,22 +97,22 @@ def _check_targets(flavor: str, targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def check(flavor: str, order: Order) -> None:
-    """UserError for what the library does not honour of an order; before minutes of work."""
+    """UserError if the library does not support the order; checks before minutes of work."""
     trt = library(flavor)
     _configure(trt, trt.Builder(_log(trt)).create_builder_config(), flavor, order)
 
 
 def build(flavor: str, onnx: Path, order: Order, watch: Watch) -> Any:
-    """The plan of an ONNX file: a buffer, its dtypes those of the file.
+    """The plan of an ONNX file, as a buffer; its dtypes are the file's.
 
     Raises:
-        UserError: the library cannot read the file, honour the order, or build; in its own words.
-        KeyboardInterrupt: on Ctrl-C, once the library has come to its next step.
+        UserError: the library cannot read the file, support the order, or build; in its own words.
+        KeyboardInterrupt: on Ctrl-C, once the library has reached its next step.
     """
     trt = library(flavor)
     log = _log(trt)
     builder = trt.Builder(log)
-    # TensorRT 10 would else choose dtypes itself; later ones need not be told.
+    # without this TensorRT 10 chooses dtypes itself; later versions do not need it
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
@@ -132,7 +132,7 @@ def build(flavor: str, onnx: Path, order: Order, watch: Watch) -> Any:
     if plan is None:
         raise UserError(f"{flavor} cannot build {onnx.parent.name} for {order.target}: {log.why()}")
     if order.timing_cache is not None:
-        with _named(order.timing_cache):
+        with _file_errors(order.timing_cache):
             partial = order.timing_cache.with_name(f".{order.timing_cache.name}.partial")
             partial.write_bytes(timings.serialize())
             partial.replace(order.timing_cache)
@@ -140,14 +140,14 @@ def build(flavor: str, onnx: Path, order: Order, watch: Watch) -> Any:
 
 
 def library_of(folder: Path, made: Manifest) -> Any:
-    """The library that built the engine in `folder`. UserError where another is installed."""
+    """The library that built the engine in `folder`. UserError if another is installed."""
     if made.flavor not in FLAVORS:
-        raise UserError(f"{folder} was built by {made.flavor}; known are {' and '.join(FLAVORS)}")
+        raise UserError(f"{folder} was built by {made.flavor}; expected {' or '.join(FLAVORS)}")
     trt = library(made.flavor)
     if trt.__version__ != made.version:
         raise UserError(
-            f"{folder} was built by {made.flavor} {made.version}, installed is {trt.__version__};"
-            f" {manifest.AGAIN}"
+            f"{folder} was built by {made.flavor} {made.version}, but {trt.__version__} is"
+            f" installed; {manifest.AGAIN}"
         )
     return trt
 
@@ -155,7 +155,7 @@ def library_of(folder: Path, made: Manifest) -> Any:
 def load(folder: Path, device: torch.device) -> Any:
     """The engine in `folder` on a GPU: the library's own ICudaEngine, without any host code.
 
-    UserError unless manifest, library, GPU and hash match, naming what differs and what to run.
+    UserError unless manifest, library, GPU and hash match; it names what differs and what to do.
     """
     made = manifest.read(folder)
     trt = library_of(folder, made)
@@ -177,7 +177,7 @@ def load(folder: Path, device: torch.device) -> Any:
 
 @cache
 def _runtime(trt: Any) -> tuple[Any, Any]:
-    """A library's runtime and its log: one for the process, as it must outlive every engine."""
+    """A library's runtime and its log; one per process, since it must outlive every engine."""
     log = _log(trt)
     runtime = trt.Runtime(log)
     runtime.engine_host_code_allowed = False
@@ -185,16 +185,17 @@ def _runtime(trt: Any) -> tuple[Any, Any]:
 
 
 def _configure(trt: Any, config: Any, flavor: str, order: Order) -> Any:
-    """Set what the order says. The timing cache in use, if any; UserError where one is refused."""
+    """Apply the order. Returns the timing cache in use, if any; UserError if one is refused."""
     if known := named(trt):
         config.num_compute_capabilities = 1
         target = known.get(order.target, trt.ComputeCapability.CURRENT)
         config.set_compute_capability(target, 0)
     if "hardware" in order.compatible:
         level = config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-        if config.hardware_compatibility_level != level:  # TensorRT-RTX only logs a warning
+        # TensorRT-RTX only logs a warning about it
+        if config.hardware_compatibility_level != level:
             raise UserError(f"{flavor} has no --compatible hardware; give each GPU as a --target")
-    # TensorRT-RTX's engines may else allocate as they run, which no CUDA graph can hold
+    # otherwise TensorRT-RTX's engines may allocate as they run, which a CUDA graph cannot hold
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if "version" in order.compatible:
@@ -204,10 +205,10 @@ def _configure(trt: Any, config: Any, flavor: str, order: Order) -> Any:
 
 
 def _timing_cache(config: Any, flavor: str, file: Path | None) -> Any:
-    """The cache the build uses and fills, if any. UserError where the library keeps none."""
+    """The cache that the build uses and fills, if any. UserError if the library keeps none."""
     if file is None:
         return None
-    with _named(file):
+    with _file_errors(file):
         content = file.read_bytes() if file.exists() else b""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -216,13 +217,13 @@ def _timing_cache(config: Any, flavor: str, file: Path | None) -> Any:
     if any(issubclass(one.category, DeprecationWarning) for one in told):  # "no-ops", it says
         raise UserError(f"{flavor} keeps no timing cache; leave out --timing-cache")
     if not taken:
-        raise UserError(f"{file} is no timing cache of this {flavor} and GPU; name a new file")
+        raise UserError(f"{file} is not a timing cache of this {flavor} and GPU; name a new file")
     return timings
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """UserError for a file that cannot be read or written."""
+def _file_errors(file: Path) -> Iterator[None]:
+    """Turn an OSError about a file into a UserError."""
     try:
         yield
     except OSError as error:
@@ -242,7 +243,7 @@ def _log(trt: Any) -> Any:
                 self.errors.append(message)
 
         def why(self) -> str:
-            """The first error since it was last asked, in one line."""
+            """The first error since the last call, in one line."""
             first = self.errors[0] if self.errors else "it does not say why"
             self.errors.clear()
             return " ".join(first.split())

@@ -1,4 +1,4 @@
-"""A TensorRT engine on torch's memory and on the stream that is torch's when it runs."""
+"""A TensorRT engine on torch's memory, run on torch's current stream."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ from fastdiff.runtime.recordings import buffer
 class TrtEngine:
     """A plan as an `Engine`; see `trt.load` for what it refuses.
 
-    Each set of shapes has an execution context of its own, since a CUDA graph of one must not see
-    it changed; all share their working memory, as the callers take turns (`graphs.in_turn`).
+    Each set of shapes has an execution context of its own, which a CUDA graph needs unchanged. All
+    contexts share their working memory, since callers take turns (`graphs.in_turn`).
     """
 
     recordable = True
@@ -26,7 +26,7 @@ class TrtEngine:
         self._memory = buffer((self._engine.device_memory_size_v2,), torch.uint8, device)
 
     def refusal(self, inputs: Mapping[str, Sequence[int]]) -> str | None:
-        """See `Engine.refusal`: the profile of its manifest."""
+        """See `Engine.refusal`: compares with the manifest's profile."""
         return outside(self._made.profiles, inputs)
 
     def bind(
@@ -52,17 +52,17 @@ class TrtEngine:
         return Bound({n: memory[n] for n in inputs}, {n: memory[n] for n in outputs}, run)
 
     def _context(self) -> Any:
-        """An execution context of the one profile, working in the shared memory."""
+        """An execution context for the only profile, in the shared working memory."""
         library = trt.library(self._made.flavor)
         given = strategy = library.ExecutionContextAllocationStrategy.USER_MANAGED
         if specialization := getattr(library, "DynamicShapesKernelSpecializationStrategy", None):
             given = self._engine.create_runtime_config()
             given.set_execution_context_allocation_strategy(strategy)
-            # a graph would keep the kernels that it begins with until better ones are made
+            # a graph keeps its first kernels, so they must not be placeholders for better ones
             given.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         with torch.cuda.device(self.device):
             context = self._engine.create_execution_context(given)
-            if context.active_optimization_profile != 0:  # only the first context begins with it
+            if context.active_optimization_profile != 0:  # only the first context starts with it
                 stream = torch.cuda.current_stream(self.device)
                 context.set_optimization_profile_async(0, stream.cuda_stream)
         context.set_device_memory(self._memory.data_ptr(), self._memory.nbytes)
@@ -72,7 +72,7 @@ class TrtEngine:
 def outside(
     profiles: Sequence[manifest.Profile], inputs: Mapping[str, Sequence[int]]
 ) -> str | None:
-    """Why no profile holds inputs of these shapes; None where one does."""
+    """Why no profile covers inputs of these shapes; None if one does."""
     reasons = [_outside(profile, inputs) for profile in profiles]
     return None if None in reasons else reasons[0]
 

@@ -1,1 +1,1 @@
-"""Networks as ONNX, in the folder layout Optimum reads, and the proof that they draw the same."""
+"""Networks as ONNX files in Optimum's folder layout, verified to draw the same picture."""

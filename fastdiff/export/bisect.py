@@ -1,8 +1,9 @@
-"""Where a file and torch part: every operation of the network judged on the inputs it was given.
+"""Finds where a file departs from torch: each operation is judged on the inputs it received.
 
-An error is not carried along: torch's operation, in float64 and on torch's own weights, gets what
-the runtime's got. So two runs of the file find the node at any depth: the first holds each of
-torch's operations to the budget, the second each node of the one that is furthest beyond it.
+Errors are not carried along: torch's operation, in float64 and with torch's weights, gets the
+runtime's own inputs. So two runs of the file find the node at any depth. The first compares each of
+torch's operations with its error budget; the second, each node of the operation that exceeds its
+budget most.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ Get = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class _Op:
-    """An operation of torch's or a node of ONNX: run(get, exact) gives its `outputs`."""
+    """An operation of torch or a node of ONNX: run(get, exact) returns its `outputs`."""
 
     outputs: tuple[str, ...]
     run: Callable[[Get, bool], Iterable[Any]]
@@ -46,15 +47,15 @@ class _Judged:
 
 @torch.no_grad()
 def find(part: Part, file: Path, inputs: Mapping[str, Tensor], program: Any) -> Fault | None:
-    """The node of `file` that computes something else, or less exactly, than torch does.
+    """The node of `file` that computes something else than torch, or less exactly.
 
-    None where every operation is within its budget: then many small errors add up, or they come
-    of what ONNX Runtime fuses only where no value between is asked for.
+    None if every operation is within its budget. Then many small errors add up, or they come from
+    ONNX Runtime's fusions, which do not happen if intermediate values are requested.
 
     Args:
-        part: what the file was exported from.
-        inputs: of the part, by name, on the CPU; the smallest that fail are the quickest.
-        program: of `onnx.to_program`, made now; its nodes are what the file's should be.
+        part: the source of the file.
+        inputs: the part's, by name, on the CPU; the smallest inputs that fail are quickest.
+        program: a fresh result of `onnx.to_program`; the file's nodes should equal its nodes.
     """
     exported, nodes = program.exported_program, list(program.model.graph)
     signature = exported.graph_signature
@@ -87,7 +88,7 @@ def opset(file: Path) -> int:
 def _blame(
     file: Path, worst: _Judged, ops: list[_Op], inputs: Mapping[str, Tensor]
 ) -> _Judged | None:
-    """Of the nodes that make up one operation of torch's, the one out of budget."""
+    """The node over budget among those that make up one operation of torch."""
     if len(ops) == 1:
         return replace(worst, op=ops[0])
     values = [v for op in ops for v in (*op.source.inputs, *op.source.outputs) if v is not None]
@@ -140,7 +141,7 @@ def _furthest(got: Tensor, exact: Tensor) -> tuple[tuple[int, ...], float, float
 def _distinct(
     nodes: Iterable[fx.Node], names: dict[str, str], made: Collection[str]
 ) -> list[fx.Node]:
-    """torch's operations without repeats, which the exporter merges; these get the first's name."""
+    """torch's operations without repeats, which the exporter merges under the first's name."""
     first: dict[str, str] = {}
     found = []
     for node in nodes:
@@ -157,14 +158,14 @@ def _distinct(
 
 
 def _torch_op(node: fx.Node, names: Mapping[str, str]) -> _Op:
-    """`names`: of the values that the file calls otherwise."""
+    """`names`: of values that have another name in the file."""
 
     def run(get: Get, exact: bool) -> Iterable[Any]:
         def given(value: Any) -> Any:
             if isinstance(value, fx.Node):
                 return get(names.get(value.name, value.name))
             if exact and isinstance(value, torch.dtype) and value.is_floating_point:
-                return torch.float64  # a cast of the graph's
+                return torch.float64  # a cast within the graph
             return value
 
         arguments: Any = fx.node.map_aggregate((node.args, node.kwargs), given)
@@ -175,7 +176,7 @@ def _torch_op(node: fx.Node, names: Mapping[str, str]) -> _Op:
 
 
 def _onnx_op(node: Any, opset: int) -> _Op:
-    """An onnx_ir Node, computed by ONNX's own reference."""
+    """An onnx_ir Node, computed by ONNX's reference implementation."""
     from onnx import ValueInfoProto, helper
     from onnx.reference import ReferenceEvaluator
     from onnxscript import ir
@@ -195,9 +196,10 @@ def _onnx_op(node: Any, opset: int) -> _Op:
 def _judge(
     ops: Iterable[_Op], known: Mapping[str, Tensor], seen: Mapping[str, Tensor]
 ) -> Iterator[_Judged]:
-    """Run `ops` in float64 and in the file's dtype on `known` values, and judge those `seen`.
+    """Run `ops` on `known` values, in float64 and in the file's dtype, and judge the outputs
+    `seen`.
 
-    What was seen is what further operations get; what was not, what they computed themselves.
+    Later operations get the seen value of each input, or if there is none, the value just computed.
     """
     computed: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
@@ -228,7 +230,7 @@ def _verdict(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> Verdict:
 
 
 def _worst(judged: Iterable[_Judged]) -> tuple[_Judged | None, int]:
-    """The first of those furthest beyond their budget, and how many more are beyond theirs."""
+    """The first of those that exceed their budget most, and the number of others that exceed it."""
     worst, count = None, 0
     for one in judged:
         if not one.verdict.passed:
@@ -249,7 +251,7 @@ def _between(nodes: list[Any], value: str, known: Collection[str]) -> list[Any]:
 
 
 def _made_by(graph: Any, value: str, inputs: Collection[str]) -> tuple[str, ...]:
-    """Operators of a file that lead from `inputs` to `value`, in order."""
+    """The operators in a file that lead from `inputs` to `value`, in order."""
     wanted, found = {value}, []
     for node in reversed(graph.node):
         if not wanted.isdisjoint(node.output):
@@ -259,7 +261,7 @@ def _made_by(graph: Any, value: str, inputs: Collection[str]) -> tuple[str, ...]
 
 
 def _run(file: Path, values: Iterable[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `values` that the file has, and its outputs, by name."""
+    """The requested `values`, if the file has them, and its outputs, by name."""
     import onnx
 
     model = onnx.load(str(file), load_external_data=False)
@@ -267,7 +269,7 @@ def _run(file: Path, values: Iterable[str], inputs: Mapping[str, Tensor]) -> dic
     made = {name for node in model.graph.node for name in node.output} - known
     wanted = dict.fromkeys(name for name in values if name in made)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-    # beside the file, where weights that lie apart are found
+    # in the file's folder, so that its weights are found
     with NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".onnx") as probe:
         probe.write(model.SerializeToString())
         probe.flush()

@@ -1,19 +1,19 @@
-"""The node at which a file and torch part, and a sentence that says so."""
+"""The node at which a file departs from torch, and a sentence about it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The node that is furthest out of budget on the inputs it was given.
+    """The node that exceeds its budget most, on the inputs that it received.
 
-    node, made_by: its name, and the operators that make its output `value` in the file.
-    expected_op: the operator torch's exporter writes; torch_op, module: what it translates.
-    together: several nodes make up torch_op, and each alone is within its budget: the exporter
-    translates it wrongly, or their errors add up; `node` is then the last of them.
-    error, allowed: largest difference from float64, and the budget of it; got, expected: the two
-    numbers where they are furthest apart, at `index` (NaN and () where the shapes differ).
-    others: further operations of torch's that are out of budget.
+    node, made_by: its name, and the operators that compute its output `value` in the file.
+    expected_op: the operator that torch's exporter writes; torch_op, module: what it translates.
+    together: torch_op becomes several nodes, each within its budget: either the exporter translates
+    it wrongly or their errors add up; `node` is then the last of them.
+    error, allowed: largest difference from float64, and its budget; got, expected: the two values
+    at the largest difference, which is at `index` (NaN and () if the shapes differ).
+    others: how many other operations of torch exceed their budget.
     """
 
     node: str

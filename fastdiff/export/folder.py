@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, and what lies in it beside the networks."""
+"""A new folder, written whole or not at all, and the files beside the networks in it."""
 
 import errno
 import fcntl
@@ -20,9 +20,9 @@ PACKAGES = ("fastdiff", "torch", "diffusers", "transformers", "onnx", "onnxscrip
 
 
 def check_new(out: Path) -> None:
-    """UserError unless `out` can become a new folder; before minutes of work, not after."""
+    """UserError unless `out` can become a new folder; checks before minutes of work, not after."""
     parent = out.absolute().parent
-    with told(out):  # of a name too long, or a folder on the way that is closed to us
+    with told(out):  # the name may be too long, or a parent folder closed to us
         there, has_parent = out.exists() or out.is_symlink(), parent.is_dir()
     if there:
         raise UserError(f"{out} exists already; give another name, or remove it first")
@@ -34,16 +34,16 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to fill, which becomes `out` when the block ends well.
+    """A hidden folder beside `out` to fill, which is renamed to `out` when the block succeeds.
 
-    What a killed process left of it is cleared away by the next one. UserError where `out` is
-    there already, another process is writing it, or the disk is full.
+    What a killed process left behind is removed by the next one. UserError if `out` exists already,
+    another process is writing it, or the disk is full.
     """
     check_new(out)
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
     with told(out):
-        if partial.is_symlink():  # what it leads to is not ours to empty
+        if partial.is_symlink():  # do not empty the folder it points to
             raise UserError(f"{partial} is a link; remove it first")
         partial.mkdir(exist_ok=True)
         lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
@@ -60,13 +60,13 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _take(lock: int, partial: Path, out: Path) -> None:
-    """Keep the folder to this process until it ends, and empty it."""
+    """Lock the folder until this process ends, and empty it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is writing {out}; give another name") from None
     if not partial.exists() or os.fstat(lock).st_ino != partial.stat().st_ino:
-        # its owner finished between our opening and our locking it
+        # the other process finished after we opened it and before we locked it
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -76,13 +76,14 @@ def _take(lock: int, partial: Path, out: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """`value` as indented JSON; refuses NaN, which is none."""
+    """`value` as indented JSON; refuses NaN, which JSON does not have."""
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def config_of(owner: Any) -> dict[str, Any]:
-    """A config as its library writes it, without the folder it was once read from."""
-    writer = owner if hasattr(owner, "to_json_string") else owner.config  # transformers'
+    """A config as its library writes it, without the folder that it was read from."""
+    # transformers' configs have it
+    writer = owner if hasattr(owner, "to_json_string") else owner.config
     config: dict[str, Any] = json.loads(writer.to_json_string())
     config.pop("_name_or_path", None)
     return config
@@ -91,7 +92,7 @@ def config_of(owner: Any) -> dict[str, Any]:
 def write_beside(pipe: Any, folder: Path, left_out: tuple[str, ...]) -> None:
     """Scheduler, tokenizers and feature extractor as their libraries save them, and the index.
 
-    `left_out`: components that the index names as absent.
+    `left_out`: components to mark as absent in the index.
     """
     for name, component in pipe.components.items():
         if not isinstance(component, torch.nn.Module) and hasattr(component, "save_pretrained"):
@@ -105,5 +106,5 @@ def write_beside(pipe: Any, folder: Path, left_out: tuple[str, ...]) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that shape an exported file; None for what is not installed."""
+    """Versions of the packages that affect an exported file; None for one that is not installed."""
     return installed.versions(PACKAGES)

@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU as the one operator that ONNX Runtime's CUDA provider has for them."""
+"""Fuses GroupNorm and SiLU into the single operator of ONNX Runtime's CUDA provider."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from fastdiff.export.parts import Part
 
 DOMAIN = "com.microsoft"
 OPERATOR = f"{DOMAIN}::GroupNorm"
-"""One of ONNX Runtime's own: it takes NHWC, and gamma and beta always in float32."""
+"""One of ONNX Runtime's own operators: it takes NHWC, and gamma and beta always in float32."""
 OPSETS = range(18, 21)
 MOST_GROUPS, MOST_CHANNELS = 32, 512
-"""The CUDA kernel's limits: groups, and channels of one group, which it reads in pairs."""
+"""The CUDA kernel's limits: groups, and channels per group, which it reads in pairs."""
 REFERENCE_DOMAIN = "fastdiff.reference"
 REFERENCE = """
 <domain: "fastdiff.reference", opset_import: ["" : OPSET]>
@@ -54,11 +54,11 @@ GroupNorm <epsilon, groups, activation, channels_last> (x, gamma, beta) => (y)
     y = CastLike (chosen, x)
 }
 """
-"""What the operator is published to compute, in standard operators that every provider has."""
+"""The operator's published definition, in standard operators that every provider has."""
 
 
 def check(opset: int, dtype: torch.dtype) -> None:
-    """UserError unless graphs of this opset and dtype have what can be fused."""
+    """UserError unless graphs of this opset and dtype have something to fuse."""
     if dtype not in (torch.float32, torch.float16):
         raise UserError("--ort-fused needs fp32 or fp16: ONNX Runtime's GroupNorm takes no bf16")
     if opset not in OPSETS:
@@ -69,16 +69,17 @@ def check(opset: int, dtype: torch.dtype) -> None:
 
 
 def fuse(model: Any) -> tuple[str, ...]:
-    """Fuse in an onnx_ir Model each GroupNorm of four sides, and the SiLU after it.
+    """Fuse each GroupNorm on 4-D tensors in an onnx_ir Model, with the SiLU after it if any.
 
-    Around each stand two transposes, for it takes NHWC. What the CUDA kernel does not take stays
-    as it is. Returns the names of the new nodes.
+    Each is put between two transposes, since it takes NHWC. What the CUDA kernel does not support
+    is not fused. Returns the names of the new nodes.
     """
     from onnxscript import ir
     from onnxscript.rewriter import pattern, rewrite
 
     number = count()
-    for activation, found in ((1, _norm_silu), (0, _norm)):  # else no SiLU would be left to fuse
+    # SiLU first, before its norm is fused alone
+    for activation, found in ((1, _norm_silu), (0, _norm)):
         rule = pattern.RewriteRule(found, _replacement(ir, number, activation), _fits)
         rewrite(model, pattern.RewriteRuleSet([rule], commute=True))
     fused = [node for node in model.graph if node.domain == DOMAIN]
@@ -91,10 +92,10 @@ def fuse(model: Any) -> tuple[str, ...]:
 
 @contextmanager
 def spelled_out(folder: Path, parts: Sequence[Part]) -> Iterator[Path]:
-    """A folder with the files of `parts`, fused operators in standard ones; gone afterwards.
+    """A temporary folder with the files of `parts`, and fused operators in standard ones.
 
-    A provider without a kernel runs it: the graph around them is the very same. UserError where
-    there is no room for it.
+    So a provider without the fused kernel can run them in the same graph. UserError if the disk has
+    no room for it.
     """
     with TemporaryDirectory(prefix="fastdiff-") as made:
         try:
@@ -125,7 +126,7 @@ def _spell_out(file: Path, out: Path) -> None:
 def _norm(
     op: Any, x: Any, split: Any, ones: Any, zeros: Any, shape: Any, gamma: Any, beta: Any, eps: Any
 ) -> Any:
-    """GroupNorm as torch exports it: one instance of each group, then weight and bias."""
+    """GroupNorm as torch exports it: an instance norm over each group, then weight and bias."""
     normal = op.InstanceNormalization(op.Reshape(x, split), ones, zeros, epsilon=eps)
     return op.Add(op.Mul(op.Reshape(normal, shape), gamma), beta)
 
@@ -148,7 +149,7 @@ def _fits(
     beta: Any,
     **_: Any,
 ) -> bool:
-    """Whether the match is a GroupNorm of four sides within the CUDA kernel's limits."""
+    """Whether the match is a GroupNorm on a 4-D tensor, within the CUDA kernel's limits."""
     known = [_constant(value) for value in (split, ones, zeros, gamma, beta)]
     if any(value is None for value in known):
         return False
@@ -193,5 +194,5 @@ def _replacement(ir: Any, number: Iterator[int], activation: int) -> Callable[..
 
 
 def _constant(value: Any) -> Any:
-    """The numpy array of an onnx_ir Value, None unless it is constant."""
+    """The numpy array of a constant onnx_ir Value; None if it is not constant."""
     return None if value.const_value is None else value.const_value.numpy()

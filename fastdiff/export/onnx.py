@@ -1,4 +1,4 @@
-"""A pipeline's networks as ONNX files in the folder layout Optimum and its ORT pipelines read."""
+"""Writes a pipeline's networks as ONNX files, in the folder layout that Optimum reads."""
 
 import inspect
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastdiff import installed
 from fastdiff.engines import exported, fingerprint
 from fastdiff.errors import UserError
 from fastdiff.export import fused
@@ -20,23 +21,23 @@ from fastdiff.export.parts import Part, draw, left_out
 
 OPSETS = range(18, 24)
 ORT_OPSET = 20
-"""From 21 on GroupNormalization is an op of its own, which ONNX Runtime has no kernel for and
-takes apart; at 20 it stays an InstanceNormalization that ONNX Runtime runs and fuses."""
+"""From 21 on GroupNormalization is an op of its own, for which ONNX Runtime has no kernel and which
+it splits up; at 20 it is an InstanceNormalization, which ONNX Runtime runs and fuses."""
 TRT_OPSET = 22
-"""GroupNormalization as an op of its own is one normalization layer of TensorRT; 21 would do, but
-for bfloat16."""
+"""As an op of its own, GroupNormalization becomes one normalization layer in TensorRT. 21 would be
+enough, except for bfloat16."""
 BF16_OPSET = 22
-"""The first whose convolutions take bfloat16."""
+"""The first opset whose convolutions take bfloat16."""
 EXTERNAL_ABOVE = 100_000_000
-"""Bytes of weights beyond which they lie in a file of their own: runtimes map it, where they keep a
-copy of what is in the ONNX file itself, and protobuf ends at 2 GiB."""
+"""Bytes above which weights go to a separate file. Runtimes map such a file, but copy weights
+inside the ONNX file; and protobuf is limited to 2 GiB."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """One ONNX file: bytes and hash, weights beside it included, and seconds it took to make.
+    """One ONNX file: size and hash, both including separate weights, and the seconds it took.
 
-    fused: names of its nodes that only ONNX Runtime's CUDA provider computes.
+    fused: names of the nodes that only ONNX Runtime's CUDA provider computes.
     """
 
     part: Part
@@ -47,7 +48,7 @@ class Written:
 
 
 def check_opset(value: str, auto: int, dtype: torch.dtype) -> int:
-    """The opset of `--opset`, "auto" being `auto`; UserError for one unknown or without `dtype`."""
+    """The opset for `--opset`; "auto" means `auto`. UserError if unknown or without `dtype`."""
     half = dtype is torch.bfloat16
     known = OPSETS[OPSETS.index(BF16_OPSET) :] if half else OPSETS
     if value == "auto":
@@ -59,14 +60,13 @@ def check_opset(value: str, auto: int, dtype: torch.dtype) -> int:
 
 
 def check_packages(verify: bool) -> None:
-    """UserError naming what is not installed of the packages that export, or verify, needs."""
+    """UserError naming a package that export, or verify, needs and that is not installed."""
     for package in ("onnx", "onnxscript", *(("onnxruntime",) if verify else ())):
         try:
             __import__(package)
         except ImportError as error:
-            raise UserError(f"export needs {package} ({error}); pip install fastdiff[onnx]") from (
-                error
-            )
+            how = installed.pip("onnx")
+            raise UserError(f"export needs {package} ({error}); {how}") from error
 
 
 def export(
@@ -77,15 +77,17 @@ def export(
     log: Callable[[str], object],
     ort_fused: bool = False,
 ) -> tuple[Written, ...]:
-    """Write every part and all that goes beside it into the new folder `out`: all or nothing.
+    """Write every part and the files beside them into the new folder `out`: all or nothing.
 
-    UserError where a network cannot be exported, nothing can be fused that should be, or the
+    UserError if a network cannot be exported, nothing can be fused though it was asked for, or the
     folder cannot be written.
     """
     with new_folder(out) as folder:
         written = tuple(write(part, folder, opset, log, ort_fused) for part in parts)
         if ort_fused and not any(made.fused for made in written):
-            raise UserError("no GroupNorm here fits ONNX Runtime's; export without --ort-fused")
+            raise UserError(
+                "no GroupNorm here fits ONNX Runtime's kernel; export without --ort-fused"
+            )
         write_beside(pipe, folder, left_out(pipe))
         write_json(folder / exported.FILE, document(parts, opset, written))
     return written
@@ -114,9 +116,9 @@ def document(
 
 
 def to_program(part: Part, opset: int) -> Any:
-    """The part as torch's ONNXProgram: its `model` is an onnx_ir Model of standard ops.
+    """The part as torch's ONNXProgram; its `model` is an onnx_ir Model of standard ops.
 
-    UserError where torch cannot export it.
+    UserError if torch cannot export it.
     """
     generator = torch.Generator().manual_seed(0)
     arguments = tuple(draw(port, part.example, part.net.config, generator) for port in part.inputs)
@@ -137,21 +139,21 @@ def to_program(part: Part, opset: int) -> Any:
                 dynamic_shapes=(*free[:named], *([tuple(free[named:])] if free[named:] else [])),
                 verbose=False,
             )
-    except Exception as error:  # any operator of any torch version can be what fails
+    except Exception as error:  # any operator of any torch version may fail
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{part.folder} cannot be exported: {reason}") from error
     model = program.model
     if (got := model.opset_imports.get("")) != opset:
         raise UserError(f"{part.folder} comes out at opset {got}, not {opset}; try --opset auto")
     for value, port in zip(model.graph.outputs, part.outputs, strict=True):
-        value.shape = type(value.shape)(port.shape)  # torch's own are formulas of traced guards
+        value.shape = type(value.shape)(port.shape)  # torch's shapes are formulas
     return program
 
 
 def write(
     part: Part, folder: Path, opset: int, log: Callable[[str], object], ort_fused: bool = False
 ) -> Written:
-    """`folder/<part>/model.onnx`, checked, and the config.json beside it."""
+    """Write and check `folder/<part>/model.onnx`, and write the config.json beside it."""
     import onnx
     from onnxscript import ir
 
@@ -172,14 +174,14 @@ def write(
 
 
 def _named(part: Part) -> int:
-    """How many of its inputs its module takes by names of their own, the others as one tuple."""
+    """How many inputs the module takes as named parameters; it takes the rest as one tuple."""
     given = inspect.signature(part.module.forward).parameters.values()
     return sum(one.kind is one.POSITIONAL_OR_KEYWORD for one in given)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's advice (no torchvision, names of shapes); then as before."""
+    """Silence the exporter's advice (no torchvision, names of shapes) in this block."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The proof: every exported file against torch in float64, at shapes it was not traced at."""
+"""Verifies every exported file against torch in float64, at shapes it was not traced at."""
 
 import copy
 import math
@@ -23,13 +23,13 @@ from fastdiff.kernels.contract import judge
 SCHEMA = "fastdiff.parity/1"
 RUNTIME = "ONNX Runtime on the CPU"
 NOWHERE = (
-    "no one operation, each being within its budget on the inputs it was given: their errors add "
-    "up, or come only of what ONNX Runtime fuses"
+    "no single operation; each is within its budget on the inputs it received, so their errors add "
+    "up, or come from ONNX Runtime's fusions"
 )
 TIMESTEPS = (1.0, 499.5, 999.0)
 LEAST_DB, LEAST_DB_HALF = 45.0, 30.0
-"""Of the whole picture, by the U-Net's dtype: that the files fit together, since each is judged by
-itself already."""
+"""The least PSNR of a whole picture, for full and half precision of the denoising network. It shows
+that the files fit together; each one is verified by itself already."""
 SEED = 1
 COLUMNS = (
     *("network", "output", "worst of", "case", "max abs", "torch's", "allowed", "relative"),
@@ -39,11 +39,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One output at one shape: the file's largest error against float64, and what it may be.
+    """One output at one shape: the file's largest error against float64, and its budget.
 
-    torch_max_abs: of eager torch in the file's dtype on one thread, the worse of its two memory
-    formats. allowed: twice that and twice the dtype's eps of the largest value.
-    relative: max_abs by the largest value; cosine: of the whole output with the exact one.
+    torch_max_abs: the error of eager torch in the file's dtype on one thread, the worse of its two
+    memory formats. allowed: twice that, plus twice the dtype's eps of the largest value.
+    relative: max_abs divided by the largest value; cosine: between the whole output and the exact
+    one.
     """
 
     part: str
@@ -57,14 +58,14 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.max_abs <= self.allowed < math.inf  # where torch overflows, it proves nothing
+        return self.max_abs <= self.allowed < math.inf  # if torch overflows, this proves nothing
 
 
 @dataclass(frozen=True)
 class Parity:
-    """psnr_db: of a whole picture, all networks ONNX, against torch's; infinite where equal.
+    """psnr_db: a whole picture with all networks in ONNX, against torch's; infinite if equal.
 
-    faults: where a network that failed parts from torch; None where no one operation does.
+    faults: where each failed network departs from torch; None if no single operation does.
     """
 
     rows: tuple[Row, ...]
@@ -80,10 +81,9 @@ class Parity:
 def verify(
     pipe: Any, parts: tuple[Part, ...], folder: Path, log: Callable[[str], object]
 ) -> Parity:
-    """Run every ONNX file of `folder` in ONNX Runtime on the CPU against the torch it came from.
+    """Compare every ONNX file of `folder`, run by ONNX Runtime on the CPU, with its torch source.
 
-    UserError where ONNX Runtime cannot run a file, as with bfloat16, which its CPU has no
-    convolution for.
+    UserError if ONNX Runtime cannot run a file: with bfloat16, for which it has no CPU convolution.
     """
     rows: list[Row] = []
     runs: dict[str, Run] = {}
@@ -94,7 +94,7 @@ def verify(
         rows += (own := verify_part(part, run))
         failed = {row.case for row in own if not row.passed}
         if failed:
-            log(f"{part.folder}: out of budget, looking for the node")
+            log(f"{part.folder}: out of budget, searching for the node")
             faults[part.folder] = _fault(part, folder / part.file, failed)
     log(f"drawing a picture of {picture.STEPS} steps, twice")
     half = any(part.dtype.itemsize < 4 for part in parts)
@@ -104,7 +104,7 @@ def verify(
 
 @torch.no_grad()
 def verify_part(part: Part, run: Run) -> list[Row]:
-    """A row for each output at each of the part's cases, and timesteps where it has them."""
+    """A row for each output at each of the part's cases, and at each timestep if it has one."""
     exact_module = copy.deepcopy(part.module).double()
     channels_last: Any = copy.deepcopy(part.module)
     channels_last.to(memory_format=torch.channels_last)
@@ -120,7 +120,7 @@ def verify_part(part: Part, run: Run) -> list[Row]:
 
 
 def cases(part: Part) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What the part is verified at, by name: the same inputs each time."""
+    """The inputs at which the part is verified, by name: the same each time."""
     generator = torch.Generator().manual_seed(SEED)
     for sizes in part.cases:
         drawn = {port.name: draw(port, sizes, part.net.config, generator) for port in part.inputs}
@@ -134,7 +134,7 @@ def cases(part: Part) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _fault(part: Part, file: Path, failed: Collection[str]) -> Fault | None:
-    """Found at the smallest of the cases that failed; exports the part once more."""
+    """The fault, found at the smallest failed case; exports the part once more."""
     inputs = min(
         (drawn for name, drawn in cases(part) if name in failed),
         key=lambda drawn: sum(value.numel() for value in drawn.values()),
@@ -144,7 +144,7 @@ def _fault(part: Part, file: Path, failed: Collection[str]) -> Fault | None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch adds up otherwise on every number of threads, and its error is what ours is held to."""
+    """torch's sums depend on the number of threads, and its error sets our budget."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -154,7 +154,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def to_dict(parity: Parity) -> dict[str, Any]:
-    """Schema `fastdiff.parity/1`; what is not finite as null."""
+    """Schema `fastdiff.parity/1`; non-finite values become null."""
     document = {
         "schema": SCHEMA,
         "runtime": RUNTIME,
@@ -172,7 +172,7 @@ def to_dict(parity: Parity) -> dict[str, Any]:
 
 
 def worst(parity: Parity) -> list[tuple[Row, int]]:
-    """For each output its row nearest to, or furthest beyond, its budget; and of how many."""
+    """For each output, the row nearest to or furthest beyond its budget, and its row count."""
     by_output: dict[tuple[str, str], list[Row]] = {}
     for row in parity.rows:
         by_output.setdefault((row.part, row.output), []).append(row)
@@ -180,14 +180,14 @@ def worst(parity: Parity) -> list[tuple[Row, int]]:
 
 
 def to_markdown(parity: Parity) -> str:
-    """The worst case of every output as a table, and what stands in its columns."""
+    """A table of every output's worst case, with a legend."""
     lines = [
         "# Parity",
         "",
-        f"{RUNTIME}, which computes fp16 in float32 between casts. Each output at the case where",
-        "it is nearest to its budget, or furthest beyond it. Errors are against torch in float64",
-        "on the same inputs; *torch's* is eager torch in the file's dtype on one thread, the worse",
-        "of its two memory formats; *allowed* is twice that and twice eps of the largest value.",
+        f"{RUNTIME}, which computes fp16 in float32 between casts. Each output is shown at the",
+        "case nearest to its budget, or furthest beyond it. Errors are against torch in float64 on",
+        "the same inputs. *torch's* is eager torch in the file's dtype on one thread, the worse of",
+        "its two memory formats; *allowed* is twice that plus twice eps times the largest value.",
         "*Case* is batch×height×width(×tokens), or batch×tokens.",
         "",
         f"| {' | '.join(COLUMNS)} |",
@@ -201,9 +201,10 @@ def to_markdown(parity: Parity) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     drawn = f"A picture of {picture.STEPS} steps, every network ONNX, against torch"
-    lines += ["", f"{drawn}: {_psnr_text(parity.psnr_db)}, of {parity.least_db:g} dB at least.", ""]
+    needed = f"at least {parity.least_db:g} dB is required"
+    lines += ["", f"{drawn}: {_psnr_text(parity.psnr_db)}; {needed}.", ""]
     for name, fault in parity.faults.items():
-        lines += [f"{name} parts from torch at {fault or NOWHERE}.", ""]
+        lines += [f"{name} departs from torch at {fault or NOWHERE}.", ""]
     return "\n".join(lines)
 
 

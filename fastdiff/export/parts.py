@@ -1,4 +1,4 @@
-"""What is exported of a pipeline: its text encoders, and what its networks' families say."""
+"""The exported parts of a pipeline: text encoders, and those from the networks' families."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ __all__ = ["Part", "Port", "draw", "left_out", "networks", "parts"]
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
-"""CLIP's classes, and their names of the pooled text."""
+"""CLIP's classes, with their names for the pooled text."""
 T5, T5_TOKENS = "T5EncoderModel", 256
-"""A class that takes any length, and the length that pipelines encode."""
+"""The class, which takes any length, and the length that pipelines use."""
 
 
 class Text(nn.Module):
-    """input_ids [B, L] -> the encoder's tensors and, if wanted, every hidden state [B, L, D]."""
+    """input_ids [B, L] -> the encoder's outputs and, if `states`, every hidden state [B, L, D]."""
 
     def __init__(self, net: nn.Module, first: tuple[str, ...], states: bool) -> None:
         super().__init__()
@@ -33,14 +33,13 @@ class Text(nn.Module):
 
 
 def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tuple[Part, ...]:
-    """The networks of a pipeline, weights and traffic in `dtype`.
+    """The networks of a pipeline, with weights, inputs and outputs in `dtype`.
 
-    timestep: the shape of that input of the network that the loop repeats, () as Optimum has it or
-    (1,).
+    timestep: the shape of the denoising network's timestep: () as in Optimum, or (1,).
 
-    Where diffusers itself runs the VAE in float32 beside a float16 U-Net (`force_upcast`, which
-    only its XL pipelines look at), so does its part. UserError for a network whose forward needs
-    what these inputs do not carry.
+    If diffusers runs the VAE in float32 beside a float16 U-Net (`force_upcast`, which only its XL
+    pipelines read), its part is float32, too. UserError for a network whose forward needs more than
+    these inputs.
     """
     return (
         *(_text(key, module, dtype) for key, module in _texts(pipe).items()),
@@ -49,7 +48,7 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
 
 
 def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tuple[Part, ...]:
-    """Those of `parts` that are no text encoders: what denoises first."""
+    """Those of `parts` that are not text encoders, the denoising network first."""
     recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
     lengths = map(_length, _texts(pipe).values())
     tokens = [length for length in lengths if length is not None]
@@ -70,7 +69,7 @@ def _texts(pipe: Any) -> dict[str, nn.Module]:
 
 
 def left_out(pipe: Any) -> tuple[str, ...]:
-    """Components that hold weights of their own and are not exported, such as a safety checker."""
+    """Components with weights of their own that are not exported, such as a safety checker."""
     known = {*TEXTS, *exported(pipe, f"{type(pipe).__name__} cannot be exported").networks}
     return tuple(
         name
@@ -109,6 +108,6 @@ def _text(folder: str, net: nn.Module, dtype: torch.dtype) -> Part:
 
 
 def _length(net: nn.Module) -> int | None:
-    """Tokens that a text encoder has positions for; None: any number."""
+    """The number of tokens that a text encoder has positions for; None: any number."""
     config: Any = net.config
     return getattr(config, "max_position_embeddings", None)

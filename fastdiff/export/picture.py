@@ -1,4 +1,4 @@
-"""A whole picture through networks of another runtime, against the one torch draws."""
+"""Draws a whole picture with another runtime's networks, and compares it with torch's."""
 
 import inspect
 import math
@@ -16,11 +16,11 @@ from fastdiff.export.parts import Part
 STEPS, PROMPT = 4, "red heart"
 
 Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
-"""A network of another runtime: inputs by name, CPU tensors, to its outputs in the part's order."""
+"""Runs a network of another runtime: CPU tensors by input name -> outputs in the part's order."""
 
 
 def run_of(engine: Engine, part: Part) -> Run:
-    """Calls of an engine, each on memory of its own."""
+    """A function that calls an engine, each time on new memory."""
 
     def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
@@ -36,7 +36,7 @@ def run_of(engine: Engine, part: Part) -> Run:
 
 @contextmanager
 def inside(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> Iterator[Any]:
-    """The pipeline with its networks' calls answered by `runs`; as before afterwards."""
+    """The pipeline with its networks' calls answered by `runs`; restored after the block."""
     answers: list[tuple[Any, str, Callable[..., Any]]] = []
     for part in parts:
         run = runs[part.folder]
@@ -69,7 +69,7 @@ def _unchecked(pipe: Any) -> Iterator[None]:
 
 
 def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
-    """Calls as diffusers' pipelines make them; guidance repeats one timestep for all pictures."""
+    """Called as by diffusers' pipelines; with guidance they repeat one timestep."""
     timestep = part.inputs[1]
     names = inspect.signature(type(part.net).forward)
 
@@ -90,7 +90,7 @@ def _decode(run: Run) -> Callable[..., tuple[Tensor, ...]]:
 def _text(part: Part, run: Run) -> Callable[..., Any]:
     names = [port.name for port in part.outputs]
     first = [name for name in names if not name.startswith("hidden_states.")]
-    make: Any = namedtuple  # diffusers reads it both by index and by name
+    make: Any = namedtuple  # diffusers reads it by index and by name
     output = make("output", [*first, "hidden_states"])
 
     def forward(input_ids: Tensor, **_: Any) -> Any:
@@ -101,10 +101,10 @@ def _text(part: Part, run: Run) -> Callable[..., Any]:
 
 
 def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
-    """Decibels of the picture that `runs` draw against torch's, pixels 0 to 1, same seed.
+    """The PSNR in dB of the picture drawn by `runs` against torch's, for pixels from 0 to 1.
 
-    Infinite where they are equal, minus infinity where one is not finite. Without the pipeline's
-    safety checker: two pictures that it blackens would be equal, whatever was drawn.
+    Both use the same seed. Infinite if they are equal, minus infinity if one is not finite. The
+    safety checker is left out: it could black out both pictures and so make them equal.
     """
 
     def draw_one() -> Tensor:

@@ -1,4 +1,4 @@
-"""From pictures in pixels to the sides of every input: what an engine is built for."""
+"""Converts picture sizes in pixels to the shapes of every input, which an engine is built for."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from fastdiff.export.parts import Part, Port
 
 @dataclass(frozen=True)
 class Pictures:
-    """So many pictures at once, height and width in pixels."""
+    """A number of pictures, with their height and width in pixels."""
 
     count: int
     height: int
@@ -23,7 +23,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The least and most pictures an engine takes, and those it is best at."""
+    """The minimum, optimum and maximum pictures of an engine."""
 
     least: Pictures
     best: Pictures
@@ -38,9 +38,9 @@ class Shapes:
 
 
 def parse(shapes: str | None, static: str | None) -> Shapes | None:
-    """Of `--shapes MIN:OPT:MAX` or `--static BxHxW`; None where neither is given."""
+    """Parse `--shapes MIN:OPT:MAX` or `--static BxHxW`; None if neither is given."""
     if shapes and static:
-        raise UserError("got --shapes and --static; give one of them")
+        raise UserError("got --shapes and --static; give only one of them")
     if static:
         one = _pictures("--static", static)
         return Shapes(one, one, one)
@@ -53,12 +53,14 @@ def parse(shapes: str | None, static: str | None) -> Shapes | None:
     for side in ("count", "height", "width"):
         low, middle, high = (getattr(end, side) for end in (least, best, most))
         if not low <= middle <= high:
-            raise UserError(f"--shapes {shapes}: {side} goes {low}, {middle}, {high}; it must grow")
+            raise UserError(
+                f"--shapes {shapes}: {side} is {low}, {middle}, {high}; it must not fall"
+            )
     return Shapes(least, best, most)
 
 
 def default(parts: Sequence[Part], side: int) -> Shapes:
-    """One picture of half to one and a half times the U-Net's own `side` (latents), or two."""
+    """One to two pictures, of half to one and a half times the network's own `side` (latents)."""
     unit = multiple(parts)
     pixels = side * _pixels(parts)
     half, more = (max(unit, times * pixels // 2 // unit * unit) for times in (1, 3))
@@ -66,16 +68,16 @@ def default(parts: Sequence[Part], side: int) -> Shapes:
 
 
 def multiple(parts: Sequence[Part]) -> int:
-    """Of which every picture's height and width must be, in pixels."""
+    """The number of pixels that must divide every picture's height and width."""
     return math.lcm(*(_unit(part, parts) for part in parts))
 
 
 def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
-    """For each part's folder the shapes of its inputs. UserError for sides that a part cannot take.
+    """The input shapes of each part, by its folder. UserError for sizes that a part cannot take.
 
-    Guidance doubles the batch of what sees the text: from the pictures of `least` to twice those of
-    `most`. A static U-Net takes twice its pictures and nothing else; a text encoder always takes
-    the texts of one half alone, as diffusers encodes them. Text has its full length.
+    With guidance, networks that see the text have twice the batch: from the pictures of `least` to
+    twice those of `most`. A static denoising network takes exactly twice its pictures. A text
+    encoder always takes one half's texts, as diffusers encodes them. Text has its full length.
     """
     for end in (shapes.least, shapes.best, shapes.most):
         for part in parts:
@@ -83,7 +85,7 @@ def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
                 unit, got = _unit(part, parts), getattr(end, side)
                 if got % unit:
                     raise UserError(
-                        f"{end}: {side} {got} is no multiple of {unit}, which {part.folder} needs;"
+                        f"{end}: {side} {got} is not a multiple of {unit}, as {part.folder} needs;"
                         f" {multiple(parts)} suits every network"
                     )
                 if part.most and got > (most := part.most * _pixels(parts)):
@@ -116,18 +118,18 @@ def _free(port: Port) -> bool:
 
 
 def _in_pixels(part: Part) -> bool:
-    """Whether its sides are a picture's: its output is named as a fraction of them."""
+    """Whether its sides are in pixels: its output's are fractions of them."""
     return any("//" in str(side) for port in part.outputs for side in port.shape)
 
 
 def _pixels(parts: Sequence[Part]) -> int:
-    """To a latent, as the VAE's ports say."""
+    """Pixels per latent, read from the VAE's ports."""
     sides = (str(side) for part in parts for port in part.outputs for side in port.shape)
     return next((int(side.split("//")[1]) for side in sides if "//" in side), 1)
 
 
 def _unit(part: Part, parts: Sequence[Part]) -> int:
-    """Of which its height and width are multiples wherever it is traced and verified; in pixels."""
+    """The number of pixels that divides all its traced and verified heights and widths."""
     sizes = (part.example, *part.cases)
     own = math.gcd(*(each[side] for each in sizes for side in ("height", "width") if side in each))
     return own * (1 if _in_pixels(part) else _pixels(parts)) if own else 1

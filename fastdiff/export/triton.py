@@ -1,18 +1,19 @@
-"""Exported networks as a model repository that NVIDIA Triton Inference Server serves."""
+"""Writes exported networks as a model repository for NVIDIA Triton Inference Server."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastdiff import installed
 from fastdiff.engines import exported, manifest
 from fastdiff.errors import UserError
 
 SCHEMA = "fastdiff.triton/1"
 VERSION = "1"
 MAX_BATCH = 4
-"""Of an ONNX file: the most in one request, or in requests of one shape that the server joins.
-Pictures decoded at once fill its memory; an engine has the bound of its profile."""
+"""The largest batch of an ONNX file, in one request or in requests that the server joins. Decoding
+more pictures at once would fill a GPU's memory. An engine has its profile's limit."""
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 TYPES = {
     "float32": ("TYPE_FP32", 1),
@@ -20,19 +21,19 @@ TYPES = {
     "bfloat16": ("TYPE_BF16", 16),
     "int64": ("TYPE_INT64", 7),
 }
-"""Triton's name of a torch dtype, and the number ONNX gives it."""
+"""By torch dtype: Triton's name, and ONNX's number."""
 
 Ports = dict[str, list[Any]]
-"""Tensors by name: a torch dtype's name, then the sides, those that are free by name."""
+"""Tensors by name: a torch dtype's name, then the sides; free sides have names."""
 
 
 @dataclass(frozen=True)
 class Model:
     """A network to serve.
 
-    file: of the network, in the folder it was exported to.
-    kind: where Triton puts it: KIND_AUTO (a GPU if there is one) or KIND_GPU.
-    max_batch: 0 where the server adds no batch of its own to the tensors' sides.
+    file: the network's file, in the exported folder.
+    kind: where Triton places it: KIND_AUTO (a GPU if there is one) or KIND_GPU.
+    max_batch: 0 if the server does not batch requests.
     """
 
     name: str
@@ -49,10 +50,10 @@ def check_packages() -> None:
     try:
         import onnx  # noqa: F401
         from tritonclient.grpc import model_config_pb2  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # the latter is tritonclient's, without grpc
+    except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without grpc
         raise UserError(
-            f"--triton-repo needs tritonclient and onnx ({error}); "
-            "pip install fastdiff[onnx,triton-server]"
+            f"--triton-repo needs tritonclient and onnx ({error});"
+            f" {installed.pip('onnx', 'triton-server')}"
         ) from error
 
 
@@ -62,10 +63,10 @@ def is_exported(folder: Path) -> bool:
 
 
 def read(folder: Path, target: str | None) -> tuple[Model, ...]:
-    """The models of an exported folder, every file compared with its hash.
+    """The models of an exported folder, after every file's hash is checked.
 
-    target: of the engines, where they were built for several. UserError for any other folder, and
-    for networks that Triton has no backend for.
+    target: the engines' target, if there are several. UserError for any other folder, and for
+    networks that Triton has no backend for.
     """
     if not (folder / exported.FILE).is_file():
         return _engines(folder, target)
@@ -80,15 +81,15 @@ def read(folder: Path, target: str | None) -> tuple[Model, ...]:
 
 
 def models(document: dict[str, Any]) -> tuple[Model, ...]:
-    """The models of an export's own description, schema `fastdiff.export/1`."""
+    """The models in an export's document, schema `fastdiff.export/1`."""
     return tuple(_onnx(row) for row in document["parts"])
 
 
 def config(model: Model) -> str:
-    """The model's config.pbtxt, of Triton's own protobuf message ModelConfig.
+    """The model's config.pbtxt, a protobuf message ModelConfig of Triton.
 
-    Triton has no tensor without sides: a scalar is given as [1], which its ONNX Runtime backend
-    passes on as a scalar (from release 23.10 on); a reshape to [] it refuses without a batch.
+    Triton has no tensors without sides: a scalar is declared as [1], which its ONNX Runtime backend
+    (from release 23.10 on) passes on as a scalar. Without a batch it refuses to reshape to [].
     """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
@@ -99,7 +100,7 @@ def config(model: Model) -> str:
         backend=model.backend,
         max_batch_size=model.max_batch,
     )
-    skipped = 1 if model.max_batch else 0  # the batch, which Triton puts before `dims` itself
+    skipped = 1 if model.max_batch else 0  # Triton adds the batch to `dims` itself
     for ports, made in ((model.inputs, message.input), (model.outputs, message.output)):
         for name, (dtype, *shape) in ports.items():
             dims = _sides(shape)[skipped:] or [1]
@@ -112,7 +113,7 @@ def config(model: Model) -> str:
 
 
 def check(text: str, file: Path) -> None:
-    """UserError unless a config.pbtxt, read back, asks for the very tensors of the ONNX file."""
+    """UserError unless a config.pbtxt, read back, declares exactly the ONNX file's tensors."""
     import onnx
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
@@ -142,10 +143,11 @@ def check(text: str, file: Path) -> None:
 def fill(
     place: Path, source: Path, found: tuple[Model, ...], put: Callable[[Path, Path], object]
 ) -> None:
-    """The repository of `found` in the empty folder `place`; `put` brings each file of `source`.
+    """Write the repository of `found` into the empty folder `place`; `put` copies a file of
+    `source`.
 
-    Not by hard links: onnx refuses to read weights of their own file under a second name.
-    UserError where a file's tensors are not what its description says.
+    `put` must not make hard links: onnx refuses to read a weights file that has a second name.
+    UserError if a file's tensors differ from its description.
     """
     for model in found:
         file = source / model.file
@@ -160,7 +162,7 @@ def fill(
 
 
 def document(found: tuple[Model, ...]) -> dict[str, Any]:
-    """Schema `fastdiff.triton/1`: each model's backend, its largest batch and its tensors."""
+    """Schema `fastdiff.triton/1`: each model's backend, largest batch and tensors."""
     rows = [
         {
             "name": model.name,
@@ -196,7 +198,7 @@ def _onnx(row: dict[str, Any]) -> Model:
 
 
 def _engines(folder: Path, target: str | None) -> tuple[Model, ...]:
-    """The models of the engines in the folder that were built for one target."""
+    """The models of the folder's engines for `target`, or for the only target."""
     read = {place: manifest.read(place) for place in manifest.find(folder)}
     targets = sorted({made.target for made in read.values()})
     if target is None and len(targets) > 1:
@@ -211,15 +213,15 @@ def _engine(folder: Path, place: Path) -> Model:
     made = manifest.check(place)
     if made.flavor != "tensorrt":
         raise UserError(
-            f"{place} is of TensorRT-RTX, whose plans Triton has no backend for; export with "
-            "--flavor tensorrt, or take the folder of --onnx"
+            f"{place} was built by TensorRT-RTX, for which Triton has no backend; export with "
+            "--flavor tensorrt, or use the folder written by --onnx"
         )
     tensors = made.inputs | made.outputs
     for name, (_, *shape) in tensors.items():
         if not shape:
             raise UserError(
-                f"{place} takes {name} without sides, which Triton's TensorRT backend cannot be "
-                "given; take the folder of --onnx"
+                f"{place} takes {name} without sides, which Triton's TensorRT backend cannot "
+                "pass; use the folder written by --onnx"
             )
     bounds = [shapes for profile in made.profiles for shapes in profile.values()]
     least = max((shape["min"][0] for shape in bounds), default=0)
@@ -236,7 +238,7 @@ def _engine(folder: Path, place: Path) -> Model:
 
 
 def _begins_free(tensors: Ports) -> bool:
-    """Whether every tensor begins with one and the same free side, and has others."""
+    """Whether every tensor begins with the same free side, and has other sides."""
     shapes = [shape for _, *shape in tensors.values()]
     first = shapes[0][:1]
     return all(len(s) > 1 and s[:1] == first and isinstance(s[0], str) for s in shapes)

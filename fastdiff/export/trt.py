@@ -1,4 +1,4 @@
-"""A pipeline's networks as TensorRT engines: one folder for each GPU they are built for."""
+"""Builds a pipeline's networks as TensorRT engines: one folder for each target GPU."""
 
 import hashlib
 import time
@@ -22,12 +22,12 @@ from fastdiff.export.picture import run_of
 from fastdiff.export.shapes import Shapes, profiles
 
 ATTENTION_OPSET = 23
-"""From here on attention is one op, which TensorRT takes in half precision only."""
+"""From this opset on attention is one op, which TensorRT takes only in half precision."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What engines are to be. flavor: not "auto"; compatible, timing_cache: see `trt.Order`."""
+    """The requested engines. flavor: not "auto"; compatible, timing_cache: see `trt.Order`."""
 
     flavor: str
     targets: tuple[str, ...]
@@ -38,7 +38,7 @@ class Request:
 
 
 def check(parts: Sequence[Part], request: Request) -> dict[str, Profile]:
-    """Each part's profile by its folder. UserError for what no library could build."""
+    """Each part's profile, by its folder. UserError for a request that no library can build."""
     for part in parts:
         if request.opset >= ATTENTION_OPSET and part.dtype is torch.float32:
             raise UserError(
@@ -58,10 +58,10 @@ def export(
 ) -> tuple[Manifest, ...]:
     """Build every part for every target into the new folder `out`: all or nothing.
 
-    `out/<target>/<part>` gets plan and manifest, `out/<part>` the config.json, `out` what goes
+    `out/<target>/<part>` gets plan and manifest, `out/<part>` the config.json, `out` the files
     beside the networks. The ONNX files are made on the way and not kept.
 
-    UserError where a part cannot be exported or built, or the folder cannot be written.
+    UserError if a part cannot be exported or built, or the folder cannot be written.
     """
     shapes = check(parts, request)
     made: list[Manifest] = []
@@ -76,7 +76,7 @@ def export(
 
 
 def planned(part: Part, profile: Profile, target: str, request: Request) -> dict[str, Any]:
-    """What an engine's manifest says that is known before it is built."""
+    """The parts of an engine's manifest that are known before it is built."""
     return {
         "part": part.folder,
         "flavor": request.flavor,
@@ -99,7 +99,7 @@ def engines(
     log: Callable[[str], object],
     watch: Watch,
 ) -> Iterator[Manifest]:
-    """Build a part, whose ONNX file lies in `folder`, for every target."""
+    """Build a part, whose ONNX file is in `folder`, for every target."""
     source = folder / part.folder
     file = source / "model.onnx"
     hashes: dict[str, Any] = {
@@ -137,7 +137,7 @@ def engines(
 
 
 def _numbers(part: Part, profile: Profile, engine: Engine) -> dict[str, Any]:
-    """What an engine computes at its least shapes against torch: rows as of `--verify`."""
+    """An engine's outputs at its minimum shapes against torch's: rows as for `--verify`."""
     least = part.sizes({name: ends["min"] for name, ends in profile.items()})
     rows = parity.verify_part(replace(part, cases=(least,)), run_of(engine, part))
     return {"passed": all(row.passed for row in rows), "rows": [asdict(row) for row in rows]}

@@ -1,7 +1,7 @@
-"""What fastdiff knows of each class of network: a module for each, found by its name.
+"""What fastdiff knows about each class of network: one module per class, found by name.
 
-A recipe names the family of every network of a pipeline. A new network is a file in models/, one
-here with a `FAMILY`, and the recipes that name it.
+A recipe names the family of each network in a pipeline. To add a network, add a file in models/, a
+file with a `FAMILY` here, and the recipes that name it.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,87 +20,88 @@ from fastdiff.recipes import RECIPES
 from fastdiff.runtime.planned import Run, guided_steps, step
 
 Taken = dict[str, tuple[nn.Module, "Kind"]]
-"""By dotted name: a module that is taken over, and how."""
+"""By dotted name: a module that fastdiff runs, and how."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a picture whose kernels are planned, on tensors without memory."""
+    """The sizes of a picture whose kernels are planned on tensors without memory."""
 
     side: int
-    """Of the latents."""
+    """The latents' height and width."""
     factor: int
-    """Pixels of a latent's side."""
+    """Pixels per latent in each direction."""
     guided: bool = True
-    """Whether by classifier-free guidance."""
+    """Whether the picture uses classifier-free guidance."""
     upcast: bool = False
-    """Whether diffusers turns a float16 autoencoder into float32 to draw with it."""
+    """Whether diffusers casts a float16 autoencoder to float32 to decode."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How one class of module is taken over."""
+    """How fastdiff runs one class of module."""
 
     borrow: Callable[..., Any]
     """(module, loan) -> network on borrowed weights; raises Unsupported."""
     call: Callable[..., Any]
     """(network, *the module's own arguments) -> the module's own output; raises Unsupported."""
     planned: Callable[[Any, Sizes], list[Run]]
-    """(network, sizes of a picture) -> what the picture asks of the network on a GPU."""
+    """(network, sizes of a picture) -> the functions that the picture runs on a GPU."""
     runner: str = "fastdiff"
-    """Who computes, as the report names it."""
+    """The backend, as the report names it."""
     frozen: bool = False
-    """Whether the network goes stale when the module's weights are edited in place."""
+    """Whether the network is outdated once the module's weights are edited in place."""
     exact: Callable[..., Any] | None = None
-    """What borrows a float32 copy after an overflow; `borrow` if None."""
+    """Like `borrow`, for the float32 copy after an overflow; None: `borrow` itself."""
     guarded: bool = False
-    """Whether each output is looked at for overflow: worth a wait for what runs once an image."""
+    """Whether to check each output for overflow; the wait pays off for a part run once a
+    picture."""
     tactics: bool = True
-    """Whether its convolutions run by plans that cuDNN searched."""
+    """Whether its convolutions use plans that cuDNN searched."""
     cuts: bool | None = None
-    """Whether large pictures are computed in strips; None: it knows no strips. What does has a
-    `borrow` that takes `exact=True`."""
+    """Whether large pictures are computed in strips; None if it cannot. If it can, `borrow` takes
+    `exact=True`."""
     notes: Callable[[Any], list[str]] = lambda network: []
-    """(network) -> what a report should say of how it runs."""
+    """(network) -> notes for the report on how it runs."""
     scale: Callable[..., float] = lambda *args, **kwargs: 1.0
-    """(*the module's own arguments) -> what this call multiplies the LoRA adapters by."""
+    """(*the module's own arguments) -> the factor by which this call scales LoRA adapters."""
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """What a denoising loop and an exported file ask of a network beside its kind."""
+    """What denoising loops and exports need to know about a network, besides its kind."""
 
     conditions: Callable[..., Any]
-    """The named tuple of what the network is told: fields by the names of diffusers' `forward`."""
+    """The named tuple of the network's conditions; fields as in diffusers' `forward`."""
     example: Callable[[Any, int, int], Any]
-    """(network, texts, tokens of each) -> conditions of a picture, of any values."""
+    """(network, texts, tokens per text) -> conditions of a picture; the values do not matter."""
     channels: Callable[[Any], int]
     """(network) -> channels of its latents."""
     part: Callable[..., Part]
-    """(folder, module, dtype, tokens of CLIP's text, shape of the timestep) -> the file of its own;
+    """(folder, module, dtype, tokens of CLIP's text, shape of the timestep) -> its exported file;
     raises UserError."""
     unexported: Callable[[Any], None]
-    """(network) -> None; raises Unsupported where it has what no file holds."""
+    """(network) -> None; raises Unsupported if the network has parts that no file can hold."""
     multiple: Callable[[Any], int]
-    """(module) -> of which the latents' height and width must be in a file."""
+    """(module) -> the number that must divide the latents' height and width in a file."""
     tokens: int = 77
-    """Of a text as published pipelines encode it."""
+    """Tokens per text in published pipelines."""
     most: Callable[[Any], int | None] = lambda module: None
-    """(module) -> the greatest height and width of latents that it takes; None: any."""
+    """(module) -> the largest height and width of its latents; None: unlimited."""
     beside: tuple[str, ...] = ("controlnet", "adapter")
-    """Components of a pipeline that give it residuals, which no file takes."""
+    """Components of a pipeline that give it residuals, which an exported file does not take."""
 
     def picture(
         self, network: Any, side: int, texts: int, tokens: int | None = None
     ) -> tuple[Any, Tensor]:
         """The conditions and the latents [1, C, side, side] of a picture, on the meta device, for a
-        network without memory. texts: 2 with guidance; tokens: of each, if not `self.tokens`."""
+        network without memory. texts: 2 with guidance; tokens: per text, default `self.tokens`."""
         shape = (1, self.channels(network), side, side)
         latents = torch.empty(shape, dtype=network.dtype, device="meta")
         return self.example(network, texts, tokens or self.tokens), latents
 
     def loop(self, network: Any, sizes: Sizes) -> list[Run]:
-        """What a picture's loop asks of a GPU, by any scheduler; `network` as of `picture`."""
+        """The functions that a picture's loop runs, for any scheduler; `network`: see `picture`."""
         texts = 2 if sizes.guided else 1
         given, latents = self.picture(network, sizes.side, texts)
         return [step(network, given, latents), *guided_steps(network, given, latents, texts)]
@@ -108,22 +109,23 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Family:
-    """A class of networks, and all that is asked about it elsewhere."""
+    """A class of networks, with everything that other packages need to know about it."""
 
     models: tuple[str, ...]
-    """Classes that can be compiled by themselves; one outside of diffusers has its path:
+    """Classes that can be compiled on their own; a class outside of diffusers is given by its path,
     "package.module.Class"."""
     taken: Callable[[str, Any], Taken]
-    """(component's name, component) -> what of it is taken over; nothing of a foreign kind."""
+    """(component's name, component) -> its modules that fastdiff runs; {} for an unknown class."""
     left: Mapping[str, str] = field(default_factory=dict)
-    """Attributes of the component that stay diffusers' on purpose, and why."""
+    """Attributes of the component that stay with diffusers on purpose, and why."""
     asked: Callable[[Any], dict[str, str]] = lambda component: {}
-    """(component) -> what it was told by diffusers' own methods that changes how its parts are
-    called, by a name for it: rows of the report."""
+    """(component) -> settings of diffusers that change how its parts are called: rows of the
+    report, by name."""
     denoised: Denoised | None = None
-    """None where no loop repeats it."""
+    """None if no loop repeats it."""
     parts: Callable[..., tuple[Part, ...]] | None = None
-    """(component, dtype, side of its latents, upcasts) -> the files of what runs once an image."""
+    """(component, dtype, side of its latents, upcasts) -> its exported files, for parts run once a
+    picture."""
 
 
 @cache
@@ -134,25 +136,25 @@ def family(name: str) -> Family:
 
 
 def families() -> dict[str, Family]:
-    """All that recipes name, by name, in their order."""
+    """All families that recipes name, by name, in their order."""
     names = (name for recipe in RECIPES.values() for name in recipe.networks.values())
     return {name: family(name) for name in dict.fromkeys(names)}
 
 
 def plain(module: Any) -> Any:
-    """The module itself where `torch.compile(module)` stands for it."""
-    while type(module).__name__ == "OptimizedModule":  # isinstance asks the module within
+    """The module itself, if it is wrapped by `torch.compile(module)`."""
+    while type(module).__name__ == "OptimizedModule":  # isinstance would see the wrapped module
         module = module._orig_mod
     return module
 
 
 def of_model(model: Any, *names: str) -> bool:
-    """Whether a model is of one of the classes `names`, or of a class made from one."""
+    """Whether a model's class, or one of its base classes, is among `names`."""
     return any(class_name(cls) in names for cls in type(plain(model)).__mro__)
 
 
 def named(model: Any) -> tuple[str, Family] | None:
-    """The name that a bare model has in a pipeline and its family; None where it has none."""
+    """A bare model's component name in a pipeline and its family; None if it is unknown."""
     for recipe in RECIPES.values():
         for component, name in recipe.networks.items():
             if of_model(model, *family(name).models):
@@ -161,10 +163,10 @@ def named(model: Any) -> tuple[str, Family] | None:
 
 
 def settings(root: nn.Module) -> list[tuple[str, str, Any]]:
-    """The numbers and words that say, beside its weights, what a component computes: all that the
-    runtime reads of it, as (path, attribute, value).
+    """The numbers and strings that define, besides its weights, what a component computes: all that
+    the runtime reads, as (path, attribute, value).
 
-    Of a component that it does not compute, nothing.
+    Empty for a component that fastdiff does not compute.
     """
     known = named(root)
     taken = {} if known is None else known[1].taken("", root)
@@ -180,5 +182,5 @@ def settings(root: nn.Module) -> list[tuple[str, str, Any]]:
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
-    """A tensor of `like`'s dtype on its device, of any values."""
+    """A tensor of `like`'s dtype on its device, not initialised."""
     return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""ControlNets of SD1.x, SD2.x and SDXL: diffusers' ControlNetModel, alone or several."""
+"""ControlNets of SD1.x, SD2.x and SDXL: diffusers' ControlNetModel, one or several."""
 
 from dataclasses import replace
 from typing import Any
@@ -67,8 +67,8 @@ def _call(
 
 
 def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
-    """One step, in which diffusers repeats the latents for guidance. The picture comes embedded:
-    that is diffusers' own."""
+    """One step, for which diffusers repeats the latents for guidance. The control picture's
+    embedding is left out, since diffusers computes it."""
     network: Any = net.network
     embedded = replace(network, embedding=nn.Identity(), flipped=False)
     bare: ControlNet = without_memory(embedded)
@@ -81,13 +81,13 @@ def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
 
 
 def each_of(name: str, component: Any, single: str, several: str) -> dict[str, Any]:
-    """By dotted name: a component that is one network of the class `single`, or those of one of the
-    class `several`."""
+    """By dotted name: a component of class `single`, or the networks in a component of class
+    `several`."""
     if of_model(component, single):
         return {name: component}
     if not of_model(component, several):
         return {}
-    once = {id(net): net for net in getattr(component, "nets", ())}  # it may be there twice
+    once = {id(net): net for net in getattr(component, "nets", ())}  # a network may be listed twice
     return {f"{name}.{i}": net for i, net in enumerate(once.values())}
 
 
@@ -100,5 +100,5 @@ CONTROLNET = Kind(_borrow, _call, _planned)
 FAMILY = Family(
     models=("ControlNetModel",),
     taken=_taken,
-    left={"controlnet_cond_embedding": "small convolutions over the picture, in every step"},
+    left={"controlnet_cond_embedding": "small convolutions of the picture, in every step"},
 )

@@ -1,4 +1,4 @@
-"""MM-DiT of Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel."""
+"""The MM-DiT of Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from fastdiff.runtime.planned import Run, without_memory
 
 CLIP, T5 = 77, 256
 TOKENS = CLIP + T5
-"""Of a text: CLIP's, and T5's after them, which are zeros without T5."""
+"""Tokens of a text: CLIP's, then T5's, which are zeros without T5."""
 PICTURES = "ip_adapter_image_embeds"
 
 
@@ -58,7 +58,7 @@ def _call(
 
 
 def _scale(*_: Any, joint_attention_kwargs: Any = None, **__: Any) -> float:
-    # by position diffusers ignores the scale
+    # diffusers ignores a scale that is passed by position
     kwargs = {k: v for k, v in (joint_attention_kwargs or {}).items() if k != PICTURES}
     return lora_scale(kwargs, "joint_attention_kwargs")
 
@@ -77,14 +77,14 @@ def _channels(net: MMDiT) -> int:
 
 
 def _planned(mmdit: Denoiser, sizes: Sizes) -> list[Run]:
-    """Of a text whose tokens all differ; kernels of IP-Adapters are compiled at their first
-    launch."""
+    """The planned launches, for a text whose tokens all differ. Kernels of IP-Adapters are not
+    planned; they are compiled at their first launch."""
     return DENOISED.loop(without_memory(mmdit.network), sizes)
 
 
 def _unexported(network: MMDiT) -> None:
     if network.ip_adapter is not None:
-        raise Unsupported("an IP-Adapter, which an engine does not have")
+        raise Unsupported("an IP-Adapter, which an engine does not support")
 
 
 class _Exported(nn.Module):
@@ -131,7 +131,7 @@ def _part(
     free, kind, patch = ("batch_size",), dtype_name(dtype), config.patch_size
     picture, tokens, most = ("height", "width"), tokens + T5, _most(net)
     own = min(config.sample_size, most)
-    # odd numbers of patches lie otherwise in the middle of all positions than even ones
+    # the middle of the positions is computed differently for odd and even numbers of patches
     sizes = ((1, own, own), (3, 5 * patch, 3 * patch), (2, 7 * patch, 4 * patch))
     return Part(
         folder=folder,
@@ -140,7 +140,7 @@ def _part(
         dtype=dtype,
         inputs=(
             Port("hidden_states", kind, (*free, config.in_channels, *picture)),
-            # float32 in every dtype: half keeps no fraction of a timestep above 512 but 0.5.
+            # float32 in every dtype: above 512, float16 steps by 0.5
             Port("timestep", "float32", timestep),
             Port(
                 "encoder_hidden_states",
@@ -160,13 +160,13 @@ def _part(
 
 
 def _multiple(net: Any) -> int:
-    """Whole patches."""
+    """The patch size."""
     patch: int = net.config.patch_size
     return patch
 
 
 def _most(net: Any) -> int:
-    """Of the middle of its positions a picture gets as many as it has patches."""
+    """A picture uses as many positions as it has patches, so there is a largest one."""
     most: int = net.config.pos_embed_max_size * net.config.patch_size
     return most
 

@@ -1,4 +1,4 @@
-"""ControlNets of Stable Diffusion 3 and 3.5: diffusers' SD3ControlNetModel, alone or several."""
+"""ControlNets of Stable Diffusion 3 and 3.5: diffusers' SD3ControlNetModel, one or several."""
 
 from typing import Any
 
@@ -48,13 +48,13 @@ def _call(
 
 
 def _scale(*_: Any, joint_attention_kwargs: Any = None, **__: Any) -> float:
-    # of all that stands there, diffusers gives a ControlNet the scale alone
+    # diffusers passes only the scale on to a ControlNet
     kwargs = joint_attention_kwargs or {}
     return lora_scale({"scale": kwargs.get("scale", 1.0)}, "joint_attention_kwargs")
 
 
 def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
-    """One step, in which diffusers repeats the latents for guidance."""
+    """One step, for which diffusers repeats the latents for guidance."""
     network: Any = net.network
     bare: MMDiTControl = without_memory(network)
     texts, weight, side = 2 if sizes.guided else 1, bare.modulation.weight, sizes.side

@@ -1,4 +1,4 @@
-"""What is exported of a network: one ONNX file, with inputs and outputs as Optimum names them."""
+"""The exported form of a network: one ONNX file, with inputs and outputs named as in Optimum."""
 
 import copy
 import math
@@ -14,9 +14,9 @@ from fastdiff.errors import UserError
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: a torch dtype's name and a shape whose named sides are free.
+    """One input or output: a torch dtype's name, and a shape in which named sides are free.
 
-    A side of an output may be a multiple of a free one, "8*height", or a fraction, "height//8".
+    An output's side may be a multiple of a free side, "8*height", or a fraction, "height//8".
     """
 
     name: str
@@ -24,7 +24,7 @@ class Port:
     shape: tuple[int | str, ...]
 
     def at(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Its shape where the free sides are `sizes`."""
+        """Its shape for the free sides `sizes`."""
         return tuple(_side(side, sizes) for side in self.shape)
 
 
@@ -32,16 +32,16 @@ class Port:
 class Part:
     """One ONNX file. `module` takes `inputs` by position and returns a tuple of `outputs`.
 
-    example: the free sides it is traced at; cases: the other sides it is verified at, its own size
-    and the full length of its text first; most: the greatest height and width it takes.
+    example: the free sides at which it is traced. cases: those at which it is verified, beginning
+    with its own size and full text length. most: the largest height and width it takes.
     Free sides are latents of a denoising network or VAE decoder, pixels of a VAE encoder, tokens of
-    text. A denoising network's first input are the latents, its second the timestep; the others
-    have the names of its conditions.
+    a text encoder. A denoising network's first input is the latents, its second the timestep; the
+    others have the names of its conditions.
     """
 
     folder: str
     source: nn.Module
-    """The pipeline's own, of which `module` may be a copy in another dtype."""
+    """The pipeline's own module, of which `module` may be a copy in another dtype."""
     module: nn.Module
     dtype: torch.dtype
     inputs: tuple[Port, ...]
@@ -59,7 +59,7 @@ class Part:
         return f"{self.folder}/model.onnx"
 
     def sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """The free sides, read off the shapes of inputs by name."""
+        """The free sides, taken from the inputs' shapes by name."""
         return {
             side: size
             for port in self.inputs
@@ -69,9 +69,9 @@ class Part:
 
 
 class Frequencies(nn.Module):
-    """diffusers' Timesteps [B] -> [B, C] with its frequencies as a constant of torch's own bits.
+    """diffusers' Timesteps [B] -> [B, C] with its frequencies as a constant, bit for bit torch's.
 
-    A runtime whose exp differs by one rounding is 1e-4 rad away at timestep 999.
+    If a runtime's exp differs by one rounding, the angle at timestep 999 is off by 1e-4 rad.
     """
 
     def __init__(self, source: Any) -> None:
@@ -86,14 +86,15 @@ class Frequencies(nn.Module):
         table: Any = self.table
         angles = timesteps[:, None].to(table.dtype) * table
         waves = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
-        return torch.cat(waves, dim=-1).to(timesteps.dtype)  # that of what it is joined to
+        # the dtype of the tensor it is joined to
+        return torch.cat(waves, dim=-1).to(timesteps.dtype)
 
 
 class Patches(nn.Module):
     """diffusers' PatchEmbed that crops its positions: latents [B, C, Y, X] -> patches [B, L, D].
 
-    The slices begin at quotients of positive numbers. What torch's exporter makes of diffusers' own
-    is -Y // 2, which torch rounds down and ONNX towards zero: wrong where Y is an odd number of
+    The slices begin at quotients of positive numbers. From diffusers' own code torch's exporter
+    makes -Y // 2, which torch rounds down but ONNX towards zero: wrong for an odd number of
     patches.
     """
 
@@ -119,19 +120,20 @@ class Patches(nn.Module):
 
 
 EXPORTED: dict[str, Callable[[Any], nn.Module]] = {"Timesteps": Frequencies, "PatchEmbed": Patches}
-"""What stands in a file for modules of diffusers, by the names of their classes."""
+"""The exported replacements of diffusers' modules, by class name."""
 
 
 def exportable(net: nn.Module) -> nn.Module:
-    """The same weights in a network of its own, every module in it as `EXPORTED` has it."""
+    """A copy of the network on the same weights, with the modules in `EXPORTED` replaced."""
     own = copy.copy(net)
     own._modules = {
-        name: child if child is None else _told(child) for name, child in net._modules.items()
+        name: child if child is None else _exportable_child(child)
+        for name, child in net._modules.items()
     }
     return own
 
 
-def _told(module: nn.Module) -> nn.Module:
+def _exportable_child(module: nn.Module) -> nn.Module:
     if made := EXPORTED.get(type(module).__name__):
         return made(module)
     within = any(type(child).__name__ in EXPORTED for child in module.modules())
@@ -139,11 +141,11 @@ def _told(module: nn.Module) -> nn.Module:
 
 
 def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Generator) -> Tensor:
-    """A random input of `port` at the free sides `sizes`, of the scale a pipeline gives it."""
+    """A random input of `port` at the free sides `sizes`, at the scale that pipelines use."""
     shape = port.at(sizes)
     if port.name == "input_ids":
         ids = torch.randint(0, config.vocab_size, shape, generator=generator)
-        ids[:, -1] = config.eos_token_id  # where the pooled output is taken
+        ids[:, -1] = config.eos_token_id  # the pooled output is taken here
         return ids
     dtype = getattr(torch, port.dtype)
     if port.name == "timestep":
@@ -159,7 +161,7 @@ def sides(batch: int, height: int, width: int) -> dict[str, int]:
 
 
 def unsupported(folder: str, key: str, config: Any) -> UserError:
-    """That a config has no single number."""
+    """The error for a config that has more than a single number for `key`."""
     return UserError(f"{folder} has {key} {getattr(config, key)!r}; supported is one number")
 
 

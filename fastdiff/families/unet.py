@@ -18,9 +18,10 @@ from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
 
 TOKENS = 77
-"""CLIP's text encoders fill a prompt up to so many."""
+"""CLIP's text encoders pad a prompt to this many tokens."""
 TIME_IDS = 6
-"""Of SDXL: height and width, top and left of the crop, height and width wanted, in pixels."""
+"""SDXL's numbers: original height and width, crop's top and left, target height and width, in
+pixels."""
 
 
 def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
@@ -65,27 +66,29 @@ def _call(
 
 
 def lora_scale(kwargs: dict[str, Any] | None, what: str) -> float:
-    """What attention `kwargs` multiply LoRA adapters by; Unsupported for all else in them.
+    """The factor by which attention `kwargs` scale LoRA adapters; Unsupported for anything else in
+    them.
 
-    what: the argument that they are.
+    what: the name of this argument.
     """
     others = dict(kwargs or {})
     scale = others.pop("scale", 1.0)
     if others:
         raise Unsupported(f"it was given {', '.join(others)} in {what}")
     if not isinstance(scale, int | float) or scale == 0:
-        raise Unsupported(f"a LoRA scale of {scale!r}, at which diffusers resets the adapters")
+        raise Unsupported(f"a LoRA scale of {scale!r}, for which diffusers resets the adapters")
     return float(scale)
 
 
 def _scale(*_: Any, cross_attention_kwargs: Any = None, **__: Any) -> float:
-    # by position diffusers ignores the scale
+    # diffusers ignores a scale that is passed by position
     return lora_scale(cross_attention_kwargs, "cross_attention_kwargs")
 
 
 def example(net: Trunk, texts: int, tokens: int) -> Conditions:
-    """Conditions of `texts`, of any values."""
+    """Conditions of `texts`, not initialised."""
     weight, added = net.conv_in.weight, net.added
+    assert net.text is not None
     text = empty(weight, texts, tokens, net.text.weight.shape[1])
     if added is None or net.added_sinusoid is None:
         return Conditions(text)
@@ -94,19 +97,19 @@ def example(net: Trunk, texts: int, tokens: int) -> Conditions:
 
 
 def channels(net: Trunk) -> int:
-    """Of the latents."""
+    """The latents' channels."""
     return net.conv_in.weight.shape[1]
 
 
 def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
-    """Kernels of IP-Adapters are compiled at their first launch."""
+    """Kernels of IP-Adapters are not planned; they are compiled at their first launch."""
     network: Any = unet.network
     return DENOISED.loop(without_memory(replace(network, ip_adapters=None)), sizes)
 
 
 def _unexported(network: UNet) -> None:
     if network.ip_adapters is not None:
-        raise Unsupported("an IP-Adapter, which an engine does not have")
+        raise Unsupported("an IP-Adapter, which an engine does not support")
 
 
 class _Exported(nn.Module):
@@ -150,7 +153,7 @@ def _part(
         "encoder_hid_dim_type": (None,),
     }.items():
         if (value := getattr(config, key, None)) not in supported:
-            raise UserError(f"{folder} has {key} {value!r}, whose inputs no exported U-Net has")
+            raise UserError(f"{folder} has {key} {value!r}, whose inputs cannot be exported")
     for key in ("cross_attention_dim", "sample_size"):
         if not isinstance(getattr(config, key), int):
             raise unsupported(folder, key, config)
@@ -164,7 +167,7 @@ def _part(
         extra.append(Port("text_embeds", kind, (*free, width)))
         extra.append(Port("time_ids", kind, (*free, TIME_IDS)))
     context = (*free, "sequence_length", config.cross_attention_dim)
-    # float32 in every dtype: half keeps no fraction of a timestep above 512 but 0.5.
+    # float32 in every dtype: above 512, float16 steps by 0.5
     step = Port("timestep", "float32", timestep)
     least = 2 ** (len(config.block_out_channels) - 1)
     side = config.sample_size
@@ -190,7 +193,7 @@ def _part(
 
 
 def _multiple(unet: Any) -> int:
-    """Else the halves of its U meet at other sizes."""
+    """The total downsampling: for other sizes the halves of the U-Net differ in size."""
     times: int = 2**unet.num_upsamplers
     return times
 

@@ -1,4 +1,4 @@
-"""Autoencoders of Stable Diffusion: the halves of diffusers' AutoencoderKL."""
+"""Stable Diffusion's autoencoders: the encoder and decoder of diffusers' AutoencoderKL."""
 
 import copy
 from collections.abc import Callable
@@ -26,9 +26,9 @@ from fastdiff.runtime.planned import Run, coding, without_memory
 from fastdiff.runtime.recordings import Recorded, runner
 
 LARGE = 1 << 30
-"""Bytes that a decoder's pictures may take before `Options(vae_tiling="exact")` cuts them."""
+"""Bytes of intermediate pictures above which `Options(vae_tiling="exact")` decodes in strips."""
 SHARE = 0.24
-"""Of the bytes of one piece that strips take at least: a quarter with what torch takes beside."""
+"""The least memory for strips, as a share of a whole decode's: a quarter with torch's overhead."""
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Coder:
     exact: bool
     """Whether large pictures are decoded in strips."""
     short: bool = False
-    """Whether one was since a GPU's memory was short."""
+    """Whether a picture was decoded in strips because a GPU's memory was short."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x channels last -> what the network makes of it, channels last."""
+        """x channels last -> the network's result, channels last."""
         if self.cuts(x):
             return self.in_strips(x, LARGE)
         try:
@@ -53,15 +53,15 @@ class Coder:
             if not isinstance(self.network, Decoder):
                 raise
             self.short = True
-        return self.in_strips(x)  # now that the error holds no memory any more
+        return self.in_strips(x)  # here the error no longer holds memory
 
     def cuts(self, x: Tensor) -> bool:
-        """Whether x is decoded in strips though its memory might suffice."""
+        """Whether to decode x in strips even if memory might suffice."""
         network = self.network
         return self.exact and isinstance(network, Decoder) and network.bytes(x) > LARGE
 
     def in_strips(self, x: Tensor, least: int = 0) -> Tensor:
-        """As the network itself, in a `SHARE` of the memory, or in `least` bytes."""
+        """The network's result, within a `SHARE` of its memory or within `least` bytes if more."""
         assert isinstance(self.network, Decoder)
         bytes = max(least, int(SHARE * self.network.bytes(x)))
         run = runner(x.device, self.searches)
@@ -90,8 +90,8 @@ def _call(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> 
 
 
 def _notes(coder: Coder) -> list[str]:
-    notes = [f"in strips what takes more than {LARGE >> 30} GiB"] if coder.exact else []
-    return notes + ["in strips where a GPU's memory is short"] * coder.short
+    notes = [f"pictures above {LARGE >> 30} GiB in strips"] if coder.exact else []
+    return notes + ["in strips since a GPU's memory was short"] * coder.short
 
 
 def _planned(coder: Coder, sizes: Sizes) -> list[Run]:
@@ -108,7 +108,7 @@ def _planned(coder: Coder, sizes: Sizes) -> list[Run]:
 
 
 class _Decoding(nn.Module):
-    """Latents [B, C, Y, X], already divided by the scaling factor -> pixels in -1 to 1."""
+    """Latents [B, C, Y, X], already divided by the scaling factor -> pixels from -1 to 1."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class _Decoding(nn.Module):
 
 
 class _Encoding(nn.Module):
-    """Pixels [B, 3, Y, X] in -1 to 1 -> mean and log variance of the latents [B, 2C, …]."""
+    """Pixels [B, 3, Y, X] from -1 to 1 -> mean and log variance of the latents [B, 2C, …]."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -191,8 +191,7 @@ CODERS = {
 
 
 def _taken(name: str, vae: Any) -> Taken:
-    """Encoder and decoder, not the whole: slicing, tiling and the quant convolutions stay
-    diffusers'."""
+    """Only encoder and decoder: slicing, tiling and quant convolutions stay with diffusers."""
     if not of_model(vae, *FAMILY.models):
         return {}
     halves = {half: getattr(plain(vae), half, None) for half in CODERS}
@@ -204,14 +203,14 @@ def _taken(name: str, vae: Any) -> Taken:
 
 
 def _asked(vae: Any) -> dict[str, str]:
-    """What diffusers' own savers of memory do around encoder and decoder."""
+    """diffusers' own memory savers around encoder and decoder, if they are on."""
     rows = {
         "use_tiling": (
             "tiling",
-            "by diffusers: tiles that overlap and are blended, which changes what is larger than"
-            ' one; disable_tiling() and Options(vae_tiling="exact") save memory and change nothing',
+            "by diffusers: overlapping tiles are blended, which changes pictures larger than"
+            ' a tile; disable_tiling() and Options(vae_tiling="exact") save memory exactly',
         ),
-        "use_slicing": ("slicing", "by diffusers: one picture after the other, the same pictures"),
+        "use_slicing": ("slicing", "by diffusers: one picture after another, all unchanged"),
     }
     return dict(row for flag, row in rows.items() if getattr(plain(vae), flag, False) is True)
 

@@ -1,1 +1,1 @@
-"""Fused kernels, one folder each: `spec.py` contract, `cpu.py`, `gpu.py`, and the manual."""
+"""Fused kernels, one folder each: `spec.py` (the contract), `cpu.py`, `gpu.py`, and the manual."""

@@ -1,7 +1,7 @@
-"""Triton's cache of compiled kernels: under which key a launch looks there, and what lies there.
+"""Triton's cache of compiled kernels: the keys of launches, and the files under a key.
 
-The key is Triton's own: a hash of the kernel's source, of the compiler and its assembler, of the
-architecture, the options and the environment. So what lies under it was made of the very same.
+The key is Triton's own: a hash of the kernel's source, the compiler and its assembler, the
+architecture, the options and the environment. So a file under it was made from exactly these.
 """
 
 import base64
@@ -30,7 +30,7 @@ LAUNCHER, UTILITIES = "__triton_launcher", "cuda_utils"
 
 
 def target(arch: int) -> GPUTarget:
-    """An NVIDIA GPU of an architecture, as Triton's driver names it."""
+    """An NVIDIA GPU of an architecture, as Triton's driver describes it."""
     return GPUTarget("cuda", arch, 32)
 
 
@@ -41,17 +41,17 @@ def backend(arch: int) -> Any:
 
 
 def folder() -> Path:
-    """Triton's cache in this process."""
+    """The folder of Triton's cache in this process."""
     return Path(knobs.cache.dir)
 
 
 def source_of(job: Job) -> ASTSource:
-    """What Triton's launcher compiles for a job."""
+    """The source that Triton's launcher compiles for a job."""
     return _packed(job)[0]
 
 
 def key_of(job: Job) -> str:
-    """The name in Triton's cache under which the job's launches look for their kernel."""
+    """The name in Triton's cache under which the job's launches look up their kernel."""
     source, options = _packed(job)
     env = get_cache_invalidating_env_vars()
     key = get_cache_key(source, backend(job.arch), options, env)
@@ -59,19 +59,19 @@ def key_of(job: Job) -> str:
 
 
 def name_of(hash_: str) -> str:
-    """A folder's name in Triton's cache, from a hash in hexadecimal digits."""
+    """The name of a folder in Triton's cache, from a hexadecimal hash."""
     return base64.b32encode(bytes.fromhex(hash_)).decode().rstrip("=")
 
 
 def files_of(kernel: str) -> tuple[str, str, str]:
-    """What a launch reads of its key's folder: machine code, what Triton knows of it, and the list
-    of both, which is looked for first."""
-    short = kernel[:150]  # as Triton cuts it
+    """The files that a launch reads from its key's folder: machine code, metadata, and the list of
+    both, which it looks up first."""
+    short = kernel[:150]  # as Triton shortens it
     return f"{short}.cubin", f"{short}.json", f"__grp__{short}.json"
 
 
 def holds(job: Job) -> bool:
-    """Whether a launch of the job would find all that it needs in the cache."""
+    """Whether a launch of the job would find everything it needs in the cache."""
     cubin, metadata, listed = files_of(job.kernel)
     try:
         paths = json.loads((folder() / key_of(job) / listed).read_bytes())["child_paths"]
@@ -85,9 +85,9 @@ def holds(job: Job) -> bool:
 
 
 def modules_of(job: Job) -> Mapping[str, str]:
-    """C that Triton compiles before it starts a kernel, by the name of the Python module.
+    """C sources that Triton compiles before it starts a kernel, by the Python module's name.
 
-    Triton 3.6 has a launcher for each signature, a third of a second each; later ones have none.
+    Triton 3.6 compiles a launcher per signature, a third of a second each; later versions do not.
     """
     if not hasattr(nvidia, "make_launcher"):
         return {}
@@ -96,12 +96,12 @@ def modules_of(job: Job) -> Mapping[str, str]:
 
 
 def key_of_module(source: str) -> str:
-    """The name in Triton 3.6's cache of a module in C."""
+    """The name of a C module in Triton 3.6's cache."""
     return name_of(hashlib.sha256((source + platform_key()).encode()).hexdigest())
 
 
 def compiler_of(arch: int) -> dict[str, str]:
-    """What a key is made of beside the kernel and its launch, by what it is."""
+    """The parts of a key besides the kernel and its launch, each with a description."""
     return {
         "Triton": triton.__version__,
         "Triton's files": hashlib.sha256(triton_key().encode()).hexdigest(),
@@ -111,7 +111,7 @@ def compiler_of(arch: int) -> dict[str, str]:
 
 
 def hash_of(kernel: Any) -> str:
-    """Of a kernel's source and of all that it calls."""
+    """The hash of a kernel's source and of all that it calls."""
     return str(kernel.cache_key)
 
 
@@ -121,8 +121,7 @@ def _utilities() -> str:
 
 
 def _packed(job: Job) -> tuple[ASTSource, Any]:
-    """A job's source and options, put together by the parts of Triton's own launcher: they differ
-    from version to version."""
+    """A job's source and options, put together by Triton's own launcher, since versions differ."""
     launch, compiler = launch_of(job), backend(job.arch)
     kernel, told = launch.kernel, {**launch.options}
     told["debug"] = kernel.debug or knobs.runtime.debug

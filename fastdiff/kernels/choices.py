@@ -1,10 +1,10 @@
-"""Who computes an op on a CPU: one of our own loops, or torch's library.
+"""Chooses who computes an op on a CPU: one of our own kernels, or torch's library.
 
-`tables/cpu_<isa>.json`, written by `python -m benchmarks.tune --cpu` and reviewed like code, holds
-for each size that the models have the times of all who can compute it, and who was fastest. Another
-size goes to the one that the nearest size in the table goes to: the sum of |log2| of the quotients
-of their sizes is least. An instruction set without a table of its own goes by the one that was
-measured, without the library.
+`tables/cpu_<isa>.json` is written by `python -m benchmarks.tune --cpu` and reviewed like code. For
+each size in the models it has the times of all implementations and the name of the fastest. Another
+size uses the choice of the nearest size in the table: the one with the least sum of |log2| of the
+sizes' ratios. An instruction set without a table of its own uses the measured one's choices, except
+the library.
 """
 
 import json
@@ -24,21 +24,21 @@ from fastdiff.kernels.contract import KernelSpec
 SCHEMA = "fastdiff.cpu/1"
 FOLDER = Path(__file__).with_name("tables")
 OWN, LIBRARY = "own", "library"
-"""Our only loop for an op that has no others; torch's own op on the tensors as we hold them."""
+"""The only kernel of an op that has no other; torch's own op, on the tensors as we store them."""
 MEASURED = "avx512bf16"
-"""The instruction set whose table stands in for those that have none."""
+"""The instruction set whose table is used for those that have none."""
 ABOUT = ("isa", "machine", "versions", "commit", "command")
-"""Where a table comes from."""
+"""Fields that say where a table comes from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What decides who computes a call fastest."""
+    """The properties of a call that decide which implementation is fastest."""
 
     op: str
     dtype: str
     kind: str
-    """What must be equal for two calls to be compared: windows, activations, what is absent."""
+    """What must be equal for two calls to be compared: windows, activations, absent arguments."""
     sizes: tuple[int, ...]
     """What may differ."""
 
@@ -49,14 +49,14 @@ class Row:
 
     work: Work
     runs: str
-    """`OWN`, `LIBRARY`, or one of the op's algorithms."""
+    """The fastest: `OWN`, `LIBRARY`, or one of the op's algorithms."""
     ms: Mapping[str, float]
-    """The median time of each who can compute it; whose name begins with "eager" is torch's op on
-    tensors laid out as diffusers' own modules hold them."""
+    """The median time of each implementation. A name that begins with "eager" is torch's op on
+    tensors laid out as in diffusers' own modules."""
 
 
 def work_of(spec: KernelSpec, a: Any) -> Work:
-    """The work of a call of the op; `a`: its arguments."""
+    """The work of a call of the op with the arguments `a`."""
     first = _first(a)
     dtype = str(first.dtype).removeprefix("torch.")
     if spec.work is not None:
@@ -67,9 +67,9 @@ def work_of(spec: KernelSpec, a: Any) -> Work:
 
 
 def runs(spec: KernelSpec, a: Any, isa: str) -> str:
-    """Who computes a call on a processor of instruction set `isa`."""
+    """The implementation of a call on a processor with instruction set `isa`."""
     if spec.work is not None and _first(a).dtype == torch.bfloat16 and has_amx():
-        return LIBRARY  # oneDNN multiplies by tiles there, many times as fast as any vector loop
+        return LIBRARY  # its AMX tiles are many times as fast as any vector code
     if spec.name not in _decided(isa):
         return OWN
     return _chosen(work_of(spec, a), isa)
@@ -82,14 +82,14 @@ def _first(a: Any) -> Tensor:
 
 @cache
 def _decided(isa: str) -> frozenset[str]:
-    """The ops that not all sizes of run by their only loop."""
+    """The ops that have an implementation other than OWN for some size."""
     rows = (row for rows in table(isa).values() for row in rows)
     return frozenset(row.work.op for row in rows if row.runs != OWN)
 
 
 @cache
 def has_amx() -> bool:
-    """Whether this processor multiplies bfloat16 by AMX tiles."""
+    """Whether this processor multiplies bfloat16 with AMX tiles."""
     return torch.cpu._is_amx_tile_supported()
 
 
@@ -106,8 +106,7 @@ def _distance(one: Work, other: Work) -> float:
 
 @cache
 def table(isa: str) -> Mapping[tuple[str, str, str, int], tuple[Row, ...]]:
-    """The rows of an instruction set by op, dtype, kind and how many sizes; {} where there are no
-    tables at all."""
+    """The rows for an instruction set by op, dtype, kind and number of sizes; {} without tables."""
     own, other = FOLDER / f"cpu_{isa}.json", FOLDER / f"cpu_{MEASURED}.json"
     rows: Iterable[Row] = ()
     if own.exists():
@@ -122,8 +121,8 @@ def table(isa: str) -> Mapping[tuple[str, str, str, int], tuple[Row, ...]]:
 
 
 def _in_float32(rows: list[Row]) -> Iterator[Row]:
-    """What the rows of `MEASURED` say of an instruction set that computes bfloat16 in float32: by
-    which of our loops. How fast its library is they do not know."""
+    """The rows of `MEASURED`, for an instruction set that computes bfloat16 in float32: the choices
+    among our own kernels. The library's speed there is unknown."""
     for row in rows:
         own = {name: ms for name, ms in row.ms.items() if not theirs(name)}
         if row.work.dtype == "float32" and own:
@@ -133,20 +132,20 @@ def _in_float32(rows: list[Row]) -> Iterator[Row]:
 
 
 def theirs(name: str) -> bool:
-    """Whether a row's name of who computes means torch."""
+    """Whether an implementation's name in a row means torch."""
     return name == LIBRARY or name.startswith("eager")
 
 
 def read(path: Path, isa: str) -> list[Row]:
-    """A file of schema `fastdiff.cpu/1`; ValueError, in a sentence, where it may not be used."""
+    """Read a file of schema `fastdiff.cpu/1`; ValueError, in one sentence, if it cannot be used."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
-            raise ValueError(f"it is of schema {document['schema']!r}, not {SCHEMA}")
+            raise ValueError(f"it has schema {document['schema']!r}, not {SCHEMA}")
         for name in ABOUT:
             document[name]
         if document["isa"] != isa:
-            raise ValueError(f"it is of {document['isa']}, not of {isa}")
+            raise ValueError(f"it is for {document['isa']}, not for {isa}")
         rows = [_row(row) for row in document["rows"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -1,11 +1,11 @@
-"""What a kernel is: one data object from which tests, benches, `inspect` and export follow.
+"""A kernel's contract: one data object that tests, benches, `inspect` and export all use.
 
 Correctness is an error budget against the same mathematics in float64, never a tolerance:
 
     err(ours, exact) <= 2 * (err(eager, exact) + eps(dtype) * max|exact|)
 
-where err is the largest absolute difference, `eager` is the plain-torch reference run in the
-kernel's own dtype and `exact` the same reference run in float64 on the same (rounded) inputs.
+where err is the largest absolute difference, `eager` is the plain-torch reference in the kernel's
+own dtype, and `exact` is the same reference in float64 on the same (rounded) inputs.
 """
 
 import struct
@@ -25,7 +25,7 @@ class Case:
     """A named set of sizes: `Case("sd15-64px", B=2, L=4096).L == 4096`.
 
     Letters: B batch, L tokens (Lq queries, Lk keys), H heads, K head width, C channels, G groups,
-    Y and X rows and columns of a picture. Everything else is an option of the op itself.
+    Y and X rows and columns of a picture. Other names are options of the op.
     """
 
     def __init__(self, name: str, **sizes: Any) -> None:
@@ -51,35 +51,35 @@ class KernelSpec:
 
     name: str
     arguments: type[Any]
-    """A dataclass of the op's arguments, from which its schema follows. The functions of an op's
-    folder take one of them; whoever asks for the op gives its fields, as to the op itself. Each
-    call makes one: with slots and not frozen, which takes three times as long."""
+    """A dataclass of the op's arguments, which also defines its schema. The functions in an op's
+    folder take one instance; callers of the op pass its fields. Every call makes one, so it has
+    slots and is not frozen, which would take three times as long."""
     formula: Callable[[Any], Any]
-    """The op in plain torch, in the dtype it is given."""
+    """The op in plain torch, in the dtype of its arguments."""
     inputs: Callable[[Case, torch.dtype, torch.device, torch.Generator], dict[str, Any]]
-    """Keyword arguments of the op for a case, strided as the models stride them."""
+    """Keyword arguments of the op for a case, with strides as in the models."""
     cases: tuple[Case, ...]
     bytes: Callable[[Case, int], int]
-    """Least DRAM traffic of a case in bytes, given the element size: every byte of the inputs that
-    is needed and every byte of the outputs, each once. Counted, in tests, from the loads and stores
-    of the Triton kernel; from the tensors where a library computes."""
+    """The least DRAM traffic of a case in bytes, given the element size: all needed bytes of the
+    inputs and all bytes of the outputs, once each. Tests count it from the loads and stores of the
+    Triton kernel, or from the tensors if a library computes."""
     flops: Callable[[Case], int]
-    """Of a case: 2 for each multiply-add of a matrix product; without products the floating-point
-    operations on each element of the output, an exponential or a division counting as one."""
+    """FLOPs of a case: 2 for each multiply-add of a matrix product. Without products, the
+    floating-point operations per output element; an exponential or a division counts as one."""
     work: Callable[[Any], tuple[str, tuple[int, ...]]] | None = None
-    """Of a product: what `choices` compares calls by, (kind, sizes). None: no product."""
+    """(kind, sizes), by which `choices` compares calls of a product; None for other ops."""
     fake: Callable[[Any], Any] | None = None
-    """Shapes and strides of the outputs for tracing; None: the formula can be traced."""
+    """Shapes and strides of the outputs, for tracing; None if the formula can be traced."""
     mutates: tuple[str, ...] = ()
-    """Arguments written in place; the contract compares them like outputs."""
+    """Arguments written in place; they are compared like outputs."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
     products: bool = False
-    """Whether the Triton kernel multiplies matrices: Triton's interpreter multiplies the raw bits
-    of bfloat16, so there the kernel is tested in the other dtypes only."""
+    """Whether the Triton kernel multiplies matrices. Triton's interpreter multiplies the raw bits
+    of bfloat16, so there such a kernel is tested only in the other dtypes."""
 
     @property
     def schema(self) -> str:
-        """torch's, after the name, e.g. "(Tensor x, float eps) -> Tensor"."""
+        """torch's schema without the name, e.g. "(Tensor x, float eps) -> Tensor"."""
 
         def prototype() -> None: ...
 
@@ -88,14 +88,14 @@ class KernelSpec:
             return_annotation=signature(self.formula).return_annotation
         )
         inferred = torch.library.infer_schema(described, mutates_args=self.mutates)
-        return inferred.replace("SymInt", "int")  # what an op is asked for is part of a recording
+        return inferred.replace("SymInt", "int")  # sizes are constants in a recording
 
     def reference(self, *args: Any, **kwargs: Any) -> Any:
-        """The formula, called as the op is."""
+        """The formula, called like the op."""
         return self.formula(self.arguments(*args, **kwargs))
 
     def called(self, run: Callable[[Any], Any]) -> Callable[..., Any]:
-        """`run`, which takes the op's arguments as one, called as the op is."""
+        """`run`, which takes the op's arguments as one object, called like the op."""
 
         def as_op(*args: Any, **kwargs: Any) -> Any:
             return run(self.arguments(*args, **kwargs))
@@ -105,36 +105,35 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a Triton kernel: what the launcher starts is what `inspect` compiles.
+    """One launch of a Triton kernel: the launcher starts it, `inspect` compiles it.
 
-    Each `gpu.py` has `plan(arch, arguments) -> (launches, outputs)`; it looks only at shapes,
-    strides and dtypes, so fake tensors will do, and `run = Launcher(Arguments, plan)` starts what
-    it returns.
+    Each `gpu.py` has `plan(arch, arguments) -> (launches, outputs)`. It reads only shapes, strides
+    and dtypes, so fake tensors work, too. `run = Launcher(Arguments, plan)` starts the launches.
     """
 
     kernel: Any
     arguments: Mapping[str, Tensor | int | None]
     """Run-time arguments in kernel order: inputs, integers, outputs. An absent tensor is None, for
-    which the kernel is compiled anew, or another one that is not read or written in its place."""
+    which another kernel is compiled, or else some tensor that is then neither read nor written."""
     constants: Mapping[str, int | float | bool]
-    """The kernel's constexpr arguments; every float is one of them, or `float_bits`."""
+    """The kernel's constexpr arguments, including all floats not passed as `float_bits`."""
     grid: tuple[int, ...]
     num_warps: int
     num_stages: int = 1
     vector: int = 16
-    """Bytes that a thread can load and store at once, as the strides and widths allow: what
-    `inspect` holds the widest loads and stores of the machine code to."""
+    """Bytes that a thread can load and store at once, given the strides and widths: `inspect`
+    requires the machine code's widest loads and stores to be this wide."""
 
     @property
     def unspecialised(self) -> frozenset[str]:
-        """Names of the arguments whose values compile nothing anew, as the kernel says it."""
-        said = getattr(self.kernel, "kwargs", None)  # of the interpreter's kernels
+        """The arguments whose values need no new compilation, as the kernel declares."""
+        said = getattr(self.kernel, "kwargs", None)  # for the interpreter's kernels
         names = self.kernel.do_not_specialize if said is None else said["do_not_specialize"]
         return frozenset(names or ())
 
     @property
     def options(self) -> dict[str, int | bool]:
-        """What Triton is told beside the arguments."""
+        """The launch options for Triton besides the arguments."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -147,38 +146,37 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launcher:
-    """The Triton implementation of an op: starts what its planner returns."""
+    """The Triton implementation of an op: starts the launches that its planner returns."""
 
     arguments: Callable[..., Any]
-    """The spec's."""
+    """The spec's dataclass."""
     planner: Callable[[int, Any], tuple[tuple[Launch, ...], Any]]
-    """`plan` of a `gpu.py`."""
+    """The `plan` of a `gpu.py`."""
 
     def plan(self, arch: int, *args: Any, **kwargs: Any) -> tuple[tuple[Launch, ...], Any]:
-        """The launches for the op's own arguments on an architecture, and its outputs."""
+        """The launches for the op's arguments on an architecture, and its outputs."""
         return self.planner(arch, self.arguments(*args, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The op's own arguments, the first one a CUDA tensor (CPU: under the interpreter)."""
+        """The first argument is a CUDA tensor (under the interpreter, a CPU tensor)."""
         first = (*args, *kwargs.values())[0]
         launches, outputs = self.plan(architecture(first), *args, **kwargs)
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            for launch in launches:  # Triton starts them on the current device
+            for launch in launches:  # Triton uses the current device
                 launch.start()
         return outputs
 
 
 INTERPRETED_TILE = 65536
-"""Elements of a tile under Triton's interpreter, which takes its time for an operation and not for
-its size."""
+"""Elements per tile under Triton's interpreter, whose time is per operation, whatever its size."""
 
 FP_FUSION = True
-"""Given explicitly: triton 3.10 changes the default, and with it the last bits of every result."""
+"""Set explicitly, since triton 3.10 changes the default and so the last bits of every result."""
 
 
 def architecture(tensor: Tensor) -> int:
-    """Compute capability of a tensor's device as 80, 86, 89, 90, 100, 120; 0 for CPU tensors, which
-    Triton kernels take only under its interpreter."""
+    """The compute capability of a tensor's device: 80, 86, 89, 90, 100 or 120. 0 for CPU tensors,
+    which Triton kernels accept only under its interpreter."""
     if tensor.device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -186,15 +184,15 @@ def architecture(tensor: Tensor) -> int:
 
 
 def float_bits(value: float) -> int:
-    """The bits of a float32 as an integer of 32: kernels take no floats, and are compiled anew for
-    each value of a constexpr."""
+    """The bits of a float32 as a 32-bit integer: kernels take no floats, and a constexpr would be
+    compiled again for each value."""
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 def power_parts(width: int, least: int = 1) -> tuple[int, int]:
     """Cover `width` by one or two powers of two of at least `least`: 40 -> (32, 8), 64 -> (64, 0).
 
-    The second part may reach beyond `width` (30 -> (16, 16) becomes (32, 0)) and is then masked.
+    The second part may extend beyond `width` (30 -> (16, 16) becomes (32, 0)) and is then masked.
     """
     first = max(least, 1 << (width.bit_length() - 1))
     if first >= width:
@@ -205,7 +203,7 @@ def power_parts(width: int, least: int = 1) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One compared tensor of one case: `error <= allowed` passes."""
+    """The comparison of one tensor of one case; it passes if `error <= allowed`."""
 
     output: str
     error: float
@@ -218,16 +216,17 @@ class Verdict:
 
 
 def max_error(got: Tensor, exact: Tensor) -> float:
-    """Largest |got - exact| in float64; a NaN where `exact` has none counts as infinite."""
+    """The largest |got - exact| in float64; a NaN is infinite unless `exact` has one there."""
     got, exact = got.double(), exact.double()
-    same = (got == exact) | (got.isnan() & exact.isnan())  # equal infinities, untouched history
+    # equal infinities; NaNs in history that is not written
+    same = (got == exact) | (got.isnan() & exact.isnan())
     difference = torch.where(same, 0.0, (got - exact).abs())
     largest = float(difference.max()) if difference.numel() else 0.0
     return float("inf") if largest != largest else largest
 
 
 def judge(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> Verdict:
-    """Hold one output against the budget of its own dtype."""
+    """Compare one output with the error budget of its dtype."""
     eager_error = max_error(eager, exact)
     finite = exact[exact.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
@@ -237,7 +236,7 @@ def judge(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> Verdict:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within it `torch.empty` is filled with NaN, so that a read before a write is seen."""
+    """In this block `torch.empty` fills its result with NaN, to expose reads before writes."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
@@ -259,7 +258,7 @@ def verify(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[Verdict]:
-    """Run one implementation on one case and hold every output against the error budget."""
+    """Run one implementation on one case and compare every output with the error budget."""
     place = torch.device(device)
     generator = torch.Generator(device=place).manual_seed(seed)
     inputs = spec.inputs(case, dtype, place, generator)
@@ -281,7 +280,7 @@ def _outputs(
 
 
 def _copied(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Fresh tensors with the same strides, floating ones cast to `dtype` when it is given."""
+    """New tensors with the same strides; floating-point ones are cast to `dtype`, if given."""
 
     def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -1,10 +1,9 @@
 """Registers each kernel once as a torch op and finds its implementations.
 
-`fastdiff::<name>` runs on CPU tensors through `cpu.py` (plain torch where that raises `NotNative`
-or `choices` has measured torch to be faster),
-on CUDA tensors through `gpu.py` (imported on the first CUDA call, so that triton stays optional)
-and on fake tensors through the reference. An explicit `implementation(name, which)` that cannot run
-raises; nothing falls back silently.
+`fastdiff::<name>` runs CPU tensors through `cpu.py` (plain torch if that raises `NotNative`, or if
+`choices` has measured torch to be faster), CUDA tensors through `gpu.py` (imported on the first
+CUDA call, so that triton stays optional) and fake tensors through the reference. An implementation
+requested by `implementation(name, which)` runs or raises; there is no silent fallback.
 """
 
 import os
@@ -21,41 +20,44 @@ import torch
 from fastdiff.kernels import choices
 from fastdiff.kernels.contract import KernelSpec
 
+NAMESPACE = __name__.partition(".")[0]
+"""Of the ops in torch, and the package that they lie in: "fastdiff", or a copy's own."""
+
 
 def _load_native() -> Any:
     try:
-        return import_module("fastdiff._C")
-    except ModuleNotFoundError:  # built without a compiler; any other ImportError is shown
+        return import_module(f"{NAMESPACE}._C")
+    except ModuleNotFoundError:  # built without a compiler; any other ImportError is raised
         return None
 
 
 NATIVE: Any = _load_native()
-"""The C++ kernels (`csrc/`), or None where the package was installed without a compiler."""
+"""The C++ kernels (`csrc/`), or None if the package was installed without a compiler."""
 NOT_BUILT = (
     "fastdiff was installed without its C++ CPU kernels, so a CPU draws about as fast as eager, not"
     " two to three times as fast; install a C++ compiler, then fastdiff again (pip install"
     " --force-reinstall --no-deps --no-cache-dir)"
 )
-"""What that costs, and how to get them."""
+"""The cost of the missing kernels, and how to get them."""
 
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class NotNative(ValueError):
-    """Arguments that a kernel in C++ does not take; the message says which, and what it takes."""
+    """A C++ kernel does not take these arguments; the message says which, and what it takes."""
 
 
 def native_dtype(what: str, x: torch.Tensor) -> int:
-    """The C++ kernels' number of x's dtype; NotNative where they do not take x. `what`: the op."""
+    """x's dtype as a number of the C++ kernels; NotNative if they do not take x. `what`: the op."""
     number = NATIVE_DTYPES.get(x.dtype)
     if number is not None and NATIVE is not None and x.numel():
         return number
     if NATIVE is None:
-        raise NotNative(f"{what}: its kernel in C++ was not built; install with a C++ compiler")
+        raise NotNative(f"{what}: its C++ kernel was not built; install with a C++ compiler")
     if number is None:
-        raise NotNative(f"{what}: got {x.dtype}; the kernel in C++ takes {_list(NATIVE_DTYPES)}")
-    raise NotNative(f"{what}: got {list(x.shape)}; the kernel in C++ takes no empty tensor")
+        raise NotNative(f"{what}: got {x.dtype}; the C++ kernel takes {_list(NATIVE_DTYPES)}")
+    raise NotNative(f"{what}: got {list(x.shape)}; the C++ kernel takes no empty tensor")
 
 
 def _list(names: Iterable[Any]) -> str:
@@ -65,8 +67,8 @@ def _list(names: Iterable[Any]) -> str:
 def expects(
     what: str, tensor: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]
 ) -> None:
-    """Raise ValueError unless `tensor` (or None) can be read by its address alone: like `like` in
-    dtype and device, of this shape, its elements side by side (a row's, where there are rows)."""
+    """Raise ValueError unless `tensor` (or None) can be read by its address alone: of `like`'s
+    dtype and device, of this shape, contiguous (in each row, if there are rows)."""
     if tensor is None:
         return
     beside = tensor.is_contiguous() if tensor.ndim != 2 else tensor.stride(1) == 1
@@ -80,12 +82,12 @@ def expects(
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor begins; 0 for None."""
+    """The address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def rows(tensor: torch.Tensor | None) -> tuple[int, int]:
-    """Where the rows of [B, D] begin and what lies between two, in elements; zeros for None."""
+    """The address of the rows of [B, D], and their stride in elements; zeros for None."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
@@ -96,17 +98,17 @@ class Kernel:
     spec: KernelSpec
     op: Any
     implementations: dict[str, Callable[[], Callable[..., Any]]]
-    """As the op runs them: "cpu" is `plain` where `own` raises NotNative or `choices` says so."""
+    """As the op runs them: "cpu" is `plain` if `own` raises NotNative or `choices` says so."""
     own: Callable[..., Any]
-    """`run` of `cpu.py` alone."""
+    """Only the `run` of `cpu.py`."""
     plain: Callable[..., Any]
     """torch's own ops on a CPU."""
     library: Callable[..., Any]
-    """What runs on CUDA tensors where there is no Triton kernel: torch's and NVIDIA's libraries."""
+    """Runs CUDA tensors if there is no Triton kernel: torch's and NVIDIA's libraries."""
 
 
 KERNELS: dict[str, Kernel] = {}
-_LIBRARY = torch.library.Library("fastdiff", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register(
@@ -119,13 +121,13 @@ def register(
 ) -> Any:
     """Define `fastdiff::<spec.name>`; returns the op's overload.
 
-    `cpu` runs CPU tensors, `otherwise` (default: the spec's formula) those for which it raises
-    NotNative or `choices` says that torch is faster; where a table names one of an op's algorithms,
-    that is its second argument. `gpu` names the module whose `run` is the
-    Triton implementation, a Launcher; None means that `library` (default: the formula) runs on
-    CUDA tensors.
-    `others`: modules with a `run`, by the name of the implementation; only `implementation` asks
-    for them.
+    `cpu` runs CPU tensors; `otherwise` (default: the spec's formula) runs those for which `cpu`
+    raises NotNative or `choices` says that torch is faster. If a table names one of an op's
+    algorithms, it is passed to `cpu` as the second argument. `gpu` names the module whose `run` is
+    the Triton implementation, a Launcher; if None, `library` (default: the formula) runs on CUDA
+    tensors.
+    `others`: modules with a `run`, by the name of the implementation; they run only when requested
+    by `implementation`.
     """
     arguments, plain = spec.arguments, otherwise or spec.formula
 
@@ -149,7 +151,7 @@ def register(
     _LIBRARY.impl(spec.name, on_cpu, "CPU")
     by_library, fake = spec.called(library or spec.formula), spec.called(spec.fake or spec.formula)
     _LIBRARY.impl(spec.name, on_cuda if gpu else by_library, "CUDA")
-    torch.library.register_fake(f"fastdiff::{spec.name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{spec.name}", fake, lib=_LIBRARY)
     implementations: dict[str, Callable[[], Callable[..., Any]]] = {
         "reference": lambda: spec.reference,
         "cpu": lambda: on_cpu,
@@ -157,7 +159,7 @@ def register(
     if gpu is not None:
         implementations["triton"] = lambda: module_of(gpu).run
     implementations |= {which: loader(module) for which, module in (others or {}).items()}
-    op = getattr(torch.ops.fastdiff, spec.name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), spec.name).default
     KERNELS[spec.name] = Kernel(
         spec, op, implementations, spec.called(cpu), spec.called(plain), by_library
     )
@@ -166,13 +168,13 @@ def register(
 
 @cache
 def module_of(name: str) -> Any:
-    """A module of Triton kernels, imported, and their sources hashed, callers after what they call.
+    """Import a module of Triton kernels and hash their sources, called functions before callers.
 
-    Triton's cache is looked up by that hash, and up to 3.7 it holds the constants of the functions
-    that are called only if these were hashed before: by chance another one in each process.
+    Triton's cache is keyed by that hash. Up to 3.7 it includes the constants of called functions
+    only if these were hashed before, so without this order it could differ between processes.
     """
     module = import_module(name)
-    for function in list(vars(module).values()):  # in order: imported ones, then those above
+    for function in list(vars(module).values()):  # in order: imported functions come first
         if hasattr(function, "cache_key"):
             if function.__module__ != name:
                 module_of(function.__module__)
@@ -180,19 +182,24 @@ def module_of(name: str) -> Any:
     return module
 
 
+def kernel_of(op: Any) -> Kernel | None:
+    """The kernel that a dispatched op calls; None if the op is none of ours."""
+    return KERNELS[op.name().partition("::")[2]] if op.namespace == NAMESPACE else None
+
+
 def all_kernels() -> dict[str, Kernel]:
-    """Every kernel by name: `KERNELS` once each kernel's folder has been imported."""
+    """Every kernel by name: `KERNELS` after each kernel's folder is imported."""
     for module in iter_modules([str(Path(__file__).parent)]):
         if module.ispkg:
-            import_module(f"fastdiff.kernels.{module.name}")
+            import_module(f"{__package__}.{module.name}")
     return KERNELS
 
 
 def implementation(name: str, which: str) -> Callable[..., Any]:
     """The implementation `which` of a kernel ("reference", "cpu", "triton", "cuda").
 
-    Called, it runs that or raises ValueError where it cannot compute what it is given: for tensors
-    on another device, of dtypes or with options that it does not take.
+    When called, it runs or raises ValueError if it does not support its arguments: tensors on
+    another device, of another dtype, or other options.
 
     Raises:
         ValueError: the kernel has no implementation of that name.
@@ -202,7 +209,8 @@ def implementation(name: str, which: str) -> Callable[..., Any]:
         valid = ", ".join(kernel.implementations)
         raise ValueError(f"{name} has no implementation {which!r}; it has: {valid}")
     run = kernel.own if which == "cpu" else kernel.implementations[which]()
-    if which not in ("cpu", "triton"):  # the reference takes all, others look themselves
+    # the reference takes everything, others check for themselves
+    if which not in ("cpu", "triton"):
         return run
 
     @wraps(run)

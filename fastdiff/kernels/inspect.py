@@ -1,8 +1,8 @@
-"""What the Triton kernels become on each NVIDIA architecture, found by compiling without a GPU.
+"""The compiled Triton kernels for each NVIDIA architecture, without a GPU.
 
 `table()` compiles every launch of every kernel's cases and reads the machine code with the tools of
-Triton's own wheel; a row knows what its launch was meant to become, and `faults` says where it did
-not. Nothing here says how fast a kernel is.
+Triton's own wheel. A row also holds what its launch should become, and `faults` names the
+differences. Nothing here measures speed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,14 +26,14 @@ from fastdiff.kernels.occupancy import SMS, bound, occupancy
 from fastdiff.kernels.planned import specialised
 
 SHARED_LIMIT = {arch: sm.shared - 1 for arch, sm in SMS.items()}
-"""Shared memory a block may use, in KiB, by architecture."""
+"""The shared memory that a block may use, in KiB, by architecture."""
 
 MMA = ("wgmma", "tcgen05.mma", "mma.sync")
-"""Matrix instructions of PTX, the newest first but for sm_100's."""
+"""PTX's matrix instructions, newest first except for sm_100's."""
 MMA_OF = {90: "wgmma", 100: "tcgen05.mma"}
-"""What products of half precision should become; mma.sync on the others."""
+"""The instruction that half-precision products should become; mma.sync on other architectures."""
 DOT = "tt.dot"
-"""A product in Triton's own first code."""
+"""A product in Triton's own first intermediate code."""
 THREADS = 2
 
 Planned = tuple[KernelSpec, Case, torch.dtype, Launch]
@@ -46,40 +46,40 @@ class Compiled:
     op: str
     kernel: str
     case: str
-    """The first case that is launched this way."""
+    """The first case with this launch."""
     dtype: str
     arch: int
     num_warps: int
     num_stages: int
     registers: int
-    """For each thread; 255 at most."""
+    """Per thread; at most 255."""
     spills: int
-    """Bytes of local memory and stack for each thread; 0 is what we want."""
+    """Bytes of local memory and stack per thread; should be 0."""
     shared: int
-    """Bytes for each block."""
+    """Bytes per block."""
     occupancy: float
-    """Warps that can be resident on an SM, of those that it holds at most: 0 to 1."""
+    """The warps that can be resident on an SM, as a share of its maximum: 0 to 1."""
     limited_by: str
-    """What keeps `occupancy` from being more: "registers", "shared memory", "tensor memory",
-    "blocks" or "warps"."""
+    """What limits `occupancy`: "registers", "shared memory", "tensor memory", "blocks" or
+    "warps"."""
     load: int
-    """Bytes of a thread's widest load from global memory; 16 for a bulk copy, 0 for none."""
+    """Bytes of a thread's widest load from global memory; 16 for a bulk copy, 0 without loads."""
     store: int
-    """Bytes of a thread's widest store to global memory; 16 for a bulk copy, 0 for none."""
+    """Bytes of a thread's widest store to global memory; 16 for a bulk copy, 0 without stores."""
     mma: str
-    """The matrix instruction, "" where there is none."""
+    """The matrix instruction; "" if there is none."""
     wants_load: int
-    """What `load` should be at least: `Launch.vector`."""
+    """The least that `load` should be: `Launch.vector`."""
     wants_store: int
-    """The same of `store`; 0 where no output has the case's dtype: statistics are not wide."""
+    """The least that `store` should be; 0 if no output has the case's dtype, as with statistics."""
     wants_mma: str
-    """What `mma` should be; "" where nothing is multiplied, or in float32."""
+    """What `mma` should be; "" if there are no products, or in float32."""
     narrow: int
-    """Loads and stores narrower than `wants_load`. Those of weights, rows and masks may be, so the
-    number is held to the accepted table alone: it shows activations whose loads become narrow,
-    which the widest load does not."""
+    """How many loads and stores are narrower than `wants_load`. Those of weights, rows and masks
+    may be, so this number is only compared with the accepted table: it reveals activations whose
+    loads become narrow, which the widest load does not."""
     bound: str
-    """"memory" or "compute": what the whole case would wait for on a GPU at its roofline."""
+    """"memory" or "compute": what limits the whole case on a GPU at its roofline."""
 
     @property
     def fits(self) -> bool:
@@ -87,10 +87,10 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
-        """What may not be, whatever was accepted before; a sentence each."""
+        """Faults that are never accepted, one sentence each."""
         limit = SHARED_LIMIT[self.arch]
         wrong = {
-            f"spills {self.spills} bytes a thread": self.spills > 0,
+            f"spills {self.spills} bytes per thread": self.spills > 0,
             f"takes {self.shared} bytes of shared memory of {limit} KiB": not self.fits,
             f"loads {self.load} bytes at once, not {self.wants_load}": self.load < self.wants_load,
             f"stores {self.store} bytes at once, not {self.wants_store}": (
@@ -113,8 +113,8 @@ def table(
 ) -> list[Compiled]:
     """Compile each distinct launch of the kernels' cases for each architecture (default: all).
 
-    `cases` and `ops` narrow to those named. Raises ValueError for an architecture that is not known
-    and in a process that imported the kernels for Triton's interpreter.
+    `cases` and `ops` restrict this to the named ones. Raises ValueError for an unknown
+    architecture, and in a process that imported the kernels for Triton's interpreter.
     """
     archs = tuple(SMS if archs is None else archs)
     if unknown := set(archs) - set(SMS):
@@ -135,7 +135,7 @@ def table(
 
 
 def compiled(arch: int, plans: Sequence[Planned]) -> list[Compiled]:
-    """A row of each launch, compiled for one architecture."""
+    """A row for each launch, compiled for one architecture."""
     with ThreadPoolExecutor(THREADS) as pool:
         made = list(pool.map(lambda planned: _compile(arch, planned[3]), plans))
     tools = triton.knobs.nvidia
@@ -150,7 +150,7 @@ def compiled(arch: int, plans: Sequence[Planned]) -> list[Compiled]:
 def launches(
     arch: int, dtypes: Iterable[torch.dtype], ops: Iterable[str] | None
 ) -> Iterator[Planned]:
-    """What every case starts."""
+    """The launches of every case."""
     kernels = all_kernels()
     for kernel in kernels.values() if ops is None else [kernels[op] for op in ops]:
         if "triton" in kernel.implementations:
@@ -160,7 +160,7 @@ def launches(
 
 
 def planned(kernel: Kernel, case: Case, dtype: torch.dtype, arch: int) -> tuple[Launch, ...]:
-    """What one case starts on an architecture, planned on fake tensors."""
+    """The launches of one case on an architecture, planned on fake tensors."""
     launcher: Any = kernel.implementations["triton"]()
     with FakeTensorMode():
         inputs = kernel.spec.inputs(case, dtype, torch.device("cpu"), torch.Generator())
@@ -169,7 +169,7 @@ def planned(kernel: Kernel, case: Case, dtype: torch.dtype, arch: int) -> tuple[
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The kernel with its arguments specialised as Triton's launcher does."""
+    """The kernel, with its arguments specialised as by Triton's launcher."""
     if not isinstance(launch.kernel, JITFunction):
         raise ValueError(
             "the kernels were imported for Triton's interpreter and cannot be compiled; "
@@ -205,7 +205,7 @@ def _row(
     kernel: Any,
     code: sass.Code,
 ) -> Compiled:
-    made = kernel.metadata  # its warps are more than the launch's where they are specialised
+    made = kernel.metadata  # specialised warps count here, not in the launch
     columns = getattr(made, "tmem_size", None) or 0
     fills = occupancy(arch, made.num_warps, code.registers, made.shared, columns)
     multiplies = DOT in kernel.asm["ttir"] and dtype.itemsize == 2
@@ -234,8 +234,8 @@ def _row(
 
 
 def _writes(launch: Launch, dtype: torch.dtype) -> bool:
-    """Whether an output, that is a tensor after the last integer, is of a dtype; one that is an
-    input as well stands for an absent one."""
+    """Whether an output has the dtype. Outputs are the tensors after the last integer, except one
+    that is also an input, which stands for an absent one."""
     values = list(launch.arguments.values())
     last = max((at for at, value in enumerate(values) if type(value) is int), default=-1)
     inputs = {id(value) for value in values[:last]}

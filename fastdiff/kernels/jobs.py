@@ -1,7 +1,7 @@
-"""What Triton is asked to compile, told to another process: a specialisation as plain JSON.
+"""Describes what Triton has to compile as plain JSON, for another process.
 
-A `Job` holds what Triton's launcher asks of a launch, and nothing else of it: `launch_of` makes a
-launch of the same specialisation whose tensors are addresses without memory.
+A `Job` holds exactly what Triton's launcher reads from a launch. `launch_of` makes a launch of the
+same specialisation, whose tensors are addresses without memory.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from fastdiff.kernels.dispatch import module_of
 from fastdiff.kernels.planned import TYPES, specialised
 
 _DTYPES = {name: dtype for dtype, name in TYPES.items()}
-_INTEGERS = {  # by type and whether it is a multiple of 16
+_INTEGERS = {  # by type, and whether it is a multiple of 16
     ("i32", True): 16,
     ("i32", False): 2,
     ("i64", True): 2**40,
@@ -31,11 +31,11 @@ class Job:
     module: str
     kernel: str
     types: Mapping[str, str]
-    """Of run-time arguments, as Triton writes them: "*fp16", "i32"."""
+    """Types of the run-time arguments in Triton's notation: "*fp16", "i32"."""
     divisible: tuple[str, ...]
-    """Those of them that are multiples of 16."""
+    """The arguments that are multiples of 16."""
     constants: Mapping[str, int | float | bool | None]
-    """What is compiled in."""
+    """The values that are compiled in."""
     num_warps: int
     num_stages: int
 
@@ -44,7 +44,7 @@ class Job:
 
 
 def job_of(launch: Launch, arch: int) -> Job:
-    """What has to be compiled before `launch` starts on an architecture."""
+    """The job to compile before `launch` can start on an architecture."""
     types, constants, divisible = specialised(launch)
     function = launch.kernel.fn
     return Job(
@@ -60,12 +60,12 @@ def job_of(launch: Launch, arch: int) -> Job:
 
 
 def job_from(told: Mapping[str, Any]) -> Job:
-    """The job that `Job.json` gave."""
+    """The inverse of `Job.json`."""
     return Job(**{**told, "divisible": tuple(told["divisible"])})
 
 
 class _Address:
-    """As much of a tensor as Triton's launcher looks at."""
+    """The part of a tensor that Triton's launcher reads."""
 
     def __init__(self, dtype: torch.dtype, address: int) -> None:
         self.dtype = dtype
@@ -81,7 +81,7 @@ def kernel_of(job: Job) -> Any:
 
 
 def launch_of(job: Job) -> Launch:
-    """A launch that Triton specialises as the job says, not to be started."""
+    """A launch that Triton specialises in the same way; it must not be started."""
     arguments: dict[str, Any] = {}
     for name, kind in job.types.items():
         divisible = name in job.divisible
@@ -89,5 +89,5 @@ def launch_of(job: Job) -> Launch:
             arguments[name] = _Address(_DTYPES[kind], 4096 if divisible else 4098)
         else:
             arguments[name] = _INTEGERS[kind, divisible]
-    constants: Any = job.constants  # absent tensors and ones are compiled in, too
+    constants: Any = job.constants  # absent tensors and integers that are 1 are compiled in, too
     return Launch(kernel_of(job), arguments, constants, (1,), job.num_warps, job.num_stages)

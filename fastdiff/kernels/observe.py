@@ -1,4 +1,4 @@
-"""Looking at what is called: kernels onto a tape or into a count, blocks, whole entrances."""
+"""Observes calls: kernels, for a tape or a counter; named blocks; and named entry points."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @contextmanager
 def recording() -> Iterator[Any]:
-    """A tape of the C++ kernels that this thread calls within it; they run all the same.
+    """Record the C++ kernels that this thread calls in the block on a tape; they also run.
 
     `tape.run()` runs them again on the same addresses, without Python between them.
     """
@@ -32,9 +32,9 @@ _CALLED: ContextVar[list[str] | None] = ContextVar("called", default=None)
 
 @contextmanager
 def counting() -> Iterator[list[str]]:
-    """Names of the C++ kernels that this thread calls within it. They compute nothing.
+    """Collect the names of the C++ kernels that this thread calls in the block; they do not run.
 
-    Networks then run under a dispatch mode of the counter as they run without one, call by call.
+    Networks then run call by call under the counter's dispatch mode, as without one.
     """
 
     def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
@@ -60,12 +60,12 @@ def counting() -> Iterator[list[str]]:
 
 
 def observed() -> bool:
-    """Whether a dispatch mode looks at this thread's calls: no recording may stand for them."""
+    """Whether a dispatch mode sees this thread's calls: then no recording may replace them."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_counting() -> bool:
-    """Whether this thread is within `counting`: then nothing recorded may stand for calls."""
+    """Whether this thread is within `counting`: then no recording may replace calls."""
     return _CALLED.get() is not None
 
 
@@ -81,7 +81,7 @@ _UNWATCHED: AbstractContextManager[None] = nullcontext()
 
 @contextmanager
 def watching(told: Callable[[str], object]) -> Iterator[None]:
-    """`told(block)` at each border between this thread's blocks; "" outside of all of them."""
+    """Call `told(block)` whenever this thread changes blocks; "" outside of all blocks."""
     token = _WATCH.set(_Watch(told))
     try:
         yield
@@ -90,23 +90,23 @@ def watching(told: Callable[[str], object]) -> Iterator[None]:
 
 
 def scope(block: str) -> AbstractContextManager[None]:
-    """Names what this thread calls within it, for whoever is `watching`; the innermost name counts.
+    """Name the calls in this block for `watching`; the innermost name counts.
 
-    Unwatched it takes a quarter of a microsecond, and nothing where a recording is replayed.
+    It takes a quarter of a microsecond if nobody watches, and nothing when a recording is replayed.
     """
     watch = _WATCH.get()
     return _UNWATCHED if watch is None else _within(watch, block)
 
 
 Entering = Callable[[str, Callable[[], Any]], Any]
-"""(name, call) -> what stands for `call()`."""
+"""(name, call) -> the result in place of `call()`."""
 
 _ENTERING: ContextVar[Entering | None] = ContextVar("entering", default=None)
 
 
 @contextmanager
 def entering(handler: Entering) -> Iterator[None]:
-    """Within it this thread's calls of `entered` are the handler's to make, repeat or leave out."""
+    """In this block, the handler decides how often this thread's `entered` calls run."""
     token = _ENTERING.set(handler)
     try:
         yield
@@ -115,7 +115,7 @@ def entering(handler: Entering) -> Iterator[None]:
 
 
 def entered(name: str, call: Callable[[], T]) -> T:
-    """`call()`, by way of whoever is `entering`."""
+    """`call()`, through the handler of `entering` if there is one."""
     handler = _ENTERING.get()
     if handler is None:
         return call()

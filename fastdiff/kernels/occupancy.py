@@ -1,48 +1,48 @@
-"""What a multiprocessor (SM) holds of a kernel, and whether memory or arithmetic bounds a case.
+"""How many warps of a kernel fit on a multiprocessor (SM), and what bounds a case.
 
-The limits are from the CUDA programming guide, "Compute Capabilities", tables 30 and 31; how they
-are handed out is from NVIDIA's calculator (`cuda_occupancy.h`), against which the tests hold us.
+The limits are from the CUDA programming guide, "Compute Capabilities", tables 30 and 31. The
+allocation rules are from NVIDIA's calculator (`cuda_occupancy.h`), which the tests compare with.
 https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-capabilities.html
 """
 
 from dataclasses import dataclass
 
 REGISTERS = 64 * 1024
-"""Registers of 32 bits on every SM since sm_80."""
+"""32-bit registers per SM, since sm_80."""
 PARTITIONS = 4
-"""Each has a quarter of the registers; a warp lives in one of them."""
+"""Partitions of an SM, each with a quarter of the registers; a warp stays in one of them."""
 REGISTER_UNIT = 256
-"""Registers are given to a warp in multiples of this."""
+"""A warp's registers are allocated in multiples of this."""
 SHARED_UNIT = 128
-"""Shared memory is given to a block in multiples of this, in bytes."""
+"""A block's shared memory is allocated in multiples of this, in bytes."""
 SHARED_RESERVED = 1024
-"""Shared memory that the system takes for each block, in bytes."""
+"""Shared memory that the system reserves per block, in bytes."""
 TENSOR_COLUMNS = 512
 """Tensor memory of an SM of sm_100, in columns (PTX ISA, "Tensor Memory")."""
 
 
 @dataclass(frozen=True)
 class Sm:
-    """What is resident on an SM at most, and the ridge of a GPU made of them."""
+    """The limits of an SM, and the peak rates of a GPU with such SMs."""
 
     number: int
-    """Of SMs on that GPU."""
+    """How many SMs that GPU has."""
     warps: int
     blocks: int
     shared: int
-    """KiB for all blocks together; one block may have 1 KiB less."""
+    """KiB for all blocks together; one block may use 1 KiB less."""
     tflops: float
     """Dense float16 products summed in float32, in TFLOP/s."""
     bandwidth: float
-    """Of its memory, in TB/s."""
+    """The GPU memory's bandwidth, in TB/s."""
 
     @property
     def ridge(self) -> float:
-        """FLOPs for each byte of memory traffic at which both take equally long."""
+        """FLOPs per byte of memory traffic at which both take equally long."""
         return self.tflops / self.bandwidth
 
 
-# number, tflops and bandwidth by NVIDIA's data sheets and architecture white papers
+# number, tflops and bandwidth are from NVIDIA's data sheets and architecture white papers
 SMS = {
     80: Sm(108, 64, 32, 164, tflops=312.0, bandwidth=2.039),  # A100 SXM 80 GB
     86: Sm(82, 48, 16, 100, tflops=71.0, bandwidth=0.936),  # GeForce RTX 3090
@@ -54,26 +54,26 @@ SMS = {
 
 
 def multiprocessors(arch: int) -> int:
-    """SMs of the GPU in `SMS`; 128 for an architecture that is not there."""
+    """The number of SMs of the GPU in `SMS`; 128 for an unknown architecture."""
     return SMS[arch].number if arch in SMS else 128
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How full an SM gets at most."""
+    """How full an SM can get."""
 
     share: float
-    """Resident warps of those that an SM can hold, 0 to 1; 0: a block does not fit."""
+    """Resident warps as a share of an SM's maximum, 0 to 1; 0: a block does not fit."""
     limited_by: str
-    """What runs out first; "warps" wherever nothing else keeps more warps out."""
+    """The limit that is reached first; "warps" if no other limit comes before it."""
 
 
 def occupancy(
     arch: int, num_warps: int, registers: int, shared: int, tensor_columns: int = 0
 ) -> Occupancy:
-    """The bound for blocks of `num_warps` warps.
+    """The occupancy for blocks of `num_warps` warps.
 
-    registers: for each thread. shared: bytes for each block. tensor_columns: for each block.
+    registers: per thread. shared: bytes per block. tensor_columns: per block.
     """
     sm = SMS[arch]
     for_warp = _up(32 * registers, REGISTER_UNIT)
@@ -92,8 +92,8 @@ def occupancy(
 
 
 def bound(arch: int, flops: int, traffic: int) -> str:
-    """ "compute" or "memory": what a case of so many FLOPs and bytes waits for at best, on the GPU
-    of `SMS` and at the rate of float16."""
+    """ "compute" or "memory": the bound of a case with these FLOPs and bytes of traffic on the GPU
+    in `SMS`, at float16's rate."""
     return "compute" if flops > SMS[arch].ridge * traffic else "memory"
 
 

@@ -1,7 +1,7 @@
-"""What our Triton kernels would be asked for on a GPU, found on tensors without memory.
+"""The launches of our Triton kernels on a GPU, found on tensors without memory.
 
-Within `Planning` an op of ours on the meta device launches nothing: the launches of its plan are
-noted. `distinct` leaves one of each that Triton compiles by itself.
+Within `Planning`, an op of ours on the meta device launches nothing; the launches of its plan are
+noted. `distinct` keeps one for each kernel that Triton compiles separately.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.kernels.contract import Launch
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.dispatch import Kernel, kernel_of
 
 _aten = torch.ops.aten
 
@@ -27,9 +27,9 @@ TYPES = {
 
 
 class Planning(TorchDispatchMode):
-    """Within it ops on the meta device have no results but these: `launches`, in order.
+    """Collects the `launches` of ops on the meta device, in order.
 
-    arch: of the GPU that they are planned for, as `contract.architecture` gives it.
+    arch: the GPU to plan for, as returned by `contract.architecture`.
     """
 
     def __init__(self, arch: int) -> None:
@@ -41,14 +41,14 @@ class Planning(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kernel := kernel_of(op):
+            return self._ours(kernel, args, kwargs)
         name = op._schema.name.partition("::")[2]
-        if op.namespace == "fastdiff":
-            return self._ours(name, args, kwargs)
         if op is _aten.convolution.default:
             return self.convolution(args)
         if name == "upsample_nearest2d":
             return self.enlargement(args[0], op(*args, **kwargs))
-        with self:  # within an op of ours, ops arrive that are made of others
+        with self:  # ops of ours call further ops
             result = op.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -57,7 +57,7 @@ class Planning(TorchDispatchMode):
         return result
 
     def convolution(self, args: tuple[Any, ...]) -> Tensor:
-        """The result of torch's convolution, which has all pictures channels last."""
+        """The result of torch's convolution, channels last as for all pictures."""
         return channels_last(_aten.convolution.default(*args))
 
     def enlargement(self, x: Tensor, enlarged: Tensor) -> Tensor:
@@ -67,36 +67,35 @@ class Planning(TorchDispatchMode):
     def other(
         self, op: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
-        """An op of torch's own that is made of no others."""
+        """Called for an op of torch that is not decomposed."""
 
     def planned(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], launches: tuple[Launch, ...]
     ) -> None:
-        """An op of ours by its name."""
+        """Called for an op of ours."""
         self.launches += launches
 
-    def _ours(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kernel = KERNELS[name]
+    def _ours(self, kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "triton" not in kernel.implementations:
             with self:
                 return kernel.library(*args, **kwargs)
         launcher: Any = kernel.implementations["triton"]()
         launches, outputs = launcher.plan(self.arch, *args, **kwargs)
-        self.planned(name, args, kwargs, launches)
+        self.planned(kernel.spec.name, args, kwargs, launches)
         return outputs
 
 
 def channels_last(picture: Tensor) -> Tensor:
-    """A picture [B, C, Y, X] as cuDNN and torch's CUDA kernels lay it out; meta may not."""
+    """A picture [B, C, Y, X] in the layout of cuDNN and torch's CUDA kernels, unlike meta's."""
     return picture.new_empty(picture.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], frozenset[str]]:
-    """The arguments of a launch as Triton's launcher specialises a kernel for them.
+    """The arguments of a launch, as Triton's launcher specialises a kernel for them.
 
     Returns:
-        Types by name; those that are compiled in (constexprs, absent tensors, integers that are 1);
-        names of integers and addresses that are known to be multiples of 16.
+        Types by name; the values that are compiled in (constexprs, absent tensors, integers that
+        are 1); the names of integers and addresses that are known multiples of 16.
     """
     types: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
@@ -107,7 +106,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], frozens
             constants[name] = value
         elif isinstance(value, Tensor):
             types[name] = TYPES[value.dtype]
-            # allocations are aligned, so only the offset into one counts
+            # allocations are aligned, so only the offset in one matters
             if value.storage_offset() * value.element_size() % 16 == 0:
                 divisible.add(name)
         else:
@@ -118,7 +117,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], frozens
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """The first of the launches for each that Triton compiles by itself, in order."""
+    """The first launch of each kernel that Triton compiles separately, in order."""
     found: dict[Any, Launch] = {}
     for launch in launches:
         types, constants, divisible = specialised(launch)

@@ -1,4 +1,4 @@
-"""Compiling kernels in processes of their own, which need no GPU and know of none here."""
+"""Compiles kernels in separate processes, which need no GPU and do not see one."""
 
 import json
 import os
@@ -14,27 +14,27 @@ from fastdiff.kernels.jobs import Job
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a job: its key in Triton's cache, or why it has none."""
+    """The result of a job: its key in Triton's cache, or an error."""
 
     at: int
-    """Its place among the jobs."""
+    """The job's index."""
     job: Job
     key: str | None
     error: str | None
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def compile_jobs(
     jobs: Sequence[Job], environment: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Compile jobs into Triton's cache, a process on each core; each answer as it is there.
+    """Compile jobs into Triton's cache, one process per core; yields each answer when it is ready.
 
-    The processes are started by one that this one starts anew (never forked from it, for a copy of
-    a process with CUDA cannot use it), and end with it. environment: beside this process's own.
+    A new process starts the workers, since one forked from a process with CUDA cannot use it; all
+    end with this process. environment: variables to add to this process's own.
     """
     left = set(range(len(jobs)))
     own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
@@ -52,7 +52,7 @@ def compile_jobs(
             assert worker.stdin is not None
             assert worker.stdout is not None
             try:
-                with suppress(BrokenPipeError):  # it ended; what is left says so
+                with suppress(BrokenPipeError):  # it has ended, which is reported below
                     worker.stdin.write(json.dumps(told) + "\n")
                     worker.stdin.flush()
                 for line in worker.stdout:
@@ -62,7 +62,7 @@ def compile_jobs(
                     yield Answer(at, jobs[at], answer.get("key"), answer.get("error"))
             finally:
                 worker.kill()
-                with suppress(BrokenPipeError):  # closing writes what it did not take
+                with suppress(BrokenPipeError):  # closing flushes what it did not read
                     worker.stdin.close()
         errors.seek(0)
         last = errors.read().decode(errors="replace").strip().splitlines()[-1:]

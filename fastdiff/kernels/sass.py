@@ -1,7 +1,7 @@
-"""What a kernel's machine code (SASS) says of itself, read with the tools of Triton's wheel.
+"""Reads a kernel's machine code (SASS) with the tools of Triton's wheel.
 
-`nvdisasm` takes a third of a second to start and a hundredth for a kernel, and one file at a time:
-so the code of many kernels is put end to end and disassembled at once (53 kernels: 0.8 s, not 17).
+`nvdisasm` takes one file at a time, and a third of a second to start but only a hundredth per
+kernel. So the code of many kernels is joined and disassembled at once (53 kernels: 0.8 s, not 17).
 """
 
 import re
@@ -19,34 +19,34 @@ LOADS = ("LDG", "LDGSTS", "UTMALDG")
 STORES = ("STG", "UTMASTG", "UTMAREDG")
 
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-"""Bytes that a thread moves, by the instruction's modifier; 4 without one."""
+"""Bytes per thread, by the instruction's modifier; 4 without one."""
 BULK = 16
-"""Stands for a bulk copy, which no thread takes part in: as good as a thread's widest."""
+"""The width counted for a bulk copy, which is not done by threads: a thread's widest."""
 
 INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)", re.M
 )
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 SECTION = struct.Struct("<IIQQQQIIQQ")
-"""A section header of a 64-bit ELF file: name, …, offset and size fifth and sixth."""
+"""A section header of a 64-bit ELF file: name, …; offset and size are fifth and sixth."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """Of one kernel."""
+    """The machine code of one kernel."""
 
     registers: int
-    """For each thread."""
+    """Per thread."""
     spills: int
-    """Bytes of stack and local memory for each thread."""
+    """Bytes of stack and local memory per thread."""
     loads: Mapping[int, int]
-    """From global memory: how many instructions of each width, in bytes for each thread."""
+    """Instructions that load from global memory, by width in bytes per thread."""
     stores: Mapping[int, int]
-    """The same to global memory."""
+    """The same for stores to global memory."""
 
     @property
     def load(self) -> int:
-        """The widest; 0: there is none."""
+        """The widest load; 0 if there is none."""
         return max(self.loads, default=0)
 
     @property
@@ -54,13 +54,13 @@ class Code:
         return max(self.stores, default=0)
 
     def narrower(self, width: int) -> int:
-        """Loads and stores that move less than `width` bytes at once."""
+        """How many loads and stores move less than `width` bytes at once."""
         both = (*self.loads.items(), *self.stores.items())
         return sum(count for wide, count in both if wide < width)
 
 
 def read(cubins: Sequence[bytes], arch: int, cuobjdump: str, nvdisasm: str) -> list[Code]:
-    """Disassemble cubins of one architecture, each of one kernel, with the tools at these paths."""
+    """Disassemble cubins of one architecture, one kernel each, with the tools at these paths."""
     if not cubins:
         return []
     target = f"SM{arch}{'a' if arch >= 90 else ''}"
@@ -69,15 +69,15 @@ def read(cubins: Sequence[bytes], arch: int, cuobjdump: str, nvdisasm: str) -> l
         usages = []
         for cubin in cubins:
             path.write_bytes(cubin)
-            usages.append(_said(cuobjdump, "--dump-resource-usage", str(path)))
+            usages.append(_output_of(cuobjdump, "--dump-resource-usage", str(path)))
         texts = [text_of(cubin) for cubin in cubins]
         path.write_bytes(b"".join(texts))
-        listing = _said(nvdisasm, "--binary", target, "--no-dataflow", str(path))
+        listing = _output_of(nvdisasm, "--binary", target, "--no-dataflow", str(path))
     return parse(usages, listing, list(map(len, texts)))
 
 
 def parse(usages: Sequence[str], listing: str, sizes: Sequence[int]) -> list[Code]:
-    """What the tools printed of kernels with so many bytes of code each, end to end."""
+    """Parse what the tools printed for joined kernels with these sizes of code in bytes."""
     ends = list(accumulate(sizes))
     codes: list[list[tuple[str, list[str]]]] = [[] for _ in sizes]
     at = 0
@@ -89,7 +89,7 @@ def parse(usages: Sequence[str], listing: str, sizes: Sequence[int]) -> list[Cod
 
 
 def text_of(cubin: bytes) -> bytes:
-    """The machine code of a cubin of one kernel: its section `.text.<kernel>`."""
+    """The machine code in a cubin of one kernel: its section `.text.<kernel>`."""
     start, size, count, names = (
         *struct.unpack_from("<Q", cubin, 40),
         *struct.unpack_from("<3H", cubin, 58),
@@ -105,7 +105,7 @@ def text_of(cubin: bytes) -> bytes:
     return texts[0]
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -115,16 +115,18 @@ def _code(usage: str, code: Sequence[tuple[str, list[str]]]) -> Code:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[-200:]!r}")
     registers, stack, local = map(int, found.groups())
     if not any(name == "EXIT" for name, _ in code):
-        raise RuntimeError(f"nvdisasm printed no whole kernel: {code[-3:]}")
-    return Code(registers, stack + local, Counter(_of(code, LOADS)), Counter(_of(code, STORES)))
+        raise RuntimeError(f"nvdisasm printed no complete kernel: {code[-3:]}")
+    return Code(
+        registers, stack + local, Counter(_widths(code, LOADS)), Counter(_widths(code, STORES))
+    )
 
 
-def _of(code: Sequence[tuple[str, list[str]]], names: tuple[str, ...]) -> Iterator[int]:
+def _widths(code: Sequence[tuple[str, list[str]]], names: tuple[str, ...]) -> Iterator[int]:
     return (_width(name, parts) for name, parts in code if name in names)
 
 
 def _width(name: str, modifiers: list[str]) -> int:
-    """LDG.E.64.CONSTANT -> 8; the 128 of LTC128B is a hint to the cache, not a width."""
+    """LDG.E.64.CONSTANT -> 8; the 128 in LTC128B is a cache hint, not a width."""
     if name.startswith("UTMA"):
         return BULK
     return next((WIDTHS[part] for part in modifiers if part in WIDTHS), 4)

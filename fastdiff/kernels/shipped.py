@@ -1,9 +1,9 @@
-"""Compiled kernels in a folder, for machines that are not to compile them: `fastdiff.warm/1`.
+"""A folder of compiled kernels, for machines that should not compile them: `fastdiff.warm/1`.
 
-One `.cubin` for each specialisation and architecture, what Triton knows of it as JSON, and a
-manifest with the hash of each file. `install` puts them into Triton's own cache, under the keys
-that Triton gave them when they were compiled. A launch finds one there only if Triton gives it the
-same key: for the same source, compiler, options and environment. So no other code ever runs.
+It holds a `.cubin` and Triton's metadata as JSON for each specialisation and architecture, and a
+manifest with every file's hash. `install` puts the kernels into Triton's own cache, under the keys
+that Triton gave them when they were compiled. A launch uses one only if Triton computes the same
+key: for the same source, compiler, options and environment. So no other code ever runs.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ AGAIN = "run fastdiff warm again"
 
 @dataclass(frozen=True)
 class File:
-    """One file of the folder."""
+    """One file in the folder."""
 
     file: str
     sha256: str
@@ -35,20 +35,20 @@ class File:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A specialisation."""
+    """A compiled specialisation."""
 
     arch: int
     kernel: str
-    """Its function's name, after its module's."""
+    """The names of its module and function, joined by a dot."""
     key: str
-    """In Triton's cache."""
+    """The key in Triton's cache."""
     cubin: File
     metadata: File
 
 
 @dataclass(frozen=True)
 class Module:
-    """What Triton 3.6 compiles from C before it starts a kernel."""
+    """A C module that Triton 3.6 compiles before it starts a kernel."""
 
     name: str
     key: str
@@ -57,11 +57,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Shipped:
-    """A folder of `fastdiff warm`, its files as they were written."""
+    """A folder written by `fastdiff warm`, with its files unchanged."""
 
     folder: Path
     of: str
-    """The pipeline and dtype, as its maker called them."""
+    """The pipeline and dtype, as named when it was written."""
     compilers: Mapping[int, Mapping[str, str]]
     """By architecture: see `cached.compiler_of`."""
     sources: Mapping[str, str]
@@ -73,9 +73,9 @@ class Shipped:
 def ship(
     folder: Path, of: str, jobs: Sequence[Job], told: Callable[[int], object] = lambda done: None
 ) -> Shipped:
-    """Fill an empty folder with the jobs' kernels, compiled here; `told(done)` after each.
+    """Compile the jobs' kernels here into an empty folder; calls `told(done)` after each.
 
-    Raises UserError where one of them cannot be compiled.
+    Raises UserError if one of them cannot be compiled.
     """
     with tempfile.TemporaryDirectory(prefix="fastdiff-warm-") as cache:
         keys = {}
@@ -85,13 +85,13 @@ def ship(
                 raise UserError(f"{answer.job.kernel} cannot be compiled: {answer.error}")
             keys[answer.at] = answer.key
             told(len(keys))
-        return _gathered(folder, of, jobs, keys, Path(cache))
+        return _collected(folder, of, jobs, keys, Path(cache))
 
 
-def _gathered(
+def _collected(
     folder: Path, of: str, jobs: Sequence[Job], keys: Mapping[int, str], cache: Path
 ) -> Shipped:
-    """The folder, filled from a cache of Triton's."""
+    """The folder, filled from one of Triton's caches."""
     from fastdiff.kernels import cached
 
     kernels: list[Compiled] = []
@@ -120,15 +120,15 @@ def _gathered(
         tuple(modules.values()),
     )
     document = {"schema": SCHEMA, **asdict(shipped)}
-    del document["folder"]  # wherever it lies
+    del document["folder"]  # the folder may be moved
     write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
     return shipped
 
 
 def read(folder: Path) -> Shipped:
-    """A folder of `fastdiff warm`, every file held to its hash.
+    """A folder written by `fastdiff warm`, after every file's hash is checked.
 
-    Raises UserError where it is none, of another fastdiff's schema, or damaged.
+    Raises UserError if it is no such folder, has another schema, or is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -143,7 +143,7 @@ def read(folder: Path) -> Shipped:
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema!r}, this fastdiff reads {SCHEMA}; {AGAIN}")
     try:
-        shipped = _from(folder, told)
+        shipped = _parsed(folder, told)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {AGAIN}") from error
     for kernel in shipped.kernels:
@@ -155,14 +155,14 @@ def read(folder: Path) -> Shipped:
 
 
 def differences(shipped: Shipped, jobs: Iterable[Job], arch: int) -> list[str]:
-    """What keeps Triton from finding the jobs' kernels of the folder on this machine, by name."""
+    """Why Triton would not find the folder's kernels for these jobs on this machine, one each."""
     from fastdiff.kernels import cached
 
     if arch not in shipped.compilers:
         known = ", ".join(f"sm_{known}" for known in shipped.compilers)
         return [f"it has kernels for {known}, and this GPU is sm_{arch}"]
     there, here = shipped.compilers[arch], cached.compiler_of(arch)
-    if there["Triton"] != here["Triton"]:  # all else follows from it
+    if there["Triton"] != here["Triton"]:  # every other difference follows from this one
         return [f"Triton is {there['Triton']} there and {here['Triton']} here"]
     found = [
         f"{name} differ{'' if name.endswith('files') else 's'}"
@@ -179,9 +179,9 @@ def differences(shipped: Shipped, jobs: Iterable[Job], arch: int) -> list[str]:
 
 
 def install(shipped: Shipped, arch: int) -> None:
-    """Put the folder's kernels for an architecture into Triton's cache, where it has none.
+    """Copy the folder's kernels for an architecture into Triton's cache, if it lacks them.
 
-    Raises UserError where a file is damaged, or the cache cannot be written.
+    Raises UserError if a file is damaged or the cache cannot be written.
     """
     from fastdiff.kernels import cached
 
@@ -193,14 +193,15 @@ def install(shipped: Shipped, arch: int) -> None:
         for name, file in ((cubin, kernel.cubin), (metadata, kernel.metadata)):
             _put(folder / name, _bytes(shipped.folder, file))
         paths = {name: str(folder / name) for name in (cubin, metadata)}
-        _put(folder / listed, json.dumps({"child_paths": paths}).encode())  # last: it is looked for
+        # last, since Triton looks this file up first
+        _put(folder / listed, json.dumps({"child_paths": paths}).encode())
     for module in shipped.modules:
         path = cached.folder() / module.key / f"{module.name}{cached.SUFFIX}"
         if not path.is_file():
             _put(path, _bytes(shipped.folder, module.binary))
 
 
-def _from(folder: Path, told: dict[str, Any]) -> Shipped:
+def _parsed(folder: Path, told: dict[str, Any]) -> Shipped:
     def file(value: dict[str, str]) -> File:
         made = File(**value)
         if Path(made.file).name != made.file:

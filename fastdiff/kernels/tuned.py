@@ -1,9 +1,9 @@
-"""Launch configurations that a GPU measured to be faster than the rule's own, looked up by `pick`.
+"""Launch configurations that were faster than the default on a GPU; `pick` looks them up.
 
-`tables/sm_<arch>.json`, written by `python -m benchmarks.tune` on that GPU and reviewed like code,
-holds for an op and the integers that its `pick` was asked with the configuration that was faster.
-There is none before a GPU has measured, and then the rule of each `gpu.py` decides alone. Nothing
-is tuned at a first call: the same call starts the same kernel on every machine of an architecture.
+`tables/sm_<arch>.json` is written by `python -m benchmarks.tune` on that GPU and reviewed like
+code. For an op and the integer arguments of its `pick`, it holds the configuration that was faster.
+For an architecture without a table, each `gpu.py` decides alone. Nothing is tuned at a first call:
+the same call starts the same kernel on every machine of an architecture.
 """
 
 import json
@@ -23,10 +23,10 @@ C = TypeVar("C")
 SCHEMA = "fastdiff.tuned/1"
 FOLDER = Path(__file__).with_name("tables")
 ABOUT = ("machine", "versions", "commit", "command")
-"""Where a table comes from."""
+"""Fields that say where a table comes from."""
 ROW = ("op", "key", "config", "rule", "measured")
 MEASURED = ("case", "dtype", "samples_ms", "rule_samples_ms", "ratio")
-"""Of each case that picks by a row's key: samples of both in turn, and how many times as fast."""
+"""Fields for each case with a row's key: interleaved samples of both, and their ratio."""
 
 Table = dict[tuple[str, str], dict[str, int]]
 """Configurations by op and key."""
@@ -34,7 +34,7 @@ Table = dict[tuple[str, str], dict[str, int]]
 
 @dataclass(frozen=True)
 class Pick:
-    """One call of a `pick` and what came of it."""
+    """One call of a `pick` and its result."""
 
     op: str
     arguments: Mapping[str, int]
@@ -46,11 +46,11 @@ _picks: ContextVar[list[Pick] | None] = ContextVar("picks", default=None)
 
 
 def tunable(op: str) -> Callable[[Callable[P, C]], Callable[P, C]]:
-    """Let the table of the call's architecture overrule a `pick(ints..., arch) -> LaunchConfig`.
+    """Let an architecture's table override a `pick(ints..., arch) -> LaunchConfig`.
 
-    The key is all arguments but arch, by name. Raises TypeError for a `pick` that takes no `arch`,
-    and, when it is called, ValueError where the table is damaged or a row has other fields than the
-    rule's configuration.
+    The key is all arguments but arch, by name. Raises TypeError for a `pick` without `arch`. A call
+    raises ValueError if the table is damaged, or if a row's fields differ from those of the default
+    configuration.
     """
 
     def decorate(pick: Callable[P, C]) -> Callable[P, C]:
@@ -60,14 +60,14 @@ def tunable(op: str) -> Callable[[Callable[P, C]], Callable[P, C]]:
 
         @wraps(pick)
         def picked(*args: P.args, **kwargs: P.kwargs) -> C:
-            config = pick(*args, **kwargs)  # also where it refuses the arguments
+            config = pick(*args, **kwargs)  # also to refuse invalid arguments
             named: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-            arguments = {name: int(value) for name, value in named.items()}  # a flag is 0 or 1
+            arguments = {name: int(value) for name, value in named.items()}  # a flag becomes 0 or 1
             if op in (forced := _forced.get()):
                 config = config if forced[op] is None else forced[op]
             elif rows := table(arguments["arch"]):
                 row = rows.get((op, key(arguments)))
-                config = config if row is None else _like(config, row, op, arguments)
+                config = config if row is None else _config_from(config, row, op, arguments)
             if (picks := _picks.get()) is not None:
                 picks.append(Pick(op, arguments, config))
             return config
@@ -78,13 +78,13 @@ def tunable(op: str) -> Callable[[Callable[P, C]], Callable[P, C]]:
 
 
 def key(arguments: Mapping[str, int]) -> str:
-    """What a table is looked up by, in the order of the names: "K=64,Lk=4096,size=2"."""
+    """The key in a table, with names in order: "K=64,Lk=4096,size=2"."""
     return ",".join(f"{name}={arguments[name]}" for name in sorted(arguments) if name != "arch")
 
 
 @contextmanager
 def forced(op: str, config: Any) -> Iterator[None]:
-    """Within it an op's `pick` answers `config`, whatever it is asked; None: what its rule says."""
+    """In this block an op's `pick` returns `config`, whatever its arguments; None: the default."""
     token = _forced.set({**_forced.get(), op: config})
     try:
         yield
@@ -94,7 +94,7 @@ def forced(op: str, config: Any) -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[list[Pick]]:
-    """The picks of all tunable ops within it, in order."""
+    """Collect the picks of all tunable ops in the block, in order."""
     picks: list[Pick] = []
     token = _picks.set(picks)
     try:
@@ -105,7 +105,7 @@ def recorded() -> Iterator[list[Pick]]:
 
 @cache
 def table(arch: int) -> Table:
-    """The committed rows of an architecture; none where no GPU of it has measured."""
+    """The committed rows for an architecture; none if no GPU of it has been measured."""
     path = _path(arch)
     return read(path, arch) if path.exists() else {}
 
@@ -115,7 +115,7 @@ def _path(arch: int) -> Path:
 
 
 def read(path: Path, arch: int) -> Table:
-    """A file of schema `fastdiff.tuned/1`; ValueError, in a sentence, where it may not be used."""
+    """Read a file of schema `fastdiff.tuned/1`; ValueError, in a sentence, if it is not valid."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return _rows(document, arch)
@@ -126,11 +126,11 @@ def read(path: Path, arch: int) -> Table:
 
 def _rows(document: dict[str, Any], arch: int) -> Table:
     if document["schema"] != SCHEMA:
-        raise ValueError(f"it is of schema {document['schema']!r}, not {SCHEMA}")
+        raise ValueError(f"it has schema {document['schema']!r}, not {SCHEMA}")
     if document.get("dry_run"):
-        raise ValueError("it is of a dry run, which measured the interpreter")
+        raise ValueError("it is from a dry run, which measured the interpreter")
     if document["arch"] != arch:
-        raise ValueError(f"it is of sm_{document['arch']}, not sm_{arch}")
+        raise ValueError(f"it is for sm_{document['arch']}, not for sm_{arch}")
     _named(document, ABOUT)
     rows: Table = {}
     for row in document["rows"]:
@@ -139,9 +139,11 @@ def _rows(document: dict[str, Any], arch: int) -> Table:
         for case in row["measured"]:
             _named(case, MEASURED)
             if not case["ratio"]["lo"] > 1:
-                raise ValueError(f"{at[0]} ({at[1]}) is not faster than the rule on {case['case']}")
+                raise ValueError(
+                    f"{at[0]} ({at[1]}) is not faster than the default on {case['case']}"
+                )
         if not row["measured"] or at in rows:
-            raise ValueError(f"{at[0]} ({at[1]}) is there twice or was never measured")
+            raise ValueError(f"{at[0]} ({at[1]}) occurs twice or was never measured")
         rows[at] = _integers(row["config"])
     return rows
 
@@ -157,8 +159,8 @@ def _integers(mapping: Mapping[str, Any]) -> dict[str, int]:
     return dict(mapping)
 
 
-def _like(rule: Any, row: Mapping[str, int], op: str, arguments: Mapping[str, int]) -> Any:
-    """A configuration of the rule's own kind from a row of the table."""
+def _config_from(rule: Any, row: Mapping[str, int], op: str, arguments: Mapping[str, int]) -> Any:
+    """A configuration of the default's class, from a row of the table."""
     names = {field.name for field in fields(rule)}
     if other := sorted(names ^ set(row)):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Compiles kernels for GPUs that need not be there: `python -m fastdiff.kernels.worker`.
+"""Compiles kernels for GPUs that need not be present: `python -m fastdiff.kernels.worker`.
 
-One line of JSON comes in, {"processes": n, "jobs": [...]} (`jobs.Job`); a line goes out for each
-job as it ends, {"job": at, "key": …} or {"job": at, "error": …}. The process forks `processes`
-copies of itself, none of which ever asks for a GPU: Triton's own launcher runs up to the start, on
-a driver that only says which architecture there is. What it compiles lies in Triton's cache under
-the key by which the same launch looks there. When the input is closed, all of them end.
+It reads one line of JSON, {"processes": n, "jobs": [...]} (`jobs.Job`), and writes a line for each
+finished job: {"job": at, "key": …} or {"job": at, "error": …}. It forks `processes` copies of
+itself, none of which uses a GPU: they run Triton's own launcher up to the start, on a driver that
+only names an architecture. So the results are in Triton's cache under the keys that real launches
+use. When the input is closed, all processes end.
 """
 
 import ctypes
@@ -32,13 +32,13 @@ _DIE_WITH_PARENT = 1
 
 
 class Driver:
-    """Stands for Triton's driver: an architecture instead of a device."""
+    """Replaces Triton's driver: an architecture instead of a device."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device
+        return self.arch  # Triton stores compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -48,7 +48,7 @@ class Driver:
 
 
 def compiled(job: Job) -> str:
-    """Compile a job, or find it in Triton's cache; its key there."""
+    """Compile a job, or find it in Triton's cache; returns its key."""
     driver.set_active(Driver(job.arch))
     launch = launch_of(job)
     kernel = launch.kernel.run(
@@ -61,7 +61,7 @@ def compiled(job: Job) -> str:
 
 
 def _build(name: str, source: str) -> None:
-    """Have Triton compile a module of its own into its cache; it is not loaded here."""
+    """Make Triton compile one of its C modules into its cache, without loading it."""
     build._load_module_from_path = lambda name, path: None
     with tempfile.TemporaryDirectory() as stub:
         try:
@@ -79,7 +79,7 @@ def _build(name: str, source: str) -> None:
 
 
 def _stub(library: Path) -> None:
-    """A library without functions for the linker: those of the GPU's machine are used there."""
+    """An empty library for the linker; the GPU's machine has the real one."""
     empty = library.with_suffix(".c")
     empty.write_text("")
     made = build._build(
@@ -108,13 +108,13 @@ def main() -> None:
 
 
 def _quietly() -> None:
-    """In each copy: end with the process that made it, and say nothing where answers go."""
+    """In each copy: end with the parent process, and keep stdout free for answers."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.dup2(2, 1)
 
 
 def _end_with_input() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock a copy would inherit
+    while os.read(0, 1):  # not sys.stdin: a fork would inherit its lock
         pass
     os._exit(1)
 

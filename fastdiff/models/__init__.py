@@ -7,7 +7,7 @@ from fastdiff.models.mmdit import MMDiT, borrow_mmdit
 from fastdiff.models.mmdit_control import ControlConditions as MMDiTControlConditions
 from fastdiff.models.mmdit_control import MMDiTControl, borrow_mmdit_control
 from fastdiff.models.trunk import Trunk
-from fastdiff.models.unet import UNet, borrow_unet
+from fastdiff.models.unet import UNet, borrow_picture_unet, borrow_unet
 from fastdiff.models.vae import Decoder, Encoder, borrow_decoder, borrow_encoder
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "borrow_encoder",
     "borrow_mmdit",
     "borrow_mmdit_control",
+    "borrow_picture_unet",
     "borrow_unet",
 ]

@@ -1,8 +1,8 @@
-"""The blocks that Stable Diffusion's U-Nets and autoencoders are made of, on borrowed weights.
+"""The blocks of Stable Diffusion's U-Nets and autoencoders, on borrowed weights.
 
 Pictures are channels-last tensors [B, Y, X, C]. A block is a frozen dataclass of weights, a
-`borrow_*` function that takes them from the diffusers module of the same structure (told by its
-attributes, so that diffusers need not be imported here) and a function that runs it.
+`borrow_*` function that takes them from the diffusers module of the same structure (checked by its
+attributes, so diffusers need not be imported here), and a function that runs it.
 """
 
 import math
@@ -38,27 +38,27 @@ class Resnet:
     conv2: Weights
     shortcut: Weights | None
     row: slice | None
-    """This block's columns of the projected time embedding of all blocks."""
+    """The columns of this block in the projected time embeddings of all blocks."""
 
     def __call__(self, x: Sum, rows: Tensor | None, beside: Tensor | None = None) -> Sum:
-        """Of x, and of the channels of `beside` after x's: a skip connection, which may be of half
-        as many pictures where the halves of guidance share it."""
+        """x with the channels of `beside`, a skip connection, appended. `beside` may have half as
+        many pictures, if both halves of guidance share it."""
         row = None
         if rows is not None and self.row is not None:
             row = rows[:, self.row].expand(x.batch, -1)
-        if beside is not None and not on_gpu(beside):  # our CPU loops want one tensor
+        if beside is not None and not on_gpu(beside):  # our CPU kernels take one tensor
             x, beside = Sum(concat(x.closed(), beside)), None
         h = x.group_normed(self.norm1, silu=True, beside=beside)
         h = convolved(h, self.conv1).group_normed(self.norm2, silu=True, row=row)
         return convolved(h, self.conv2, self.around(x.closed(), beside))
 
     def around(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
-        """What is added to the branch: the channels of x and `beside`, or their shortcut."""
+        """The residual: the channels of x and `beside`, or their shortcut."""
         if self.shortcut is None:
             return x
         weight, channels = self.shortcut.weight, x.shape[-1]
         y = linear(x, weight[:, :channels], self.shortcut.bias)
-        if beside is not None:  # the product is as a sum of two, so nobody concatenates
+        if beside is not None:  # a sum of two products, so no concatenation is needed
             pixels = beside.numel() // beside.shape[-1]
             for part in y.view(-1, pixels, y.shape[-1]):
                 part.addmm_(beside.view(pixels, -1), weight[:, channels:].t())
@@ -66,23 +66,23 @@ class Resnet:
 
 
 def borrow_resnet(module: Any, loan: Loan, rows: "Columns | None" = None) -> Resnet:
-    """From a ResnetBlock2D; `rows` hands out columns of the packed time-embedding projection."""
+    """From a ResnetBlock2D; `rows` assigns columns of the packed time-embedding projection."""
     resnet = loan.open(module, "ResnetBlock2D")
     projected, shortcut = resnet.time_emb_proj is not None, resnet.conv_shortcut
     require(
         resnet.time_embedding_norm == "default"
         or (resnet.time_embedding_norm == "group" and not projected),
-        f"time embeddings of the kind {resnet.time_embedding_norm!r}",
+        f"time embeddings of kind {resnet.time_embedding_norm!r}",
     )
     require(resnet.upsample is None and resnet.downsample is None, "resampling inside a resnet")
     require(resnet.output_scale_factor == 1.0, "an output_scale_factor other than 1")
     require(not resnet.skip_time_act, "time embeddings without activation")
-    require(projected == (rows is not None), "a resnet with or without a time embedding")
+    require(projected == (rows is not None), "a resnet with a missing or unexpected time embedding")
     loan.silu(resnet.nonlinearity)
     loan.inert(resnet.dropout)
     conv1, conv2 = loan.conv(resnet.conv1), loan.conv(resnet.conv2)
     same = conv1.weight.shape[1] == conv2.weight.shape[0]
-    require(same or shortcut is not None, "a resnet of other channels without a shortcut")
+    require(same or shortcut is not None, "a resnet that changes its channels without a shortcut")
     return Resnet(
         norm1=loan.norm(resnet.norm1),
         conv1=conv1,
@@ -94,7 +94,7 @@ def borrow_resnet(module: Any, loan: Loan, rows: "Columns | None" = None) -> Res
 
 
 class Columns:
-    """Collects linear layers that read the same input, to be run as one matrix product."""
+    """Collects linear layers with the same input, to run them as one matrix product."""
 
     def __init__(self, loan: Loan) -> None:
         self.layers: list[Any] = []
@@ -110,25 +110,28 @@ class Columns:
 def open_attention(
     module: Any, loan: Loan, residual: bool, processors: tuple[str, ...] = PLAIN_PROCESSORS
 ) -> tuple[Reader, Any]:
-    """Reads of a plain Attention, and the last layer of its output.
+    """Read a plain Attention; also returns the last layer of its output.
 
-    Raises Unsupported unless it has one of the `processors`, and a `residual` connection or none.
+    Raises Unsupported unless it has one of the `processors`, and a residual connection just if
+    `residual`.
     """
     attention = loan.open(module, "Attention")
     processor = kind(attention.processor)
     require(processor in processors, f"the attention processor {processor}")
     loan.open(attention.processor, processor)
     require(attention.spatial_norm is None, "spatial norms in attention")
-    require(attention.norm_q is None and attention.norm_k is None, "normalised queries and keys")
+    require(attention.norm_q is None and attention.norm_k is None, "normalised queries or keys")
     require(not attention.norm_cross, "normalised text in cross-attention")
     require(attention.rescale_output_factor == 1.0, "a rescale_output_factor other than 1")
-    require(attention.residual_connection == residual, "attention with or without its residual")
+    require(
+        attention.residual_connection == residual, "attention with a missing or unexpected residual"
+    )
     width = loan.width(attention.to_q)
     require(width % attention.heads == 0, f"{attention.heads} heads of {width} columns")
-    if processor == "AttnProcessor":  # scales by itself, and asks in what dtype
+    if processor == "AttnProcessor":  # it scales by itself, and has a dtype for its sums
         scaled = math.isclose(attention.scale, (attention.heads / width) ** 0.5)
         require(scaled, f"attention scaled by {attention.scale}")
-        _ = attention.upcast_attention, attention.upcast_softmax  # ours sums in float32 always
+        _ = attention.upcast_attention, attention.upcast_softmax  # ours always sums in float32
     out, dropout = loan.each(attention.to_out, 2)
     loan.inert(dropout)
     return attention, out
@@ -143,12 +146,13 @@ class PictureAttention:
     qkv: Weights
     out: Weights
 
-    def __call__(self, x: Sum) -> Sum:
+    def __call__(self, x: Sum, *_told: object) -> Sum:
+        """`_told`: the text and masks that a transformer in its place would take."""
         h = linear(x.group_normed(self.norm, silu=False), self.qkv.weight, self.qkv.bias)
         around = x.closed()
-        split = (-1, (self.heads, around.shape[-1] // self.heads))
+        split = (-1, (self.heads, h.shape[-1] // 3 // self.heads))
         q, k, v = (part.unflatten(*split) for part in h.flatten(1, 2).chunk(3, -1))
-        return projected(attention(q, k, v).reshape(around.shape), self.out, around)
+        return projected(attention(q, k, v).reshape(*around.shape[:-1], -1), self.out, around)
 
 
 def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
@@ -164,7 +168,7 @@ def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
 
 @dataclass(frozen=True)
 class Down:
-    """Halve the picture: a convolution of stride 2, padded on all sides or only after."""
+    """Halve the picture: a convolution of stride 2, padded on all sides or only at the end."""
 
     conv: Weights
     padding: tuple[int, int]
@@ -175,7 +179,7 @@ class Down:
 
 @dataclass(frozen=True)
 class Up:
-    """Enlarge the picture to `size` (twice its own by default), then convolve."""
+    """Enlarge the picture to `size` (by default twice its size), then convolve."""
 
     conv: Weights
 
@@ -221,7 +225,7 @@ def borrow_resamplers(block: Reader, loan: Loan) -> tuple[Down | None, Up | None
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:
-    """x [B, ...] for a batch of B (as it is) or 2B (once for each half of guidance)."""
+    """x [B, ...] for a batch of B (unchanged) or 2B (repeated for each half of guidance)."""
     if x.shape[0] == batch:
         return x
     row = x.reshape(1, -1)

@@ -1,7 +1,7 @@
-"""Weights lent, not copied: parameters become views into buffers laid out for the kernels.
+"""Borrows weights without a copy: parameters become views into buffers laid out for the kernels.
 
 A lent parameter keeps its identity, shape, values and name; only its memory moves. So savers and
-edits in place go on working (see `state`), and the kernels see those edits.
+in-place edits work as before (see `state`), and the kernels see those edits.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from fastdiff.models.watch import Unsupported, kind
 __all__ = ["Loan", "Norm", "Unsupported", "Weights", "kind"]
 
 _LARGE = 32 << 20
-"""Bytes of a stack whose sources wait on the host while it is made: SDXL's text projections are an
-eighth of its weights, which must not be on a GPU twice."""
+"""From this many bytes on, a buffer's sources wait on the host while it is made: SDXL's text
+projections are an eighth of its weights, and must not be on a GPU twice."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Linear layers [N, D], stacked along N, or a convolution [N, C, k, k]; and the bias [N]."""
+    """Linear layers [N, D] stacked along N, or a convolution [N, C, k, k]; and their bias [N]."""
 
     weight: Tensor
     bias: Tensor | None
@@ -37,7 +37,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Norm:
-    """Affine parameters of a GroupNorm (`groups`) or a LayerNorm (`groups` 0)."""
+    """The affine parameters of a GroupNorm, or of a LayerNorm if `groups` is 0."""
 
     weight: Tensor
     bias: Tensor
@@ -49,15 +49,15 @@ _EPOCHS = itertools.count(1)
 
 
 class Loan(Reads):
-    """The parameters of `root` that are lent to the runtime, and what must hold while they are.
+    """The parameters of `root` that are lent to the runtime, and the conditions for that.
 
-    Weights under LoRA adapters are not lent: the runtime has the effective weights in memory of its
-    own, which `refresh` writes. A rehearsal raises Unsupported where the loan would and moves
-    nothing.
+    Weights with LoRA adapters are not lent: the runtime keeps the effective weights in memory of
+    its own, which `refresh` writes. A rehearsal raises Unsupported just as the loan would, but
+    moves nothing.
     """
 
     epoch: int
-    """Grows with every loan taken in this process, and when `refresh` has rewritten weights."""
+    """Grows with every loan in this process, and when `refresh` has rewritten weights."""
 
     def __init__(
         self,
@@ -66,16 +66,16 @@ class Loan(Reads):
         homes: Homes | None = None,
         rehearsed: Reads | None = None,
     ) -> None:
-        """`homes`: that state dicts got during former loans of `root`; `rehearsed`: as of Reads."""
+        """`homes`: memory that state dicts hold from former loans; `rehearsed`: see Reads."""
         super().__init__(root, rehearsed)
         self._rehearsal, self._homes = rehearsal, {} if homes is None else homes
         self._lent: dict[int, Lent] = {}
         self._gate: Gate | None = None
         self._moving = threading.RLock()
         self._looked_at = False
-        """Whether those whose strides savers refuse went home since the last use."""
+        """Whether parameters with strides that savers refuse went home since the last use."""
         self._held: list[Lent] = []
-        """Those of which a state dict holds memory that they had."""
+        """The lent parameters whose former memory a state dict may hold."""
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
         self._seen: set[int] = set()
@@ -87,15 +87,15 @@ class Loan(Reads):
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
         self._mode = first.is_inference()
-        """Whether the weights were made in inference mode: their memory must be, too."""
+        """Whether the weights were made in inference mode: new memory must be made so, too."""
         if self.device.type == "cuda" and self.dtype not in FLOATS:
             raise Unsupported(f"weights of {self.dtype} on a GPU")
-        # our CPU loop wants a row per input channel; GPU libraries a row per output channel
+        # our CPU kernels read one row per input channel; GPU libraries one per output channel
         on_cpu = self.device.type in ("cpu", "meta") and not on_gpu(first)
         self._input_major = on_cpu and NATIVE is not None and self.dtype in NATIVE_DTYPES
 
     def linear(self, *layers: nn.Module) -> Weights:
-        """Lend linear layers (or 1×1 convolutions) of equal input width, stacked along N."""
+        """Borrow linear layers (or 1×1 convolutions) of equal input width, stacked along N."""
         bases = [self._base(layer, nn.Linear, nn.Conv2d) for layer in layers]
         for base, layer in zip(bases, layers, strict=True):
             if type(base_of(layer)) is nn.Conv2d:
@@ -103,10 +103,10 @@ class Loan(Reads):
         weights: list[Any] = [base.weight for base in bases]
         rows, inner = [w.shape[0] for w in weights], weights[0].shape[1]
         if any(w.shape[1] != inner for w in weights):
-            raise Unsupported("layers of different input widths that read the same input")
+            raise Unsupported("layers of different widths with the same input")
         biases: list[Any] = [base.bias for base in bases]
         if len({bias is None for bias in biases}) > 1:
-            raise Unsupported("layers with and without a bias side by side")
+            raise Unsupported("layers of which only some have a bias")
         self._check(*weights, *(bias for bias in biases if bias is not None))
         lent = [layer.weight for layer in layers if base_of(layer) is layer]
         if self._input_major:
@@ -123,7 +123,7 @@ class Loan(Reads):
         return Weights(stacked, joined)
 
     def conv(self, layer: nn.Module, kernel: int = 3, stride: int = 1, padding: int = 1) -> Weights:
-        """Lend a square, zero-padded convolution without groups or dilation."""
+        """Borrow a square, zero-padded convolution without groups or dilation."""
         base = self._base(layer, nn.Conv2d)
         check_conv(base, kernel, stride, padding)
         self._check(base.weight)
@@ -137,7 +137,7 @@ class Loan(Reads):
         return Weights(weight, None if base.bias is None else self._keep(base.bias))
 
     def norm(self, layer: nn.Module) -> Norm:
-        """Use a GroupNorm or LayerNorm where its parameters are."""
+        """Use a GroupNorm's or LayerNorm's parameters in place."""
         parts = self.open(layer, nn.GroupNorm, nn.LayerNorm)
         if parts.weight is None or parts.bias is None:
             raise Unsupported(f"{kind(layer)} without weight and bias")
@@ -148,17 +148,17 @@ class Loan(Reads):
         return Norm(weight, bias, groups, parts.eps)
 
     def rms_norm(self, layer: nn.Module) -> tuple[Tensor | None, float]:
-        """Use diffusers' RMSNorm where its weight is: that, if it has one, and its eps."""
+        """Use diffusers' RMSNorm in place: returns its weight, if it has one, and its eps."""
         parts = self.open(layer, "RMSNorm")
         if parts.bias is not None:
             raise Unsupported("an RMSNorm with a bias")
         return None if parts.weight is None else self._keep(parts.weight), parts.eps
 
     def intact(self) -> bool:
-        """Whether every parameter is still where it was lent and nothing watched was replaced."""
+        """Whether no parameter has moved and nothing that is watched has changed."""
         if self._looked_at or self._held:
             with self._moving, torch.inference_mode(self._mode), torch.no_grad():
-                if self._looked_at:  # by somebody who may hold any of them now
+                if self._looked_at:  # somebody may hold any of them now
                     self._looked_at, self._held = False, [*self._lent.values()]
                     for lent in self._held:
                         lent.come_back()
@@ -178,7 +178,7 @@ class Loan(Reads):
             self._gate = Gate(self.modules, self._found, self._go_home)
 
     def _go_home(self) -> None:
-        """Before somebody looks at the parameters."""
+        """Move parameters to memory of their own before somebody reads them."""
         with self._moving, torch.inference_mode(self._mode), torch.no_grad():
             self._looked_at = True
             for lent in self._lent.values():
@@ -188,20 +188,20 @@ class Loan(Reads):
     def refresh(self, scale: float = 1.0) -> None:
         """Bring the effective weights under LoRA adapters up to date, in place.
 
-        To be called once the last weight is borrowed and before each use; takes microseconds where
-        nothing changed (on a GPU it waits for what is queued there).
+        Call it after the last weight is borrowed, and before each use. If nothing changed, it takes
+        microseconds (on a GPU it waits for the queued work).
 
         Args:
             scale: multiplies every active adapter, as diffusers' LoRA `scale` does.
 
         Raises:
-            Unsupported: an adapter does now what the runtime cannot.
+            Unsupported: an adapter has become one that the runtime cannot merge.
         """
         if self._merges.refresh(scale):
             self.epoch = next(_EPOCHS)
 
     def end(self) -> None:
-        """Give every parameter memory of its own again, laid out as before; values stay as now."""
+        """Give every parameter memory of its own again, in its old layout."""
         if self._gate is not None:
             self._gate.leave()
         with self._moving, torch.inference_mode(self._mode), torch.no_grad():
@@ -210,19 +210,19 @@ class Loan(Reads):
             self._lent.clear()
 
     def width(self, layer: nn.Module) -> int:
-        """Rows N of a linear layer's weight."""
+        """The number of rows N of a linear layer's weight."""
         rows: int = self._base(layer, nn.Linear, nn.Conv2d).weight.shape[0]
         return rows
 
     def _base(self, layer: nn.Module, *known: type) -> Any:
-        """Read a layer, or the one that a LoRA layer stands for."""
+        """Read a layer; of a LoRA layer, also the base layer."""
         base = base_of(layer)
         if base is not layer:
             self.open(layer, type(layer))
         return self.open(base, *known)
 
     def _place(self, sources: list[Any], *shape: int) -> Tensor:
-        """Memory for `sources`; large ones leave the GPU before it comes, not after."""
+        """Memory for `sources`; large ones leave the GPU before it is allocated, not after."""
         if self._rehearsal:
             return torch.empty(shape, dtype=self.dtype, device="meta")
         large = sum(source.nbytes for source in sources) > _LARGE and self.device.type != "cpu"
@@ -238,7 +238,7 @@ class Loan(Reads):
         return memory
 
     def _fill(self, layer: Any, view: Tensor) -> None:
-        """Make `view` a layer's weight: lend it, or with LoRA have the effective one kept there."""
+        """Make `view` a layer's weight: lend it, or under LoRA keep the effective weight there."""
         if base_of(layer) is layer:
             self._lend(layer.weight, view)
         elif self._rehearsal:
@@ -254,7 +254,7 @@ class Loan(Reads):
             self._lent[id(parameter)] = Lent(parameter, view, homes)
 
     def _found(self, parameter: Tensor) -> Lent | None:
-        """How a parameter is lent, if it still is."""
+        """The lent parameter's record, if it is still where the loan put it."""
         lent = self._lent.get(id(parameter))
         return lent if lent is not None and parameter.data_ptr() == lent.address else None
 
@@ -262,7 +262,7 @@ class Loan(Reads):
         """Use a parameter where it is."""
         self._check(parameter)
         if not parameter.is_contiguous():
-            raise Unsupported("a strided bias or norm")
+            raise Unsupported("a bias or norm that is not contiguous")
         if not self._rehearsal:
             self._lent[id(parameter)] = Lent(parameter)
         return parameter.detach()
@@ -277,7 +277,7 @@ class Loan(Reads):
             if parameter.device.type == "cpu" and parameter.untyped_storage().is_shared():
                 raise Unsupported("weights in memory that other processes share")
             if parameter.is_inference() != self._mode:
-                raise Unsupported("weights of which some were made in torch.inference_mode")
+                raise Unsupported("weights made partly in torch.inference_mode")
             if parameter.dtype != self.dtype or parameter.device != self.device:
                 raise Unsupported(
                     f"weights of {parameter.dtype} on {parameter.device} beside {self.dtype} on"

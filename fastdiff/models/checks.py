@@ -1,4 +1,4 @@
-"""What a compact network is given, where diffusers itself would refuse or convert it."""
+"""Checks of a network's inputs, where diffusers itself would refuse or convert them."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from fastdiff.models.watch import Unsupported
 
 
 def refuse(**given: Any) -> None:
-    """Raise Unsupported where one of the arguments that a network does not take is not None."""
+    """Raise Unsupported if one of these arguments, which a network does not take, is not None."""
     for name, value in given.items():
         if value is not None:
             raise Unsupported(f"it was given {name}")
 
 
 def checked(name: str, tensor: Tensor | None, weight: Tensor, channels: int, dim: int) -> Tensor:
-    """The tensor; Unsupported unless it has these channels and dimensions, and `weight`'s dtype and
+    """`tensor`; Unsupported unless it has these channels and dimensions, and `weight`'s dtype and
     device.
 
-    Four dimensions are a picture's, with the channels at 1; otherwise they come last.
+    With four dimensions, channels are the second; otherwise the last.
     """
     if tensor is None:
-        raise Unsupported(f"it was given no {name}")
+        raise Unsupported(f"{name} is missing")
     at = 1 if dim == 4 else -1
     if tensor.ndim != dim or tensor.shape[at] != channels:
         raise Unsupported(
@@ -39,7 +39,7 @@ def checked(name: str, tensor: Tensor | None, weight: Tensor, channels: int, dim
 
 
 def check_count(name: str, tensor: Tensor, latents: Tensor, copies: int) -> None:
-    """Raise Unsupported unless there are `copies` of `name` for each of the latents."""
+    """Raise Unsupported unless `name` has `copies` entries for each of the latents."""
     if tensor.shape[0] != copies * latents.shape[0]:
         raise Unsupported(
             f"{name} is for {tensor.shape[0]} pictures; there are {latents.shape[0]} latents"

@@ -16,49 +16,51 @@ from fastdiff.models.trunk import Conditions, Trunk, borrow_trunk
 
 
 class Constants(NamedTuple):
-    """What all steps of an image share."""
+    """What all steps of a picture share."""
 
-    text: Tensor
-    """[B, T, …] of `Trunk.text_rows`."""
+    text: Tensor | None
+    """[B, T, …] result of `Trunk.text_rows`."""
     picture: Tensor
-    """[B, Y, X, C] the embedding of the picture that controls."""
+    """[B, Y, X, C] the embedded control picture."""
 
 
 @dataclass(frozen=True)
 class ControlNet(Trunk):
-    """Residuals for a U-Net, from noisy latents [B, C, Y, X] and a picture."""
+    """Residuals for a U-Net, from noisy latents [B, C, Y, X] and a control picture."""
 
     recordable: ClassVar[bool] = True
     outs: tuple[Weights, ...]
-    """1×1 convolutions: of every skip, then of the middle."""
+    """1×1 convolutions: one for each skip, then one for the middle."""
     embedding: Any
-    """diffusers' ControlNetConditioningEmbedding: called, not borrowed."""
+    """diffusers' ControlNetConditioningEmbedding, which is called rather than borrowed."""
     flipped: bool
-    """Whether it wants the picture's channels in the opposite order."""
+    """Whether it takes the picture's channels in reverse order."""
     pooled: bool
-    """Whether each residual is to be averaged over the picture (`global_pool_conditions`)."""
+    """Whether to average each residual over the picture (`global_pool_conditions`)."""
 
     def hoist(self, given: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
-        """As of `UNet.hoist`; the picture's embedding among the constants."""
+        """See `UNet.hoist`; the constants include the control picture's embedding."""
         condition = given.controlnet_cond
         assert condition is not None
         picture = self.embedding(condition.flip(1) if self.flipped else condition)
-        shape = (len(given.encoder_hidden_states), self.conv_in.weight.shape[0], *sides)
+        text = given.encoder_hidden_states
+        assert text is not None
+        shape = (len(text), self.conv_in.weight.shape[0], *sides)
         require(
             picture.shape == shape,
-            f"a ControlNet's picture becomes {list(picture.shape)}; expected {list(shape)}",
+            f"a ControlNet's picture is embedded as {list(picture.shape)}; expected {list(shape)}",
         )
-        constants = Constants(self.text_rows(given.encoder_hidden_states), channels_last(picture))
+        constants = Constants(self.text_rows(text), channels_last(picture))
         return Hoisted(self.time_rows(timesteps, given), constants)
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
-        """What every step repeats: all residuals, channels last, one after another."""
+        """The part that every step repeats: all residuals, channels last, in one flat tensor."""
         middle, skips = self.down(x, row, constants.text, condition=constants.picture)
         outs = zip((*skips, middle), self.outs, strict=True)
         return torch.cat([linear(h.closed(), out.weight, out.bias).flatten() for h, out in outs])
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> list[Tensor]:
-        """Residuals of every skip, then of the middle: [B, C, Y, X] each, channels last in
+        """The residuals of every skip, then of the middle: each [B, C, Y, X] with channels-last
         memory."""
         each = zip(self._sizes(*sides), self.outs, strict=True)
         shapes = [(*size, out.weight.shape[0]) for size, out in each]
@@ -71,7 +73,7 @@ class ControlNet(Trunk):
         ]
 
     def _sizes(self, y: int, x: int) -> list[tuple[int, int]]:
-        """Rows and columns of each residual."""
+        """The rows and columns of each residual."""
         sizes = [(y, x)]
         for stage in self.downs:
             sizes += [sizes[-1]] * len(stage.resnets)
@@ -83,13 +85,13 @@ class ControlNet(Trunk):
 
 
 def borrow_controlnet(module: Any, loan: Loan) -> ControlNet:
-    """Lend a ControlNetModel's weights; raises Unsupported for what this runtime is not."""
+    """Borrow a ControlNetModel's weights; raises Unsupported for other structures."""
     controlnet, config = loan.open(module, "ControlNetModel"), loan.config(module)
     require(controlnet.encoder_hid_proj is None, "a projection of the text (encoder_hid_proj)")
     order = config.controlnet_conditioning_channel_order
-    require(order in ("rgb", "bgr"), f"pictures in the order {order!r}")
+    require(order in ("rgb", "bgr"), f"a picture's channels in the order {order!r}")
     trunk, _, attentions = borrow_trunk(controlnet, config, loan)
-    borrow_ip_adapters(None, attentions, loan)  # raises where it has any
+    borrow_ip_adapters(None, attentions, loan)  # raises if it has any
     convolutions = loan.each(controlnet.controlnet_down_blocks)
     net = ControlNet(
         **trunk,
@@ -98,6 +100,6 @@ def borrow_controlnet(module: Any, loan: Loan) -> ControlNet:
         flipped=order == "bgr",
         pooled=bool(config.global_pool_conditions),
     )
-    require(len(net.outs) == net.skips + 1, "another number of 1×1 convolutions than of skips")
+    require(len(net.outs) == net.skips + 1, "not one 1×1 convolution for each skip")
     loan.seal()
     return net

@@ -15,7 +15,7 @@ from fastdiff.models.borrow import Loan, Weights
 
 @dataclass(frozen=True)
 class Sinusoid:
-    """Timesteps [...] -> [..., width] as in Attention Is All You Need, float32."""
+    """Sinusoids of timesteps: [...] -> [..., width], as in Attention Is All You Need; float32."""
 
     width: int
     cosine_first: bool
@@ -32,7 +32,7 @@ class Sinusoid:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Two linear layers with a SiLU between them, and the LCM condition added before."""
+    """Two linear layers with a SiLU between them; the LCM condition is added to the input."""
 
     first: Weights
     second: Weights
@@ -46,7 +46,7 @@ class Embedding:
 
 
 def borrow_sinusoid(module: Any, loan: Loan) -> Sinusoid:
-    """From a Timesteps."""
+    """From a Timesteps module."""
     time = loan.open(module, "Timesteps")
     require(time.scale == 1, "scaled sinusoids")
     return Sinusoid(time.num_channels, time.flip_sin_to_cos, time.downscale_freq_shift)
@@ -67,14 +67,14 @@ def borrow_embedding(module: Any, loan: Loan) -> Embedding:
 
 @dataclass(frozen=True)
 class TimeText:
-    """The sum of what a timestep and a pooled text are embedded as."""
+    """The sum of a timestep's and a pooled text's embeddings."""
 
     sinusoid: Sinusoid
     time: Embedding
     text: Embedding
 
     def __call__(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
-        """[steps, n] and [B, D'] -> [steps, B, D]: B is 1, n or k·n, for k texts a timestep."""
+        """[steps, n] and [B, D'] -> [steps, B, D]; n is 1 or divides B (k texts per timestep)."""
         times = self.time(self.sinusoid(timesteps.to(pooled.device)).to(pooled.dtype))
         if times.shape[1] > 1:
             times = times.repeat(1, pooled.shape[0] // times.shape[1], 1)

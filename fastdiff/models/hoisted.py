@@ -1,18 +1,18 @@
-"""What every denoising network gives a loop before its first step.
+"""What every denoising network computes before a loop's first step.
 
-A tree is a tensor, or a (named) tuple of trees; None stands for what is absent. Other values in it
-are part of what a step is recorded for.
+A tree is a tensor, a (named) tuple of trees, or None for an absent part. Other values in a tree are
+fixed in the recording of a step.
 """
 
 from typing import Any, NamedTuple
 
 
 class Hoisted(NamedTuple):
-    """What does not depend on the latents, computed once for an image."""
+    """Values that do not depend on the latents, computed once per picture."""
 
     rows: Any
-    """A tree of tensors [steps, n, …]: what depends on the timestep, n = 1 where all pictures
-    share it."""
+    """A tree of tensors [steps, n, …]: values that depend on the timestep; n = 1 if all pictures
+    share them."""
     constants: Any
-    """A tree: what stays the same in all steps. A tensor without elements is switched off for now:
-    where one of another shape was recorded, zeros stand for it."""
+    """A tree of values that all steps share. An empty tensor is switched off for now: if a
+    recording has one of another shape in its place, it reads zeros."""

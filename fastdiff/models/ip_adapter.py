@@ -1,4 +1,4 @@
-"""IP-Adapters: pictures as further tokens that every cross-attention reads beside the text."""
+"""IP-Adapters: image prompts as extra tokens that every cross-attention reads beside the text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,34 +14,34 @@ from fastdiff.models.reads import Reader
 from fastdiff.models.watch import kind
 
 PROCESSOR = "IPAdapterAttnProcessor2_0"
-"""diffusers' attention processor of a cross-attention under IP-Adapters."""
+"""diffusers' attention processor for a cross-attention with IP-Adapters."""
 
 
 @dataclass(frozen=True)
 class IPAdapters:
-    """The IP-Adapters of one U-Net; scales are read from diffusers' processors at every use."""
+    """The IP-Adapters of one U-Net; the scales are read from diffusers' processors at every use."""
 
     projection: Any
-    """diffusers' MultiIPAdapterImageProjection: called, not borrowed."""
+    """diffusers' MultiIPAdapterImageProjection, which is called rather than borrowed."""
     processors: tuple[Any, ...]
-    """One of every cross-attention, in the order of the columns."""
+    """One for every cross-attention, in the order of the columns."""
     widths: tuple[int, ...]
-    """Columns of K, and as many of V, of every cross-attention: laid out as the text's."""
+    """Columns of K, and as many of V, for every cross-attention; in the text's layout."""
     packed: tuple[Weights, ...]
     """to_k_ip and to_v_ip of every cross-attention, by adapter."""
 
     def rows(self, image_embeds: Any) -> tuple[Tensor, ...]:
-        """Keys and scaled values of every cross-attention, by adapter.
+        """Keys and scaled values for every cross-attention, by adapter.
 
         Args:
-            image_embeds: as `added_cond_kwargs["image_embeds"]`: of each adapter [B, N, ...], for N
-                pictures.
+            image_embeds: as `added_cond_kwargs["image_embeds"]`: for each adapter [B, N, ...], for
+                N pictures.
 
         Returns:
-            [B, N·tokens, all columns] of each adapter; no tokens where all its scales are 0.
+            For each adapter [B, N·tokens, all columns]; no tokens if all its scales are 0.
 
         Raises:
-            Unsupported: scales or tokens that the runtime does not compute with.
+            Unsupported: scales or tokens that fastdiff does not compute with.
         """
         pictures = self.projection(image_embeds)
         return tuple(self._rows(i, tokens) for i, tokens in enumerate(pictures))
@@ -58,7 +58,7 @@ class IPAdapters:
         scales = self._scales(adapter)
         if not any(scales):
             return tokens.new_empty(tokens.shape[0], 0, weight.shape[0])
-        # attention is linear in V, so the scale may go there: then no recording holds it
+        # attention is linear in V, so V can carry the scale; then no recording depends on it
         factors = [(float(scale != 0), float(scale)) for scale in scales]
         exact = torch.promote_types(weight.dtype, torch.float32)
         column = torch.repeat_interleave(
@@ -66,18 +66,19 @@ class IPAdapters:
             torch.tensor(self.widths).repeat_interleave(2),
         ).to(weight.device)
         rows = (linear(tokens, weight) * column).to(weight.dtype)
-        return rows.masked_fill_(column == 0, 0)  # as diffusers skips a block, whatever is in it
+        # diffusers skips these blocks, even if they hold NaN
+        return rows.masked_fill_(column == 0, 0)
 
     def _scales(self, adapter: int) -> list[float]:
         count = len(self.packed)
         require(
             all(len(processor.scale) == count for processor in self.processors),
-            "IP-Adapter scales of another number than adapters",
+            "not one IP-Adapter scale for each adapter",
         )
         scales = [processor.scale[adapter] for processor in self.processors]
         require(
             all(isinstance(scale, int | float) for scale in scales),
-            "an IP-Adapter scale that is not a number (one for each mask)",
+            "an IP-Adapter scale that is not a number, as with masks",
         )
         return scales
 
@@ -85,13 +86,13 @@ class IPAdapters:
 def borrow_ip_adapters(
     projection: Any, attentions: Sequence[Reader], loan: Loan
 ) -> IPAdapters | None:
-    """From a U-Net's encoder_hid_proj and its cross-attentions, as read; None where it has none."""
+    """From a U-Net's encoder_hid_proj and its cross-attentions; None if it has no IP-Adapters."""
     carried = [kind(attention.processor) == PROCESSOR for attention in attentions]
     if projection is None:
         require(not any(carried), "IP-Adapter processors without a projection (encoder_hid_proj)")
         return None
     projecting = loan.open(loan.called(projection), "MultiIPAdapterImageProjection")
-    require(all(carried), "IP-Adapters in some of the cross-attentions only")
+    require(all(carried), "IP-Adapters in only some of the cross-attentions")
     count = len(projecting.image_projection_layers)
     packed = [Columns(loan) for _ in range(count)]
     for attention in attentions:
@@ -99,12 +100,12 @@ def borrow_ip_adapters(
         both = loan.each(processor.to_k_ip), loan.each(processor.to_v_ip)
         require(
             all(len(layers) == count for layers in both),
-            "IP-Adapter processors of another number of adapters than their projection",
+            "IP-Adapter processors and projection for different numbers of adapters",
         )
         for columns, *layers in zip(packed, *both, strict=True):
             require(
                 all(loan.width(layer) == attention.inner_dim for layer in layers),
-                "IP-Adapter keys and values of another width than the text's",
+                "IP-Adapter keys and values of a width other than the text's",
             )
             columns.take(*layers)
     weights = tuple(loan.linear(*columns.layers) for columns in packed)

@@ -1,7 +1,7 @@
-"""The blocks of SD3's MM-DiT on borrowed weights: picture and text attend to each other.
+"""The blocks of SD3's MM-DiT, on borrowed weights: picture and text attend to each other.
 
-A block's norms are modulated by vectors that depend on the timestep and the pooled text alone: they
-stand in `row`, side by side with those of all other norms.
+A block's norms are modulated by vectors that depend only on the timestep and the pooled text. The
+vectors of all norms are side by side in `row`.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from fastdiff.models.watch import kind
 
 PROCESSOR = "JointAttnProcessor2_0"
 IP_PROCESSOR = "SD3IPAdapterJointAttnProcessor2_0"
-"""diffusers' attention processor under an IP-Adapter."""
+"""diffusers' attention processor with an IP-Adapter."""
 _VECTORS = {"AdaLayerNormZero": 6, "SD35AdaLayerNormZeroX": 9, "AdaLayerNormContinuous": 2}
-"""How many vectors a norm of each class takes."""
+"""The number of vectors that a norm of each class takes."""
 
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMSNorms of the heads of queries and keys."""
+    """RMSNorms of queries and keys, per head."""
 
     q: Tensor | None
     k: Tensor | None
@@ -50,13 +50,13 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True)
 class TextAttention:
-    """The text's part in a joint attention."""
+    """The text's part of a joint attention."""
 
     qkv: Weights
-    """K and V alone where nobody asks for the text's result."""
+    """Only K and V if the text's result is not used."""
     norms: HeadNorms | None
     out: Weights | None
-    """None where nobody asks for it."""
+    """None if the text's result is not used."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class JointAttention:
     out: Weights
     text: TextAttention | None
     image_norms: HeadNorms | None
-    """Of the picture's own queries and keys where it attends to an IP-Adapter's tokens."""
+    """Norms for the picture's own queries and keys in its attention to an IP-Adapter's tokens."""
 
     def __call__(
         self,
@@ -78,7 +78,7 @@ class JointAttention:
         text_bias: Tensor | None = None,
         image: Image | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, L, D], text [B, T, D] -> like them; None for a text that nobody asks for."""
+        """x [B, L, D], text [B, T, D] -> the same shapes; None for an unused result."""
         q, k, v = self._heads(linear(x, self.qkv.weight, self.qkv.bias), 3)
         normed = (q, k) if self.norms is None else self.norms(q, k)
         if text is None or self.text is None:
@@ -107,7 +107,7 @@ class JointAttention:
         return q if asked else None, k, v
 
     def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, L, parts·D] -> [B, L, heads, D / heads] of each part."""
+        """[B, L, parts·D] -> [B, L, heads, D / heads] for each part."""
         heads: Tensor = packed.unflatten(-1, (parts, self.heads, -1))
         return heads.unbind(2)
 
@@ -126,29 +126,29 @@ class MLP:
 
 @dataclass(frozen=True)
 class Modulated:
-    """A LayerNorm without weights, and where its vectors stand in the rows of all norms."""
+    """A LayerNorm without weights, and the position of its vectors in `row`."""
 
     eps: float
     columns: slice
     count: int
 
     def vectors(self, row: Tensor) -> tuple[Tensor, ...]:
-        """[B, D] each; where there are two, the scale comes first, otherwise the shift."""
+        """[B, D] each. If there are two, the scale comes first; otherwise the shift."""
         return row[:, self.columns].chunk(self.count, 1)
 
 
 @dataclass(frozen=True)
 class JointBlock:
-    """One layer; without `text` of the picture alone."""
+    """One layer; without `text`, only the picture's part."""
 
     norm: Modulated
     attention: JointAttention
     own: JointAttention | None
-    """SD3.5-medium's second attention, of the picture to itself."""
+    """SD3.5-medium's second attention: the picture attends only to itself."""
     mlp: MLP
     text_norm: Modulated | None
     text_mlp: MLP | None
-    """None where nobody asks for the text's result."""
+    """None if the text's result is not used."""
 
     def __call__(
         self,
@@ -158,8 +158,8 @@ class JointBlock:
         text_bias: Tensor | None = None,
         images: tuple[Image | None, ...] = (None, None),
     ) -> tuple[Stream, Stream | None]:
-        """`row` [B, all vectors]; `images` of `attention` and `own`; the text None where nobody
-        asks for it."""
+        """`row`: [B, all vectors]. `images`: for `attention` and `own`. The returned text is None
+        if its result is not used."""
         shift, scale, gate, *vectors = self.norm.vectors(row)
         h = picture.normed(self.norm.eps, shift, scale)
         h_text, text_vectors = None, list[Tensor]()
@@ -182,27 +182,29 @@ class JointBlock:
 
 
 def borrow_modulated(module: Any, loan: Loan, rows: Columns, width: int, name: str) -> Modulated:
-    """From the norm of class `name`; `rows` hands out columns of all modulations."""
+    """From the norm of class `name`; `rows` assigns columns of the packed modulations."""
     norm, count = loan.open(module, name), _VECTORS[name]
     require(getattr(norm, "emb", None) is None, "a norm with an embedding of its own")
     loan.silu(norm.silu)
     columns = rows.take(norm.linear)
-    require(columns.stop - columns.start == count * width, "a norm of another width than its block")
+    require(
+        columns.stop - columns.start == count * width, "a norm whose width differs from its block's"
+    )
     return Modulated(loan.bare_norm(norm.norm, width), columns, count)
 
 
 def borrow_mlp(norm: Any, module: Any, loan: Loan, width: int) -> MLP:
-    """From a LayerNorm and the FeedForward behind it."""
+    """From a LayerNorm and the FeedForward after it."""
     gelu, dropout, down = loan.each(loan.open(module, "FeedForward").net, 3)
     loan.inert(dropout)
     up = loan.open(gelu, "GELU")
-    require(up.approximate == "tanh", f"a GELU of the kind {up.approximate!r}")
+    require(up.approximate == "tanh", f"a GELU of kind {up.approximate!r}")
     return MLP(loan.bare_norm(norm, width), loan.linear(up.proj), loan.linear(down))
 
 
 def borrow_head_norms(q: Any, k: Any, loan: Loan) -> HeadNorms | None:
-    """From RMSNorms of queries and of keys, both or neither of them there."""
-    require((q is None) == (k is None), "queries or keys alone that are normalised")
+    """From RMSNorms of queries and of keys; None if both are None."""
+    require((q is None) == (k is None), "queries and keys of which only one is normalised")
     if q is None:
         return None
     (q_weight, eps), (k_weight, k_eps) = loan.rms_norm(q), loan.rms_norm(k)
@@ -211,12 +213,12 @@ def borrow_head_norms(q: Any, k: Any, loan: Loan) -> HeadNorms | None:
 
 
 def open_joint_attention(module: Any, loan: Loan) -> tuple[Reader, Any]:
-    """Reads of an Attention with one of SD3's processors, and the last layer of its output."""
+    """Read an Attention with one of SD3's processors; also returns the last layer of its output."""
     attention = loan.open(module, "Attention")
     processor = kind(attention.processor)
     require(processor in (PROCESSOR, IP_PROCESSOR), f"the attention processor {processor}")
     held = loan.open(attention.processor, processor)
-    require(getattr(held, "_attention_backend", None) is None, "a set attention backend")
+    require(getattr(held, "_attention_backend", None) is None, "an attention backend that was set")
     width = loan.width(attention.to_q)
     require(width % attention.heads == 0, f"{attention.heads} heads of {width} columns")
     out, dropout = loan.each(attention.to_out, 2)
@@ -227,7 +229,7 @@ def open_joint_attention(module: Any, loan: Loan) -> tuple[Reader, Any]:
 def borrow_joint_attention(
     module: Any, loan: Loan, text: bool = False, asked: bool = False
 ) -> JointAttention:
-    """From an Attention; with `text`, of both; `asked`: whether the text's result is needed."""
+    """From an Attention; `text`: also its text part; `asked`: whether the text's result is used."""
     attention, out = open_joint_attention(module, loan)
     return JointAttention(
         heads=attention.heads,
@@ -242,7 +244,7 @@ def borrow_joint_attention(
 def _borrow_text(attention: Reader, loan: Loan, asked: bool) -> TextAttention:
     q, k, v = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
     norm_q, norm_k = attention.norm_added_q, attention.norm_added_k
-    require(not (asked and attention.context_pre_only), "attention that leaves its text as it is")
+    require(not (asked and attention.context_pre_only), "attention that does not update its text")
     if asked:
         qkv, norms = loan.linear(q, k, v), borrow_head_norms(norm_q, norm_k, loan)
         return TextAttention(qkv, norms, loan.linear(attention.to_add_out))
@@ -265,11 +267,11 @@ def _borrow_image_norms(processor: Any, loan: Loan) -> HeadNorms | None:
 def borrow_joint_block(
     module: Any, loan: Loan, rows: Columns, width: int, asked: bool
 ) -> JointBlock:
-    """From a JointTransformerBlock; `asked`: whether anybody needs the text's result."""
+    """From a JointTransformerBlock; `asked`: whether the text's result is used."""
     block = loan.open(module, "JointTransformerBlock")
     require(block._chunk_size is None, "a feed-forward layer in chunks")
     last = bool(block.context_pre_only)
-    require(not (last and asked), "a block without a text before the last one")
+    require(not (last and asked), "a block before the last that drops its text")
     dual = bool(block.use_dual_attention)
     zero = "SD35AdaLayerNormZeroX" if dual else "AdaLayerNormZero"
     context = "AdaLayerNormContinuous" if last else "AdaLayerNormZero"

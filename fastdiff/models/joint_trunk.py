@@ -1,4 +1,4 @@
-"""What SD3's transformer and its ControlNets have in common: embeddings, modulations and blocks."""
+"""What SD3's transformer and its ControlNets share: embeddings, modulations and blocks."""
 
 import math
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from fastdiff.models.joint import JointBlock
 from fastdiff.models.patches import Patches, Positions, borrow_patches
 from fastdiff.models.reads import Reader
 from fastdiff.models.stream import Stream
+from fastdiff.tables import plural
 
 
 def alike(text: Tensor) -> int:
-    """How many tokens at the end of a text [B, T, D] are equal in every sample, at least 1.
+    """How many tokens at the end of a text [B, T, D] are equal in every sample; at least 1.
 
-    They stay equal through all blocks, for the text has no positions. So they are one token whose
-    keys count as often: exp(score + log n) = n · exp(score). SD3 without T5 has 256 of them.
+    They stay equal through all blocks, since text has no positions. So one token replaces n equal
+    ones if its key counts n times: exp(score + log n) = n · exp(score). SD3 without T5 has 256.
     """
     if text.is_meta:
         return 1
@@ -37,13 +38,13 @@ class JointTrunk:
     """What MM-DiT and its ControlNets have in common."""
 
     patches: Patches | None
-    """None: it is given what another network's patches were embedded as."""
+    """None if the input is another network's embedded patches."""
     positions: Positions | None
     time_text: TimeText
     modulation: Weights
-    """Linear layers of every norm, which read the same embedding."""
+    """The linear layers of all norms, which read the same embedding."""
     context: Weights | None
-    """Of the text; None where there is none."""
+    """The text's embedding; None without a text."""
     blocks: tuple[JointBlock, ...]
 
     @property
@@ -58,7 +59,7 @@ class JointTrunk:
     def check_trunk(
         self, latents: Tensor, text: Tensor | None, pooled: Tensor | None, copies: int
     ) -> None:
-        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it."""
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it."""
         weight = self.modulation.weight
         if self.patches is None:
             checked("hidden_states", latents, weight, self.width, 3)
@@ -81,19 +82,21 @@ class JointTrunk:
         check_count("pooled_projections", pooled, latents, copies)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X] -> [B, L, p·p·C]; tokens [B, L, D] stay as they are."""
+        """[B, C, Y, X] -> [B, L, p·p·C]; tokens [B, L, D] are returned unchanged."""
         return latents.contiguous() if self.patches is None else self.patches.pack(latents)
 
     def modulations(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """[steps, n] and [G·B, D''] -> [steps, G·B, all vectors]: one product for all steps."""
         with scope("modulation"):
             many = timesteps.shape[1] > 0 and pooled.shape[0] % timesteps.shape[1] == 0
-            require(many, f"{timesteps.shape[1]} timesteps for {pooled.shape[0]} texts")
+            require(
+                many, f"{plural(timesteps.shape[1], 'timestep')} for {plural(len(pooled), 'text')}"
+            )
             embedded = F.silu(self.time_text(timesteps, pooled))
             return linear(embedded, self.modulation.weight, self.modulation.bias)
 
     def texts(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[G·B, T, D'] -> [G·B, T - n + 1, D] and the scores' bias, for n tokens that are alike."""
+        """[G·B, T, D'] -> [G·B, T - n + 1, D] and the bias of the scores, for n equal tokens."""
         assert self.context is not None
         with scope("text"):
             count, bias = alike(text), None
@@ -104,7 +107,7 @@ class JointTrunk:
             return linear(text.contiguous(), self.context.weight, self.context.bias), bias
 
     def embed(self, x: Tensor, batch: int, around: Tensor | None) -> Stream:
-        """Patches [B, L, ...] as a stream [batch, L, D]; `around` is added to it."""
+        """Patches [B, L, ...] as a stream [batch, L, D]; `around` is added to them."""
         with scope("patches"):
             x = repeated(x, batch)
             if self.patches is not None:
@@ -115,8 +118,8 @@ class JointTrunk:
 def borrow_joint_trunk(
     net: Reader, loan: Loan, rows: Columns, blocks: tuple[JointBlock, ...]
 ) -> dict[str, Any]:
-    """From the reads of an SD3Transformer2DModel or SD3ControlNetModel: the fields of its
-    JointTrunk. `rows` has handed out the columns of all modulations."""
+    """The fields of a JointTrunk, from an SD3Transformer2DModel or SD3ControlNetModel. `rows` must
+    have assigned the columns of all modulations."""
     patches = positions = None
     if net.pos_embed is not None:
         patches, positions = borrow_patches(net.pos_embed, loan)

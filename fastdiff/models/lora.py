@@ -1,9 +1,9 @@
-"""PEFT's LoRA layers: the weight that such a layer computes with, and whether it still is that.
+"""PEFT's LoRA layers: their effective weight, and whether it is still up to date.
 
-The layers are told by their class; peft is not imported. A LoRA layer holds the layer it stands for
+LoRA layers are recognised by class name; peft is not imported. A LoRA layer holds its base layer
 (`base_layer`) and, by adapter name, `lora_A` [r, D], `lora_B` [N, r] and `scaling`. Plain LoRA
-computes (W + Σ scaling·B·A)·x. That sum is what the runtime multiplies with; W stays where it is
-and the sum is always made from W, so that adapters which come and go leave nothing behind.
+computes (W + Σ scaling·B·A)·x, and the runtime multiplies by this sum. W stays where it is, and the
+sum is always computed from W, so an adapter that is removed leaves no trace.
 """
 
 from collections.abc import Iterator
@@ -18,21 +18,21 @@ from fastdiff.models.watch import Unsupported, Unwritten, hooks, version, watch
 _LAYERS = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.layer", "Conv2d")}
 _WINDOW = ("stride", "padding", "dilation", "padding_mode", "groups")
 _STATE = ("_active_adapter", "_disable_adapters", "merged_adapters")
-"""Attributes of a LoRA layer that say which adapters count."""
+"""Attributes of a LoRA layer that select its active adapters."""
 
 
 def is_lora(layer: Any) -> bool:
-    """Whether it is PEFT's LoRA layer for a Linear or a Conv2d."""
+    """Whether `layer` is PEFT's LoRA layer for a Linear or a Conv2d."""
     return (type(layer).__module__, type(layer).__name__) in _LAYERS
 
 
 def base_of(layer: Any) -> Any:
-    """The layer that a LoRA layer stands for; any other layer itself."""
+    """The base layer of a LoRA layer; any other layer itself."""
     return layer.base_layer if is_lora(layer) else layer
 
 
 def without_adapters(root: nn.Module) -> list[nn.Module]:
-    """The modules of `root`, less what LoRA layers keep of their adapters."""
+    """The modules of `root`, without those that hold the adapters of LoRA layers."""
     adapters = {
         id(module)
         for layer in root.modules()
@@ -46,14 +46,15 @@ def without_adapters(root: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class _Part:
-    """scaling·B·A of one adapter, from the modules that hold B (`up`) and A (`down`)."""
+    """scaling·B·A of one adapter, with the modules that hold B (`up`) and A (`down`)."""
 
     name: str
     down: Any
     up: Any
     dropout: nn.Module
     scaling: Any
-    """A float, or a tensor [] once hotswapping was prepared, which stays on the CPU if it was."""
+    """A float; or a tensor [], if hotswapping was prepared, which stays on the CPU if it was
+    there."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -62,10 +63,10 @@ class _Part:
 
 
 def added_by(layer: Any) -> list[_Part]:
-    """What its adapters add to a LoRA layer's weight now, chosen as PEFT's own forward does.
+    """What adapters now add to a LoRA layer's weight, chosen as in PEFT's own forward.
 
     Raises:
-        Unsupported: one of them does something other than adding scaling·B·A.
+        Unsupported: an adapter does something other than add scaling·B·A.
     """
     if layer._disable_adapters or layer.merged_adapters:
         return []
@@ -81,7 +82,7 @@ def _part(layer: Any, name: str) -> _Part:
     if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
         raise Unsupported(f"the adapter {name!r}, which is not plain LoRA (DoRA or the like)")
     if type(down) is not type(base) or type(up) is not type(base):
-        raise Unsupported(f"the adapter {name!r} of other layers than a {type(base).__name__}'s")
+        raise Unsupported(f"the adapter {name!r}, whose layers do not suit a {type(base).__name__}")
     if down.bias is not None or up.bias is not None:
         raise Unsupported(f"the adapter {name!r} with a bias of its own (lora_bias)")
     if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
@@ -95,7 +96,7 @@ def _part(layer: Any, name: str) -> _Part:
         or (rank, *base.weight.shape[1:]) != down.weight.shape
         or rows != base.weight.shape[0]
     ):
-        raise Unsupported(f"the adapter {name!r} of another shape than its layer")
+        raise Unsupported(f"the adapter {name!r}, whose shape differs from its layer's")
     for tensor in (down.weight, up.weight):
         if tensor.device != base.weight.device or not tensor.is_floating_point():
             raise Unsupported(f"the adapter {name!r} of {tensor.dtype} on {tensor.device}")
@@ -123,16 +124,17 @@ class Merges:
         self._scale = 1.0
 
     def add(self, layer: nn.Module, out: Tensor) -> None:
-        """Let `out`, shaped like the layer's weight, hold its effective weight after `refresh`."""
+        """Have `refresh` write the layer's effective weight into `out`, of the same shape."""
         self._layers.append((layer, out))
         self._recipes.append(None)
         self._noted = None
 
     def refresh(self, scale: float = 1.0) -> bool:
-        """Bring every `out` up to date, all adapters scaled by `scale`; says whether any was not.
+        """Bring every `out` up to date, with all adapters times `scale`; returns whether any was
+        rewritten.
 
         Raises:
-            Unsupported: an adapter does now what the runtime cannot.
+            Unsupported: an adapter has become one that the runtime cannot merge.
         """
         if self._noted is not None and scale == self._scale and self._noted.holds():
             return False
@@ -145,7 +147,7 @@ class Merges:
         added, rewritten = [], False
         for i, (layer, out) in enumerate(self._layers):
             if layer._disable_adapters and layer.merged_adapters:
-                layer.unmerge()  # as its own forward does then
+                layer.unmerge()  # PEFT's own forward does this, too
             base = layer.base_layer.weight
             if base.dtype != out.dtype or base.device != out.device:
                 raise Unsupported(f"weights that moved to {base.dtype} on {base.device}")
@@ -161,7 +163,7 @@ class Merges:
 
 
 def _recipe(base: Tensor, added: list[_Part], scale: float) -> tuple[Any, ...]:
-    """Equal to the former one where the tensors and numbers are the same; see `_Noted`."""
+    """A value that is equal as long as the tensors and numbers are the same; see `_Noted`."""
     tensors = [base, *(tensor for part in added for tensor in part.tensors)]
     scalings = [p.scaling for p in added if not isinstance(p.scaling, Tensor)]
     return (
@@ -172,11 +174,11 @@ def _recipe(base: Tensor, added: list[_Part], scale: float) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Noted:
-    """What effective weights were made of, and cheap questions whether it still is that."""
+    """The inputs of the effective weights, and cheap checks whether they have changed."""
 
     watch: Any
     names: list[tuple[list[str], tuple[str, ...]]]
-    """Lists of adapter names, which may be edited in place, with what they held."""
+    """Lists of adapter names, which may be edited in place, with their former contents."""
     tensors: Unwritten
 
     def holds(self) -> bool:
@@ -194,7 +196,7 @@ def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
     modules: list[nn.Module] = []
     for layer, layer_parts in zip(layers, added, strict=True):
         items += [(vars(layer), key, vars(layer).get(key)) for key in _STATE]
-        dicts.append(layer.lora_A._modules)  # an adapter may be active before it is there
+        dicts.append(layer.lora_A._modules)  # an adapter may be active before it is added
         tensors.append(layer.base_layer.weight)
         for part in layer_parts:
             items.append((layer.scaling, part.name, part.scaling))
@@ -209,13 +211,13 @@ def _note(layers: list[Any], added: list[list[_Part]]) -> _Noted:
             tensors += part.tensors
     return _Noted(
         watch(modules, items, dicts),
-        [(names, tuple(names)) for names in _lists(layers)],
+        [(names, tuple(names)) for names in _name_lists(layers)],
         Unwritten(tensors),
     )
 
 
-def _lists(layers: list[Any]) -> Iterator[list[str]]:
-    """Every list of adapter names once: layers often share one."""
+def _name_lists(layers: list[Any]) -> Iterator[list[str]]:
+    """Every list of adapter names, once: layers often share one."""
     found = {
         id(names): names
         for layer in layers

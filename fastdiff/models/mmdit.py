@@ -1,6 +1,6 @@
-"""SD3's and SD3.5's denoising transformer (MM-DiT) on borrowed weights.
+"""The denoising transformer (MM-DiT) of SD3 and SD3.5, on borrowed weights.
 
-Latents are patches [B, L, p·p·C], each in the order (p, q, C): rows, columns, channels.
+Latents become patches [B, L, p·p·C]; a patch is ordered (p, q, C): rows, columns, channels.
 """
 
 import math
@@ -24,7 +24,7 @@ from fastdiff.models.stream import Stream
 
 
 class Conditions(NamedTuple):
-    """What the network is told besides latents and timesteps. G: 2 with guidance, unconditional
+    """The network's inputs besides latents and timesteps. G: 2 with guidance, unconditional
     first."""
 
     encoder_hidden_states: Tensor | None
@@ -34,16 +34,16 @@ class Conditions(NamedTuple):
     block_controlnet_hidden_states: Sequence[Tensor] | None = None
     """[G·B, L, D] each: a ControlNet's residuals."""
     skip_layers: Sequence[int] | None = None
-    """Blocks that are left out."""
+    """Blocks to leave out."""
     ip_adapter_image_embeds: Tensor | None = None
-    """[G·B, tokens, D'''] pictures, of `joint_attention_kwargs`."""
+    """[G·B, tokens, D'''] image embeddings from `joint_attention_kwargs`."""
 
 
 class Rows(NamedTuple):
     modulation: Tensor
-    """[steps, G·B, ...] vectors of every norm."""
+    """[steps, G·B, ...] the vectors of every norm."""
     images: tuple[Tensor | None, ...] = ()
-    """[steps, G·B, tokens, 2·D] of every attention: an IP-Adapter's keys and values; None where its
+    """For every attention [steps, G·B, tokens, 2·D]: an IP-Adapter's keys and values; None if its
     scale is 0."""
 
 
@@ -55,7 +55,7 @@ class Constants(NamedTuple):
     position: Tensor | None
     """[1, L, D]"""
     image_scales: Tensor | None = None
-    """[attentions, D] of the IP-Adapter, each attention's number D times."""
+    """[attentions, D]: the IP-Adapter's scale of each attention, repeated D times."""
     controls: tuple[Tensor, ...] = ()
     skip_layers: tuple[int, ...] = ()
 
@@ -70,17 +70,17 @@ class MMDiT(JointTrunk):
     ip_adapter: JointIPAdapter | None
 
     def check(self, latents: Tensor, conditions: Conditions, copies: int = 1) -> None:
-        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it.
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
 
         Args:
             latents: [B, C, Y, X].
-            copies: G, how many texts there are for each of the latents.
+            copies: G, the number of texts for each of the latents.
         """
         text, pooled, controls, skipped, image = conditions
         self.check_trunk(latents, text, pooled, copies)
         weight = self.modulation.weight
         if controls is not None:
-            require(len(controls) > 0, "it was given block_controlnet_hidden_states without any")
+            require(len(controls) > 0, "block_controlnet_hidden_states is empty")
             assert self.patches is not None
             tokens = math.prod(self.patches.counts(latents.shape[2:]))
             for control in controls:
@@ -88,20 +88,20 @@ class MMDiT(JointTrunk):
                 check_count("a ControlNet's residual", control, latents, copies)
                 require(
                     control.shape[1] == tokens,
-                    f"a ControlNet's residual is of {control.shape[1]} tokens, not of {tokens}",
+                    f"a ControlNet's residual has {control.shape[1]} tokens, not {tokens}",
                 )
         if image is not None:
             if self.ip_adapter is None:
-                raise Unsupported("it was given pictures for an IP-Adapter that it does not have")
+                raise Unsupported("image embeddings for an IP-Adapter that it does not have")
             wide = self.ip_adapter.channels
             checked("ip_adapter_image_embeds", image, weight, wide, 3)
             check_count("ip_adapter_image_embeds", image, latents, copies)
 
     def hoist(self, conditions: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
-        """All that does not depend on the latents.
+        """Compute everything that does not depend on the latents.
 
         Args:
-            conditions: that `check` has let pass.
+            conditions: accepted by `check`.
             timesteps: [steps, n], n = 1 or B: a timestep for each picture.
             sides: Y and X of the latents.
         """
@@ -141,13 +141,14 @@ class MMDiT(JointTrunk):
             return linear(h, self.proj_out.weight, self.proj_out.bias)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
-        """[B, L, p·p·C] -> [B, C, Y, X], less a rest that fills no patch, as diffusers'."""
+        """[B, L, p·p·C] -> [B, C, Y, X], without rows and columns that fill no patch, as
+        diffusers'."""
         assert self.patches is not None
         return self.patches.unpack(x, sides)
 
 
 def _images(row: Rows, constants: Constants) -> Iterator[Image | None]:
-    """What the IP-Adapter adds to each attention, in order; without one, None for ever."""
+    """What the IP-Adapter adds to each attention, in order; endless None without an IP-Adapter."""
     if constants.image_scales is None:
         yield from repeat(None)
         return
@@ -156,7 +157,7 @@ def _images(row: Rows, constants: Constants) -> Iterator[Image | None]:
 
 
 def borrow_mmdit(module: Any, loan: Loan) -> MMDiT:
-    """Lend an SD3Transformer2DModel's weights; raises Unsupported for what this runtime is not."""
+    """Borrow an SD3Transformer2DModel's weights; raises Unsupported for other structures."""
     net, config = loan.open(module, "SD3Transformer2DModel"), loan.config(module)
     rows, layers = Columns(loan), loan.each(net.transformer_blocks)
     width = net.inner_dim
@@ -179,7 +180,7 @@ def borrow_mmdit(module: Any, loan: Loan) -> MMDiT:
     )
     assert mmdit.patches is not None
     size, channels = mmdit.patches.size, net.out_channels
-    require(config.patch_size == size, f"patches of {size} that are put together as others")
+    require(config.patch_size == size, f"patches of {size} that are unpatched at another size")
     require(
         mmdit.proj_out.weight.shape[0] == channels * size**2,
         f"a last layer of {mmdit.proj_out.weight.shape[0]} columns for {channels} channels",

@@ -1,4 +1,4 @@
-"""SD3's and SD3.5's ControlNets on borrowed weights."""
+"""The ControlNets of SD3 and SD3.5, on borrowed weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,25 +26,25 @@ from fastdiff.models.stream import Stream
 
 
 class ControlConditions(NamedTuple):
-    """What a ControlNet is told besides latents and timesteps. G: 2 with guidance, unconditional
+    """A ControlNet's inputs besides latents and timesteps. G: 2 with guidance, unconditional
     first."""
 
     encoder_hidden_states: Tensor | None
-    """[G·B, T, D'] text; None for SD3.5-large's own."""
+    """[G·B, T, D'] text; None for SD3.5-large's own ControlNets."""
     pooled_projections: Tensor | None
     """[G·B, D''] pooled text."""
     controlnet_cond: Tensor | None
-    """[G·B, C', Y, X] picture, encoded as latents."""
+    """[G·B, C', Y, X] control picture, encoded as latents."""
 
 
 class ControlRows(NamedTuple):
     modulation: Tensor
-    """[steps, G·B, ...] vectors of every norm."""
+    """[steps, G·B, ...] the vectors of every norm."""
 
 
 class ControlConstants(NamedTuple):
     picture: Tensor
-    """[G·B, L, D] of the picture that controls, and positions."""
+    """[G·B, L, D] the control picture's embedded patches plus positions."""
     text: Tensor | None
     """[G·B, T, D]"""
     text_bias: Tensor | None
@@ -57,16 +57,16 @@ class MMDiTControl(JointTrunk):
 
     recordable: ClassVar[bool] = True
     picture: Patches
-    """Of the picture that controls."""
+    """The patches of the control picture."""
     outs: tuple[Weights, ...]
-    """A linear layer of each block's result."""
+    """A linear layer for each block's result."""
 
     def check(self, latents: Tensor, conditions: ControlConditions, copies: int = 1) -> None:
-        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it.
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
 
         Args:
-            latents: [B, C, Y, X], or [B, L, D] where it has no patches of its own.
-            copies: G, how many texts there are for each of the latents.
+            latents: [B, C, Y, X], or [B, L, D] for a network without patches of its own.
+            copies: G, the number of texts for each of the latents.
         """
         text, pooled, picture = conditions
         self.check_trunk(latents, text, pooled, copies)
@@ -83,7 +83,8 @@ class MMDiTControl(JointTrunk):
     def hoist(
         self, conditions: ControlConditions, timesteps: Tensor, sides: Sequence[int]
     ) -> Hoisted:
-        """All that does not depend on the latents; arguments as of `MMDiT.hoist`."""
+        """Compute everything that does not depend on the latents; arguments as for
+        `MMDiT.hoist`."""
         text, pooled, cond = conditions
         assert pooled is not None
         assert cond is not None
@@ -98,10 +99,11 @@ class MMDiTControl(JointTrunk):
         )
 
     def predict(self, x: Tensor, row: ControlRows, constants: ControlConstants) -> Tensor:
-        """The part that every step repeats: patches [B, L, p·p·C], or tokens [B, L, D].
+        """The part that every step repeats, for patches [B, L, p·p·C] or tokens [B, L, D].
 
         Returns:
-            [blocks, G·B, L, D]: what the transformer's blocks add, before any conditioning scale.
+            [blocks, G·B, L, D]: what to add to the transformer's blocks, without any conditioning
+            scale.
         """
         text = None if constants.text is None else Stream(constants.text)
         picture = self.embed(x, constants.picture.shape[0], constants.picture)
@@ -115,12 +117,12 @@ class MMDiTControl(JointTrunk):
             return torch.stack([linear(s.closed(), out.weight, out.bias) for s, out in both])
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
-        """As they are."""
+        """Returned as they are."""
         return x
 
 
 def borrow_mmdit_control(module: Any, loan: Loan) -> MMDiTControl:
-    """Lend an SD3ControlNetModel's weights; raises Unsupported for what this runtime is not."""
+    """Borrow an SD3ControlNetModel's weights; raises Unsupported for other structures."""
     net = loan.open(module, "SD3ControlNetModel")
     rows, layers = Columns(loan), loan.each(net.transformer_blocks)
     told = net.context_embedder is not None
@@ -132,7 +134,7 @@ def borrow_mmdit_control(module: Any, loan: Loan) -> MMDiTControl:
         for i, layer in enumerate(layers)
     )
     picture, positions = borrow_patches(net.pos_embed_input, loan)
-    require(positions is None, "positions of the picture that controls")
+    require(positions is None, "positions for the control picture")
     outs = loan.each(net.controlnet_blocks, len(layers))
     control = MMDiTControl(
         **borrow_joint_trunk(net, loan, rows, blocks),
@@ -144,7 +146,7 @@ def borrow_mmdit_control(module: Any, loan: Loan) -> MMDiTControl:
 
 
 def borrow_single_block(module: Any, loan: Loan, rows: Columns, width: int) -> JointBlock:
-    """From an SD3SingleTransformerBlock, of SD3.5-large's ControlNets."""
+    """From an SD3SingleTransformerBlock, used in SD3.5-large's ControlNets."""
     block = loan.open(module, "SD3SingleTransformerBlock")
     return JointBlock(
         norm=borrow_modulated(block.norm1, loan, rows, width, "AdaLayerNormZero"),

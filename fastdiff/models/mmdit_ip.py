@@ -1,6 +1,6 @@
-"""SD3's IP-Adapters: pictures as further tokens that every picture attends to.
+"""SD3's IP-Adapters: image prompts as extra tokens that the picture attends to.
 
-Keys and values depend on the pictures and on the timestep, never on the latents.
+Their keys and values depend on the image prompts and the timestep, never on the latents.
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from fastdiff.models.watch import kind
 
 @dataclass(frozen=True)
 class JointIPAdapter:
-    """An IP-Adapter; scales are read from diffusers' processors at every use."""
+    """An IP-Adapter; the scales are read from diffusers' processors at every use."""
 
     projection: Any
-    """diffusers' IPAdapterTimeImageProjection: called, not borrowed."""
+    """diffusers' IPAdapterTimeImageProjection, which is called rather than borrowed."""
     processors: tuple[Any, ...]
-    """One of every attention, in order; their parts are called, too."""
+    """One for every attention, in order; their parts are called, too."""
     heads: int
 
     @property
     def channels(self) -> int:
-        """Of the pictures' embeddings that it is given."""
+        """The channels of the image embeddings that it takes."""
         channels: int = self.projection.proj_in.in_features
         return channels
 
     def rows(self, image_embeds: Tensor, timesteps: Tensor) -> tuple[Tensor | None, ...]:
-        """Keys and values of every attention: [steps, B, tokens, 2·D], None where its scale is 0.
+        """Keys and values for every attention: [steps, B, tokens, 2·D], None if its scale is 0.
 
         Args:
             image_embeds: [B, tokens', D'].
@@ -56,7 +56,7 @@ class JointIPAdapter:
         )
 
     def scales(self, like: Tensor, width: int) -> Tensor:
-        """[attentions, width]: each attention's scale in all channels."""
+        """[attentions, width]: each attention's scale, repeated for all channels."""
         scales = [processor.scale for processor in self.processors]
         require(
             all(isinstance(scale, int | float) for scale in scales),
@@ -66,7 +66,7 @@ class JointIPAdapter:
         return column[:, None].expand(-1, width).contiguous()
 
     def _packed(self, processor: Any, tokens: Tensor, embedded: Tensor) -> Tensor:
-        """[B, tokens, 2·D] of one attention."""
+        """[B, tokens, 2·D] for one attention."""
         normed = processor.norm_ip(tokens, temb=embedded)
         key = processor.to_k_ip(normed).unflatten(-1, (self.heads, -1))
         return torch.cat([processor.norm_ip_k(key).flatten(2), processor.to_v_ip(normed)], dim=-1)
@@ -75,12 +75,12 @@ class JointIPAdapter:
 def borrow_joint_ip_adapter(
     projection: Any, attentions: Sequence[Any], loan: Loan
 ) -> JointIPAdapter | None:
-    """From a transformer's image_proj and its attentions; None where it has no IP-Adapter."""
+    """From a transformer's image_proj and its attentions; None if it has no IP-Adapter."""
     carried = [kind(attention.processor) == IP_PROCESSOR for attention in attentions]
     if projection is None:
         require(not any(carried), "IP-Adapter processors without a projection (image_proj)")
         return None
-    require(all(carried), "an IP-Adapter in some of the attentions only")
+    require(all(carried), "an IP-Adapter in only some of the attentions")
     require(kind(projection) == "IPAdapterTimeImageProjection", f"a {kind(projection)}")
     loan.called(projection)
     for attention in attentions:

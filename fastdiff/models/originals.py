@@ -1,10 +1,10 @@
-"""Whether code is what torch and diffusers came with: neither overridden, nor patched, nor wrapped.
+"""Whether code is torch's and diffusers' own: not overridden, patched or wrapped.
 
-Compact networks and tables stand for what the functions of diffusers and torch compute. So every
-function that a call can reach must be theirs: not a subclass's, not a patch of a class, of a module
-or of `torch.nn.functional`. A function is known by where its code was written, which neither a
-subclass nor `functools.wraps` can borrow; what it reaches is followed by name, so anything is taken
-for reached that bears the name of something it uses. What was found is watched by identity.
+Compact networks and tables replace functions of diffusers and torch. So every function that a call
+can reach must be theirs, not a subclass's and not a patch of a class, of a module or of
+`torch.nn.functional`. A function is identified by where its code was written, which neither a
+subclass nor `functools.wraps` can imitate. Reachable functions are found by name: everything with a
+name that the code uses counts as reached. What is found is then watched by identity.
 """
 
 import copyreg
@@ -20,15 +20,14 @@ from torch import nn
 from fastdiff.models.watch import Item, Unsupported, replaced, watch
 
 PACKAGES = ("torch", "diffusers", "peft")
-"""Whose code we stand for, beside the packages of classes that a reader or a row names with their
-path."""
+"""Packages whose code fastdiff replaces, besides those of classes that are named by their path."""
 MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "forward")
-"""Where calls of modules and processors begin."""
+"""The methods with which calls of modules and processors begin."""
 
 _KNOWN = {*PACKAGES, *sys.stdlib_module_names, "numpy", "scipy", "packaging", "typing_extensions"}
-"""Those, and the packages that they call for what is no part of a picture."""
+"""These packages, and those that they call for other work than drawing the picture."""
 _DRAWN = "randn_tensor"
-"""What draws noise for us, too: whatever it calls draws for both."""
+"""Draws noise for fastdiff, too, so the functions that it calls need no check."""
 _KEPT = 64
 """How many sets of classes are remembered."""
 
@@ -37,14 +36,14 @@ class Reached(NamedTuple):
     """What calls of some classes can reach by name."""
 
     items: list[Item]
-    """Every function, and every other value of a class, where it lies."""
+    """Every reached function and other class value, with the dict that holds it."""
     dicts: list[dict[str, Any]]
-    """Those of the classes: a function that is added to one could hide another's."""
+    """The classes' dicts: a function added to one could hide another class's."""
     names: frozenset[str]
-    """Of all that code, as attributes or globals."""
+    """All names that this code uses as attributes or globals."""
 
     def methods(self, cls: type) -> list[str]:
-        """Names of functions of `cls` that are reached, less those that every module has."""
+        """The names of the reached functions of `cls`, without those that every module has."""
         found = {
             name
             for base in cls.__mro__
@@ -56,7 +55,7 @@ class Reached(NamedTuple):
 
 _Key = tuple[frozenset[type], tuple[str, ...], frozenset[str]]
 _FOUND: dict[_Key, tuple[Reached, Any]] = {}
-"""What was found before, and what watches whether it still is so."""
+"""Earlier results, each with a watch that tells whether it is still valid."""
 
 
 def reached(
@@ -66,7 +65,7 @@ def reached(
 ) -> Reached:
     """Follow the methods `entries` of objects of `classes` through their classes and modules.
 
-    packages: whose code we stand for beside PACKAGES.
+    packages: whose code counts as original, besides PACKAGES.
 
     Raises:
         Unsupported: a function on the way is not its class's or module's own.
@@ -81,9 +80,9 @@ def reached(
 
 
 def check_own(instance: Any, entries: tuple[str, ...]) -> None:
-    """Raise Unsupported unless all that the methods `entries` of an object reach is original.
+    """Raise Unsupported unless everything that an object's methods `entries` reach is original.
 
-    Attributes of the object count where they hide a method, or are functions of strangers.
+    An attribute of the object counts if it hides a method, or is a foreign function.
     """
     cls = type(instance)
     code = reached([cls], entries)
@@ -91,23 +90,23 @@ def check_own(instance: Any, entries: tuple[str, ...]) -> None:
     for name in code.names & own.keys():
         where = f"{cls.__name__}.{name}"
         if isinstance(getattr(cls, name, None), FunctionType) and replaced(instance, name):
-            raise _stranger(where)
+            raise _foreign(where)
         if callable(own[name]) and not isinstance(own[name], type):
             list(_links(own[name], where))
 
 
 def original(function: Any, owner: type, name: str, packages: Iterable[str] = ()) -> bool:
-    """Whether `function`, which stands in `vars(owner)`, is what `owner`'s module defines there.
+    """Whether `function`, found in `vars(owner)`, is what `owner`'s module defines there.
 
-    packages: as of `reached`.
+    packages: as for `reached`.
     """
     return _is_method(_known_links(function, frozenset(packages)), owner, name)
 
 
 def own_method(instance: Any, name: str, packages: Iterable[str] = ()) -> bool:
-    """Whether `instance.name` is a method that is original, in whichever class it was found.
+    """Whether the method `instance.name` is original, in whichever class it is found.
 
-    packages: as of `reached`.
+    packages: as for `reached`.
     """
     owner = next((base for base in type(instance).__mro__ if name in vars(base)), object)
     found = vars(owner).get(name)
@@ -115,7 +114,7 @@ def own_method(instance: Any, name: str, packages: Iterable[str] = ()) -> bool:
 
 
 def own_helper(function: Any, name: str) -> bool:
-    """Whether what a module knows as `name` is a library's function of that name."""
+    """Whether `function`, which a module holds as `name`, is a library's function of that name."""
     return _is_helper(_known_links(function), name)
 
 
@@ -136,7 +135,7 @@ def _follow(classes: Iterable[type], entries: tuple[str, ...], packages: frozens
             links = [*_links(held[name], f"{owner.__qualname__}.{name}", packages)]
             theirs = _package(owner) in packages.union(PACKAGES)
             if not theirs or (links and not _is_method(links, owner, name)):
-                raise _stranger(f"{owner.__qualname__}.{name}", links)
+                raise _foreign(f"{owner.__qualname__}.{name}", links)
             for function in links:
                 todo += _scan(function, found, packages)
     return Reached([*found.values()], [held for _, held in spaces], frozenset(names))
@@ -145,7 +144,8 @@ def _follow(classes: Iterable[type], entries: tuple[str, ...], packages: frozens
 def _scan(
     function: FunctionType, found: dict[tuple[int, str], Item], packages: frozenset[str]
 ) -> Iterator[str]:
-    """The names in a function's code; the global functions that it can call go into `found`."""
+    """The names in a function's code; the global functions that it can call are added to
+    `found`."""
     names, outside = _names(function.__code__), function.__globals__
     yield from names
     modules = [vars(v) for n in names if isinstance(v := outside.get(n), ModuleType)]
@@ -161,7 +161,7 @@ def _scan(
             theirs = [link for link in links if _root(link.__module__) in followed]
             called = getattr(value, "__name__", name) if held is not outside else name
             if called.strip("_") != name.strip("_") or (theirs and not _is_helper(links, name)):
-                raise _stranger(where, links)
+                raise _foreign(where, links)
             for link in theirs if name != _DRAWN else ():
                 yield from _scan(link, found, packages)
 
@@ -169,9 +169,9 @@ def _scan(
 def _links(
     value: Any, where: str, packages: frozenset[str] = frozenset()
 ) -> Iterator[FunctionType]:
-    """A function and those it wraps, out of whatever makes it a method or property.
+    """A function and those it wraps, taken out of any method or property object.
 
-    Raises Unsupported where one of them is a stranger's.
+    Raises Unsupported if one of them is foreign.
     """
     if isinstance(value, property):
         value = value.fget
@@ -184,12 +184,12 @@ def _links(
             package = _root(value.__globals__.get("__name__"))
             yield value
         if package not in packages.union(_KNOWN) or isinstance(value, partial | partialmethod):
-            raise _stranger(where, [value])
+            raise _foreign(where, [value])
         value = getattr(value, "__wrapped__", None)
 
 
 def _known_links(function: Any, packages: frozenset[str] = frozenset()) -> list[FunctionType]:
-    """As `_links`; none where one of them is a stranger's."""
+    """As `_links`; empty if one of them is foreign."""
     try:
         return [*_links(function, "", packages)]
     except Unsupported:
@@ -200,7 +200,7 @@ def _is_method(links: list[FunctionType], owner: type, name: str) -> bool:
     """Whether one of a function's links was written as `owner`'s method `name`."""
     method, home = f"{owner.__qualname__}.{name}", vars(sys.modules.get(owner.__module__, sys))
     return any(
-        # Module's __call__ and forward are names for others of its functions
+        # Module's __call__ and forward are aliases of its other functions
         link.__globals__ is home and (link.__code__.co_qualname == method or owner is nn.Module)
         for link in links
     )
@@ -211,15 +211,15 @@ def _is_helper(links: list[FunctionType], name: str) -> bool:
     return any(link.__code__.co_qualname == name for link in links)
 
 
-def _stranger(where: str, links: list[Any] | None = None) -> Unsupported:
-    """`where`: a function; `links`: what stands there instead."""
+def _foreign(where: str, links: list[Any] | None = None) -> Unsupported:
+    """`where`: the function's name; `links`: what was found in its place."""
     now = "".join(f": {getattr(link, '__qualname__', link)}" for link in (links or [])[-1:])
     return Unsupported(f"{where} is not its library's own{now}")
 
 
 @cache
 def _names(code: CodeType) -> frozenset[str]:
-    """Names of attributes and globals in a function, those inside it among them."""
+    """The names of attributes and globals in a function, including the functions inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(code.co_names).union(*map(_names, inner))
 
@@ -233,9 +233,10 @@ def _package(cls: type) -> str:
 
 
 def _dict_of(cls: type) -> dict[str, Any]:
-    """The dict behind a class's `__dict__`, which shows it read-only and cannot be watched.
+    """The dict behind a class's `__dict__`, which is a read-only view and cannot be watched.
 
-    Python adds two entries when it is first asked for them: by copies, and by who reads types.
+    Python adds two entries on first use, when objects are copied and when annotations are read; so
+    both are triggered here.
     """
     copyreg._slotnames(cls)  # type: ignore[attr-defined]
     _ = cls.__annotations__

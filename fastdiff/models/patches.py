@@ -1,4 +1,4 @@
-"""Latents cut into the patches that a transformer takes for tokens, and the patches' positions."""
+"""Latents cut into patches, which are a transformer's tokens, and the patches' positions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,19 @@ from fastdiff.models.borrow import Loan, Weights
 
 @dataclass(frozen=True)
 class Patches:
-    """Latents cut into squares; a rest at the lower or right edge is left out, as in diffusers."""
+    """Latents cut into squares; a remainder at the lower or right edge is dropped, as in
+    diffusers."""
 
     size: int
     embed: Weights
-    """The convolution of stride `size` as a linear layer of a patch."""
+    """The convolution of stride `size`, as a linear layer on a flat patch."""
 
     @property
     def channels(self) -> int:
         return self.embed.weight.shape[1] // self.size**2
 
     def counts(self, sides: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """The rows and columns of patches."""
         return sides[0] // self.size, sides[1] // self.size
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ class Patches:
         return moved.view(count, rows * columns, p * p * channels)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
-        """[B, L, p·p·C] -> contiguous [B, C, Y, X], less the rest."""
+        """[B, L, p·p·C] -> contiguous [B, C, Y, X], without the remainder."""
         p, (rows, columns) = self.size, self.counts(sides)
         count, channels = x.shape[0], x.shape[2] // p**2  # the count may be 0
         cut = x.view(count, rows, columns, p, p, channels)
@@ -46,7 +47,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Positions:
-    """Embeddings of the patches of a square, of which smaller pictures take the middle."""
+    """Position embeddings for a square of patches; smaller pictures use its middle."""
 
     table: Tensor
     """[1, side·side, D]"""
@@ -65,10 +66,10 @@ def borrow_patches(module: Any, loan: Loan) -> tuple[Patches, Positions | None]:
     """From a PatchEmbed."""
     embed = loan.open(module, "PatchEmbed")
     require(embed.norm is None and not embed.layer_norm, "a norm of embedded patches")
-    require(bool(embed.flatten), "embedded patches that stay a picture")
+    require(bool(embed.flatten), "embedded patches that are not flattened")
     size = embed.patch_size
     weights = loan.conv(embed.proj, kernel=size, stride=size, padding=0)
-    # channels lie last in it, so that rows, columns and channels are one dimension
+    # put the channels last, so that rows, columns and channels are one dimension
     flat = Weights(weights.weight.permute(0, 2, 3, 1).view(len(weights.weight), -1), weights.bias)
     table, side = embed.pos_embed, embed.pos_embed_max_size
     if table is None:

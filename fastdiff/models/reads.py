@@ -1,7 +1,7 @@
-"""What a compact network reads of modules, noted as it is read.
+"""Reads modules' attributes for a compact network, and notes every read.
 
-A value that was read must stay the object it is for as long as the network stands for the modules;
-watch and fingerprints derive from the notes, so there is no list of attributes to keep by hand.
+A value that was read must stay the same object as long as the network replaces the modules. The
+watch and the fingerprints derive from the notes, so no list of attributes is kept by hand.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,17 @@ from torch import nn
 from fastdiff.models.lora import without_adapters
 from fastdiff.models.originals import Reached, reached
 from fastdiff.models.watch import Item, Unsupported, hooks, kind, replaced, watch
+from fastdiff.tables import plural
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
-"""What a setting is made of."""
+"""The types of a setting's value."""
 
 Setting = tuple[str, str, Any]
-"""Path of a module or what it holds, attribute, value."""
+"""Path of a module or of an object in it, attribute, value."""
 
 
 class Reader:
-    """A module, or what it holds: asked for an attribute, it notes that and its value."""
+    """Wraps a module or an object in it; notes every attribute that is read, with its value."""
 
     def __init__(self, reads: "Reads", thing: Any) -> None:
         self._reads, self._thing = reads, thing
@@ -35,36 +36,37 @@ class Reader:
 
 
 class Reads:
-    """Reads `root` and all within it; `seal` ends that and begins the watch.
+    """Reads `root` and everything in it; `seal` ends the reading and begins the watch.
 
-    A module that computes must be of a class that the reader knows by name, with the functions it
-    came with. Modules of adapters are read elsewhere.
+    A module that computes must be of a known class, with that class's own functions. Modules of
+    adapters are read elsewhere.
     """
 
     def __init__(self, root: nn.Module, rehearsed: "Reads | None" = None) -> None:
-        """`rehearsed`: what has just read the same, so that nothing is noted or checked again."""
+        """`rehearsed`: a finished read of the same modules, so nothing is noted or checked
+        again."""
         self._root, self._rehearsed = root, rehearsed
         self.modules: list[nn.Module] = (
             without_adapters(root) if rehearsed is None else rehearsed.modules
         )
         self._hooks = hooks(self.modules) if rehearsed is None else []
         self.opened: dict[int, Any] = {}
-        """Modules and what they hold, by id, of which attributes are read."""
+        """Modules, and objects in them, whose attributes are read; by id."""
         self._packages: set[str] = set()
-        """Beside torch and diffusers, those whose classes were opened by a name with its path."""
+        """Packages, besides torch and diffusers, of classes that were opened by their path."""
         self._foreign: set[int] = set()
-        """Modules that are called, so that what they compute is theirs."""
+        """Modules that are called rather than borrowed."""
         self._notes: dict[tuple[int, str], Item] = {}
         self.values: list[tuple[Any, str, Any]] = []
-        """(module or what it holds, attribute, value) of all that was read."""
+        """Every read: (module or object in it, attribute, value)."""
         self._sealed: tuple[Any, ...] = ()
         self._watch: Any = None
 
     def open(self, thing: Any, *known: str | type) -> Any:
-        """What reads of `thing` go through; Unsupported unless its class is one of the `known`.
+        """A Reader of `thing`; Unsupported unless its class is one of the `known`.
 
-        A name has its path where the class is neither torch's nor diffusers'; all that its package
-        defines is followed and watched like diffusers' own code.
+        A class of neither torch nor diffusers is named by its path; everything that its package
+        defines is then followed and watched like diffusers' own code.
         """
         if self._rehearsed is not None:
             return thing
@@ -78,21 +80,21 @@ class Reads:
         return Reader(self, thing)
 
     def config(self, module: Any) -> Any:
-        """What reads of a module's config go through; diffusers replaces it as a whole."""
+        """A Reader of a module's config, which diffusers always replaces as a whole."""
         if self._rehearsed is not None:
             return module.config
         self.note(module, "_internal_dict", module.config)
         return Reader(self, module.config)
 
     def each(self, modules: Any, count: int | None = None) -> list[Any]:
-        """The modules of a ModuleList, `count` of them if given."""
+        """The modules of a ModuleList; there must be `count` of them, if given."""
         self.open(modules, nn.ModuleList)
         if count is not None and len(modules) != count:
-            raise Unsupported(f"{len(modules)} modules where {count} were expected")
+            raise Unsupported(f"{plural(len(modules), 'module')} where {count} were expected")
         return list(modules)
 
     def inert(self, module: Any) -> None:
-        """Read a module that returns what it is given, as a Dropout does after eval()."""
+        """Read a module that returns its input, such as a Dropout after eval()."""
         if type(module) is not nn.Identity:
             dropout = self.open(module, nn.Dropout)
             if not 0 <= dropout.p <= 1:
@@ -111,24 +113,24 @@ class Reads:
         """The eps of a LayerNorm without weight and bias, over `width` channels."""
         norm = self.open(module, nn.LayerNorm)
         if norm.weight is not None or norm.bias is not None:
-            raise Unsupported("a LayerNorm with weight and bias where its block modulates it")
+            raise Unsupported("a LayerNorm with weight and bias in a block that modulates it")
         if norm.normalized_shape != (width,):
             raise Unsupported(f"a LayerNorm over {norm.normalized_shape}")
         eps: float = norm.eps
         return eps
 
     def called(self, module: nn.Module) -> Any:
-        """A module that is called as it is; nothing of it is read."""
+        """Note a module that is called as it is; nothing in it is read."""
         self._foreign.update(id(part) for part in module.modules())
         return module
 
     def unused(self, module: nn.Module | None) -> None:
-        """A module, if it is there, whose result nobody reads."""
+        """Note a module, or None, whose result is not used."""
         if module is not None:
             self.called(module)
 
     def note(self, thing: Any, name: str, value: Any) -> None:
-        """Note that an attribute was read; missing ones count as None."""
+        """Note that an attribute was read; a missing one counts as None."""
         if self._rehearsed is not None or (id(thing), name) in self._notes:
             return
         held = vars(thing)
@@ -137,10 +139,10 @@ class Reads:
         self.values.append((thing, name, value))
 
     def seal(self) -> None:
-        """Watch all that was read from now on; to be called when nothing is left to be read.
+        """Watch everything that was read from now on; call this after the last read.
 
         Raises:
-            Unsupported: a module within the root was not read, or some code is not its own.
+            Unsupported: a module in the root was not read, or some code is not original.
         """
         if self._rehearsed is not None:
             return self.adopt(self._rehearsed)
@@ -150,24 +152,24 @@ class Reads:
                 raise Unsupported(f"{name}, a {kind(module)} that diffusers does not have there")
         classes = map(type, self.opened.values())
         code = reached(classes, packages=self._packages)
-        # children and parameters are watched where they lie
+        # children and parameters are watched as such
         notes = (n for n in self._notes.values() if not _kept(n[0], n[1]))
         items = [*notes, *code.items, *self._overrides(code)]
         others = [thing for thing in self.opened.values() if not isinstance(thing, nn.Module)]
         self._sealed = self.modules, items, (*code.dicts, *self._hooks), others
 
     def watch(self) -> Any:
-        """What tells whether all that was read, when it was sealed, is still so."""
+        """A watch on everything that was read until `seal`."""
         if self._watch is None:
             self._watch = watch(*self._sealed)
         return self._watch
 
     def adopt(self, other: "Reads") -> None:
-        """Watch what another has read of the same root, in place of reading it."""
+        """Take over another's reads of the same root, and their watch."""
         self._watch, self.values, self.opened = other.watch(), other.values, other.opened
 
     def settings(self) -> list[Setting]:
-        """All numbers and words that were read, by path; they say what the modules compute."""
+        """All numbers and strings that were read, by path; they define what the modules compute."""
         paths = {id(module): name for name, module in self._root.named_modules()}
         for module in self._root.modules():
             for name, held in vars(module).items():
@@ -176,7 +178,7 @@ class Reads:
         return sorted(found, key=lambda setting: setting[:2])
 
     def _overrides(self, code: Reached) -> Iterator[Item]:
-        """Where a function of an object's own would hide its class's: there is none."""
+        """The places where an object's own attribute would hide a function of its class."""
         methods = {cls: code.methods(cls) for cls in set(map(type, self.opened.values()))}
         for thing in self.opened.values():
             held = vars(thing)
@@ -187,14 +189,14 @@ class Reads:
 
 
 def _kept(held: dict[str, Any], name: str) -> bool:
-    """Whether the name is a child's or a parameter's."""
+    """Whether `name` is a child or a parameter."""
     return name in held.get("_modules", ()) or name in held.get("_parameters", ())
 
 
 def check_conv(layer: Any, kernel: int, stride: int, padding: int) -> None:
     """Raise Unsupported unless a Conv2d that was read is square, zero-padded and plain.
 
-    Its size is its weight's, not its kernel_size, which torch does not read.
+    Its size is taken from its weight, as torch does, not from its kernel_size.
     """
     wanted = {
         "stride": (stride, stride),
@@ -208,6 +210,6 @@ def check_conv(layer: Any, kernel: int, stride: int, padding: int) -> None:
     if found != wanted or sides != (kernel, kernel):
         described = ", ".join(f"{name} {value}" for name, value in found.items())
         raise Unsupported(
-            f"a {'×'.join(map(str, sides))} convolution with {described} where a plain"
-            f" {kernel}×{kernel} convolution of stride {stride} and padding {padding} was expected"
+            f"a {'×'.join(map(str, sides))} convolution with {described}; expected a plain"
+            f" {kernel}×{kernel} convolution of stride {stride} and padding {padding}"
         )

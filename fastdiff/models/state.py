@@ -1,11 +1,11 @@
-"""Parameters in the kernels' memory, and what those see who ask modules for their state.
+"""Lent parameters in state dicts, pickles and copies.
 
-Savers take parameters that share a storage for one and drop the rest, or refuse strides. So a lent
-parameter has a storage of its own, cut out of the kernels' memory, where its numbers lie in a row.
-Where they do not, it goes home before a state dict, a pickle or a copy is made: to memory laid out
-as before, which is its own until the next use brings it back, with all that was written meanwhile.
-That takes the memory of those weights once more until then. To free the kernels' instead would cost
-a new recording at each use, and PEFT asks for state dicts to swap adapters.
+Savers treat parameters that share a storage as one and drop the rest, or refuse some strides. So a
+lent parameter has a storage of its own, cut out of the kernels' memory, if it is contiguous there.
+If it is not, it goes home before a state dict, a pickle or a copy is made: to memory of its own in
+its former layout. The next use moves it back, with everything written in the meantime. Until then
+those weights take their memory twice. To free the kernels' memory instead would cost a new
+recording at each use, and PEFT reads state dicts to swap adapters.
 """
 
 import weakref
@@ -21,7 +21,7 @@ _KEY, _GETSTATE = "fastdiff", "__getstate__"
 
 
 def apart(view: Tensor) -> Tensor:
-    """The same memory with a storage of its own, where the numbers of `view` lie in a row."""
+    """The same memory with a storage of its own, if `view` is contiguous."""
     if not view.is_contiguous() or view.device.type == "meta":
         return view
     start = view.storage_offset() * view.element_size()
@@ -31,14 +31,14 @@ def apart(view: Tensor) -> Tensor:
 
 
 class Home:
-    """Memory that a parameter had, which a state dict holds."""
+    """Memory of a parameter that a state dict holds."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = weakref.ref(tensor), tensor._version
 
     @property
     def held(self) -> Tensor | None:
-        """It, as long as somebody holds it."""
+        """The tensor, as long as somebody holds it."""
         return self._tensor()
 
     def is_of(self, parameter: Tensor) -> bool:
@@ -46,36 +46,36 @@ class Home:
         return held is not None and held.data_ptr() == parameter.data_ptr()
 
     def written(self) -> bool:
-        """Whether something was written there since this was last asked."""
+        """Whether it has been written since the last call of this method."""
         held, before = self.held, self._version
         self._version = before if held is None else held._version
         return self._version != before
 
 
 Homes = dict[int, list[Home]]
-"""By the id of the parameter; they outlast a loan."""
+"""By the parameter's id; they outlast a loan."""
 
 
 class Lent:
-    """A parameter whose memory the runtime reads: `view`, or what it has where that is None.
+    """A parameter that the runtime reads: in `view`, or if that is None, where it is.
 
-    To be used without gradients, and in inference mode if and only if the parameter was made in it.
+    Use it without gradients, and in inference mode just if the parameter was made in it.
     """
 
     def __init__(
         self, parameter: Tensor, view: Tensor | None = None, homes: list[Home] | None = None
     ) -> None:
         self.parameter, self._view = parameter, view
-        self._stride, self._at_home = _dense(parameter), True
+        self._stride, self._at_home = _home_strides(parameter), True
         self._homes = [] if homes is None else homes
         self._homes[:] = [home for home in self._homes if home.is_of(parameter)]
         self.address = parameter.data_ptr()
-        """Where it lies, for as long as nobody else moves it."""
+        """Where the loan put it; differs from its data_ptr once somebody else moves it."""
         self.come_back()
         self.strays = parameter.stride() != self._stride
 
     def go_home(self) -> None:
-        """To memory laid out as it had it: the same, where somebody holds on to that."""
+        """Move it to memory in its former layout: the same memory, if somebody still holds that."""
         if self._view is None or self._at_home or self.parameter.data_ptr() != self.address:
             return
         self.collect()
@@ -89,7 +89,7 @@ class Lent:
         self._at_home = True
 
     def come_back(self) -> None:
-        """To the kernels' memory; not where somebody else has moved it from home."""
+        """Move it to the kernels' memory, unless somebody else has moved it from home."""
         if self._view is None or not self._at_home or self.parameter.data_ptr() != self.address:
             return
         self._move(apart(self._view))
@@ -98,11 +98,11 @@ class Lent:
             home.written()
 
     def hand_out(self, tensor: Tensor) -> None:
-        """Note that a state dict holds `tensor`, the parameter's memory now."""
+        """Note that a state dict holds `tensor`, the parameter's present memory."""
         self._homes.append(Home(tensor))
 
     def collect(self) -> bool:
-        """Take over what was written at home; whether anybody holds on to that memory."""
+        """Take over what was written at home; returns whether anybody still holds that memory."""
         self._homes[:] = [home for home in self._homes if home.held is not None]
         for home in self._homes:
             held = home.held
@@ -119,8 +119,8 @@ class Lent:
         self.address = memory.data_ptr()
 
 
-def _dense(parameter: Tensor) -> tuple[int, ...]:
-    """The strides to go home to: the parameter's, or plain ones where those leave gaps."""
+def _home_strides(parameter: Tensor) -> tuple[int, ...]:
+    """The strides at home: the parameter's, or contiguous ones if those leave gaps."""
     former = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
     last = former.ndim == 4 and former.is_contiguous(memory_format=torch.channels_last)
     if last or former.is_contiguous():
@@ -129,7 +129,7 @@ def _dense(parameter: Tensor) -> tuple[int, ...]:
 
 
 class Gate:
-    """Stands before the state of lent parameters' modules: `go_home` comes first."""
+    """Calls `go_home` before the state of lent parameters' modules is read."""
 
     def __init__(
         self,
@@ -140,9 +140,10 @@ class Gate:
         self._modules: list[Any] = list(modules)
         self._lent, self._go_home = lent, go_home
         for module in self._modules:
-            module._state_dict_pre_hooks[_KEY] = self._ask
+            module._state_dict_pre_hooks[_KEY] = self._before_reading
             module._state_dict_hooks[_KEY] = self._hand_out
-            module._state_dict_hooks.move_to_end(_KEY, last=False)  # others may change the entries
+            # before other hooks change the entries
+            module._state_dict_hooks.move_to_end(_KEY, last=False)
             vars(module)[_GETSTATE] = partial(self._state_of, module)
 
     def leave(self) -> None:
@@ -153,11 +154,11 @@ class Gate:
                 vars(module).pop(_GETSTATE)
         self._modules = []
 
-    def _ask(self, *_: Any) -> None:
+    def _before_reading(self, *_: Any) -> None:
         self._go_home()
 
     def _hand_out(self, module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
-        """Let a state dict hold tensors whose versions tell writes into them from others."""
+        """Give a state dict tensors of its own, whose versions count only writes through it."""
         for name, parameter in module._parameters.items():
             given = state.get(prefix + name)
             lent = None if parameter is None else self._lent(parameter)
@@ -169,7 +170,7 @@ class Gate:
                 lent.hand_out(own)
 
     def _state_of(self, module: Any) -> dict[str, Any]:
-        """What a deepcopy or pickle of a module holds: nothing of ours."""
+        """The state for a deepcopy or pickle of a module, without our hooks."""
         self._go_home()
         state: dict[str, Any] = getattr(type(module), _GETSTATE)(module)
         state.pop(_GETSTATE, None)

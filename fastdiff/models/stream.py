@@ -1,6 +1,6 @@
 """The residual stream of a transformer whose branches are gated.
 
-As with `sums.Sum`, what a branch adds waits for the norm that follows, which adds it on its way.
+As with `sums.Sum`, a branch's addition is deferred to the next norm's kernel.
 """
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from fastdiff.kernels.residual import residual
 
 
 class Stream:
-    """total + gate · branch, [B, L, D]; whoever reads it first makes it a tensor for all others.
+    """total + gate · branch, [B, L, D]; computed once, at the first read.
 
     branch: [B, L, D]; gate: [B, D], None: 1; total: [B, L, D], or [1, L, D] for all samples.
     """
@@ -21,7 +21,7 @@ class Stream:
         self._branch, self._gate, self._total = branch, gate, total
 
     def normed(self, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
-        """LayerNorm · (1 + scale) + shift, of vectors [B, D]."""
+        """LayerNorm · (1 + scale) + shift, with vectors [B, D]."""
         y, total = ada_norm(
             self._branch, eps, scale=scale, shift=shift, gate=self._gate, residual=self._total
         )
@@ -30,14 +30,14 @@ class Stream:
         return y
 
     def closed(self) -> Tensor:
-        """As a tensor [B, L, D]."""
+        """The sum as a tensor [B, L, D]."""
         if self._total is not None:
             total = self._total.expand_as(self._branch).contiguous()
             self._close(residual(total, self._branch, gate=self._gate))
         return self._branch
 
     def plus(self, other: Tensor) -> "Stream":
-        """The sum with [B, L, D]."""
+        """This stream plus a tensor [B, L, D]."""
         if self._total is None:
             return Stream(residual(self._branch, other))
         total = self._total.expand_as(self._branch).contiguous()

@@ -1,9 +1,9 @@
-"""A decoder's pictures in strips of rows: the same picture, up to rounding, in less memory.
+"""Decodes a picture in strips of rows: the same picture, up to rounding, in less memory.
 
-A picture here is made when somebody asks for rows of it. A convolution asks for a row more above
-and below; so one asks the other, down to a picture whose strips lie in memory. A GroupNorm needs
-the moments of the whole, so it is a pass over all strips that keeps only these; the next pass makes
-the rows again, or finds those that were kept because there was room.
+A `Picture` computes its rows on demand. A convolution needs one more row above and below, so each
+picture requests rows of the one before it, down to one whose strips are in memory. A GroupNorm
+needs the moments of the whole picture: one pass over all strips keeps only these, and the next pass
+computes the rows again, unless there was room to keep them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,44 +20,44 @@ from fastdiff.models.borrow import Norm, Weights
 from fastdiff.models.sums import Sum
 
 Rows = Callable[[int, int], Tensor]
-"""(first, last) -> rows [1, last - first, X, C] of a picture, `last` being the one after them."""
+"""(first, last) -> rows [1, last - first, X, C] of a picture, without row `last`."""
 SLAB = 1 << 16
-"""Numbers of a slab of pixels whose moments are found at once: they stay in a core's L2."""
+"""Values in a slab of pixels whose moments are computed at once: they fit a core's L2 cache."""
 
 
 @dataclass
 class Room:
-    """Bytes that kept strips may take yet."""
+    """Bytes that are left for keeping strips."""
 
     left: int
 
 
 @dataclass
 class Picture:
-    """[1, Y, X, C] in strips of `height` rows, the last of which may be lower."""
+    """[1, Y, X, C] in strips of `height` rows; the last one may be lower."""
 
     sides: tuple[int, int]
     """Y and X."""
     height: int
     room: Room
     make: Rows | None = None
-    """None where all strips are kept."""
+    """None if all strips are kept."""
     spare: Callable[[int], object] = lambda row: None
-    """Told that `make` will be asked for no row above this one any more."""
+    """Called when `make` will need no row above this one any more."""
     _kept: dict[int, Tensor] = field(default_factory=dict)
-    """By number of the strip."""
+    """By the strip's index."""
     _last: tuple[int, Tensor] | None = None
-    """The last rows that were asked for and made, and the first of them: the next strip needs those
-    at the border, a branch and the way around it the same."""
+    """The rows made last, and the index of the first: the next strip needs its border again, as do
+    a branch and its residual."""
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First row of each strip, and the one after it."""
+        """The first row of each strip, and the row after its last."""
         rows = self.sides[0]
         return [(row, min(row + self.height, rows)) for row in range(0, rows, self.height)]
 
     def rows(self, first: int, last: int) -> Tensor:
-        """As `Rows`."""
+        """See `Rows`."""
         pieces, row, made = [], first, False
         begin, lately = (0, None) if self._last is None else self._last
         while row < last:
@@ -79,7 +79,7 @@ class Picture:
         return whole
 
     def strips(self) -> Iterator[Tensor]:
-        """All, from above. Those that are made are kept until one finds no room."""
+        """All strips, from the top. They are kept as they are made, until one finds no room."""
         room = True
         for first, last in self.spans:
             strip = self.rows(first, last)
@@ -93,13 +93,13 @@ class Picture:
         self._last = None
 
     def keep(self, first: int, strip: Tensor) -> None:
-        """Have the strip that begins with the row `first`, in memory of its own."""
+        """Keep the strip that begins at row `first`, in memory of its own."""
         whole = strip.untyped_storage().nbytes() == strip.nbytes
         self._kept[first // self.height] = strip if whole else strip.clone()
         self.room.left -= strip.nbytes
 
     def drop(self, row: int) -> None:
-        """Forget the rows above this one: nobody will ask for them any more."""
+        """Drop the rows above this one, which are not needed any more."""
         for first, last in self.spans:
             number = first // self.height
             if last <= row and number in self._kept:
@@ -116,10 +116,10 @@ class Picture:
 
 
 class Strips:
-    """Pictures that take `bytes` at once.
+    """Pictures that take `bytes` together.
 
-    A twelfth of them is for the strip that is being worked on, whose rows need what a whole picture
-    needs for each of its rows. The rest is for strips that are kept.
+    A twelfth is for the strip in progress: each of its rows needs what a row of a whole picture
+    needs. The rest is for strips that are kept.
     """
 
     def __init__(self, bytes: int) -> None:
@@ -127,11 +127,11 @@ class Strips:
         self.room = Room(bytes - self._working)
 
     def height(self, row: int) -> int:
-        """Rows of a strip, of which one takes `row` bytes while it is worked on."""
+        """The rows of a strip, if each takes `row` bytes while the strip is in progress."""
         return max(1, self._working // row)
 
     def held(self, x: Sum | Picture, row: int) -> Picture:
-        """A picture [1, Y, X, C] that is there, in strips; `row` as of `height`, here and below."""
+        """A picture [1, Y, X, C] in memory, as strips; `row`, here and below: see `height`."""
         if isinstance(x, Picture):
             return x
         whole = x.closed()
@@ -141,7 +141,7 @@ class Strips:
         return picture
 
     def enlarged(self, x: Picture, up: Up, row: int) -> Picture:
-        """x twice as high and wide, convolved."""
+        """x at twice the height and width, convolved."""
 
         def make(first: int, last: int) -> Tensor:
             above, below = max(0, (first - 1) // 2), min(x.sides[0], last // 2 + 1)
@@ -157,7 +157,7 @@ class Strips:
         return Picture(sides, self.height(row), self.room, make, spare)
 
     def resnet(self, x: Picture, block: Resnet, row: int) -> Picture:
-        """What `block` makes of x, which is dropped on the way."""
+        """The result of `block` for x, which is dropped strip by strip."""
         rows, height = x.sides[0], self.height(row)
         branch = normed(x, block.norm1)
         h = Picture(
@@ -175,7 +175,7 @@ class Strips:
         out = Picture(x.sides, height, self.room)
         for first, last in out.spans:
             above, below = max(0, first - 1), min(rows, last + 1)
-            x.rows(max(0, above - 1), min(rows, below + 1))  # for both, the branch and around it
+            x.rows(max(0, above - 1), min(rows, below + 1))  # once, for the branch and its residual
             out.keep(first, end_of(above, below)[:, first - above : last - above])
             end = last == rows
             h.drop(rows if end else last - 1)
@@ -183,7 +183,7 @@ class Strips:
         return out
 
     def finish(self, x: Picture, norm: Norm, conv: Weights) -> Tensor:
-        """The last norm, SiLU and convolution of a decoder: [1, Y, X, 3]."""
+        """A decoder's last norm, SiLU and convolution: [1, Y, X, 3]."""
         normal, made = normed(x, norm), []
         for first, last in x.spans:
             made.append(convolved_rows(normal, conv, x.sides[0], first, last))
@@ -192,7 +192,7 @@ class Strips:
 
 
 def normed(x: Picture, norm: Norm) -> Rows:
-    """The GroupNorm of all of x, with SiLU."""
+    """The GroupNorm of the whole of x, with SiLU."""
     found = []
     for strip in x.strips():
         pixels, slab = strip.numel() // strip.shape[-1], max(1, SLAB // strip.shape[-1])
@@ -200,7 +200,7 @@ def normed(x: Picture, norm: Norm) -> Rows:
         mean, rest, square = moments(strip, slab).double().unbind(1)
         found.append((pixels, *combined(mean + rest, square, counts)))
         dtype = strip.dtype
-        del strip  # before the next is made
+        del strip  # before the next strip is made
     pixels_of, means, squares = zip(*found, strict=True)
     mean, square = combined(torch.stack(means), torch.stack(squares), pixels_of)
     line = line_of(norm, mean, square / sum(pixels_of))
@@ -209,7 +209,7 @@ def normed(x: Picture, norm: Norm) -> Rows:
 
 
 def combined(means: Tensor, squares: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and centred squares [C] of samples together, of means and squares [samples, C] of
+    """The joint mean and centred squares [C] of samples with means and squares [samples, C] of
     `counts` values each (Chan et al., 1979)."""
     count = means.new_tensor(counts)[:, None]
     mean = (means * count).sum(0) / sum(counts)
@@ -217,8 +217,8 @@ def combined(means: Tensor, squares: Tensor, counts: Sequence[int]) -> tuple[Ten
 
 
 def line_of(norm: Norm, mean: Tensor, variance: Tensor) -> Tensor:
-    """Centre, slope and offset [3, C] of a GroupNorm, in float64: of mean and variance [C] of each
-    channel. The centre is a float32, what that misses of the group's mean is in the offset."""
+    """A GroupNorm's centre, slope and offset [3, C] in float64, from each channel's mean and
+    variance [C]. The centre is rounded to float32; the offset makes up for the rounding."""
     grouped = mean.view(norm.groups, -1)
     exact = grouped.mean(1, keepdim=True)
     spread = variance.view(norm.groups, -1) + (grouped - exact).square()
@@ -229,7 +229,7 @@ def line_of(norm: Norm, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def convolved_rows(source: Rows, weights: Weights, rows: int, first: int, last: int) -> Tensor:
-    """Rows of the 3×3 convolution of a picture that has `rows` of them."""
+    """Rows `first` to `last` of the 3×3 convolution of a picture with `rows` rows."""
     above, below = max(0, first - 1), min(rows, last + 1)
     made = conv2d(source(above, below), weights.weight, weights.bias)
     return made[:, first - above : last - above]

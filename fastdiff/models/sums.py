@@ -1,8 +1,8 @@
-"""Sums that wait for whoever reads them: on a GPU a bias or a residual then costs no launch.
+"""Deferred sums: on a GPU, a bias or a residual then costs no launch of its own.
 
-cuDNN and cuBLAS write what they computed; torch would add the bias of a convolution and a residual
-in a kernel each, before a norm reads the result again. A `Sum` keeps the terms apart until the norm
-adds them on its way. On a CPU our own loops add them as they write, so there nothing waits.
+torch would add a convolution's bias and a residual in one kernel each, after cuDNN or cuBLAS has
+written its result and before a norm reads it again. A `Sum` keeps the terms apart until the norm's
+kernel adds them. On a CPU our own kernels add them as they write, so nothing is deferred.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from fastdiff.models.borrow import Norm, Weights
 
 
 class Sum:
-    """x + shift + other, [B, ..., C]; whoever reads it first makes it a tensor for all others.
+    """x + shift + other, [B, ..., C]; computed once, at the first read.
 
     shift: [C]; other: like x.
     """
@@ -33,28 +33,28 @@ class Sum:
 
     @property
     def twice(self) -> tuple[int, int]:
-        """Rows and columns of a picture when it is `enlarged`."""
+        """The rows and columns of the picture after `enlarged`."""
         return 2 * self._x.shape[1], 2 * self._x.shape[2]
 
     @property
     def waits(self) -> bool:
-        """Whether anything is to be added still."""
+        """Whether a term is still to be added."""
         return self._shift is not None or self._other is not None
 
     def closed(self) -> Tensor:
-        """As a tensor."""
+        """The sum as a tensor."""
         if self.waits:
             self._close(residual(self._x, self._other, self._shift))
         return self._x
 
     def enlarged(self) -> Tensor:
-        """As a picture twice as high and wide, of the nearest pixels."""
+        """The sum as a picture of twice the height and width, by nearest pixels."""
         return residual(self._x, self._other, self._shift, enlarge=2)
 
     def group_normed(
         self, norm: Norm, silu: bool, row: Tensor | None = None, beside: Tensor | None = None
     ) -> Tensor:
-        """The GroupNorm of [x + row, beside]; `row` is no part of the sum."""
+        """The GroupNorm of [x + row, beside]; `row` is not part of the sum."""
         if row is not None and self._other is not None:
             self.closed()
         parameters = (norm.weight, norm.bias, norm.groups, norm.eps, silu, row)
@@ -80,14 +80,14 @@ class Sum:
 
 
 def convolved(x: Tensor, weights: Weights, other: Tensor | None = None, **window: Any) -> Sum:
-    """conv(x) + bias + other; `window` as of `conv2d`."""
+    """conv(x) + bias + other; `window`: further arguments of `conv2d`."""
     if on_gpu(x):
         return Sum(conv2d(x, weights.weight, **window), weights.bias, other)
     return Sum(conv2d(x, weights.weight, weights.bias, residual=other, **window))
 
 
 def projected(x: Tensor, weights: Weights, other: Tensor) -> Sum:
-    """x weightᵀ + bias + other. cuBLAS adds a bias as it writes, but no residual."""
+    """x weightᵀ + bias + other. cuBLAS adds a bias as it writes, but not a residual."""
     if on_gpu(x) and other.shape[0] == x.shape[0]:
         return Sum(linear(x, weights.weight, weights.bias), other=other)
     return Sum(linear(x, weights.weight, weights.bias, residual=other))

@@ -25,7 +25,7 @@ from fastdiff.models.watch import kind
 
 
 class CrossColumns(Columns):
-    """Columns of the text's keys and values, and the cross-attentions that they belong to."""
+    """Columns of the text's keys and values, and the cross-attentions that use them."""
 
     def __init__(self, loan: Loan) -> None:
         super().__init__(loan)
@@ -38,7 +38,7 @@ class CrossColumns(Columns):
 
 @dataclass(frozen=True)
 class Block:
-    """Self-attention, cross-attention, GEGLU; each behind a LayerNorm and around a residual."""
+    """Self-attention, cross-attention, GEGLU; each after a LayerNorm, with a residual."""
 
     heads: int
     norm1: Norm
@@ -47,16 +47,16 @@ class Block:
     norm2: Norm
     q: Weights
     text: slice
-    """This block's columns (K, then V) of the projected text, or pictures, of all blocks."""
+    """This block's columns (K, then V) in the projected text, or image prompts, of all blocks."""
     out2: Weights
     norm3: Norm
     geglu: Weights
     ff: Weights
 
     def __call__(self, x: Sum, text: Tensor, images: Sequence[Tensor], mask: Tensor | None) -> Sum:
-        """x [B, L, C], text [B or 2B, T, …]: pictures part where they meet different texts.
+        """x [B, L, C], text [B or 2B, T, …]; x is repeated where the halves' texts begin to differ.
 
-        `images` [B or 2B as the text, tokens, …]: what IP-Adapters add to the text's attention.
+        `images` [B or 2B like the text, tokens, …]: what IP-Adapters add to the text's attention.
         """
         h = x.layer_normed(self.norm1)
         split = (-1, (self.heads, h.shape[-1] // self.heads))
@@ -67,7 +67,7 @@ class Block:
         x = projected(attention(q, k, v).flatten(2), self.out1, x.closed())
         h = x.layer_normed(self.norm2)
         q = linear(h, self.q.weight, self.q.bias).unflatten(*split)
-        # attention reads any strides; what follows takes x as the residual of both halves
+        # attention reads any strides; the layers after it use x as the residual of both halves
         q = q.expand(text.shape[0], -1, -1, -1) if q.shape[0] == 1 else repeated(q, text.shape[0])
         k, v = (part.unflatten(*split) for part in text[..., self.text].chunk(2, -1))
         x = projected(attention(q, k, v, mask).flatten(2), self.out2, x.closed())
@@ -118,7 +118,10 @@ class Transformer:
     blocks: tuple[Block, ...]
     proj_out: Weights
 
-    def __call__(self, x: Sum, text: Tensor, images: Sequence[Tensor], mask: Tensor | None) -> Sum:
+    def __call__(
+        self, x: Sum, text: Tensor | None, images: Sequence[Tensor], mask: Tensor | None
+    ) -> Sum:
+        assert text is not None
         h = x.group_normed(self.norm, silu=False).flatten(1, 2)
         tokens = Sum(linear(h, self.proj_in.weight, self.proj_in.bias))
         for block in self.blocks:
@@ -128,9 +131,9 @@ class Transformer:
 
 
 def borrow_transformer(module: Any, loan: Loan, text: CrossColumns) -> Transformer:
-    """From a Transformer2DModel over pictures, its projections linear or 1×1 convolutions."""
+    """From a Transformer2DModel for pictures, with linear or 1×1-convolution projections."""
     transformer = loan.open(module, "Transformer2DModel")
-    require(transformer.is_input_continuous, "a transformer over patches or codes")
+    require(transformer.is_input_continuous, "a transformer of patches or codes")
     inwards, outwards = transformer.proj_in, transformer.proj_out
     for layer in map(base_of, (inwards, outwards)):
         flat = isinstance(layer, nn.Linear)

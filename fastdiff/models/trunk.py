@@ -1,4 +1,4 @@
-"""What a U-Net has in common with its ControlNets: the embeddings, the down half and the middle."""
+"""The parts that a U-Net and its ControlNets share: embeddings, the down half and the middle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,63 +13,73 @@ from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import (
     Columns,
     Down,
+    PictureAttention,
     Resnet,
     Up,
+    borrow_picture_attention,
     borrow_resamplers,
     borrow_resnet,
     repeated,
     require,
 )
 from fastdiff.models.borrow import Loan, Weights
-from fastdiff.models.checks import check_count, checked
+from fastdiff.models.checks import check_count, checked, refuse
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved
 from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
 
-_BLOCKS = {
-    "down": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "mid": ("UNetMidBlock2DCrossAttn",),
-    "up": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
+TOLD = (
+    *("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn"),
+    *("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+"""Block classes of a U-Net that attends to a text."""
+ALONE = ("DownBlock2D", "AttnDownBlock2D", "UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D")
+"""Block classes of a U-Net without a text: it attends to its own pixels only."""
 _FREEU = ("s1", "s2", "b1", "b2")
-"""What FreeU sets on a block."""
+"""The attributes that FreeU sets on a block."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A block of the U-Net: resnets, each followed by a transformer or None, and a resampler."""
+    """A block of the U-Net: resnets, each followed by attention or None, and a resampler."""
 
     resnets: tuple[Resnet, ...]
-    transformers: tuple[Transformer | None, ...]
+    attentions: tuple[Transformer | PictureAttention | None, ...]
+    """Transformers, which attend to a text, or self-attention over the pixels."""
     down: Down | None = None
     up: Up | None = None
 
+    @property
+    def crossed(self) -> bool:
+        """Whether it attends to the text."""
+        return isinstance(self.attentions[-1], Transformer)
+
 
 class Conditions(NamedTuple):
-    """What a U-Net or a ControlNet is told beside latents and timesteps, by the names of diffusers'
-    `forward`. G: 2 with guidance, unconditional first; a call by itself has G = 1."""
+    """The inputs of a U-Net or a ControlNet besides latents and timesteps, by the argument names of
+    diffusers' `forward`. G: 2 with guidance, unconditional first; 1 for a single call."""
 
-    encoder_hidden_states: Tensor
-    """[G·B, T, D] the text."""
+    encoder_hidden_states: Tensor | None = None
+    """[G·B, T, D] the text; None for a U-Net without cross-attention."""
     text_embeds: Tensor | None = None
-    """[G·B, D'] of SDXL."""
+    """[G·B, D'] for SDXL."""
     time_ids: Tensor | None = None
-    """[G·B, 6] of SDXL."""
+    """[G·B, 6] for SDXL."""
     timestep_cond: Tensor | None = None
     """[B, D''] guidance embedding of distilled models (LCM); they run without guidance."""
     image_embeds: Any = None
-    """Of each IP-Adapter [G·B, N, ...], for N pictures."""
+    """For each IP-Adapter [G·B, N, ...], for N pictures."""
     controlnet_cond: Tensor | None = None
-    """[B, channels, rows, columns] the picture that a ControlNet is controlled by."""
+    """[B, channels, rows, columns] a ControlNet's control picture."""
     down_block_additional_residuals: Sequence[Tensor] | None = None
-    """A ControlNet's residuals of every skip, channels first."""
+    """A ControlNet's residuals for every skip, channels first."""
     mid_block_additional_residual: Tensor | None = None
-    """Its last one."""
+    """A ControlNet's residual for the middle."""
     down_intrablock_additional_residuals: Sequence[Tensor] | None = None
     """A T2I-Adapter's residuals, channels first."""
     encoder_attention_mask: Tensor | None = None
-    """[B, T] of 0 and 1: the words to attend to."""
+    """[B, T] of 0 and 1: 1 for the tokens to attend to."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +90,8 @@ class Trunk:
     added: Embedding | None
     rows: Weights
     """time_emb_proj of every resnet."""
-    text: Weights
-    """to_k and to_v of every cross-attention."""
+    text: Weights | None
+    """to_k and to_v of every cross-attention; None where there is none."""
     conv_in: Weights
     downs: tuple[Stage, ...]
     mid: Stage | None
@@ -91,9 +101,9 @@ class Trunk:
         return self.conv_in.weight.dtype
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
-        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it.
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
 
-        latents: [B, C, Y, X]. copies: texts of each of them, 2 with guidance.
+        latents: [B, C, Y, X]. copies: texts for each of them, 2 with guidance.
         """
         text, condition = given.encoder_hidden_states, given.timestep_cond
         projection = self.time.condition
@@ -102,36 +112,40 @@ class Trunk:
             require(not missing, "text_embeds or time_ids are missing in added_cond_kwargs")
         weight = self.conv_in.weight
         checked("sample", latents, weight, weight.shape[1], dim=4)
-        checked("encoder_hidden_states", text, weight, self.text.weight.shape[1], dim=3)
+        if self.text is None:
+            refuse(encoder_hidden_states=text)
+        else:
+            width = self.text.weight.shape[1]
+            text = checked("encoder_hidden_states", text, weight, width, dim=3)
+            check_count("encoder_hidden_states", text, latents, copies)
         if condition is not None:
-            what = "it was given timestep_cond, for which it has no projection"
+            what = "it was given timestep_cond, but has no projection for it"
             require(projection is not None, what)
             assert projection is not None
             checked("timestep_cond", condition, weight, projection.weight.shape[1], dim=2)
-        check_count("encoder_hidden_states", text, latents, copies)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X] -> [B, Y, X, C]: the same memory."""
+        """[B, C, Y, X] -> [B, Y, X, C], in the same memory."""
         return latents.permute(0, 2, 3, 1)
 
     def down(
         self,
         x: Tensor,
         rows: Tensor,
-        text: Tensor,
+        text: Tensor | None,
         images: Sequence[Tensor] = (),
         mask: Tensor | None = None,
         condition: Tensor | None = None,
         inner: Sequence[Tensor] = (),
     ) -> tuple[Sum, list[Sum]]:
-        """The down half and the middle, channels last; arguments as of `UNet.predict`.
+        """The down half and the middle, channels last; arguments as for `UNet.predict`.
 
         Args:
-            condition: of the shape of conv_in's output, added to it.
+            condition: added to conv_in's output, and of its shape.
             inner: residuals of a T2I-Adapter.
 
         Returns:
-            The middle's output, and what each layer of the down half hands to the up half.
+            The middle's output, and the skips: every layer's output for the up half.
         """
         inner = list(inner)
         with scope("conv in"):
@@ -140,25 +154,25 @@ class Trunk:
         skips = [h]
         for i, stage in enumerate(self.downs):
             with scope(f"down {i}"):
-                for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
+                for resnet, attention in zip(stage.resnets, stage.attentions, strict=True):
                     h = resnet(h, rows)
-                    h = h if transformer is None else transformer(h, text, images, mask)
+                    h = h if attention is None else attention(h, text, images, mask)
                     skips.append(h)
                 # diffusers adds before the resampler in a block with cross-attention, else after it
-                if inner and stage.transformers[-1] is not None:
+                if inner and stage.crossed:
                     h = skips[-1] = Sum(h.closed() + inner.pop(0))
                 if stage.down is not None:
                     h = stage.down(h)
                     skips.append(h)
-                if inner and stage.transformers[-1] is None:
+                if inner and not stage.crossed:
                     h = skips[-1] = Sum(h.closed() + inner.pop(0))
         if self.mid is not None:
             with scope("mid"):
                 h = self.mid.resnets[0](h, rows)
-                for transformer, resnet in zip(
-                    self.mid.transformers, self.mid.resnets[1:], strict=True
+                for attention, resnet in zip(
+                    self.mid.attentions, self.mid.resnets[1:], strict=True
                 ):
-                    h = h if transformer is None else transformer(h, text, images, mask)
+                    h = h if attention is None else attention(h, text, images, mask)
                     h = resnet(h, rows)
                 if inner and inner[0].shape == h.closed().shape:
                     h = Sum(h.closed() + inner.pop(0))
@@ -166,18 +180,20 @@ class Trunk:
 
     @property
     def skips(self) -> int:
-        """How many pictures the down half hands to the up half."""
+        """The number of skips from the down half to the up half."""
         return 1 + sum(len(s.resnets) + (s.down is not None) for s in self.downs)
 
-    def text_rows(self, encoder_hidden_states: Tensor) -> Tensor:
-        """Keys and values of every cross-attention: [B, T, all their widths]."""
+    def text_rows(self, encoder_hidden_states: Tensor | None) -> Tensor | None:
+        """Keys and values for every cross-attention, [B, T, all their widths]; or None."""
+        if self.text is None or encoder_hidden_states is None:
+            return None
         with scope("text rows"):
             return linear(encoder_hidden_states, self.text.weight, self.text.bias)
 
     def time_rows(self, timesteps: Tensor, given: Conditions) -> Tensor:
-        """Every resnet's projection of the time embedding: [steps, n, all their channels].
+        """The projected time embeddings of every resnet: [steps, n, all their channels].
 
-        `timesteps` [steps, n] broadcast with the conditions' [B, …].
+        `timesteps` [steps, n] broadcast against the conditions' [B, …].
         """
         with scope("time rows"):
             dtype, text_embeds, time_ids = self.dtype, given.text_embeds, given.time_ids
@@ -191,42 +207,52 @@ class Trunk:
             return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
 
 
-def borrow_stage(module: Any, part: str, loan: Loan, rows: Columns, text: CrossColumns) -> Stage:
-    """From a block of the "down", "mid" or "up" part."""
-    block, crossed = loan.open(module, *_BLOCKS[part]), "Cross" in type(module).__name__
+def borrow_stage(
+    module: Any, kinds: tuple[str, ...], loan: Loan, rows: Columns, text: CrossColumns
+) -> Stage:
+    """From a block whose class is one of `kinds`."""
+    block, name = loan.open(module, *kinds), type(module).__name__
+    crossed, picture = "Cross" in name, name.startswith("Attn") or name == "UNetMidBlock2D"
     require(all(getattr(block, name, None) is None for name in _FREEU), "FreeU")
     told = bool(getattr(block, "has_cross_attention", False))
-    require(told == crossed, "a block that is told of the text, or not, against its class")
+    require(told == crossed, "a block whose has_cross_attention contradicts its class")
     resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in loan.each(block.resnets))
-    attentions = loan.each(block.attentions) if crossed else [None] * len(resnets)
-    return Stage(
-        resnets,
-        tuple(a if a is None else borrow_transformer(a, loan, text) for a in attentions),
-        *borrow_resamplers(block, loan),
-    )
+    attentions = loan.each(block.attentions) if crossed or picture else [None] * len(resnets)
+
+    def borrow(attention: Any) -> Transformer | PictureAttention:
+        if picture:
+            return borrow_picture_attention(attention, loan)
+        return borrow_transformer(attention, loan, text)
+
+    attended = tuple(a if a is None else borrow(a) for a in attentions)
+    return Stage(resnets, attended, *borrow_resamplers(block, loan))
 
 
 def borrow_trunk(
-    net: Reader, config: Reader, loan: Loan, ups: Sequence[Any] = ()
+    net: Reader,
+    config: Reader,
+    loan: Loan,
+    ups: Sequence[Any] = (),
+    kinds: tuple[str, ...] = TOLD,
 ) -> tuple[dict[str, Any], tuple[Stage, ...], list[Reader]]:
-    """From the reads of a UNet2DConditionModel or a ControlNetModel.
+    """From a Reader of a UNet2DConditionModel, a UNet2DModel or a ControlNetModel.
+
+    kinds: the classes its blocks may have.
 
     Returns:
         The fields of its Trunk; the stages of the blocks `ups`; its cross-attentions in the order
         of the text's columns.
     """
-    require(
-        config.addition_embed_type in (None, "text_time"),
-        f"addition_embed_type {config.addition_embed_type!r}",
-    )
+    more = getattr(config, "addition_embed_type", None)
+    require(more in (None, "text_time"), f"addition_embed_type {more!r}")
     require(net.class_embedding is None, "class embeddings")
     rows, text = Columns(loan), CrossColumns(loan)
     blocks, middle = loan.each(net.down_blocks), net.mid_block
-    downs = tuple(borrow_stage(block, "down", loan, rows, text) for block in blocks)
-    mid = None if middle is None else borrow_stage(middle, "mid", loan, rows, text)
-    stages = tuple(borrow_stage(block, "up", loan, rows, text) for block in ups)
-    require(bool(text.layers), "a U-Net without cross-attention")
-    added = net.add_embedding if config.addition_embed_type else None
+    downs = tuple(borrow_stage(block, kinds, loan, rows, text) for block in blocks)
+    mid = None if middle is None else borrow_stage(middle, kinds, loan, rows, text)
+    stages = tuple(borrow_stage(block, kinds, loan, rows, text) for block in ups)
+    require(bool(text.layers) or kinds is ALONE, "a U-Net without cross-attention")
+    added = net.add_embedding if more else None
     sinusoid = borrow_sinusoid(net.time_proj, loan)
     time = borrow_embedding(net.time_embedding, loan)
     wide = time.first.weight.shape[1]
@@ -237,7 +263,7 @@ def borrow_trunk(
         "added_sinusoid": None if added is None else borrow_sinusoid(net.add_time_proj, loan),
         "added": None if added is None else borrow_embedding(added, loan),
         "rows": loan.linear(*rows.layers),
-        "text": loan.linear(*text.layers),
+        "text": loan.linear(*text.layers) if text.layers else None,
         "conv_in": loan.conv(net.conv_in),
         "downs": downs,
         "mid": mid,

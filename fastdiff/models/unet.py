@@ -1,4 +1,4 @@
-"""The denoising U-Net of SD1.x, SD2.x and SDXL on borrowed weights."""
+"""The U-Nets of SD1.x, SD2.x and SDXL, and U-Nets without a text, on borrowed weights."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from fastdiff.models.checks import checked
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.sums import Sum
-from fastdiff.models.trunk import Conditions, Stage, Trunk, borrow_trunk
+from fastdiff.models.trunk import ALONE, Conditions, Stage, Trunk, borrow_trunk
 
 
 class Constants(NamedTuple):
-    """What all steps of an image share, channels last; G·B texts as of `Conditions`."""
+    """What all steps of a picture share, channels last; G·B texts as in `Conditions`."""
 
-    text: Tensor
-    """[G·B, T, …] of `Trunk.text_rows`."""
+    text: Tensor | None
+    """[G·B, T, …] result of `Trunk.text_rows`."""
     images: tuple[Tensor, ...] = ()
-    """[G·B, tokens, …] of every IP-Adapter: as the text's."""
+    """[G·B, tokens, …] for every IP-Adapter, in the text's layout."""
     controls: tuple[Tensor, ...] = ()
-    """A ControlNet's residuals: of every skip, then of the middle."""
+    """A ControlNet's residuals: for every skip, then for the middle."""
     inners: tuple[Tensor, ...] = ()
     """A T2I-Adapter's residuals."""
     text_mask: Tensor | None = None
@@ -34,23 +34,29 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class UNet(Trunk):
-    """A prediction for noisy latents, [B, C, Y, X] -> [B, C, Y, X]; any Y, X."""
+    """The predicted noise or velocity for noisy latents, [B, C, Y, X] -> the same; any Y, X."""
 
     recordable: ClassVar[bool] = True
     ip_adapters: IPAdapters | None
     ups: tuple[Stage, ...]
     norm_out: Norm
     conv_out: Weights
+    multiple: int = 1
+    """The latents' sides must be multiples of this: diffusers' UNet2DModel always enlarges by two,
+    so other sides do not meet their skips."""
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
-        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it."""
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it."""
         super().check(latents, given, copies)
+        sides = tuple(latents.shape[2:])
+        whole = all(side % self.multiple == 0 for side in sides)
+        require(whole, f"latents of {sides}, which are not multiples of {self.multiple}")
         mask = given.encoder_attention_mask
-        require(mask is None or mask.ndim == 2, "a text mask that has not two dimensions")
+        require(mask is None or mask.ndim == 2, "a text mask without two dimensions")
         down, middle = given.down_block_additional_residuals, given.mid_block_additional_residual
         if down is not None or middle is not None:
             whole = down is not None and middle is not None and len(down) == self.skips
-            require(whole, "it was given ControlNet residuals in part")
+            require(whole, "it was given only some of the ControlNet residuals")
             self._check_residuals("a ControlNet residual", latents, (*(down or ()), middle))
         inners = given.down_intrablock_additional_residuals
         listed = inners is None or isinstance(inners, list)
@@ -61,32 +67,32 @@ class UNet(Trunk):
         for residual in given:
             checked(what, residual, self.conv_in.weight, residual.shape[1], dim=4)
             count, pictures = residual.shape[0], latents.shape[0]
-            require(count in (1, pictures), f"{what} is for {count} of {pictures} pictures")
+            require(count in (1, pictures), f"{what} has {count} entries for {pictures} pictures")
 
     def _inners(self, given: Conditions) -> Sequence[Tensor]:
-        """As many of a T2I-Adapter's residuals as there are places for."""
+        """A T2I-Adapter's residuals, as many as there are places for."""
         return (given.down_intrablock_additional_residuals or ())[: len(self.downs) + 1]
 
     def hoist(self, given: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
-        """Everything that does not depend on the latents.
+        """Compute everything that does not depend on the latents.
 
         Args:
             timesteps: [steps, n], n = 1 or one for each picture.
             sides: Y and X of the latents.
 
         Returns:
-            Rows [steps, n', …] of `time_rows`, n' = G·B where text_embeds or timestep_cond differ;
+            `rows` [steps, n', …] from `time_rows`, n' = G·B if text_embeds or timestep_cond differ;
             `Constants`.
 
         Raises:
-            Unsupported: an IP-Adapter is given what the runtime does not compute with.
+            Unsupported: an IP-Adapter gets inputs that fastdiff does not compute with.
         """
         text = given.encoder_hidden_states
         down, middle = given.down_block_additional_residuals, given.mid_block_additional_residual
         controls = () if down is None or middle is None else (*down, middle)
         mask = given.encoder_attention_mask
         if mask is not None:
-            mask = ((1 - mask.to(text.dtype)) * -10000.0)[:, None, None, :]
+            mask = ((1 - mask.to(self.dtype)) * -10000.0)[:, None, None, :]
         constants = Constants(
             self.text_rows(text),
             self._image_rows(given),
@@ -97,16 +103,16 @@ class UNet(Trunk):
         return Hoisted(self.time_rows(timesteps, given), constants)
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
-        """What every step repeats, channels last throughout.
+        """The part that every step repeats, channels last throughout.
 
         Args:
             x: [B, Y, X, C] noisy latents.
             row: [n, …] of `Hoisted.rows`.
-            constants: for guidance its text and IP-Adapters, and `row` where the halves differ in
-                it, may be of 2B: what comes before the first of them is computed once for both.
+            constants: with guidance, its text and IP-Adapters may have 2B entries, as may `row` if
+                the halves differ in it; everything before the first difference is computed once.
 
         Returns:
-            [B, Y, X, C], or 2B where the text is.
+            [B, Y, X, C], or 2B if the text has 2B entries.
         """
         text, images, controls, inners, mask = constants
         h, skips = self.down(x, row, text, images, mask, inner=inners)
@@ -115,10 +121,10 @@ class UNet(Trunk):
             h = Sum(h.closed() + controls[-1])
         for i, stage in enumerate(self.ups):
             with scope(f"up {i}"):
-                for resnet, transformer in zip(stage.resnets, stage.transformers, strict=True):
+                for resnet, attention in zip(stage.resnets, stage.attentions, strict=True):
                     h = resnet(h, row, beside=skips.pop().closed())
-                    h = h if transformer is None else transformer(h, text, images, mask)
-                if stage.up is not None:  # to the size of the skips it meets next, odd ones too
+                    h = h if attention is None else attention(h, text, images, mask)
+                if stage.up is not None:  # to the next skips' size, which may be odd
                     _, rows_next, columns_next, _ = skips[-1].closed().shape
                     h = stage.up(h, (rows_next, columns_next))
         with scope("out"):
@@ -130,20 +136,20 @@ class UNet(Trunk):
         return channels_first(x)
 
     def _image_rows(self, given: Conditions) -> tuple[Tensor, ...]:
-        """Keys and values of every cross-attention for the IP-Adapters' pictures; see there."""
+        """Keys and values for every cross-attention from image prompts; see `IPAdapters.rows`."""
         if self.ip_adapters is None:
             return ()
         what = "image_embeds are missing in added_cond_kwargs, which IP-Adapters need"
         require(given.image_embeds is not None, what)
         rows = self.ip_adapters.rows(given.image_embeds)
-        texts = given.encoder_hidden_states.shape[0]
-        alike = all(image.shape[0] == texts for image in rows)
-        require(alike, "it was given another number of image_embeds than of texts")
+        text = given.encoder_hidden_states
+        alike = text is not None and all(image.shape[0] == text.shape[0] for image in rows)
+        require(alike, "the numbers of image_embeds and texts differ")
         return rows
 
 
 def borrow_unet(module: Any, loan: Loan) -> UNet:
-    """Lend a UNet2DConditionModel's weights; raises Unsupported for what this runtime is not."""
+    """Borrow a UNet2DConditionModel's weights; raises Unsupported for other structures."""
     net, config = loan.open(module, "UNet2DConditionModel"), loan.config(module)
     require(net.time_embed_act is None, "an activation on the time embedding")
     require(not config.center_input_sample, "center_input_sample")
@@ -154,7 +160,7 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
     )
     require(
         getattr(net, "text_encoder_hid_proj", None) is None,
-        "a projection of the text beside IP-Adapters (Kolors)",
+        "a projection of the text together with IP-Adapters (Kolors)",
     )
     require(getattr(net, "position_net", None) is None, "GLIGEN")
     require(net.conv_norm_out is not None, "a U-Net without a norm before its output")
@@ -168,6 +174,24 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
         ups=ups,
         norm_out=loan.norm(net.conv_norm_out),
         conv_out=loan.conv(net.conv_out),
+    )
+    loan.seal()
+    return unet
+
+
+def borrow_picture_unet(module: Any, loan: Loan) -> UNet:
+    """Lend a UNet2DModel's weights; raises Unsupported for what this runtime is not."""
+    net, config = loan.open(module, "UNet2DModel"), loan.config(module)
+    require(not config.center_input_sample, "center_input_sample")
+    loan.silu(net.conv_act)
+    trunk, ups, _ = borrow_trunk(net, config, loan, loan.each(net.up_blocks), ALONE)
+    unet = UNet(
+        **trunk,
+        ip_adapters=None,
+        ups=ups,
+        norm_out=loan.norm(net.conv_norm_out),
+        conv_out=loan.conv(net.conv_out),
+        multiple=2 ** sum(stage.up is not None for stage in ups),
     )
     loan.seal()
     return unet

@@ -1,4 +1,4 @@
-"""Decoder and encoder of AutoencoderKL on borrowed weights."""
+"""AutoencoderKL's decoder and encoder, on borrowed weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,20 +36,19 @@ class Stage:
         return x if self.resample is None else self.resample(x)
 
     def resolved(self, x: Sum) -> Sum:
-        """The resnets alone."""
+        """The result of the resnets alone."""
         for resnet in self.resnets:
             x = resnet(x, None)
         return x
 
     @property
     def width(self) -> int:
-        """Numbers that the resnets need at once for a pixel: the input and its norm, the branch and
-        its norm."""
+        """Values that the resnets need at once per pixel: input and branch, each with its norm."""
         return max(2 * sum(resnet.conv1.weight.shape[:2]) for resnet in self.resnets)
 
     @property
     def enlarging(self) -> int:
-        """Numbers that a resampler up needs for a pixel: itself, enlarged and convolved."""
+        """Values that an upsampler needs per pixel: its input, enlarged and convolved."""
         return 0 if self.resample is None else 9 * self.resample.conv.weight.shape[0]
 
 
@@ -93,7 +92,8 @@ class Decoder:
         return channels_first(self.run(channels_last(sample)))
 
     def bytes(self, x: Tensor) -> int:
-        """What the pictures of one of the latents x [B, Y, X, C] take at once in `run`, at most."""
+        """The most bytes that intermediate pictures take at once in `run`, per latent of x [B, Y,
+        X, C]."""
         _, rows, columns, _ = x.shape
         most = 0
         for stage in self.stages:
@@ -103,13 +103,12 @@ class Decoder:
         return most
 
     def run_in_strips(self, x: Tensor, bytes: int) -> Tensor:
-        """`run`, one picture after the other, in strips where a picture would take more than
-        `bytes`.
+        """Run one picture after another, in strips if one would take more than `bytes`.
 
         Args:
             x: [B, Y, X, C], contiguous.
-            bytes: that the pictures may take at once, weights and result aside; the largest one of
-                the last level is always there.
+            bytes: what intermediate pictures may take at once, besides weights and result; the
+                largest one of the last level is always kept whole.
 
         Returns:
             [B, f·Y, f·X, 3], contiguous.
@@ -169,7 +168,7 @@ class Encoder:
 
 
 def borrow_decoder(module: Any, loan: Loan) -> Decoder:
-    """Lend the weights of an AutoencoderKL's decoder; raises Unsupported for other structures."""
+    """Borrow an AutoencoderKL decoder's weights; raises Unsupported for other structures."""
     net = loan.open(module, "Decoder")
     loan.silu(net.conv_act)
     blocks = loan.each(net.up_blocks)
@@ -185,7 +184,7 @@ def borrow_decoder(module: Any, loan: Loan) -> Decoder:
 
 
 def borrow_encoder(module: Any, loan: Loan) -> Encoder:
-    """Lend the weights of an AutoencoderKL's encoder; raises Unsupported for other structures."""
+    """Borrow an AutoencoderKL encoder's weights; raises Unsupported for other structures."""
     net = loan.open(module, "Encoder")
     loan.silu(net.conv_act)
     blocks = loan.each(net.down_blocks)

@@ -1,4 +1,4 @@
-"""Many "this is still the object it was" at once, asked before every step of a network."""
+"""Checks many "is this still the same object" conditions at once, before every step."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -13,22 +13,23 @@ Item = tuple[dict[str, Any], str, Any]
 """A dict, a key, and the value that must stay there; None also stands for a missing key."""
 
 _PROBE = 64
-"""Leading values of a tensor that are compared."""
+"""How many leading values of a tensor are compared."""
 
 _VERSION = operator.attrgetter("_version")
 
 
 class Unsupported(ValueError):
-    """A module that this runtime does not compute; the message says what about it."""
+    """The runtime does not compute this module or call; the message says why."""
 
 
 def kind(thing: Any) -> str:
-    """The name of its class, as of `class_name`: others reuse the names of torch and diffusers."""
+    """The name of the object's class, by `class_name`: others reuse torch's and diffusers'
+    names."""
     return class_name(type(thing))
 
 
 def class_name(cls: type) -> str:
-    """Its name, with its path unless it is torch's or diffusers'."""
+    """The class's name, with its path unless it is torch's or diffusers'."""
     path, name = cls.__module__, cls.__name__
     return name if path.split(".")[0] in ("torch", "diffusers") else f"{path}.{name}"
 
@@ -39,10 +40,10 @@ def watch(
     dicts: Iterable[dict[Any, Any]] = (),
     things: Iterable[Any] = (),
 ) -> Any:
-    """Note class, children and parameters of each module, and `items`.
+    """Watch the class, children and parameters of each module, and `items`.
 
     Args:
-        items: what else must stay so.
+        items: other values that must stay the same.
         dicts: further dicts that must keep their number of keys.
         things: other objects that must keep their class.
 
@@ -59,7 +60,7 @@ def watch(
 
 
 def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
-    """The dicts in which forward hooks would be; raises Unsupported where there is one."""
+    """The dicts that would hold forward hooks; raises Unsupported if there is a hook."""
     modules = list(modules)
     found: list[Any] = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
     if any(found) or any(replaced(module, "forward") for module in modules):
@@ -68,15 +69,16 @@ def hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
 
 
 def replaced(thing: Any, name: str) -> bool:
-    """Whether a function of its own stands for a method; removed hooks leave the class's behind."""
+    """Whether an attribute hides the class's method; a removed hook may leave that method
+    itself."""
     own = vars(thing).get(name)
     left = getattr(own, "__func__", None) is getattr(type(thing), name)
     return own is not None and not (left and getattr(own, "__self__", None) is thing)
 
 
 def version(tensor: Tensor) -> int | None:
-    """Grows with every edit in place that autograd can see; None where torch does not count them:
-    in what was made in inference mode, even where its memory no longer is."""
+    """A number that grows with every in-place edit that autograd sees. None if torch does not count
+    them: for tensors made in inference mode, even after they have got other memory."""
     try:
         return tensor._version
     except RuntimeError:
@@ -84,11 +86,11 @@ def version(tensor: Tensor) -> int | None:
 
 
 class Unwritten:
-    """Whether tensors are where they were and hold what they held.
+    """Checks whether tensors are where they were and hold what they held.
 
-    Address and version tell most writes; the first values are compared for those through `.data`,
-    which change neither: PEFT's hotswap and fuse write whole tensors so. (Less than a whole tensor
-    written through `.data` may go unseen.)
+    Address and version reveal most writes. Writes through `.data` change neither, so the first
+    values are compared, too: PEFT's hotswap and fuse write whole tensors that way. (A partial write
+    through `.data` may go unnoticed.)
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -97,13 +99,13 @@ class Unwritten:
         self._versioned = [tensor for tensor in self._tensors if version(tensor) is not None]
         self._versions = [tensor._version for tensor in self._versioned]
         firsts = [_first(tensor) for tensor in self._tensors]
-        # views keep the memory from being given to others
+        # the views keep the memory from being reused
         self._here = [f.view(torch.uint8).numpy().data for f in firsts if f.device.type == "cpu"]
         self._there = [first for first in firsts if first.device.type != "cpu"]
         self._values = self._read()
 
     def are(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether these are the very tensors."""
+        """Whether these are the same tensors."""
         return [*map(id, self._tensors)] == [*map(id, tensors)]
 
     def hold(self) -> bool:
@@ -114,28 +116,29 @@ class Unwritten:
         )
 
     def values_hold(self) -> bool:
-        """By the first values alone; waits for the device."""
+        """Compare only the first values; waits for the device."""
         (here, there), (before, then) = self._read(), self._values
         if here != before:
             return False
         if there is None or then is None:
             return True
-        return torch.equal(there.view(torch.uint8), then.view(torch.uint8))  # a NaN holds, too
+        # compares bytes, so that a NaN equals itself
+        return torch.equal(there.view(torch.uint8), then.view(torch.uint8))
 
     def _read(self) -> tuple[bytes, Tensor | None]:
-        # asked before every step: bytes.join takes 30 ns a tensor, torch.cat 400
+        # runs before every step: bytes.join takes 30 ns per tensor, torch.cat 400
         return b"".join(self._here), torch.cat(self._there) if self._there else None
 
 
 def _first(tensor: Tensor) -> Tensor:
-    """A view of the first values in a tensor's memory, which stays as long as the view."""
+    """A view of the first values in a tensor's memory, which it keeps alive."""
     count = min(_PROBE, tensor.numel())
-    # `data`, not `detach()`: views of what counts no versions fail
+    # `data`, not `detach()`: the latter fails for tensors without versions
     return tensor.data.as_strided((count,), (1,), tensor.storage_offset())
 
 
 class _SlowWatch:
-    """`fastdiff._C.Watch` where it was not built."""
+    """Replaces `fastdiff._C.Watch` if that was not built."""
 
     def __init__(self, items: list[Any], objects: list[Any], dicts: list[Any]) -> None:
         self._items, self._dicts = items, [(names, len(names)) for names in dicts]

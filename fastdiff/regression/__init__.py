@@ -1,1 +1,1 @@
-"""Two states of a project, compared: which is slower, by how much, and how sure that is."""
+"""Compares two states of a project: which is slower, by how much, and how certain that is."""

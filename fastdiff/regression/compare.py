@@ -1,4 +1,4 @@
-"""Two sides become lines with verdicts."""
+"""Compares two sides: each row and counter becomes a line with a verdict."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,30 +20,33 @@ from fastdiff.bench.stats import (
 )
 from fastdiff.regression.comparison import Comparison, Line, Verdict, within
 from fastdiff.regression.documents import Pair, Side, Timed
+from fastdiff.tables import plural
 
 FLOOR, APART_FLOOR = 0.03, 0.10
-"""The share by which states may differ and still be the same: measured in turn, and in runs of
-their own, between which a machine's speed wanders by more (see `bench.stats.between_runs`)."""
+"""The share by which states may differ and still count as the same: if they took turns, and if each
+had a run of its own, since a machine's speed varies more between runs
+(`bench.stats.between_runs`)."""
 
 MORE_IS_BETTER = ("occupancy", "load", "store", "generation")
 WRONG = "wrong results"
 FIRST, FIRST_FLOOR = " · first picture", 0.25
-"""The end of rows that are timed once a process, with preparing in it; and their own floor."""
+"""The suffix of rows timed once per process, including preparation; and the noise floor for
+them."""
 TOLERANCE = {PEAK: 0.01}
-"""By unit; every other counter is exact."""
+"""Tolerances by unit; all other counters are compared exactly."""
 OF_THE_GPU = (PEAK, "kernels")
-"""Units of counters that depend on the machine, too."""
+"""Units of counters that also depend on the machine."""
 MATTERS = (
     *("fastdiff._C", "python", "torch", "diffusers", "transformers", "triton", "numpy"),
     *("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13"),
 )
-"""Versions that change times or counts of one and the same code."""
+"""Packages whose versions change times or counts of unchanged code."""
 
 ORDER: tuple[Verdict, ...] = ("slower", "incomparable", "inconclusive", "faster", "same")
 
 
 def compare(pair: Pair, command: str, floor: float | None = None) -> Comparison:
-    """Every row and counter of both sides; `floor` as a share, None for what the kind needs."""
+    """Compare every row and counter; `floor`: as a share, None for the default of its kind."""
     if floor is None:
         floor = FLOOR if pair.taken_in_turn else APART_FLOOR
     machines = _different(pair.base.state.machine, pair.new.state.machine, _is_hardware)
@@ -66,23 +69,29 @@ def compare(pair: Pair, command: str, floor: float | None = None) -> Comparison:
         paired=pair.taken_in_turn,
         command=command,
         case=" / ".join(cases),
-        differences=(*other, *machines, *updates, *_silent(pair), *_undrawn(pair)),
+        differences=(
+            *other,
+            *machines,
+            *updates,
+            *_without_counters(pair),
+            *_without_drawing(pair),
+        ),
     )
 
 
 def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Ratio | None]:
-    """Lines of what was timed, and the geometric mean of what could be compared."""
+    """Lines for the times, and the geometric mean of those that can be compared."""
     base, new = pair.base.times, pair.new.times
     both = [name for name in base if name in new and base[name].times and new[name].times]
     lines = [
         replace(_timed(name, base.get(name), new.get(name)), note=why)
-        for name, why in _lonely(pair.base, pair.new, both)
+        for name, why in _one_sided(pair.base, pair.new, both)
     ]
     if apart:
         note = f"{apart[0]}; measure both on one machine, in turn (fastdiff compare)"
         return [*lines, *(replace(_timed(n, base[n], new[n]), note=note) for n in both)], None
     estimates = [_estimate(base[name], new[name], pair.taken_in_turn) for name in both]
-    unit = "process pairs" if pair.taken_in_turn else "rounds"
+    unit = "more process pair" if pair.taken_in_turn else "more round"
     floors = [max(floor, FIRST_FLOOR) if name.endswith(FIRST) else floor for name in both]
     for name, found in zip(both, judge(estimates, floors), strict=True):
         line = _timed(name, base[name], new[name])
@@ -90,7 +99,7 @@ def _times(pair: Pair, floor: float, apart: list[str]) -> tuple[list[Line], Rati
             replace(
                 line,
                 verdict=found.verdict,
-                note=_needs(found, unit),
+                note=_advice(found, unit),
                 ratio=found.ratio.median,
                 lo=found.ratio.lo,
                 hi=found.ratio.hi,
@@ -113,7 +122,8 @@ def _estimate(base: Timed, new: Timed, in_turn: bool) -> Estimate:
 
 
 def _geomean(pair: Pair, estimates: Mapping[str, Estimate]) -> Ratio | None:
-    """Of rows by name: pair by pair where they share process pairs, which shift all at once."""
+    """The geometric mean of rows by name; pair by pair if they share process pairs, which vary
+    together."""
     if not estimates:
         return None
     sides = (pair.base.times, pair.new.times)
@@ -138,9 +148,9 @@ def _middle_of_rows(rows: Iterable[Sequence[float]]) -> float:
 def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: bool) -> list[Line]:
     base, new = pair.base.counts, pair.new.counts
     lines = []
-    if undrawn := _undrawn(pair):
+    if undrawn := _without_drawing(pair):
         base, new = ({k: n for k, n in side.items() if n[1] not in DRAWN} for side in (base, new))
-        if pair.base.drawn:  # what was gated once is not let go in silence
+        if pair.base.drawn:  # a former gate must not disappear silently
             lines.append(
                 Line("drawn pictures", "count", "", None, None, "incomparable", undrawn[0])
             )
@@ -150,9 +160,9 @@ def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: boo
         line = _counted(name, base[name], new[name], apart)
         lines.append(replace(line, verdict="incomparable", note=apart[0]) if other_case else line)
     if base and not new:
-        note = "NEW counts nothing, though BASE does"
+        note = "NEW has no counters, but BASE does"
         return [Line("counters", "count", "", None, None, "incomparable", note)]
-    if _silent(pair):
+    if _without_counters(pair):
         return lines
     for name in [*base, *new]:
         if name not in both:
@@ -169,21 +179,21 @@ def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: boo
             )
             if (
                 not pair.taken_in_turn and not updates and not other_case
-            ):  # a baseline that is no longer one
-                note = f"only in {where}: if that is meant, count BASE again and commit it"
+            ):  # a counter of the baseline is gone
+                note = f"only in {where}: if this is intended, count BASE again and commit it"
                 line = replace(line, verdict="slower", note=note)
             lines.append(line)
     return lines
 
 
-def _silent(pair: Pair) -> list[str]:
-    """Whether one of two states is from before it could count anything."""
+def _without_counters(pair: Pair) -> list[str]:
+    """Whether one of the two states has no counters, as it is older than them."""
     silent = [name for name, side in (("BASE", pair.base), ("NEW", pair.new)) if not side.counts]
-    return [f"{silent[0]} counts nothing, so no counters are compared"] if len(silent) == 1 else []
+    return [f"{silent[0]} has no counters, so none are compared"] if len(silent) == 1 else []
 
 
-def _undrawn(pair: Pair) -> list[str]:
-    """Whether only one of two counts drew pictures, too: nobody asked for the other's rows."""
+def _without_drawing(pair: Pair) -> list[str]:
+    """Whether only one of two counts drew pictures, so that the other lacks their rows."""
     if None in (pair.base.drawn, pair.new.drawn) or pair.base.drawn == pair.new.drawn:
         return []
     has, lacks = ("BASE", "NEW") if pair.base.drawn else ("NEW", "BASE")
@@ -214,7 +224,7 @@ def _counted(name: str, base: Number, new: Number, updates: list[str]) -> Line:
 
 
 def _wrong(pair: Pair) -> list[Line]:
-    """A state that computes something else is a regression, however fast it is."""
+    """A state with wrong results is a regression, however fast it is."""
     lines = []
     for name in {**pair.base.wrong, **pair.new.wrong}:
         before, after = pair.base.wrong.get(name), pair.new.wrong.get(name)
@@ -232,8 +242,8 @@ def _wrong(pair: Pair) -> list[Line]:
     return lines
 
 
-def _lonely(base: Side, new: Side, both: list[str]) -> list[tuple[str, str]]:
-    """Rows that one state has no times of, and why."""
+def _one_sided(base: Side, new: Side, both: list[str]) -> list[tuple[str, str]]:
+    """Rows for which one state has no times, and why."""
     known = set(both)
     found = []
     for name in {**base.times, **new.times}:
@@ -245,7 +255,7 @@ def _lonely(base: Side, new: Side, both: list[str]) -> list[tuple[str, str]]:
 
 
 def _timed(name: str, base: Timed | None, new: Timed | None) -> Line:
-    """A line of times, as yet not compared."""
+    """A line of times, not compared yet."""
     before, after = (() if side is None else side.times for side in (base, new))
     return Line(
         name=name,
@@ -264,10 +274,10 @@ def _middle(times: tuple[tuple[float, ...], ...]) -> float | None:
     return float(np.median(samples)) if samples else None
 
 
-def _needs(found: Judged, unit: str) -> str:
+def _advice(found: Judged, unit: str) -> str:
     if found.verdict != "inconclusive":
         return ""
-    return f"about {found.missing} more {unit} would tell"
+    return f"about {plural(found.missing, unit)} would settle it"
 
 
 def _value(number: Number | None) -> float | None:
@@ -275,7 +285,7 @@ def _value(number: Number | None) -> float | None:
 
 
 def _is_hardware(key: str) -> bool:
-    return key != "memory_bytes"  # a virtual machine's is another after each start
+    return key != "memory_bytes"  # a virtual machine's memory differs after each start
 
 
 def _different(

@@ -1,4 +1,4 @@
-"""Files that can be compared, read into one form: `Side`s. Anything else is refused by a sentence.
+"""Reads files that can be compared into `Side`s; refuses any other with one sentence.
 
 `fastdiff.paired/1` (fastdiff compare) holds both states; `fastdiff.bench/1`, `fastdiff.counts/1`,
 `fastdiff.static/1` and pytest-benchmark's JSON hold one each.
@@ -30,17 +30,17 @@ class Timed(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """What one state was measured to be."""
+    """The measurements of one state."""
 
     state: State
     case: str = ""
-    """What was measured, as all row names would begin."""
+    """What was measured, which is not repeated in row names."""
     times: dict[str, Timed] = field(default_factory=dict)
     counts: dict[str, Number] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
-    """Rows that computed something else, and what; they have no times."""
+    """Rows with wrong results, and how they are wrong; they have no times."""
     drawn: bool | None = None
-    """Whether pictures were drawn to count; None where that is not a choice."""
+    """Whether counting drew pictures; None if that is not an option."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Pair:
 
 
 def read_pair(base: Path, new: Path | None) -> Pair:
-    """Two files of a state each, or one file of both."""
+    """Read two files of one state each, or one file of both."""
     document = load(base)
     if document.get("schema") == PAIRED:
         if new is not None:
-            raise UserError(f"{base} holds both states; give it alone")
+            raise UserError(f"{base} holds both states; give no second file")
         return checked(base, lambda: pair_of(document))
     before = read(base)
     if new is None:
@@ -64,15 +64,15 @@ def read_pair(base: Path, new: Path | None) -> Pair:
 
 
 def read(path: Path) -> Side:
-    """The one state that a file holds."""
+    """The single state in a file."""
     document = load(path)
     schema = document.get("schema")
     if schema == PAIRED:
-        raise UserError(f"{path} holds both states; give it alone")
+        raise UserError(f"{path} holds both states; give no second file")
     foreign = "benchmarks" in document and "machine_info" in document
     reader = _pytest_benchmark if foreign else _READERS.get(str(schema))
     if document.get("incomplete"):
-        raise UserError(f"{path} is incomplete: its run goes on or was ended; measure again")
+        raise UserError(f"{path} is incomplete: its run is still going or was ended; measure again")
     if reader is not None:
         return checked(path, lambda: reader(path.name, document))
     names = ", ".join([PAIRED, *_READERS])
@@ -89,7 +89,7 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        what = "is empty" if path.stat().st_size == 0 else f"is no JSON ({error})"
+        what = "is empty" if path.stat().st_size == 0 else f"is not JSON ({error})"
         raise UserError(f"{path} {what}; measure again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -97,7 +97,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def checked(path: Path, build: Callable[[], T]) -> T:
-    """Whatever is missing in a damaged document, or of another type, as one sentence."""
+    """Build from a document; if parts are missing or of a wrong type, raise one sentence."""
     try:
         return build()
     except UserError as error:
@@ -108,7 +108,7 @@ def checked(path: Path, build: Callable[[], T]) -> T:
 
 
 def pair_of(document: dict[str, Any]) -> Pair:
-    """Both states of a `fastdiff.paired/1` document."""
+    """Both states in a `fastdiff.paired/1` document."""
     states, sides = document["states"], []
     for row in document["times"]:
         before, after = ([len(process) for process in row[side]] for side in ("base", "new"))
@@ -129,7 +129,7 @@ def pair_of(document: dict[str, Any]) -> Pair:
             name: (number(name, value), str(unit))
             for name, (value, unit) in document["counts"][side].items()
         }
-        for name in document["rows"][side]:  # what this state can run, though the other cannot
+        for name in document["rows"][side]:  # rows that only this state can run
             times.setdefault(name, Timed(()))
         wrong = {name: str(why) for name, why in document["wrong"][side].items()}
         sides.append(Side(state, str(document["case"]), times, counts, wrong))
@@ -138,7 +138,7 @@ def pair_of(document: dict[str, Any]) -> Pair:
 
 
 def _bench(name: str, document: dict[str, Any]) -> Side:
-    """Every backend against eager of the same run, which knows how fast that hour's machine was."""
+    """Every backend relative to eager in the same run, which cancels the machine's speed."""
     times, counts, wrong = {}, {}, {}
     rows = document["rows"]
     eager = next((row for row in rows if row["backend"] == "eager"), None)
@@ -165,7 +165,7 @@ def _counts(name: str, document: dict[str, Any]) -> Side:
     counts = {
         f"{row['backend']} · {title}": (number(title, value), unit)
         for row in document["rows"]
-        if row["backend"] != "eager"  # what diffusers and torch do is not ours to answer for
+        if row["backend"] != "eager"  # eager is diffusers' and torch's work, not ours
         for title, (value, unit) in numbers(row).items()
     }
     drawn = any(row.get("drawn") for row in document["rows"])
@@ -188,11 +188,11 @@ def _static(name: str, document: dict[str, Any]) -> Side:
 
 
 OF_A_CASE = ("device", "dtype", "scale", "steps")
-"""What our suites' extra_info tells two measurements of one name apart by."""
+"""Keys of our suites' extra_info that distinguish two measurements of one name."""
 
 
 def _pytest_benchmark(name: str, document: dict[str, Any]) -> Side:
-    """Its times are in seconds; without the single samples, its median stands for them."""
+    """Times are in seconds; without single samples, the median is the only one."""
     machine = document["machine_info"]
     times = {}
     for row in document["benchmarks"]:
@@ -201,7 +201,7 @@ def _pytest_benchmark(name: str, document: dict[str, Any]) -> Side:
         times[row["fullname"]] = Timed(
             _times(row["fullname"], [[1e3 * number(row["name"], value) for value in samples]])
         )
-    ours = machine.get("fastdiff")  # what our own suites add to it
+    ours = machine.get("fastdiff")  # added by our own suites
     case = ""
     if ours:
         hardware, versions, commit = ours["machine"], ours["versions"], ours["commit"]
@@ -216,7 +216,7 @@ def _pytest_benchmark(name: str, document: dict[str, Any]) -> Side:
 
 
 def _hardware(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Of pytest-benchmark's machine_info what may not differ between two runs."""
+    """The parts of pytest-benchmark's machine_info that must not differ between two runs."""
     cpu = machine.get("cpu") or {}
     return {
         "node": machine.get("node"),
@@ -246,12 +246,12 @@ def _times(name: str, processes: Any) -> Times:
 
 
 def number(name: str, value: Any, least: float = -math.inf) -> float:
-    """`value` if it is one that can have been measured. UserError for any other."""
+    """`value`, if it can be a measurement. UserError for any other."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise UserError(f"{name} has {value!r} where a number is expected; measure again")
     if not math.isfinite(value) or value < least:
         raise UserError(
-            f"{name} has a sample of {value}, which no measurement gives; measure again"
+            f"{name} has a sample of {value}, which cannot be a measurement; measure again"
         )
     return value
 

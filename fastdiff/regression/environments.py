@@ -1,4 +1,4 @@
-"""An environment of its own for a state, above what is installed here."""
+"""A virtual environment for a state, layered above the packages installed here."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from pathlib import Path
 from fastdiff.errors import UserError
 
 BENEATH = "beneath.pth"
-"""What shows an environment the packages that are installed here."""
+"""The file that makes the packages installed here visible in an environment."""
 
 
 def install(name: str, source: Path, folder: Path) -> None:
-    """A virtual environment in `folder` with `source` installed: a wheel, or a project and what its
-    requirements.txt asks for. Without any of them it is what is installed here."""
+    """Make a virtual environment in `folder` with `source` installed: a wheel, or a project and its
+    requirements.txt. Without any of these it has only the packages installed here."""
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     lay_beneath(packages_of(folder))
     if source.is_file() or _is_project(source):
         report = folder / "report.json"
-        # Over what is installed here under the same name, without touching what it depends on …
+        # first over the package of the same name that is installed here, leaving its dependencies …
         _pip(name, folder, source, "--no-deps", "--ignore-installed", "--report", report, source)
         installed = json.loads(report.read_text())["install"][0]["metadata"]
         needs = [need for need in installed.get("requires_dist", []) if "extra ==" not in need]
-        if needs:  # … and then that, where its own versions are asked for
+        if needs:  # … and then those dependencies, in the versions it requires
             _pip(name, folder, source, *needs)
     if (source / "requirements.txt").is_file():
         _pip(name, folder, source, "--requirement", source / "requirements.txt")
@@ -40,7 +40,7 @@ def packages_of(folder: Path) -> Path:
 
 
 def _is_project(source: Path) -> bool:
-    """Whether a folder can be installed; a pyproject.toml may hold a linter's settings alone."""
+    """Whether a folder can be installed; a pyproject.toml may only configure a linter."""
     if (source / "setup.py").is_file():
         return True
     try:
@@ -48,15 +48,16 @@ def _is_project(source: Path) -> bool:
     except FileNotFoundError:
         return False
     except ValueError as error:
-        raise UserError(f"{source.name}/pyproject.toml is no TOML: {error}") from error
+        raise UserError(f"{source.name}/pyproject.toml is not TOML: {error}") from error
     return "project" in tables or "build-system" in tables
 
 
 def lay_beneath(packages: Path) -> None:
-    """Show an environment what is installed here, editable projects too; not those of its own.
+    """Make the packages installed here visible in an environment, including editable projects,
+    except projects that it has itself.
 
-    An editable project is a .pth file, which Python reads in the folders of an environment, but
-    not in those that another .pth file names: so their lines are said again.
+    An editable project is a .pth file. Python reads .pth files in an environment's own folders, but
+    not in folders that another .pth file names, so their lines are repeated.
     """
     own = {d.name for d in metadata.distributions(path=[str(packages)])}
     hidden = {
@@ -70,7 +71,7 @@ def lay_beneath(packages: Path) -> None:
     for folder in map(Path, _site_packages()):
         lines.append(str(folder))
         for pth in sorted(set(folder.glob("*.pth")) - hidden):
-            if pth.name != BENEATH:  # this interpreter is a state's itself: see its own folders
+            if pth.name != BENEATH:  # the folders named there are in _site_packages() already
                 for line in filter(None, pth.read_text().splitlines()):
                     is_code = line.startswith(("import ", "import\t"))
                     lines.append(line if is_code else str(folder / line))
@@ -78,7 +79,7 @@ def lay_beneath(packages: Path) -> None:
 
 
 def _pip(name: str, folder: Path, source: Path, *arguments: object) -> None:
-    """Install; a path within requirements is the state's own."""
+    """Install; relative paths in requirements are the state's own."""
     if find_spec("pip") is None:
         raise UserError("--against needs pip to make the other environment; install it here first")
     python = folder / "venv/bin/python"
@@ -96,26 +97,26 @@ def _pip(name: str, folder: Path, source: Path, *arguments: object) -> None:
         log.write_text(done.stdout + done.stderr)
         raise UserError(
             f"--against {name} does not install: {_first_error(done.stdout + done.stderr)}"
-            f" (all that pip said: {log})"
+            f" (pip's full output: {log})"
         )
 
 
 def _first_error(output: str) -> str:
-    """The first line that names an error in words, not only that there was one."""
+    """The first line that describes an error, not only says that there was one."""
     lines = (line.strip(" |") for line in output.splitlines())
     errors = [line for line in lines if re.search(r"error: \S+ \S", line, re.I)]
     return (errors or output.strip().splitlines()[-1:] or ["pip did not say why"])[0]
 
 
 def beneath() -> str:
-    """What an environment depends on beside its own source: this interpreter and its packages."""
+    """What an environment depends on besides its source: this interpreter and its packages."""
     installed = sorted(f"{d.name} {d.version}" for d in metadata.distributions())
     tools = [os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CMAKE_ARGS")]
     return "\n".join([sys.version, platform.platform(), *tools, *_site_packages(), *installed])
 
 
 def _site_packages() -> list[str]:
-    """The folders of this interpreter's packages, in its own order."""
+    """The folders of this interpreter's packages, in its order."""
     found = dict.fromkeys(
         path for path in sys.path if path.endswith(("site-packages", "dist-packages"))
     )

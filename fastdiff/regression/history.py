@@ -1,6 +1,6 @@
-"""What was measured over the commits: the result files that lie in the repository, in order.
+"""Speeds over the commits, from the result files in the repository.
 
-Only ratios to eager in the same run are taken, and each machine is a folder and a series of its
+Only ratios to eager in the same run are used, and each machine has a folder and a series of its
 own: nothing absolute is compared across machines.
 """
 
@@ -16,7 +16,8 @@ from typing import Any
 
 from fastdiff.errors import UserError
 
-SCHEMA = "fastdiff.bench/1"  # bench.results' own; importing that takes torch and three seconds
+# bench.results has it, but importing that takes torch and three seconds
+SCHEMA = "fastdiff.bench/1"
 BASELINE = "eager"
 
 
@@ -30,20 +31,20 @@ class Point:
     """The series: case · backend."""
     commit: str | None
     created: str
-    """UTC, ISO 8601: when it was measured, else when its commit was made."""
+    """UTC, ISO 8601: the time of measurement, or else of its commit."""
     value: float
-    """Times as fast as eager in the same run."""
+    """How many times as fast as eager in the same run."""
     lo: float
     hi: float
 
 
 def read(folder: Path) -> list[Point]:
-    """All points of `folder`/MACHINE/*.json, oldest first; files of other schemas are left out.
+    """All points in `folder`/MACHINE/*.json, oldest first; files of other schemas are ignored.
 
-    UserError for what is no folder, and for a file that is no JSON or not what its schema says.
+    UserError if `folder` is not a folder, or a file is not JSON or does not match its schema.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give one that holds MACHINE/*.json")
+        raise UserError(f"{folder} is not a folder; give one that holds MACHINE/*.json")
     points = [point for path in sorted(folder.glob("*/*.json")) for point in _points(path)]
     return sorted(points, key=lambda point: (point.created, point.machine, point.name))
 
@@ -86,9 +87,9 @@ def _ratio(ratio: dict[str, Any]) -> dict[str, float]:
 
 @cache
 def _date(folder: Path, commit: object) -> str | None:
-    """When a commit was made; None where git does not know it."""
+    """The time of a commit; None if git does not know it."""
     name = str(commit).removesuffix("-dirty")
-    if not re.fullmatch("[0-9a-f]{4,40}", name):  # another word could be an option of git's
+    if not re.fullmatch("[0-9a-f]{4,40}", name):  # any other word could be an option of git
         return None
     command = ["git", "-C", str(folder), "show", "-s", "--format=%cI", name]
     try:
@@ -103,7 +104,7 @@ def _modified(path: Path) -> str:
 
 
 def _utc(text: object) -> str | None:
-    """One zone for all, so that texts sort as times do."""
+    """Converted to UTC, so that the texts sort by time."""
     try:
         return datetime.fromisoformat(str(text)).astimezone(UTC).isoformat()
     except ValueError:

@@ -13,7 +13,7 @@ from fastdiff.regression.states import Place
 def document(
     done: Race, places: dict[str, Place], case: str, threads: int, command: str
 ) -> dict[str, Any]:
-    """Everything that a report needs, raw samples included. `places` by side: base, new."""
+    """Everything that a report needs, including raw samples. `places`: by side, base and new."""
     return {
         "schema": PAIRED,
         "case": case,

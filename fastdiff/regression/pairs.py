@@ -1,4 +1,4 @@
-"""Both states in turn: process pairs, started and asked in random order, until it is precise."""
+"""Times both states in process pairs, in random order, until the result is precise enough."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from fastdiff.regression.comparison import within
 from fastdiff.regression.states import Place
 
 PAIR_S = 1.2
-"""Seconds of timing that a process pair is worth, beside the second or so that it takes to start:
-what speed a process has by chance is not averaged out by timing it for longer."""
+"""Seconds of timing per process pair, besides the second or so to start it. A process has a random
+speed of its own, so timing one for longer does not help."""
 GATES = ("times", "counters")
 LEAST_ROUNDS, MOST_ROUNDS = 3, 60
 
@@ -32,14 +32,14 @@ Samples = dict[str, tuple[list[list[float]], list[list[float]]]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What both states are asked to run."""
+    """What both states run."""
 
     suite: str
     device: str
     dtype: str
     threads: int
     steps: int = 10
-    """Of a picture: encoding its prompt is then a tenth of the time."""
+    """Per picture, so that encoding the prompt is a tenth of the time."""
     height: int | None = None
     width: int | None = None
     backends: tuple[str, ...] = ()
@@ -49,16 +49,18 @@ class Settings:
     filter: str = ""
 
     def of(self, place: Place) -> dict[str, Any]:
-        """As a worker reads them; a relative folder is the state's own."""
+        """The settings for a state's worker; a relative folder is the state's own."""
         folder = self.folder and str(place.root / self.folder)
         return vars(self) | {"folder": folder, "packages": ("fastdiff", *PACKAGES)}
 
 
 @dataclass(frozen=True)
 class Until:
-    """When to stop: after `pairs`, or once every interval is this narrow; at most after `limit_s`.
+    """When to stop: after `pairs`, or once every interval is narrow enough; at most after
+    `limit_s`.
 
-    Never by what the intervals say: who looks again and again until a change shows will see one.
+    Whether a change has shown never counts: stopping at the first significant result gives false
+    positives.
     """
 
     pairs: int | None = None
@@ -66,7 +68,7 @@ class Until:
     limit_s: float = 60.0
 
     def share(self, pairs: int, seconds: float) -> float:
-        """How much of the most that it may take is done, 0 to 1."""
+        """The share of the longest possible run that is done, 0 to 1."""
         return min(1.0, pairs / self.pairs if self.pairs else seconds / self.limit_s)
 
     def reached(self, estimates: Sequence[Estimate], pairs: int) -> bool:
@@ -76,24 +78,24 @@ class Until:
 
 
 def half_width(estimate: Estimate) -> float:
-    """Of the interval of one row by itself, as a logarithm."""
+    """Half the width of a single row's interval, as a logarithm."""
     lo, hi = estimate.interval(1 - CONFIDENCE)
     return (hi - lo) / 2
 
 
 @dataclass
 class Race:
-    """What the pairs have given so far."""
+    """The results of the pairs so far."""
 
     times: Samples = field(default_factory=dict)
     counts: dict[str, dict[str, tuple[float, str]]] = field(default_factory=dict)
     """By side, "base" or "new": name -> value, unit."""
     once: Samples = field(default_factory=dict)
-    """Likewise, what is timed once a process."""
+    """The same for rows that are timed once per process."""
     wrong: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By side: rows whose results are not right, and why. They are not timed."""
+    """By side: rows with wrong results, and why. They are not timed."""
     rows: dict[str, list[str]] = field(default_factory=dict)
-    """By side: what it can time."""
+    """By side: the rows that it can time."""
     versions: dict[str, dict[str, str | None]] = field(default_factory=dict)
     pairs: int = 0
     seconds: float = 0.0
@@ -103,7 +105,7 @@ class Race:
 
 
 class Worker:
-    """A state's process, which forks a fresh one for every pair."""
+    """A state's process, which forks a new one for every pair."""
 
     def __init__(self, place: Place, settings: Settings, log: Path) -> None:
         self.place, self._log = place, log
@@ -111,8 +113,8 @@ class Worker:
             raise UserError(f"{place.name} has no folder {place.root.name} to run in")
         variables = place.environment() | {
             "PYTHONUNBUFFERED": "1",
-            "PYTHONHASHSEED": "0",  # the order of sets, the same for both
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # is there a GPU? without starting CUDA
+            "PYTHONHASHSEED": "0",  # the same order of sets for both
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # detects a GPU without starting CUDA
             "TRANSFORMERS_VERBOSITY": "error",
             "DIFFUSERS_VERBOSITY": "error",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -128,7 +130,7 @@ class Worker:
                 cwd=place.root,
                 env=variables,
                 text=True,
-                start_new_session=True,  # so that its forks end with it
+                start_new_session=True,  # its forks end with it
             )
         self._send(settings.of(place))
 
@@ -151,13 +153,13 @@ class Worker:
 
     def _send(self, value: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer that does not come says why
+        with suppress(BrokenPipeError):  # the missing answer says why
             self._process.stdin.write(json.dumps(value) + "\n")
             self._process.stdin.flush()
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "its process ended without a word"
+        return lines[-1] if lines else "its process ended without a message"
 
 
 def race(
@@ -168,11 +170,11 @@ def race(
     show: Callable[..., object],
     gates: Collection[str] = GATES,
 ) -> Race:
-    """Check both states, count what does not jitter, time them in turn: what `gates` names.
+    """Check both states, count what does not vary, and time them in turn; `gates` selects these.
 
-    `show(line, share)` hears how far it is.
+    `show(line, share)` receives progress.
 
-    Raises UserError where a state cannot run what it is asked to.
+    Raises UserError if a state cannot run the settings.
     """
     done, order = Race(), random.Random(0)
     with _workers(base, new, settings) as workers:
@@ -204,7 +206,7 @@ def race(
 
 
 def _pair(done: Race, workers: dict[str, Worker], order: random.Random) -> None:
-    """A fresh process of each state, in turn for some rounds."""
+    """Time a new process of each state, in turn, for some rounds."""
     names, groups, started = list(workers), {}, {}
     for side in order.sample(names, 2):
         started[side] = workers[side].ask("start")
@@ -239,7 +241,7 @@ def _pair(done: Race, workers: dict[str, Worker], order: random.Random) -> None:
 
 
 def _progress(done: Race, estimates: Sequence[Estimate]) -> str:
-    """How far it is, and the widest interval as it narrows."""
+    """The progress, with the widest interval so far."""
     line = f"pair {done.pairs}"
     if done.pairs > 1 and estimates:
         row, widest = max(

@@ -1,4 +1,4 @@
-"""Files with a place under a roofline: `fastdiff.roofline/1` and what `pytest benchmarks` has."""
+"""Reads rooflines from `fastdiff.roofline/1` files and from `pytest benchmarks`."""
 
 from pathlib import Path
 from statistics import median
@@ -19,11 +19,11 @@ def read(path: Path) -> Roofline:
         return checked(path, lambda: _blocks(document))
     if "benchmarks" in document:
         return checked(path, lambda: _suite(document))
-    raise UserError(f"{path} has no place under a roofline; give what fastdiff roofline wrote")
+    raise UserError(f"{path} holds no roofline; give a file that fastdiff roofline wrote")
 
 
 def _blocks(document: dict[str, Any]) -> Roofline:
-    # rates that have been reported were once called measured
+    # in older files reported rates are called measured
     facts = {name.replace("measured_", "reported_"): of for name, of in document["gpu"].items()}
     points = tuple(_point(row["block"], row, row["measured_ms"]) for row in document["rows"])
     gpu = Gpu(**facts)
@@ -35,7 +35,7 @@ def _suite(document: dict[str, Any]) -> Roofline:
     facts = rows[0]["extra_info"] if rows else {}
     gpu = gpu_called(facts["gpu"]["name"]) if facts.get("gpu") else None
     if gpu is None:
-        raise UserError("its kernels ran on nothing whose rates are known; measure on a GPU")
+        raise UserError("its kernels ran on a device of unknown rates; measure on a GPU")
     points = tuple(
         _point(
             row["name"],

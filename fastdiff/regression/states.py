@@ -1,8 +1,8 @@
-"""The states that are compared: what runs here, and another revision, folder or wheel.
+"""The states to compare: the one here, and another revision, folder or wheel.
 
-Another state gets an environment of its own: what is installed here lies beneath it, so that torch
-is not downloaded again; what the state asks for otherwise is installed above. Environments are
-kept by what they were made of; a second comparison with the same revision builds nothing.
+The other state gets an environment layered above the packages installed here, so that torch is not
+downloaded again; only what the state requires in another version is installed. Environments are
+cached by their contents, so a second comparison with the same revision builds nothing.
 """
 
 import fcntl
@@ -22,12 +22,12 @@ from fastdiff.errors import UserError
 from fastdiff.regression.environments import beneath, install, lay_beneath, packages_of
 
 KEPT = 8
-"""Environments in the cache; the ones unused for longest go."""
+"""Environments in the cache; the least recently used are removed."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A state that can be run: its interpreter, and the folder in which its files lie."""
+    """A state that can be run: its interpreter, and the folder with its files."""
 
     name: str
     python: Path
@@ -35,7 +35,8 @@ class Place:
     commit: str | None
 
     def environment(self) -> dict[str, str]:
-        """Variables of its processes; PYTHONPATH without what lies in the other's folder."""
+        """The environment variables of its processes; PYTHONPATH without the other state's
+        folder."""
         variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         if self.python != here_python() and "PYTHONPATH" in variables:
             paths = variables["PYTHONPATH"].split(os.pathsep)
@@ -49,19 +50,19 @@ def here_python() -> Path:
 
 
 def here(root: Path) -> Place:
-    """What is installed and lies in `root` now, edited or not."""
+    """What is installed and in `root` now, edited or not."""
     return Place("here", here_python(), root, _git(root, "describe", "--always", "--dirty"))
 
 
 def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
-    """The state that `against` names: a wheel, a folder, else a revision of the repository `root`.
+    """The state that `against` names: a wheel, a folder, or a revision of the repository `root`.
 
-    Raises UserError where it names nothing, or what it names does not install.
+    Raises UserError if it names none of these, or if that does not install.
     """
     path = Path(against)
     if path.suffix == ".whl" and path.is_file():
         key = hashlib.sha256(path.read_bytes()).hexdigest()
-        return _kept(path.name, None, key, log, lambda _: path.resolve(), root)
+        return _cached(path.name, None, key, log, lambda _: path.resolve(), root)
     sha = _git(root, "rev-parse", "--verify", "--quiet", f"{against}^{{commit}}")
     if path.is_dir() and sha:
         raise UserError(
@@ -70,10 +71,10 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
     if path.is_dir():
         source = path.resolve()
         commit = _git(source, "describe", "--always", "--dirty")
-        return _kept(against, commit, _content(source), log, lambda to: _copy(source, to), source)
+        return _cached(against, commit, _content(source), log, lambda to: _copy(source, to), source)
     if sha is None:
         raise UserError(
-            f"--against {against} is no folder, no wheel and no revision of {root.name}; "
+            f"--against {against} is not a folder, wheel or revision of {root.name}; "
             "give one of these (a shallow clone has only its newest revision: fetch more)"
         )
     top = Path(_git(root, "rev-parse", "--show-toplevel") or root)
@@ -82,16 +83,16 @@ def other(against: str, root: Path, log: Callable[[str], object]) -> Place:
     def bring(folder: Path) -> Path:
         return _worktree(top, sha, folder) / inside
 
-    return _kept(against, sha[:7], f"{sha} {inside}", log, bring, None)
+    return _cached(against, sha[:7], f"{sha} {inside}", log, bring, None)
 
 
 def cache() -> Path:
-    """Where environments are kept."""
+    """The folder of cached environments."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fastdiff" / "states"
 
 
-def _kept(
+def _cached(
     name: str,
     commit: str | None,
     content: str,
@@ -99,9 +100,9 @@ def _kept(
     fetch: Callable[[Path], Path],
     root: Path | None,
 ) -> Place:
-    """The environment for `content`, made where it is not there: `fetch` brings its source.
+    """The environment for `content`, made if it is missing; `fetch` provides its source.
 
-    root: where the state's files lie, if not in what was brought.
+    root: where the state's files are, if not in that source.
     """
     key = hashlib.sha256(f"{content} {beneath()}".encode()).hexdigest()[:16]
     folder = cache() / key
@@ -109,9 +110,9 @@ def _kept(
     ready = folder / "ready.json"
     if _hold(folder, ready):
         if not ready.is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
             folder.mkdir()
-            log(f"{name}: making its environment, once")
+            log(f"{name}: making its environment (only once)")
             try:
                 source = fetch(folder / "tree")
                 if not source.exists():
@@ -122,7 +123,7 @@ def _kept(
                 raise
             ready.write_text(json.dumps({"source": str(source)}))
         ready.touch()
-        lay_beneath(packages_of(folder))  # an editable project may lie elsewhere now
+        lay_beneath(packages_of(folder))  # an editable project may have moved
         fcntl.flock(_HELD[folder], fcntl.LOCK_SH)
     _forget_oldest(folder)
     source = Path(json.loads(ready.read_text())["source"])
@@ -130,18 +131,18 @@ def _kept(
 
 
 _HELD: dict[Path, IO[str]] = {}
-"""Locks of the environments that this process uses, until it ends: nobody takes them away."""
+"""Locks on the environments that this process uses, held until it ends so that none is removed."""
 
 
 def _hold(folder: Path, ready: Path) -> bool:
-    """Lock an environment: alone, to make it (True); or shared with others who use it (False)."""
+    """Lock an environment: exclusively, to make it (True), or shared, to use it (False)."""
     handle = _HELD.setdefault(folder, folder.with_suffix(".lock").open("w"))
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            fcntl.flock(handle, fcntl.LOCK_SH)  # waits for whoever makes it
+            fcntl.flock(handle, fcntl.LOCK_SH)  # waits until another process has made it
             if ready.is_file():
                 return False
             fcntl.flock(handle, fcntl.LOCK_UN)
@@ -168,7 +169,7 @@ def _worktree(top: Path, sha: str, folder: Path) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Names of a folder's files, without what git ignores."""
+    """The names of a folder's files, without those that git ignores."""
     listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".")
     names = (
         map(Path, listed.split("\0"))
@@ -188,8 +189,8 @@ def _content(folder: Path) -> str:
 
 
 def _copy(source: Path, to: Path) -> Path:
-    """A folder's files once more, for what builds them to leave its own beside them. Weights, which
-    are large, are linked where the disk allows it."""
+    """Copy a folder's files, so that a build leaves its results beside the copy. Weights, which are
+    large, are linked if the disk allows it."""
     to.mkdir()
     for name in _files(source):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -197,12 +198,12 @@ def _copy(source: Path, to: Path) -> Path:
             with suppress(OSError):
                 os.link(source / name, to / name)
                 continue
-        shutil.copy2(source / name, to / name)  # a build may write into what it is given
+        shutil.copy2(source / name, to / name)  # a build may write into its sources
     return to
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or None where it fails: no repository, no such revision, no git."""
+    """What git prints; None if it fails: no repository, no such revision, no git."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
@@ -213,19 +214,19 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _forget_oldest(current: Path) -> None:
-    """But for those that someone is using."""
-    made = {ready: _touched(ready) for ready in cache().glob("*/ready.json")}
+    """Remove the least recently used environments, except those in use."""
+    made = {ready: _last_used(ready) for ready in cache().glob("*/ready.json")}
     for ready in sorted(made, key=lambda ready: made[ready])[:-KEPT]:
         folder = ready.parent
         with folder.with_suffix(".lock").open("w") as handle, suppress(OSError):
             if folder != current:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ready.unlink()  # first: what is left of an interrupted removal is no environment
+                ready.unlink()  # first, so that an interrupted removal leaves no valid environment
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _touched(file: Path) -> float:
+def _last_used(file: Path) -> float:
     try:
         return file.stat().st_mtime
-    except FileNotFoundError:  # another run has just forgotten it
+    except FileNotFoundError:  # another run has just removed it
         return 0.0

@@ -1,17 +1,17 @@
 """Runs in the interpreter of either state and times what it is told to: `python -P worker.py`.
 
-This file is the driver's, not the state's. Of the state it imports what users import and what
-`bench` has had since its first release. A line of JSON comes in, a line of JSON goes out:
+This file is the driver's, not the state's. From the state it imports only what users import and
+what `bench` has had since its first release. It reads a line of JSON and answers with one:
 
     {"suite": …, …}           the settings, once         -> {"versions": …}
-    {"do": "start"}           a fresh process, forked    -> {"groups": [[row, …], …], …}
+    {"do": "start"}           fork a new process         -> {"groups": [[row, …], …], …}
     {"do": "run", "group": i} time the group's rows      -> {"ms": {row: milliseconds}}
-    {"do": "check"}           is it the right picture?   -> {"wrong": {row: why}}
-    {"do": "count"}           what does not jitter       -> {"counts": {name: [value, unit]}}
-    {"do": "stop"}            that process ends          -> {}
+    {"do": "check"}           are the results right?     -> {"wrong": {row: why}}
+    {"do": "count"}           count what does not vary   -> {"counts": {name: [value, unit]}}
+    {"do": "stop"}            end that process           -> {}
 
-Everything is imported before the first fork, so that a fresh process costs its own preparation, not
-its imports. Nothing is computed before it: neither CUDA nor a pool of threads survives a fork.
+Everything is imported before the first fork, so that a new process only pays for its preparation.
+Nothing is computed before it, since neither CUDA nor a thread pool survives a fork.
 """
 
 import gc
@@ -25,17 +25,17 @@ from typing import Any
 
 GUIDANCE_SCALE, PROMPT = 4.0, "red heart"
 CHECKED_STEPS = 2
-"""Of the picture that is held to float64; its last step is the one that is looked at closely."""
+"""Steps of the picture that is compared with float64; its last step is checked separately, too."""
 
 
 def denoiser(pipe: Any) -> Any:
     """The network that a pipeline's loop repeats."""
-    # not fastdiff.recipes: a state may be older than that, or without fastdiff
+    # without fastdiff.recipes: a state may be older than that, or have no fastdiff
     return getattr(pipe, "transformer", None) or pipe.unet
 
 
 class Pipelines:
-    """Pictures by each backend: a step up to the latents, decoding them, and preparing it all."""
+    """Pictures by each backend: steps up to the latents, decoding, and the preparation."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
@@ -47,7 +47,7 @@ class Pipelines:
         self.size: dict[str, int] = {}
 
     def own_size(self, pipe: Any) -> dict[str, int]:
-        """Height and width in pixels: as asked for, else the pipeline's own."""
+        """Height and width in pixels: as in the settings, else the pipeline's own."""
         own = denoiser(pipe).config.sample_size * pipe.vae_scale_factor
         return {side: self.settings[side] or own for side in ("height", "width")}
 
@@ -61,7 +61,7 @@ class Pipelines:
             prepare(pipe)
             self.draw(pipe)
             once[f"{name} · first picture"] = 1e3 * (self.clock() - start)
-            for _ in range(2):  # the second of its size records the decoder
+            for _ in range(2):  # the decoder is recorded at the second
                 self.draw(pipe)
         groups = [[f"{name} · {part}" for part in ("step", "decode")] for name in self.pipes]
         return {"groups": groups, "once": once}
@@ -72,7 +72,7 @@ class Pipelines:
         return {f"{name} · step": denoise / self.settings["steps"], f"{name} · decode": decode}
 
     def draw(self, pipe: Any) -> tuple[float, float]:
-        """Milliseconds up to the latents, and those of decoding them."""
+        """The milliseconds up to the latents, and those of decoding them."""
         start = self.clock()
         latents = pipe(PROMPT, output_type="latent", **self.call()).images
         between = self.clock()
@@ -97,8 +97,8 @@ class Pipelines:
         }
 
     def check(self) -> dict[str, str]:
-        """Which backends draw something else, by the state's own receipt against float64."""
-        if set(self.pipes) == {"eager"}:  # it is what others are held to, and needs no fastdiff
+        """The backends with a wrong picture, by the state's own receipt against float64."""
+        if set(self.pipes) == {"eager"}:  # eager is the reference, and needs no fastdiff
             return {}
         from fastdiff.bench.receipt import check, find_truth, run_step
         from fastdiff.bench.timing import Request, draw
@@ -119,13 +119,13 @@ class Pipelines:
         return wrong
 
     def count(self) -> dict[str, tuple[float, str]]:
-        """What fastdiff's pictures take that does not jitter, by the state's own counters."""
+        """Counts of fastdiff's pictures that do not vary, by the state's own counters."""
         if "fastdiff" not in self.pipes:
             return {}
         try:
             from fastdiff.bench.gates import gates
         except ModuleNotFoundError as error:
-            if error.name == "fastdiff.bench.gates":  # a state from before there were any
+            if error.name == "fastdiff.bench.gates":  # a state older than these
                 return {}
             raise
         found = gates(self.load, self.settings["device"], **self.size)
@@ -146,16 +146,16 @@ class Pipelines:
             import fastdiff
 
             pipe = fastdiff.load_demo(dtype, settings["device"])
-        # not fastdiff.recipes either
+        # without fastdiff.recipes, as above
         upcast = "XL" in type(pipe).__name__ and pipe.vae.config.force_upcast
-        if upcast and dtype == self.torch.float16:  # as diffusers does where it decodes itself
+        if upcast and dtype == self.torch.float16:  # as diffusers does when it decodes
             pipe.vae.to(self.torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
 class Kernels:
-    """Each kernel's cases of real models, on the implementation that the device runs."""
+    """Each kernel's cases from real models, with the implementation that the device uses."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
@@ -168,7 +168,7 @@ class Kernels:
         self.cases = {
             name: (kernel, case)
             for kernel, case in kernels.cases(settings["device"])
-            # with its sizes: a case of other sizes under the same name is another one
+            # the name includes the sizes, so changed sizes make another row
             if settings["filter"] in (name := f"{kernel.spec.name} · {case!r}")
         }
         self.runners: list[Any] = []
@@ -184,7 +184,7 @@ class Kernels:
         return {list(self.cases)[group]: self.runners[group]()}
 
     def check(self) -> dict[str, str]:
-        """Which cases leave the error budget."""
+        """The cases that exceed the error budget."""
         wrong = {}
         for name, (kernel, case) in self.cases.items():
             try:
@@ -205,7 +205,7 @@ SUITES: dict[str, Any] = {"pipelines": Pipelines, "kernels": Kernels}
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
@@ -235,7 +235,7 @@ def main() -> None:
 
 
 def _serve(suite: Any, answer: Any) -> None:
-    """Answer until told to stop, in a fresh process."""
+    """Answer until told to stop, in a new process."""
     answer(suite.start())
     gc.collect()
     gc.freeze()
@@ -245,7 +245,7 @@ def _serve(suite: Any, answer: Any) -> None:
         match asked.get("do"):
             case "run":
                 times = suite.run(asked["group"])
-                gc.collect()  # outside of the clock
+                gc.collect()  # not while timing
                 answer({"ms": times})
             case "check":
                 answer({"wrong": suite.check()})
@@ -257,7 +257,7 @@ def _serve(suite: Any, answer: Any) -> None:
 
 
 def _read() -> dict[str, Any]:
-    """The next line, {} at the end; byte by byte, for parent and child read the same pipe."""
+    """The next line, {} at the end; byte by byte, since parent and child read the same pipe."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)
@@ -269,7 +269,7 @@ def _read() -> dict[str, Any]:
 
 
 def _backend(name: str) -> Any:
-    """What makes a pipeline run on a backend; eager needs no fastdiff."""
+    """The function that makes a pipeline run on a backend; eager needs no fastdiff."""
     if name == "eager":
         return lambda pipe: None
     if name == "fastdiff":

@@ -1,1 +1,1 @@
-"""The denoising loop: schedulers as tables, what does not change hoisted, the loop itself."""
+"""The denoising loop: schedulers as tables, values computed once per picture, recorded steps."""

@@ -1,4 +1,4 @@
-"""What an object holds, as one number; and whether it still holds what it held."""
+"""Digests of an object's data, and a check whether its attributes have changed."""
 
 import hashlib
 import marshal
@@ -14,7 +14,8 @@ from fastdiff.models.watch import version
 
 
 def digest_of(value: Any) -> str | None:
-    """A digest that differs where the data in `value` does; None if some cannot be compared."""
+    """A digest of the data in `value`, different for different data; None if some cannot be
+    compared."""
     digest = hashlib.sha256()
     try:
         for part in _content(value):
@@ -25,7 +26,7 @@ def digest_of(value: Any) -> str | None:
 
 
 class Standing:
-    """The attributes of an object as they stand; what is edited in place counts as changed."""
+    """Remembers an object's attributes; an edit in place counts as a change."""
 
     def __init__(self, instance: Any) -> None:
         self._instance, self._values = instance, dict(vars(instance))
@@ -36,7 +37,7 @@ class Standing:
         }
 
     def holds(self) -> bool:
-        """Whether the attributes are still equal to what they were."""
+        """Whether all attributes still equal their former values."""
         now, before = vars(self._instance), self._values
         if any(version(before[name]) != count for name, count in self._versions.items()):
             return False
@@ -47,7 +48,7 @@ class Standing:
 
 
 def _content(value: Any) -> Iterable[bytes]:
-    """Bytes that differ where the value does. TypeError: it is not made of data."""
+    """Bytes that differ for different values. TypeError if `value` is not made of data."""
     yield type(value).__qualname__.encode()
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
@@ -65,7 +66,7 @@ def _content(value: Any) -> Iterable[bytes]:
         code = value.__code__
         outside = code.co_names or code.co_freevars or value.__defaults__ or value.__kwdefaults__
         if outside or any(isinstance(constant, CodeType) for constant in code.co_consts):
-            raise TypeError("what the function depends on is not all in its code")
+            raise TypeError("the function depends on more than its code")
         yield marshal.dumps(code)
     elif isinstance(value, str | int | float | np.generic | torch.dtype | torch.device | None):
         yield repr(value).encode()

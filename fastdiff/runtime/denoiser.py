@@ -1,4 +1,4 @@
-"""A network as its slot keeps it: called once, or as the step of whole denoising loops."""
+"""A network as its slot keeps it: for single calls, and for whole denoising loops."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from fastdiff.runtime.recordings import Recorded, first_of
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network, what runs its step in single calls, and its loops."""
+    """A network, the function that runs it in single calls, and its loops."""
 
     network: Network
     plans: Plans
     once: Callable[..., Tensor]
-    """As `network.predict`."""
+    """Same arguments and result as `network.predict`."""
 
     def __call__(self, latents: Tensor, timestep: Tensor | float | int, given: Any) -> Any:
-        """What the network makes of latents [B, C, Y, X] at a timestep [] or [B].
+        """The network's prediction for latents [B, C, Y, X] at a timestep [] or [B].
 
-        Raises Unsupported where only the module's own call gives the same.
+        Raises Unsupported if only the module's own call gives the same result.
         """
         network, sides = self.network, tuple(latents.shape[2:])
         network.check(latents, given)
@@ -35,5 +35,5 @@ class Denoiser:
 
 
 def denoiser(network: Network, searches: bool = True) -> Denoiser:
-    """With a recording for every shape of single calls. `searches`: as of `recordings.runner`."""
+    """Record single calls once per shape. `searches`: as for `recordings.runner`."""
     return Denoiser(network, Plans(network, searches), Recorded(network.predict, searches))

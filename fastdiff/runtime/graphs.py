@@ -1,15 +1,15 @@
-"""CUDA graphs: a function's launches as one, on buffers whose addresses stay.
+"""CUDA graphs: the launches of a function replayed as one, on buffers with fixed addresses.
 
 All graphs of a device share one memory pool, so only one of them may run at a time: `in_turn`
-orders them across streams and threads without making the host wait. What a graph has baked in must
-last as long as the graph: its activations and the workspaces of cuBLAS lie in the pool, its buffers
-are memory of the stream that captures, which nothing else takes except within a turn.
+orders them across streams and threads without making the host wait. Memory that a graph refers to
+must live as long as the graph. Its activations and cuBLAS's workspaces are in the pool. Its buffers
+are allocated on the stream that captures, so no other work gets their memory except in a turn.
 """
 
+import logging
 import os
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,40 +21,41 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 DEVICE = "cuda"
-"""The type of device that makes graphs."""
+"""The device type that supports graphs."""
 T = TypeVar("T")
 Runner = Callable[..., Any]
-"""Runs a function on arguments, here or in another thread."""
+"""Calls a function with arguments, in this thread or another."""
 
 
 @dataclass
 class _Pool:
-    """What the graphs of one device share."""
+    """The memory, stream and order that the graphs of one device share."""
 
     handle: Any
-    """Of the memory."""
+    """The handle of the memory pool."""
     stream: torch.cuda.Stream
-    """Where graphs are captured."""
+    """The stream on which graphs are captured."""
     last: torch.cuda.Event
-    """When the graph that was started last will be done with the pool."""
+    """Recorded after the latest graph: it no longer uses the pool once this has completed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     graphs: "WeakSet[Graph]" = field(default_factory=WeakSet)
-    """Those in the memory of `handle`."""
+    """The graphs whose memory is in the pool `handle`."""
 
     def renew(self) -> None:
-        """Take other memory; the graphs in the former go on taking turns with those to come."""
+        """Switch to a new memory pool; graphs of the former and the new pool still take turns."""
         self.handle, self.graphs = torch.cuda.graph_pool_handle(), WeakSet()
 
 
 _POOLS: dict[torch.device, _Pool] = {}
 _MAKING = threading.Lock()
 _FAILED: list[Any] = []
-"""Graphs whose capture failed. torch's allocators may go on asking them whose an allocation is."""
+"""Graphs whose capture failed; kept since torch's allocators may still refer to them."""
 
 
 class NotCaptured(RuntimeError):
-    """A function does what no graph can hold; the message names the operation."""
+    """A function does something that a graph cannot hold; the message names the operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class Graph:
     graph: Any
     output: Tensor
     buffers: Sequence[Any]
-    """They must outlive the graph."""
+    """Kept here so that they live as long as the graph."""
     nbytes: int
 
     def run(self) -> Tensor:
@@ -75,28 +76,24 @@ class Graph:
 def capture(
     function: Callable[..., Tensor], buffers: Sequence[Any], most: int, run: Runner
 ) -> Graph | None:
-    """The launches of `function(*buffers)`, which `run` runs.
+    """Capture the launches of `function(*buffers)`; `run` calls the function.
 
     Returns:
-        None where it takes more than `most` bytes, and where it cannot be captured: with a warning.
+        None, if it takes more than `most` bytes, or, with a warning, if it cannot be captured.
 
     Raises:
-        torch.OutOfMemoryError: there is less memory than it takes.
+        torch.OutOfMemoryError: the GPU does not have enough memory.
     """
     device = buffers[0].device
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         pool, current = _pool(device), torch.cuda.current_stream(device)
         pool.stream.wait_stream(current)
         try:
-            # in turn: an engine works in memory that its calls on other streams work in, too
+            # in turn: an engine's work memory is shared with its calls on other streams
             with torch.cuda.stream(pool.stream), in_turn(device):
                 return run(_warmed, pool, function, buffers, most)  # type: ignore[no-any-return]
         except NotCaptured as reason:
-            warnings.warn(
-                f"fastdiff: this shape runs without a CUDA graph: {reason}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            logger.warning("fastdiff: this shape runs without a CUDA graph: %s", reason)
             return None
         finally:
             current.wait_stream(pool.stream)
@@ -105,16 +102,16 @@ def capture(
 def _warmed(
     pool: _Pool, function: Callable[..., Tensor], buffers: Sequence[Any], most: int
 ) -> Graph | None:
-    """`capture` on the pool's stream. The first call compiles kernels and searches tactics, the
-    second finds every choice made and shows what memory it takes."""
+    """`capture` on the pool's stream. The first call compiles kernels and searches tactics. The
+    second shows how much memory it takes once these choices are made."""
     function(*buffers)
     before = _reserved()
     function(*buffers)
-    # a graph that turned out too large would leave its memory in the pool for good
+    # capture must not find out: a graph that is too large would leave its memory in the pool
     if torch.cuda.memory_reserved() - before > most:
         return None
     before = _reserved()
-    if not pool.graphs:  # torch refuses memory whose last graph went while a tensor in it stays
+    if not pool.graphs:  # torch refuses a pool whose last graph is gone but not its tensors
         pool.renew()
     try:
         captures, output = captured(lambda: function(*buffers), pool.stream, pool.handle)
@@ -127,13 +124,13 @@ def _warmed(
 
 
 def captured(function: Callable[[], T], stream: torch.cuda.Stream, handle: Any) -> tuple[Any, T]:
-    """The launches of `function()` as a torch.cuda.CUDAGraph in the memory pool `handle`, and what
-    it returned. It must have run before, or its kernels would be loaded within the capture.
+    """The launches of `function()` as a torch.cuda.CUDAGraph in the memory pool `handle`, and the
+    function's result. It must have run before; otherwise its kernels are loaded during the capture.
 
-    Whatever happens, streams and allocator are as before. `handle` is spent after an error.
+    Streams and allocator are restored in any case. After an error `handle` cannot be used again.
 
     Raises:
-        NotCaptured: it does what no graph can hold.
+        NotCaptured: the function does something that a graph cannot hold.
         torch.OutOfMemoryError
     """
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -148,24 +145,24 @@ def captured(function: Callable[[], T], stream: torch.cuda.Stream, handle: Any) 
                 raise
     except BaseException as error:
         _give_up(graph, stream, handle)
-        failed = failed or error  # what ends the capture complains in its own words
+        failed = failed or error  # the end of a failed capture raises an error of its own
         if isinstance(failed, torch.OutOfMemoryError) or not isinstance(failed, RuntimeError):
             raise failed from None
         raise NotCaptured(described(failed)) from failed
     finally:
-        failed = None  # else it would keep itself, and what is in its frames, alive
+        failed = None  # else the error and its frames would keep each other alive
         torch.cuda.set_stream(current)
         _clear_workspaces()
 
 
 def _clear_workspaces() -> None:
-    """Let cuBLAS allocate its workspaces anew: those that it keeps for a stream would be baked into
-    the graph while they are freed with other graphs, and those within the pool must stay there."""
+    """Make cuBLAS allocate its workspaces again. Otherwise a graph would refer to workspaces of the
+    stream that may be freed with other graphs; and those in the pool must stay there."""
     torch._C._cuda_clearCublasWorkspaces()
 
 
 def _give_up(graph: Any, stream: torch.cuda.Stream, handle: Any) -> None:
-    """End a capture that failed, for torch leaves it half ended."""
+    """End a failed capture completely, which torch does only in part."""
     torch.cuda.set_stream(stream)
     with suppress(RuntimeError):
         if torch.cuda.is_current_stream_capturing():
@@ -173,13 +170,13 @@ def _give_up(graph: Any, stream: torch.cuda.Stream, handle: Any) -> None:
     with suppress(RuntimeError):
         graph.reset()
     _FAILED.append(graph)
-    with suppress(RuntimeError):  # it has ended already
+    with suppress(RuntimeError):  # unless it has ended already
         torch._C._cuda_endAllocateToPool(stream.device_index, handle)
         torch._C._cuda_releasePool(stream.device_index, handle)
 
 
 def described(error: BaseException) -> str:
-    """The first line of an error, and the line of code that called torch for it."""
+    """The first line of an error, and the line of our code that led to it."""
     inside = os.path.dirname(torch.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     ours = list(takewhile(lambda frame: not frame.filename.startswith(inside), frames))
@@ -188,16 +185,16 @@ def described(error: BaseException) -> str:
 
 
 def _reserved() -> int:
-    """Bytes that torch's allocator holds once it has given back what it does not need."""
+    """The bytes that torch's allocator holds after it has released all unused memory."""
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved()
 
 
 @contextmanager
 def in_turn(device: torch.device) -> Iterator[None]:
-    """Within it graphs of `device` may run: after all that ran in earlier turns has finished.
+    """In this block, graphs of `device` may run: after everything queued in earlier turns.
 
-    Turns are short and not nested: a step, a call; no callback runs within one.
+    A turn is short, such as a step or a call. Turns are not nested and run no callbacks.
     """
     if device.type != DEVICE:
         yield
@@ -212,17 +209,17 @@ def in_turn(device: torch.device) -> Iterator[None]:
 
 
 def fence(device: torch.device) -> None:
-    """An empty turn: what this stream has read is read before later turns, and the reverse."""
+    """An empty turn: it orders this stream after all earlier turns, and before all later ones."""
     with in_turn(device):
         pass
 
 
 @contextmanager
 def allotting(device: torch.device) -> Iterator[None]:
-    """Within it memory is allocated that graphs may read and write for as long as they run.
+    """In this block, memory is allocated that graphs may read and write as long as they run.
 
-    It belongs to the stream that captures, so when it is freed nobody is given it before a later
-    turn, whichever stream the last graph runs on.
+    It belongs to the capturing stream. So when it is freed, nothing else gets it before a later
+    turn, on whichever stream the last graph runs.
     """
     if device.type != DEVICE:
         yield

@@ -1,11 +1,11 @@
-"""The denoising loop as one plan: a recorded step on buffers that stay, run once per timestep.
+"""The denoising loop as a plan: a recorded step on fixed buffers, replayed once per timestep.
 
-A step is the network, guidance and the scheduler's row of coefficients; its input is its own
-output, its index and coefficients lie in device memory. The host decides nothing between steps: on
-a GPU it queues a graph and the two or three copies that tell it which step it is, on a CPU it makes
-one call. The recording holds one step, not the whole loop: any number of steps, any scheduler of
-the same depth and any guidance replay it, a new shape costs a single step, and a callback may look
-after each of them.
+A step is the network, guidance and one row of the scheduler's coefficients. It overwrites its own
+input; its index and coefficients are in device memory. The host decides nothing between steps: on a
+GPU it queues a graph and two or three copies that select the step, on a CPU it makes one call. The
+recording holds one step, not the whole loop. So any number of steps, any scheduler of the same
+depth and any guidance_scale replay it, a new shape costs one recorded step, and a callback can run
+after each step.
 """
 
 import threading
@@ -39,14 +39,14 @@ from fastdiff.runtime.recordings import (
 from fastdiff.runtime.schedulers import Table
 
 STEP = "guided step"
-"""The name by which a step is `kernels.observe.entered`."""
+"""The name under which `kernels.observe.entered` sees a step."""
 _ROWS = 64
-"""Table rows are allotted in multiples of this, so that few more steps need no new recording."""
+"""Tables are allocated in multiples of this, so a few more steps need no new recording."""
 
 
 class Buffers(NamedTuple):
-    """What a step reads and writes. `S`: float32, or float64 for a float64 network; B, …: latents
-    as the network packs them."""
+    """The tensors that a step reads and writes. `S`: float32, or float64 for a float64 network.
+    [B, …]: latents as the network packs them."""
 
     x: Tensor
     """[B, …] the network's next input."""
@@ -63,21 +63,22 @@ class Buffers(NamedTuple):
     step: Tensor
     """[1] int64."""
     noise: Tensor | None
-    """[B, …] S, where the scheduler adds any."""
+    """[B, …] S, if the scheduler adds noise."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step for one shape."""
+    """A step for one shape, recorded if possible."""
 
     buffers: Buffers
     recording: Recording | None
 
 
 class Plans:
-    """The denoising loops of one network: a step for every shape it has drawn.
+    """The denoising loops of one network: a step for every shape so far.
 
-    A second loop at the same time (another thread, a callback that draws) runs unrecorded.
+    If a second loop runs at the same time (in another thread, or started by a callback), it is not
+    recorded.
     """
 
     def __init__(self, network: Network, searches: bool = True) -> None:
@@ -91,9 +92,9 @@ class Plans:
     def start(
         self, latents: Tensor, table: Table, guidance: tuple[float, float], hoisted: Hoisted
     ) -> Iterator["Run"]:
-        """A loop from `latents` [B, C, Y, X], as the scheduler starts with them.
+        """A loop from `latents` [B, C, Y, X], the scheduler's first sample.
 
-        `guidance`: its scale and its rescale. Every advance within the block is one timestep.
+        `guidance`: guidance_scale and guidance_rescale. In the block, each advance is one timestep.
         """
         device = latents.device
         free = not observed() and self._lock.acquire(blocking=False)
@@ -104,7 +105,7 @@ class Plans:
             )
             make = partial(buffers_of, *given)
             step = self._kept(kinds(given), make) if free else Step(make(), None)
-            graphs.fence(device)  # the buffers' former loop may have run on another stream
+            graphs.fence(device)  # these buffers' last loop may have run on another stream
             run = Run(self, step, table, (latents.shape[2], latents.shape[3]))
             run.condition(hoisted)
             run.guide(*guidance)
@@ -126,17 +127,17 @@ class Plans:
         step: Tensor,
         noise: Tensor | None,
     ) -> Tensor:
-        """One step on buffers; the network's next input takes the place of `x`."""
+        """Run a step; it writes the network's next input into `x`."""
         output = self.network.predict(x, row, constants)
         guided_step(output, sample, history, x, table, step, noise)
         return x
 
     def run(self, buffers: Buffers) -> None:
-        """One step on buffers, unrecorded."""
+        """Run a step on buffers, unrecorded."""
         runner(buffers.x.device, self._searches)(self.advance, *buffers)
 
     def _kept(self, key: Hashable, make: Callable[[], Buffers]) -> Step:
-        with suppress(torch.OutOfMemoryError):  # a step alone takes less
+        with suppress(torch.OutOfMemoryError):  # an unrecorded step needs less
             return self._steps.get(key, lambda: self._recorded(make()))
         return Step(make(), None)
 
@@ -148,7 +149,7 @@ class Plans:
 
 
 class Mark(NamedTuple):
-    """A loop's state before timestep `at`, as no network packs it."""
+    """A loop's state before timestep `at`, independent of how a network packs latents."""
 
     at: int
     sample: Tensor
@@ -158,22 +159,22 @@ class Mark(NamedTuple):
 
 
 class Run:
-    """A loop under way, at timestep 0 to begin with."""
+    """A loop in progress."""
 
     def __init__(self, plans: Plans, step: Step, table: Table, sides: tuple[int, int]) -> None:
         self.network = plans.network
         self._plans, self._step, self._table, self._sides = plans, step, table, sides
         self._row = tree_leaves(step.buffers.row)
         self.at = 0
-        """The timestep that comes next."""
+        """The next timestep's index."""
 
     def condition(self, hoisted: Hoisted) -> None:
-        """Tell the network something else from now on; same shapes."""
+        """Change the conditions from the next step on; shapes must stay the same."""
         self._rows = tree_leaves(hoisted.rows)
         fill(tree_leaves(self._step.buffers.constants), tree_leaves(hoisted.constants))
 
     def takes(self, hoisted: Hoisted) -> bool:
-        """Whether `condition` can tell it: what the step was recorded for, or switched off."""
+        """Whether `condition` accepts these: the recorded shapes, or empty tensors for 'off'."""
         kept = tree_leaves((self._step.buffers.row, self._step.buffers.constants))
         rows = first_of(hoisted.rows)
         told = tree_leaves((rows, hoisted.constants))
@@ -185,17 +186,17 @@ class Run:
         )
 
     def guide(self, scale: float, rescale: float) -> None:
-        """Guide by other scales from now on."""
+        """Change guidance_scale and guidance_rescale from the next step on."""
         rows = self._table.rows(scale, rescale)
         self._step.buffers.table[: len(rows)].copy_(rows)
 
     @property
     def draws(self) -> bool:
-        """Whether the scheduler draws noise in the next advance."""
+        """Whether the scheduler draws noise in the next step."""
         return self._table.draws[self.at]
 
     def advance(self, noise: Tensor | None = None) -> None:
-        """One timestep. `noise` [B, C, Y, X]: what was drawn, where `draws` says so."""
+        """Run one timestep. `noise` [B, C, Y, X]: the noise drawn for it, if `draws`."""
         entered(STEP, partial(self._advance, self.at, noise))
         self.at += 1
 
@@ -212,29 +213,30 @@ class Run:
                 recording.run()
 
     def mark(self) -> "Mark":
-        """What is needed to come back to this timestep."""
+        """A copy of the state, to come back to this timestep."""
         sample, history = self._step.buffers.sample, self._step.buffers.history.flatten(0, 2)
         kept = (self.network.unpack(packed, self._sides) for packed in (sample, history))
         return Mark(self.at, *(tensor.clone() for tensor in kept))
 
     def go_back(self, mark: "Mark") -> None:
-        """Go on from a mark, of this run or of another network's run of the same loop."""
+        """Resume from a mark of this run, or of another network's run of the same loop."""
         self.at = mark.at
         history = self._step.buffers.history
         history.copy_(self.network.pack(mark.history).reshape(history.shape))
         self.set_latents(mark.sample)
 
     def finite(self) -> bool:
-        """Whether the latents hold neither infinity nor NaN; waits for the device."""
+        """Whether the latents are free of infinities and NaNs; waits for the device."""
         return bool(self._step.buffers.sample.isfinite().all())
 
     def latents(self, dtype: torch.dtype) -> Tensor:
-        """[B, C, Y, X] now."""
+        """A copy of the present latents, [B, C, Y, X]."""
         latents: Tensor = self.network.unpack(self._step.buffers.sample, self._sides)
         return latents.to(dtype, copy=True)
 
     def set_latents(self, latents: Tensor) -> None:
-        """Go on from these latents [B, C, Y, X]; the network's next input is a multiple of them."""
+        """Continue from these latents [B, C, Y, X]; the network's next input is a multiple of
+        them."""
         buffers, scales = self._step.buffers, self._table.scales
         buffers.sample.copy_(self.network.pack(latents))
         scale = scales[self.at].item() if self.at < len(scales) else 1.0
@@ -242,7 +244,7 @@ class Run:
 
 
 def inputs_of(network: Network, latents: Tensor, hoisted: Hoisted) -> tuple[Tensor, Any, Any]:
-    """What the network's `predict` is given in the first step."""
+    """The arguments of the network's `predict` in the first step."""
     x = network.pack(latents).to(network.dtype)
     return x, first_of(hoisted.rows), hoisted.constants
 
@@ -250,11 +252,13 @@ def inputs_of(network: Network, latents: Tensor, hoisted: Hoisted) -> tuple[Tens
 def buffers_of(
     x: Tensor, row: Any, constants: Any, capacity: int, depth: int, noisy: bool
 ) -> Buffers:
-    """Of a step of which these are kinds: all of zeros, for noise that it does not draw is read,
-    too.
+    """The buffers of a step, all zeros: even noise that a step does not draw is read.
 
-    capacity: rows of the table; depth: steps of the past that the scheduler looks at; noisy:
-    whether it draws noise.
+    Args:
+        x, row, constants: as `predict` takes them; only their shapes, dtypes and devices count.
+        capacity: rows of the table.
+        depth: past steps that the scheduler uses.
+        noisy: whether it draws noise.
     """
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
 

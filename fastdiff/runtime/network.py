@@ -1,4 +1,4 @@
-"""What a denoising loop asks of a network, whatever it is: our own, or an engine's."""
+"""What a denoising loop needs from a network, be it ours or an engine."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,10 +10,10 @@ from fastdiff.models.hoisted import Hoisted
 
 
 class Network(Protocol):
-    """A network that predicts for noisy latents [B, C, Y, X] what a scheduler's step asks for.
+    """A network whose predictions a scheduler's step uses, for noisy latents [B, C, Y, X].
 
-    `given` are its own conditions, a named tuple with the names of diffusers' `forward`. G: how
-    many predictions it makes of one, 2 with guidance, the unconditional one first.
+    `given` are the network's conditions, a named tuple with the argument names of diffusers'
+    `forward`. G: predictions per latent, 2 with guidance (the unconditional one first), else 1.
     """
 
     @property
@@ -25,26 +25,26 @@ class Network(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def check(self, latents: Tensor, given: Any, copies: int = 1) -> None:
-        """Raise Unsupported where diffusers itself would refuse a tensor, or convert it.
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
 
         copies: G.
         """
         ...
 
     def hoist(self, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
-        """Everything that does not depend on the latents.
+        """Compute everything that does not depend on the latents.
 
         timesteps: [steps, n], n = 1 or one for each picture; sides: Y and X of the latents.
-        Raises Unsupported for conditions that the runtime does not compute with.
+        Raises Unsupported for conditions that fastdiff does not compute.
         """
         ...
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X] -> [B, ...] in the order that `predict` takes and gives, of any strides."""
+        """[B, C, Y, X] -> [B, ...] as `predict` reads and writes them; any strides."""
         ...
 
     def predict(self, x: Tensor, row: Any, constants: Any) -> Tensor:
-        """What every step repeats: [B, ...] -> [G·B, ...], contiguous both. `row`: one of
+        """The part that every step repeats: [B, ...] -> [G·B, ...], both contiguous. `row`: one of
         `Hoisted.rows`."""
         ...
 

@@ -1,6 +1,6 @@
-"""What a picture would ask of a GPU for our Triton kernels, found on tensors without memory.
+"""The Triton kernels that a picture launches, found by running networks on tensors without memory.
 
-`step`, `call` and `coding` make functions to run within `kernels.planned.Planning`.
+`step`, `call` and `coding` return functions to run within `kernels.planned.Planning`.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,12 +21,12 @@ from fastdiff.runtime.network import Network
 N = TypeVar("N")
 Run = Callable[[], object]
 DEPTHS = 4
-"""Steps of the past that schedulers look at: none to three."""
+"""How many depths a scheduler may have: it uses zero to three past steps."""
 
 
 def without_memory(network: N, dtype: torch.dtype | None = None) -> N:
-    """A network (or a part of one) whose weights are on the meta device, in the same strides and as
-    far from the begin of their memory; `dtype`: of theirs, if another."""
+    """A network (or a part of one) with its weights on the meta device, at the same strides and
+    storage offsets; `dtype`: of the copies, if another."""
     part: Any = network
     if isinstance(part, Tensor):
         dtype = dtype if dtype is not None and part.is_floating_point() else part.dtype
@@ -45,7 +45,7 @@ def without_memory(network: N, dtype: torch.dtype | None = None) -> N:
 
 
 def kernels_of(runs: Iterable[Run], arch: int) -> list[Launch]:
-    """A launch of each specialisation that Triton compiles for `runs` on an architecture."""
+    """One launch for each specialisation that Triton compiles for `runs` on an architecture."""
     with torch.no_grad(), Planning(arch) as planning:
         for run in runs:
             run()
@@ -53,21 +53,21 @@ def kernels_of(runs: Iterable[Run], arch: int) -> list[Launch]:
 
 
 def step(network: Network, given: Any, latents: Tensor) -> Run:
-    """What `runtime.loop` repeats for a picture.
+    """The step of a denoising loop, as `runtime.loop` repeats it.
 
     Args:
-        network: without memory.
+        network: one without memory.
         given: its conditions, on the meta device.
-        latents: [B, C, Y, X], as well.
+        latents: [B, C, Y, X], on the meta device.
     """
     buffers = buffers_of(*_inputs(network, given, latents), capacity=1, depth=0, noisy=False)
     return partial(Plans(network).advance, *buffers)
 
 
 def guided_steps(network: Network, given: Any, latents: Tensor, copies: int) -> list[Run]:
-    """What follows the network in a step, for every scheduler: of each depth, drawing noise or not.
+    """What follows the network in a step, for every scheduler: each depth, with noise and without.
 
-    copies: predictions of each of the latents, 2 with guidance; the rest as of `step`.
+    copies: predictions per latent, 2 with guidance; the other arguments as for `step`.
     """
     inputs = _inputs(network, given, latents)
 
@@ -80,7 +80,7 @@ def guided_steps(network: Network, given: Any, latents: Tensor, copies: int) -> 
 
 
 def call(network: Network, given: Any, latents: Tensor) -> Run:
-    """What a call of the network by itself repeats; arguments as of `step`."""
+    """A single call of the network; arguments as for `step`."""
     return partial(network.predict, *_inputs(network, given, latents))
 
 
@@ -92,6 +92,6 @@ def _inputs(network: Network, given: Any, latents: Tensor) -> tuple[Tensor, Any,
 
 
 def coding(coder: Decoder | Encoder, dtype: torch.dtype, sides: tuple[int, int]) -> Run:
-    """One picture through a half of an autoencoder without memory, from `sides` Y and X."""
+    """One picture through an autoencoder's encoder or decoder without memory; `sides`: Y and X."""
     sample = torch.empty(1, *sides, coder.conv_in.weight.shape[1], dtype=dtype, device="meta")
     return lambda: coder.run(sample)

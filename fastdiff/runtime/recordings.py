@@ -1,7 +1,7 @@
-"""Functions of tensors, recorded once per shape and then replayed: CUDA graphs, tapes on a CPU.
+"""Records functions of tensors once per shape and replays them: CUDA graphs, or tapes on a CPU.
 
-A new shape costs a recording, never a compilation. What is recorded is kept by shape; what was
-unused for longest goes when there is too much of it.
+A new shape costs a recording, never a compilation. Recordings are kept by shape; when they are too
+many or too large, the least recently used go first.
 """
 
 import threading
@@ -19,41 +19,41 @@ from fastdiff.kernels.observe import observed
 from fastdiff.runtime import graphs, tactics, tape
 
 SHAPES = 8
-"""Recordings kept per function."""
+"""The most recordings kept per function."""
 BYTES = 2 << 30
-"""Memory of their own that the recordings of one function may keep; one that needs more is not
-worth it: where activations are that large, launches are not what takes the time."""
+"""The most memory that the recordings of one function may keep. A function that needs more is not
+recorded: with activations that large, launches take little of the time."""
 
 Function = Callable[..., Tensor]
 T = TypeVar("T")
 
 
 class Recording(Protocol):
-    """A function's kernels on fixed buffers. Whoever runs it holds `graphs.in_turn`."""
+    """A function's kernels on fixed buffers. Run it only within `graphs.in_turn`."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that it keeps."""
+        """The memory that it keeps."""
         ...
 
     def run(self) -> Tensor:
-        """Read the buffers, compute; returns the output's memory, which the next run overwrites."""
+        """Compute from the buffers; returns the output, which the next run overwrites."""
         ...
 
 
 def record(function: Function, buffers: Sequence[Any], searches: bool = True) -> Recording | None:
-    """`function(*buffers)` recorded; the first of the buffers is a tensor, the others are trees
-    (see `models.hoisted`) of tensors on the same device, from `buffer`.
+    """Record `function(*buffers)`. The first buffer is a tensor; the others are trees (see
+    `models.hoisted`) of tensors on the same device. All come from `buffer`.
 
-    It must be a pure function of the buffers, of weights that stay where they are, and of what it
-    writes in place. Recording runs it, so state among the buffers must be set afterwards.
-    `searches`: as of `runner`.
+    The function may depend only on the buffers and on weights that stay where they are, and may
+    write to the buffers. Recording runs it, so set any state in the buffers afterwards.
+    `searches`: as for `runner`.
 
     Returns:
-        None where it can only be called: on another device, under a counter, too large.
+        None if it cannot be recorded: on another device, while counting, too large.
 
     Raises:
-        torch.OutOfMemoryError: a GPU has less memory left than it takes.
+        torch.OutOfMemoryError: the GPU does not have enough memory.
     """
     global _made
     device = buffers[0].device
@@ -67,13 +67,14 @@ def record(function: Function, buffers: Sequence[Any], searches: bool = True) ->
 
 
 def runner(device: torch.device, searches: bool) -> graphs.Runner:
-    """What runs a function on `device`: the one thread of tactics where cuDNN `searches` them."""
+    """The way to call functions on `device`: in the tactics thread if cuDNN `searches` its
+    plans."""
     if device.type == graphs.DEVICE and searches and tactics.allowed() and not observed():
         return tactics.run
-    return _here
+    return _call
 
 
-def _here(function: Callable[..., T], *args: Any) -> T:
+def _call(function: Callable[..., T], *args: Any) -> T:
     return function(*args)
 
 
@@ -81,19 +82,19 @@ _made = 0
 
 
 def made() -> int:
-    """Recordings that this process has made so far: a new size makes some, nothing else may."""
+    """How many recordings this process has made; only a new size should add any."""
     return _made
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that calls in and outside of inference mode may write, and recordings keep."""
+    """Memory that calls in and outside of inference mode may write, and that recordings keep."""
     with torch.inference_mode(False), graphs.allotting(device):
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 def kinds(tree: Any) -> Any:
-    """What a recording that reads `tree` is made for: the same of two trees whose tensors have the
-    same shapes, dtypes and devices. Hashable where the tree is made of tuples."""
+    """The shape, dtype and device of each tensor in `tree`: equal for trees that one recording
+    serves. Hashable if the tree is made of tuples."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -104,12 +105,12 @@ def kinds(tree: Any) -> Any:
 
 
 def first_of(rows: Any) -> Any:
-    """A tree of tensors [steps, …] at the first step."""
+    """The first step's part of a tree of tensors [steps, …]."""
     return tree_map(lambda value: value[0] if isinstance(value, Tensor) else value, rows)
 
 
 def buffers_for(tree: Any, device: torch.device) -> Any:
-    """A tree like it of buffers with zeros; what is no tensor in it as it is."""
+    """Buffers of zeros in place of the tensors of a tree; other values are kept."""
 
     def make(value: Any) -> Any:
         return (
@@ -120,22 +121,21 @@ def buffers_for(tree: Any, device: torch.device) -> Any:
 
 
 def fill(buffers: Sequence[Any], given: Sequence[Any]) -> None:
-    """Copy the tensors among a tree's leaves into those of its buffers; one without elements stands
-    for zeros."""
+    """Copy the tensors of a tree's leaves into its buffers; an empty tensor stands for zeros."""
     for own, value in zip(buffers, given, strict=True):
         if isinstance(own, Tensor):
             own.copy_(value) if value.numel() else own.zero_()
 
 
 class Kept(Generic[T]):
-    """Values by key, each made once; the least recently used go first."""
+    """Values by key, each made once; the least recently used are dropped first."""
 
     def __init__(self, nbytes: Callable[[T], int]) -> None:
         self._nbytes = nbytes
         self._values: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Raises torch.OutOfMemoryError where there is too little for this one alone."""
+        """Raises torch.OutOfMemoryError if memory is too small even for this value alone."""
         if key not in self._values:
             try:
                 self._values[key] = make()
@@ -143,7 +143,7 @@ class Kept(Generic[T]):
                 if not self._values:
                     raise
                 self._values.clear()
-            if key not in self._values:  # now that the error holds no memory any more
+            if key not in self._values:  # here the error no longer holds memory
                 self._values[key] = make()
         self._values.move_to_end(key)
         while len(self._values) > 1 and self._too_much():
@@ -155,10 +155,10 @@ class Kept(Generic[T]):
 
 
 class Recorded:
-    """`function(*trees) -> tensor` with a recording for every shape it is called with.
+    """`function(*trees) -> tensor`, recorded for every shape it is called with.
 
-    The first call of a shape runs `function` itself, for it may be the only one; so do calls that
-    cannot be recorded, and those of a second thread meanwhile.
+    The first call with a shape is not recorded, as it may be the only one. Nor are calls that
+    cannot be recorded, and calls of a second thread in the meantime.
     """
 
     def __init__(self, function: Function, searches: bool = True) -> None:
@@ -178,7 +178,7 @@ class Recorded:
                 self._seen.add(key)
                 return self._plain(*inputs)
             made = None
-            with suppress(torch.OutOfMemoryError):  # a call alone takes less
+            with suppress(torch.OutOfMemoryError):  # an unrecorded call needs less
                 made = self._kept.get(key, lambda: self._make(inputs))
             if made is None:
                 return self._plain(*inputs)

@@ -1,4 +1,4 @@
-"""The linear recurrence that a scheduler's trajectory follows: fitted, then held against it."""
+"""Fits the linear recurrence that a scheduler's trajectory follows, and checks it."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ from fastdiff.runtime.trajectory import NotLinear, Trajectory
 
 MAX_DEPTH = 3
 HISTORIES = ((0, 0), (1, 0), (1, 1), (2, 0), (2, 2), (3, 0), (3, 3))
-"""Past outputs and past samples that a step may look back on, shallowest first."""
+"""How many past outputs and past samples a step may use, the shallowest history first."""
 EXACT = 1e-12
-"""Deviation, relative to the result, of a scheduler that computes in float64."""
+"""Largest deviation, relative to the result, of a scheduler that computes in float64."""
 ROUNDING = 2.0**-23
-"""Deviation that casts to float32 inside a step explain; a deeper history would only fit it."""
+"""Deviation that float32 casts inside a step explain; a deeper history would only fit rounding."""
 ALLOWED = 1e-6
-"""Deviation beyond which it is no recurrence at all."""
+"""Deviation beyond which a step is not a linear recurrence."""
 
 
 def scales_of(trajectory: Trajectory) -> Tensor:
-    """[n] float64: what every sample is multiplied by before the network sees it."""
+    """[n] float64: the factors of the samples in the network's inputs."""
     inputs, samples = trajectory.inputs, trajectory.samples
     scales = (inputs * samples).sum((0, 2)) / (samples * samples).sum((0, 2))
     misses = (inputs - scales[:, None] * samples).abs().amax((0, 2)) / inputs.abs().amax((0, 2))
@@ -30,34 +30,34 @@ def scales_of(trajectory: Trajectory) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients as in `Table`, of the largest depth, and what they leave unexplained."""
+    """Coefficients as in `Table`, at the largest depth, and the deviations they leave."""
 
     samples: Tensor
     outputs: Tensor
     past_samples: Tensor
     noises: Tensor
     residuals: Tensor
-    """[n] largest deviation of a step, relative to its result."""
+    """[n] largest deviation of each step, relative to its result."""
 
 
 def fit_steps(x: Tensor, made: Tensor, bound: float) -> Fit:
-    """Least squares for every step: the shallowest history that deviates by `bound` at most.
+    """Least squares for every step, with the shallowest history that deviates by at most `bound`.
 
     Args:
-        x: [n, axes] coordinates of the samples that the steps are given; the last 2n axes are the
-            outputs and the noises.
-        made: [n, axes] of what the steps make of them.
+        x: [n, axes] coordinates of the samples before each step; the last 2n axes are the outputs
+            and the noises.
+        made: [n, axes] coordinates of the samples after each step.
     """
     count, axes = x.shape
     first = axes - 2 * count
     steps, padded = torch.arange(count), torch.cat([x.new_zeros(MAX_DEPTH, axes), x])
-    age = steps[:, None] - steps  # [n, n] of each output at each step
+    age = steps[:, None] - steps  # [n, n] how old each output is at each step
     a, d, residuals = x.new_zeros(count), x.new_zeros(count), x.new_full((count,), torch.inf)
     b, c = x.new_zeros(count, MAX_DEPTH + 1), x.new_zeros(count, MAX_DEPTH)
     for depth, older in HISTORIES:
         i = steps[residuals > bound]
         past = torch.stack([padded[MAX_DEPTH + i - h] for h in range(older + 1)], dim=2)
-        # an output's own coefficient takes up whatever the samples leave on its axis
+        # an output's own coefficient absorbs what the samples leave on its axis
         free = torch.zeros(len(i), axes, dtype=torch.bool)
         free[:, first : first + count] = (age[i] >= 0) & (age[i] <= depth)
         free[:, first + count :] = age[i] == 0
@@ -80,7 +80,8 @@ def follow(fit: Fit, trajectory: Trajectory, vectors: Tensor) -> Tensor:
     """[n] deviation of the random samples `vectors` [R, 3n, P] from the table, relative to its
     terms.
 
-    What clips is linear on small coordinate vectors, and a deep enough history fits anything there.
+    Needed because a scheduler that clips looks linear on small coordinate vectors, and because a
+    deep enough history fits anything there.
     """
     count = len(fit.samples)
     samples, results = (

@@ -1,13 +1,14 @@
-"""Any diffusers scheduler as a table of coefficients, found by asking the scheduler itself.
+"""Turns any linear diffusers scheduler into a table of coefficients, by running it once.
 
 A scheduler's step is linear in the sample, in the network's outputs so far and in fresh noise. So
-it is run once on coordinate vectors: the first sample is e_0, the network's output of step i its
-own axis, every noise it draws another. What comes back is the exact combination; each step becomes
+it is run once on coordinate vectors: the first sample, the network's output at each step and each
+noise have an axis of their own. The result shows the exact combination; each step becomes
 
     x[i+1] = a x[i] + sum over h of (b_h eps[i-h] + c_h x[i-h]) + d noise,   input[i] = s[i] x[i]
 
-A scheduler that is not linear (thresholding, clipping) leaves a residual and is refused; so is one
-that cannot be followed. `trajectory` runs it, `recurrence` fits the coefficients.
+A scheduler that clips its estimate of the clean picture has a step of its own in `clipping`. Any
+other scheduler that is not linear (thresholding) leaves a residual and is refused, as is one that
+cannot be run this way. `trajectory` runs it, `recurrence` fits the coefficients.
 """
 
 import threading
@@ -20,9 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.guided_step.spec import GUIDANCE, HISTORY, NEXT_SCALE, NOISE, RESCALE, SAMPLE
+from fastdiff.kernels.guided_step.spec import (
+    CLIP_SAMPLE,
+    GUIDANCE,
+    HISTORY,
+    LIMIT,
+    NEXT_SCALE,
+    NOISE,
+    RESCALE,
+    SAMPLE,
+)
 from fastdiff.models.originals import check_own
 from fastdiff.models.watch import Unsupported
+from fastdiff.runtime.clipping import points, read
 from fastdiff.runtime.contents import digest_of
 from fastdiff.runtime.recurrence import (
     ALLOWED,
@@ -33,22 +44,22 @@ from fastdiff.runtime.recurrence import (
     follow,
     scales_of,
 )
-from fastdiff.runtime.trajectory import PICTURE, NotLinear, run
+from fastdiff.runtime.trajectory import PICTURE, NotLinear, Trajectory, run
 
 __all__ = ["NotLinear", "Table", "probe", "refuse_foreign"]
 
 SPREAD = 30.0
-"""Deviation of the random samples that must follow the table: outside every clipping range."""
+"""Standard deviation of the random samples that check the table: beyond every clipping range."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """One row per call of the network. All on the CPU, coefficients float64."""
+    """One row per call of the network. All tensors on the CPU, coefficients in float64."""
 
     timesteps: Tensor
-    """[n] as the scheduler gives them to the network."""
+    """[n] the timesteps that the network receives."""
     scales: Tensor
-    """[n] s: what the sample is multiplied by before the network sees it."""
+    """[n] s: factor of the sample in the network's input."""
     samples: Tensor
     """[n] a."""
     outputs: Tensor
@@ -57,32 +68,35 @@ class Table:
     """[n, M] c_1..c_M."""
     noises: Tensor
     """[n] d."""
+    clips: Tensor
+    """[n, 3] p, q and r of `clipping`; zeros for a step that clips nothing."""
     draws: tuple[bool, ...]
-    """Whether the scheduler draws noise in a step, used or not: generators must keep in step."""
+    """Whether the scheduler draws noise in each step, even unused: the generator must advance."""
     noise_dtype: torch.dtype | None
-    """What the noise is drawn in, whatever the network's dtype; None: in the network's dtype."""
+    """The dtype in which noise is drawn; None: the network's."""
     residual: float
-    """Largest deviation of a step from the recurrence, relative to its coefficients."""
+    """Largest deviation of a step from the recurrence, relative to its result."""
     states: tuple[Mapping[str, Any], ...]
-    """Plain attributes that change, such as `_step_index`, as the scheduler has them after each
+    """The plain attributes that steps change, such as `_step_index`, with their values after each
     step."""
     keeps: tuple[str, ...]
-    """Attributes in which the scheduler keeps something else from step to step, such as past
-    predictions. Where there are none, a callback may change the samples between the steps."""
+    """Other attributes that steps change, such as past predictions. If there are none, a callback
+    may change the samples between the steps."""
 
     @property
     def depth(self) -> int:
-        """M: how many past steps the recurrence looks back on."""
+        """M: the number of past steps in the recurrence."""
         return self.past_samples.shape[1]
 
     def rows(self, guidance_scale: float, guidance_rescale: float = 0.0) -> Tensor:
-        """[n, 6 + 2M] float64, the table that `kernels.guided_step` reads."""
+        """[n, 9 + 2M] float64: the table that `kernels.guided_step` reads."""
         count, depth = len(self.timesteps), self.depth
         rows = torch.zeros(count, HISTORY + 1 + 2 * depth, dtype=torch.float64)
         rows[:, GUIDANCE] = guidance_scale
         rows[:, RESCALE] = guidance_rescale
         rows[:, SAMPLE] = self.samples
         rows[:, NOISE] = self.noises
+        rows[:, CLIP_SAMPLE : LIMIT + 1] = self.clips
         rows[:-1, NEXT_SCALE] = self.scales[1:]
         rows[-1, NEXT_SCALE] = 1.0
         rows[:, HISTORY : HISTORY + depth + 1] = self.outputs
@@ -95,17 +109,18 @@ def probe(
     step_options: Mapping[str, Any] | None = None,
     timesteps: Tensor | None = None,
 ) -> Table:
-    """The table of a scheduler whose timesteps are set; remembered by all that it depends on.
+    """The table of a scheduler whose timesteps are set; cached by everything it depends on.
 
     Args:
-        scheduler: a diffusers scheduler after `set_timesteps`; it is copied, not advanced.
+        scheduler: a diffusers scheduler after `set_timesteps`; a copy of it runs.
         step_options: further arguments of its `step`, such as `eta`.
-        timesteps: [n] those that the pipeline runs through, where they are not all of
-            `scheduler.timesteps`: image to image, `denoising_end`.
+        timesteps: [n] the pipeline's timesteps, if they are not all of `scheduler.timesteps`
+            (image to image, `denoising_end`).
 
     Raises:
-        NotLinear: it is not all diffusers' own (and is not run then), thresholds, clips, looks back
-            on more than three steps, or cannot be run.
+        NotLinear: its code is not all diffusers' own (then it is not run), it thresholds, clips
+            more than its estimate of the clean picture, uses more than three past steps, or cannot
+            be run.
     """
     refuse_foreign(scheduler)
     options = {k: v for k, v in (step_options or {}).items() if k != "generator"}
@@ -134,8 +149,8 @@ def probe(
 
 
 def refuse_foreign(scheduler: Any) -> None:
-    """Raise NotLinear unless all that a step of `scheduler` runs is diffusers' own: what others
-    wrote may keep, log or count what it sees."""
+    """Raise NotLinear unless all code that a step of `scheduler` runs is diffusers' own: other code
+    may keep, log or count what it sees."""
     try:
         check_own(scheduler, (*_STEPS, *_ACCESS))
     except Unsupported as stranger:
@@ -144,17 +159,17 @@ def refuse_foreign(scheduler: Any) -> None:
 
 _STEPS = ("step", "scale_model_input", "add_noise")
 _ACCESS = ("__getattribute__", "__getattr__", "__setattr__", "__deepcopy__", "__reduce_ex__")
-"""What runs without being named when attributes are read or written, and copies made."""
+"""Methods that run implicitly when attributes are read or written, or copies made."""
 
 _Key = tuple[type, Any, str]
 _FOUND: dict[_Key, Table | str] = {}
-"""Tables, and why there is none."""
+"""Tables by key; a string says why there is none."""
 _LOCK = threading.Lock()
 
 
 def _key(scheduler: Any, arguments: list[Any]) -> _Key | None:
-    """All that a scheduler's steps depend on: its code, options, every table it keeps and where it
-    stands; None if some of it cannot be compared."""
+    """Everything that a scheduler's steps depend on: its code, options, attributes and state; None
+    if some of it cannot be compared."""
     digest = digest_of([vars(scheduler), arguments])
     if digest is None:
         return None
@@ -163,15 +178,16 @@ def _key(scheduler: Any, arguments: list[Any]) -> _Key | None:
 
 def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -> Table:
     config = getattr(scheduler, "config", None)
-    if isinstance(config, Mapping) and config.get("thresholding"):
+    config = config if isinstance(config, Mapping) else {}
+    if config.get("thresholding"):
         raise NotLinear("it thresholds every sample by its own quantile")
     count = len(timesteps)
-    axes = 3 * count  # what is added to the samples, the outputs, the noises
+    axes = 3 * count  # one each for the changes of the samples, the outputs, the noises
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(8, axes, *PICTURE, generator=generator, dtype=torch.float64)
     vectors[:, : 2 * count] *= SPREAD
     vectors[4:, 1:count] = 0
-    lanes = -(-axes // prod(PICTURE))  # every pixel is an axis
+    lanes = -(-axes // prod(PICTURE))  # every pixel carries one axis
     pixels = torch.eye(axes, lanes * prod(PICTURE), dtype=torch.float64)
     known = torch.cat([pixels.view(axes, lanes, *PICTURE).transpose(0, 1), vectors])
     trajectory = run(scheduler, timesteps, step_options, known)
@@ -181,7 +197,7 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         for values in (trajectory.samples, trajectory.results)
     )
     untouched = torch.cat([torch.arange(1), torch.arange(count, axes)])
-    # a table that holds for samples changed in between, else one for samples left alone
+    # first a table that also holds if samples change between steps, else one for unchanged samples
     for editable, within, random in ((True, torch.arange(axes), 8), (False, untouched, 4)):
         for bound in (EXACT, ROUNDING):
             fit = fit_steps(given[:, within], made[:, within], bound)
@@ -191,10 +207,15 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         worst = float(fit.residuals.max())
         if editable and worst <= ALLOWED and float(misses.max()) <= ALLOWED:
             break
+    linear = worst <= ALLOWED and float(misses.max()) <= ALLOWED
+    if not linear or config.get("clip_sample"):  # perhaps beyond SPREAD
+        clipped = _clipped(scheduler, step_options, timesteps, vectors, trajectory)
+        if clipped is not None:
+            return clipped
     if not worst <= ALLOWED:
-        raise NotLinear(f"its steps are no linear recurrence of depth {MAX_DEPTH}")
-    if not float(misses.max()) <= ALLOWED:
-        raise NotLinear("it clips samples, or mixes their pixels")
+        raise NotLinear(f"its steps are not a linear recurrence of depth {MAX_DEPTH}")
+    if not linear:
+        raise NotLinear("it clips samples or mixes their pixels")
     used = ((fit.outputs[:, 1:] != 0) | (fit.past_samples != 0)).any(0).nonzero()
     depth = int(used.max()) + 1 if len(used) else 0
     return Table(
@@ -204,9 +225,48 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         outputs=fit.outputs[:, : depth + 1].clone(),
         past_samples=fit.past_samples[:, :depth].clone(),
         noises=fit.noises,
+        clips=torch.zeros(count, 3, dtype=torch.float64),
         draws=trajectory.draws,
         noise_dtype=trajectory.noise_dtype,
         residual=worst,
+        states=trajectory.states,
+        keeps=trajectory.keeps,
+    )
+
+
+def _clipped(
+    scheduler: Any,
+    step_options: Mapping[str, Any],
+    timesteps: Tensor,
+    vectors: Tensor,
+    trajectory: Trajectory,
+) -> Table | None:
+    """The table of a scheduler that clips its estimate of the clean picture and keeps nothing
+    between steps; None for any other.
+
+    vectors: [R, 3n, *PICTURE] the random samples at the end of `trajectory`.
+    """
+    count = len(timesteps)
+    if trajectory.keeps:
+        return None
+    step = read(run(scheduler, timesteps, step_options, points(count), apart=True))
+    # far beyond the clipping range, and about as large as it
+    within = torch.cat([vectors[4:], vectors[4:] / SPREAD])
+    for known in (vectors, within):
+        made = run(scheduler, timesteps, step_options, known)
+        if not float(step.misses(made, known.flatten(2)).max()) <= ALLOWED:
+            return None
+    return Table(
+        timesteps=timesteps,
+        scales=scales_of(trajectory),
+        samples=step.a,
+        outputs=step.b[:, None],
+        past_samples=step.a.new_zeros(count, 0),
+        noises=step.d,
+        clips=torch.stack([step.p, step.q, step.r], dim=1),
+        draws=trajectory.draws,
+        noise_dtype=trajectory.noise_dtype,
+        residual=0.0,
         states=trajectory.states,
         keeps=trajectory.keeps,
     )

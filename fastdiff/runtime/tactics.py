@@ -1,10 +1,9 @@
-"""The one thread that convolves for all, so that what cuDNN was searched for once stays chosen.
+"""One thread runs all convolutions on a GPU, so that each search of cuDNN's plans is made once.
 
-torch keeps cuDNN's plans by thread. Were every thread to search for itself, each would wait for it,
-and pictures could differ in their last bits from thread to thread, or before and after a recording.
-So one thread runs everything that convolves on a GPU: what is warmed up and captured, and what runs
-without a recording. It is never alone with work: whoever asked waits for it, and holds what locks
-there are.
+torch keeps cuDNN's plans per thread. If every thread searched for itself, each would wait for its
+own search, and pictures could differ in their last bits between threads, or before and after a
+recording. So one thread runs everything that convolves on a GPU: warm-up, capture, and unrecorded
+calls. The caller always waits for it, holding whatever locks it has.
 """
 
 import time
@@ -24,7 +23,7 @@ _spent = 0.0
 
 
 def allowed() -> bool:
-    """Whether torch's settings let cuDNN choose by measuring."""
+    """Whether torch's settings let cuDNN choose plans by measuring them."""
     return (
         torch.version.cuda is not None
         and torch.backends.cudnn.enabled
@@ -34,9 +33,8 @@ def allowed() -> bool:
 
 
 def run(function: Callable[..., T], *args: object) -> T:
-    """`function(*args)` in the thread that searches, as if in this one: on its device and stream,
-    with its modes of autograd and context variables. `function` takes no lock that its caller might
-    hold."""
+    """`function(*args)` in the tactics thread, with this thread's device, stream, autograd modes
+    and context variables. `function` must not take a lock that its caller may hold."""
     if cudnn.searches():
         return function(*args)
     stream, grad = torch.cuda.current_stream(), torch.is_grad_enabled()
@@ -51,7 +49,8 @@ def run(function: Callable[..., T], *args: object) -> T:
             torch.set_grad_enabled(grad),
             cudnn.searching(),
         ):
-            torch.cuda.current_stream().query()  # a new thread has no context for Triton till now
+            # gives a new thread the CUDA context that Triton needs
+            torch.cuda.current_stream().query()
             result = function(*args)
         if len(cudnn.SEARCHED) > known:
             _spent += time.perf_counter() - start
@@ -61,14 +60,14 @@ def run(function: Callable[..., T], *args: object) -> T:
     try:
         return future.result()
     except BaseException:
-        wait([future])  # interrupted: the locks of this thread hold for what runs there
+        wait([future])  # interrupted: keep this thread's locks until the function has ended
         raise
     finally:
-        del future  # an error in it would keep itself, and what is in its frames, alive
+        del future  # else an error would keep itself and its frames alive
 
 
 def described() -> str:
-    """What `fastdiff.report` says of the search."""
+    """The report's sentence on the search."""
     if not allowed():
         return "convolutions run by cuDNN's rule: torch is set to deterministic, or without cuDNN"
     if not cudnn.SEARCHED:

@@ -1,8 +1,8 @@
-"""A network on a CPU as one straight run of kernel calls on buffers that are already there.
+"""A network on a CPU as a straight list of kernel calls on buffers that already exist.
 
-What a CUDA graph is to a GPU: while a tape is made every kernel is noted with the addresses it was
-given, and running the tape runs the notes. On small pictures a third of a step is otherwise Python
-finding out again what it found out the step before.
+A tape is the CPU's counterpart of a CUDA graph: while it is made, every kernel call is noted with
+its addresses; running the tape repeats these calls. On small pictures Python would otherwise spend
+a third of each step on finding the same calls again.
 """
 
 import math
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdiff.kernels.dispatch import KERNELS
+from fastdiff.kernels.dispatch import kernel_of
 from fastdiff.kernels.observe import recording
 
 TAPE_BYTES = 64 << 20
-"""A tape keeps its activations. Where they are larger, Python's share of a step is small anyway."""
+"""A tape keeps its activations. If they are larger, Python's share of a step is small anyway."""
 
 
 class _NotTapeable(Exception):
-    """Something other than our C++ kernels computes here, or the activations are too large."""
+    """The function computes with other than our C++ kernels, or its activations are too large."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Tape:
     output: Tensor
     buffers: Sequence[Any]
     memory: list[NDArray[np.uint8]]
-    """What the calls read and write by address: it and the buffers must outlive them."""
+    """The memory that the calls use by address: it must live as long as they do."""
 
     @property
     def nbytes(self) -> int:
@@ -48,9 +48,9 @@ class Tape:
 
 
 def record(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Tape | None:
-    """The C++ kernels of `function(*buffers)`; None where other things compute there, too."""
+    """Record the C++ kernels of `function(*buffers)`; None if anything else computes, too."""
     try:
-        # a tape made under inference_mode must serve calls outside of it, too
+        # a tape made under inference_mode must also serve calls outside of it
         with (
             torch.inference_mode(False),
             torch.no_grad(),
@@ -64,10 +64,10 @@ def record(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Tape | No
 
 
 class _Memory(TorchDispatchMode):
-    """Gives out memory that the tape owns; raises where a tape of our kernels would miss an op.
+    """Allocates the tape's memory; raises on an operation that the tape would miss.
 
-    A block is given out again once nothing refers to what it held: the order of calls that made
-    that safe is the order in which the tape runs them.
+    A block is reused as soon as no tensor refers to it. The tape repeats the calls in the same
+    order, so the reuse is safe there, too.
     """
 
     def __init__(self) -> None:
@@ -79,16 +79,15 @@ class _Memory(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op.namespace == "fastdiff":
-            name = op._schema.name.removeprefix("fastdiff::")
-            with self:  # a copy that an implementation makes for itself would be missed, too
-                return KERNELS[name].implementations["cpu"]()(*args, **kwargs)
+        if kernel := kernel_of(op):
+            with self:  # this also catches copies that an implementation makes
+                return kernel.implementations["cpu"]()(*args, **kwargs)
         if op is torch.ops.aten.new_empty.default:
             like, shape = args
             return self._new(shape, kwargs.get("dtype") or like.dtype)
         result = op(*args, **kwargs)
         if not _is_view(result, args[0]):
-            raise _NotTapeable(f"{op} is none of our kernels")
+            raise _NotTapeable(f"{op} is not one of our kernels")
         return result
 
     def _new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -102,19 +101,19 @@ class _Memory(TorchDispatchMode):
             if sum(b.nbytes for b in self.blocks) > TAPE_BYTES:
                 raise _NotTapeable(f"more than {TAPE_BYTES} bytes of activations")
         part = block[:size]
-        weakref.finalize(part, self._free.append, block)  # when the last view of the tensor goes
+        weakref.finalize(part, self._free.append, block)  # when the tensor's last view is gone
         return torch.from_numpy(part).view(dtype).view(*shape)
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:
-    """Uninitialised bytes that begin a cache line."""
+    """Uninitialised bytes that start on a cache line."""
     raw = np.empty(size + 64, dtype=np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size]
 
 
 def _is_view(result: Any, source: Any) -> bool:
-    """Whether all of `result` is memory of `source`; schemas promise it and copy all the same."""
+    """Whether all of `result` shares memory with `source`; ops may copy despite their schemas."""
     results = result if isinstance(result, (list, tuple)) else (result,)
     return isinstance(source, Tensor) and all(
         isinstance(part, Tensor)

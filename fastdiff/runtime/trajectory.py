@@ -1,8 +1,8 @@
-"""A scheduler run on vectors that we know: what `schedulers` fits its tables to.
+"""Runs a scheduler on known vectors, to which `schedulers` fits its table.
 
-`torch.func.vmap` runs the scheduler's Python once for all vectors, and each sees only itself. So
-nothing can depend on its neighbours unseen, and a step that branches on the picture's values, or
-draws noise of which we do not know, fails instead of passing for linear.
+`torch.func.vmap` runs the scheduler's Python once for all vectors, each of which is independent. So
+no vector can silently influence another; and a step that branches on the sample's values, or draws
+noise that we do not see, fails instead of looking linear.
 """
 
 import copy
@@ -15,49 +15,54 @@ import torch
 from torch import Tensor
 
 PICTURE = (1, 4, 1, 2)
-"""Shape of one sample: several pixels, so that a step which mixes them shows; and more channels
-than the three that schedulers keep of a network which learns its variance."""
+"""Shape of one sample. It has several pixels, to detect a step that mixes them, and more than the
+three channels that schedulers take from a network that learns its variance."""
 
 
 class NotLinear(ValueError):
-    """The scheduler's step is not the linear recurrence of a table; the message says where."""
+    """The scheduler's step is not a table's linear recurrence; the message says why."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a scheduler made of W known samples in n steps. All on the CPU, float64."""
+    """What a scheduler does with W known samples in n steps. All on the CPU, float64."""
 
     samples: Tensor
-    """[W, n, P]: what each step is given."""
+    """[W, n, P]: the sample before each step."""
     results: Tensor
-    """[W, n, P]: what each step makes of it."""
+    """[W, n, P]: the sample after each step."""
     inputs: Tensor
-    """[W, n, P]: what it gives the network."""
+    """[W, n, P]: the network's input at each step."""
     draws: tuple[bool, ...]
     """Whether each step drew noise."""
     noise_dtype: torch.dtype | None
-    """What the noise is drawn in, whatever the network's dtype; None: in the network's dtype."""
+    """The dtype in which noise is drawn; None: the network's."""
     states: tuple[Mapping[str, Any], ...]
-    """Of the attributes that the steps change, those that are plain, after each step."""
+    """The plain attributes that the steps change, with their values after each step."""
     keeps: tuple[str, ...]
-    """Those that are not."""
+    """The other attributes that the steps change."""
 
 
 def run(
-    scheduler: Any, timesteps: Tensor, step_options: Mapping[str, Any], known: Tensor
+    scheduler: Any,
+    timesteps: Tensor,
+    step_options: Mapping[str, Any],
+    known: Tensor,
+    apart: bool = False,
 ) -> Trajectory:
-    """Run a copy of the scheduler, from where it stands, as a pipeline does.
+    """Run a copy of the scheduler, from its present state, as a pipeline does.
 
     Args:
         scheduler: a diffusers scheduler after `set_timesteps`.
-        timesteps: [n] those to run it through.
-        step_options: further arguments of its `step`; no generator.
-        known: [W, 3n, *PICTURE] float64: what is added to each step's sample (the first sample
-            itself, then as a callback between the steps may change it), the network's output of
-            each step, the noise of each step.
+        timesteps: [n] the timesteps to run it through.
+        step_options: further arguments of its `step`, without a generator.
+        known: [W, 3n, *PICTURE] float64: first, for each step, what is added to its sample (the
+            initial sample at the first, then as a callback may change it), then the network's
+            outputs, then the noises.
+        apart: give each step only what is added, without the result of the step before.
 
     Raises:
-        NotLinear: a step fails on them, or gives numbers that are not finite.
+        NotLinear: a step fails on these vectors, or gives numbers that are not finite.
     """
     count, options = len(timesteps), {**step_options, "return_dict": False}
     drawn: dict[int, torch.dtype] = {}
@@ -70,7 +75,7 @@ def run(
 
         def draw(shape: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
             if at in drawn or tuple(shape) != PICTURE:
-                raise NotLinear("it draws noise more than once, or not of the sample's shape")
+                raise NotLinear("it draws noise twice, or not of the sample's shape")
             drawn[at] = dtype or torch.get_default_dtype()
             return noises[at].clone()
 
@@ -80,11 +85,12 @@ def run(
         results: list[Tensor] = []
         changes.note(own)
         for at, timestep in enumerate(timesteps):
-            samples.append(results[-1] + edits[at] if at else edits[0])
-            inputs.append(scale(samples[-1].clone(), timestep))  # clones: it may work in place
+            samples.append(edits[at] if apart or not at else results[-1] + edits[at])
+            # clones: the scheduler may work in place
+            inputs.append(scale(samples[-1].clone(), timestep))
             moved = own.step(outputs[at].clone(), timestep, samples[-1].clone(), **options)
             if moved[0].shape != PICTURE:
-                raise NotLinear(f"it makes {tuple(PICTURE)} into {tuple(moved[0].shape)}")
+                raise NotLinear(f"it turns {tuple(PICTURE)} into {tuple(moved[0].shape)}")
             results.append(moved[0])
             changes.note(own)
         return torch.stack(samples), torch.stack(inputs), torch.stack(results)
@@ -92,7 +98,7 @@ def run(
     try:
         with torch.inference_mode():
             samples, inputs, results = torch.func.vmap(whole)(known)
-    except Exception as error:  # it is foreign code: its own loop may raise it where it matters
+    except Exception as error:  # foreign code; if it matters, diffusers' own loop raises it
         raise NotLinear(f"it cannot be followed: {_reason(error, scheduler)}") from error
     states, keeps = changes.states()
     finite = results.isfinite().flatten(2).all(2).all(0)
@@ -116,13 +122,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class _Changes:
-    """What the steps of a scheduler change of its attributes."""
+    """Collects the scheduler's attributes that its steps change."""
 
     def __init__(self) -> None:
         self._noted: list[dict[str, Any]] = []
 
     def note(self, scheduler: Any) -> None:
-        """The attributes as they are; lists change in place."""
+        """Note the present attributes; lists are copied, since they change in place."""
         self._noted.append({name: _frozen(value) for name, value in vars(scheduler).items()})
 
     def states(self) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
@@ -163,21 +169,22 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def _reason(error: Exception, scheduler: Any) -> str:
-    """One clause; vmap's own messages would say what to change in a program that is not ours."""
+    """The error in one clause; vmap's own messages explain how to change a program that is not
+    ours."""
     if isinstance(error, NotLinear):
         return str(error)
     text = (str(error).splitlines() or [""])[0].split(". ")[0]
     if text.startswith("vmap: called random"):
-        return "it draws noise in another way than by `randn_tensor` in its own step"
+        return "it draws noise other than by `randn_tensor` in its own step"
     if text.startswith("vmap:"):
-        return "it looks at the sample's values"
+        return "it depends on the sample's values"
     if getattr(scheduler, "_step_index", None) or getattr(scheduler, "counter", None):
-        return "it stands in the middle of a run, call set_timesteps first"
+        return "it is in the middle of a run; call set_timesteps first"
     return f"{type(error).__name__}: {text}"
 
 
 def _copy(scheduler: Any, draw: Callable[..., Tensor]) -> Any:
-    """A copy on the CPU that draws its noise from `draw`; nothing outside it is changed."""
+    """A copy on the CPU that takes its noise from `draw`; nothing outside the copy changes."""
     own = copy.deepcopy(scheduler)
     for name, value in vars(own).items():
         if isinstance(value, Tensor):
@@ -189,8 +196,8 @@ def _copy(scheduler: Any, draw: Callable[..., Tensor]) -> Any:
         ours.__kwdefaults__ = step.__kwdefaults__
         own.step = MethodType(ours, own)
     if hasattr(own, "get_lms_coefficient"):
-        # It integrates with tensors of one number: 110 ms in 50 steps. The same bits from numpy's
-        # numbers take 5 ms.
+        # Its integrals use tensors of one number: 110 ms in 50 steps. numpy's numbers give the same
+        # bits in 5 ms.
         numbers = copy.copy(own)
         numbers.sigmas = own.sigmas.numpy()
         own.get_lms_coefficient = numbers.get_lms_coefficient

@@ -177,8 +177,8 @@ def test_a_backend_without_room_is_one_sentence(tmp_path, capsys, monkeypatch):
     code, document = run_bench(tmp_path, "eager,networks")
     assert (code, document) == (2, None)
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "fastdiff: --backends networks cannot run here: memory does not suffice beside what was"
-        " prepared before it; ask for fewer backends"
+        "fastdiff: --backends networks cannot run here: not enough memory beside the backends"
+        " prepared before it; choose fewer backends"
     )
 
 
@@ -219,7 +219,7 @@ def test_a_row_is_not_eager_under_an_engines_name(tmp_path, capsys, demo_onnx):
     code, document = run_bench(tmp_path, "ort", "--engines", str(demo_onnx), *size)
     assert (code, document) == (2, None)
     sentence = (
-        "fastdiff: --backends ort cannot run here: the U-Net ran eagerly: sample has the sides"
+        "fastdiff: --backends ort cannot run here: the network ran eagerly: sample has the sides"
     )
     assert capsys.readouterr().err.splitlines()[-1].startswith(sentence)
 
@@ -239,7 +239,7 @@ def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, dem
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     for engines, sentence in (
-        (folder, f"{file} is not what was written; copy it again, or export again"),
+        (folder, f"{file} differs from what was written; copy it again, or export again"),
         (tmp_path, f"{tmp_path} holds no engine"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -248,6 +248,16 @@ def test_engines_that_are_not_what_was_written_are_refused(tmp_path, capsys, dem
         assert (caught.value.code, out) == (2, "")
         assert err.startswith(f"fastdiff: {sentence}")
         assert err.count("\n") == 1
+
+
+def test_engines_in_another_dtype_are_refused_before_the_reference(
+    tmp_path, capsys, demo_onnx, monkeypatch
+):
+    monkeypatch.setattr(running, "find_truth", None)
+    arguments = ["--engines", str(demo_onnx), "--dtype", "bf16"]
+    assert run_bench(tmp_path, "openvino", *arguments) == (2, None)
+    sentence = f"{demo_onnx} holds unet in float32, the pipeline is in bfloat16; export it"
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(tmp_path, capsys, monkeypatch):
@@ -287,7 +297,9 @@ def test_a_run_that_is_killed_leaves_what_it_had(tmp_path, monkeypatch):
     assert [row["backend"] for row in left["rows"]] == ["eager", "fastdiff"]
     assert all(row["receipt"]["passed"] and not row["samples_ms"] for row in prepared["rows"])
     assert all(len(row["samples_ms"]) == 2 for row in left["rows"])
-    with pytest.raises(UserError, match=r"bench\.json is incomplete: its run goes on or was ended"):
+    with pytest.raises(
+        UserError, match=r"bench\.json is incomplete: its run is still going or was ended"
+    ):
         documents.read(path)
 
 

@@ -105,7 +105,7 @@ def of(presets):
 
 @pytest.mark.parametrize("preset", of(["sd15", "sdxl", *TRANSFORMERS]))
 def test_the_committed_graph_is_what_the_networks_do_now(preset):
-    """A change of it is a decision: `fastdiff graph --preset … --out` writes it again."""
+    """A change of it is a decision: `fastdiff graph --preset … --json` writes it again."""
     kept = json.loads((STATIC / f"graph-{preset}.json").read_text())
     assert kept["rows"] == [vars(row) for row in table(preset)]
 
@@ -141,7 +141,7 @@ def test_the_graph_has_become_smaller(preset):
 
 def test_command(tmp_path):
     file = tmp_path / "graph.json"
-    code, out, _ = run("graph", "--preset", "sd21", "--gpu", "rtx4090", "--out", file)
+    code, out, _ = run("graph", "--preset", "sd21", "--gpu", "rtx4090", "--json", file)
     document = json.loads(file.read_text())
     assert (code, document["gpu"]) == (0, "rtx4090")
     assert document["launches"] == sum(row["launches"] for row in document["rows"])

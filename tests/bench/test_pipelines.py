@@ -26,7 +26,7 @@ def shard(folder):
 
 DAMAGE = {
     "it has no model_index.json": lambda f: (f / "model_index.json").unlink(),
-    "is no readable JSON": lambda f: (f / "model_index.json").write_text("{"),
+    "is not readable JSON": lambda f: (f / "model_index.json").write_text("{"),
     "holds a JSON list, not an object": lambda f: (f / "model_index.json").write_text("[]"),
     "holds a FluxPipeline; supported are Stable": lambda f: edit_index(
         f, _class_name="FluxPipeline"

@@ -291,7 +291,7 @@ def test_a_folder_without_a_transformer_or_with_more_channels(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "pipe")
     config, index = folder / "transformer/config.json", folder / "model_index.json"
     config.write_text(config.read_text().replace('"in_channels": 16', '"in_channels": 33'))
-    with pytest.raises(UserError, match="its transformer takes 33 channels where latents have 16"):
+    with pytest.raises(UserError, match="its transformer takes 33 channels but latents have 16"):
         check_folder(folder)
     index.write_text(index.read_text().replace('"transformer"', '"unet"'))
     shutil.move(folder / "transformer", folder / "unet")
@@ -314,9 +314,9 @@ def test_bench_draws_it(tmp_path):
 
 def test_the_command_line_draws_a_folder(saved, tmp_path):
     picture = tmp_path / "x.png"
-    options = ("--pipe", saved, "--steps", 1, "--device", "cpu", "--eager", "--out", picture)
-    code, out, err = run("generate", "sun", *options)
+    options = (saved, "--steps", 1, "--device", "cpu", "--eager", "--out", picture)
+    code, out, err = run("generate", "--prompt", "sun", *options)
     assert (code, out.strip()) == (0, str(picture)), err
-    code, _, err = run("generate", "sun", *options, "--height", 72)
+    code, _, err = run("generate", "--prompt", "sun", *options, "--height", 72)
     assert code == 2
     assert "--height is 72; this pipeline needs a positive multiple of 16" in err

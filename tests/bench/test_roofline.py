@@ -189,13 +189,13 @@ def test_the_pipeline_is_left_as_it_was(pipe, priced):
 
 
 def test_what_cannot_be_priced(pipe):
-    with pytest.raises(UserError, match="a Linear cannot be priced"):
+    with pytest.raises(UserError, match="a Linear has no roofline"):
         roofline(torch.nn.Linear(1, 1))
-    with pytest.raises(UserError, match="price bfloat16"):
+    with pytest.raises(UserError, match="use bfloat16"):
         roofline(copy.deepcopy(pipe).to(torch.float16))
     clipping = copy.deepcopy(pipe)
     clipping.scheduler.register_to_config(clip_sample=True)
-    with pytest.raises(UserError, match="only a loop that runs as a plan can be priced"):
+    with pytest.raises(UserError, match="a roofline needs a loop that runs as a plan"):
         roofline(clipping, steps=2)
     with pytest.raises(UserError, match="got 0 steps"):
         roofline(pipe, steps=0)
@@ -262,7 +262,7 @@ def test_a_ceiling_says_what_it_is_and_what_was_assumed(tmp_path, pipe):
         "--gpu is 'voodoo'; choose one of h200": ("--gpu", "voodoo"),
         "--rounds is 1; give at least 2": ("--rounds", "1"),
         "--height is 70": ("--height", "70"),
-        "price bfloat16": ("--dtype", "fp16", "--device", "cpu"),
+        "use bfloat16": ("--dtype", "fp16", "--device", "cpu"),
         "{tmp}/no does not exist": ("--json", "{tmp}/no/x.json"),
     }.items(),
 )

@@ -22,13 +22,13 @@ def test_one_layer_is_counted(demo):
 
 @pytest.mark.parametrize("command", ["generate", "bench", "roofline", "count"])
 def test_terabytes_are_refused_at_once(command, tmp_path):
-    arguments = ["sun", "--out", tmp_path / "x.png"] if command == "generate" else []
+    arguments = ["--prompt", "sun", "--out", tmp_path / "x.png"] if command == "generate" else []
     sides = ("--height", 100_000, "--width", 100_000, "--steps", 2, "--device", "cpu")
     code, out, err = run(command, *arguments, *sides)
     assert (code, out) == (2, "")
     line = err.splitlines()[-1]
     assert "--width 100000 and --height 100000 need" in line
-    assert "GiB are free; ask for fewer pixels" in line
+    assert "GiB are free; draw fewer pixels" in line
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 

@@ -83,7 +83,7 @@ def test_of_both_variants_the_plain_one_is_read_and_may_stand_beside_a_damaged_o
 def test_no_one_variant_of_all(folder):
     rename(folder, UNET)
     rename(folder, VAE, variant="bf16")
-    with pytest.raises(UserError, match="holds unet as fp16, vae as bf16, no one variant"):
+    with pytest.raises(UserError, match="holds unet as fp16, vae as bf16, but no variant"):
         check_folder(folder)
 
 
@@ -97,11 +97,11 @@ DAMAGED = {
     f"{UNET} is a Git LFS pointer": lambda f: (f / UNET).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
     ),
-    "unet/config.json is no readable JSON": lambda f: cut(f / "unet/config.json"),
-    "scheduler_config.json is no readable JSON": lambda f: cut(
+    "unet/config.json is not readable JSON": lambda f: cut(f / "unet/config.json"),
+    "scheduler_config.json is not readable JSON": lambda f: cut(
         f / "scheduler/scheduler_config.json"
     ),
-    "tokenizer/tokenizer.json is no readable JSON": lambda f: cut(f / "tokenizer/tokenizer.json"),
+    "tokenizer/tokenizer.json is not readable JSON": lambda f: cut(f / "tokenizer/tokenizer.json"),
     "vae has no .safetensors file": lambda f: (f / VAE).unlink(),
     "holds only pickled weights .*never read": lambda f: (f / UNET).rename(
         f / "unet/diffusion_pytorch_model.bin"
@@ -125,10 +125,10 @@ def test_damage_is_one_sentence_and_names_the_file(folder, tmp_path, message):
 def test_commands_say_so_too(folder, tmp_path):
     cut(folder / UNET)
     for command in (
-        ("generate", "sun", "--out", tmp_path / "x.png", "--pipe", folder),
+        ("generate", "--prompt", "sun", "--out", tmp_path / "x.png", folder),
         ("bench", folder),
         ("count", folder),
-        ("export", folder, "--onnx", tmp_path / "onnx"),
+        ("export", folder, "--onnx", "--out", tmp_path / "onnx"),
     ):
         code, out, err = run(*command)
         assert (code, out) == (2, "")
@@ -156,8 +156,8 @@ def test_an_image_to_image_folder_draws_what_the_text_to_image_one_draws(demo, t
     kind(**demo.components, requires_safety_checker=False).save_pretrained(tmp_path / "pipe")
     pictures = [tmp_path / "ours.png", tmp_path / "theirs.png"]
     for folder, picture in zip((tmp_path / "pipe", DEMO_FOLDER), pictures, strict=True):
-        arguments = ("--steps", 2, "--pipe", folder, "--out", picture)
-        assert run("generate", "red heart", *arguments)[0] == 0
+        arguments = ("--steps", 2, folder, "--out", picture)
+        assert run("generate", "--prompt", "red heart", *arguments)[0] == 0
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
@@ -167,7 +167,7 @@ def test_xl_siblings(tmp_path):
     StableDiffusionXLImg2ImgPipeline(**parts).save_pretrained(tmp_path / "pipe")
     assert type(load(tmp_path / "pipe", torch.float32, "cpu")) is StableDiffusionXLPipeline
     edit_json(tmp_path / "pipe/model_index.json", requires_aesthetics_score=True)
-    with pytest.raises(UserError, match="holds a refiner, which goes on from a picture"):
+    with pytest.raises(UserError, match="holds a refiner, which draws from a picture"):
         check_folder(tmp_path / "pipe")
 
 
@@ -183,7 +183,7 @@ def test_every_class_that_compile_takes_is_loaded_or_refused_in_one_sentence(fol
             edit_json(folder / "unet/config.json", time_cond_proj_dim=32)
             assert check_folder(folder).pipeline in FROM_TEXT
             continue
-        with pytest.raises(UserError, match=f"holds a {name}; supported are .* from a text"):
+        with pytest.raises(UserError, match=f"holds a {name}; supported are .* from text"):
             check_folder(folder)
 
 
@@ -194,9 +194,9 @@ def test_latent_consistency_models(demo, tmp_path):
     parts = demo.components | {"unet": unet, "scheduler": LCMScheduler()}
     kind, folder = LatentConsistencyModelImg2ImgPipeline, tmp_path / "pipe"
     kind(**parts, requires_safety_checker=False).save_pretrained(folder)
-    shared = ("--pipe", folder, "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.png")
-    assert run("generate", "sun", *shared)[0] == 0
-    code, _, err = run("generate", "sun", "--negative-prompt", "rain", *shared)
+    shared = (folder, "--steps", 2, "--device", "cpu", "--out", tmp_path / "x.png")
+    assert run("generate", "--prompt", "sun", *shared)[0] == 0
+    code, _, err = run("generate", "--prompt", "sun", "--negative-prompt", "rain", *shared)
     assert code == 2
     assert "a LatentConsistencyModelPipeline takes none" in err
     code, out, _ = run("bench", folder, "--steps", 1, "--rounds", 2, "--backends", "fastdiff")
@@ -209,7 +209,7 @@ def test_latent_consistency_models(demo, tmp_path):
 def test_a_u_net_that_reads_a_mask_is_refused(folder):
     edit_json(folder / "unet/config.json", in_channels=9)
     edit_json(folder / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
-    with pytest.raises(UserError, match="takes 9 channels where latents have 4, so it draws from"):
+    with pytest.raises(UserError, match="takes 9 channels but latents have 4, so it draws from"):
         check_folder(folder)
 
 

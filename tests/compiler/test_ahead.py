@@ -70,7 +70,7 @@ def test_where_no_process_can_compile_the_picture_is_drawn_and_a_sentence_says_w
 ):
     code = 'import shutil; sys.executable = shutil.which("false")' + PICTURE
     first, _ = (line.split("|") for line in python(code, tmp_path))
-    assert "could not be compiled ahead, and are at their first launch; _" in first[0]
+    assert "could not be compiled ahead of their first launch; _" in first[0]
     assert first[1].count("fastdiff:") == 1, "one warning"
     assert "the process that compiles ended" in first[1]
 
@@ -82,9 +82,9 @@ def fail(runs, arch):
 ahead.kernels_of = fail
 """
     first, _ = (line.split("|") for line in python(code + PICTURE, tmp_path))
-    sentence = "no kernel is compiled ahead, each is at its first launch: no plan"
+    sentence = "kernels are compiled only at their first launch: no plan"
     assert first == [
-        f"compiled at their first launch; {sentence}",
+        f"not compiled ahead; {sentence}",
         str([f"fastdiff: {sentence}"]),
     ]
 
@@ -104,7 +104,7 @@ def test_a_folder_for_something_else_is_named_and_the_kernels_are_compiled(pytho
     code = PICTURE.replace("compile(pipe)", f"compile(pipe, warm={str(other)!r})")
     first, second = (line.split("|") for line in python(code, tmp_path / "cache"))
     sentence = (
-        f"{other} lacks 3 kernels of this pipeline, which are compiled: it has kernels for"
+        f"{other} lacks 3 kernels of this pipeline; now compiled: it has kernels for"
         " sm_89, and this GPU is sm_90"
     )
     said = f"3 kernels: 0 in Triton's cache, 0 from {other}, 3 compiled ahead"

@@ -143,9 +143,9 @@ PLANNED = [
     lambda pipe, x: setattr(pipe, "_interrupt", True),
 ]
 FINISHED = [
-    (lambda pipe, x: {"latents": x[:, :, :4]}, "other latents"),
-    (lambda pipe, x: {"latents": x.repeat(1, 1, 2, 2)}, "other latents"),
-    (lambda pipe, x: {"latents": x.float()}, "other latents"),
+    (lambda pipe, x: {"latents": x[:, :, :4]}, "latents of another shape, dtype"),
+    (lambda pipe, x: {"latents": x.repeat(1, 1, 2, 2)}, "latents of another shape, dtype"),
+    (lambda pipe, x: {"latents": x.float()}, "latents of another shape, dtype"),
     (lambda pipe, x: {"prompt_embeds": torch.full((2, 9, 32), 0.3).double()}, "another shape"),
     (lambda pipe, x: {"prompt_embeds": x}, "another shape"),
     (another_unet, "replaced the unet"),
@@ -374,7 +374,7 @@ def test_a_call_past_the_compiled_class_is_diffusers(pipe):
     StableDiffusionPipeline.__call__(fast, "red heart", latents=given, **options)
     assert torch.equal(given, kept)
     assert loop_of(fast).planned == 3
-    assert "from elsewhere" in str(loop_of(fast).own)
+    assert "by something other than" in str(loop_of(fast).own)
 
 
 def test_a_call_within_a_call_by_another_way(pipe):

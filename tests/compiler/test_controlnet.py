@@ -127,7 +127,7 @@ def test_bare_controlnet(components, config, guess_mode, controlnet):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    assert "1 calls" in str(fastdiff.report(net))
+    assert "1 call" in str(fastdiff.report(net))
     with pytest.warns(RuntimeWarning, match="class_labels"):
         residuals(net, class_labels=torch.zeros(2))
 

@@ -276,7 +276,7 @@ def test_what_the_engine_has_no_input_for_runs_eagerly(on_ort):
     mask = torch.ones(1, 77)
     with (
         torch.no_grad(),
-        pytest.warns(RuntimeWarning, match="encoder_attention_mask, which is no input"),
+        pytest.warns(RuntimeWarning, match="encoder_attention_mask, which is not an input"),
     ):
         on_ort.unet(sample, 5, text, encoder_attention_mask=mask)
 
@@ -312,14 +312,14 @@ def test_an_engine_of_other_weights_is_refused(demo, demo_onnx):
 BAD = {
     "was not written by fastdiff export --onnx": lambda folder: (folder / "export.json").unlink(),
     "has no readable export.json": lambda folder: (folder / "export.json").write_text("{"),
-    "is fastdiff.export/0, this fastdiff reads": lambda folder: edit(
+    "has schema fastdiff.export/0, this fastdiff reads": lambda folder: edit(
         folder, schema="fastdiff.export/0"
     ),
     "is damaged: it does not name its parts": lambda folder: edit(
         folder, parts=[{"file": "unet/model.onnx"}]
     ),
     "holds no unet": lambda folder: edit(folder, parts=[]),
-    "is not what was written": lambda folder: truncate(folder / "unet/model.onnx"),
+    "differs from what was written": lambda folder: truncate(folder / "unet/model.onnx"),
 }
 
 
@@ -398,5 +398,5 @@ def test_keywords_are_options(demo_onnx, demo):
 
 
 def test_a_backend_without_a_u_net_is_refused(demo):
-    with pytest.raises(UserError, match="a denoising loop repeats, and there is none"):
+    with pytest.raises(UserError, match="only a denoising network, and there is none"):
         fastdiff.compile(copy.deepcopy(demo.vae), Options(backend="ort"))

@@ -21,8 +21,8 @@ from diffusers import (
 from torch import nn
 
 import fastdiff
-from fastdiff.compiler.found import remembered
 from fastdiff.compiler.slot import Slot, kept_slot, slot_of
+from fastdiff.compiler.taken import remembered
 from fastdiff.errors import UserError
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.models.borrow import Loan
@@ -225,7 +225,7 @@ def test_restore_finds_what_was_compiled(tiny, taken):
     before = rows(pipe)
     if taken == "in place":
         assert before["unet"].runs == before["vae.decoder"].runs == "torch.compile"
-        assert "lent until it is restored" in before["unet"].why
+        assert "keeps its weights until it is restored" in before["unet"].why
     elif taken in ("replaced", "set to None"):
         assert before["unet"].runs == "eager"
     assert fastdiff.restore(pipe) is pipe
@@ -245,7 +245,7 @@ def test_restore_finds_what_was_compiled(tiny, taken):
 def test_a_slot_whose_place_was_given_up_is_taken_anew(tiny):
     pipe = fastdiff.compile(tiny())
     pipe.unet.compile(backend="eager")
-    with pytest.raises(UserError, match=r"unet was compiled with torch.compile already; set its"):
+    with pytest.raises(UserError, match=r"unet is compiled with torch.compile already; set its"):
         fastdiff.compile(pipe)
     first, pipe.unet._compiled_call_impl = kept_slot(pipe.unet), None
     fastdiff.compile(pipe)

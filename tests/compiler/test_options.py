@@ -1,5 +1,7 @@
 """What compile may be told: refused in one sentence when it is made, honoured by any name."""
 
+import dataclasses
+import pydoc
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,13 @@ def test_an_unknown_name_lists_what_there_is(pipe):
         fastdiff.compile(pipe, ignore=("vae.decodr",))
     with pytest.raises(UserError, match="'loop'; UNet2DConditionModel has unet"):
         fastdiff.compile(pipe.unet, ignore=("loop",))
+
+
+def test_help_explains_every_field_with_gain_and_cost():
+    text = pydoc.plain(pydoc.render_doc(fastdiff.Options))
+    names = [field.name for field in dataclasses.fields(fastdiff.Options)]
+    starts = [text.index(f"\n |          {name}: ") for name in names]
+    assert starts == sorted(starts)
+    for name, start, end in zip(names, starts, [*starts[1:], text.index("Raises:")], strict=True):
+        assert "Gain" in text[start:end], name
+        assert "Cost" in text[start:end], name

@@ -74,7 +74,7 @@ def test_residuals_that_diffusers_reads_otherwise(components):
     fastdiff.compile(unet)
     got = call(down_intrablock_additional_residuals=[*inner])
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    with pytest.warns(RuntimeWarning, match="in part"):
+    with pytest.warns(RuntimeWarning, match="only some of"):
         got = call(down_block_additional_residuals=[*inner])
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     with pytest.warns(RuntimeWarning, match="a tuple"), pytest.raises(AttributeError, match="pop"):
@@ -113,7 +113,7 @@ def test_a_loop_that_is_entered_by_its_progress_bar(components, hold):
         seen.append(i)
         return {"latents": given["latents"] / 2}
 
-    hold(pipe, "go on in the middle", callback_on_step_end=halve)
+    hold(pipe, "resume in mid-loop", callback_on_step_end=halve)
     assert seen == 2 * [0, 1, 2, 3]
     fastdiff.restore(pipe)
     assert type(pipe) is own

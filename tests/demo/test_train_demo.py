@@ -107,7 +107,7 @@ def test_no_font_and_no_emoji_are_said_plainly(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.ttf: no such file"):
         data.find_font(tmp_path / "nothing.ttf")
     (tmp_path / "words.ttf").write_text("not a font at all")
-    with pytest.raises(ValueError, match="words.ttf is no TrueType or OpenType font"):
+    with pytest.raises(ValueError, match="words.ttf is not a TrueType or OpenType font"):
         list(data.read_glyphs(tmp_path / "words.ttf"))
     with pytest.raises(ValueError, match="1 glyphs and not one emoji"):
         data.pictures([("a", Image.new("RGBA", (136, 128)))])

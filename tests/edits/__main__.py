@@ -1,6 +1,7 @@
 """`python -m edits [WORD …]`: each edit whose name has one of the words alone, after and before
 compile; with `random [COUNT]` the sequences: what is at fault, one a line."""
 
+import logging
 import sys
 import time
 
@@ -13,6 +14,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what runs eagerly is no news here
 words = sys.argv[1:]
 if words[:1] == ["random"]:
     sequences = [drawn_at_random(number) for number in range(int((words[1:] or ["300"])[0]))]

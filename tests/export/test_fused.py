@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from command import run
+from command import run, run_json
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnxscript import ir
@@ -133,9 +133,9 @@ def demo_fused(demo, demo_onnx, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "to_program", premade)
-        code, told, err = run("export", "--onnx", out, "--ort-fused", "--verify", "--json")
+        code, told, err = run_json("export", "--onnx", "--out", out, "--ort-fused", "--verify")
     assert code in (0, 1), err
-    return out, json.loads(told), code
+    return out, told, code
 
 
 def test_the_demo_is_within_the_budget_of_torch(demo_fused):
@@ -206,8 +206,10 @@ def test_what_cannot_be_fused_is_one_sentence(tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == []
         return err.splitlines()[-1]
 
-    assert "--ort-fused goes with --onnx" in refused("--triton-repo", out)
-    assert "--ort-fused needs --opset 18 to 20, got 21" in refused("--onnx", out, "--opset", 21)
-    assert "--ort-fused needs fp32 or fp16" in refused("--onnx", out, "--dtype", "bf16")
+    assert "--ort-fused goes with --onnx" in refused("--triton-repo", "--out", out)
+    assert "--ort-fused needs --opset 18 to 20, got 21" in refused(
+        "--onnx", "--out", out, "--opset", 21
+    )
+    assert "--ort-fused needs fp32 or fp16" in refused("--onnx", "--out", out, "--dtype", "bf16")
     monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of, **how: parts(*of, **how)[:1])
-    assert "no GroupNorm here fits ONNX Runtime's" in refused("--onnx", out)
+    assert "no GroupNorm here fits ONNX Runtime's" in refused("--onnx", "--out", out)

@@ -336,7 +336,7 @@ def test_any_runtime_can_be_held_to_it(small, wrong):
         parity.Parity(tuple(rows), float("-inf"), faults={"text_encoder": None})
     )
     assert "**FAILED**" in text
-    assert "text_encoder parts from torch at no one operation" in text
+    assert "text_encoder departs from torch at no single operation" in text
 
 
 def test_pictures_are_compared_before_a_safety_checker_blackens_both(demo):
@@ -400,11 +400,11 @@ def test_export_that_draws_something_else_exits_1_and_names_the_node(tmp_path, m
 
     monkeypatch.setattr(exporter, "write", spoil)
     monkeypatch.setattr(parts_module, "parts", lambda *of, **how: parts(*of, **how)[:1])
-    code, out, err = run("export", "--onnx", tmp_path / "out", "--verify")
+    code, out, err = run("export", "--onnx", "--out", tmp_path / "out", "--verify")
     ((node, module),) = planted
     assert code == 1
-    assert f"text_encoder parts from torch at MatMul {node}" in out
-    assert "out of budget, looking for the node" in err
+    assert f"text_encoder departs from torch at MatMul {node}" in out
+    assert "out of budget, searching for the node" in err
     report = json.loads((tmp_path / "out/parity.json").read_text())
     assert report["schema"] == "fastdiff.parity/1"
     assert not report["passed"]

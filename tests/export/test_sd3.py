@@ -1,7 +1,6 @@
 """Stable Diffusion 3 exported: its files at any sides, in a pipeline, as engines, on a server."""
 
 import copy
-import json
 import struct
 import warnings
 from dataclasses import replace
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 import torch
-from command import run
+from command import run, run_json
 from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection, PatchEmbed
@@ -156,7 +155,7 @@ def test_one_timestep_for_all_pictures_is_the_engines(exported, pipe):
             one.transformer(*given, torch.tensor(500.5).expand(2)).sample for one in (on_ort, pipe)
         )
     assert float((got - eager).abs().max()) < 2e-5
-    reason = "runs eagerly: it was given a timestep for each picture"
+    reason = "runs eagerly: the pictures have different timesteps"
     with torch.no_grad(), pytest.warns(RuntimeWarning, match=reason):
         on_ort.transformer(*given, torch.tensor([500.5, 3.0]))
 
@@ -206,9 +205,11 @@ def test_a_controlnet_gives_what_no_engine_takes(exported, pipe):
 
 
 def test_a_server_takes_the_files(exported, tmp_path):
-    code, told, err = run("export", exported.folder, "--triton-repo", tmp_path / "out", "--json")
+    code, told, err = run_json(
+        "export", exported.folder, "--triton-repo", "--out", tmp_path / "out"
+    )
     assert code == 0, err
-    models = {model["name"]: model for model in json.loads(told)["models"]}
+    models = {model["name"]: model for model in told["models"]}
     assert set(models) == set(PARTS)
     assert models["transformer"]["max_batch_size"] == 0  # its timestep is one for all
     assert models["text_encoder_3"]["max_batch_size"] == 4
@@ -229,10 +230,10 @@ STATIC = {
 
 
 def test_engines_take_what_a_pipeline_gives(tmp_path):
-    asked = ("--target", "sm_89", "--static", "1x80x48", "--dry-run", "--json")
-    code, told, err = run("export", *PRESET, "--trt", tmp_path / "out", *asked)
+    asked = ("--target", "sm_89", "--static", "1x80x48", "--dry-run")
+    code, told, err = run_json("export", *PRESET, "--trt", "--out", tmp_path / "out", *asked)
     assert code == 0, err
-    profiles = {made["part"]: made["profiles"][0] for made in json.loads(told)["engines"]}
+    profiles = {made["part"]: made["profiles"][0] for made in told["engines"]}
     best = {part: {name: end["opt"] for name, end in p.items()} for part, p in profiles.items()}
     assert best == STATIC
 
@@ -261,6 +262,6 @@ def test_an_engine_is_built_for_real(pipe, tmp_path, folder):
 
 def test_no_engine_is_built_for_a_picture_beyond_all_positions(tmp_path):
     asked = ("--target", "sm_89", "--static", "1x64x6160", "--dry-run")
-    code, out, err = run("export", *PRESET, "--trt", tmp_path / "out", *asked)
+    code, out, err = run("export", *PRESET, "--trt", "--out", tmp_path / "out", *asked)
     assert (code, out) == (2, "")
     assert "1x64x6160: width 6160 is more than 6144, the most transformer takes" in err

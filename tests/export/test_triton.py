@@ -6,7 +6,7 @@ import shutil
 import onnx
 import onnxruntime
 import pytest
-from command import run
+from command import run, run_json
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -25,9 +25,9 @@ OF_ONNX = {
 @pytest.fixture(scope="module")
 def repository(demo_onnx, tmp_path_factory):
     out = tmp_path_factory.mktemp("triton") / "models"
-    code, told, err = run("export", demo_onnx, "--triton-repo", out, "--json")
+    code, told, err = run_json("export", demo_onnx, "--triton-repo", "--out", out)
     assert code == 0, err
-    return out, json.loads(told)
+    return out, told
 
 
 def configs(out):
@@ -88,7 +88,7 @@ def test_only_models_whose_tensors_all_have_the_batch_are_batched(repository):
 def test_a_pipeline_is_exported_first(repository, tmp_path, monkeypatch):
     monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of, **how: parts(*of, **how)[:1])
     out = tmp_path / "models"
-    code, _, err = run("export", "--triton-repo", out)
+    code, _, err = run("export", "--triton-repo", "--out", out)
     assert code == 0, err
     assert "text_encoder: exporting" in err
     assert configs(out) == {"text_encoder": configs(repository[0])["text_encoder"]}
@@ -110,7 +110,9 @@ def test_large_weights_go_with_their_graph(demo_onnx, tmp_path):
     document = json.loads(path.read_text())
     document["parts"][0]["sha256"] = exported.sha256_of(file)
     path.write_text(json.dumps(document))
-    code, _, err = run("export", tmp_path / "exported", "--triton-repo", tmp_path / "models")
+    code, _, err = run(
+        "export", tmp_path / "exported", "--triton-repo", "--out", tmp_path / "models"
+    )
     assert code == 0, err
     version = tmp_path / "models/text_encoder/1"
     assert (version / "model.onnx_data").stat().st_size > 1e5
@@ -152,11 +154,10 @@ def test_half_precision_and_all_inputs_of_sdxl(tmp_path):
 
 def test_dry_run_tells_the_same_and_writes_nothing(repository, demo_onnx, tmp_path):
     for source in ((demo_onnx,), ()):
-        code, out, _ = run(
-            "export", *source, "--triton-repo", tmp_path / "x", "--dry-run", "--json"
-        )
+        asked = ("--triton-repo", "--out", tmp_path / "x", "--dry-run")
+        code, told, _ = run_json("export", *source, *asked)
         assert code == 0
-        assert json.loads(out)["models"] == repository[1]["models"]
+        assert told["models"] == repository[1]["models"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,14 +178,14 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
         document = json.loads((demo_onnx / "export.json").read_text())
         change(document)
         (source / "export.json").write_text(json.dumps(document))
-        sentence = refused(source, "--triton-repo", out)
+        sentence = refused(source, "--triton-repo", "--out", out)
         assert list(tmp_path.iterdir()) == [source]
         return sentence
 
     def of(part, what):
         return next(row for row in part["parts"] if row["file"].startswith("unet"))[what]
 
-    assert "is fastdiff.export/9, this fastdiff reads" in told(
+    assert "has schema fastdiff.export/9, this fastdiff reads" in told(
         lambda d: d.update(schema="fastdiff.export/9")
     )
     assert "export.json is damaged" in told(lambda d: d.pop("parts"))
@@ -201,7 +202,7 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
     )
     with (source / "unet/model.onnx").open("ab") as file:
         file.write(b"\0")
-    assert "unet/model.onnx is not what was written" in told(lambda d: None)
+    assert "unet/model.onnx differs from what was written" in told(lambda d: None)
     (source / "unet/model.onnx").unlink()
     assert "unet/model.onnx cannot be read" in told(lambda d: None)
 
@@ -253,12 +254,12 @@ def test_engines_of_one_target_are_served_within_their_profile(tmp_path):
     source = engine(engine(tmp_path / "engines"), target="sm_120")
     out = tmp_path / "models"
     assert "has engines for sm_120, sm_89; choose one with --target" in refused(
-        source, "--triton-repo", out
+        source, "--triton-repo", "--out", out
     )
     assert "no engines for sm_90, only for sm_120, sm_89" in refused(
-        source, "--triton-repo", out, "--target", "sm_90"
+        source, "--triton-repo", "--out", out, "--target", "sm_90"
     )
-    code, _, err = run("export", source, "--triton-repo", out, "--target", "sm_120")
+    code, _, err = run("export", source, "--triton-repo", "--out", out, "--target", "sm_120")
     assert code == 0, err
     assert (out / "vae_decoder/1/model.plan").read_bytes() == b"plan for sm_120"
     (config,) = configs(out).values()
@@ -277,7 +278,7 @@ def test_an_engine_of_one_shape_gets_its_batch_in_its_sides(tmp_path):
         "profiles": [{}],
     }
     source = engine(tmp_path / "engines", **ports)
-    assert run("export", source, "--triton-repo", tmp_path / "models")[0] == 0
+    assert run("export", source, "--triton-repo", "--out", tmp_path / "models")[0] == 0
     (config,) = configs(tmp_path / "models").values()
     assert config.max_batch_size == 0
     assert [list(port.dims) for port in (*config.input, *config.output)] == [
@@ -286,9 +287,9 @@ def test_an_engine_of_one_shape_gets_its_batch_in_its_sides(tmp_path):
 
 
 def test_engines_that_triton_cannot_run_are_refused(tmp_path):
-    out = ("--triton-repo", tmp_path / "models")
+    out = ("--triton-repo", "--out", tmp_path / "models")
     source = engine(tmp_path / "rtx", flavor="rtx")
-    assert "is of TensorRT-RTX, whose plans Triton has no backend for" in refused(source, *out)
+    assert "was built by TensorRT-RTX, for which Triton has no backend" in refused(source, *out)
     source = engine(tmp_path / "scalar", inputs={"timestep": ["float32"]})
     assert "takes timestep without sides" in refused(source, *out)
     source = engine(tmp_path / "flipped")
@@ -298,11 +299,11 @@ def test_engines_that_triton_cannot_run_are_refused(tmp_path):
 
 
 def test_bad_input_is_one_sentence(demo_onnx, tmp_path):
-    out = ("--triton-repo", tmp_path / "models")
-    assert f"{tmp_path} is no diffusers pipeline" in refused(tmp_path, *out)
-    assert f"{tmp_path} exists already" in refused(demo_onnx, "--triton-repo", tmp_path)
+    out = ("--triton-repo", "--out", tmp_path / "models")
+    assert f"{tmp_path} is not a diffusers pipeline" in refused(tmp_path, *out)
+    assert f"{tmp_path} exists already" in refused(demo_onnx, "--triton-repo", "--out", tmp_path)
     assert "give one of --onnx" in refused(demo_onnx)
-    assert "give one of --onnx" in refused("--onnx", tmp_path / "x", *out)
+    assert "give one of --onnx" in refused("--onnx", "--out", tmp_path / "x", *out)
     assert "--verify goes with --onnx" in refused(*out, "--verify")
     exported = refused(demo_onnx, *out, "--dtype", "fp16")
     assert "is exported already; --dtype goes with a pipeline" in exported
@@ -314,6 +315,6 @@ def test_bad_input_is_one_sentence(demo_onnx, tmp_path):
 
 def test_a_missing_package_is_named(demo_onnx, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tritonclient.grpc", None)
-    sentence = refused(demo_onnx, "--triton-repo", tmp_path / "models")
+    sentence = refused(demo_onnx, "--triton-repo", "--out", tmp_path / "models")
     assert "--triton-repo needs tritonclient and onnx" in sentence
-    assert "pip install fastdiff[onnx,triton-server]" in sentence
+    assert "pip install 'fastdiff-engine[onnx,triton-server]'" in sentence

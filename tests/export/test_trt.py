@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tensorrt_rtx
 import torch
-from command import run
+from command import run, run_json
 from diffusers import UNet2DConditionModel
 from disks import small_disk
 from small import TINY
@@ -90,9 +90,9 @@ def built(small_folder, tmp_path_factory):
     """The folder that the command line writes, and its JSON."""
     out = tmp_path_factory.mktemp("trt") / "out"
     targets = ",".join(TARGETS)
-    code, told, _ = run("export", small_folder, "--trt", out, "--target", targets, "--json")
+    code, told, _ = run_json("export", small_folder, "--trt", "--out", out, "--target", targets)
     assert code == 0
-    return SimpleNamespace(out=out, document=json.loads(told))
+    return SimpleNamespace(out=out, document=told)
 
 
 @pytest.fixture(scope="session")
@@ -191,10 +191,12 @@ def test_the_command_prints_its_manifests(built):
 
 
 def test_dry_run_tells_the_same_and_writes_nothing(built, small_folder, tmp_path):
-    asked = ("--trt", tmp_path / "out", "--target", ",".join(TARGETS), "--dry-run", "--json")
-    code, told, _ = run("export", small_folder, *asked)
+    out = ("--trt", "--out", tmp_path / "out")
+    code, told, _ = run_json(
+        "export", small_folder, *out, "--target", ",".join(TARGETS), "--dry-run"
+    )
     assert code == 0
-    rows = json.loads(told)["engines"]
+    rows = told["engines"]
     assert len(rows) == len(built.document["engines"])
     for row, made in zip(rows, built.document["engines"], strict=True):
         assert row == {key: made[key] for key in row}
@@ -205,11 +207,9 @@ def test_inspect_shows_whole_engines(built):
     code, out, _ = run("inspect", built.out)
     assert code == 0
     assert f"sm_120/unet: rtx {tensorrt_rtx.__version__} for sm_120, float16" in out
-    code, out, _ = run("inspect", built.out / "sm_89/unet", "--json")
+    code, told, _ = run_json("inspect", built.out / "sm_89/unet")
     assert code == 0
-    assert list(json.loads(out).values()) == [
-        json.loads((built.out / "sm_89/unet/engine.json").read_text())
-    ]
+    assert list(told.values()) == [json.loads((built.out / "sm_89/unet/engine.json").read_text())]
 
 
 def edit(**values):
@@ -241,9 +241,9 @@ DAMAGE = {
     "schema": (edit(schema="fastdiff.engine/2"), "has schema 'fastdiff.engine/2'"),
     "version": (
         edit(version="1.0.0"),
-        f"was built by rtx 1.0.0, installed is {tensorrt_rtx.__version__}",
+        f"was built by rtx 1.0.0, but {tensorrt_rtx.__version__} is installed",
     ),
-    "flavor": (edit(flavor="other"), "was built by other; known are tensorrt and rtx"),
+    "flavor": (edit(flavor="other"), "was built by other; expected tensorrt or rtx"),
     "foreign": (edit(flavor="tensorrt"), "tensorrt needs tensorrt"),
 }
 
@@ -444,7 +444,7 @@ def test_a_full_disk_is_one_sentence(built, tmp_path):
     """The text encoder's ONNX fits, its plan does not."""
     plan = (built.out / "sm_89/text_encoder/model.plan").stat().st_size
     with small_disk(tmp_path, plan - 1_000_000) as reason:
-        sentence = refused("export", "--trt", tmp_path / "out", "--target", "sm_89")
+        sentence = refused("export", "--trt", "--out", tmp_path / "out", "--target", "sm_89")
         assert sentence == f"fastdiff: {tmp_path}/out cannot be written: {reason}"
         assert list(tmp_path.iterdir()) == []
 
@@ -525,16 +525,16 @@ BAD = {
     "rtx cannot build for sm_90 here: it knows sm_75": ("--flavor", "rtx", "--target", "sm_90"),
     "rtx cannot build for 89 here: it knows sm_75": ("--target", "89"),
     "tensorrt needs tensorrt (": ("--flavor", "tensorrt", "--target", "sm_89"),
-    "pip install fastdiff[trt]; rtx cannot build for sm_90": ("--target", "sm_89,sm_90"),
+    "pip install 'fastdiff-engine[trt]'; rtx cannot build for sm_90": ("--target", "sm_89,sm_90"),
     "--flavor is 'x'; choose auto, tensorrt or rtx": ("--flavor", "x"),
-    "got --shapes and --static; give one": ("--shapes", "1x64x64", "--static", "1x64x64"),
+    "got --shapes and --static; give only one": ("--shapes", "1x64x64", "--static", "1x64x64"),
     "--shapes is '1x64x64'; give MIN:OPT:MAX": ("--shapes", "1x64x64"),
     "--shapes has '64x64'; give pictures x height": ("--shapes", "64x64:1x64x64:1x64x64"),
     "--static has '0x64x64'": ("--static", "0x64x64"),
     "--static has '-1x64x64'": ("--static", "-1x64x64"),
-    "count goes 2, 1, 3; it must grow": ("--shapes", "2x64x64:1x64x64:3x64x64"),
-    "width goes 64, 64, 32; it must grow": ("--shapes", "1x64x64:1x64x64:1x64x32"),
-    "1x64x72: width 72 is no multiple of 16, which unet needs; 16 suits every network": (
+    "count is 2, 1, 3; it must not fall": ("--shapes", "2x64x64:1x64x64:3x64x64"),
+    "width is 64, 64, 32; it must not fall": ("--shapes", "1x64x64:1x64x64:1x64x32"),
+    "1x64x72: width 72 is not a multiple of 16, as unet needs; 16 suits every network": (
         *("--static", "1x64x72", "--target", "sm_89"),
     ),
     "--compatible is 'x'; choose hardware or version": ("--compatible", "x"),
@@ -551,7 +551,7 @@ BAD = {
     "--opset is 'x'": ("--opset", "x"),
     "--opset is '21'; choose auto or 22 to 23 for bf16": ("--opset", "21", "--dtype", "bf16"),
     "--verify goes with --onnx": ("--verify",),
-    "give one of --onnx, --trt and --triton-repo": ("--onnx", "{tmp}/other"),
+    "give one of --onnx, --trt and --triton-repo": ("--onnx", "--out", "{tmp}/other"),
 }
 
 
@@ -560,7 +560,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, message):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in BAD[message]]
-    sentence = refused("export", "--trt", tmp_path / "out", *arguments)
+    sentence = refused("export", "--trt", "--out", tmp_path / "out", *arguments)
     assert message.replace("{tmp}", str(tmp_path)) in sentence
     assert list(tmp_path.iterdir()) == []
 
@@ -568,21 +568,21 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, message):
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
-    arguments = ("export", "--trt", tmp_path / "out", "--target", "sm_89")
+    arguments = ("export", "--trt", "--out", tmp_path / "out", "--target", "sm_89")
     sentence = refused(*arguments, "--flavor", "rtx")
     assert "rtx needs tensorrt_rtx" in sentence
-    assert "pip install fastdiff[trt-rtx]" in sentence
+    assert "pip install 'fastdiff-engine[trt-rtx]'" in sentence
     sentence = refused(*arguments)
-    assert "pip install fastdiff[trt];" in sentence
-    assert "pip install fastdiff[trt-rtx]" in sentence
+    assert "pip install 'fastdiff-engine[trt]';" in sentence
+    assert "pip install 'fastdiff-engine[trt-rtx]'" in sentence
 
 
 @pytest.mark.parametrize("option", ["flavor", "target", "shapes", "static", "timing-cache"])
 def test_engine_options_go_with_trt(tmp_path, option):
-    sentence = refused("export", "--onnx", tmp_path / "out", f"--{option}", "x")
+    sentence = refused("export", "--onnx", "--out", tmp_path / "out", f"--{option}", "x")
     assert sentence == f"fastdiff: --{option} goes with --trt"
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):
-    sentence = refused("export", "--trt", tmp_path, "--target", "sm_89")
+    sentence = refused("export", "--trt", "--out", tmp_path, "--target", "sm_89")
     assert f"{tmp_path} exists already" in sentence

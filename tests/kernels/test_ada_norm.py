@@ -115,7 +115,7 @@ def test_all_that_a_norm_takes_is_one_kernel_in_cpp():
         ({"shift": torch.ones(D, B).T}, r"shift has strides \(1, 2\)"),
         ({"scale": torch.ones(B, D).half()}, r"scale is torch\.float16"),
         ({"residual": torch.ones(3, L, D)}, r"residual is .*\[3, 13, 64\].*; expected .*\[2, 13"),
-        ({"gate": torch.ones(B, D)}, "gate scales x before a residual is added; there is none"),
+        ({"gate": torch.ones(B, D)}, "gate needs a residual, but there is none"),
         ({"bias": torch.ones(D), "rms": True}, "RMSNorm has no bias"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -209,7 +209,9 @@ def test_heads_that_no_library_takes_are_products():
 
 def test_joint_attention_names_what_does_not_fit():
     q, text = torch.randn(1, 6, 2, 8), torch.randn(1, 3, 2, 8)
-    with pytest.raises(ValueError, match=r"joint_attention: .*\[1, 3, 2, 4\].*; expected three"):
+    with pytest.raises(
+        ValueError, match=r"joint_attention: .*\[1, 3, 2, 4\].*; expected \[B, L, H"
+    ):
         joint_attention(q, q, q, text, text, text[..., :4])
     for wrong in (torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]):
         with pytest.raises(ValueError, match="joint_attention: text_bias (is|has)"):

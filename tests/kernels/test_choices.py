@@ -132,8 +132,8 @@ def test_tiles_of_bfloat16_are_the_librarys(rows, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"schema": "fastdiff.cpu/0"}, "of schema 'fastdiff.cpu/0'"),
-        ({"isa": "avx2"}, "of avx2, not of avx512"),
+        ({"schema": "fastdiff.cpu/0"}, "has schema 'fastdiff.cpu/0'"),
+        ({"isa": "avx2"}, "for avx2, not for avx512"),
         ({"rows": [{"op": "linear"}]}, "it has no 'sizes'"),
         ({"rows": [{"sizes": [0]}]}, "positive integers"),
         ({"rows": [{"op": "linear", "dtype": "float32", "kind": "", "sizes": [1],

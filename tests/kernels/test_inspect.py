@@ -100,7 +100,7 @@ GOOD = Compiled(
     bound="compute",
 )
 BAD = {
-    "spills 8 bytes a thread": {"spills": 8},
+    "spills 8 bytes per thread": {"spills": 8},
     "takes 233472 bytes of shared memory of 227 KiB": {"shared": 228 * 1024},
     "loads 8 bytes at once, not 16": {"load": 8},
     "stores 2 bytes at once, not 16": {"store": 2},

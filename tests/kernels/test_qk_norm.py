@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_refused(which, change, message):
 
 def test_odd_heads_are_not_turned():
     q, angles = torch.randn(1, 2, 1, 5), torch.ones(2, 5)
-    with pytest.raises(ValueError, match="rotary embedding turns pairs; heads are 5 wide"):
+    with pytest.raises(ValueError, match="rotary embedding needs pairs; heads are 5 wide"):
         qk_norm(q, q, cos=angles, sin=angles)
 
 

@@ -68,9 +68,9 @@ def test_kernels_end_to_end_are_told_apart():
 def test_what_is_no_listing_is_refused():
     with pytest.raises(RuntimeError, match="no resource usage"):
         parse([""], printed(EXIT), [16])
-    with pytest.raises(RuntimeError, match="no whole kernel"):
+    with pytest.raises(RuntimeError, match="no complete kernel"):
         parse([USAGE], "", [16])
-    with pytest.raises(RuntimeError, match="no whole kernel"):
+    with pytest.raises(RuntimeError, match="no complete kernel"):
         parse([USAGE, USAGE], printed(EXIT, "LDG.E R2, [R2.64]"), [16, 16])
 
 
@@ -136,7 +136,7 @@ def test_what_may_not_be_is_said(planted, arch):
         if a == arch
     }
     spills = planted["spilled", arch]["spills"]
-    assert said.pop("spilled") == [f"spills {spills} bytes a thread"]
+    assert said.pop("spilled") == [f"spills {spills} bytes per thread"]
     narrow = ["loads 2 bytes at once, not 16", "stores 2 bytes at once, not 16"]
     assert said.pop("every third") == narrow
     assert said.pop("gathered") == narrow[:1]

@@ -114,15 +114,15 @@ DAMAGED = {
     "a list": ([], "list indices"),
     "other schema": (TABLE | {"schema": "fastdiff.tuned/2"}, "schema 'fastdiff.tuned/2', not"),
     "dry run": (TABLE | {"dry_run": True}, "a dry run"),
-    "other GPU": (TABLE | {"arch": 80}, "of sm_80, not sm_90"),
+    "other GPU": (TABLE | {"arch": 80}, "for sm_80, not for sm_90"),
     "no commit": (without("commit"), "it has no 'commit'"),
     "no rows": (without("rows"), "it has no 'rows'"),
     "float": (TABLE | {"rows": [ROW | {"config": {"block": 1.5}}]}, "should be integers"),
-    "twice": (TABLE | {"rows": [ROW, ROW]}, r"norm \(L=4096,size=2\) is there twice"),
+    "twice": (TABLE | {"rows": [ROW, ROW]}, r"norm \(L=4096,size=2\) occurs twice"),
     "unmeasured": (TABLE | {"rows": [ROW | {"measured": []}]}, "was never measured"),
     "slower": (
         TABLE | {"rows": [ROW | {"measured": [MEASURED | {"ratio": {"lo": 0.99}}]}]},
-        "not faster than the rule on sd15-64",
+        "not faster than the default on sd15-64",
     ),
 }
 

@@ -436,7 +436,7 @@ def test_what_is_not_computed_is_refused():
     assert "in chunks" in refused(EDITS["chunks"])
     assert "a GELU" in refused(EDITS["gelu"])
     assert "sinusoids" in refused(EDITS["sinusoid"])
-    assert "put together" in refused(EDITS["config"])
+    assert "unpatched at another size" in refused(EDITS["config"])
     assert "channels" in refused(EDITS["channels"])
     assert "positions" in refused(EDITS["size of positions"])
     assert "before the last" in refused(EDITS["last block"])
@@ -445,7 +445,7 @@ def test_what_is_not_computed_is_refused():
         net.transformer_blocks[0].attn.processor._attention_backend = "flash"
 
     assert "backend" in refused(backend)
-    assert "leaves its text" in refused(EDITS["text"])
+    assert "does not update its text" in refused(EDITS["text"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -479,8 +479,8 @@ BAD = {
     "encoder_hidden_states is empty": (
         lambda x, c: (x, c._replace(encoder_hidden_states=torch.randn(2, 0, 40)))
     ),
-    "without any": (lambda x, c: (x, c._replace(block_controlnet_hidden_states=[]))),
-    "of 5 tokens": (
+    "hidden_states is empty": (lambda x, c: (x, c._replace(block_controlnet_hidden_states=[]))),
+    "has 5 tokens": (
         lambda x, c: (x, c._replace(block_controlnet_hidden_states=[torch.randn(2, 5, 48)]))
     ),
     "an IP-Adapter": (lambda x, c: (x, c._replace(ip_adapter_image_embeds=torch.randn(2, 6, 20)))),

@@ -71,12 +71,15 @@ def test_the_floor_is_what_the_user_says():
 def test_few_pairs_are_inconclusive_and_say_how_many_are_missing():
     (line,) = compare(pair_of(paired(1.5, pairs=3)), "").lines
     assert line.verdict == "inconclusive"
-    assert line.note == "about 2 more process pairs would tell"
+    assert line.note == "about 2 more process pairs would settle it"
 
 
 def test_rounds_of_one_process_pair_are_not_enough_however_many():
     (line,) = compare(pair_of(paired(1.2, pairs=1)), "").lines
-    assert (line.verdict, line.note) == ("inconclusive", "about 4 more process pairs would tell")
+    assert (line.verdict, line.note) == (
+        "inconclusive",
+        "about 4 more process pairs would settle it",
+    )
 
 
 def test_a_first_picture_has_a_wider_floor_and_no_part_in_the_mean():
@@ -142,7 +145,7 @@ def test_a_state_from_before_counters_is_told_and_not_blamed():
     document = paired(1.0)
     document["counts"] = {"base": {}, "new": {"step · launches": [5, "launches"]}}
     found = compare(pair_of(document), "")
-    assert found.differences == ("BASE counts nothing, so no counters are compared",)
+    assert found.differences == ("BASE has no counters, so none are compared",)
     assert found.exit_code == 0
 
 
@@ -150,7 +153,7 @@ def test_counters_do_not_vanish_without_a_word():
     document = paired(1.0)
     document["counts"] = {"base": {"step · launches": [5, "launches"]}, "new": {}}
     found = compare(pair_of(document), "")
-    assert lines(found)["counters"].note == "NEW counts nothing, though BASE does"
+    assert lines(found)["counters"].note == "NEW has no counters, but BASE does"
     assert found.exit_code == 3
 
 
@@ -206,7 +209,7 @@ def test_a_baseline_that_lacks_a_row_is_none(against):
         found = against(base, new)
         called = [line for line in found.lines if line.verdict == "slower"]
         assert len(called) == 8
-        assert called[0].note.startswith(f"only in {where}: if that is meant, count BASE again")
+        assert called[0].note.startswith(f"only in {where}: if this is intended, count BASE again")
     older = changed(STATIC, versions=VERSIONS | {"triton": "3.8.0"})
     assert against(older, more).exit_code == 3
 

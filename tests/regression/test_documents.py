@@ -112,10 +112,10 @@ def damaged(path, value):
 
 
 DAMAGE = {
-    "is no JSON (maximum recursion": "[" * 100_000,
+    "is not JSON (maximum recursion": "[" * 100_000,
     "is damaged (OverflowError": json.dumps(PAIRED).replace("5.0", "9" * 400, 1),
     "is empty": "",
-    "is no JSON": json.dumps(PAIRED)[:-40],
+    "is not JSON": json.dumps(PAIRED)[:-40],
     "holds a JSON list, not an object": [1, 2],
     "is JSON of another kind": {"hello": 1},
     "is of schema 'fastdiff.bench/9'": BENCH | {"schema": "fastdiff.bench/9"},
@@ -180,8 +180,8 @@ def test_a_bench_without_its_yardstick_is_damage(file, rows, message):
     ("documents", "message"),
     [
         ((BENCH,), "holds one state; give a second file"),
-        ((PAIRED, BENCH), "holds both states; give it alone"),
-        ((BENCH, PAIRED), "holds both states; give it alone"),
+        ((PAIRED, BENCH), "holds both states; give no second file"),
+        ((BENCH, PAIRED), "holds both states; give no second file"),
     ],
 )
 def test_how_many_files(file, documents, message):

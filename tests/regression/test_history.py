@@ -87,7 +87,7 @@ def test_a_broken_file_is_named(tmp_path, write, facts):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         read(tmp_path / "absent")
 
 

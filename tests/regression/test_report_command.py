@@ -96,7 +96,7 @@ BAD = {
     "--floor is 100%": ("{static}", "{static}", "--floor", "100%"),
     "the folder {tmp}/no does not exist": ("{static}", "{static}", "--html", "{tmp}/no/x.html"),
     "--roofline goes with --html": ("{static}", "{static}", "--roofline", "{static}"),
-    "has no place under a roofline": (
+    "holds no roofline": (
         *("{static}", "{static}", "--roofline", "{static}"),
         *("--html", "{tmp}/x.html"),
     ),
@@ -105,7 +105,7 @@ BAD = {
         *("--junit", "{tmp}/x.xml"),
     ),
     "or --history with --html": ("--history", "benchmarks/results"),
-    "nothing is no folder": ("--history", "{tmp}/nothing", "--html", "{tmp}/x.html"),
+    "nothing is not a folder": ("--history", "{tmp}/nothing", "--html", "{tmp}/x.html"),
 }
 
 
@@ -131,11 +131,11 @@ BAD_COMPARE = {
     "--preset goes with pipelines": ("kernels", *AGAINST, "--preset", "tiny"),
     "--backends is 'warp'": (*AGAINST, "--backends", "warp"),
     "--backends ort goes with bench": (*AGAINST, "--backends", "fastdiff,ort"),
-    "got the folder here and --preset tiny": ("here", *AGAINST, "--preset", "tiny"),
+    "got the pipeline here and --preset tiny": ("here", *AGAINST, "--preset", "tiny"),
     "--dtype is 'int8'": (*AGAINST, "--dtype", "int8"),
     "the folder {tmp}/no does not exist": (*AGAINST, "--json", "{tmp}/no/x.json"),
-    "is no folder, no wheel and no revision": ("--against", "no-such-revision"),
-    "{tmp}/nothing is no folder": ("{tmp}/nothing", *AGAINST),
+    "is not a folder, wheel or revision": ("--against", "no-such-revision"),
+    "{tmp}/nothing is not a folder or a .safetensors file": ("{tmp}/nothing", *AGAINST),
 }
 
 
@@ -167,7 +167,7 @@ def test_a_kernel_is_timed_in_both_states_from_the_command_line(tmp_path, monkey
     code, out, err = run("compare", "kernels", "--against", tmp_path / "other", *options)
     assert code == 3, err
     assert "about" in out
-    assert "more process pairs would tell" in " ".join(out.split())
+    assert "more process pairs would settle it" in " ".join(out.split())
     document = json.loads(path.read_text())
     (row,) = document["times"]
     assert row["name"].startswith("ada_norm · demo(")

@@ -125,7 +125,7 @@ def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypa
     monkeypatch.setenv("PYTHONPATH", f"{repository}{os.pathsep}/elsewhere")
     said = []
     old = states.other("old", repository, said.append)
-    assert said == ["old: making its environment, once"]
+    assert said == ["old: making its environment (only once)"]
     assert asked(old) == "1"  # not 2, which PYTHONPATH would show
     assert old.environment()["PYTHONPATH"] == "/elsewhere"
     assert old.commit == git(repository, "rev-parse", "old")[:7]
@@ -284,7 +284,7 @@ def test_what_does_not_install_says_why_and_leaves_nothing(repository, cache):
 
 @pytest.mark.parametrize("name", ["nothing", "v1.0", ""])
 def test_what_names_nothing(repository, name):
-    with pytest.raises(UserError, match="is no folder, no wheel and no revision of repository"):
+    with pytest.raises(UserError, match="is not a folder, wheel or revision of repository"):
         states.other(name or "''", repository, print)
 
 
@@ -296,7 +296,7 @@ def test_a_name_of_two_things(repository, monkeypatch):
 
 
 def test_a_folder_without_git_is_no_repository(tmp_path):
-    with pytest.raises(UserError, match="no revision of"):
+    with pytest.raises(UserError, match="wheel or revision of"):
         states.other("HEAD", tmp_path, print)
 
 

@@ -43,7 +43,7 @@ def test_headlines():
     assert headline(slower, same, more) == "2 of 3 rows got slower · 1 same"
     assert headline(more, faster) == "1 of 2 rows got larger · 1 faster"
     assert headline(faster, same) == "Nothing got slower · 1 faster · 1 same"
-    assert headline(undecided, same).startswith("Nothing got slower, but 1 of 2 rows are undecided")
+    assert headline(undecided, same).startswith("Nothing got slower, but 1 of 2 rows is undecided")
     assert headline() == "Nothing was compared"
     assert words.outcome(synthetic.comparison(lines=())) == "exit code 3: nothing was compared"
 

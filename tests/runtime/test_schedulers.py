@@ -269,7 +269,7 @@ def test_a_scheduler_that_has_run(name):
     try:
         assert_follows(scheduler, scheduler.timesteps[5:])  # without a history it goes on
     except NotLinear as error:
-        assert "in the middle of a run, call set_timesteps first" in str(error)  # noqa: PT017
+        assert "in the middle of a run; call set_timesteps first" in str(error)  # noqa: PT017
     for steps in (11, 11, 6):
         scheduler.set_timesteps(steps)
         assert_follows(scheduler)
@@ -304,19 +304,65 @@ def test_step_options_are_part_of_the_table():
     assert probe(scheduler) is plain  # remembered
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "options", "step"),
+    [
+        ("DDPMScheduler", {}, {}),
+        ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample_range": 0.3}, {}),
+        ("DDIMScheduler", {}, {}),
+        ("DDIMScheduler", {"clip_sample_range": 100.0}, {"eta": 0.5}),
+        ("DDIMScheduler", {}, {"eta": 1.0, "use_clipped_model_output": True}),
+        ("LCMScheduler", {}, {}),
+    ],
+    ids=str,
+)
+def test_what_clips_the_clean_picture_is_followed(name, options, step, prediction):
+    scheduler = make(name, clip_sample=True, prediction_type=prediction, **options)
+    for steps in (1, 4, 25):
+        scheduler.set_timesteps(steps)
+        assert_follows_or_cannot_run(scheduler, **step)
+    assert bool(probe(scheduler, step).clips.any())
+
+
+def test_a_clipped_schedule_that_begins_with_noise_alone():
+    """Its first step has no 1 / sqrt(alpha): what predicts the noise divides by zero there."""
+    schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    for prediction in ("sample", "v_prediction", "epsilon"):
+        options = schedule | {"clip_sample": True, "prediction_type": prediction}
+        scheduler = make("DDPMScheduler", **options)
+        scheduler.set_timesteps(5)
+        if prediction == "epsilon":
+            with pytest.raises(NotLinear, match="not finite"):
+                probe(scheduler)
+        else:
+            assert_follows(scheduler)
+
+
+def test_a_clipped_step_of_a_sample_that_is_not_finite():
+    """What overflowed shows in the picture, as in diffusers."""
+    scheduler = make("DDPMScheduler", clip_sample=True)
+    scheduler.set_timesteps(4)
+    row = probe(scheduler).rows(1.0)
+    x = torch.tensor([float("nan"), float("inf"), 0.5]).double()[None]
+    output, following = torch.zeros(1, 3).double(), torch.zeros(1, 3).double()
+    own = scheduler.step(output, scheduler.timesteps[0], x.clone(), torch.Generator()).prev_sample
+    guided_step(output, x, x.new_zeros(2, 0, 1, 3), following, row, torch.tensor([0]), None)
+    assert own.isnan().tolist() == x.isnan().tolist() == [[True, False, False]]
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("DDIMScheduler", {"clip_sample": True}),
-        ("DDPMScheduler", {"clip_sample": True}),
-        ("DDIMScheduler", {"clip_sample": True, "clip_sample_range": 100.0}),
         ("HeunDiscreteScheduler", {"clip_sample": True}),
-        ("LCMScheduler", {"clip_sample": True}),
+        ("DDIMScheduler", {"thresholding": True}),
+        ("DDPMScheduler", {"thresholding": True}),
+        ("DDPMScheduler", {"variance_type": "learned_range"}),
         ("UniPCMultistepScheduler", {"thresholding": True}),
         ("DPMSolverMultistepScheduler", {"thresholding": True}),
     ],
 )
-def test_what_clips_is_refused(name, options):
+def test_what_clips_otherwise_is_refused(name, options):
     scheduler = make(name, **options)
     for steps in (4, 25):
         scheduler.set_timesteps(steps)
@@ -400,7 +446,8 @@ class Overridden(diffusers.DDIMScheduler):
         "a branch": lambda moved, x: moved if x.abs().max() < 50 else moved / 2,
         "a value": lambda moved, x: moved * (1 + float(x.flatten()[0])),
         "an array": lambda moved, x: torch.from_numpy(moved.numpy() * 2),
-        "a wide clip": lambda moved, x: moved.clamp(-40, 40),
+        "a lopsided clip": lambda moved, x: moved.clamp(-40, 50),
+        "two clips": lambda moved, x: moved.clamp(-40, 40) + x.clamp(-1, 1),
         "its sign": lambda moved, x: moved.abs(),
         "a power": lambda moved, x: moved + 1e-4 * moved**2,
         "noise of its own": lambda moved, x: moved + torch.randn_like(moved),
@@ -508,7 +555,7 @@ def test_what_is_remembered_is_never_anothers():
         scheduler.factors = [torch.tensor(factor, dtype=torch.float64)]
         assert_follows(scheduler)
 
-    scheduler = make("DDIMScheduler", clip_sample=True)
+    scheduler = make("DDIMScheduler", thresholding=True)
     scheduler.set_timesteps(5)
     for _ in range(2):
         with pytest.raises(NotLinear, match="DDIMScheduler: "):

@@ -1,1 +1,1 @@
-"""Makes the weights of ``fastdiff.demo`` again: ``python -m tools.train_demo --help``."""
+"""Trains the weights of ``fastdiff.demo`` again: ``python -m tools.train_demo --help``."""

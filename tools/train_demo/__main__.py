@@ -1,4 +1,5 @@
-"""``python -m tools.train_demo --minutes 120 --out FOLDER``: the demo's weights, from a font."""
+"""``python -m tools.train_demo --minutes 120 --out FOLDER``: trains the demo's weights from a
+font."""
 
 import json
 from dataclasses import asdict
@@ -24,7 +25,7 @@ SHEET = (  # the last four are colour and object pairs that training never shows
 def train_autoencoder(
     made: networks.Networks, images: Tensor, minutes: float, out: Path, seed: int
 ) -> tuple[loop.Row, ...]:
-    """Phase one; ends by shifting and scaling the latents to zero mean and unit deviation."""
+    """Phase one; at its end the latents are normalised to zero mean and unit deviation."""
 
     def watch(rows: tuple[loop.Row, ...]) -> None:
         print_row("autoencoder", rows[-1])
@@ -41,7 +42,7 @@ def train_autoencoder(
         return networks.autoencoder_loss(made.vae, images, generator, batch=16)
 
     phase = loop.Phase("autoencoder", made.vae, loss, lr=2e-3)
-    # Once the U-Net has begun its latents must stay, even if a resumed run is given more minutes.
+    # once the U-Net has begun, its latents must not change, even if a resumed run has more minutes
     begun = (out / "unet.safetensors").exists()
     rows = loop.train(phase, loop.steps(1) if begun else loop.minutes(minutes), out, seed, watch)
     networks.fold_statistics(made.vae, networks.encode(made.vae, images))
@@ -58,7 +59,7 @@ def train_unet(
     out: Path,
     seed: int,
 ) -> tuple[loop.Row, ...]:
-    """Phase two: U-Net and text encoder together, on latents that do not change any more."""
+    """Phase two: train U-Net and text encoder together, on latents that no longer change."""
 
     def watch(rows: tuple[loop.Row, ...]) -> None:
         print_row("unet", rows[-1])
@@ -94,7 +95,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="of the U-Net; 256 suits a GPU")] = 48,
     seed: Annotated[int, typer.Option(help="of the first weights and every draw")] = 0,
 ) -> None:
-    """Train the demo pipeline from the Noto Color Emoji font; kill it when you like."""
+    """Train the demo pipeline from the Noto Color Emoji font; the run can be killed and resumed."""
     if not resume and list(out.glob("*.safetensors")):
         raise typer.BadParameter(f"{out} holds checkpoints: add --resume or choose another --out")
     try:
@@ -102,7 +103,7 @@ def main(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"{error}: pip install fastdiff[train]") from error
+        raise typer.BadParameter(f"{error}; pip install 'fastdiff-engine[train]'") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The pictures and their names: Noto Color Emoji, selected, recoloured, on white, 64×64."""
+"""The pictures and their names: selected Noto Color Emoji, also recoloured, on white, 64×64."""
 
 import io
 import re
@@ -16,10 +16,10 @@ from torch import Tensor
 
 SIZE = 64
 TEMPLATES = ("{}", "a {}", "{} emoji")
-NAMES_EACH = 4  # names kept of one picture; fewer are repeated, so that captions stack
+NAMES_EACH = 4  # names per picture; fewer are repeated, so that captions stack
 
-# Left out by a word of the name: what a tiny network cannot tell apart (buttons, arrows, clocks,
-# phases of one thing), what is lettering, and people, whom it would only smear.
+# Left out by a word in the name: pictures that a tiny network cannot tell apart (buttons, arrows,
+# clocks, phases of one thing), lettering, and people, whom it would only blur.
 _LEFT_OUT = re.compile(
     r"""\b(
     button | arrows? | sign | symbol | mark | suit | keycap | input | japanese |
@@ -55,7 +55,7 @@ _LEFT_OUT = re.compile(
     )\b""",
     re.VERBOSE | re.IGNORECASE,
 )
-_KEPT = frozenset(  # and these all the same
+_KEPT = frozenset(  # kept in spite of such a word
     name.strip()
     for name in """
     alarm clock, angry face with horns, baby bottle, baby chick, black cat, black circle,
@@ -105,7 +105,7 @@ _OBJECTS = {
     "octopus": "🐙", "whale": "🐳", "mushroom": "🍄", "gloves": "🧤", "rose": "🌹", "droplet": "💧",
     "chair": "🪑", "airplane": "✈",
 }  # fmt: skip
-HELD_OUT = frozenset(  # never trained on: they show whether colour and object compose
+HELD_OUT = frozenset(  # never trained on, to test whether colours and objects compose
     {
         ("apple", "blue"), ("apple", "purple"), ("balloon", "green"), ("balloon", "yellow"),
         ("car", "purple"), ("car", "green"), ("book", "pink"), ("dress", "orange"),
@@ -117,7 +117,7 @@ HELD_OUT = frozenset(  # never trained on: they show whether colour and object c
 
 @dataclass(frozen=True)
 class Pictures:
-    """`images` [N, 3, 64, 64] uint8; `names[i]` are the words that may stand for picture i."""
+    """`images` [N, 3, 64, 64] uint8; `names[i]`: the names of picture i."""
 
     images: Tensor
     names: tuple[tuple[str, ...], ...]
@@ -150,7 +150,7 @@ def read_glyphs(font: Path) -> Iterator[tuple[str, Image.Image]]:
     try:
         opened = TTFont(font, lazy=True)
     except TTLibError as error:
-        raise ValueError(f"{font} is no TrueType or OpenType font: {error}") from error
+        raise ValueError(f"{font} is not a TrueType or OpenType font: {error}") from error
     with opened as table:
         if "CBDT" not in table:
             raise ValueError(
@@ -164,7 +164,7 @@ def read_glyphs(font: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def names_of(character: str) -> tuple[str, ...]:
-    """What `character` is called in English, most official name first; () for no emoji."""
+    """The English names of `character`, most official first; () if it is not an emoji."""
     from emoji import EMOJI_DATA
 
     entry: dict[str, Any] = EMOJI_DATA.get(character + "\ufe0f") or EMOJI_DATA.get(character) or {}
@@ -173,7 +173,7 @@ def names_of(character: str) -> tuple[str, ...]:
 
 
 def kept(name: str) -> bool:
-    """Whether the picture called `name` is worth the network's capacity."""
+    """Whether to train on the picture called `name`."""
     return name in _KEPT or not _LEFT_OUT.search(name)
 
 
@@ -187,7 +187,7 @@ def on_white(bitmap: Image.Image) -> np.ndarray:
 
 
 def tint(bitmap: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """A flat shape in another `colour` (sRGB), its shading kept."""
+    """A flat shape in another `colour` (sRGB), with its shading."""
     rgba = np.asarray(bitmap, dtype=np.float32)
     light = rgba[..., :3].max(-1)
     usual = np.median(light[rgba[..., 3] > 128])
@@ -226,7 +226,7 @@ def recolours(glyphs: dict[str, Image.Image]) -> Iterator[tuple[str, Image.Image
 
 
 def pictures(glyphs: Iterable[tuple[str, Image.Image]]) -> Pictures:
-    """Every glyph worth learning, and the recolours. ValueError where none is left."""
+    """Every selected glyph, and the recolours. ValueError if there are none."""
     known = dict(glyphs)
     named = [(names_of(character), bitmap) for character, bitmap in known.items()]
     rows = [(names, bitmap) for names, bitmap in named if names and kept(names[0])]

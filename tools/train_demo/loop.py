@@ -1,7 +1,7 @@
-"""A training loop that can be killed at any moment and go on as if it had not been.
+"""A training loop that can be killed at any moment and resumed with the same result.
 
-Every random draw of a step comes from a generator seeded by that step, and a checkpoint is one
-safetensors file that appears by a rename, so weights, optimizer and loss curve cannot disagree.
+Every random draw of a step comes from a generator seeded by that step. A checkpoint is one
+safetensors file that is renamed into place, so weights, optimizer and loss curve always agree.
 """
 
 import json
@@ -18,14 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-TICKS = 50  # rows of the loss curve, and checkpoints, in a phase
+TICKS = 50  # rows of the loss curve, and checkpoints, per phase
 
 Progress = Callable[[int, float], float]  # (steps done, seconds spent) → share of the phase done
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is trained on what: `loss` draws its batch from the generator; `lr` is the peak."""
+    """A training phase: `loss` draws its batch from the generator; `lr` is the peak."""
 
     name: str
     module: nn.Module
@@ -35,7 +35,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the loss curve: `loss` is the mean over the steps since the line before."""
+    """One line of the loss curve; `loss` is the mean over the steps since the previous line."""
 
     step: int
     seconds: float
@@ -44,12 +44,12 @@ class Row:
 
 
 def minutes(budget: float) -> Progress:
-    """A phase that lasts `budget` minutes, those before a kill included."""
+    """Progress of a phase of `budget` minutes, including those before a kill."""
     return lambda step, seconds: seconds / (60 * budget)
 
 
 def steps(count: int) -> Progress:
-    """A phase that lasts `count` steps."""
+    """Progress of a phase of `count` steps."""
     return lambda step, seconds: step / count
 
 
@@ -67,7 +67,7 @@ def train(
 ) -> tuple[Row, ...]:
     """Train until `progress` reaches 1, from the checkpoint in `folder` if there is one.
 
-    A checkpoint is written, and `watch` called with the loss curve so far, `TICKS` times.
+    `TICKS` times it writes a checkpoint and calls `watch` with the loss curve so far.
     Returns the loss curve.
     FloatingPointError as soon as a loss is not finite.
     """
@@ -118,9 +118,9 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Row, ...]:
-    """Put a checkpoint back into `module` and `optimizer`; the loss curve so far.
+    """Load a checkpoint into `module` and `optimizer`; returns the loss curve so far.
 
-    Raises RuntimeError where it was written for another network.
+    Raises RuntimeError if it was written for another network.
     """
     weights: dict[str, Tensor] = {}
     state: dict[int, dict[str, Any]] = {}

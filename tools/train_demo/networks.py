@@ -1,4 +1,4 @@
-"""The demo's networks, untrained; their two losses; and the folder they end up in."""
+"""The demo's networks, untrained; their two losses; and the pipeline folder."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ from fastdiff.demo import DEMO_FOLDER
 
 @dataclass(frozen=True)
 class Networks:
-    """The parts of the pipeline: sizes, vocabulary and noise schedule are the shipped demo's."""
+    """The parts of the pipeline, with the shipped demo's sizes, vocabulary and noise schedule."""
 
     tokenizer: Any
     text_encoder: Any
@@ -35,7 +35,7 @@ class Networks:
 
 
 def untrained(seed: int, device: torch.device) -> Networks:
-    """Every network with fresh float32 weights."""
+    """Every network with new float32 weights."""
     torch.manual_seed(seed)
     text_config = CLIPTextConfig.from_pretrained(DEMO_FOLDER / "text_encoder")
     text_config.dtype = torch.float32
@@ -53,7 +53,7 @@ def untrained(seed: int, device: torch.device) -> Networks:
 
 
 def scaled(images: Tensor) -> Tensor:
-    """uint8 pictures as the autoencoder wants them: float32 in [-1, 1]."""
+    """uint8 pictures as the autoencoder's input: float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
@@ -84,7 +84,7 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: Any, images: Tensor) -> tuple[Tensor, float]:
-    """What the autoencoder makes of uint8 pictures: (uint8 pictures, mean PSNR in dB)."""
+    """uint8 pictures after the autoencoder: (uint8 pictures, mean PSNR in dB)."""
     parts = [vae.decode(part).sample for part in torch.split(encode(vae, images), 64)]
     drawn = ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round()
     mse = (drawn - images).square().mean((1, 2, 3)).clamp(min=1e-3)
@@ -93,9 +93,9 @@ def reconstruct(vae: Any, images: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def fold_statistics(vae: Any, latents: Tensor) -> None:
-    """Make `latents` [N, 4, 16, 16] zero mean, unit deviation: pictures stay what they were.
+    """Make `latents` [N, 4, 16, 16] zero mean and unit deviation, without changing pictures.
 
-    The shift and scale go into the 1×1 convolutions at either side of the latent, so that
+    The shift and scale go into the 1×1 convolutions on both sides of the latents, so that
     ``scaling_factor`` can be 1.
     """
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -115,10 +115,10 @@ def diffusion_loss(
     generator: torch.Generator,
     batch: int,
 ) -> Tensor:
-    """Mean square error of the predicted velocity, U-Net and text encoder together.
+    """Mean square error of the predicted velocity, for U-Net and text encoder together.
 
-    `latents` [N, 4, 16, 16], `captions` [N, V, L] token ids. One caption in ten is emptied, which
-    is what classifier-free guidance needs; timesteps are stratified over the batch.
+    `latents` [N, 4, 16, 16], `captions` [N, V, L] token ids. One caption in ten is emptied, for
+    classifier-free guidance; timesteps are stratified over the batch.
     """
     device, scheduler = latents.device, networks.scheduler
     total = scheduler.config.num_train_timesteps
@@ -165,7 +165,7 @@ def draw(networks: Networks, prompts: Sequence[str], seed: int = 0) -> list[Imag
 
 
 def write_sheet(path: Path, pictures: Sequence[Image.Image], labels: Sequence[str]) -> None:
-    """Pictures twice their size in rows of eight, each above its label, as one PNG."""
+    """Write the pictures at twice their size in rows of eight, each above its label, as a PNG."""
     width, height, columns = 128, 144, 8
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -180,7 +180,7 @@ def write_sheet(path: Path, pictures: Sequence[Image.Image], labels: Sequence[st
 
 
 def write_folder(networks: Networks, folder: Path) -> None:
-    """Save float16 weights as a diffusers folder; one that is there already is replaced."""
+    """Save float16 weights as a diffusers folder; replaces an existing one."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     halves = {
@@ -189,7 +189,7 @@ def write_folder(networks: Networks, folder: Path) -> None:
     pipeline(Networks(networks.tokenizer, scheduler=networks.scheduler, **halves)).save_pretrained(
         unfinished
     )
-    # transformers 5 saves tokenizer.json alone; older ones read vocab.json and merges.txt.
+    # transformers 5 saves only tokenizer.json; older versions read vocab.json and merges.txt
     shutil.copytree(DEMO_FOLDER / "tokenizer", unfinished / "tokenizer", dirs_exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)

@@ -1,4 +1,4 @@
-"""A gated residual, LayerNorm or RMSNorm, and its modulation in one pass over memory."""
+"""A gated residual, LayerNorm or RMSNorm, and its modulation, in one pass over memory."""
 
 from torch import Tensor
 
@@ -22,22 +22,22 @@ def ada_norm(
 ) -> tuple[Tensor, Tensor]:
     """y = (norm(t) · weight + bias) · (1 + scale) + shift with t = residual + gate · x.
 
-    norm(t) = (t - mean) / sqrt(var + eps) over D, or t / sqrt(mean(t²) + eps) with `rms`. What is
-    None is left out. All of it is computed in float32 and rounded once, the variance around the
-    mean (never E[t²] - E[t]²); y follows from t before it is rounded.
+    norm(t) = (t - mean) / sqrt(var + eps) over D, or t / sqrt(mean(t²) + eps) with `rms`. A term
+    that is None is left out. Everything is computed in float32 and rounded once, the variance
+    around the mean (never E[t²] - E[t]²). y is computed from the unrounded t.
 
     Args:
-        x: [B, L, D], contiguous, float32, bfloat16 or float16; the others are of its dtype.
+        x: [B, L, D], contiguous, float32, bfloat16 or float16; the others have the same dtype.
         eps: added to the variance or to the mean square.
         weight, bias: [D]; no bias with `rms`.
         scale, shift, gate: [B, D], one row for each sample, of any batch stride (slices of one
             projection of the time embedding).
-        residual: [B, L, D], or [B / k, L, D] where k parts of the batch share it: sample b is
-            added to residual b % (B / k). Contiguous.
+        residual: [B, L, D], or [B / k, L, D] if k parts of the batch share it: sample b uses
+            residual b % (B / k). Contiguous.
         rms: RMSNorm instead of LayerNorm.
 
     Returns:
-        y [B, L, D] and t like it, both contiguous; t is empty ([0]) without a residual.
+        y [B, L, D] and t of the same shape, both contiguous; t is empty ([0]) without a residual.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides other than these; a gate without a residual;

@@ -1,11 +1,11 @@
-"""Triton implementation of `ada_norm`: each row is read once, held in registers and written once.
+"""Triton implementation of `ada_norm`: each row is read once, kept in registers and written once.
 
-A row is dealt to `lanes` threads in chunks of one 16-byte vector for each thread; a program's rows
-of a chunk are one tile [ROWS, CHUNK], and the tiles are a tuple, so that 1536 halves are three
-chunks of 64 threads and nothing needs to be a power of two. A thread then holds one row: sums are
-an addition of tiles and one reduction, up to 32 lanes a few shuffles without shared memory.
-Parameters are loaded by each row, as x is, and come from L1: in a layout of their own they would
-cross shared memory, and most loads would be narrower.
+A row is divided among `lanes` threads in chunks of one 16-byte vector per thread. The program's
+rows of one chunk form a tile [ROWS, CHUNK], and the tiles form a tuple. So 1536 halves are three
+chunks of 64 threads, and no size has to be a power of two. As each thread holds part of one row, a
+sum is an addition of tiles and one reduction: up to 32 lanes, a few shuffles without shared memory.
+Parameters are loaded by each row, in x's layout, and come from L1. In a layout of their own they
+would pass through shared memory, and most loads would be narrower.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from fastdiff.kernels.tuned import tunable
 
 @triton.jit
 def _load(ptr, offsets, inside, C: tl.constexpr):
-    """Chunk C of the rows in fp32, zero outside. The chunk's part of the address is added last, so
-    that those of a thread are one address and constants."""
+    """Chunk C of the rows in fp32, zero outside. The chunk's offset is added last, so that a
+    thread's addresses are one register plus constants."""
     start: tl.constexpr = C * offsets.shape[1]
     return tl.load(ptr + offsets + start, mask=inside, other=0.0).to(tl.float32)
 
@@ -38,7 +38,7 @@ def _store(ptr, tile, offsets, inside, C: tl.constexpr):
 
 @triton.jit
 def _inside(rows, C: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Which elements of chunk C exist: only the last one may reach beyond D."""
+    """Mask of the elements of chunk C; only the last chunk may extend beyond D."""
     inside = tl.arange(0, ROWS)[:, None] < rows
     if (C + 1) * CHUNK > D:
         inside = inside & (tl.arange(0, CHUNK)[None, :] < D - C * CHUNK)
@@ -67,7 +67,7 @@ def _mean_square(tiles, N: tl.constexpr, D: tl.constexpr):
     return tl.sum(total, 1)[:, None] / D
 
 
-# arguments that compile nothing anew: ALIGN tells of what the strides are multiples
+# arguments that need no new compilation; ALIGN states which number divides the strides
 ANY = ["L", "scale_stride", "shift_stride", "gate_stride", "residuals", "added", "eps"]
 
 
@@ -78,8 +78,8 @@ def _ada_norm_kernel(
     ALIGN: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program does ROWS rows of one sample, N chunks each. A residual is added to the first
-    `added` rows of a sample, all or none; the bits of eps are those of a float32."""
+    """Each program does ROWS rows of one sample, in N chunks. A residual is added to a sample's
+    first `added` rows: all or none. eps: the bits of a float32."""
     start = tl.program_id(0) * ROWS
     sample = tl.program_id(1).to(tl.int64)
     base = (sample * L + start) * D
@@ -90,7 +90,7 @@ def _ada_norm_kernel(
     offsets = tl.arange(0, ROWS)[:, None] * D + lane
 
     tiles = ()
-    others = ()  # all on their way before the first sum is stored
+    others = ()  # all loads are issued before the first sum is stored
     for c in tl.static_range(N):
         inside = _inside(L - start, c, D, ROWS, CHUNK)
         tile = _load(x_ptr + base, offsets, inside, c)
@@ -107,7 +107,8 @@ def _ada_norm_kernel(
     tiles = sums
 
     if not RMS:
-        for _ in tl.static_range(2):  # the sum may have rounded the mean: take what it left
+        # the sum may have rounded the mean; the second pass corrects it
+        for _ in tl.static_range(2):
             mean = _mean(tiles, N, D)
             centred = ()
             for c in tl.static_range(N):
@@ -134,7 +135,7 @@ def _ada_norm_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Threads of a row, rows of a program, warps."""
+    """Threads per row, rows per program, warps."""
 
     lanes: int
     rows: int
@@ -142,16 +143,17 @@ class LaunchConfig:
 
 
 ELEMENTS = 32
-"""Most of a row in a thread, as fp32 registers. With all parameters a kernel then takes up to 56:
-36 of an H100's 64 warps are resident, with three or more 16-byte loads of each thread on their way.
-40 would fit 320, 640 and 1280 without idle lanes but take 64 to 95; `candidates` has it."""
-LOADS = 8  # of a row by a thread: where widths allow 2 bytes a load, lanes are more
-LEAST_LANES = 4  # 64 bytes of a row side by side: two sectors
+"""The most elements of a row per thread, as fp32 registers. With all parameters a kernel then needs
+up to 56 registers: 36 of an H100's 64 warps are resident, with three or more 16-byte loads in
+flight per thread. 40 elements would fit rows of 320, 640 and 1280 without idle lanes, but need 64
+to 95 registers; `candidates` has it."""
+LOADS = 8  # per thread and row: if widths only allow loads of 2 bytes, a row gets more lanes
+LEAST_LANES = 4  # 64 adjacent bytes of a row: two sectors
 
 
 @tunable("ada_norm")
 def pick(L: int, D: int, vector: int, arch: int) -> LaunchConfig:
-    """Launch for samples of L rows of D elements, `vector` of which are one load."""
+    """The launch for samples of L rows of D elements; `vector` elements are one load."""
     least = max(LEAST_LANES, triton.cdiv(D, ELEMENTS), triton.cdiv(D, LOADS * vector))
     useful = triton.next_power_of_2(triton.cdiv(D, vector))
     lanes = min(triton.next_power_of_2(least), useful, 1024)
@@ -163,7 +165,7 @@ def pick(L: int, D: int, vector: int, arch: int) -> LaunchConfig:
 
 
 def candidates(L: int, D: int, vector: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner may try, `pick`'s own first: more and fewer lanes, more and fewer warps."""
+    """Launches for a tuner to try, `pick`'s first: more and fewer lanes, more and fewer warps."""
     own = pick(L, D, vector, arch)
     useful = triton.next_power_of_2(triton.cdiv(D, vector))
     lanes = [n for n in (own.lanes, 2 * own.lanes, own.lanes // 2) if 1 <= n <= useful]
@@ -172,7 +174,7 @@ def candidates(L: int, D: int, vector: int, arch: int) -> tuple[LaunchConfig, ..
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
-    """The launch for x [B, L, D] and what it writes: the result and the sum (or empty)."""
+    """The launch for x [B, L, D] and its outputs: the result and the sum (or empty)."""
     check(a)
     if not a.x.is_contiguous():
         raise ValueError(f"ada_norm: x has strides {a.x.stride()}; make it contiguous")

@@ -1,4 +1,4 @@
-"""Contract of `ada_norm`: torch only."""
+"""Contract of `ada_norm`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from fastdiff.kernels.dispatch import expects
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     eps: float
@@ -27,7 +27,7 @@ class Arguments:
 
 
 def check(a: Arguments) -> None:
-    """Raise ValueError for what no implementation can read."""
+    """Raise ValueError for arguments that no implementation accepts."""
     if a.x.ndim != 3:
         raise ValueError(f"ada_norm: x is {list(a.x.shape)}; expected [B, L, D]")
     B, L, D = a.x.shape
@@ -40,13 +40,13 @@ def check(a: Arguments) -> None:
         samples = a.residual.shape[0] if a.residual.shape[0] and B % a.residual.shape[0] == 0 else B
         expects("ada_norm: residual", a.residual, a.x, (samples, L, D))
     elif a.gate is not None:
-        raise ValueError("ada_norm: gate scales x before a residual is added; there is none")
+        raise ValueError("ada_norm: gate needs a residual, but there is none")
     if a.rms and a.bias is not None:
         raise ValueError("ada_norm: RMSNorm has no bias")
 
 
 def summed(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-    """residual + gate * x, the residual's samples repeated; x itself without a residual."""
+    """residual + gate * x, with the residual repeated; x itself without a residual."""
     if residual is None:
         return x
     gated = x if gate is None else gate[:, None, :] * x
@@ -77,7 +77,7 @@ def inputs(
     B, L, D = case.B, case.L, case.D
     x = normal(B, L, D) * case.get("deviation", 1.0) + case.get("mean", 0.0)
     affine, rms = case.get("affine", False), case.get("rms", False)
-    modulation = (normal(B, 6 * D) * 0.3).to(dtype)  # six rows of all samples from one projection
+    modulation = (normal(B, 6 * D) * 0.3).to(dtype)  # six rows per sample from one projection
     shift, scale, gate = modulation.chunk(6, dim=1)[:3]
     modulated, samples = case.get("modulated", False), case.get("residual", 0)
     return {
@@ -107,8 +107,9 @@ def _bytes(case: Case, size: int) -> int:
 
 
 def _flops(case: Case) -> int:
-    """LayerNorm: x - mean, again less what the mean had missed, times 1 / std; two sums and one of
-    squares. RMSNorm: one sum of squares and a product. Then what is given, 1 + scale counted."""
+    """LayerNorm: subtract the mean, then its rounding error, multiply by 1 / std; two sums and one
+    sum of squares. RMSNorm: one sum of squares and a product. Then the optional terms, 1 + scale
+    counted, too."""
     each = 3 if case.get("rms") else 7
     each += case.get("affine", False) * (1 if case.get("rms") else 2)
     each += 3 * bool(case.get("modulated")) + bool(case.get("gated")) + bool(case.get("residual"))
@@ -116,18 +117,18 @@ def _flops(case: Case) -> int:
 
 
 CASES = (
-    # the transformers of U-Nets, batch 2 (CFG): LayerNorm with weight and bias
+    # the transformers of U-Nets, batch 2 (guidance): LayerNorm with weight and bias
     Case("demo", B=2, L=256, D=64, affine=True),
     Case("sd15-64", B=2, L=4096, D=320, affine=True),
     Case("sd15-32-residual", B=2, L=1024, D=640, affine=True, residual=2),
     Case("sdxl-32", B=2, L=1024, D=1280, affine=True),
-    # SD3-medium (1536) and SD3.5-large (2432): the first norm of a block, what follows attention,
-    # and with 78 tokens a text without T5
+    # SD3-medium (1536) and SD3.5-large (2432): a block's first norm, the norm after attention, and
+    # with 78 tokens a text without T5
     Case("sd3-text-first", B=2, L=333, D=1536, eps=1e-6, modulated=True),
     Case("sd3-512", B=2, L=1024, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
     Case("sd35-text-first", B=2, L=78, D=2432, eps=1e-6, modulated=True),
     Case("sd35-text", B=2, L=333, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
-    # nasty: halves that share a residual, odd and narrow rows, means far from the deviation
+    # nasty: halves that share a residual, odd and narrow rows, means far beyond the deviation
     Case("shared", B=4, L=80, D=640, affine=True, residual=2),
     Case("odd", B=3, L=77, D=1001, affine=True),
     Case("odd-everything", B=3, L=7, D=1001, affine=True, modulated=True, gated=True, residual=1),

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ) v for self- and cross-attention, and the table of who computes it."""
+"""softmax(q kᵀ) v for self- and cross-attention, and the table that chooses its implementation."""
 
 from dataclasses import dataclass
 
@@ -16,19 +16,19 @@ _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.attention.gpu", otherwis
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of the table: it applies where every bound holds; the first such row decides."""
+    """A row of the table. It applies if all its bounds hold; the first row that applies decides."""
 
     why: str
     run: str
     widths: tuple[int, ...] = ()
     max_keys: int | None = None
     over: int = 0
-    """Applies to heads wider than this."""
+    """The row applies to heads wider than this."""
 
 
 CUDA_CHOICES = (
     Choice(
-        "an autoencoder: cuDNN and FlashAttention take 256, torch would run its kernels of 2022;"
+        "autoencoders: cuDNN and FlashAttention stop at 256, where torch uses kernels of 2022;"
         " ours (up to 512) keeps few warps busy; cuBLAS does products at full rate",
         "products",
         over=256,
@@ -39,11 +39,11 @@ CUDA_CHOICES = (
     ),
     Choice("powers of two: cuDNN's and FlashAttention's home ground, until measured", "sdpa"),
 )
-"""Who computes attention on an NVIDIA GPU. Reasons are published facts; no row is measured yet."""
+"""The implementation on an NVIDIA GPU. The reasons are published facts; no row is measured yet."""
 
 
 def choose(width: int, keys: int) -> Choice:
-    """The first row of `CUDA_CHOICES` for heads `width` wide and `keys` keys."""
+    """The first row of `CUDA_CHOICES` that applies to heads `width` wide and `keys` keys."""
     return next(
         choice
         for choice in CUDA_CHOICES
@@ -61,15 +61,15 @@ def attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v, each head by itself; scores and softmax in float32.
+    """softmax(scale · q kᵀ + mask) v for each head; scores and softmax in float32.
 
     Args:
         q: [B, Lq, H, K]; k, v: [B, Lk, H, K]; any strides whose last is 1 (slices of one packed
             projection need no copy).
         mask: additive, broadcastable to [B, H, Lq, Lk], in q's dtype.
         scale: default 1 / sqrt(K).
-        impl: "auto" (the CPU kernel, or what `CUDA_CHOICES` says), "cpu", "triton", "products",
-            "sdpa" or "reference". What is asked for by name runs or raises.
+        impl: "auto" (the CPU kernel, or the choice of `CUDA_CHOICES`), "cpu", "triton", "products",
+            "sdpa" or "reference". An implementation given by name runs or raises.
 
     Returns:
         [B, Lq, H, K], contiguous, in q's dtype.
@@ -82,7 +82,7 @@ def attention(
     if k.shape != v.shape or q.shape[2:] != k.shape[2:] or q.shape[0] != k.shape[0]:
         raise ValueError(
             f"attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; expected"
-            " [B, Lq, H, K] and twice [B, Lk, H, K]"
+            " q [B, Lq, H, K], k and v [B, Lk, H, K]"
         )
     if impl == "auto" and on_gpu(q):
         impl = choose(q.shape[3], k.shape[1]).run

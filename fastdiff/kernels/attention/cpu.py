@@ -15,7 +15,7 @@ def run(a: Arguments) -> Tensor:
     native_dtype("attention", a.k)
     if mask is not None and mask.dtype != a.q.dtype:
         raise NotNative(
-            f"attention: got a mask of {mask.dtype}; the kernel in C++ takes q's {a.q.dtype}"
+            f"attention: got a mask of {mask.dtype}; the C++ kernel takes q's {a.q.dtype}"
         )
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (a.q, a.k, a.v))
     batch, queries, heads, width = q.shape
@@ -41,10 +41,10 @@ def run(a: Arguments) -> Tensor:
 
 
 def plain(a: Arguments) -> Tensor:
-    """torch's, for what `run` does not take."""
+    """torch's attention, for arguments that `run` does not take."""
     q, k, v = (t.transpose(1, 2) for t in (a.q, a.k, a.v))
     mask = a.mask
     if mask is not None and q.dtype == torch.float64:
-        mask = mask.double()  # torch reads one of float32 as if it were float64
+        mask = mask.double()  # torch would read a float32 mask's bytes as float64
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=a.scale)
     return out.transpose(1, 2).contiguous()

@@ -1,12 +1,12 @@
 """Triton implementation of `attention`.
 
 Long keys: the flash algorithm. Few keys (a text prompt): all of K and V stay in shared memory, the
-softmax is the plain one and the program walks over tiles of queries; they are split like the width
-of a head (77 = 64 + 13 of 16).
+softmax is the plain one, and the program loops over tiles of queries; the keys are split as a
+head's width is (77 = 64 + 13 of 16).
 
-Neither bulk copies (TMA) nor programs that stay: a descriptor would be one more argument of every
-launch, and K and V arrive 16 bytes a thread, three blocks ahead, already; a tile's work is L keys
-long, so what a program costs to start does not count.
+It uses neither bulk copies (TMA) nor persistent programs. A descriptor would be one more argument
+of every launch, and K and V already arrive in 16-byte loads three blocks ahead. A tile's work spans
+L keys, so the cost of starting a program does not matter.
 """
 
 import math
@@ -43,7 +43,7 @@ def _flash_kernel(
     SCALE: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program does QUERIES queries of one head."""
+    """Each program does QUERIES queries of one head."""
     start = tl.program_id(0).to(tl.int64) * QUERIES
     head = (tl.program_id(1) % H).to(tl.int64)
     sample = (tl.program_id(1) // H).to(tl.int64)
@@ -71,7 +71,7 @@ def _prompt_kernel(
     SCALE: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     QUERIES: tl.constexpr, KEYS0: tl.constexpr, KEYS1: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program keeps the keys and values of one head and does `tiles` tiles of queries."""
+    """Each program keeps the keys and values of one head and does `tiles` tiles of queries."""
     head = (tl.program_id(1) % H).to(tl.int64)
     sample = (tl.program_id(1) // H).to(tl.int64)
     q_ptr, q_sl = head_at(q_ptr, sample, head, q_sb, q_sh, q_sl, ALIGN)
@@ -95,7 +95,7 @@ def _prompt_kernel(
         scores0 = products(q, k0, P1) * SCALE
         scores0 = masked(
             scores0, row, queries, left, keys0, Lk, mask_sq, mask_sk, MASK_ROWS, KEYS1 == 0
-        )  # of two parts the first is whole
+        )  # of two parts the first is full
         peak = tl.max(scores0, 1)
         if KEYS1 > 0:
             scores1 = products(q, k1, P1) * SCALE
@@ -117,7 +117,7 @@ def _prompt_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Queries of a tile, keys of a block (0: all of them stay on chip), warps, pipeline stages."""
+    """Queries per tile, keys per block (0: all stay on chip), warps, pipeline stages."""
 
     queries: int
     keys: int
@@ -125,41 +125,45 @@ class LaunchConfig:
     num_stages: int
 
 
-FLASH = (  # (kind of architecture, widest head), LaunchConfig; blocks an SM holds, by registers
-    # sm_90, 100. Two blocks: one multiplies while the other exponentiates; 128 queries, so that L2
-    # gives 64 bytes for 8192 FLOPs. With 4 warps 8.2 instructions a score at 64 wide, with 8 9.7
+# (kind of architecture, widest head, LaunchConfig); comments: blocks per SM, by registers
+FLASH = (
+    # sm_90, 100. Two blocks: one multiplies while the other exponentiates. 128 queries, so 64 bytes
+    # from L2 serve 8192 FLOPs. At width 64, 4 warps take 8.2 instructions per score, 8 take 9.7
     ("largest", 64, 128, 64, 4, 3),
-    ("largest", 128, 128, 64, 8, 3),  # 80 wide: two, one of a part block of keys; 4 warps spill
-    ("largest", 256, 128, 64, 8, 2),  # one
-    ("largest", 512, 64, 16, 8, 2),  # one head of a VAE, 64 x 512 accumulators; 32 keys spill
-    # sm_80 and sm_86, 89, 120 (a block's 99 KiB of shared memory): two or three
+    # width 80: two blocks, one with a partial block of keys; 4 warps spill
+    ("largest", 128, 128, 64, 8, 3),
+    ("largest", 256, 128, 64, 8, 2),  # one block
+    ("largest", 512, 64, 16, 8, 2),  # a VAE's single head, 64 x 512 accumulators; 32 keys spill
+    # sm_80, 86, 89 and 120 (a block has 99 KiB of shared memory): two or three blocks
     ("large", 80, 64, 64, 4, 3),
-    ("large", 128, 128, 64, 8, 3),  # one, as the next
+    ("large", 128, 128, 64, 8, 3),  # one block, as in the next row
     ("large", 256, 128, 32, 8, 2),
     ("large", 512, 64, 32, 8, 2),
-    ("small", 64, 64, 64, 4, 3),  # with 2 stages its masked block spills
-    ("small", 80, 64, 64, 4, 2),  # with 3 stages shared memory holds one
+    ("small", 64, 64, 64, 4, 3),  # with 2 stages the block with masked keys spills
+    ("small", 80, 64, 64, 4, 2),  # with 3 stages only one block fits shared memory
     ("small", 96, 128, 32, 8, 3),
-    ("small", 128, 64, 32, 8, 2),  # with 4 warps, or 128 queries, its masked block spills
+    ("small", 128, 64, 32, 8, 2),  # with 4 warps, or 128 queries, the block with masked keys spills
     ("small", 256, 64, 16, 4, 2),
     ("small", 512, 32, 16, 4, 1),
     ("fp32", 64, 32, 16, 4, 1),  # dots are fused multiply-adds in registers
     ("fp32", 160, 16, 16, 4, 1),
     ("fp32", 512, 16, 16, 8, 1),
-    ("interpreted", 512, 256, 128, 1, 1),  # it takes its time for an operation, not its size
+    ("interpreted", 512, 256, 128, 1, 1),  # its time is per operation, whatever the size
 )
-"""Chosen by what they compile to; nothing is measured yet."""
-KINDS = {0: "interpreted", 80: "large", 90: "largest", 100: "largest"}  # the others are small
-SHARED = {"largest": 227, "large": 163, "small": 99}  # KiB for a block
-ACCUMULATORS = 128  # fp32 values of scores and result in a thread; nearly all beyond spill
-# most keys that stay on chip, KiB of K and V: four prompts, or two where mma.sync takes registers
+"""Chosen by their compiled code; nothing is measured yet."""
+KINDS = {0: "interpreted", 80: "large", 90: "largest", 100: "largest"}  # all others are small
+SHARED = {"largest": 227, "large": 163, "small": 99}  # KiB per block
+# fp32 values of scores and result per thread; nearly all configurations above this spill
+ACCUMULATORS = 128
+# the most keys to keep on chip, and KiB of K and V: four prompts, or two if mma.sync needs
+# registers
 ON_CHIP = {"largest": (320, 96), "large": (128, 64), "small": (160, 48), "interpreted": (320, 96)}
-PROMPT_KEYS = 128  # that 4 warps take 64 queries at a time; with more keys 8 warps do
-PROMPT_PROGRAMS = 528  # four for each SM of an H100
+PROMPT_KEYS = 128  # up to here 4 warps do 64 queries at a time; beyond, 8 warps
+PROMPT_PROGRAMS = 528  # four per SM of an H100
 
 
 def stream(K: int, size: int, arch: int) -> LaunchConfig:
-    """The row of `FLASH` for heads K wide, `size` bytes an element. ValueError beyond 512."""
+    """The row of `FLASH` for heads K wide, `size` bytes per element. ValueError beyond 512."""
     kind = "fp32" if size == 4 and arch else KINDS.get(arch, "small")
     for row_kind, widest, *config in FLASH:
         if row_kind == kind and widest >= K:
@@ -168,7 +172,7 @@ def stream(K: int, size: int, arch: int) -> LaunchConfig:
 
 
 def streams(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner may try instead of `stream`, which is first: what fits a block."""
+    """Launches for a tuner to try, `stream`'s first: those that fit a block."""
     own, kind, width = stream(K, size, arch), KINDS.get(arch, "small"), sum(power_parts(K, 16))
     if size == 4 or not arch:
         return (own,)
@@ -184,7 +188,7 @@ def streams(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
 
 @tunable("attention")
 def pick(Lk: int, K: int, size: int, arch: int) -> LaunchConfig:
-    """Launch for Lk keys of heads K wide, `size` bytes an element. ValueError beyond 512."""
+    """The launch for Lk keys of heads K wide, `size` bytes per element. ValueError beyond 512."""
     kind = KINDS.get(arch, "small")
     keys, (most_keys, most_kib) = sum(power_parts(Lk, 16)), ON_CHIP[kind]
     kib = 2 * keys * sum(power_parts(K, 16)) * size / 1024
@@ -198,7 +202,7 @@ def pick(Lk: int, K: int, size: int, arch: int) -> LaunchConfig:
 
 
 def candidates(Lk: int, K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner may try, `pick`'s own first."""
+    """Launches for a tuner to try, `pick`'s first."""
     own = pick(Lk, K, size, arch)
     if own.keys:
         return streams(K, size, arch)
@@ -207,8 +211,11 @@ def candidates(Lk: int, K: int, size: int, arch: int) -> tuple[LaunchConfig, ...
 
 
 def alignment(K: int, *states: Tensor) -> tuple[int, int]:
-    """Elements whose multiples all strides are, and the bytes that a thread can load at once, which
-    is one element where a tensor does not begin at 16 bytes. ValueError: a last stride is not 1."""
+    """The number of elements that divides all strides, and the bytes that a thread loads at once.
+
+    These are one element if a tensor does not begin at a multiple of 16 bytes. ValueError unless
+    all last strides are 1.
+    """
     if bad := [tensor.stride() for tensor in states if tensor.stride(3) != 1]:
         raise ValueError(f"attention: q, k or v has strides {bad[0]}; the last must be 1")
     size = states[0].element_size()

@@ -1,15 +1,15 @@
-"""`attention` as two products of a library around a softmax: for heads that no fused kernel likes.
+"""`attention` as two library products around a softmax, for widths that no fused kernel suits.
 
-A block of rows at a time, so that its scores stay in a GPU's L2 between the three launches. Scores
-are float32 whatever the dtype; the weights are rounded to it before the second product, as fused
-kernels do.
+It does a block of rows at a time, so that the scores stay in a GPU's L2 between the three launches.
+Scores are float32 in every dtype; the weights are rounded to the dtype before the second product,
+as in fused kernels.
 """
 
 import torch
 from torch import Tensor
 
 SCORES = 2**23
-"""Of one block: 32 MiB, less than the L2 of a GPU that is worth the products."""
+"""Scores per block: 32 MiB, less than the L2 of any GPU for which the products pay off."""
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Contract of `attention`: torch only."""
+"""Contract of `attention`; imports only torch."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     q: Tensor
     k: Tensor
@@ -46,7 +46,7 @@ def inputs(
     if Lq == Lk and not case.get("separate"):  # self-attention: slices of one packed projection
         q, k, v = normal(B, Lq, 3, H, K).unbind(2)
         q = q * spread if spread != 1.0 else q
-    else:  # cross-attention: K and V are columns of a wider buffer that holds every layer's
+    else:  # cross-attention: K and V are columns of a buffer with those of every layer
         q = normal(B, Lq, H, K) * spread
         packed = normal(B, Lk, 2, H * K + 16)[..., : H * K]
         k, v = (t.unflatten(-1, (H, K)) for t in packed.unbind(2))
@@ -59,14 +59,14 @@ def inputs(
 
 
 def _bytes(case: Case, size: int) -> int:
-    """q, k, v and the result; the mask of a case is one row for each sample."""
+    """q, k, v and the result; a case's mask is one row per sample."""
     states: int = 2 * (case.Lq + case.Lk) * case.H * case.K
     mask: int = case.Lk if case.get("mask") else 0
     return size * int(case.B) * (states + mask)
 
 
 CASES = (
-    # self-attention of SD1.5 (40, 80, 160 wide heads), SD2.1 and SDXL (64), one head of the VAE
+    # self-attention of SD1.5 (heads 40, 80, 160 wide), SD2.1 and SDXL (64); the VAE's single head
     Case("sd15-64-self", B=1, Lq=1024, Lk=1024, H=2, K=40),
     Case("sd15-32-self", B=2, Lq=1024, Lk=1024, H=1, K=80),
     Case("sd15-16-self", B=2, Lq=256, Lk=256, H=8, K=160),

@@ -1,7 +1,7 @@
-"""Tiles of an attention kernel: the device functions that `attention` and `joint_attention` share.
+"""Device functions on tiles that the `attention` and `joint_attention` kernels share.
 
-A head's width is one or two powers of two with their own dots and accumulators (40 = 32 + 8, of
-which the second is a masked 16), so nothing is padded in memory and 80 does not compute as 128.
+A head's width is one or two powers of two, each with its own dots and accumulators (40 = 32 + 8,
+the second one as a masked 16). So nothing is padded in memory, and 80 is not computed as 128.
 Scores (times log2(e), for exp2), softmax and accumulators are fp32; fp32 inputs are multiplied in
 full fp32, not TF32. K and V tiles are [KEYS, part], everything else is [QUERIES, ...].
 """
@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def load(ptr, rows, stride, end, FIRST: tl.constexpr, P: tl.constexpr, K: tl.constexpr):
-    """Columns FIRST.. of the rows before `end`, zero elsewhere: [ROWS, P]."""
+    """Columns from FIRST on of the rows before `end`, zero elsewhere: [ROWS, P]."""
     column = FIRST + tl.arange(0, P)
     inside = (rows < end)[:, None] & (column < K)[None, :]
     return tl.load(ptr + rows[:, None] * stride + column[None, :], mask=inside, other=0.0)
@@ -26,7 +26,7 @@ def load(ptr, rows, stride, end, FIRST: tl.constexpr, P: tl.constexpr, K: tl.con
 
 @triton.jit
 def parts(ptr, rows, stride, end, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """Both parts of the rows, [ROWS, P0] and [ROWS, P1]; without a second, the first twice."""
+    """Both parts of the rows, [ROWS, P0] and [ROWS, P1]; if there is no second, the first twice."""
     part0 = load(ptr, rows, stride, end, 0, P0, K)
     part1 = part0
     if P1 > 0:
@@ -52,8 +52,9 @@ def write(ptr, out, total, rows, stride, end, K: tl.constexpr, P0: tl.constexpr,
 
 @triton.jit
 def head_at(ptr, sample, head, stride_b, stride_h, stride_l, ALIGN: tl.constexpr):
-    """A head's first element and its row stride. All strides are multiples of ALIGN, which dividing
-    and multiplying tells the compiler: else heads 40 wide are loaded 2 bytes at a time."""
+    """A head's first element and its row stride. All strides are multiples of ALIGN; dividing and
+    multiplying by it lets the compiler know. Otherwise heads 40 wide are loaded 2 bytes at a
+    time."""
     return ptr + (sample * stride_b + head * stride_h) // ALIGN * ALIGN, stride_l // ALIGN * ALIGN
 
 
@@ -87,7 +88,7 @@ def masked(
     scores, mask_ptr, queries, Lq, keys, Lk, mask_sq, mask_sk,
     MASK_ROWS: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """Scores with the additive mask and, where the keys end, -inf for those that do not exist."""
+    """Scores with the additive mask, and -inf for keys beyond the end."""
     if mask_ptr is not None:
         pointers = mask_ptr + keys[None, :] * mask_sk
         inside = (keys < Lk)[None, :]
@@ -95,8 +96,8 @@ def masked(
             pointers += queries[:, None] * mask_sq
             inside &= (queries < Lq)[:, None]
         mask = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        # the lowest number of fp32 or bf16 times log2(e) must not become -inf: a row that is
-        # masked by it as a whole is a mean of its values, one of -inf is NaN
+        # the lowest fp32 or bf16 number times log2(e) must not become -inf: a row fully masked by
+        # that number is the mean of its values, a row of -inf is NaN
         lowered = tl.maximum(mask * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         scores += tl.where(mask == float("-inf"), mask, lowered)
     if ENDS:
@@ -110,7 +111,7 @@ def _block(
     SCALE: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     KEYS: tl.constexpr, TAIL: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys into the running (peak, total, accumulators)."""
+    """Add one block of keys to the running (peak, total, accumulators)."""
     peak, total, out0, out1 = state
     keys = tl.arange(0, KEYS)
     left = Lk - start
@@ -118,8 +119,8 @@ def _block(
     start = tl.full((), 0, tl.int64) + start
     k = parts(k_ptr + start * k_sl, keys, k_sl, end, K, P0, P1)
     scores = products(q, k, P1)
-    # a scale that grows with the scores leaves their peak where it is: scaled with the subtraction
-    # in one fused multiply-add, a multiplication less for each score
+    # a positive scale does not move the peak, so it is applied with the subtraction in one fused
+    # multiply-add: one multiplication less per score
     LATER: tl.constexpr = SCALE > 0 and not TAIL and mask_ptr is None
     UNIT: tl.constexpr = SCALE if LATER else 1.0
     if not LATER:
@@ -129,7 +130,7 @@ def _block(
     scores = masked(scores, mask_ptr, queries, Lq, keys, left, mask_sq, mask_sk, MASK_ROWS, TAIL)
     higher = tl.maximum(peak, tl.max(scores, 1) * UNIT)
     base = higher
-    if mask_ptr is not None:  # all masked so far: no -inf - -inf
+    if mask_ptr is not None:  # if all are masked so far: avoid -inf - -inf
         base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores * UNIT - base[:, None])
     shrink = tl.exp2(peak - base)
@@ -141,7 +142,7 @@ def _block(
 
 @triton.jit
 def begin(QUERIES: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """The running state before any key: peak, total [QUERIES] and both accumulators."""
+    """The state before any key: peak and total [QUERIES], and both accumulators."""
     out0, out1 = zeros(QUERIES, P0, P1)
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     return peak, tl.zeros((QUERIES,), tl.float32), out0, out1
@@ -153,7 +154,7 @@ def flash(
     SCALE: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     KEYS: tl.constexpr, TAIL: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """All Lk keys into the running state, KEYS at a time; TAIL: the last block is not whole."""
+    """Add all Lk keys to the state, KEYS at a time; TAIL: the last block is partial."""
     peak, total, out0, out1 = state
     whole = Lk // KEYS * KEYS
     for first in range(0, whole, KEYS):

@@ -1,4 +1,4 @@
-"""Two channels-last pictures side by side: a U-Net's skip connection."""
+"""Joins the channels of two channels-last pictures: a U-Net's skip connection."""
 
 from torch import Tensor
 
@@ -12,11 +12,11 @@ _op = register(SPEC, cpu=cpu.run)
 def concat(first: Tensor, second: Tensor) -> Tensor:
     """Concatenate [B, Y, X, C] and [B, Y, X, C2] of one dtype along the channels.
 
-    The second may be of B/2 pictures, where the halves of guidance share it.
+    The second may have B/2 pictures, which the halves of guidance share.
 
     Returns:
-        [B, Y, X, C + C2], contiguous. The same as `torch.cat`, which runs on a GPU; on a CPU it is
-        a kernel of ours so that a recorded network holds nothing but our kernels.
+        [B, Y, X, C + C2], contiguous: the same as `torch.cat`, which runs on a GPU. On a CPU it is
+        a kernel of ours, so that a recorded network consists only of our kernels.
     """
     y: Tensor = _op(first, second)
     return y

@@ -7,8 +7,8 @@ from fastdiff.kernels.dispatch import NATIVE, NotNative, expects
 
 
 def run(a: Arguments) -> Tensor:
-    if NATIVE is None:  # of any dtype: it copies bytes
-        raise NotNative("concat: its kernel in C++ was not built; install with a C++ compiler")
+    if NATIVE is None:  # any dtype, since it copies bytes
+        raise NotNative("concat: its C++ kernel was not built; install with a C++ compiler")
     first, second = a.first.contiguous(), a.second.contiguous()
     pixels, left, right = first.shape[:-1], first.shape[-1], second.shape[-1]
     pictures = second.shape[0] if second.shape[0] * 2 == first.shape[0] else first.shape[0]

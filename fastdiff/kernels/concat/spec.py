@@ -1,4 +1,4 @@
-"""Contract of `concat`: torch only."""
+"""Contract of `concat`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     first: Tensor
     second: Tensor

@@ -1,4 +1,4 @@
-"""Convolution of channels-last pictures with what stands around it in a U-Net folded in."""
+"""Convolution of channels-last pictures, fused with the operations around it in a U-Net."""
 
 from collections.abc import Sequence
 
@@ -23,21 +23,21 @@ def conv2d(
     """conv(enlarge(x)) + bias + residual, channels last.
 
     Args:
-        x: [B, Y, X, C], float32 or bfloat16 for our own loop, any float for torch's.
-        weight: [N, C, k, k] as in `torch.nn.Conv2d`, of any strides. On a CPU our own loop
-            runs when the memory is [k, k, C, N] (see `models.borrow`); on a GPU cuDNN runs,
-            fastest when the memory is channels-last.
+        x: [B, Y, X, C], float32 or bfloat16 for our own kernel, any float for torch's.
+        weight: [N, C, k, k] as in `torch.nn.Conv2d`, of any strides. On a CPU our own kernel
+            needs the memory layout [k, k, C, N] (see `models.borrow`); on a GPU cuDNN runs,
+            fastest on channels-last memory.
         bias: [N].
         stride: of the window.
         padding: zeros (before, after), in pixels, on both axes.
-        size: (rows, columns) to which the picture is first enlarged, nearest neighbour.
+        size: (rows, columns) to which the picture is enlarged first, by nearest neighbour.
         residual: of the output's shape, contiguous, added last.
 
     Returns:
         [B, Y', X', N], contiguous, in x's dtype; sums are float32.
 
-    The CPU loop exists because oneDNN either reorders the weights at every call or keeps a packed
-    second copy of the model; reading them where they are costs neither.
+    The CPU kernel exists because oneDNN either reorders the weights at every call or keeps a
+    second, packed copy of the model; our kernel reads the weights in place.
     """
     y: Tensor = _op(x, weight, bias, stride, padding, size, residual)
     return y

@@ -1,4 +1,4 @@
-"""`conv2d` on a CPU: our own loops, on borrowed weights."""
+"""`conv2d` on a CPU: our own kernels, on borrowed weights."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from fastdiff.kernels.conv2d.spec import SPEC, Arguments
 from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
 
 ALGORITHMS = {"direct": 0, "winograd22": 1, "winograd24": 2}
-"""Numbers of `Algorithm` in csrc: product by product, Winograd's F(2x2, 3x3) and F(2x4, 3x3)."""
+"""The numbers of csrc's `Algorithm`: direct products, Winograd's F(2x2, 3x3) and F(2x4, 3x3)."""
 
 
 WINOGRAD24_CHANNELS = 4
-"""With fewer its rounding errors leave the error budget."""
+"""With fewer channels its rounding errors exceed the error budget."""
 
 
 def run(a: Arguments, algorithm: str | None = None) -> Tensor:
-    """By an algorithm, or if None by the one that `choices` names."""
+    """Use the given algorithm, or if None the one that `choices` names."""
     if algorithm is None:
         algorithm = "direct" if NATIVE is None else choices.runs(SPEC, a, NATIVE.isa())
     if not exact(a, algorithm):
@@ -25,17 +25,17 @@ def run(a: Arguments, algorithm: str | None = None) -> Tensor:
 
 
 def exact(a: Arguments, algorithm: str) -> bool:
-    """Whether an algorithm computes a call inside the error budget."""
+    """Whether an algorithm computes a call within the error budget."""
     return algorithm != "winograd24" or a.x.shape[3] >= WINOGRAD24_CHANNELS
 
 
 def convolved(a: Arguments, algorithm: int) -> Tensor:
-    """By one of `ALGORITHMS`; NotNative where our loops do not take these arguments, and
-    ValueError where that algorithm does not."""
+    """Use one of `ALGORITHMS`. NotNative if our kernels do not take these arguments, ValueError if
+    only that algorithm does not."""
     dtype = native_dtype("conv2d", a.x)
     if not _packed(a.weight):
         raise NotNative(
-            f"conv2d: got a weight of strides {a.weight.stride()}; the kernel in C++ takes columns"
+            f"conv2d: got a weight of strides {a.weight.stride()}; the C++ kernel takes columns"
             " side by side, as `models.borrow` lays them out"
         )
     x = a.x.contiguous()
@@ -67,7 +67,7 @@ def convolved(a: Arguments, algorithm: int) -> Tensor:
 
 
 def _packed(weight: Tensor) -> bool:
-    """Whether the memory is [kernel, kernel, channels, columns] with columns side by side."""
+    """Whether the memory is [kernel, kernel, channels, columns] with adjacent columns."""
     _, channels, kernel, _ = weight.shape
     ld = weight.stride(1)
     taps = (kernel * channels * ld, channels * ld)

@@ -1,4 +1,4 @@
-"""Contract of `conv2d`: torch only."""
+"""Contract of `conv2d`; imports only torch."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     weight: Tensor
@@ -43,7 +43,7 @@ def formula(a: Arguments) -> Tensor:
 def around(
     convolve: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor], a: Arguments
 ) -> Tensor:
-    """The op with `convolve` (picture [B, C, Y, X], weight, bias, stride, padding) within."""
+    """The op, with `convolve` (picture [B, C, Y, X], weight, bias, stride, padding) as its core."""
     picture = a.x.permute(0, 3, 1, 2)
     if a.size is not None:
         picture = F.interpolate(picture, size=list(a.size), mode="nearest")
@@ -83,7 +83,7 @@ def _padding(case: Case) -> tuple[int, int]:
 
 
 def _made(case: Case) -> tuple[int, int]:
-    """Rows and columns of the output."""
+    """The rows and columns of the output."""
     taken = sum(_padding(case)) - case.get("kernel", 3)
     rows, columns = case.get("size", (case.Y, case.X))
     stride = case.get("stride", 1)
@@ -115,7 +115,7 @@ CASES = (
     Case("sd15-8-shortcut", B=2, Y=8, X=8, C=640, N=320, kernel=1),
     Case("vae-out", B=1, Y=32, X=32, C=48, N=3),
     Case("vae-encoder-down", B=1, Y=17, X=24, C=32, N=48, stride=2, padding=(0, 1)),
-    # nasty: odd sizes, columns that fill no vector, an enlargement that is not a factor of two
+    # nasty: odd sizes, columns that do not fill a vector, an enlargement by other than two
     Case("odd", B=3, Y=9, X=5, C=33, N=37, residual=True),
     Case("odd-many", B=2, Y=13, X=11, C=131, N=70),
     Case("odd-down", B=1, Y=33, X=17, C=40, N=24, stride=2, bias=False),

@@ -10,8 +10,8 @@ from fastdiff.kernels.gelu_gate import gelu_gate
 
 
 def library(a: Arguments) -> Tensor:
-    """cuBLAS, then the gate. One kernel for both would save 8 bytes an output in float16, but only
-    from 77% of cuBLAS's rate on (D = 1280, counted at 790 TFLOP/s)."""
+    """cuBLAS, then the gate. One kernel for both would save 8 bytes per output in float16, but only
+    pays off from 77% of cuBLAS's rate on (D = 1280, counted at 790 TFLOP/s)."""
     return gelu_gate(F.linear(a.x, a.weight, a.bias))
 
 
@@ -23,8 +23,8 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
-        weight: [2N, D] as `torch.nn.Linear` stores it, N rows of the value, then N of the gate. On
-            a CPU our own loop runs (float32 and bfloat16) when its columns lie side by side
+        weight: [2N, D] as in `torch.nn.Linear`: N rows of the value, then N of the gate. On a CPU
+            our own kernel runs (float32 and bfloat16) if its columns are adjacent in memory
             (`weight.stride(0) == 1`, see `models.borrow`).
         bias: [2N].
 

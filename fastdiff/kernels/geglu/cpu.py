@@ -1,4 +1,4 @@
-"""`geglu` on a CPU: our own loop, on borrowed weights."""
+"""`geglu` on a CPU: our own kernel, on borrowed weights."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,5 +13,5 @@ def run(a: Arguments) -> Tensor:
 
 
 def plain(a: Arguments) -> Tensor:
-    """torch's product, then the gate, for what `run` does not take."""
+    """torch's product, then the gate, for arguments that `run` does not take."""
     return cpu.run(spec.Arguments(F.linear(a.x, a.weight, a.bias)))

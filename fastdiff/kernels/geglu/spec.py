@@ -1,4 +1,4 @@
-"""Contract of `geglu`: torch only."""
+"""Contract of `geglu`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from fastdiff.kernels.gelu_gate.spec import SPEC as GATE
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     weight: Tensor
@@ -46,7 +46,7 @@ def inputs(
 
 
 CASES = (
-    # widths of SD1.5 at 512² and of SDXL, batch 2 (CFG), with a part of the rows and columns
+    # widths of SD1.5 at 512² and of SDXL, batch 2 (guidance), with some of the rows and columns
     Case("sd15-64-part", B=2, L=576, D=320, N=1280),
     Case("sd15-8-part", B=2, L=64, D=1280, N=512),
     Case("demo-16", B=2, L=256, D=64, N=256, spread=3.0),

@@ -1,4 +1,4 @@
-"""The gate of a feed-forward network, after the projection that computes both of its halves."""
+"""The gate of a feed-forward network, applied to a projection that holds both of its halves."""
 
 from torch import Tensor
 
@@ -15,18 +15,17 @@ def gelu_gate(h: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
 
     Args:
         h: [..., 2N], float32, bfloat16 or float16: the first N columns are the value, the others
-            the gate, as diffusers' GEGLU has them. On a GPU its rows lie one after another, with
-            any stride between them.
+            the gate, as in diffusers' GEGLU. On a GPU its rows may have any one stride.
         bias: [2N], contiguous, in h's dtype.
-        impl: "auto" (what h's device has), "cpu", "triton" or "reference". What is asked for by
+        impl: "auto" (by h's device), "cpu", "triton" or "reference". An implementation given by
             name runs or raises.
 
     Returns:
         [..., N], contiguous, in h's dtype; on a GPU the arithmetic is float32.
 
     Raises:
-        ValueError: h has an odd width, the bias is none of it, rows that Triton's implementation
-            does not take, or an unknown `impl`.
+        ValueError: h has an odd width, the bias does not fit, the Triton implementation does not
+            take h's strides, or `impl` is unknown.
 
     Shazeer, GLU Variants Improve Transformer (2020); Hendrycks & Gimpel, GELUs (2016).
     """

@@ -1,4 +1,4 @@
-"""`gelu_gate` on a CPU: torch's, without a tensor for the product."""
+"""`gelu_gate` on a CPU: torch's ops, without a tensor for the product."""
 
 from torch import Tensor
 from torch.nn import functional as F

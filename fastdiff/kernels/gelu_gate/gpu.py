@@ -1,6 +1,6 @@
 """Triton implementation of `gelu_gate`.
 
-A program reads the value and the gate of ROWS x COLUMNS outputs, 16 bytes a thread and load.
+Each program reads the value and the gate of ROWS x COLUMNS outputs, in loads of 16 bytes.
 """
 
 import math
@@ -23,7 +23,7 @@ def _gated(value, gate):
 
     gelu(g) = max(g, 0) - |g| Phi(-|g|), where log2 Phi(-t) is our own fit of degree 9 on [0, 7]:
     Phi is off by at most 1.1e-8, with rounding gelu(g) by 7.8e-8 |g| (torch's fp32 by 3.5e-7 |g|).
-    Beyond 7, Phi(-7) = 1.3e-12 stands. It takes half of the instructions of erf, which picks one of
+    Beyond 7, Phi(-7) = 1.3e-12 is used. It takes half the instructions of erf, which selects one of
     two polynomials for each element: 8 moves of coefficients each.
     """
     t = tl.minimum(tl.abs(gate), 7.0)
@@ -45,8 +45,8 @@ def _gelu_gate_kernel(
     h_ptr, bias_ptr, M, N, h_sm, out_ptr,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """N and the row stride are multiples of ALIGN, which dividing and multiplying tells the
-    compiler."""
+    """N and the row stride are multiples of ALIGN; dividing and multiplying by it lets the compiler
+    know."""
     N, h_sm = N // ALIGN * ALIGN, h_sm // ALIGN * ALIGN
     tiles = tl.cdiv(N, COLUMNS)
     first = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
@@ -73,44 +73,44 @@ class LaunchConfig:
 
 
 CONFIGS = (
-    # 256 columns divide the 1280, 2560 and 5120 of SD1.5 and SDXL; 16 outputs a thread are four
-    # loads of 16 bytes in flight, and registers for all the warps that an SM holds
+    # 256 columns divide the 1280, 2560 and 5120 of SD1.5 and SDXL; 16 outputs per thread are four
+    # 16-byte loads in flight, with registers for all warps of an SM
     LaunchConfig(8, 256, 4),
     LaunchConfig(4, 256, 4),
     LaunchConfig(4, 512, 4),
     LaunchConfig(2, 256, 2),
     LaunchConfig(16, 256, 8),
 )
-INTERPRETED = (LaunchConfig(256, 256, 1),)  # it takes its time for an operation, not for its size
+INTERPRETED = (LaunchConfig(256, 256, 1),)  # its time is per operation, whatever the size
 
 
 @tunable("gelu_gate")
 def pick(M: int, N: int, size: int, arch: int) -> LaunchConfig:
-    """Launch for M rows of N outputs of `size` bytes: not measured, the same for all on a GPU."""
+    """The launch for M rows of N outputs of `size` bytes; not measured, the same for all GPUs."""
     return candidates(M, N, size, arch)[0]
 
 
 def candidates(M: int, N: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner should try, the rule's own first."""
+    """Launches for a tuner to try, the default first."""
     return CONFIGS if arch else INTERPRETED
 
 
 def _rows_of(h: Tensor) -> Tensor:
-    """h [..., K] as [M, K] without a copy; ValueError where its strides do not allow that."""
+    """h [..., K] as [M, K] without a copy; ValueError if its strides do not allow that."""
     try:
         flat = h.view(-1, h.shape[-1])
     except RuntimeError:
         flat = None
     if flat is None or flat.stride(1) != 1:
         raise ValueError(
-            f"gelu_gate: h is {list(h.shape)} with strides {h.stride()}; the kernel takes rows at"
-            " one distance from each other, whose elements lie side by side"
+            f"gelu_gate: h is {list(h.shape)} with strides {h.stride()}; the kernel takes rows of"
+            " contiguous elements, one stride apart"
         )
     return flat
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
-    """The launch for h [..., 2N] and the output [..., N] it writes."""
+    """The launch for h [..., 2N], and the output [..., N] it writes."""
     flat, N = _rows_of(a.h), a.h.shape[-1] // 2
     M, size = flat.shape[0], a.h.element_size()
     expects("gelu_gate: bias", a.bias, a.h, (2 * N,))

@@ -1,4 +1,4 @@
-"""Contract of `gelu_gate`: torch only."""
+"""Contract of `gelu_gate`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     h: Tensor
     bias: Tensor | None = None
@@ -38,8 +38,9 @@ def inputs(
 
 
 CASES = (
-    # the widths of SD1.5 at 512² and of SDXL at 1024², batch 2 (CFG), with a part of the 2 x 1024
-    # and more rows: more of them are more programs of the same launch
+    # the widths of SD1.5 at 512² and of SDXL at 1024², batch 2 (guidance), with some of the 2 x
+    # 1024
+    # or more rows: more rows are more programs of the same launch
     Case("sd15-32-part", B=2, L=128, N=2560),
     Case("sdxl-32-part", B=2, L=64, N=5120, bias=True),
     Case("demo-16", B=2, L=256, N=256, spread=3.0),

@@ -26,25 +26,25 @@ def group_norm_silu(
     beside: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = silu((t - mean) / sqrt(var + eps) · weight + bias) of t = x + shift + row + residual and,
-    after its channels, `beside`.
+    """y = silu((t - mean) / sqrt(var + eps) · weight + bias), where t is x + shift + row +
+    residual, followed by the channels of `beside`.
 
-    Mean and variance are those of each group of (C + C2) / groups channels in each picture, in
-    float32, the variance around the mean (never E[t²] - E[t]²).
+    Mean and variance are over each group of (C + C2) / groups channels of each picture, in float32;
+    the variance is around the mean (never E[t²] - E[t]²).
 
     Args:
         x: [B, Y, X, C], float32, bfloat16 or float16.
         weight, bias: [C + C2].
-        groups: divides C + C2; neither needs to be a power of two. A group may lie on both sides
-            of the border between x and beside.
+        groups: divides C + C2; neither needs to be a power of two. A group may span channels of
+            both x and beside.
         eps: added to the variance.
         silu: False leaves the activation out.
         row: [B, C] of any batch stride, added to every pixel of x before the statistics (the
             projected time embedding).
         residual: like x, added to it before the statistics.
         beside: [B, Y, X, C2], a second picture whose channels follow x's (a U-Net's skip
-            connection, read where it is); or [B / 2, Y, X, C2], where the halves of guidance share
-            it. Nothing is added to it.
+            connection, read in place); or [B / 2, Y, X, C2] if the halves of guidance share it.
+            Nothing is added to it.
         shift: [C], added to every pixel of x (the bias of the convolution that made x).
 
     Returns:
@@ -67,7 +67,7 @@ def group_norm_silu(
             f"group_norm_silu: beside is {list(beside.shape)}; expected {[batch, *pixels, 'C2']}"
             f" or half as many pictures"
         )
-    for name, part, shape in (  # a GPU would read beyond the end of a smaller one
+    for name, part, shape in (  # a GPU would read beyond the end of a smaller tensor
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
         ("row", row, (batch, width)),

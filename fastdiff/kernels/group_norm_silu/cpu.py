@@ -13,7 +13,7 @@ def run(a: Arguments) -> tuple[Tensor, Tensor]:
     dtype = native_dtype("group_norm_silu", x)
     if a.shift is not None or (a.beside is not None and residual is not None):
         raise NotNative(
-            "group_norm_silu: got shift, or beside with residual; the kernel in C++ takes row, and"
+            "group_norm_silu: got shift, or beside with residual; the C++ kernel takes row, and"
             " residual or beside"
         )
     if a.beside is not None:

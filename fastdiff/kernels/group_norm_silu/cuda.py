@@ -1,8 +1,8 @@
 """CUDA implementation of `group_norm_silu` (`csrc/cuda/`): one read and one write.
 
-A cluster of thread blocks keeps whole groups of a picture in shared memory between the two. Nothing
-chooses it yet, since it has not been measured on a GPU; `implementation("group_norm_silu", "cuda")`
-runs it where fastdiff was built with `FASTDIFF_CUDA=ON`.
+A cluster of thread blocks keeps whole groups of a picture in shared memory between the two. It has
+not been measured on a GPU, so nothing chooses it yet. `implementation("group_norm_silu", "cuda")`
+runs it if fastdiff was built with `FASTDIFF_CUDA=ON`.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from fastdiff.kernels.occupancy import SMS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CLUSTERS = {90: (1, 2, 4, 8, 16), 100: (1, 2, 4, 8, 16)}
-"""Blocks that can share a picture's rows, by architecture; elsewhere one block has them all."""
-THREADS = 512  # of a block, as in the kernel
-SEGMENT = 128  # bytes of a row in a tile: a cache line
-PROGRAMS = 132  # blocks for every SM of an H100; more only where the slabs would not fit
+"""How many blocks can share a picture's rows, by architecture; on others only one."""
+THREADS = 512  # per block, as in the kernel
+SEGMENT = 128  # bytes of a row per tile: a cache line
+PROGRAMS = 132  # one block for every SM of an H100; more only if the slabs would not fit
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Groups of a tile, thread blocks that share its pixels, pixels of each, elements that a thread
-    loads at once, bytes of shared memory of a block."""
+    """Groups per tile, thread blocks that share its pixels, pixels per block, elements per load,
+    bytes of shared memory per block."""
 
     groups: int
     cluster: int
@@ -40,13 +40,13 @@ class LaunchConfig:
 def pick(
     B: int, L: int, W: int, G: int, size: int, arch: int, aligned: bool = True
 ) -> LaunchConfig | None:
-    """Launch for B pictures of L pixels in G groups of W channels of `size` bytes; None where a
-    tile does not fit into the shared memory of the largest cluster.
+    """The launch for B pictures of L pixels in G groups of W channels of `size` bytes. None if a
+    tile does not fit the shared memory of the largest cluster.
 
-    aligned: all addresses are multiples of 16 bytes, and so is a pixel of x where a second picture
+    aligned: all addresses are multiples of 16 bytes, as is x's bytes per pixel if a second picture
     follows.
     """
-    if arch not in SMS or B >= 1 << 16:  # of a grid's y
+    if arch not in SMS or B >= 1 << 16:  # the limit of a grid's y
         return None
     counts = [n for n in range(1, G + 1) if G % n == 0]
     wide = [n for n in counts if n * W * size >= SEGMENT] or [G]
@@ -69,15 +69,15 @@ def pick(
 
 
 def _shared_bytes(rows: int, groups: int, W: int, size: int, lanes: int) -> int:
-    """The slab in whole vectors; 3 floats of each group; 2 of each lane and 3 of each thread."""
+    """The slab in whole vectors; 3 floats per group; 2 per lane and 3 per thread."""
     slab = -(-rows * groups * W * size // 16) * 16
     return slab + groups * 12 + THREADS * (lanes * 8 + 12)
 
 
 def start(call: Callable[..., None], arch: int, a: Arguments) -> tuple[Tensor, Tensor]:
-    """call(dtype, vector, addresses, sizes, eps, silu) for the op's arguments; what it fills.
+    """call(dtype, vector, addresses, sizes, eps, silu) for the op's arguments; returns its outputs.
 
-    Raises ValueError for what the kernel does not take or `pick` finds no launch for.
+    Raises ValueError for arguments that the kernel does not take or `pick` finds no launch for.
     """
     B, Y, X, C = a.x.shape
     C2 = 0 if a.beside is None else a.beside.shape[-1]
@@ -108,7 +108,7 @@ def start(call: Callable[..., None], arch: int, a: Arguments) -> tuple[Tensor, T
     if config is None:
         raise ValueError(
             f"group_norm_silu: {a.x.dtype} {list(y.shape)} in {a.groups} groups does not fit into"
-            f" the shared memory of a cluster of sm_{arch}, or nothing is known of it; use 'triton'"
+            f" the shared memory of a cluster of sm_{arch}, or that is unknown; use 'triton'"
         )
     ld_row = 0 if a.row is None else a.row.stride(0)
     tile = ((C + C2) // a.groups, config.groups, config.cluster, config.rows)
@@ -118,7 +118,7 @@ def start(call: Callable[..., None], arch: int, a: Arguments) -> tuple[Tensor, T
 
 
 def run(a: Arguments) -> tuple[Tensor, Tensor]:
-    """The op on CUDA tensors; RuntimeError where fastdiff was built without CUDA."""
+    """The op on CUDA tensors; RuntimeError if fastdiff was built without CUDA."""
     if not hasattr(NATIVE, "cuda_group_norm_silu"):
         raise RuntimeError(
             "group_norm_silu: this fastdiff was built without its CUDA kernels; install it with"
@@ -133,5 +133,5 @@ def run(a: Arguments) -> tuple[Tensor, Tensor]:
     def call(*numbers: Any) -> None:
         NATIVE.cuda_group_norm_silu(*numbers, a.x.device.index, stream)
 
-    with torch.cuda.device(a.x.device):  # it becomes the current one: only until the kernel started
+    with torch.cuda.device(a.x.device):  # current only until the kernel has started
         return start(call, architecture(a.x), a)

@@ -1,7 +1,7 @@
-"""Triton implementation of `group_norm_silu`: once over memory where whole groups fit on chip.
+"""Triton implementation of `group_norm_silu`: one pass over memory if whole groups fit on chip.
 
-Else two kernels: statistics of each channel in each slab of rows, then their combination and the
-normalisation, the last rows first because they are still in L2.
+Otherwise two kernels: the statistics of each channel in each slab of rows, then their combination
+and the normalisation, beginning with the last rows, which are still in L2.
 """
 
 import math
@@ -35,7 +35,7 @@ from fastdiff.kernels.group_norm_silu.tiles import (
 from fastdiff.kernels.occupancy import multiprocessors
 from fastdiff.kernels.tuned import tunable
 
-# arguments that compile nothing anew: ALIGN tells of what they are multiples
+# arguments that need no new compilation; ALIGN states which number divides them
 ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "flags", "eps", "slab_rows"]
 
 
@@ -46,7 +46,7 @@ def _one_pass_kernel(
     ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, GROUPS: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program normalises the groups of one sample's segment, kept in registers."""
+    """Each program normalises the groups in one sample's segment, kept in registers."""
     sample = tl.program_id(2).to(tl.int64)
     source, vectors, parts, C = opened(
         x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, sum_ptr, sample, 0, L, C, C2,
@@ -105,7 +105,7 @@ def _statistics_kernel(
         tile0, tile1 = next0, next1
         count = 1.0 * (start // ROWS)
         share = tl.where(start + rows < end, 1.0 / (count + 1.0), 0.0)[:, None]
-        # the next pixels are on their way while these are worked on
+        # load the next pixels while these are processed
         next0, next1 = load_tiles(source, added, parts, start + ROWS + rows, end, P1)
         mean0, square0 = merge(mean0, square0, count, tile0.to(tl.float32), None, share)
         if P1 > 0:
@@ -140,7 +140,8 @@ def _apply_kernel(
     if SUMMED:
         added = added_of(vectors, parts, P1)
     rows = (end - 1) // ROWS * ROWS + tl.arange(0, ROWS)
-    next0, next1 = load_tiles(source, added, parts, rows, end, P1)  # before the statistics
+    # issued before the statistics are read
+    next0, next1 = load_tiles(source, added, parts, rows, end, P1)
     statistics_ptr += sample * slabs * 2 * C
     missing = missing_of(vectors, parts, SUMMED, P1)
     moments0 = recall(statistics_ptr, slabs, slab_rows, L, C, missing[0], parts[0], P0)
@@ -163,7 +164,7 @@ def _apply_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Groups of a program, rows of a tile, slabs of a sample (0: one pass), warps."""
+    """Groups per program, rows per tile, slabs per sample (0: one pass), warps."""
 
     groups: int
     rows: int
@@ -171,21 +172,21 @@ class LaunchConfig:
     num_warps: int
 
 
-SEGMENT = 128  # bytes of a row in a program, at least: a line of L1, four sectors
-# most elements of a tile that stays on chip: warps. 32 to 80 for each thread; 16 warps have too few
-# registers each for 20480, and 40960 do not fit at all
+SEGMENT = 128  # least bytes of a row per program: a line of L1, four sectors
+# warps by the most elements of a tile that stays on chip: 32 to 80 per thread. 16 warps have too
+# few registers each for 20480, and 40960 do not fit at all
 ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
-# elements of a tile of the two slab kernels, 128 rows of 80 channels: 20 KB are on their way while
-# 20 KB are worked on, so that one program fills an SM; the interpreter wants few large tiles
+# elements of a tile of the two slab kernels, 128 rows of 80 channels: 20 KB are loaded while 20 KB
+# are processed, so that one program fills an SM; the interpreter is faster with few large tiles
 SLAB_TILE, INTERPRETED_SMS = 10240, 16
-SLAB_ROWS = 32  # of a slab, at least
-# groups of a segment that one pass and the slab kernels are compiled for, where it has no more; one
-# pass with 16 takes 30 registers more
+SLAB_ROWS = 32  # least rows of a slab
+# groups per segment for which the one-pass kernel and the slab kernels are compiled, unless there
+# are more; the one-pass kernel needs 30 more registers for 16
 GROUPS = {True: 4, False: 16}
 
 
 def _groups_of_a_program(W: int, G: int, size: int) -> int:
-    """The fewest whose segments are SEGMENT bytes long and begin where 16 bytes can be loaded."""
+    """The fewest groups whose segments have SEGMENT bytes and begin at a multiple of 16 bytes."""
 
     def key(groups: int) -> tuple[int, bool, int]:
         width = groups * W * size
@@ -197,7 +198,7 @@ def _groups_of_a_program(W: int, G: int, size: int) -> int:
 
 @tunable("group_norm_silu")
 def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
-    """Launch of B samples of L pixels in G groups of W channels of `size` bytes."""
+    """The launch for B samples of L pixels in G groups of W channels of `size` bytes."""
     groups = _groups_of_a_program(W, G, size)
     parts = [part for part in power_parts(groups * W, 16 // size) if part]
     width, rows = sum(parts), triton.next_power_of_2(L)
@@ -208,7 +209,7 @@ def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
 
 
 def _in_slabs(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
-    """The rule's launch in two passes."""
+    """The launch in two passes."""
     groups = _groups_of_a_program(W, G, size)
     parts = [part for part in power_parts(groups * W, 16 // size) if part]
     width = sum(parts)
@@ -217,21 +218,22 @@ def _in_slabs(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchCon
         tile //= 4  # each element has its address in registers
     rows = 1 << (max(1, tile // width).bit_length() - 1)
     if aligned:
-        num_warps = max(1, min(16, rows * min(parts) * size // 512))  # 16 bytes for each thread
+        num_warps = max(1, min(16, rows * min(parts) * size // 512))  # 16 bytes per thread
     sms, segments = multiprocessors(arch) if arch else INTERPRETED_SMS, B * G // groups
     once, twice = sms // segments, 2 * sms // segments
-    slabs = twice if 5 * twice > 11 * once else once  # a program an SM, or two: a tenth fuller
+    # one program per SM, or two if those fill the SMs by a tenth better
+    slabs = twice if 5 * twice > 11 * once else once
     return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), num_warps)
 
 
 def candidates(B: int, L: int, W: int, G: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner should try, the rule's own first; some spill or do not fit an architecture."""
+    """Launches for a tuner to try, the default first; some spill or do not fit an architecture."""
     slabs = _in_slabs(B, L, W, G, size, arch)
     found = [pick(B, L, W, G, size, arch), slabs]
     width, rows = sum(power_parts(slabs.groups * W, 16 // size)), triton.next_power_of_2(L)
     if rows * width <= 2 * max(ONE_PASS):
         found += [LaunchConfig(slabs.groups, rows, 0, num_warps) for num_warps in (4, 8, 16)]
-    for more in (1, 2, 4):  # programs of an SM
+    for more in (1, 2, 4):  # programs per SM
         several = replace(slabs, slabs=min(more * slabs.slabs, L))
         found += [several, replace(several, rows=max(1, slabs.rows // 2), num_warps=4)]
     if G % (2 * slabs.groups) == 0:
@@ -241,7 +243,7 @@ def candidates(B: int, L: int, W: int, G: int, size: int, arch: int) -> tuple[La
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
-    """The launches for x [B, Y, X, C] and what they write: the result and the sum (or empty)."""
+    """The launches for x [B, Y, X, C], and their outputs: the result and the sum (or empty)."""
     B, Y, X, C = a.x.shape
     C2, beside_batch = (0, 1) if a.beside is None else (a.beside.shape[3], a.beside.shape[0])
     L, W, size = Y * X, (C + C2) // a.groups, a.x.element_size()
@@ -252,7 +254,9 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
         "shift": a.shift,
     }.items():
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"group_norm_silu: {name} has strides {tensor.stride()}; contiguous")
+            raise ValueError(
+                f"group_norm_silu: {name} has strides {tensor.stride()}; make it contiguous"
+            )
     if a.row is not None and a.row.stride(1) != 1:
         raise ValueError(f"group_norm_silu: row has strides {a.row.stride()}; the last must be 1")
     config = pick(B, L, W, a.groups, size, arch)
@@ -285,7 +289,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
         return (launch(_one_pass_kernel),), (out, total)
     values["statistics_ptr"] = a.x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
     first = launch(_statistics_kernel)
-    if a.residual is not None:  # the sum holds all that is added
+    if a.residual is not None:  # the sum includes all that is added
         values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
         values["flags"], compiled["SUMMED"] = flags & SILU.value, False
     return (first, launch(_apply_kernel)), (out, total)

@@ -1,4 +1,4 @@
-"""Contract of `group_norm_silu`: torch only."""
+"""Contract of `group_norm_silu`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     weight: Tensor
@@ -34,7 +34,7 @@ def summed(
     beside: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What is normalised, [B, Y, X, C + C2], and the part of it that is x's, [B, Y, X, C]."""
+    """The normalised tensor [B, Y, X, C + C2], and x's part of it [B, Y, X, C]."""
     total = x
     if shift is not None:
         total = total + shift
@@ -70,7 +70,8 @@ def inputs(
         "groups": case.G,
         "eps": case.get("eps", 1e-5),
         "silu": case.get("silu", True),
-        "row": normal(B, C + 16)[:, 8 : C + 8] if case.get("row") else None,  # one of all layers
+        # one slice of all layers' rows
+        "row": normal(B, C + 16)[:, 8 : C + 8] if case.get("row") else None,
         "residual": normal(B, Y, X, C) if case.get("residual") else None,
         "beside": normal(B // case.get("parts", 1), Y, X, C2) * 2 if C2 else None,
         "shift": normal(C) if case.get("shift") else None,
@@ -79,21 +80,21 @@ def inputs(
 
 def _bytes(case: Case, size: int) -> int:
     pixels, C, C2 = case.B * case.Y * case.X, case.C, case.get("C2", 0)
-    x = pixels * C * (3 if case.get("residual") else 1)  # a residual is read, the sum written
+    x = pixels * C * (3 if case.get("residual") else 1)  # the residual is read, the sum is written
     beside = pixels // case.get("parts", 1) * C2
     channels = 2 * (C + C2) + bool(case.get("row")) * case.B * C + bool(case.get("shift")) * C
     return int(size * (x + beside + pixels * (C + C2) + channels))
 
 
 def _flops(case: Case) -> int:
-    """6 for the moments, 3 for the line, 4 for SiLU; a pixel of the sum takes 2."""
+    """6 for the moments, 3 for scale and offset, 4 for SiLU; each pixel of the sum takes 2."""
     each = 6 + 3 + 4 * case.get("silu", True)
     C, C2 = case.C, case.get("C2", 0)
     return int(case.B * case.Y * case.X * ((C + C2) * each + 2 * bool(case.get("residual")) * C))
 
 
 CASES = (
-    # the resnets and transformers of SD1.5 at 512², batch 2 (CFG)
+    # the resnets and transformers of SD1.5 at 512², batch 2 (guidance)
     Case("sd15-64", B=2, Y=64, X=64, C=320, G=32, row=True),
     Case("sd15-64-cat", B=1, Y=64, X=64, C=640, C2=320, G=32),
     Case("sd15-32-attn", B=2, Y=32, X=32, C=640, G=32, silu=False, eps=1e-6),
@@ -115,7 +116,7 @@ CASES = (
     Case("one-group", B=1, Y=7, X=3, C=30, G=1),
     Case("far-mean", B=2, Y=16, X=16, C=56, G=28, mean=1000.0, deviation=0.01, silu=False),
     Case("outlier", B=1, Y=32, X=32, C=64, G=8, outlier=1e4),
-    # a group on both sides of an odd border, with all that is added
+    # a group across an odd border, with all optional terms
     Case("odd-cat", B=4, Y=9, X=5, C=31, C2=14, G=5, parts=2, row=True, shift=True, residual=True),
 )
 

@@ -1,31 +1,32 @@
-"""What the Triton kernels of `group_norm_silu` do with a tile of pixels.
+"""Device functions on tiles of pixels for the Triton kernels of `group_norm_silu`.
 
-A program handles whole groups of one sample as a flat segment of channels, at least 128 bytes of
-each row: 8 groups of 10 are 80 channels, tiles of 64 and 16. Moments are those of channels, around
-a pivot near their mean and never as E[x^2] - E[x]^2; those of groups follow from them. What is
-added to whole channels (row, shift) moves their means only, so no pixel pays for it.
+Each program handles whole groups of one sample as a flat segment of channels, at least 128 bytes of
+each row: 8 groups of 10 are 80 channels, in tiles of 64 and 16. Moments are computed per channel,
+around a pivot near the channel's mean and never as E[x^2] - E[x]^2; the groups' moments follow from
+them. Terms added to whole channels (row, shift) only move the channels' means, so they cost nothing
+per pixel.
 
-A kernel is compiled for what its loops do and nothing else: widths, absent vectors, SiLU and the
-picture that a segment lies in are arguments, for each of which a pipeline would compile it again.
-`flags` tell what there is; what is absent is an address that nobody reads.
+A kernel is compiled only for what its loops do. Widths, absent vectors, SiLU and the picture of a
+segment are run-time arguments, since a pipeline would otherwise compile the kernel again for each.
+`flags` say which terms are present; an absent one has an address that is never read.
 
 Names in the kernels: a part is a tile's channels [P] and whether they exist; `missing` is what is
-added to each and not in its tile yet; moments of channels are a pivot, the mean less it, and the
-centred squares, [P] each. Without a second tile the second of a pair is the first again.
+added to each channel and not in its tile yet; moments of channels are a pivot, the mean minus the
+pivot, and the centred squares, [P] each. Without a second tile, pairs hold the first one twice.
 """
 
 import triton
 import triton.language as tl
 
 TABLE = tl.constexpr(16)
-"""Slabs of the statistics that are combined at a time."""
+"""Slabs whose statistics are combined at a time."""
 ROW, SHIFT, RESIDUAL, SILU = (tl.constexpr(1 << bit) for bit in range(4))
-"""Of `flags`: what is added, and what is done at last."""
+"""Bits of `flags`: the added terms, and the final activation."""
 
 
 @triton.jit
 def _part(FIRST: tl.constexpr, P: tl.constexpr, SEGMENT: tl.constexpr):
-    """Columns FIRST.. of this program's segment."""
+    """Columns from FIRST on of this program's segment."""
     column = FIRST + tl.arange(0, P)
     return tl.program_id(1) * SEGMENT + column, column < SEGMENT
 
@@ -36,10 +37,11 @@ def opened(
     beside_batch, row_stride, flags, ALIGN: tl.constexpr, SEGMENT: tl.constexpr,
     BORDER: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
 ):  # fmt: skip
-    """Where a sample's rows from `start` are, what is added to channels, both parts, and C + C2.
+    """The addresses of a sample's rows from `start` on, the terms added to channels, both parts,
+    and C + C2.
 
-    Without a BORDER within its segment a program reads one picture, x or `beside`. Channels and the
-    stride of rows are multiples of ALIGN, which dividing and multiplying tells the compiler.
+    Without a BORDER in its segment a program reads only one picture, x or `beside`. Channels and
+    the row stride are multiples of ALIGN; dividing and multiplying by it lets the compiler know.
     """
     C, C2, row_stride = C // ALIGN * ALIGN, C2 // ALIGN * ALIGN, row_stride // ALIGN * ALIGN
     first = (sample * L + start) * C
@@ -61,7 +63,7 @@ def opened(
 
 @triton.jit
 def _added(vectors, part):
-    """Row + shift of each channel, nothing to those of `beside`."""
+    """row + shift of each channel; zero for those of `beside`."""
     row_ptr, shift_ptr, C, flags = vectors
     channels, exists = part
     own = exists & (channels < C)
@@ -81,7 +83,7 @@ def added_of(vectors, parts, P1: tl.constexpr):
 
 @triton.jit
 def missing_of(vectors, parts, SUMMED: tl.constexpr, P1: tl.constexpr):
-    """What is added to each channel of the tiles and not in them."""
+    """What is added to each channel of the tiles and not in them yet."""
     row_ptr, shift_ptr, C, flags = vectors
     if SUMMED:
         flags = 0
@@ -95,7 +97,7 @@ def _tile(source, part, rows, end):
     channels, exists = part
     inside = ((rows >= 0) & (rows < end))[:, None] & exists[None, :]
     offsets = rows[:, None] * stride + channels[None, :]
-    if BORDER:  # the compiler sees 16 bytes in masks, not in addresses
+    if BORDER:  # the compiler finds 16-byte loads with masks, not with such addresses
         others = beside_ptr + (rows[:, None] * C2 + channels[None, :])
         other = tl.load(others, mask=inside & (channels >= C)[None, :], other=0.0)
         tile = tl.load(x_ptr + offsets, mask=inside & (channels < C)[None, :], other=0.0)
@@ -121,7 +123,7 @@ def sum_tile(tile, source, added, part, rows, end):
 
 @triton.jit
 def load_tiles(source, added, parts, rows, end, P1: tl.constexpr):
-    """Both tiles; where there is something `added`, of the sums."""
+    """Both tiles; with `added`, those of the sums."""
     tile0 = _tile(source, parts[0], rows, end)
     if added is not None:
         tile0 = sum_tile(tile0, source, added[0], parts[0], rows, end)
@@ -135,8 +137,8 @@ def load_tiles(source, added, parts, rows, end, P1: tl.constexpr):
 
 @triton.jit
 def merge(mean, square, count, more_mean, more_square, share):
-    """Chan's update of means and centred squares [ROWS, P] of `count` values each by more, that are
-    a `share` [ROWS, 1] of all then."""
+    """Chan's update of means and centred squares [ROWS, P] of `count` values each by further
+    values, which are then a `share` [ROWS, 1] of all."""
     step = more_mean - mean
     square += step * step * (count * share)
     if more_square is not None:
@@ -147,7 +149,7 @@ def merge(mean, square, count, more_mean, more_square, share):
 @triton.jit
 def moments_of(mean, square, count, all_count):
     """Moments of channels from means and centred squares [ROWS, P] of `count` [ROWS, 1] values
-    each. Without squares these are single pixels, zero where there are none."""
+    each. Without squares the means are single pixels, zero where there are none."""
     pivot = tl.sum(mean if square is None else mean * count, 0) / all_count
     centred = mean - pivot[None, :]
     weighted = centred * count
@@ -160,7 +162,7 @@ def moments_of(mean, square, count, all_count):
 
 @triton.jit
 def keep(statistics_ptr, mean, square, count, missing, length, part, C):
-    """Store mean and centred squares of a tile's channels in a slab."""
+    """Store mean and centred squares of a tile's channels for a slab."""
     pivot, drift, square = moments_of(mean, square, count, length)
     tl.store(statistics_ptr + part[0], pivot + (drift + missing), mask=part[1])
     tl.store(statistics_ptr + C + part[0], square, mask=part[1])
@@ -168,7 +170,7 @@ def keep(statistics_ptr, mean, square, count, missing, length, part, C):
 
 @triton.jit
 def recall(statistics_ptr, slabs, slab_rows, L, C, missing, part, P: tl.constexpr):
-    """Moments of the channels of a tile, from those of all slabs, TABLE of them at a time."""
+    """Moments of a tile's channels, from those of all slabs, TABLE of them at a time."""
     channels, exists = part
     count = tl.zeros((TABLE, 1), tl.float32)
     mean = tl.zeros((TABLE, P), tl.float32)
@@ -190,16 +192,16 @@ def recall(statistics_ptr, slabs, slab_rows, L, C, missing, part, P: tl.constexp
 
 @triton.jit
 def _group(part, W, SEGMENT: tl.constexpr):
-    """The group of W channels within the segment of each channel, [P]; of those beyond the segment
-    the last. A quotient of small integers and a half is rounded to the same integer as the exact
-    one, and needs no division of integers."""
+    """The index in the segment of each channel's group of W channels, [P]; beyond the segment, the
+    last group's. Rounding the quotient of small integers plus a half gives the exact integer, and
+    avoids an integer division."""
     column = tl.minimum(part[0] - tl.program_id(1) * SEGMENT, SEGMENT - 1)
     return ((column + 0.5) * (1.0 / W)).to(tl.int32)
 
 
 @triton.jit
 def _sums(value, part, group, GROUPS: tl.constexpr):
-    """Of the channels [P] of each group: [GROUPS]."""
+    """The sum over the channels [P] of each group: [GROUPS]."""
     member = (group[None, :] == tl.arange(0, GROUPS)[:, None]) & part[1][None, :]
     return tl.sum(tl.where(member, value[None, :], 0.0), 1)
 
@@ -218,8 +220,8 @@ def lines_of(
     weight_ptr, bias_ptr, parts, missing, moments0, moments1, L, W, eps,
     SEGMENT: tl.constexpr, GROUPS: tl.constexpr, P1: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel (pivot, slope, offset) in y = (tile - pivot) * slope + offset. W channels are
-    a group, at most GROUPS groups a segment; the bits of eps are those of a float32."""
+    """(pivot, slope, offset) of each channel in y = (tile - pivot) * slope + offset. A group has W
+    channels, a segment at most GROUPS groups; eps: the bits of a float32."""
     part0, part1 = parts
     group0, group1 = _group(part0, W, SEGMENT), _group(part1, W, SEGMENT)
     pivot0, drift0, square0 = moments0
@@ -229,8 +231,8 @@ def lines_of(
     if P1 > 0:
         mean += _sums(pivot1 + missing1, part1, group1, GROUPS)
     mean /= W
-    # gathering keeps the layouts of the two tiles apart: with sums of masked [N, P] instead, the
-    # compiler gave the wider tile the layout of the other one and moved it through shared memory
+    # gathering keeps the two tiles' layouts apart: with sums of masked [N, P] instead, the compiler
+    # gave the wider tile the other one's layout and moved it through shared memory
     centre0 = pivot0 - tl.gather(mean, group0, 0) + missing0
     away0 = centre0 + drift0
     shift = _sums(away0, part0, group0, GROUPS)
@@ -264,8 +266,8 @@ def _finish(out_ptr, tile, line, part, rows, end, C, SILU: tl.constexpr):
 
 @triton.jit
 def store_tile(out_ptr, tile, line, part, rows, end, C, flags):
-    """out = (tile - pivot) * slope + offset, or silu of it. A branch around all of it: around SiLU
-    alone it would keep a whole tile of float32 in registers."""
+    """out = (tile - pivot) * slope + offset, or silu of it. The branch is around everything: around
+    SiLU alone it would keep a whole tile of float32 in registers."""
     if flags & SILU != 0:
         _finish(out_ptr, tile, line, part, rows, end, C, True)
     else:

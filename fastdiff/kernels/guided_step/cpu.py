@@ -1,4 +1,4 @@
-"""`guided_step` on a CPU: our own loop, on float32 state."""
+"""`guided_step` on a CPU: our own kernel, on float32 state."""
 
 import torch
 
@@ -10,7 +10,7 @@ def run(a: Arguments) -> None:
     dtype = native_dtype("guided_step", a.model_output)
     if a.sample.dtype != torch.float32:
         raise NotNative(
-            f"guided_step: got samples of {a.sample.dtype}; the kernel in C++ takes torch.float32"
+            f"guided_step: got samples of {a.sample.dtype}; the C++ kernel takes torch.float32"
         )
     batch, depth = a.sample.shape[0], a.history.shape[1]
     copies = a.model_output.shape[0] // batch

@@ -1,8 +1,8 @@
 """Triton implementation of `guided_step`: one launch, whatever the scheduler.
 
-The step and its row of coefficients are read on the device, so the same launch can be replayed in a
-graph. Guidance rescale needs standard deviations over a sample: where the row asks for it, each
-program computes them over its whole sample (a few reads of L2) rather than wait for the others.
+The step and its row of coefficients are read on the device, so a graph can replay the launch.
+Guidance rescale needs standard deviations over a sample. If the row asks for it, each program
+computes them over its whole sample (a few reads of L2) instead of waiting for the others.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,17 @@ from fastdiff.kernels.guided_step import spec
 from fastdiff.kernels.guided_step.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
-# a kernel may read globals only if they are constexpr
+# a kernel may read only globals that are constexpr
 GUIDANCE, RESCALE = tl.constexpr(spec.GUIDANCE), tl.constexpr(spec.RESCALE)
 SAMPLE, NOISE = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.NOISE)
 NEXT_SCALE, HISTORY = tl.constexpr(spec.NEXT_SCALE), tl.constexpr(spec.HISTORY)
+CLIP_SAMPLE, CLIP_OUTPUT = tl.constexpr(spec.CLIP_SAMPLE), tl.constexpr(spec.CLIP_OUTPUT)
+LIMIT = tl.constexpr(spec.LIMIT)
 
 
 @triton.jit
 def _guided(output_ptr, copy, offsets, inside, guidance, COPIES: tl.constexpr):
-    """The guided output and its text half, both fp32 (the output itself without guidance)."""
+    """The guided output and its text half, both fp32; without guidance, the output twice."""
     output = tl.load(output_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if COPIES == 1:
         return output, output
@@ -34,7 +36,7 @@ def _guided(output_ptr, copy, offsets, inside, guidance, COPIES: tl.constexpr):
 
 @triton.jit
 def _deviation_ratio(output_ptr, copy, E, guidance, REDUCE: tl.constexpr):
-    """std(text) / std(guided) over the E elements of a sample, each as two passes."""
+    """std(text) / std(guided) over the E elements of a sample, each in two passes."""
     guided_sum = tl.zeros((REDUCE,), tl.float32)
     text_sum = tl.zeros((REDUCE,), tl.float32)
     for start in range(0, E, REDUCE):
@@ -62,7 +64,7 @@ def _guided_step_kernel(
     output_ptr, table_ptr, step_ptr, noise_ptr, E, columns, sample_ptr, history_ptr, next_ptr,
     COPIES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """A program updates BLOCK of the E elements of one sample."""
+    """Each program updates BLOCK of the E elements of one sample."""
     first = tl.program_id(1).to(tl.int64) * E
     copy = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
     step = tl.load(step_ptr).to(tl.int64)
@@ -79,11 +81,15 @@ def _guided_step_kernel(
     own = first + offsets
     sample = tl.load(sample_ptr + own, mask=inside, other=0.0)
     result = tl.load(row + SAMPLE) * sample + tl.load(row + HISTORY) * output
+    limit = tl.load(row + LIMIT)
+    if limit != 0:
+        clean = tl.load(row + CLIP_SAMPLE) * sample + tl.load(row + CLIP_OUTPUT) * output
+        result += tl.clamp(clean, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     for h in tl.static_range(1, DEPTH + 1):
         slot = (step - h + DEPTH) % DEPTH
         b = tl.load(row + HISTORY + h)
         c = tl.load(row + HISTORY + DEPTH + h)
-        # a zero coefficient must hide what the history does not hold yet
+        # entries with a zero coefficient may not be written yet, so mask them
         outputs = history_ptr + slot * copy + own
         result += b * tl.load(outputs, mask=tl.where(b != 0, inside, False), other=0.0)
         result += c * tl.load(
@@ -102,34 +108,35 @@ def _guided_step_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Elements of a program, elements a pass of the reduction reads at once, warps."""
+    """Elements per program, elements that a pass of the reduction reads at once, warps."""
 
     block: int
     reduce: int
     num_warps: int
 
 
-CONFIGS = (  # (elements of a sample up to, config): enough programs to hide the latency of L2,
-    # and eight elements a thread at least, 16 bytes of half precision
+# (largest sample in elements, config): enough programs to hide L2's latency, and at least eight
+# elements per thread, 16 bytes in half precision
+CONFIGS = (
     (4096, LaunchConfig(256, 512, 1)),
     (65536, LaunchConfig(1024, 4096, 4)),
     (2**62, LaunchConfig(2048, 4096, 8)),
 )
-ALIGNED = 16  # elements: Triton asks a size no finer question
+ALIGNED = 16  # elements: Triton only checks whether a size is a multiple of this
 
 
 @tunable("guided_step")
 def pick(E: int, arch: int) -> LaunchConfig:
-    """Launch for samples of E elements: not measured, the same for all architectures."""
+    """The launch for samples of E elements; not measured, the same for all architectures."""
     return next(config for most, config in CONFIGS if most >= E)
 
 
 def candidates(E: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner should try: other sizes of a program, a vector of 16 bytes a thread or two."""
+    """Launches for a tuner to try: block sizes, with one or two 16-byte vectors per thread."""
     offered = [
         LaunchConfig(block, 512 * (block // 32 // each), block // 32 // each)
         for block in (256, 512, 1024, 2048, 4096)
-        for each in (8, 16)  # elements of a thread
+        for each in (8, 16)  # elements per thread
     ]
     return tuple(config for config in offered if config.block < 2 * E and config.num_warps <= 16)
 

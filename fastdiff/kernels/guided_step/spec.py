@@ -1,4 +1,4 @@
-"""Contract of `guided_step`: torch only."""
+"""Contract of `guided_step`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Case, KernelSpec
 
-GUIDANCE, RESCALE, SAMPLE, NOISE, NEXT_SCALE, HISTORY = range(6)
-"""Columns of a table row; from HISTORY on: b_0..b_M of the outputs, then c_1..c_M of the samples,
-where M is the depth of the history."""
+GUIDANCE, RESCALE, SAMPLE, NOISE, NEXT_SCALE, CLIP_SAMPLE, CLIP_OUTPUT, LIMIT, HISTORY = range(9)
+"""The columns of a table row. From HISTORY on: b_0..b_M for the outputs, then c_1..c_M for the
+samples, where M is the depth of the history."""
 
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     model_output: Tensor
     sample: Tensor
@@ -41,9 +41,12 @@ def formula(a: Arguments) -> None:
         )
     b, c = row[HISTORY : HISTORY + depth + 1], row[HISTORY + depth + 1 :]
     result = row[SAMPLE] * a.sample + b[0] * output
+    clean = row[CLIP_SAMPLE] * a.sample + row[CLIP_OUTPUT] * output
+    clipped = torch.maximum(torch.minimum(clean, row[LIMIT]), -row[LIMIT])
+    result = result + torch.where(row[LIMIT] != 0, clipped, 0.0)
     for h in range(1, depth + 1):
         slot = (index - h) % depth
-        # a zero coefficient must hide what the history does not hold yet
+        # entries with a zero coefficient may not be written yet, so mask them
         result = result + torch.where(b[h] != 0, b[h] * a.history[0, slot], 0.0)
         result = result + torch.where(c[h - 1] != 0, c[h - 1] * a.history[1, slot], 0.0)
     if a.noise is not None:
@@ -56,7 +59,7 @@ def formula(a: Arguments) -> None:
 
 
 def fake(*args: Any, **kwargs: Any) -> None:
-    """The formula reads the step on the host; a fake may not."""
+    """Does nothing: the formula reads the step on the host, which a fake must not."""
 
 
 def inputs(
@@ -70,8 +73,9 @@ def inputs(
     table = normal(rows, HISTORY + 1 + 2 * depth)
     table[:, GUIDANCE] = 7.5
     table[:, RESCALE] = case.get("rescale", 0.0)
+    table[:, LIMIT] = case.get("limit", 0.0)
     history = normal(2, depth, *shape)
-    if case.get("fresh"):  # the first step: nothing in the history yet, its coefficients are zero
+    if case.get("fresh"):  # the first step: the history is empty, its coefficients are zero
         table[:, HISTORY + 1 :] = 0
         history.fill_(float("nan"))
     state = torch.float64 if dtype == torch.float64 else torch.float32
@@ -91,16 +95,18 @@ def _elements(case: Case) -> int:
 
 
 def moved(case: Case, size: int) -> int:
-    """The state is float32 and so is a table row, of which only what the case uses is read."""
+    """State and table are float32; of the row, only the columns that the case uses are read."""
     past = 0 if case.get("fresh") else 2 * case.depth
     state = 2 + past + 2 * bool(case.depth) + bool(case.get("noise"))
-    columns = 4 + (case.copies == 2) + 2 * case.depth + bool(case.get("noise"))
+    columns = 5 + (case.copies == 2) + 2 * case.depth + bool(case.get("noise"))
+    columns += 2 * bool(case.get("limit"))
     return int(_elements(case) * (size * (case.copies + 1) + 4 * state) + 4 * columns + 8)
 
 
 def operations(case: Case) -> int:
     """Without rescaling, which each program of the kernel repeats over its whole sample."""
     each = 4 + 3 * (case.copies == 2) + 4 * case.depth + 2 * bool(case.get("noise"))
+    each += 4 * bool(case.get("limit"))  # min and max are not arithmetic
     return int(_elements(case) * each)
 
 
@@ -110,6 +116,7 @@ CASES = (
     Case("sdxl-ancestral", B=2, Y=64, X=64, C=4, copies=2, depth=0, noise=True, spread=14.6),
     Case("lcm-no-guidance", B=1, Y=64, X=64, C=4, copies=1, depth=0, noise=True),
     Case("rescaled", B=2, Y=64, X=64, C=4, copies=2, depth=1, rescale=0.7, repeats=True),
+    Case("ddpm-clipped", B=2, Y=32, X=32, C=3, copies=1, depth=0, noise=True, limit=0.7),
     Case("demo", B=1, Y=16, X=16, C=4, copies=2, depth=1),
     Case("first-step", B=2, Y=16, X=16, C=4, copies=2, depth=2, fresh=True, step=0),
     Case("odd", B=3, Y=33, X=17, C=5, copies=2, depth=2, rescale=0.3, noise=True, repeats=True),

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ) v of a picture and a text that attend to each other and to themselves."""
+"""softmax(q kᵀ) v for a picture and a text that attend to each other and to themselves."""
 
 import torch
 from torch import Tensor
@@ -20,27 +20,26 @@ def joint_attention(
     scale: float | None = None,
     text_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · [q; text_q] [k; text_k]ᵀ + [0; text_bias]) [v; text_v], each head by itself,
-    in one launch.
+    """softmax(scale · [q; text_q] [k; text_k]ᵀ + [0; text_bias]) [v; text_v] for each head, in one
+    launch.
 
-    The same as `attention` of the sequences put end to end, but nothing is: a GPU reads both where
-    they lie and writes both results. Scores and softmax are in float32.
+    The same as `attention` of the concatenated sequences, but without the concatenation: a GPU
+    reads both sequences in place and writes both results. Scores and softmax are in float32.
 
     Args:
-        q, k, v: [B, L, H, K], of the picture; any strides whose last is 1 (slices of one packed
+        q, k, v: [B, L, H, K], the picture's; any strides whose last is 1 (slices of one packed
             projection need no copy); float32, bfloat16 or float16.
-        text_q, text_k, text_v: [B, T, H, K], of the text, in q's dtype; the same of their strides.
-            Without text_q nothing is computed for the text, which the picture still attends to.
+        text_q, text_k, text_v: [B, T, H, K], the text's, in q's dtype; strides as for q.
+            Without text_q no result is computed for the text, but the picture attends to it.
         scale: default 1 / sqrt(K).
-        text_bias: [T] float32, contiguous, added to the scores of the text's keys: n equal tokens
-            weigh as much as one with log n.
+        text_bias: [T] float32, contiguous, added to the scores of the text's keys. One token with
+            log n replaces n equal tokens.
 
     Returns:
         [B, L, H, K] and [B, T, H, K], or [0] without text_q; contiguous, in q's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, an empty sequence, or a text_bias that is not
-            as above.
+        ValueError: shapes that do not fit together, an empty sequence, or an invalid text_bias.
 
     Esser et al., Scaling Rectified Flow Transformers (2024), figure 2b; Dao et al., FlashAttention
     (2022).
@@ -51,8 +50,8 @@ def joint_attention(
     if any(t.shape != q.shape for t in (k, v)) or any(t.shape != (B, T, H, K) for t in text):
         shapes = [list(t.shape) for t in (q, k, v, *text)]
         raise ValueError(
-            f"joint_attention: {shapes}; expected three times [B, L, H, K] and three times"
-            " [B, T, H, K]"
+            f"joint_attention: {shapes}; expected [B, L, H, K] for q, k and v, and [B, T, H, K] for"
+            " text_q, text_k and text_v"
         )
     if text_bias is not None:
         if text_bias.dtype != torch.float32 or text_bias.device != q.device:
@@ -62,6 +61,6 @@ def joint_attention(
             )
         expects("joint_attention: text_bias", text_bias, text_bias, (T,))
     if L == 0 or T == 0:
-        raise ValueError(f"joint_attention: {L} picture and {T} text tokens; expected some of both")
+        raise ValueError(f"joint_attention: {L} picture and {T} text tokens; expected both")
     out, text_out = _op(q, k, v, text_q, text_k, text_v, scale, text_bias)
     return out, text_out

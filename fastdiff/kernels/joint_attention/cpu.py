@@ -1,4 +1,4 @@
-"""`joint_attention` on a CPU: one loop over the keys of both sequences, where they lie."""
+"""`joint_attention` on a CPU: one loop over the keys of both sequences, read in place."""
 
 import math
 
@@ -44,5 +44,5 @@ def run(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def plain(a: Arguments) -> tuple[Tensor, Tensor]:
-    """By torch's attention, for what `run` does not take."""
+    """torch's attention, for arguments that `run` does not take."""
     return formula(a, cpu.plain)

@@ -1,10 +1,10 @@
-"""Triton implementation of `joint_attention`: flash over two sequences that lie apart.
+"""Triton implementation of `joint_attention`: flash attention over two separate sequences.
 
-The grid covers the tiles of the picture's queries, then those of the text's. Every program goes
-through the picture's keys and then the text's; each sequence ends with a masked block of its own.
-A text that asks for nothing has no tiles, and the kernel is the same: the picture stands in for its
-queries.
-The longer loop comes first and both are pipelined; between them the pipeline fills once more.
+The grid covers the tiles of the picture's queries, then those of the text's. Every program loops
+over the picture's keys and then the text's; each sequence ends with a masked block of its own. If
+the text needs no result it has no tiles; the kernel is the same, with the picture's queries in
+place of the text's. The longer loop comes first. Both loops are pipelined, and the pipeline is
+filled again between them.
 """
 
 import math
@@ -31,7 +31,7 @@ def _joint_kernel(
     SCALE: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, TEXT_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program does QUERIES queries of one head, of the picture or of the text."""
+    """Each program does QUERIES queries of one head, of the picture or of the text."""
     tile = tl.program_id(0)
     head = (tl.program_id(1) % H).to(tl.int64)
     sample = (tl.program_id(1) // H).to(tl.int64)
@@ -72,20 +72,20 @@ def _joint_kernel(
 
 @tunable("joint_attention")
 def pick(K: int, size: int, arch: int) -> LaunchConfig:
-    """Launch for heads K wide, `size` bytes an element: that of `attention`, but 4 warps never take
-    128 queries: the second sequence's loop beside so many accumulators spills 32 bytes on sm_90;
-    with 64 queries an SM holds three blocks, with 8 warps only one."""
+    """The launch for heads K wide, `size` bytes per element: that of `attention`, except that 4
+    warps do at most 64 queries. With 128, the second loop beside so many accumulators spills 32
+    bytes on sm_90. With 64 queries an SM holds three blocks, with 8 warps only one."""
     own = stream(K, size, arch)
     return replace(own, queries=64) if (own.queries, own.num_warps) == (128, 4) else own
 
 
 def candidates(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner may try, `pick`'s own first."""
+    """Launches for a tuner to try, `pick`'s first."""
     return tuple(dict.fromkeys((pick(K, size, arch), *streams(K, size, arch))))
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
-    """The launch for q, k, v [B, L, H, K] and those of the text [B, T, H, K], and its outputs."""
+    """The launch for q, k, v [B, L, H, K] and the text's [B, T, H, K], and its outputs."""
     (B, L, H, K), T = a.q.shape, a.text_k.shape[1]
     states = {"q": a.q, "k": a.k, "v": a.v, "text_q": a.q if a.text_q is None else a.text_q}
     states |= {"text_k": a.text_k, "text_v": a.text_v}

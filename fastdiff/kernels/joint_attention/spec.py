@@ -1,4 +1,4 @@
-"""Contract of `joint_attention`: torch only."""
+"""Contract of `joint_attention`; imports only torch."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     q: Tensor
     k: Tensor
@@ -35,7 +35,7 @@ def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
 def formula(
     a: Arguments, attend: Callable[[attention.Arguments], Tensor] = attention.formula
 ) -> tuple[Tensor, Tensor]:
-    """By one attention, `attend`, over what is put end to end."""
+    """One attention, `attend`, over the concatenated sequences."""
     all_k, all_v = torch.cat((a.k, a.text_k), 1), torch.cat((a.v, a.text_v), 1)
     mask = None if a.text_bias is None else F.pad(a.text_bias[None], (a.q.shape[1], 0))
     if a.text_q is None:
@@ -44,7 +44,7 @@ def formula(
     all_q = torch.cat((a.q, a.text_q), 1)
     out = attend(attention.Arguments(all_q, all_k, all_v, mask, a.scale))
     picture, text = out.split([a.q.shape[1], a.text_q.shape[1]], 1)
-    # copies even where a slice is contiguous: the outputs of an op may not share memory
+    # copies even if a slice is contiguous: the outputs of an op may not share memory
     return (
         picture.clone(memory_format=torch.contiguous_format),
         text.clone(memory_format=torch.contiguous_format),
@@ -80,7 +80,7 @@ def inputs(
 
 
 def _bytes(case: Case, size: int) -> int:
-    """q, k, v and the result of each sequence; of a text that asks for none k and v; the bias."""
+    """q, k, v and the result of each sequence; of a text without result only k and v; the bias."""
     states = 4 * case.L + (2 if case.get("silent") else 4) * case.T
     bias = 4 * case.T * bool(case.get("biased"))
     return int(size * case.B * case.H * case.K * states + bias)
@@ -92,15 +92,15 @@ def _flops(case: Case) -> int:
 
 
 CASES = (
-    # SD3 and SD3.5: 77 words of CLIP and 256 of T5 beside 64 x 64 (1024²) and 32 x 32 (512²)
-    # tokens, and some of their 24 or 38 heads, of which each is more programs of the same launch
+    # SD3 and SD3.5: 77 tokens of CLIP and 256 of T5 with 64 x 64 (1024²) and 32 x 32 (512²)
+    # patches, and some of the 24 or 38 heads, since more heads are more programs of the same launch
     Case("sd3-1024px", B=1, L=4096, T=333, H=1, K=64),
     Case("sd3-512px", B=2, L=1024, T=333, H=2, K=64),
     Case("sd3-clip-only", B=2, L=256, T=77, H=2, K=64),
-    # without T5 its 256 tokens are one; the last block asks for no text
+    # without T5 its 256 tokens are one; the last block needs no result for the text
     Case("sd3-without-t5", B=2, L=256, T=78, H=2, K=64, biased=True),
     Case("sd3-last", B=2, L=256, T=333, H=2, K=64, silent=True),
-    # nasty: one word, odd pictures, fewer keys than a block, heads that are no power of two
+    # nasty: one text token, odd pictures, fewer keys than a block, widths that are no power of two
     Case("one-word", B=2, L=256, T=1, H=2, K=64),
     Case("odd", B=3, L=77, T=45, H=3, K=40),
     Case("small", B=2, L=9, T=5, H=2, K=64),

@@ -1,4 +1,4 @@
-"""A line for each channel and SiLU: a GroupNorm whose moments are known."""
+"""Scale and offset of each channel, and SiLU: a GroupNorm whose moments are known."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,12 @@ _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.line_silu.gpu")
 
 
 def line_silu(x: Tensor, line: Tensor, silu: bool = True) -> Tensor:
-    """y = silu((x - centre) · slope + offset) of each channel, in float32.
+    """y = silu((x - centre) · slope + offset) for each channel, in float32.
 
     Args:
         x: [..., C] contiguous, any float dtype.
         line: [3, C] contiguous, float32 (float64 for an x of float64): centre, slope and offset.
-            With a group's mean as centre, weight / sqrt(var + eps) as slope and the bias as offset
-            y is its GroupNorm.
+            If these are a group's mean, weight / sqrt(var + eps) and the bias, y is x's GroupNorm.
         silu: False leaves the activation out.
 
     Returns:
@@ -26,7 +25,7 @@ def line_silu(x: Tensor, line: Tensor, silu: bool = True) -> Tensor:
     Raises:
         ValueError: `line` has another shape or dtype.
 
-    Where the moments are still to be found, `group_norm_silu` does both.
+    `group_norm_silu` computes the moments, too.
     """
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
     if line.shape != (3, x.shape[-1]) or line.dtype != wanted:

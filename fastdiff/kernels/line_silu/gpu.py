@@ -19,8 +19,8 @@ def _line_silu_kernel(
     x_ptr, line_ptr, L, C, out_ptr,
     ALIGN: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """A program does ROWS pixels and P channels. C is a multiple of ALIGN, which dividing and
-    multiplying tells the compiler."""
+    """Each program does ROWS pixels and P channels. C is a multiple of ALIGN; dividing and
+    multiplying by it lets the compiler know."""
     C = C // ALIGN * ALIGN
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.program_id(1) * P + tl.arange(0, P)
@@ -39,7 +39,7 @@ def _line_silu_kernel(
 
 @tunable("line_silu")
 def pick(C: int, arch: int) -> LaunchConfig:
-    """Launch for pixels of C channels."""
+    """The launch for pixels of C channels."""
     if not arch:
         channels = triton.next_power_of_2(C)
         return LaunchConfig(max(1, INTERPRETED_TILE // channels), channels, 4)
@@ -47,8 +47,8 @@ def pick(C: int, arch: int) -> LaunchConfig:
 
 
 def candidates(C: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner tries, the rule's own first: 16 elements for each thread, two loads of 16 bytes
-    in half precision."""
+    """Launches for a tuner to try, the default first: 16 elements per thread, which are two 16-byte
+    loads in half precision."""
     channels = min(LINE, triton.next_power_of_2(C))
     return tuple(
         LaunchConfig(max(1, tile // channels), channels, warps)
@@ -58,7 +58,7 @@ def candidates(C: int, arch: int) -> tuple[LaunchConfig, ...]:
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
-    """The launch for x [..., C] and the output it writes."""
+    """The launch for x [..., C], and the output it writes."""
     if not a.x.is_contiguous() or not a.line.is_contiguous():
         raise ValueError("line_silu: x and line must be contiguous")
     C, size = a.x.shape[-1], a.x.element_size()

@@ -1,4 +1,4 @@
-"""Contract of `line_silu`: torch only."""
+"""Contract of `line_silu`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     line: Tensor
@@ -41,13 +41,13 @@ def inputs(
 
 
 CASES = (
-    # a strip of the decoder of SD1.5 and SDXL, each level
+    # a strip of SD1.5's and SDXL's decoder at each level
     Case("vae-256", Y=8, X=256, C=512),
     Case("vae-1024", Y=2, X=1024, C=256),
     Case("vae-2048", Y=1, X=2048, C=128),
     # the demo pipeline
     Case("demo-vae", Y=16, X=64, C=32),
-    # nasty: channels that fill no vector, one pixel, a far mean
+    # nasty: channels that do not fill a vector, one pixel, a mean far from zero
     Case("odd", Y=9, X=5, C=37),
     Case("plain", Y=7, X=3, C=40, silu=False),
     Case("one-pixel", Y=1, X=1, C=90),

@@ -19,14 +19,14 @@ def linear(
     """act(x weightᵀ + bias) + residual.
 
     Args:
-        x: [..., D], float32 or bfloat16 for our own loop, any float for torch's.
-        weight: [N, D] as in `torch.nn.Linear`, of any strides. On a CPU our own loop runs when its
-            columns lie side by side (`weight.stride(0) == 1`, see `models.borrow`).
+        x: [..., D], float32 or bfloat16 for our own kernel, any float for torch's.
+        weight: [N, D] as in `torch.nn.Linear`, of any strides. On a CPU our own kernel runs if the
+            columns are adjacent in memory (`weight.stride(0) == 1`, see `models.borrow`).
         bias: [N].
-        act: "none", "silu", "gelu" (y · Φ(y), exact) or "gelu_tanh" (its approximation by tanh,
-            which a GPU computes in the product's own launch); gated activations are `geglu`'s.
-        residual: of the output's shape, contiguous, added last; of half as many pictures where the
-            halves of guidance share it.
+        act: "none", "silu", "gelu" (y · Φ(y), exact) or "gelu_tanh" (its tanh approximation, which
+            a GPU computes in the product's own launch). Gated activations are in `geglu`.
+        residual: of the output's shape, contiguous, added last; or with half as many pictures if
+            the halves of guidance share it.
 
     Returns:
         [..., N], contiguous, in x's dtype; sums are float32.

@@ -1,4 +1,4 @@
-"""`linear` on a CPU: our own loop, on borrowed weights."""
+"""`linear` on a CPU: our own kernel, on borrowed weights."""
 
 from torch import Tensor
 
@@ -6,9 +6,9 @@ from fastdiff.kernels.dispatch import NATIVE, NotNative, address, expects, nativ
 from fastdiff.kernels.linear.spec import Arguments
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3, "gelu_tanh": 4}
-"""The C++ loop's numbers of the activations, `Activation` of csrc."""
+"""The C++ kernel's numbers of the activations, `Activation` in csrc."""
 GEGLU = 2
-"""The one that halves the columns."""
+"""The activation that halves the columns."""
 
 
 def run(a: Arguments) -> Tensor:
@@ -23,14 +23,14 @@ def native(
     activation: int,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """act(x weightᵀ + bias) + residual by our own loop; NotNative where it does not take these.
+    """act(x weightᵀ + bias) + residual by our own kernel; NotNative if it does not take these.
 
-    `what` is the op that errors name, `activation` the C++ loop's number of act.
+    `what`: the op's name in errors; `activation`: the C++ kernel's number of act.
     """
     dtype = native_dtype(what, x)
     if weight.stride(0) != 1:
         raise NotNative(
-            f"{what}: got a weight of strides {weight.stride()}; the kernel in C++ takes columns"
+            f"{what}: got a weight of strides {weight.stride()}; the C++ kernel takes columns"
             " side by side, as `models.borrow` lays them out"
         )
     x = x.contiguous()

@@ -1,4 +1,4 @@
-"""Contract of `linear`: torch only."""
+"""Contract of `linear`; imports only torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     weight: Tensor
@@ -47,8 +47,8 @@ def plus(y: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def library(a: Arguments) -> Tensor:
-    """The formula as a GPU computes it: cuBLASLt applies the GELU by tanh to its sums, in the
-    same launch. The same call on a CPU would compute the exact GELU instead."""
+    """The formula on a GPU: cuBLASLt applies the tanh GELU to its sums in the same launch. On a CPU
+    the same call would compute the exact GELU instead."""
     if a.act != "gelu_tanh" or a.bias is None:
         return formula(a)
     flat = a.x.reshape(-1, a.x.shape[-1])
@@ -79,12 +79,12 @@ CASES = (
     Case("demo-time", B=1, L=2, D=64, N=256, act="silu"),
     Case("demo-text", B=2, L=24, D=128, N=1120, bias=False),
     Case("sdxl-out", B=1, L=77, D=2560, N=640, residual=True),
-    Case("sd3-ff", B=2, L=9, D=1536, N=6144, act="gelu_tanh"),  # few of its 4096 tokens
+    Case("sd3-ff", B=2, L=9, D=1536, N=6144, act="gelu_tanh"),  # only a few of its 4096 tokens
     Case("sd3-time", B=1, L=2, D=256, N=1536, act="silu"),
     Case("odd", B=3, L=7, D=33, N=37, residual=True),
     Case("odd-gelu", B=3, L=7, D=33, N=37, act="gelu", residual=True),
     Case("odd-tanh", B=4, L=5, D=24, N=31, act="gelu_tanh", bias=False, residual=True, parts=2),
-    Case("odd-long", B=1, L=130, D=391, N=70),  # more steps and rows than a pass takes at once
+    Case("odd-long", B=1, L=130, D=391, N=70),  # more products and rows than one pass takes
     Case("columns", B=2, L=24, D=40, N=48, beside=32, bias=False),
     Case("guided", B=4, L=9, D=33, N=37, residual=True, parts=2),
     Case("one-row", B=1, L=1, D=1, N=1),

@@ -19,8 +19,8 @@ from fastdiff.kernels.tuned import tunable
 def _moments_kernel(
     x_ptr, L, C, slab, out_ptr, ALIGN: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr
 ):
-    """A program does P channels of a slab, ROWS pixels at a time. C is a multiple of ALIGN, which
-    dividing and multiplying tells the compiler."""
+    """Each program does P channels of a slab, ROWS pixels at a time. C is a multiple of ALIGN;
+    dividing and multiplying by it lets the compiler know."""
     C = C // ALIGN * ALIGN
     start = tl.program_id(0) * slab
     end = tl.minimum(slab, L - start)
@@ -36,7 +36,7 @@ def _moments_kernel(
         tile = next_tile
         count = 1.0 * (first // ROWS)
         share = tl.where(first + rows < end, 1.0 / (count + 1.0), 0.0)[:, None]
-        # the next pixels are on their way while these are worked on
+        # load the next pixels while these are processed
         later = first + ROWS + rows
         inside = (later < end)[:, None] & exists[None, :]
         places = later[:, None] * C + channels[None, :]
@@ -52,7 +52,7 @@ def _moments_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Pixels at a time and channels of a program, warps; of `line_silu`, too."""
+    """Pixels per iteration, channels per program, warps; `line_silu` uses it, too."""
 
     rows: int
     channels: int
@@ -62,20 +62,20 @@ class LaunchConfig:
 LINE = 64
 """Channels: a line of L1 in half precision."""
 INTERPRETED_ROWS = 32
-"""As on a GPU: the interpreter adds the rows of a tile one after another, not as a tree."""
+"""As on a GPU: the interpreter adds a tile's rows in sequence, not as a tree."""
 
 
 @tunable("moments")
 def pick(C: int, slab: int, arch: int) -> LaunchConfig:
-    """Launch for slabs of pixels of C channels."""
+    """The launch for slabs of pixels of C channels."""
     if not arch:
         return LaunchConfig(INTERPRETED_ROWS, triton.next_power_of_2(C), 4)
     return candidates(C, slab, arch)[0]
 
 
 def candidates(C: int, slab: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner tries, the rule's own first: two loads of 16 bytes in half precision for each
-    thread are on their way."""
+    """Launches for a tuner to try, the default first: two 16-byte loads in flight per thread, in
+    half precision."""
     channels = min(LINE, triton.next_power_of_2(C))
     most = triton.next_power_of_2(slab)
     found = [(tile // channels, warps) for tile in (2048, 4096, 1024) for warps in (4, 8)]
@@ -83,9 +83,9 @@ def candidates(C: int, slab: int, arch: int) -> tuple[LaunchConfig, ...]:
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
-    """The launch for x [..., C] and the [slabs, 3, C] that it writes."""
+    """The launch for x [..., C], and the output [slabs, 3, C] it writes."""
     if not a.x.is_contiguous():
-        raise ValueError(f"moments: x has strides {a.x.stride()}; contiguous")
+        raise ValueError(f"moments: x has strides {a.x.stride()}; make it contiguous")
     C, size = a.x.shape[-1], a.x.element_size()
     L = a.x.numel() // C
     config = pick(C, a.slab, arch)

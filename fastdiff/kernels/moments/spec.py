@@ -1,4 +1,4 @@
-"""Contract of `moments`: torch only."""
+"""Contract of `moments`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     slab: int
@@ -30,7 +30,7 @@ def formula(a: Arguments) -> Tensor:
 
 
 def fake(a: Arguments) -> Tensor:
-    """Without a loop over the slabs, of which a picture has hundreds."""
+    """Avoids the formula's loop over the slabs, of which a picture has hundreds."""
     channels = a.x.shape[-1]
     slabs = -(-(a.x.numel() // channels) // a.slab)
     dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
@@ -50,13 +50,13 @@ def _slabs(case: Case) -> int:
 
 
 CASES = (
-    # a strip of the decoder of SD1.5 and SDXL, each level
+    # a strip of SD1.5's and SDXL's decoder at each level
     Case("vae-256", Y=8, X=256, C=512, slab=128),
     Case("vae-1024", Y=2, X=1024, C=256, slab=256),
     Case("vae-2048", Y=1, X=2048, C=128, slab=512),
     # the demo pipeline
     Case("demo-vae", Y=16, X=64, C=32, slab=2048),
-    # nasty: channels that fill no vector, a last slab of one pixel, one pixel, a far mean
+    # nasty: channels that do not fill a vector, a last slab of one pixel, one pixel, a far mean
     Case("odd", Y=9, X=5, C=37, slab=11),
     Case("one-pixel", Y=1, X=1, C=90, slab=7),
     Case("slabs-of-one", Y=3, X=2, C=8, slab=1),

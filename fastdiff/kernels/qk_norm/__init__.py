@@ -1,4 +1,4 @@
-"""RMSNorm of the heads of queries and keys, and their rotary embedding, in one launch."""
+"""RMSNorm of each head of queries and keys, with their rotary embedding, in one launch."""
 
 from torch import Tensor
 
@@ -18,28 +18,29 @@ def qk_norm(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n = x / sqrt(mean(x²) + eps) · weight of each head of q and of k, then its pairs turned.
+    """n = x / sqrt(mean(x²) + eps) · weight for each head of q and of k, then its pairs are
+    rotated.
 
-    With angles, for each pair (n[2i], n[2i + 1]) of a head at token l:
+    For each pair (n[2i], n[2i + 1]) of a head at token l:
 
         y[2i]     = n[2i] · cos[l, 2i]         - n[2i + 1] · sin[l, 2i]
         y[2i + 1] = n[2i + 1] · cos[l, 2i + 1] + n[2i] · sin[l, 2i + 1]
 
-    which is diffusers' `apply_rotary_emb` with `use_real_unbind_dim=-1` (Flux). All of it is
+    This is diffusers' `apply_rotary_emb` with `use_real_unbind_dim=-1` (Flux). Everything is
     computed in float32 and rounded once.
 
     Args:
-        q, k: [B, L, H, K], float32, bfloat16 or float16, any strides of which the last is 1
-            (slices of one packed projection).
+        q, k: [B, L, H, K], float32, bfloat16 or float16, any strides whose last is 1 (slices of
+            one packed projection).
         q_weight, k_weight: [K] of the same dtype; None: 1.
         eps: added to the mean square.
-        cos, sin: [L, K] float32, contiguous, both or none; K is then even.
+        cos, sin: [L, K] float32, contiguous, both or none; K must then be even.
 
     Returns:
-        q and k normed (and turned), each contiguous.
+        q and k normalised (and rotated), each contiguous.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides other than these; one of cos and sin alone.
+        ValueError: shapes, dtypes, devices or strides other than these; only one of cos and sin.
 
     Zhang & Sennrich, Root Mean Square Layer Normalization (2019); Henry et al., Query-Key
     Normalization for Transformers (2020); Su et al., RoFormer (2021).

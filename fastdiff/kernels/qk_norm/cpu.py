@@ -1,4 +1,4 @@
-"""`qk_norm` on a CPU: in C++ without a rotation."""
+"""`qk_norm` on a CPU: in C++ if there is no rotation."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ def run(a: Arguments) -> tuple[Tensor, Tensor]:
     check(a)
     dtype = native_dtype("qk_norm", a.q)
     if a.cos is not None:
-        raise NotNative("qk_norm: got cos and sin; the kernel in C++ takes no rotation")
+        raise NotNative("qk_norm: got cos and sin; the C++ kernel takes no rotation")
     q_out, k_out = a.q.new_empty(a.q.shape), a.k.new_empty(a.k.shape)
     NATIVE.qk_norm(
         dtype,

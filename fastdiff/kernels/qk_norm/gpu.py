@@ -1,8 +1,8 @@
-"""Triton implementation of `qk_norm`: one program does the same heads of q and of k.
+"""Triton implementation of `qk_norm`: each program does the same heads of q and of k.
 
-A head is dealt to `lanes` threads of one 16-byte vector each, so a pair of the rotary embedding
-lies in one thread: splitting and joining the tile [ROWS, P / 2, 2] moves nothing, and the loads
-stay as wide as without it. q and k of a token share its cosines and sines.
+A head is divided among `lanes` threads, one 16-byte vector each. So a rotary pair is in one thread:
+splitting and joining the tile [ROWS, P / 2, 2] moves no data, and loads are as wide as without
+rotation. q and k of a token share its cosines and sines.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ STRIDES = ["q_sb", "q_sl", "q_sh", "k_sb", "k_sl", "k_sh"]
 
 @triton.jit
 def _turned(y):
-    """(-y[2i + 1], y[2i]) in the place of each pair: [ROWS, P]."""
+    """(-y[2i + 1], y[2i]) in place of each pair: [ROWS, P]."""
     even, odd = tl.split(tl.reshape(y, (y.shape[0], y.shape[1] // 2, 2)))
     return tl.reshape(tl.join(-odd, even), y.shape)
 
 
 @triton.jit
 def _one(x, weight_ptr, cos, sin, column, exists, eps, K: tl.constexpr):
-    """RMSNorm of the rows of x [ROWS, P] and its rotation (none where cos is None)."""
+    """RMSNorm of the rows of x [ROWS, P], and its rotation unless cos is None."""
     x = x.to(tl.float32)
     y = x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / K + eps))[:, None]
     if weight_ptr is not None:
@@ -45,7 +45,7 @@ def _qk_norm_kernel(
     L, H, q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, eps, q_out_ptr, k_out_ptr,
     K: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """A program does ROWS of the L * H heads of one sample; the bits of eps are a float32's."""
+    """Each program does ROWS of the L * H heads of one sample; eps: the bits of a float32."""
     eps = eps.to(tl.float32, bitcast=True)
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -54,7 +54,7 @@ def _qk_norm_kernel(
     exists = tl.broadcast_to((row < L * H)[:, None], (ROWS, P))
     if P > K:
         exists = exists & (column < K)
-    # dividing and multiplying tells the compiler that strides are multiples of ALIGN
+    # dividing and multiplying by ALIGN lets the compiler know that it divides the strides
     q_row = (sample * q_sb + token * q_sl + head * q_sh) // ALIGN * ALIGN
     k_row = (sample * k_sb + token * k_sl + head * k_sh) // ALIGN * ALIGN
     q = tl.load(q_ptr + q_row[:, None] + column, mask=exists, other=0.0)
@@ -74,7 +74,7 @@ def _qk_norm_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Heads of a program (of q, and as many of k), warps."""
+    """Heads per program (of q, and as many of k), warps."""
 
     rows: int
     num_warps: int
@@ -82,22 +82,22 @@ class LaunchConfig:
 
 @tunable("qk_norm")
 def pick(L: int, H: int, K: int, vector: int, arch: int) -> LaunchConfig:
-    """Launch for samples of L tokens and H heads of K, `vector` of which are one load."""
+    """The launch for samples of L tokens and H heads K wide; `vector` elements are one load."""
     if not arch:
         return LaunchConfig(triton.next_power_of_2(min(L * H, INTERPRETED_TILE // K)), 4)
     return candidates(L, H, K, vector, arch)[0]
 
 
 def candidates(L: int, H: int, K: int, vector: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner may try, the rule's own first: one load of q and one of k by each thread of four
-    warps; then more warps, fewer and several loads."""
+    """Launches for a tuner to try, the default first: one load of q and one of k per thread of four
+    warps; then more warps, fewer warps and several loads."""
     lanes = max(1, triton.next_power_of_2(K) // vector)
     found = [(n * 32 * w // lanes, w) for n in (1, 2, 4) for w in (4, 8, 2)]
     return tuple(LaunchConfig(max(1, rows), w) for rows, w in found)
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
-    """The launch for q and k [B, L, H, K] and the two contiguous tensors that it writes."""
+    """The launch for q and k [B, L, H, K], and the two contiguous outputs it writes."""
     check(a)
     B, L, H, K = a.q.shape
     size = a.q.element_size()

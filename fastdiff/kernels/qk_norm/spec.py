@@ -1,4 +1,4 @@
-"""Contract of `qk_norm`: torch only."""
+"""Contract of `qk_norm`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from fastdiff.kernels.dispatch import expects
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     q: Tensor
     k: Tensor
@@ -25,7 +25,7 @@ class Arguments:
 
 
 def check(a: Arguments) -> None:
-    """Raise ValueError for what no implementation can read."""
+    """Raise ValueError for arguments that no implementation accepts."""
     if a.q.ndim != 4:
         raise ValueError(f"qk_norm: q is {list(a.q.shape)}; expected [B, L, H, K]")
     _, L, _, K = a.q.shape
@@ -43,7 +43,7 @@ def check(a: Arguments) -> None:
         raise ValueError("qk_norm: cos and sin belong together; got one of them")
     if a.cos is not None:
         if K % 2:
-            raise ValueError(f"qk_norm: rotary embedding turns pairs; heads are {K} wide")
+            raise ValueError(f"qk_norm: a rotary embedding needs pairs; heads are {K} wide")
         like = a.cos.new_empty(0, dtype=torch.float32, device=a.q.device)
         for name, angles in {"cos": a.cos, "sin": a.sin}.items():
             expects(f"qk_norm: {name}", angles, like, (L, K))
@@ -74,7 +74,7 @@ def inputs(
     weights = (normal(2, K) * 0.2 + 1).to(dtype).unbind(0) if case.get("affine") else (None, None)
     cos = sin = None
     if case.get("rotary"):
-        angle = normal(L, K // 2).repeat_interleave(2, 1) * 3  # the same for both of a pair
+        angle = normal(L, K // 2).repeat_interleave(2, 1) * 3  # equal for both elements of a pair
         cos, sin = angle.cos(), angle.sin()
     return {
         "q": q,
@@ -95,7 +95,7 @@ def _bytes(case: Case, size: int) -> int:
 
 
 def _flops(case: Case) -> int:
-    """A square and its sum, times 1 / rms, times the weight; two products and a sum to turn."""
+    """A square and its sum, times 1 / rms, times the weight; two products and a sum to rotate."""
     each = 3 + bool(case.get("affine")) + 3 * bool(case.get("rotary"))
     return int(each * 2 * case.B * case.L * case.H * case.K)
 
@@ -104,7 +104,7 @@ CASES = (
     Case("sd35-large-text", B=2, L=333, H=38, K=64, affine=True),
     Case("sd35-medium-text", B=2, L=78, H=24, K=64, affine=True),
     Case("flux-512", B=1, L=1024, H=24, K=128, affine=True, rotary=True),
-    # nasty: odd numbers of heads and tokens, widths that are no power of two, tiny values
+    # nasty: odd numbers of heads and tokens, widths that are not powers of two, tiny values
     Case("narrow-rotary", B=2, L=7, H=3, K=6, rotary=True, affine=True),
     Case("wide-rotary", B=2, L=19, H=5, K=72, rotary=True),
     Case("odd", B=3, L=5, H=3, K=37, affine=True),

@@ -1,4 +1,4 @@
-"""The end of a residual branch where no norm follows: its sum, enlarged if it is to be."""
+"""The end of a residual branch that no norm follows: its sum, enlarged if needed."""
 
 from torch import Tensor
 
@@ -16,23 +16,24 @@ def residual(
     enlarge: int = 1,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """x + shift + gate · other, each pixel `enlarge` times in both directions (nearest neighbour).
+    """x + shift + gate · other, with each pixel repeated `enlarge` times in both directions.
 
     Args:
-        x: [B, ..., C] contiguous, any float dtype: pixels or tokens; to be enlarged a picture,
+        x: [B, ..., C] contiguous, any float dtype: pixels or tokens; with `enlarge` > 1 a picture,
             [B, Y, X, C].
         other: like x, contiguous.
         shift: [C] in x's dtype: the convolution's bias.
-        enlarge: 1 or more; a U-Net's and an autoencoder's upsampling is 2.
-        gate: [B, C] in x's dtype, one row for each sample, of any batch stride; None: 1.
+        enlarge: at least 1; 2 in the upsampling of U-Nets and autoencoders.
+        gate: [B, C] in x's dtype, one row per sample, of any batch stride; None: 1.
 
     Returns:
         Like x, or [B, enlarge·Y, enlarge·X, C]; contiguous, sums are float32.
 
     Raises:
-        ValueError: `enlarge` is below 1 or of no picture, shapes differ, or a gate has no `other`.
+        ValueError: `enlarge` is below 1, or x is not a picture to enlarge; shapes differ, or there
+            is a gate without `other`.
 
-    Where a norm follows, `group_norm_silu` and `ada_norm` take the same sum on the way.
+    If a norm follows, `group_norm_silu` and `ada_norm` compute the same sum themselves.
     """
     if enlarge < 1 or (enlarge > 1 and x.ndim != 4):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`residual` on a CPU: in C++ where nothing is enlarged, as our convolutions enlarge themselves."""
+"""`residual` on a CPU: in C++ unless it enlarges, which our convolutions do themselves."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from fastdiff.kernels.residual.spec import Arguments
 def run(a: Arguments) -> Tensor:
     dtype = native_dtype("residual", a.x)
     if a.enlarge > 1:
-        raise NotNative(f"residual: got enlarge={a.enlarge}; the kernel in C++ takes 1")
+        raise NotNative(f"residual: got enlarge={a.enlarge}; the C++ kernel takes 1")
     x = a.x.contiguous()
     samples, width = (x.shape[0] if x.ndim > 1 else 1), x.shape[-1]
     expects("residual: other", a.other, x, x.shape)

@@ -1,4 +1,4 @@
-"""Triton implementation of `residual`: one read of each operand, one write of each pixel made."""
+"""Triton implementation of `residual`: reads each operand once, writes each output pixel once."""
 
 import math
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ def _residual_kernel(
     x_ptr, other_ptr, shift_ptr, gate_ptr, pixels, X, C, others, shifts, L, gate_stride, out_ptr,
     ALIGN: tl.constexpr, ENLARGE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """A program does ROWS pixels, of all pictures, and P channels; neighbours do the same pixels.
-    `other` has the first `others` pixels, `shift` the first `shifts` channels: all or none; a
-    sample has L pixels and a row of `gate`. C and the gate's stride are multiples of ALIGN, which
-    dividing and multiplying tells the compiler: else 40 channels are loaded 2 bytes at a time."""
+    """Each program does ROWS pixels of all pictures together, and P channels; adjacent programs do
+    the same pixels. `other` has the first `others` pixels, `shift` the first `shifts` channels: all
+    or none. A sample has L pixels and one row of `gate`. C and the gate's stride are multiples of
+    ALIGN; dividing and multiplying by it lets the compiler know. Otherwise 40 channels are loaded 2
+    bytes at a time."""
     C, shifts = C // ALIGN * ALIGN, shifts // ALIGN * ALIGN
     gate_stride = gate_stride // ALIGN * ALIGN
     tiles = tl.cdiv(C, P)
@@ -40,7 +41,7 @@ def _residual_kernel(
         row = (rows // L).to(tl.int64)[:, None] * gate_stride + channels[None, :]
         other *= tl.load(gate_ptr + row, mask=both, other=0.0).to(tl.float32)
     total += other
-    # rows of all pictures stand below one another, so row and column of a pixel are enough
+    # the pictures' rows are numbered through, so a pixel has one row and one column
     row, column = rows // X, rows % X
     for down in tl.static_range(ENLARGE):
         for right in tl.static_range(ENLARGE):
@@ -50,7 +51,7 @@ def _residual_kernel(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Pixels and channels of a program, warps."""
+    """Pixels and channels per program, warps."""
 
     rows: int
     channels: int
@@ -58,17 +59,17 @@ class LaunchConfig:
 
 
 TILE = 2048
-"""Elements: 16 a thread, in two accesses of 16 bytes in half precision."""
+"""Elements per program: 16 per thread, two 16-byte accesses in half precision."""
 LINE = 64
-"""Channels: a line of L1 in half precision. More at once move no faster, and would be compiled for
+"""Channels: a line of L1 in half precision. More at once are no faster, and would be compiled for
 every width."""
 LEAST_PROGRAMS = 264
-"""Two for each SM of an H100; below it tiles are halved."""
+"""Two for each SM of an H100; with fewer programs, tiles are halved."""
 
 
 @tunable("residual")
 def pick(pixels: int, C: int, arch: int) -> LaunchConfig:
-    """Launch for pixels of C channels."""
+    """The launch for pixels of C channels."""
     channels = LINE if C % LINE == 0 else min(256, triton.next_power_of_2(C))
     tile = TILE if pixels * C >= TILE * LEAST_PROGRAMS else TILE // 2
     tile = tile if arch else INTERPRETED_TILE
@@ -76,7 +77,7 @@ def pick(pixels: int, C: int, arch: int) -> LaunchConfig:
 
 
 def candidates(pixels: int, C: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """What a tuner tries."""
+    """Launches for a tuner to try."""
     own = pick(pixels, C, arch)
     return tuple(
         LaunchConfig(max(1, tile // own.channels), own.channels, warps)
@@ -86,7 +87,7 @@ def candidates(pixels: int, C: int, arch: int) -> tuple[LaunchConfig, ...]:
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
-    """The launch for x [..., C], [B, Y, X, C] where it is enlarged, and the output it writes."""
+    """The launch for x [..., C], or [B, Y, X, C] to enlarge, and the output it writes."""
     if not all(t is None or t.is_contiguous() for t in (a.x, a.other, a.shift)):
         raise ValueError("residual: x, other and shift must be contiguous")
     expects("residual: gate", a.gate, a.x, (a.x.shape[0], a.x.shape[-1]))

@@ -1,4 +1,4 @@
-"""Contract of `residual`: torch only."""
+"""Contract of `residual`; imports only torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from fastdiff.kernels.contract import Case, KernelSpec
 
 @dataclass(slots=True)
 class Arguments:
-    """The op's, as its public function tells."""
+    """The op's arguments; see its public function."""
 
     x: Tensor
     other: Tensor | None = None
@@ -30,7 +30,7 @@ def formula(a: Arguments) -> Tensor:
 
 
 def _of_samples(x: Tensor) -> tuple[int, ...]:
-    """The shape in which a row for each sample of x [B, ..., C] meets all its pixels."""
+    """The shape that broadcasts a row per sample over all pixels of x [B, ..., C]."""
     return (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
 
 
@@ -52,7 +52,7 @@ def inputs(
 
 
 def _operands(case: Case) -> tuple[int, int]:
-    """Elements of x, and what is added to each."""
+    """The elements of x, and the number of terms added to each."""
     added = case.get("other", True) + case.get("shift", True) + case.get("gated", False)
     return case.B * case.Y * case.X * case.C, added
 
@@ -70,7 +70,7 @@ def operations(case: Case) -> int:
 
 
 CASES = (
-    # the last resnet of a level, before its convolution down or up
+    # the last resnet of a level, before its down- or upsampling convolution
     Case("sd15-32-down", B=2, Y=32, X=32, C=640),
     Case("sd15-16-up", B=2, Y=16, X=16, C=1280, enlarge=2),
     Case("sdxl-64-up", B=1, Y=64, X=64, C=640, enlarge=2),
@@ -79,7 +79,7 @@ CASES = (
     Case("sd15-tokens", B=2, Y=1, X=1024, C=640, shift=False, tokens=True),
     # SD3.5-medium: between its two attentions, at 512²
     Case("sd35-tokens", B=2, Y=1, X=1024, C=1536, shift=False, tokens=True, gated=True),
-    # nasty: channels that fill no vector, an enlargement that is no power of two, one pixel
+    # nasty: channels that do not fill a vector, an enlargement that is no power of two, one pixel
     Case("odd", B=3, Y=9, X=5, C=37, enlarge=3),
     Case("odd-gated", B=3, Y=5, X=3, C=37, enlarge=2, gated=True),
     Case("no-bias", B=1, Y=7, X=3, C=40, shift=False),

@@ -1,4 +1,4 @@
-"""A comparison as a document, schema `fastdiff.report/1`: everything, samples included."""
+"""A comparison as a document of schema `fastdiff.report/1`, with all samples."""
 
 import json
 from dataclasses import asdict
@@ -11,7 +11,7 @@ SCHEMA = "fastdiff.report/1"
 
 
 def to_json(comparison: Comparison) -> str:
-    """The fields of `Comparison`, and what a program would have to count itself."""
+    """The fields of `Comparison`, with the totals that a program would need."""
     document = {
         "schema": SCHEMA,
         "exit_code": comparison.exit_code,

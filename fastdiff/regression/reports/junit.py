@@ -1,4 +1,4 @@
-"""A comparison as JUnit XML, which CI servers draw as tests."""
+"""A comparison as JUnit XML, which CI servers show as tests."""
 
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
@@ -73,7 +73,7 @@ def _properties(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _clean(text: str) -> str:
-    """XML cannot hold control characters, escaped or not."""
+    """Remove control characters, which XML cannot hold even escaped."""
     return words.plain(text, limit=None)
 
 

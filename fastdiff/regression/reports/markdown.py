@@ -1,4 +1,4 @@
-"""A comparison as GitHub-flavoured Markdown: a pull request's comment, a job's summary."""
+"""A comparison as GitHub-flavoured Markdown, for a pull request's comment or a job's summary."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,9 +7,9 @@ from fastdiff.regression.comparison import Comparison, Line
 from fastdiff.regression.reports import words
 
 MARKER = "<!-- fastdiff-report -->"
-"""A bot finds its comment by this line and edits it, instead of writing one per push."""
+"""A bot finds its comment by this line, and edits it instead of adding one per push."""
 LIMIT = 65_000
-"""Characters; GitHub takes 65,536 in a comment."""
+"""Characters; GitHub's limit for a comment is 65,536."""
 HEADER = ("", "name", "base", "new", "ratio [interval]", "n")
 WHOLE = "the HTML and JSON reports have all"
 
@@ -17,9 +17,9 @@ _SPECIAL = re.compile(r"[^\w ,.()=+%…·×–→-]|_|(?<=www)\.", re.IGNORECASE
 
 
 def markdown(comparison: Comparison, whole: str = WHOLE) -> str:
-    """A headline, a table of what changed, and folded away: what did not, and the environment.
+    """A headline, a table of the changes and, folded, the unchanged rows and the environment.
 
-    whole: where the rows are that a comment has no room for.
+    whole: where to find the rows for which a comment has no room.
     """
     changed = [line for line in comparison.lines if line.verdict != "same"]
     same = [line for line in comparison.lines if line.verdict == "same"]
@@ -34,7 +34,8 @@ def markdown(comparison: Comparison, whole: str = WHOLE) -> str:
         value = words.geomean(comparison.geomean)
         mean = [_row(("", "geometric mean of the times", "", "", f"**{value}**", ""))]
     environment = _environment(comparison, whole)
-    room = LIMIT - _size([*head, *mean, *environment]) - 1_500  # headers, "more", tags
+    # left for headers, "more" rows and tags
+    room = LIMIT - _size([*head, *mean, *environment]) - 1_500
     rows, left = _fit(map(_line, changed), len(changed), room * 3 // 4, whole)
     notes = _notes(changed[: len(rows)], room - _size(rows))
     room -= _size(rows) + _size(notes)
@@ -66,7 +67,7 @@ def _line(line: Line) -> str:
 
 
 def _notes(lines: Sequence[Line], room: int) -> list[str]:
-    """Why a row is undecided, as many as there is room for."""
+    """Why rows are undecided, for as many as there is room."""
     noted = [f"- {_code(line.name)}: {_text(line.note)}" for line in lines if line.note]
     kept, _ = _fit(noted, len(noted), room, "")
     return kept
@@ -100,7 +101,7 @@ def _details(title: str, content: Iterable[str]) -> list[str]:
 
 
 def _fit(rows: Iterable[str], total: int, room: int, whole: str) -> tuple[list[str], list[str]]:
-    """Rows while they fit into `room` characters, and a row that counts the others."""
+    """The rows that fit into `room` characters, and a row with the number of the others."""
     kept: list[str] = []
     for row in rows:
         room -= len(row) + 1
@@ -120,8 +121,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """As it stands there: no markup, table cell, link, mention or issue number comes of it."""
-    # GitHub looks for @name and #1 after it has read entities; a space of no width ends both
+    """Plain text: no markup, table cell, link, mention or issue number."""
+    # GitHub finds @name and #1 even when written as entities; a zero-width space prevents both
     return re.sub(r"(&#64;|&#35;)", r"\1&#8203;", _escape(words.plain(text)))
 
 

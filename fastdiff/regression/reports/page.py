@@ -1,10 +1,11 @@
-"""A comparison, or a history, as one HTML page that asks nothing of any network."""
+"""A comparison, or a history, as one HTML page that needs no network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from fastdiff import installed
 from fastdiff.errors import UserError
 from fastdiff.regression.comparison import Comparison, Line, Verdict
 from fastdiff.regression.history import Point
@@ -12,14 +13,14 @@ from fastdiff.regression.reports import words
 from fastdiff.regression.reports.roofline import Roofline
 
 WIDE, NARROW, PANEL = 860, 360, 320
-"""Pixels: text in a figure must not shrink with the screen, so each is drawn twice."""
+"""Pixels. Text in a figure must not shrink with the screen, so each figure is drawn twice."""
 PANELS = 12
 VERDICTS: tuple[Verdict, ...] = ("slower", *words.OTHERS)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """The same picture for two widths of screen; `panel` only has one."""
+    """One figure for two screen widths; a `panel` has only one."""
 
     title: str
     wide: str
@@ -53,7 +54,7 @@ def page(
 
 
 def history_page(points: Sequence[Point]) -> str:
-    """What `history.read` found, a figure for each case on each machine."""
+    """The points from `history.read`, in one figure per case and machine."""
     machines = len({point.machine for point in points})
     commits = len({point.commit for point in points})
     title = f"{commits} commit{'s' * (commits != 1)} on {machines} machine{'s' * (machines != 1)}"
@@ -120,4 +121,4 @@ def _render(**facts: Any) -> str:
 
 
 def _missing(error: ImportError) -> UserError:
-    return UserError(f"an HTML report needs {error.name} ({error}); pip install fastdiff[report]")
+    return UserError(f"an HTML report needs {error.name} ({error}); {installed.pip('report')}")

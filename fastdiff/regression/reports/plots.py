@@ -22,22 +22,22 @@ COLORS = {
     "incomparable": svg.UNDECIDED,
 }
 ROWS = 40
-"""Of the figure of ratios; the table has them all."""
+"""Rows in the figure of ratios; the table has them all."""
 LEFT, RIGHT = 330, 160
-"""Pixels for a name of 40 letters in the widest of fonts, and for a ratio with its interval."""
+"""Pixels for a name of 40 letters in the widest font, and for a ratio with its interval."""
 DOTS = 240
-"""Of one side of a figure of samples, so that a page stays small."""
+"""Dots per side in a figure of samples, which keeps a page small."""
 STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def ratios(comparison: Comparison, width: int) -> str:
-    """Each line's ratio with its interval, worst first, over the band in which a change is none."""
+    """Each line's ratio with its interval, worst first, over the band of the noise floor."""
     lines = drawn(comparison)
     ends = [x for line in lines for x in (line.ratio, line.lo, line.hi) if x and x > 0]
     far = 1.15 * max([abs(math.log(x)) for x in ends] + [2 * comparison.floor])
     far = min(far, math.log(16))
 
-    beside = width > 500  # the name stands beside its interval, else above it
+    beside = width > 500  # the name is beside its interval, else above it
     left, right, each = (LEFT, RIGHT, 28) if beside else (1, 8, 44)
 
     inside = width - left - right
@@ -80,7 +80,7 @@ def drawn(comparison: Comparison) -> list[Line]:
 
 
 def fitted(text: str, pixels: float) -> str:
-    """As much of a name as so many pixels hold in the widest of fonts, bold, at 12 pixels."""
+    """The start of a name that fits `pixels` in the widest font, bold, at 12 pixels."""
     line = words.plain(text)
     for i, c in enumerate(line):
         pixels -= _width(c)
@@ -109,7 +109,7 @@ def _interval(axes: Axes, y: float, line: Line) -> None:
 
 
 def _ratio_ticks(axes: Axes, far: float, most: int) -> None:
-    """1 in the middle and round numbers on both sides: a log axis' own are 10^0 and no other."""
+    """1 in the middle and round numbers on both sides; a log axis would only have powers of 10."""
     if far > math.log(1.9):
         ticks = [2.0**power for power in range(-4, 5) if abs(power) * math.log(2) <= far]
     else:
@@ -122,13 +122,13 @@ def _ratio_ticks(axes: Axes, far: float, most: int) -> None:
 
 
 def samples(line: Line, width: int) -> str:
-    """All rounds of both sides, a lane for each process; a tall stroke is the median."""
+    """All rounds of both sides, a lane per process; a tall stroke is the median."""
     sides = (
         ("base", line.base_samples, line.base, svg.BASE),
         ("new", line.new_samples, line.new, svg.NEW),
     )
     values = np.array([x for _, side, _, _ in sides for process in side for x in process])
-    # outliers that would squeeze the rest into a line are drawn at the edge
+    # draw outliers at the edge, or they would squeeze all others into a line
     low, high = np.quantile(values, [0.01, 0.98])
     margin = 0.08 * (high - low) or 0.02 * abs(high) or 1.0
     low, high = low - margin, high + margin
@@ -155,7 +155,7 @@ def samples(line: Line, width: int) -> str:
 
 
 def history(points: Sequence[Point], width: int) -> str:
-    """Backends of one case on one machine, over the commits; the steps between are even."""
+    """The backends of one case on one machine over the commits, which are evenly spaced."""
     when = {key: x for x, key in enumerate(dict.fromkeys((p.created, p.commit) for p in points))}
     series: dict[str, list[Point]] = {}
     for point in points:
@@ -200,7 +200,7 @@ def backend(point: Point) -> str:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """The same heights, moved up until no two are closer than `gap`: labels must not overlap."""
+    """The heights, moved up until no two are closer than `gap`, so that labels do not overlap."""
     placed = list(heights)
     order = sorted(range(len(placed)), key=placed.__getitem__)
     for below, above in zip(order, order[1:], strict=False):
@@ -209,7 +209,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def roofline(roof: Roofline, width: int) -> str:
-    """Speed over arithmetic intensity; numbers are the rows of the table below the figure."""
+    """Speed over arithmetic intensity; numbers refer to the rows of the table below the figure."""
     points = roof.drawable
     ridge = roof.tflops / roof.tbytes
     across = [point.intensity for point in points] + [ridge]

@@ -14,11 +14,11 @@ from fastdiff.regression.comparison import Comparison, Line, State
 from fastdiff.regression.reports import words
 
 VERSION = "5.1.0"
-"""Of pytest-benchmark, whose format this is."""
+"""The version of pytest-benchmark whose format this is."""
 
 
 def to_pytest_benchmark(comparison: Comparison) -> str:
-    """All of it in seconds, as pytest-benchmark counts; counters have no place in its format."""
+    """All times in seconds, as in pytest-benchmark; its format has no counters."""
     new = comparison.new
     times = [line for line in comparison.lines if line.kind == "time" and line.new is not None]
     document = {
@@ -34,7 +34,7 @@ def to_pytest_benchmark(comparison: Comparison) -> str:
 def _benchmark(line: Line) -> dict[str, Any]:
     samples = [ms / 1e3 for process in line.new_samples for ms in process]
     assert line.new is not None
-    name = words.plain(line.name, limit=None)  # its table cannot print what is not printable
+    name = words.plain(line.name, limit=None)  # its table prints only printable characters
     coarse, _, fine = name.partition(words.SEPARATOR)
     return {
         "group": coarse if fine else None,
@@ -92,11 +92,11 @@ def _stats(seconds: Sequence[float]) -> dict[str, Any]:
 
 def _machine(state: State) -> dict[str, Any]:
     machine = dict(state.machine)
-    if isinstance(machine.get("cpu"), dict):  # pytest-benchmark's own already
+    if isinstance(machine.get("cpu"), dict):  # already in pytest-benchmark's form
         return machine
     system, _, architecture = str(machine.get("os") or "").partition(" ")
     return {
-        "node": "",  # a host's name is nobody's business
+        "node": "",  # host names are private
         "processor": architecture,
         "machine": architecture,
         "python_version": state.versions.get("python"),

@@ -1,4 +1,4 @@
-"""Where kernels stand under a processor's two limits."""
+"""Kernels in relation to a processor's two limits: arithmetic and memory."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class RoofPoint:
     flops: float
     bytes: float
     ms: float | None = None
-    """None where nobody has measured it: it is drawn where it would be at best."""
+    """None if not measured: it is then drawn at its roofline."""
 
     @property
     def intensity(self) -> float:
@@ -26,24 +26,24 @@ class RoofPoint:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A processor's rates and what runs on it."""
+    """A processor's peak rates, and what runs on it."""
 
     gpu: str
     tflops: float
-    """TFLOP/s at most."""
+    """Peak TFLOP/s."""
     tbytes: float
-    """TB/s at most."""
+    """Peak TB/s."""
     points: tuple[RoofPoint, ...]
 
     def roof(self, intensity: float) -> float:
-        """TFLOP/s at most at so many FLOP per byte."""
+        """The most TFLOP/s possible at this many FLOP per byte."""
         return min(self.tflops, self.tbytes * intensity)
 
     def share(self, point: RoofPoint) -> float | None:
-        """Of what is possible, 0 to 1."""
+        """The point's share of what is possible, 0 to 1; None if not measured."""
         return point.tflops / self.roof(point.intensity) if point.tflops else None
 
     @property
     def drawable(self) -> list[RoofPoint]:
-        """Those that have a place on logarithmic axes."""
+        """The points that logarithmic axes can show."""
         return [point for point in self.points if point.flops > 0 and point.bytes > 0]

@@ -1,4 +1,4 @@
-"""Figures that take their colours from the page they stand in, light or dark."""
+"""Figures that take their colours from the page around them, light or dark."""
 
 import io
 import re
@@ -27,12 +27,12 @@ VARIABLES = {
     NEW: "new",
     PAPER: "paper",
 }
-"""Colours that stand for the variables of the page's style sheet."""
+"""Placeholder colours for the variables of the page's style sheet."""
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and wears the page's font
-    "text.parse_math": False,  # a name with two dollars in it is a name
-    "font.family": "DejaVu Sans",  # wider than any page's font: what fits here fits there
+    "svg.fonttype": "none",  # text stays text: searchable, in the page's font
+    "text.parse_math": False,  # a name with two dollar signs is not mathematics
+    "font.family": "DejaVu Sans",  # wider than a page's fonts, so text that fits here fits there
     "font.size": 9.0,  # points: 12 pixels
     "text.color": INK,
     "axes.edgecolor": RULE,
@@ -58,16 +58,16 @@ STYLE: dict[Any, Any] = {
 def draw(
     width: int, height: int, title: str, paint: Callable[[Axes], object], margins: tuple[int, ...]
 ) -> str:
-    """An <svg> of so many pixels. margins: left, right, top, bottom, in pixels.
+    """An <svg> of this size. margins: left, right, top, bottom; all in pixels.
 
-    title: what a reader who does not see is told.
+    title: the text for readers who cannot see the figure.
     """
     left, right, top, bottom = margins
     salt: dict[Any, Any] = {
         "svg.hashsalt": f"{title} {width}"
-    }  # else two figures of a page would share ids
+    }  # otherwise two figures on a page would share ids
     with warnings.catch_warnings(), matplotlib.rc_context(STYLE | salt):
-        # the browser has fonts for what this one lacks
+        # the browser has fonts for glyphs that this one lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width / 96, height / 96))
         box = (left / width, bottom / height)
@@ -82,7 +82,7 @@ def draw(
 
 
 def _inline(document: str, title: str) -> str:
-    """The element alone, without what would leak into the page around it."""
+    """The <svg> element alone, without parts that would affect the page around it."""
     element = document[document.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     element = re.sub(r"<style[^>]*>.*?</style>", "", element, flags=re.DOTALL)
@@ -93,7 +93,7 @@ def _inline(document: str, title: str) -> str:
 
 
 def _tag(found: re.Match[str]) -> str:
-    """Our placeholders become variables; the page chooses the font; ids are for what is used."""
+    """Turn placeholders into variables, leave the font to the page, keep only ids in use."""
     tag = re.sub(r'^<g id="[^"]*"', "<g", found[0])
     tag = re.sub(r"\s*font-family: [^;\"]*;?", "", tag)
     return re.sub(r"(?<=: )#0[0-9a-f]{5}", lambda color: _variable(color[0]), tag)

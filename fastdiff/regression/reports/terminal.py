@@ -17,9 +17,9 @@ STYLES = {
 
 
 def show(comparison: Comparison, everything: bool = False) -> None:
-    """Print what changed, worst first, and what a reader needs to believe it.
+    """Print the changes, worst first, with machine, versions and method.
 
-    everything: the rows that did not change, too, instead of their number.
+    everything: also print the unchanged rows instead of their number.
     """
     console = tables.printer()
     same = [line for line in comparison.lines if line.verdict == "same"]

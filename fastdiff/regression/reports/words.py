@@ -1,4 +1,4 @@
-"""The words and numbers that all reports share."""
+"""Words and numbers that all reports share."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 from fastdiff.bench.stats import Ratio
 from fastdiff.regression.comparison import UNDECIDED, Comparison, Line, State, Verdict
+from fastdiff.tables import plural
 
 NONE = "–"
 LONGEST = 160
@@ -13,7 +14,7 @@ BOUNDLESS = 1e12
 SEPARATOR = " · "
 MARKS = {"slower": "❌", "faster": "✅", "same": "➖", "inconclusive": "❔", "incomparable": "⚠️"}
 COUNTED = {"slower": "more", "faster": "less"}
-"""Verdicts in a counter's words."""
+"""The verdicts on a counter."""
 OTHERS: tuple[Verdict, ...] = ("faster", "same", "inconclusive", "incomparable")
 OUTCOMES = {
     0: "nothing got slower or larger",
@@ -23,15 +24,15 @@ OUTCOMES = {
 
 
 def plain(text: object, limit: int | None = LONGEST) -> str:
-    """One printable line: names come from other people's files and may hold newlines, escape
-    sequences of terminals, halves of surrogate pairs, or a megabyte."""
+    """One printable line: names from other people's files may hold newlines, terminal escape
+    sequences, halves of surrogate pairs, or a megabyte."""
     line = " ".join(str(text).split())
     line = "".join(c if c.isprintable() else "�" for c in line)
     return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
 def amount(value: float | None, unit: str) -> str:
-    """12.34 ms, 1,234 launches: four digits of a time, all digits of a count."""
+    """12.34 ms, 1,234 launches: a time with four digits, a count with all."""
     if value is None or not math.isfinite(value):
         return NONE
     if unit != "ms" and value == int(value):
@@ -41,14 +42,14 @@ def amount(value: float | None, unit: str) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio: 1.104, 12.3, or an end that nothing bounds."""
+    """A ratio: 1.104, 12.3, or ∞ for an unbounded end."""
     if abs(value) >= BOUNDLESS:
         return "∞"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def change(ratio: float | None, lo: float | None, hi: float | None) -> str:
-    """1.104 [1.081, 1.129]; a counter's has no interval."""
+    """1.104 [1.081, 1.129]; for a counter without interval."""
     if ratio is None:
         return NONE
     if lo is None or hi is None:
@@ -65,7 +66,7 @@ def verdict(line: Line) -> str:
 
 
 def rounds(line: Line) -> str:
-    """Processes × rounds of both sides, 3×21; once where they are alike."""
+    """Processes × rounds of both sides, 3×21; once if they are equal."""
     base, new = _rounds(line.base_samples), _rounds(line.new_samples)
     return base if base == new else f"{base} / {new}"
 
@@ -78,15 +79,16 @@ def finding(comparison: Comparison) -> str:
     worse = [line for line in lines if line.verdict == "slower"]
     if worse:
         word = "larger" if all(line.kind == "count" for line in worse) else "slower"
-        return f"{len(worse)} of {len(lines)} rows got {word}"
+        return f"{len(worse)} of {plural(len(lines), 'row')} got {word}"
     undecided = sum(line.verdict in UNDECIDED for line in lines)
     if undecided:
-        return f"Nothing got slower, but {undecided} of {len(lines)} rows are undecided"
+        are = "is" if undecided == 1 else "are"
+        return f"Nothing got slower, but {undecided} of {plural(len(lines), 'row')} {are} undecided"
     return "Nothing got slower"
 
 
 def headline(comparison: Comparison) -> str:
-    """The finding, and how many rows have each other verdict."""
+    """The finding, and the number of rows with each other verdict."""
     rest = [f"{count} {name}" for name in OTHERS if (count := comparison.count(name))]
     return SEPARATOR.join([finding(comparison), *rest])
 
@@ -98,22 +100,23 @@ def outcome(comparison: Comparison) -> str:
 
 
 def rule(comparison: Comparison) -> str:
-    """How a verdict comes about."""
+    """How verdicts are reached."""
     how = "in turns in one run" if comparison.paired else "in separate runs"
     return (
-        f"ratio is new over base, less is better; a change under {comparison.floor:.1%} is none; "
-        f"of what is called changed at most {1 - comparison.confidence:.0%} is so by chance; "
-        f"measured {how}"
+        "ratio is new over base, less is better;"
+        f" changes under {comparison.floor:.1%} do not count;"
+        f" at most {1 - comparison.confidence:.0%} of the reported changes are due to chance;"
+        f" measured {how}"
     )
 
 
 def case(comparison: Comparison) -> str:
-    """What was measured, as the beginning of a sentence; may be empty."""
+    """What was measured, as the start of a sentence; may be empty."""
     return f"{plain(comparison.case, 120)}: " if comparison.case else ""
 
 
 def state(side: State) -> str:
-    """its name (its commit, when)."""
+    """Its name (its commit, its time)."""
     facts = [plain(fact, 40) for fact in (side.commit, side.created) if fact]
     return plain(side.name) + (f" ({', '.join(facts)})" if facts else "")
 
@@ -127,8 +130,8 @@ def where(machine: Mapping[str, Any]) -> str:
     else:
         cores, name = machine.get("cores"), cpu
     facts = [name or machine.get("processor") or machine.get("machine")]
-    facts += [f"{cores} cores"] if cores else []
-    facts += [f"{machine['threads']} threads"] if machine.get("threads") else []
+    facts += [plural(cores, "core")] if cores else []
+    facts += [plural(machine["threads"], "thread")] if machine.get("threads") else []
     if isinstance(gpu, Mapping):
         facts = [f"{gpu.get('name')} (driver {gpu.get('driver')}, CUDA {gpu.get('cuda')})", *facts]
     facts.append(machine.get("os") or machine.get("system"))
@@ -141,7 +144,7 @@ def machines(comparison: Comparison) -> str:
 
 
 def versions(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Package, base's version, new's: of all that either has."""
+    """Package, base's version, new's version, for all packages in either."""
     base, new = comparison.base.versions, comparison.new.versions
     return [
         (plain(name, 60), plain(base.get(name) or NONE, 60), plain(new.get(name) or NONE, 60))

@@ -11,7 +11,7 @@ from diffusers import (
 )
 
 import fastdiff
-from fastdiff.compiler.asked import own_size
+from fastdiff.compiler.own_size import own_size
 from fastdiff.compiler.parts import parts
 from fastdiff.compiler.slot import slot_of
 from fastdiff.families import Sizes

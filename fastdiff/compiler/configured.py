@@ -1,4 +1,4 @@
-"""What options change of how the parts of a target are taken over."""
+"""Apply `Options` to the parts of a target."""
 
 from typing import Any
 
@@ -9,40 +9,40 @@ from fastdiff.errors import UserError
 from fastdiff.families import Taken
 
 
-def told(target: Any, parts: Taken, options: Options) -> Taken:
-    """`parts` of a target as `options` ask for them.
+def configured(target: Any, parts: Taken, options: Options) -> Taken:
+    """`parts` of a target, changed as `options` say.
 
-    Raises UserError where one of them was compiled in another way already, or the backend that they
-    ask for cannot run.
+    Raises UserError if one of them is already compiled with other options, or if the chosen backend
+    cannot run.
     """
-    return _with_engine(target, _tiled(_searched(parts, options), options), options)
+    return _with_engine(target, _with_tiling(_with_tactics(parts, options), options), options)
 
 
-def _tiled(parts: Taken, options: Options) -> Taken:
-    """`parts` with a decoder that cuts large pictures if `options` ask for it."""
+def _with_tiling(parts: Taken, options: Options) -> Taken:
+    """`parts` with a decoder that works in strips, if `options` choose that."""
     exact = options.vae_tiling == "exact"
     if exact and not any(kind.cuts is not None for _, kind in parts.values()):
-        raise UserError('Options.vae_tiling is "exact", and there is no autoencoder to decode')
+        raise UserError('Options.vae_tiling is "exact", but there is no autoencoder')
     for name, (module, kind) in parts.items():
         slot = slot_of(module)
         if slot is not None and kind.cuts is not None and slot.kind.cuts != exact:
-            raise UserError(f"{name} was compiled with another vae_tiling; restore it first")
+            raise UserError(f"{name} is compiled with another vae_tiling already; restore it first")
     return {n: (m, in_strips(kind) if exact else kind) for n, (m, kind) in parts.items()}
 
 
-def _searched(parts: Taken, options: Options) -> Taken:
-    """`parts` with the tactics that `options` ask for."""
+def _with_tactics(parts: Taken, options: Options) -> Taken:
+    """`parts` with cuDNN's plans searched or not, as `options` say."""
     for name, (module, _) in parts.items():
         slot = slot_of(module)
         if slot is not None and slot.kind.tactics != options.tactics:
-            raise UserError(f"{name} was compiled with other tactics already; restore it first")
+            raise UserError(f"{name} is compiled with other tactics already; restore it first")
     if options.tactics:
         return parts
     return {name: (module, without_tactics(kind)) for name, (module, kind) in parts.items()}
 
 
 def _with_engine(target: Any, parts: Taken, options: Options) -> Taken:
-    """`parts` with the network that the loop repeats on the backend that `options` ask for."""
+    """`parts` with the network that the loop repeats on the backend that `options` choose."""
     own = denoiser_name(target)
     for name, (module, _) in parts.items():
         slot, wanted = slot_of(module), options.backend if name == own else FASTDIFF
@@ -54,8 +54,8 @@ def _with_engine(target: Any, parts: Taken, options: Options) -> Taken:
     denoised = networks(target)[own].denoised
     if own not in parts or denoised is None:
         raise UserError(
-            f"the backend {options.backend} computes a network that a denoising loop repeats, and"
-            " there is none"
+            f"the backend {options.backend} computes only a denoising network, and there is"
+            " none here"
         )
     for name in denoised.beside:
         if getattr(target, name, None) is not None:

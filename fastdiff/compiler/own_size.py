@@ -1,4 +1,4 @@
-"""What a picture of a pipeline's own size asks of a GPU for our kernels."""
+"""The kernels that a picture of a pipeline's own size launches."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,18 +16,18 @@ from fastdiff.recipes import decodes_in_float32
 from fastdiff.runtime.planned import kernels_of
 
 SIDE, FACTOR = 64, 8
-"""Of the latents of a model that names no size, and pixels to a side of one."""
+"""The latents' side for a model whose config has no sample_size, and pixels per latent side."""
 
 
 def own_size(target: Any) -> Sizes:
-    """Of a picture of a pipeline or a bare model, of its own size."""
+    """The sizes of a picture of the pipeline's or model's own size."""
     network: Any = getattr(target, denoiser_name(target), target)
     bare_vae = hasattr(network, "post_quant_conv")
     vae: Any = network if bare_vae else getattr(target, "vae", None)
     factor = FACTOR if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     if bare_vae:
         return Sizes(int(vae.config.sample_size) // factor, factor)
-    side = getattr(network.config, "sample_size", None) or SIDE  # a ControlNet has none
+    side = getattr(network.config, "sample_size", None) or SIDE  # a ControlNet has no sample_size
     side = side if isinstance(side, int) else max(side)
     return Sizes(side, factor, upcast=decodes_in_float32(target))
 
@@ -35,7 +35,7 @@ def own_size(target: Any) -> Sizes:
 def jobs_of(
     models: Iterable[nn.Module], dtype: torch.dtype, archs: Iterable[int], sizes: Iterable[Sizes]
 ) -> list[Job]:
-    """What to compile for pictures of a pipeline on several architectures.
+    """The kernels to compile for pictures of a pipeline on several architectures.
 
     models: diffusers' own networks, on the meta device.
 

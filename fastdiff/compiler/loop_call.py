@@ -1,10 +1,11 @@
-"""A denoising loop that is about to begin, read from the variables of diffusers' `__call__`."""
+"""Reads a denoising loop that is about to begin from diffusers' local variables."""
 
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
 
 from fastdiff.compiler.denoise import Call, carried
 from fastdiff.families import family
@@ -14,23 +15,31 @@ from fastdiff.models.originals import own_helper, own_method
 from fastdiff.recipes import packages_of, recipe_of
 
 _LOCALS = (
-    *("latents", "timesteps", "num_warmup_steps"),
+    *("timesteps", "num_warmup_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
-"""Variables of diffusers' `__call__` that every plan is made from; its recipe names the others."""
+"""Local variables of diffusers' `__call__` that a plan needs if the loop knows callbacks; recipes
+name the others."""
 
 
 _ASKED = ("guidance_scale", "guidance_rescale", "do_classifier_free_guidance")
-"""What diffusers asks the pipeline for in every step, and a plan once."""
+"""Properties that diffusers reads in every step and a plan reads once."""
 
 
-def call_of(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar: Any) -> Call:
+def call_of(
+    pipe: Any,
+    local: Mapping[str, Any],
+    helpers: Mapping[str, Any],
+    bar: Any,
+    timesteps: Tensor | None = None,
+) -> Call:
     """The loop that is about to begin.
 
     Args:
-        local: the variables of its frame.
+        local: the local variables of its frame.
         helpers: the globals of its module.
-        bar: the progress bar, None where it has none.
+        bar: its progress bar, or None.
+        timesteps: what the bar iterates over, if the loop has no variable for its timesteps.
 
     Raises:
         Unsupported: only diffusers itself can run it.
@@ -39,35 +48,35 @@ def call_of(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar
     assert recipe is not None
     plan, own = recipe.plan, partial(own_method, pipe, packages=packages_of(pipe))
     assert plan is not None
-    options = (plan.step_options,) if plan.step_options else ()
-    missing = [name for name in (*_LOCALS, *options, *plan.required) if name not in local]
+    options = (plan.step_options,) if plan.step_options else plan.step_arguments
+    wanted = (plan.latents, *(() if plan.iterates else _LOCALS), *options, *plan.required)
+    missing = [name for name in wanted if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
     if bar is None:
         raise Unsupported("this version of diffusers has no progress_bar in its loop")
     if local.get("i", 0) != 0:
-        raise Unsupported("this version of diffusers asks after its first step only")
+        raise Unsupported("this version of diffusers reads `interrupt` only after its first step")
     kind = type(pipe.scheduler).__name__
     if plan.schedulers and kind not in plan.schedulers:
-        raise Unsupported(f"its loop asks two results of {kind}, of which a plan has one")
-    if not own("prepare_latents"):
-        raise Unsupported("its prepare_latents was replaced, and may keep the latents it gives")
+        raise Unsupported(f"its loop needs two results of {kind}'s step; a plan has one")
+    if hasattr(type(pipe), "prepare_latents") and not own("prepare_latents"):
+        raise Unsupported("its prepare_latents was replaced and may keep the latents it returns")
     for name in (*_ASKED, plan.attention_kwargs):
         if hasattr(type(pipe), name) and not own(name):
-            raise Unsupported(f"its {name} was replaced, and may change from step to step")
+            raise Unsupported(f"its {name} was replaced and may change from step to step")
     rescale = helpers.get("rescale_noise_cfg")
     if rescale is not None and not own_helper(rescale, "rescale_noise_cfg"):
         raise Unsupported("rescale_noise_cfg was replaced")
-    callback = local["callback_on_step_end"]
+    callback = local.get("callback_on_step_end")
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         raise Unsupported(f"a {type(callback).__name__} may change anything between the steps")
     if callback is not None and local["callback_on_step_end_tensor_inputs"] != ["latents"]:
         raise Unsupported("callback_on_step_end asks for more than the latents")
     if callback is not None and plan.entrance == "progress_bar":
-        raise Unsupported("after callback_on_step_end it could not go on in the middle")
-    kept = not pipe.do_classifier_free_guidance and not own("encode_prompt")
-    if callback is not None and kept:
-        raise Unsupported("its encode_prompt was replaced, and may keep the embeddings it gives")
+        raise Unsupported("after callback_on_step_end it could not resume in mid-loop")
+    if callback is not None and not pipe.do_classifier_free_guidance and not own("encode_prompt"):
+        raise Unsupported("its encode_prompt was replaced and may keep the embeddings it returns")
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
     denoised = family(recipe.networks[recipe.denoiser]).denoised
     assert denoised is not None
@@ -75,12 +84,16 @@ def call_of(pipe: Any, local: Mapping[str, Any], helpers: Mapping[str, Any], bar
     given |= carried(pipe, plan)
     return Call(
         network=recipe.denoiser,
-        latents=local["latents"],
+        latents=local[plan.latents],
         conditions=denoised.conditions(**given),
         plan=plan,
-        timesteps=local["timesteps"],
-        step_options=local[plan.step_options] if plan.step_options else {},
+        timesteps=local["timesteps"] if timesteps is None else timesteps,
+        step_options=(
+            local[plan.step_options]
+            if plan.step_options
+            else {name: local[name] for name in plan.step_arguments}
+        ),
         bar=bar,
-        warm_up=local["num_warmup_steps"],
+        warm_up=local.get("num_warmup_steps", 0),
         callback=callback,
     )

@@ -1,0 +1,199 @@
+"""What a command line names: a folder, a hub id, a single file, a preset or the demo."""
+
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fastdiff.bench.saved import SUFFIX
+from fastdiff.errors import UserError, first_line
+
+DEMO = "demo"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+URL = re.compile(r"https://(huggingface\.co|hf\.co)/.+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What opens a pipeline. `pipeline`, or `preset` and `scale`, or neither: the demo."""
+
+    pipeline: str | None = None
+    preset: str | None = None
+    scale: float = 1.0
+    variant: str | None = None
+    config: str | None = None
+    lora: tuple[str, ...] = ()
+    """Each "LORA" or "LORA=WEIGHT"."""
+    scheduler: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As a table's title begins."""
+        if self.preset:
+            return f"{self.preset} scale {self.scale:g}"
+        place = placed(self.pipeline)
+        if place is None:
+            return DEMO
+        if isinstance(place, str):
+            return place
+        return place.stem if is_file(place) else Path(os.path.abspath(place)).name
+
+    def check(self) -> None:
+        """UserError where two of them contradict each other, or name nothing that can be opened."""
+        if self.pipeline and self.preset:
+            raise UserError(
+                f"got the pipeline {self.pipeline} and --preset {self.preset}; give one of them"
+            )
+        if self.scale != 1.0 and not self.preset:
+            raise UserError("--scale goes with --preset; a pipeline's widths are what they are")
+        place = None if self.preset else placed(self.pipeline)
+        if self.variant and (place is None or is_file(place)):
+            raise UserError("--variant goes with a folder or a hub id, which may hold several")
+        if self.config and (place is None or not is_file(place)):
+            raise UserError(f"--config goes with a {SUFFIX} file; all else has its own configs")
+        for one in self.lora:
+            adapter(one)
+
+
+def placed(pipeline: str | None) -> Path | str | None:
+    """Where a pipeline lies: a folder or file that is here, a hub id or an address as it is; None
+    for the demo. UserError for what is none of these, and for files that are no safetensors."""
+    if pipeline is None or (pipeline == DEMO and not Path(DEMO).exists()):
+        return None
+    path = Path(pipeline)
+    if path.is_dir():
+        return path
+    if path.is_file() or URL.fullmatch(pipeline):
+        if not pipeline.endswith(SUFFIX):
+            raise UserError(
+                f"{pipeline} is not a {SUFFIX} file; other files of weights are pickles, which can"
+                " run any code and are never read"
+            )
+        return path if path.is_file() else pipeline
+    if HUB_ID.fullmatch(pipeline) and not pipeline.endswith(SUFFIX):
+        return pipeline
+    raise UserError(
+        f"{pipeline} is not a folder or a {SUFFIX} file that is here, nor a hub id (owner/name)"
+    )
+
+
+def is_file(place: Path | str) -> bool:
+    """Whether it is a single file rather than a folder or a hub id."""
+    return str(place).endswith(SUFFIX) and not (isinstance(place, Path) and place.is_dir())
+
+
+def opened(source: Source, dtype: Any, device: str) -> Any:
+    """The pipeline: a preset on `device`, any other on the CPU.
+
+    Raises UserError where it cannot be opened, or takes not what else is asked for.
+    """
+    source.check()
+    if source.preset:
+        from fastdiff.bench.presets import build
+
+        pipe: Any = build(source.preset, source.scale, dtype, device)
+    else:
+        pipe = _loaded(source, dtype)
+    if source.scheduler:
+        reschedule(pipe, source.scheduler)
+    if source.lora:
+        _adapt(pipe, source.lora)
+    return pipe
+
+
+def _loaded(source: Source, dtype: Any) -> Any:
+    from fastdiff.bench import pipelines
+
+    place = placed(source.pipeline)
+    if place is None:
+        from fastdiff.demo import load_demo
+
+        return load_demo(dtype, "cpu")
+    if is_file(place):
+        return pipelines.load_file(place, source.config, dtype)
+    return pipelines.load(pipelines.on_disk(place, source.variant), dtype, "cpu", source.variant)
+
+
+def folder_of(pipeline: str | None, command: str) -> Path | None:
+    """The folder of a pipeline, which is downloaded where it is a hub id; None for the demo.
+    UserError for a single file, which `command` cannot take."""
+    place = placed(pipeline)
+    if place is None:
+        return None
+    if is_file(place):
+        raise UserError(
+            f"{command} takes a folder or a hub id; load {place} with from_single_file and save it"
+            " with save_pretrained"
+        )
+    from fastdiff.bench.pipelines import on_disk
+
+    return on_disk(place, None)
+
+
+def reschedule(pipe: Any, name: str) -> None:
+    """Give the pipeline another scheduler, made from the config of the one it has. UserError for
+    one that does not go with its network."""
+    from fastdiff.bench import pipelines
+
+    takes = pipelines.schedulers(pipe)
+    if name not in takes:
+        raise UserError(
+            f"--scheduler is {name!r}; a {type(pipe).__name__} with a"
+            f" {type(pipe.scheduler).__name__} takes {', '.join(takes)}"
+        )
+    config = dict(pipe.scheduler.config)
+    # PNDM's first steps by Runge-Kutta, which Stable Diffusion was published without
+    pipe.scheduler = takes[name].from_config({"skip_prk_steps": True} | config)
+
+
+def adapter(text: str) -> tuple[str, float]:
+    """Where an adapter lies and its weight, of "LORA" or "LORA=WEIGHT"."""
+    place, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        place, weight = text, "1"
+    try:
+        value = float(weight)
+    except ValueError:
+        raise UserError(f"--lora {text}: {weight!r} is not a number; give LORA=0.8") from None
+    path = Path(place)
+    if path.is_file() and path.suffix != SUFFIX:
+        raise UserError(f"--lora {place} is not a {SUFFIX} file; pickles are never read")
+    if not path.exists() and (not HUB_ID.fullmatch(place) or place.endswith(SUFFIX)):
+        raise UserError(
+            f"--lora {place} is not a {SUFFIX} file or folder that is here, nor a hub id"
+        )
+    return place, value
+
+
+def _adapt(pipe: Any, loras: tuple[str, ...]) -> None:
+    """Load the adapters, and switch all of them on."""
+    if find_spec("peft") is None:
+        raise UserError("--lora needs peft, which is not installed: pip install peft")
+    from fastdiff.demo import quiet
+
+    weights = {}
+    for text in loras:
+        place, weight = adapter(text)
+        path, more = Path(place), {}
+        if path.is_file():
+            place, more = str(path.parent), {"weight_name": path.name}
+        name = f"lora{len(weights)}"
+        weights[name] = weight
+        try:
+            with quiet():
+                pipe.load_lora_weights(place, adapter_name=name, use_safetensors=True, **more)
+                pipe.set_adapters(list(weights), list(weights.values()))
+        except Exception as error:  # a foreign file can be wrong in any way: say which, and how
+            raise UserError(f"--lora {text} cannot be loaded: {first_line(error)}") from error
+
+
+def fused(source: Source, dtype: Any) -> Any:
+    """As `opened` on the CPU, with its adapters added to the weights: an export holds no others."""
+    pipe = opened(source, dtype, "cpu")
+    if source.lora:
+        taken = [name for name in pipe._lora_loadable_modules if getattr(pipe, name, None)]
+        pipe.fuse_lora(components=taken)
+        pipe.unload_lora_weights()
+    return pipe

@@ -1,0 +1,115 @@
+"""Pipelines that draw without a text, compiled, beside themselves eager."""
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from small import noisy
+
+import fastdiff
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.contract import judge
+
+NET = {
+    "sample_size": 16,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+PIPES = {
+    "ddpm": lambda net: DDPMPipeline(net, DDPMScheduler()),
+    "ddpm, unclipped, cosine": lambda net: DDPMPipeline(
+        net, DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    ),
+    "ddim": lambda net: DDIMPipeline(net, DDIMScheduler()),
+}
+
+
+@pytest.fixture(params=PIPES)
+def pipe(request):
+    made = PIPES[request.param](noisy(UNet2DModel(**NET)))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def drawn(pipe):
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        return pipe(batch_size=2, generator=generator, num_inference_steps=5, output_type="np")
+
+
+def exact(pipe, monkeypatch):
+    """The picture in float64, from the noise that float32 draws."""
+    double = copy.deepcopy(pipe)
+    double.unet.double()
+
+    def draw(*shape, dtype, **more):
+        return randn_tensor(*shape, dtype=torch.float32, **more).to(dtype)
+
+    with monkeypatch.context() as patch:
+        for module in map(inspect.getmodule, (type(pipe), type(pipe.scheduler))):
+            patch.setattr(module, "randn_tensor", draw)
+        return drawn(double)
+
+
+def test_the_picture_report_and_restore(pipe, monkeypatch):
+    eager, truth = drawn(pipe).images, exact(pipe, monkeypatch).images
+    state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    fastdiff.compile(pipe)
+    ours = drawn(pipe).images
+    assert (slot_of(pipe.unet).fast, dict(slot_of(pipe.unet).eager)) == (5, {})
+    assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
+    verdict = judge("picture", *map(torch.from_numpy, (ours, eager, truth)))
+    assert verdict.passed, verdict
+    assert "unet       fastdiff" in str(fastdiff.report(pipe))
+    fastdiff.restore(pipe)
+    assert (drawn(pipe).images == eager).all()
+    assert all(torch.equal(state[name], value) for name, value in pipe.unet.state_dict().items())
+
+
+def test_arguments_of_the_step_reach_the_plan():
+    """DDIM's eta and use_clipped_model_output, and a generator for each picture."""
+    pipe = PIPES["ddim"](noisy(UNet2DModel(**NET)))
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn(**more):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        call = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"}
+        return pipe(generator=generators, **call, **more).images
+
+    pipe.unet.double()  # the same numbers but for the last bits: the loop is looked at here
+    given = ({}, {"eta": 0.7}, {"eta": 1.0, "use_clipped_model_output": True})
+    eager = [drawn(**more) for more in given]
+    fastdiff.compile(pipe)
+    for more, want in zip(given, eager, strict=True):
+        assert abs(drawn(**more) - want).max() < 1e-10, more  # as of tests/runtime/test_schedulers
+    assert loop_of(pipe).planned == 3
+
+
+def test_the_progress_bar_counts_every_step(pipe):
+    shown = []
+    for compiled in (False, True):
+        if compiled:
+            fastdiff.compile(pipe)
+        pipe.set_progress_bar_config(file=(file := io.StringIO()), mininterval=0, ncols=60)
+        drawn(pipe)
+        shown.append([line.split("[")[0] for line in file.getvalue().split("\r")][-1])
+    assert shown[0] == shown[1]
+    assert "5/5" in shown[1]
+
+
+def test_a_loop_that_no_plan_follows_stays_diffusers(pipe):
+    """Thresholding: our network within diffusers' loop draws the same picture."""
+    pipe.scheduler = type(pipe.scheduler)(thresholding=True)
+    eager = drawn(pipe).images
+    fastdiff.compile(pipe)
+    assert abs(drawn(pipe).images - eager).max() < 1e-3
+    assert loop_of(pipe).planned == 0
+    assert [why for why in loop_of(pipe).own if "thresholds" in why]

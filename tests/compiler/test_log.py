@@ -1,0 +1,47 @@
+"""What is logged: once for each reason, where a deployer's own settings of logging reach it."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastdiff
+
+CALL = """
+import sys, torch, fastdiff
+vae = fastdiff.compile(fastdiff.load_demo().vae)
+for _ in range(2):
+    vae.decoder(torch.zeros(1, 4, 2, 2))
+"""
+SENTENCE = "fastdiff: decoder runs eagerly: gradients are enabled; call it under torch.no_grad()"
+
+
+def call(unet):
+    unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 7, 24))
+
+
+@pytest.mark.filterwarnings("ignore:fastdiff. unet runs eagerly")
+def test_each_reason_once_under_the_name_of_the_package(unet, caplog):
+    fastdiff.compile(unet)
+    for _ in range(3):
+        call(unet)
+    (entry,) = caplog.records
+    assert entry.name.startswith("fastdiff.")
+    assert entry.levelno == logging.WARNING
+    assert entry.getMessage().startswith("fastdiff: unet runs eagerly: gradients are enabled")
+    assert "3 calls ran eagerly" in str(fastdiff.report(unet))
+
+
+def test_a_level_silences_it(unet, caplog):
+    fastdiff.compile(unet)
+    with caplog.at_level(logging.ERROR, "fastdiff"):
+        call(unet)
+    assert caplog.records == []
+
+
+def test_without_settings_it_is_a_line_on_stderr():
+    done = subprocess.run([sys.executable, "-c", CALL], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == f"{SENTENCE}\n"

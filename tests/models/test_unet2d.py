@@ -1,0 +1,104 @@
+"""U-Nets without a text against diffusers in float64, at reduced widths."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from small import noisy
+
+from fastdiff.models import Loan, Unsupported, borrow_picture_unet
+from fastdiff.models.trunk import Conditions
+from fastdiff.runtime.denoiser import denoiser
+
+PLAIN = {
+    "block_out_channels": (16, 32, 48),
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+KINDS = {
+    "diffusers' defaults": {},
+    "DDPM's": {
+        "attention_head_dim": None,  # one head
+        "downsample_padding": 0,
+        "norm_eps": 1e-6,
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+    },
+    "no attention in the middle": {"add_attention": False},
+    "no middle": {"mid_block_type": None},
+    "six channels in, other groups": {"in_channels": 6, "attn_norm_num_groups": 4},
+}
+
+
+def network_of(module):
+    return denoiser(borrow_picture_unet(module, Loan(module)))
+
+
+def given(module, batch, rows, columns, dtype=torch.float32):
+    return torch.randn(batch, module.config.in_channels, rows, columns, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 12, 20), (3, 4, 28)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions(kind, shape, budget):
+    eager = noisy(UNet2DModel(**PLAIN | KINDS[kind]))
+    network = network_of(copy.deepcopy(eager))
+    run = lambda sample, timestep: network(sample, timestep, Conditions())  # noqa: E731
+    budget(run, eager, given(eager, *shape), torch.tensor(301))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype, budget):
+    eager = noisy(UNet2DModel(**PLAIN)).to(dtype)
+    network = network_of(copy.deepcopy(eager))
+    run = lambda sample, timestep: network(sample, timestep, Conditions())  # noqa: E731
+    budget(run, eager, given(eager, 2, 8, 12, dtype), torch.tensor(301))
+
+
+def test_a_timestep_for_each_picture(budget):
+    eager = noisy(UNet2DModel(**PLAIN))
+    network = network_of(copy.deepcopy(eager))
+    run = lambda sample, timestep: network(sample, timestep, Conditions())  # noqa: E731
+    budget(run, eager, given(eager, 3, 8, 8), torch.tensor([999, 500, 1]))
+
+
+def test_heads_that_do_not_fill_the_channels(budget):
+    """20 channels are 2 heads of 8 columns, from 16 columns back to 20."""
+    config = PLAIN | {"block_out_channels": (20, 20, 20), "norm_num_groups": 4}
+    eager = noisy(UNet2DModel(**config))
+    network = network_of(copy.deepcopy(eager))
+    run = lambda sample, timestep: network(sample, timestep, Conditions())  # noqa: E731
+    budget(run, eager, given(eager, 2, 8, 8), torch.tensor(5))
+
+
+def test_sizes_that_diffusers_cannot_draw():
+    """Its halves of the U would meet at other sizes; ours would draw them."""
+    module = UNet2DModel(**PLAIN).eval()
+    network = network_of(copy.deepcopy(module))
+    sample = given(module, 1, 6, 8)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        module(sample, 5)
+    with pytest.raises(Unsupported, match=r"latents of \(6, 8\), which are not multiples of 4"):
+        network(sample, 5, Conditions())
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"num_class_embeds": 10}, "class embeddings"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "time embeddings of kind 'scale_shift'"),
+        ({"downsample_type": "resnet"}, "ResnetBlock2D"),
+        ({"upsample_type": "resnet"}, "ResnetBlock2D"),
+        ({"center_input_sample": True}, "center_input_sample"),
+        ({"time_embedding_type": "fourier"}, "GaussianFourierProjection"),
+        ({"mid_block_scale_factor": 2.0}, "output_scale_factor other than 1"),
+    ],
+    ids=str,
+)
+def test_what_it_is_not(more, why):
+    module = UNet2DModel(**PLAIN | more).eval()
+    with pytest.raises(Unsupported, match=why):
+        borrow_picture_unet(module, Loan(module, rehearsal=True))

@@ -1,0 +1,343 @@
+"""The documentation site: it is built strictly, its numbers are the committed ones, its code runs,
+and it is readable from a folder in a real browser, light and dark, on a desk and on a phone.
+
+Leaves screenshots in build/ to look at.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import environment
+
+import fastdiff
+from fastdiff.kernels.dispatch import all_kernels
+from tools import site_build, site_kernels, site_measured
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+ADDED = re.compile(r"`(fastdiff/kernels/limited/\w+\.py)`.*?```python\n(.*?)```", re.S)
+LOOKED_AT = ("index", "design", "pipelines", "faq", "api", "measured/h200", "kernels/attention")
+
+
+def blocks(language, page):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.S)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with docs/ and site/, in which nothing is wrong."""
+    out = tmp_path_factory.mktemp("built")
+    assert site_build.build(out) == []
+    return out
+
+
+@pytest.fixture
+def page(built):
+    """page(name): its source as zensical reads it."""
+    return lambda name: (built / "docs/pages" / name).read_text()
+
+
+def test_what_is_generated_is_the_same_each_time(built, page):
+    for name, text in site_kernels.pages().items():
+        assert page(name) == site_build.prepared(text, Path(name), built / "docs/pages")
+    roofline = "measured/roofline.md"
+    again = site_build.prepared(
+        site_measured.pages()[roofline], Path(roofline), built / "docs/pages"
+    )
+    assert page(roofline) == again
+
+
+def test_a_kernels_page_holds_its_contract(page):
+    rows = json.loads((ROOT / "benchmarks/static/kernels.json").read_text())["rows"]
+    kernels = all_kernels()
+    assert len(kernels) > 10
+    for name, kernel in kernels.items():
+        text = page(f"kernels/{name}.md")
+        compiled = [row for row in rows if row["op"] == name]
+        assert text.count(" | float16 | ") + text.count(" | bfloat16 | ") + text.count(
+            " | float32 | "
+        ) == len(compiled)
+        for row in compiled:
+            assert f"`{row['kernel']}`, {row['case']} | {row['dtype']} | {row['arch']} |" in text
+        for case in kernel.spec.cases:
+            assert f"| {case.name} | " in text
+        assert site_kernels.source(kernel.spec).count("def ") >= 1
+
+
+def test_amounts():
+    said = [site_kernels.amount(number) for number in (0, 7, 999, 1000, 83_321_903, 1.5588e12)]
+    assert said == ["0", "7", "999", "1 k", "83.3 M", "1.56 T"]
+
+
+def test_the_drawn_launches_are_the_committed_ones():
+    drawing = (DOCS / "drawings/launches.svg").read_text()
+    rows = json.loads((ROOT / "benchmarks/static/sd15.json").read_text())["rows"]
+    counts = {row["backend"]: row["counts"] for row in rows}
+    kinds = {*counts["eager"]["step"], *counts["fastdiff"]["step"]}
+    drawn = dict(re.findall(r'<g id="launches-([\w-]+)">(.*?)</g>', drawing))
+    assert drawn.keys() == {kind.replace(" ", "-") for kind in kinds} | {"total"}
+    for kind in kinds:
+        wanted = [
+            counts[who]["step"].get(kind, {"launches": 0})["launches"]
+            for who in ("eager", "fastdiff")
+        ]
+        group = drawn[kind.replace(" ", "-")]
+        assert [int(number) for number in re.findall(r">(\d+)<", group)] == wanted
+        widths = [float(width) for width in re.findall(r'width="([\d.]+)" height="9"', group)]
+        assert widths == [pytest.approx(220 / 309 * number, abs=0.06) for number in wanted]
+    totals = [str(counts[who]["step_total"]["launches"]) for who in ("eager", "fastdiff")]
+    assert re.findall(r">(\d+)<", drawn["total"]) == totals
+
+
+def test_all_that_is_committed_is_measured_and_what_is_unknown_is_refused(built, page, tmp_path):
+    results = sorted((ROOT / "benchmarks/results").rglob("*.json"))
+    assert len(results) > 15
+    for path in results:
+        text = page(f"measured/{path.relative_to(site_measured.RESULTS).parts[0]}.md")
+        assert f"files/{path.relative_to(ROOT)}" in text
+        assert text.count("<svg") >= 2
+    (tmp_path / "news.json").write_text('{"schema": "fastdiff.news/1"}')
+    with pytest.raises(ValueError, match=r"no figure is known for 'fastdiff.news/1'"):
+        site_measured.figure(tmp_path / "news.json")
+
+
+def test_a_measured_table_is_its_files():
+    path = ROOT / "benchmarks/results/h200/first-contact/sd15.json"
+    lines = [x for x in site_measured.figure(path).splitlines() if x.startswith("| ")][2:]
+    rows = json.loads(path.read_text())["rows"]
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        ratio = row["ratio_vs_eager"]
+        backend, speed, times, *_ = [cell.strip() for cell in line.strip("|").split("|")]
+        assert backend == row["backend"]
+        assert float(speed) == pytest.approx(row["steps_per_s"], rel=1e-3)
+        assert times == f"{ratio['median']:.2f} [{ratio['lo']:.2f}, {ratio['hi']:.2f}]"
+
+
+def test_files_that_pages_name_exist():
+    for page in ("design.md", "add-a-kernel.md"):
+        text = (DOCS / page).read_text()
+        here = ""
+        for name in re.findall(r"`([\w/]+\.py)`", text):
+            if "limited" in name or name in ("spec.py", "cpu.py", "gpu.py", "__init__.py"):
+                continue
+            folder, _, _ = name.rpartition("/")
+            here = folder or here  # "models/a.py, b.py": b is beside a
+            places = (ROOT / "fastdiff" / name, ROOT / "fastdiff" / here / name, ROOT / name)
+            assert any(place.exists() for place in places), f"{page}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('<a href="gone.html">', "a.html links to gone.html, which is not there"),
+        ('<a href="index.html#gone">', "a.html links to index.html#gone, which has no such place"),
+        ('<script src="https://cdn.example/x.js">', "a.html loads https://cdn.example/x.js"),
+        ('<link rel="stylesheet" href="https://cdn.example/x.css">', "a.html loads https://cdn"),
+        ('<img src="gone.png">', "a.html links to gone.png, which is not there"),
+        ('<a href="https://example.org">', None),
+        ('<a href="index.html#here">', None),
+    ],
+)
+def test_what_is_wrong_with_a_page_is_said(tmp_path, text, fault):
+    (tmp_path / "index.html").write_text('<p id="here"><a href="a.html">')
+    (tmp_path / "a.html").write_text(text)
+    found = list(site_build.checked(tmp_path))
+    assert len(found) == (fault is not None)
+    assert fault is None or found[0].startswith(fault)
+
+
+def test_a_page_of_no_menu_and_a_style_from_elsewhere_are_said(tmp_path):
+    (tmp_path / "index.html").write_text("")
+    (tmp_path / "alone.html").write_text('<a href="alone.html">')
+    (tmp_path / "a.css").write_text("@import url(https://fonts.example/a.css);")
+    assert [*site_build.checked(tmp_path)] == [
+        "alone.html is linked from nowhere",
+        "a.css loads https://fonts.example/a.css; the site must bring it along",
+    ]
+
+
+def test_zensical_refuses_a_link_to_nothing(tmp_path, monkeypatch):
+    for part in ("docs", "tools"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "docs/index.md").write_text("# A\n\n[b](b.md)\n")
+    (tmp_path / "mkdocs.yml").write_text(
+        "site_name: a\nplugins: [search, {mkdocstrings: {handlers: {python: {}}}}]\n"
+        "nav: [{A: index.md}]\n"
+    )
+    monkeypatch.setattr(site_build, "ROOT", tmp_path)
+    monkeypatch.setattr(site_build, "DOCS", tmp_path / "docs")
+    for module in (site_build.site_kernels, site_build.site_measured):
+        monkeypatch.setattr(module, "pages", dict)
+    (fault,) = site_build.build(tmp_path / "out")
+    assert "page does not exist" in fault
+
+
+def test_python_of_the_pages_runs():
+    for page in ("index.md", "faq.md"):
+        names = {}
+        for block in blocks("python", page):
+            exec(compile(block, page, "exec"), names)  # one after another, as a reader runs them
+        assert names["pipe"].unet is not None
+
+
+def test_commands_of_the_first_page_run(tmp_path):
+    """What it says to run; benching is in the README's test."""
+    lines = "".join(blocks("sh", "index.md")).splitlines()
+    assert len(lines) == 3
+    install, generate, bench = lines
+    (name, extra) = re.fullmatch(r"pip install '([\w-]+)\[(\w+)\]'", install).groups()
+    assert (name, extra) == ("fastdiff-engine", "diffusers")
+    assert bench in (ROOT / "README.md").read_text()
+    command = [sys.executable, "-m", *shlex.split(generate)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "car.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory):
+    """A copy of fastdiff and its tests, with the kernel that docs/add-a-kernel.md adds."""
+    folder = tmp_path_factory.mktemp("added")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(fastdiff.__file__).parent, folder / "fastdiff", ignore=ignored)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    files = ADDED.findall((DOCS / "add-a-kernel.md").read_text())
+    assert [Path(name).name for name, _ in files] == ["spec.py", "cpu.py", "gpu.py", "__init__.py"]
+    for name, text in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_the_kernel_of_the_page_passes_the_tests_of_all_kernels(added):
+    paths = [str(added), *(path for path in sys.path if path.endswith("-packages"))]
+    # without site: an editable install would put its own fastdiff before the copy
+    command = [
+        sys.executable,
+        "-S",
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "limited",
+        "-p",
+        "no:cacheprovider",
+    ]
+    files = ["tests/kernels/test_contract.py", "tests/kernels/test_triton.py"]
+    done = subprocess.run(
+        [*command, *files],
+        cwd=added,
+        env=environment() | {"PYTHONPATH": ":".join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20, done.stdout
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM.exists():
+        why = f"{CHROMIUM} is not there: install Debian's chromium, or say where with CHROMIUM"
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as library:
+        chromium = library.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, built):
+    """tab_of(scheme, width), and go(tab, page): it loads without a word or a request elsewhere."""
+    contexts, noise = [], []
+    home = (built / "site").as_uri()
+
+    def tab_of(scheme, width):
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: noise.append(message.text))
+        tab.on("pageerror", lambda error: noise.append(str(error)))
+        own = (home, "data:", "blob:", "about:")
+        tab.on("request", lambda request: request.url.startswith(own) or noise.append(request.url))
+        return tab
+
+    def go(tab, name):
+        tab.goto(f"{home}/{name}.html", wait_until="load")
+        assert noise == [], name
+
+    yield tab_of, go
+    for context in contexts:
+        context.close()
+
+
+def background(tab):
+    return tab.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+@pytest.mark.browser
+def test_every_page_fits_a_phone(opened, built):
+    tab_of, go = opened
+    tab = tab_of("dark", 390)
+    for path in sorted((built / "site").rglob("*.html")):
+        name = path.relative_to(built / "site").with_suffix("").as_posix()
+        go(tab, name)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390, name
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1280), ("dark", 390)], ids=["light", "dark"]
+)
+def test_pages_to_look_at(opened, scheme, width):
+    tab_of, go = opened
+    tab = tab_of(scheme, width)
+    folder = ROOT / "build/screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in LOOKED_AT:
+        go(tab, name)
+        light = sum(map(int, re.findall(r"\d+", background(tab))[:3])) > 3 * 128
+        assert light == (scheme == "light"), name
+        tab.screenshot(
+            path=folder / f"{name.replace('/', '-')}-{scheme}-{width}.png", full_page=True
+        )
+
+
+@pytest.mark.browser
+def test_figures_wear_the_colours_of_the_page(opened):
+    tab_of, go = opened
+    inks = {"light": "rgb(28, 30, 33)", "dark": "rgb(232, 234, 237)"}
+    for scheme, ink in inks.items():
+        tab = tab_of(scheme, 1280)
+        for name, texts in (("design", ".drawing text"), ("measured/h200", ".plot text")):
+            go(tab, name)
+            found = tab.evaluate(
+                f'[...document.querySelectorAll("{texts}")].map(t => getComputedStyle(t).fill)'
+            )
+            assert ink in found, (name, scheme)
+            assert "rgb(0, 0, 0)" not in found, (name, scheme)
+
+
+@pytest.mark.browser
+def test_search_works_from_a_folder(opened):
+    tab_of, go = opened
+    tab = tab_of("light", 1280)
+    go(tab, "faq")
+    tab.keyboard.press("/")
+    tab.keyboard.type("offload")
+    found = tab.get_by_role("link").filter(has_text="CPU offload?").first
+    found.wait_for(timeout=20000)
