@@ -29,6 +29,7 @@ file = "sums.py"
 old = "a * b"
 new = "a / b"
 tests = ["test_sums.py"]
+k = "add or times"
 """
 SUMS = "def add(a, b):\n    return a + b\n\n\ndef times(a, b):\n    return a * b\n"
 TEST = "import sums\n\n\ndef test_add():\n    assert sums.add(2, 1) == 3\n"
@@ -37,7 +38,7 @@ SLEEPS = """
 import os, time
 from pathlib import Path
 
-def test_sleeps():
+def test_add():
     Path(os.environ["STARTED"]).write_text(str(os.getpid()))
     time.sleep(600)
 """

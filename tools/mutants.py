@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -47,8 +48,34 @@ while read -r group; do last=$group; done
 [ -z "$last" ] || kill -s KILL -- "-$last" 2>/dev/null
 rm -rf "$1"
 """
-"""Waits for the end of whoever writes to it the process group that runs now, ends that group, and
+"""Waits for the end of whoever writes process groups to it, ends the last of these groups, and
 removes the copy."""
+SERVER = """
+import importlib, json, os, sys
+import pytest
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for line in sys.stdin:
+    arguments, said = json.loads(line)
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for stream in (1, 2):
+            os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Imports libraries once, for half of a short run is imports; then runs pytest in a fork for each
+line that it reads: arguments, and the file that takes the output. Answers with the exit code."""
+LIBRARIES = (
+    "torch",
+    "peft",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+)
 
 
 @dataclass(frozen=True)
@@ -107,11 +134,13 @@ class Copy:
         (site / "copy.pth").write_text("\n".join([str(self.tree), *packages]) + "\n")
         (folder / "tmp").mkdir()
         own = {"TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+        own["TRITON_INTERPRET"] = "1"  # read when Triton is imported, as tests/conftest.py sets it
         self._environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | own
+        self._serve()
 
-    def run(self, *command: str) -> tuple[int | None, str]:
-        """Exit code (None where it does not end) and output of a command in the tree."""
-        process = subprocess.Popen(
+    def run(self, *command: str) -> tuple[int, str]:
+        """Exit code and output of a command in the tree."""
+        done = subprocess.run(
             command,
             cwd=self.tree,
             env=self._environment,
@@ -120,22 +149,43 @@ class Copy:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # so that all of it can be ended
+            process_group=self._server.pid,
         )
-        self._tell(str(process.pid))
-        try:
-            out, _ = process.communicate(timeout=LIMIT_S)
-            return process.returncode, out
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return None, process.communicate()[0]
-        finally:
-            self._tell("")
+        return done.returncode, done.stdout
 
     def pytest(self, *arguments: str) -> tuple[int | None, str]:
-        """As `run`, of the fast suite's tests that `arguments` name."""
+        """As `run`, of the fast suite's tests that `arguments` name; None: they do not end."""
         options = ["-q", "-rfE", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", FAST]
-        return self.run(self.python, "-m", "pytest", *options, *arguments)
+        said = self._folder / "said.txt"
+        said.write_text("")
+        asks, answers = self._server.stdin, self._server.stdout
+        assert asks is not None
+        assert answers is not None
+        asks.write(json.dumps([[*options, *arguments], str(said)]) + "\n")
+        asks.flush()
+        code: int | None = None
+        if select.select([answers], [], [], LIMIT_S)[0]:
+            code = int(answers.readline())
+        else:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
+            self._serve()
+        return code, said.read_text(encoding="utf-8", errors="replace")
+
+    def _serve(self) -> None:
+        libraries = LIBRARIES if (self.tree / "fastdiff").exists() else ()
+        self._server = subprocess.Popen(
+            [self.python, "-c", SERVER, *libraries],
+            cwd=self.tree,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # so that all that it starts can be ended
+        )
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.write(f"{self._server.pid}\n")
+        self._keeper.stdin.flush()
 
     def build(self) -> None:
         """The C++ kernels of what is in the tree, into its package; UserError where that fails."""
@@ -164,11 +214,6 @@ class Copy:
         """The built module."""
         return {path: path.read_bytes() for path in (self.tree / "fastdiff").glob("_C*.so")}
 
-    def _tell(self, line: str) -> None:
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.write(f"{line}\n")
-        self._keeper.stdin.flush()
-
 
 @contextmanager
 def copied(root: Path) -> Iterator[Copy]:
@@ -186,6 +231,18 @@ def copied(root: Path) -> Iterator[Copy]:
         assert keeper.stdin is not None
         keeper.stdin.close()
         keeper.wait()
+
+
+def check(copy: Copy, mutants: Sequence[Mutant]) -> None:
+    """UserError unless the tests of all `mutants` pass as long as nothing is planted."""
+    for kept in (True, False):  # a -k would deselect tests of those that have none
+        some = [mutant for mutant in mutants if bool(mutant.k) == kept]
+        if some:
+            tests = dict.fromkeys(test for mutant in some for test in mutant.tests)
+            more = ["-k", " or ".join(dict.fromkeys(f"({m.k})" for m in some))] if kept else []
+            code, out = copy.pytest("-x", *more, *tests)
+            if code != 0:
+                raise UserError(f"without any fault the tests do not pass:\n{out[-8000:]}")
 
 
 def plant(copy: Copy, mutant: Mutant, native: dict[Path, bytes]) -> Found:
@@ -272,10 +329,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     planted: list[Found] = []
     with copied(root) as copy:
         copy.build()
-        tests = dict.fromkeys(test for mutant in chosen for test in mutant.tests)
-        code, out = copy.pytest(*tests)
-        if code != 0:
-            raise UserError(f"without any fault the tests do not pass:\n{out[-8000:]}")
+        check(copy, chosen)
         native = copy.native
         for mutant in chosen:
             found = plant(copy, mutant, native)
