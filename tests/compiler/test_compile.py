@@ -12,7 +12,6 @@ import torch
 from alive import live_bytes
 from diffusers import (
     AutoencoderKL,
-    DDPMPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
@@ -308,9 +307,9 @@ def test_ignore_leaves_a_component_alone(pipe):
 
 
 def test_what_is_not_known_is_refused(unet, small):
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import ConsistencyModelPipeline, DDPMScheduler, UNet2DModel
 
-    stranger = DDPMPipeline(
+    stranger = ConsistencyModelPipeline(
         UNet2DModel(
             block_out_channels=(32, 32),
             norm_num_groups=8,
@@ -319,7 +318,7 @@ def test_what_is_not_known_is_refused(unet, small):
         ),
         DDPMScheduler(),
     )
-    with pytest.raises(UserError, match="does not know DDPMPipeline"):
+    with pytest.raises(UserError, match="does not know ConsistencyModelPipeline"):
         fastdiff.compile(stranger)
     odd = UNet2DConditionModel(**(small | {"act_fn": "gelu"})).eval()
     with pytest.raises(UserError, match="nothing in this UNet2DConditionModel.*SiLU"):

@@ -356,7 +356,7 @@ def test_a_folder_of_another_dtype_is_named(demo, demo_onnx, tmp_path, backend):
 @pytest.mark.parametrize(("backend", "package"), [("ort", "onnxruntime"), ("openvino", "openvino")])
 def test_a_runtime_that_is_not_installed_is_named(demo, demo_onnx, monkeypatch, backend, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"backend {backend} needs {package} .*pip install fastd"):
+    with pytest.raises(UserError, match=rf"backend {backend} needs {package} .*pip install 'fastd"):
         fastdiff.compile(copy.deepcopy(demo), Options(backend=backend, engines=demo_onnx))
 
 

@@ -276,11 +276,11 @@ def test_noise_comes_from_the_users_generator_in_diffusers_order(pipe):
 
 
 def test_what_is_not_linear_keeps_diffusers_loop(pipe):
-    pipe.scheduler = diffusers.DDIMScheduler(**LEADING, clip_sample=True)
+    pipe.scheduler = diffusers.DDIMScheduler(**LEADING, thresholding=True)
     want = draw(pipe)
     fastdiff.compile(pipe)
     assert relative_error(draw(pipe), want) <= 1e-4
-    assert "clips" in loops(pipe).why
+    assert "thresholds" in loops(pipe).why
     assert "4 calls" in str(fastdiff.report(pipe))
 
 

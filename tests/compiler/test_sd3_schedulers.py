@@ -107,5 +107,5 @@ def test_under_a_callback(components_sd3, hold, name, options, plan):
     def shrink(pipe, i, t, kwargs):
         return {"latents": kwargs["latents"] * (0.9 if i == 1 else 1)}
 
-    loop = "plan" if plan else f"a callback might read {name}'s"
+    loop = "plan" if plan else f"a callback might read {name}Scheduler's"
     hold(pipe, loop, STEP, callback_on_step_end=shrink)
