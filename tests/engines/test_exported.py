@@ -20,7 +20,7 @@ def test_weights_beside_a_file_are_compared_with_it(tmp_path):
     part = {"file": file.name, "sha256": digest}
     exported.check_part(tmp_path, part)
     data.write_bytes(b"weighty")
-    with pytest.raises(UserError, match="is not what was written"):
+    with pytest.raises(UserError, match="differs from what was written"):
         exported.check_part(tmp_path, part)
 
 

@@ -326,7 +326,7 @@ def test_what_a_controlnet_cannot_take_is_refused():
     network = borrow_mmdit_control(told, Loan(told))
     network.check(latents, given, copies=2)
     for bad, words in {
-        given._replace(controlnet_cond=None): "no controlnet_cond",
+        given._replace(controlnet_cond=None): "controlnet_cond is missing",
         given._replace(controlnet_cond=picture[:, :4]): "5 channels",
         given._replace(controlnet_cond=picture[..., :8]): "beside",
         given._replace(controlnet_cond=picture[:1]): "for 1 pictures",
@@ -470,8 +470,8 @@ BAD = {
     "on meta": (lambda x, c: (x, c._replace(pooled_projections=torch.empty(2, 24).to("meta")))),
     "larger than 12": (lambda x, c: (torch.randn(1, 4, 8, 26), c)),
     "no patch": (lambda x, c: (x[..., :1], c)),
-    "no encoder_hidden_states": (lambda x, c: (x, c._replace(encoder_hidden_states=None))),
-    "no pooled_projections": (lambda x, c: (x, c._replace(pooled_projections=None))),
+    "encoder_hidden_states is missing": (lambda x, c: (x, c._replace(encoder_hidden_states=None))),
+    "pooled_projections is missing": (lambda x, c: (x, c._replace(pooled_projections=None))),
     "1 latents in 2 copies": (lambda x, c: (x, conditions(3))),
     "pooled_projections is for 1": (
         lambda x, c: (x, c._replace(pooled_projections=torch.randn(1, 24)))

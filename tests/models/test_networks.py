@@ -167,7 +167,7 @@ def test_loan_lends_views_and_takes_them_back():
     assert all(torch.equal(p, values[name]) for name, p in module.named_parameters())
     with torch.no_grad():  # an edit in place is seen by the packed buffer
         block.attn1.to_k.weight[3, 5] = 123.0
-    packed = network.downs[0].transformers[0].blocks[0].qkv.weight
+    packed = network.downs[0].attentions[0].blocks[0].qkv.weight
     assert (packed == 123.0).nonzero().tolist() == [[32 + 3, 5]]
     assert loan.intact()
     loan.end()
