@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,56 @@ def run_json(*arguments: Any) -> tuple[Any, Any, str]:
         code, _, err = run(*arguments, "--json", file)
         assert file.is_file(), err
         return code, json.loads(file.read_text()), err
+
+
+COPIED = """
+for _line in sys.stdin:
+    code, sys.argv, variables, out, err = json.loads(_line)
+    if not (_child := os.fork()):
+        os.environ |= variables
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for _number, _name in ((1, out), (2, err)):
+            os.dup2(os.open(_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), _number)
+        _status = 0
+        try:
+            exec(code, globals())
+        except SystemExit as _end:
+            _status = _end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            _status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
+    print(os.waitstatus_to_exitcode(os.waitpid(_child, 0)[1]), flush=True)
+"""
+
+
+@contextmanager
+def copied(begin: str, folder: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """copied(begin, folder): programs in processes of their own that need not import again what
+    `begin` imports: each is a copy of one process that has run it, on one thread.
+
+    What it gives is run(code, *arguments, **variables): exit code, stdout and stderr. Output is
+    kept in `folder`.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import json, os, sys, traceback\n{begin}\n{COPIED}"],
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    out, err = (folder / name for name in ("out.txt", "err.txt"))
+
+    def run(code: str, *arguments: str, **variables: str) -> tuple[int, str, str]:
+        told = [code, ["-c", *arguments], variables, str(out), str(err)]
+        process.stdin.write(json.dumps(told) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline()), out.read_text(), err.read_text()
+
+    try:
+        yield run
+    finally:
+        process.stdin.close()
+        process.wait()

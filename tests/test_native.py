@@ -22,7 +22,16 @@ fastdiff.cli.main(["env"])
 HOW = "install a C++ compiler, then fastdiff again"
 
 
-def test_report_and_env_say_so_in_one_line_each():
+def test_report_and_env_say_so(demo, monkeypatch):
+    monkeypatch.setattr(dispatch, "NATIVE", None)
+    assert fastdiff.report(demo).note == dispatch.NOT_BUILT
+    (line,) = [line for line in run("env")[1].splitlines() if HOW in line]
+    assert line.startswith("- fastdiff._C: ")
+
+
+# 6 s; the test above says the same of what was imported before.
+@pytest.mark.product
+def test_report_and_env_say_so_in_one_line_each_where_nothing_was_built():
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED], env=environment(), capture_output=True, text=True
     )

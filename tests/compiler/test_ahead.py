@@ -5,19 +5,17 @@ the CPU's kernels, but only once those of the GPU are there.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
-from command import environment
+from command import copied
 
 import fastdiff
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.kernels.shipped import MANIFEST, SCHEMA
 
-DRAW = """
-import sys, warnings
+BEGIN = """
+import warnings
 import torch
 import fastdiff
 from fastdiff.compiler import ahead
@@ -32,15 +30,22 @@ pipe = fastdiff.load_demo()
 """
 
 
-def python(code, cache):
-    done = subprocess.run(
-        [sys.executable, "-c", DRAW + code],
-        env=environment() | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    with copied(BEGIN, tmp_path_factory.mktemp("begun")) as run:
+        yield run
+
+
+@pytest.fixture
+def python(begun):
+    """python(code, cache): the lines that `code` prints."""
+
+    def lines(code, cache):
+        status, out, err = begun(code, TRITON_CACHE_DIR=str(cache))
+        assert status == 0, err
+        return out.splitlines()
+
+    return lines
 
 
 PICTURE = """
@@ -54,13 +59,15 @@ for _ in range(2):
 """
 
 
-def test_the_first_call_waits_for_all_kernels_and_the_next_process_finds_them(tmp_path):
+def test_the_first_call_waits_for_all_kernels_and_the_next_process_finds_them(python, tmp_path):
     first, second = (line.split("|") for line in python(PICTURE, tmp_path))
     assert first == ["3 kernels: 0 in Triton's cache, 3 compiled ahead", "[]"]
     assert second == ["3 kernels: 3 in Triton's cache", "[]"]
 
 
-def test_where_no_process_can_compile_the_picture_is_drawn_and_a_sentence_says_why(tmp_path):
+def test_where_no_process_can_compile_the_picture_is_drawn_and_a_sentence_says_why(
+    python, tmp_path
+):
     code = 'import shutil; sys.executable = shutil.which("false")' + PICTURE
     first, _ = (line.split("|") for line in python(code, tmp_path))
     assert "could not be compiled ahead of their first launch; _" in first[0]
@@ -68,7 +75,7 @@ def test_where_no_process_can_compile_the_picture_is_drawn_and_a_sentence_says_w
     assert "the process that compiles ended" in first[1]
 
 
-def test_where_planning_fails_the_picture_is_drawn_and_a_sentence_says_why(tmp_path):
+def test_where_planning_fails_the_picture_is_drawn_and_a_sentence_says_why(python, tmp_path):
     code = """
 def fail(runs, arch):
     raise RuntimeError("no plan")
@@ -92,7 +99,7 @@ def folder(path, **changed):
     return path
 
 
-def test_a_folder_for_something_else_is_named_and_the_kernels_are_compiled(tmp_path):
+def test_a_folder_for_something_else_is_named_and_the_kernels_are_compiled(python, tmp_path):
     other = folder(tmp_path / "other")
     code = PICTURE.replace("compile(pipe)", f"compile(pipe, warm={str(other)!r})")
     first, second = (line.split("|") for line in python(code, tmp_path / "cache"))
@@ -124,7 +131,7 @@ def test_what_is_no_folder_of_kernels_is_refused_before_anything_is_taken(tmp_pa
         fastdiff.Options(warm=1)
 
 
-def test_compile_returns_before_the_kernels_are_there(tmp_path):
+def test_compile_returns_before_the_kernels_are_there(python, tmp_path):
     code = """
 import threading
 go = threading.Event()
