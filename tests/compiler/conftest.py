@@ -68,8 +68,32 @@ def text_encoder(cls, vocabulary):
     return noisy(cls(CLIPTextConfig(vocab_size=vocabulary, **sizes, **depth)))
 
 
-@pytest.fixture
-def components(tokenizer):
+@pytest.fixture(scope="session")
+def copies():
+    """copies(make): `make`, called once for the same arguments; what it gives are copies, which
+    take a quarter of the time."""
+
+    def of(make):
+        kept = {}
+
+        def parts(*args, **more):
+            key = repr((args, sorted(more.items())))
+            if key not in kept:
+                with torch.inference_mode(False):
+                    kept[key] = make(*args, **more)
+            # tokenizers are slow to copy, and nobody changes them
+            return {
+                name: part if name.startswith("tokenizer") else copy.deepcopy(part)
+                for name, part in kept[key].items()
+            }
+
+        return parts
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def components(tokenizer, copies):
     """components(xl, dtype, unet={…}): a tiny pipeline's parts; a latent is 2×2 pixels."""
 
     def make(xl=False, dtype=torch.float64, unet=None):
@@ -119,11 +143,11 @@ def components(tokenizer):
             return parts | {"text_encoder_2": second, "tokenizer_2": tokenizer}
         return parts | {"safety_checker": None, "feature_extractor": None}
 
-    return make
+    return copies(make)
 
 
-@pytest.fixture
-def components_sd3(tokenizer, tokenizer_3):
+@pytest.fixture(scope="session")
+def components_sd3(tokenizer, tokenizer_3, copies):
     """components_sd3(kind, t5, dtype, transformer's config): a tiny pipeline's parts; a latent is
     2×2 pixels."""
 
@@ -157,7 +181,7 @@ def components_sd3(tokenizer, tokenizer_3):
             parts |= {"text_encoder_3": noisy(encoder).to(dtype), "tokenizer_3": tokenizer_3}
         return parts
 
-    return make
+    return copies(make)
 
 
 @pytest.fixture
