@@ -11,7 +11,7 @@ import pytest
 from fastdiff.errors import UserError
 from fastdiff.regression import states
 
-PROJECT = """
+SETUPTOOLS = """
 [build-system]
 requires = ["setuptools"]
 build-backend = "setuptools.build_meta"
@@ -22,6 +22,44 @@ dependencies = ["numpy>=2"]
 [tool.setuptools]
 py-modules = ["pupil"]
 """
+PROJECT = """
+[build-system]
+requires = []
+build-backend = "zips"
+backend-path = ["."]
+[project]
+name = "pupil"
+version = "{version}"
+"""
+ZIPS = """
+import re, zipfile
+from pathlib import Path
+
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    version = re.search('version = "(.*)"', Path("pyproject.toml").read_text())[1]
+    facts = {
+        "METADATA": ["Metadata-Version: 2.1", "Name: pupil", f"Version: {version}"],
+        "WHEEL": ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"],
+        "RECORD": [],
+    }
+    name = f"pupil-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(Path(folder, name), "w") as wheel:
+        wheel.write("pupil.py")
+        for file, lines in facts.items():
+            wheel.writestr(f"pupil-{version}.dist-info/{file}", "".join(x + chr(10) for x in lines))
+    return name
+"""
+"""A build backend that takes no seconds."""
+
+
+def project(year, version=1, inside=""):
+    """The files of a project in the folder `inside`."""
+    files = {
+        "pupil.py": f"YEAR = {year}\n",
+        "pyproject.toml": PROJECT.format(version=version),
+        "zips.py": ZIPS,
+    }
+    return {f"{inside}{name}": text for name, text in files.items()}
 
 
 def git(folder, *arguments):
@@ -52,11 +90,12 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def repository(tmp_path):
+def repository(tmp_path, request):
+    """A project at two revisions; a parameter: other files of the first."""
     folder = tmp_path / "repository"
     folder.mkdir()
     git(folder, "init", "--quiet")
-    commit(folder, {"pupil.py": "YEAR = 1\n", "pyproject.toml": PROJECT.format(version=1)}, "old")
+    commit(folder, project(1) | getattr(request, "param", {}), "old")
     commit(folder, {"pupil.py": "YEAR = 2\n", "inside/data.txt": "2"})
     return folder
 
@@ -74,8 +113,14 @@ def asked(place, code="import pupil; print(pupil.YEAR)"):
     return done.stdout.strip()
 
 
+@pytest.mark.parametrize(
+    "repository",
+    [{"pyproject.toml": SETUPTOOLS.format(version=1)}],
+    indirect=True,
+    ids=["setuptools"],
+)
 def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypatch):
-    """setuptools builds it, in an isolated environment of pip's."""
+    """setuptools builds it, in an isolated environment of pip's, and it has needs of its own."""
     monkeypatch.chdir(repository)
     monkeypatch.setenv("PYTHONPATH", f"{repository}{os.pathsep}/elsewhere")
     said = []
@@ -131,8 +176,7 @@ def test_a_project_in_a_folder_of_a_larger_repository(tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     whole.mkdir()
     git(whole, "init", "--quiet")
-    inner = {"pkg/pupil.py": "YEAR = 1\n", "pkg/pyproject.toml": PROJECT.format(version=1)}
-    commit(whole, inner, "old")
+    commit(whole, project(1, inside="pkg/"), "old")
     commit(whole, {"pkg/pupil.py": "YEAR = 2\n"})
     monkeypatch.syspath_prepend(whole / "pkg")
     place = states.other("old", whole / "pkg", print)
@@ -141,7 +185,7 @@ def test_a_project_in_a_folder_of_a_larger_repository(tmp_path, monkeypatch):
 
 
 def test_a_linters_settings_make_no_project_and_a_path_is_the_states_own(tmp_path, monkeypatch):
-    library = {"lib/pupil.py": "YEAR = 1\n", "lib/pyproject.toml": PROJECT.format(version=1)}
+    library = project(1, inside="lib/")
     folder = tmp_path / "user"
     folder.mkdir()
     git(folder, "init", "--quiet")
@@ -187,7 +231,7 @@ def test_the_working_tree_is_what_runs_here(repository):
 def test_requirements_alone_and_the_packages_they_change(tmp_path, repository):
     """A user's repository: a pipeline and the versions that it runs on."""
     wheel = tmp_path / "wheels"
-    write(tmp_path / "lib", {"pupil.py": "YEAR = 7\n", "pyproject.toml": PROJECT.format(version=7)})
+    write(tmp_path / "lib", project(7, version=7))
     command = [
         sys.executable,
         "-m",
@@ -226,7 +270,7 @@ def test_a_folder_is_installed_again_only_after_an_edit(tmp_path, repository):
 
 
 def test_what_does_not_install_says_why_and_leaves_nothing(repository, cache):
-    commit(repository, {"pyproject.toml": PROJECT.format(version="not a version")})
+    commit(repository, {"pyproject.toml": SETUPTOOLS.format(version="not a version")})
     with pytest.raises(UserError) as caught:
         states.other("HEAD", repository, print)
     message = str(caught.value)
