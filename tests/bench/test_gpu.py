@@ -92,6 +92,8 @@ def packed(out):
         }
 
 
+# Half a minute; what these parts do is tested in test_kernels.py and test_tune.py.
+@pytest.mark.product
 def test_every_kernel_has_its_rows_in_the_archive(tmp_path):
     run = make_gpu(tmp_path, "--only", "ceilings,verify,kernels", stdout=subprocess.PIPE, text=True)
     told = run.communicate()[0]
@@ -112,14 +114,59 @@ def test_every_kernel_has_its_rows_in_the_archive(tmp_path):
     assert files["goals.txt"].decode() in told
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+ENDS = {signal.SIGTERM: 143, signal.SIGKILL: -9}
+
+
+def stands_for(document, then=""):
+    """A part's command: a process that writes `document` and then does `then`."""
+    return lambda name, run: [
+        *(sys.executable, "-S", "-c"),
+        f"import os, time; before = os.getppid()\n"
+        f"open({str(run.folder / name)!r} + '.json', 'w').write({json.dumps(document)!r})\n{then}",
+    ]
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_run_that_is_ended_packs_what_its_parts_wrote(tmp_path, monkeypatch, number):
+    """Parts of two lines stand for the real ones, in a copy of this process."""
+    half = {"incomplete": True, "rows": [1]}
+    waits = "while os.getppid() == before: time.sleep(0.05)"
+    parts = (
+        gpu.Part("ceilings", stands_for({}), 0, 60),
+        gpu.Part("cases", stands_for(half, waits), 0, 60),
+    )
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "PACK_S", 0.05)
+    where = ["--out", str(tmp_path), "--parts", str(tmp_path / "parts")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--dry-run", *where])
+    if not (child := os.fork()):
+        code = 99
+        try:
+            code = gpu.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os._exit(code)
+    while not (tmp_path / gpu.ARCHIVE).exists() or "cases.json" not in packed(tmp_path):
+        time.sleep(0.05)
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ENDS[number]
+    files = {name: json.loads(text) for name, text in packed(tmp_path).items() if "json" in name}
+    assert (files["ceilings.json"], files["cases.json"]) == ({}, half)
+    assert files["run.json"]["incomplete"] is True
+    assert [row["part"] for row in files["run.json"]["rows"]] == ["ceilings"]
+
+
+# The same with the real parts, half a minute.
+@pytest.mark.product
+@pytest.mark.parametrize("number", ENDS)
 def test_a_run_that_is_ended_leaves_what_it_found(tmp_path, number):
     run = make_gpu(tmp_path, "--only", "ceilings,cases", start_new_session=True)
     cases = tmp_path / "parts" / "cases.json"
     while run.poll() is None and not (cases.exists() and json.loads(cases.read_text())["rows"]):
         time.sleep(0.05)
     os.kill(run.pid, number)
-    assert run.wait() == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert run.wait() == ENDS[number]
     for file in (tmp_path / "parts").glob("*.json"):
         assert json.loads(file.read_text())["incomplete"] is (file.name != "ceilings.json")
     assert json.loads(packed(tmp_path)["ceilings.json"])["incomplete"] is False
@@ -136,22 +183,32 @@ def test_a_part_that_hangs_or_breaks_takes_nothing_from_the_others(tmp_path):
     assert b"ValueError: odd" in (run.folder / "breaks.log").read_bytes()
 
 
-def test_an_archive_does_not_pack_itself(tmp_path):
-    command = [sys.executable, "-P", "-m", "benchmarks.gpu", "--dry-run", "--out", tmp_path]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+@pytest.fixture
+def gpu_here(monkeypatch):
+    """gpu_here(*arguments): `benchmarks.gpu` dry, in this process; its exit code."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def run(*arguments):
+        words = ["benchmarks.gpu", "--dry-run", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        return gpu.main()
+
+    return run
+
+
+def test_an_archive_does_not_pack_itself(tmp_path, gpu_here, capsys):
     kept = tmp_path / "kept"
     kept.write_text("")
-    run = subprocess.run(
-        [*command, "--parts", tmp_path], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].endswith("give the archive another folder")
+    with pytest.raises(SystemExit) as caught:
+        gpu_here("--out", tmp_path, "--parts", tmp_path)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("give the archive another folder")
     assert kept.exists()
 
 
-def test_no_minutes_no_parts(tmp_path):
-    run = make_gpu(tmp_path, "--minutes", "0", stdout=subprocess.PIPE, text=True)
-    told = run.communicate()[0]
+def test_no_minutes_no_parts(tmp_path, gpu_here, capsys):
+    assert gpu_here("--out", tmp_path, "--parts", tmp_path / "parts", "--minutes", 0) == 0
+    told = capsys.readouterr().out
     names = [part.name for part in gpu.PARTS if part.needs == "torch"]
     assert all(name in told.splitlines()[-1] for name in names)
     assert set(packed(tmp_path)) == {"run.json", "goals.txt"}
