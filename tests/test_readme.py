@@ -59,7 +59,7 @@ def test_python_runs(text):
         exec(block, {})
 
 
-MADE = "fastdiff export --onnx demo-onnx --verify"
+MADE = "fastdiff export --onnx --out demo-onnx --verify"
 COMPILES = ("fastdiff inspect ", "fastdiff warm ")
 """These want Triton's compiler, in whose place the tests' own process has the interpreter."""
 
