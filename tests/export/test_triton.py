@@ -302,7 +302,7 @@ def test_bad_input_is_one_sentence(demo_onnx, tmp_path):
     out = ("--triton-repo", "--out", tmp_path / "models")
     assert f"{tmp_path} is not a diffusers pipeline" in refused(tmp_path, *out)
     assert f"{tmp_path} exists already" in refused(demo_onnx, "--triton-repo", "--out", tmp_path)
-    assert "give one of --onnx" in refused(demo_onnx)
+    assert "give one of --onnx" in refused(demo_onnx, "--out", tmp_path / "x")
     assert "give one of --onnx" in refused("--onnx", "--out", tmp_path / "x", *out)
     assert "--verify goes with --onnx" in refused(*out, "--verify")
     exported = refused(demo_onnx, *out, "--dtype", "fp16")
