@@ -47,18 +47,27 @@ def covered(
         for row in itertools.product(*map(range, map(len, choices)))
     }
     rows = [row for row, parameter in joined.items() if possible(*parameter.values)]
-    fast = cover(rows, together, [row for row in rows if always(*joined[row].values)])
+    fast = set(rows)  # all are needed where whole rows have to meet
+    if together < len(choices):
+        fast = cover(rows, together, [row for row in rows if always(*joined[row].values)])
     return [joined[row] if row in fast else _marked(joined[row]) for row in rows]
 
 
-def first_of_each(values: Iterable[Any], kind: Callable[..., Hashable]) -> list[Any]:
-    """Parameters of a test: all values; from the second of a kind on they carry `product`.
+def first_of_each(
+    values: Iterable[Any],
+    kind: Callable[..., Hashable],
+    always: Callable[..., bool] = lambda *values: False,
+) -> list[Any]:
+    """Parameters of a test: all values; from the second of a kind on they carry `product`, unless
+    they are `always` to run.
 
-    `kind(*values)` is asked with what the test is given. Sort by cost to keep the cheapest.
+    `kind(*values)` and `always(*values)` are asked with what the test is given. Sort by cost to
+    keep the cheapest.
     """
     parameters, seen = [_parameter(value) for value in values], set()
     for i, parameter in enumerate(parameters):
-        if (this := kind(*parameter.values)) in seen:
+        this = kind(*parameter.values)
+        if this in seen and not always(*parameter.values):
             parameters[i] = _marked(parameter)
         seen.add(this)
     return parameters

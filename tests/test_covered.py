@@ -77,12 +77,14 @@ def test_values_are_used_evenly():
     assert sorted(b for _, b in runs) == sorted([*range(5)] * 4)
 
 
-def test_the_first_of_each_kind_runs():
+def test_the_first_of_each_kind_runs_and_what_always_does():
     parameters = first_of_each(
-        [(1, 2), pytest.param(3, 4), pytest.param(5, 4)], kind=lambda *v: v[-1]
+        [(1, 2), pytest.param(3, 4), pytest.param(5, 4), pytest.param(6, 4)],
+        kind=lambda *values: values[-1],
+        always=lambda *values: values[0] == 6,
     )
-    assert len(parameters) == 3
-    assert fast(parameters) == [((1, 2),), (3, 4)]
+    assert len(parameters) == 4
+    assert fast(parameters) == [((1, 2),), (3, 4), (6, 4)]
 
 
 def test_every_process_marks_the_same():

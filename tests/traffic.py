@@ -1,5 +1,6 @@
 """What a Triton kernel loads, stores and computes, counted while Triton's interpreter runs it."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from fastdiff.kernels.contract import KernelSpec, Launch
 
 ARITHMETIC = {np.add, np.subtract, np.multiply, np.divide, np.exp, np.exp2, np.log, np.log2}
 ARITHMETIC |= {np.sqrt, np.sin, np.cos}
+ALL_BYTES = 0x0101010101010101
 
 
 @dataclass
@@ -25,11 +27,21 @@ class _Memory:
     written: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        self.read, self.written = (np.zeros(len(self.storage), bool) for _ in range(2))
+        whole = -(-len(self.storage) // 8) * 8  # so that they can be seen as elements of any width
+        self.read, self.written = (np.zeros(whole, np.uint8) for _ in range(2))
 
     @property
     def start(self) -> int:
         return self.storage.data_ptr()
+
+    def touch(self, addresses: np.ndarray, width: int, what: str) -> None:
+        """Mark the `width` bytes at each of some addresses, which are not of another tensor."""
+        offsets = addresses - self.start
+        assert 0 <= offsets.min() <= offsets.max() <= len(self.storage) - width, (
+            "an access outside of every tensor"
+        )
+        assert not (offsets & (width - 1)).any(), "an access across two elements"
+        getattr(self, what).view(f"u{width}")[offsets // width] = ALL_BYTES >> 64 - 8 * width
 
 
 @dataclass
@@ -54,23 +66,22 @@ class Traffic:
 
     def _touched(self, tensor, what):
         known = self.memory.get(tensor.untyped_storage().data_ptr())
-        return 0 if known is None else int(getattr(known, what).sum())
+        return 0 if known is None else np.count_nonzero(getattr(known, what))
 
     def note(self, pointers, mask, width: int, what: str) -> None:
         mask = np.broadcast_to(mask, pointers.shape)
-        self.idle += int(mask.size - mask.sum())
         addresses = pointers[mask].astype(np.int64)
-        starts = np.array(sorted(self.memory))
+        self.idle += mask.size - addresses.size
+        if not addresses.size:
+            return
+        starts = sorted(self.memory)
+        first, last = (bisect_right(starts, end) - 1 for end in (addresses.min(), addresses.max()))
+        if first == last:  # nearly always: a search for each address takes as long as the kernel
+            self.memory[starts[first]].touch(addresses, width, what)
+            return
         owners = np.searchsorted(starts, addresses, "right") - 1
         for owner in np.unique(owners):
-            memory = self.memory[int(starts[owner])]
-            offsets = addresses[owners == owner] - memory.start
-            touched = getattr(memory, what)
-            assert 0 <= offsets.min(initial=0) <= offsets.max(initial=0) <= len(touched) - width, (
-                "an access outside of every tensor"
-            )
-            for byte in range(width):
-                touched[offsets + byte] = True
+            self.memory[starts[owner]].touch(addresses[owners == owner], width, what)
 
 
 @contextmanager

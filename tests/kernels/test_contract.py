@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from covered import covered, first_of_each
+from held import asked, cost, hold, small
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.kernels.attention import attention
-from fastdiff.kernels.contract import Case, KernelSpec, max_error, poisoned_memory, verify
+from fastdiff.kernels.contract import FLOATS, Case, KernelSpec, max_error, poisoned_memory, verify
 from fastdiff.kernels.dispatch import (
     KERNELS,
     NATIVE,
@@ -18,42 +20,91 @@ from fastdiff.kernels.gelu_gate import gelu_gate
 from fastdiff.kernels.linear.spec import SPEC as LINEAR
 from fastdiff.kernels.observe import counting
 
-ALL = [(kernel, case) for kernel in all_kernels().values() for case in kernel.spec.cases]
-IDS = [f"{kernel.spec.name}-{case.name}" for kernel, case in ALL]
-LIBRARIES = [
-    pytest.param(kernel, case, id=name)
-    for (kernel, case), name in zip(ALL, IDS, strict=True)
-    if "triton" not in kernel.implementations
+ALL = [
+    pytest.param(kernel, case, id=f"{kernel.spec.name}-{case.name}")
+    for kernel in all_kernels().values()
+    for case in kernel.spec.cases
 ]
-
-
+CHEAPEST_FIRST = sorted(ALL, key=lambda known: cost(known.values[0].spec, known.values[1]))
+LIBRARIES = [known for known in ALL if "triton" not in known.values[0].implementations]
 PLAIN = ("gelu_gate",)
-"""Plain torch on a CPU: there is no instruction set of ours to choose."""
+"""Plain torch on a CPU."""
+REFUSED = {
+    "linear": lambda c: not c.get("packed", True),
+    "conv2d": lambda c: not c.get("packed", True),
+    "geglu": lambda c: c.D > 1,  # their weights are stored by rows
+    "group_norm_silu": lambda c: c.get("shift") or (c.get("beside") and c.get("residual")),
+    "qk_norm": lambda c: c.get("rotary"),
+    "residual": lambda c: c.get("enlarge", 1) > 1,
+}
+"""Cases that a kernel in C++ does not compute in any dtype."""
 ISAS = NATIVE.isas() if NATIVE else [None]
-EVERY = [
-    pytest.param(kernel, case, isa, id=f"{kernel.spec.name}-{case.name}-{isa}")
-    for kernel, case in ALL
-    for isa in (ISAS[:1] if kernel.spec.name in PLAIN else ISAS)
+
+
+def in_cpp(kernel, case, dtype):
+    """Whether a kernel in C++ computes it: `test_what_is_asked_for_by_name` holds this to it."""
+    name = kernel.spec.name
+    known = NATIVE is not None and (dtype in NATIVE_DTYPES or name == "concat")
+    return known and name not in PLAIN and not REFUSED.get(name, lambda case: False)(case)
+
+
+CPP = [
+    parameter
+    for kernel in all_kernels().values()
+    for parameter in covered(
+        [known for known in ALL if known.values[0] is kernel],
+        FLOATS,
+        ISAS,
+        always=lambda kernel, case, dtype, isa: small(kernel.spec, case),
+        possible=lambda kernel, case, dtype, isa: in_cpp(kernel, case, dtype),
+    )
 ]
+TORCH = first_of_each(
+    covered(
+        CHEAPEST_FIRST,
+        FLOATS,
+        possible=lambda kernel, case, dtype: not in_cpp(kernel, case, dtype),
+    ),
+    kind=lambda kernel, case, dtype: (dtype, asked(kernel.spec, case)),
+    always=lambda kernel, case, dtype: small(kernel.spec, case),
+)
 
 
-@pytest.mark.parametrize(("kernel", "case", "isa"), EVERY)
-def test_cpu_is_inside_the_budget(kernel, case, isa, chosen):
+@pytest.mark.parametrize(("kernel", "case", "dtype", "isa"), CPP)
+def test_cpp_is_inside_the_budget(kernel, case, dtype, isa, chosen):
     chosen(isa)
-    for dtype in kernel.spec.dtypes:
-        verdicts = verify(kernel.spec, kernel.implementations["cpu"](), case, dtype)
-        assert all(v.passed for v in verdicts), (dtype, verdicts)
+    verdicts = hold(kernel.spec, kernel.implementations["cpu"](), case, dtype)
+    assert all(v.passed for v in verdicts), verdicts
 
 
-@pytest.mark.parametrize(("kernel", "case"), ALL, ids=IDS)
+@pytest.mark.parametrize(("kernel", "case", "dtype"), TORCH)
+def test_torch_is_inside_the_budget_where_no_cpp_is(kernel, case, dtype):
+    verdicts = hold(kernel.spec, kernel.implementations["cpu"](), case, dtype)
+    assert all(v.passed for v in verdicts), verdicts
+
+
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.parametrize(("kernel", "case"), ALL)
 def test_op_is_well_defined(kernel, case):
     """Schema, fake and strides agree with what the implementation does."""
     inputs = kernel.spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
-    verdicts = torch.library.opcheck(kernel.op, (), inputs)
+    verdicts = torch.library.opcheck(kernel.op, (), inputs, test_utils=QUICK)
     assert set(verdicts.values()) == {"SUCCESS"}
 
 
-def test_a_wrong_kernel_is_caught():
+@pytest.mark.parametrize(
+    ("kernel", "case"), first_of_each(CHEAPEST_FIRST, kind=lambda kernel, case: kernel.spec.name)
+)
+def test_op_can_be_traced_with_sizes_that_are_not_known(kernel, case):
+    inputs = kernel.spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
+    verdict = torch.library.opcheck(kernel.op, (), inputs, test_utils="test_aot_dispatch_dynamic")
+    assert set(verdict.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("held", [verify, hold])
+def test_a_wrong_kernel_is_caught(held):
     case = LINEAR.cases[0]
 
     def slightly_wrong(x, weight, bias, act, residual):
@@ -65,7 +116,7 @@ def test_a_wrong_kernel_is_caught():
         return out
 
     for wrong in (slightly_wrong, reads_before_it_writes):
-        assert not all(v.passed for v in verify(LINEAR, wrong, case, torch.float32))
+        assert not all(v.passed for v in held(LINEAR, wrong, case, torch.float32))
 
 
 def test_poisoned_memory_is_nan_inside_only():
@@ -115,35 +166,20 @@ def test_bytes_and_flops_by_hand():
         assert flops is None or spec.flops(case) == flops
 
 
-REFUSED = {
-    "linear": lambda c: not c.get("packed", True),
-    "conv2d": lambda c: not c.get("packed", True),
-    "geglu": lambda c: c.D > 1,  # their weights are stored by rows
-    "group_norm_silu": lambda c: c.get("shift") or (c.get("beside") and c.get("residual")),
-    "qk_norm": lambda c: c.get("rotary"),
-    "residual": lambda c: c.get("enlarge", 1) > 1,
-}
-"""Cases that a kernel in C++ does not compute in any dtype."""
-ASKED = [
-    (kernel, case, dtype)
-    for kernel, case in ALL
-    for dtype in (*kernel.spec.dtypes, torch.float64)
-    if kernel.spec.name not in PLAIN  # those are torch by contract
-]
-
-
 @pytest.mark.parametrize(
     ("kernel", "case", "dtype"),
-    ASKED,
-    ids=[f"{k.spec.name}-{c.name}-{str(d).removeprefix('torch.')}" for k, c, d in ASKED],
+    covered(
+        ALL,
+        (*FLOATS, torch.float64),
+        possible=lambda kernel, case, dtype: kernel.spec.name not in PLAIN,  # torch by contract
+    ),
 )
 def test_what_is_asked_for_by_name_runs_or_says_why_not(kernel, case, dtype):
     """The C++ kernel is called, or one sentence says what it got and what it takes."""
     name = kernel.spec.name
     inputs = kernel.spec.inputs(case, dtype, torch.device("cpu"), torch.Generator())
-    known = NATIVE is not None and (dtype in NATIVE_DTYPES or name == "concat")
     with counting() as called:
-        if known and not REFUSED.get(name, lambda case: False)(case):
+        if in_cpp(kernel, case, dtype):
             implementation(name, "cpu")(**inputs)
             assert called
         else:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from held import hold
 
-from fastdiff.kernels.contract import Case, verify
+from fastdiff.kernels.contract import Case
 from fastdiff.kernels.conv2d.spec import SPEC as CONV2D
 from fastdiff.kernels.dispatch import NATIVE, implementation
 from fastdiff.kernels.geglu.spec import SPEC as GEGLU
@@ -27,33 +28,29 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def chosen():
-    before = NATIVE.isa()
-    yield NATIVE.set_isa
-    NATIVE.set_isa(before)
+DTYPES = (torch.float32, torch.bfloat16)
+ISAS = NATIVE.isas() if NATIVE else []
+GATED = Case("borders", B=1, L=541, D=431, N=181)
 
 
-@pytest.mark.parametrize("isa", NATIVE.isas() if NATIVE else [])
+@pytest.mark.parametrize("isa", ISAS)  # changes fastest
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("spec", "case"), CASES, ids=lambda value: getattr(value, "name", None))
-def test_every_border_is_inside_the_budget(spec, case, isa, chosen):
+def test_every_border_is_inside_the_budget(spec, case, dtype, isa, chosen):
     chosen(isa)
-    for dtype in (torch.float32, torch.bfloat16):
-        verdicts = verify(spec, implementation(spec.name, "cpu"), case, dtype)
-        assert all(v.passed for v in verdicts), (dtype, verdicts)
+    verdicts = hold(spec, implementation(spec.name, "cpu"), case, dtype)
+    assert all(v.passed for v in verdicts), verdicts
 
 
-@pytest.mark.parametrize("isa", NATIVE.isas() if NATIVE else [])
-def test_a_gate_over_its_borders(isa, chosen):
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gate_over_its_borders(dtype, isa, chosen):
+    def borrowed(x, weight, bias):
+        return implementation("geglu", "cpu")(x, weight.t().contiguous().t(), bias)
+
     chosen(isa)
-    for dtype in (torch.float32, torch.bfloat16):
-
-        def borrowed(x, weight, bias):
-            return implementation("geglu", "cpu")(x, weight.t().contiguous().t(), bias)
-
-        case = Case("borders", B=1, L=541, D=431, N=181)
-        verdicts = verify(GEGLU, borrowed, case, dtype)
-        assert all(v.passed for v in verdicts), (dtype, verdicts)
+    verdicts = hold(GEGLU, borrowed, GATED, dtype)
+    assert all(v.passed for v in verdicts), verdicts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,26 +1,55 @@
 """Every Triton kernel, under Triton's interpreter, inside the error budget of every case."""
 
+from functools import partial
+
 import pytest
 import torch
+from covered import covered, first_of_each
+from held import cost, small
 from traffic import Counting
 from triton.runtime import interpreter
 
 from fastdiff.kernels.attention.spec import SPEC as ATTENTION
-from fastdiff.kernels.contract import judge, power_parts, verify
-from fastdiff.kernels.dispatch import all_kernels, implementation
+from fastdiff.kernels.contract import FLOATS, judge, power_parts, verify
+from fastdiff.kernels.dispatch import KERNELS, all_kernels, implementation
+from fastdiff.kernels.inspect import planned
 
 TRITON = {name: k.spec for name, k in all_kernels().items() if "triton" in k.implementations}
 
 
-LARGE = 4_000_000
-"""Bytes from which on a case is not run once more to see bfloat16 rounded, as small ones are."""
-CASES = [
-    pytest.param(name, case, dtype, id=f"{name}-{case.name}-{str(dtype).removeprefix('torch.')}")
-    for name, spec in TRITON.items()
-    for case in spec.cases
-    for dtype in spec.dtypes
-    if dtype != torch.bfloat16 or (not spec.products and spec.bytes(case, 2) < LARGE)
-]
+def interpreted(name, case, dtype):
+    """bfloat16 is seen rounded in small cases; the interpreter takes its time for it."""
+    spec = TRITON[name]
+    return dtype != torch.bfloat16 or (not spec.products and spec.bytes(case, 2) < 4_000_000)
+
+
+def launched(name, case, dtype):
+    """The kernels, which of their arguments are absent and which constants are 0 or false."""
+    return dtype, *(
+        (
+            launch.kernel.__name__,
+            frozenset(at for at, given in launch.arguments.items() if given is None),
+            frozenset(at for at, value in launch.constants.items() if not value),
+        )
+        for launch in planned(KERNELS[name], case, dtype, 0)
+    )
+
+
+# Real sizes are more programs of the same launches, and the interpreter's time. The C++ kernels
+# compute all of them.
+CASES = first_of_each(
+    covered(
+        [
+            pytest.param(name, case, id=f"{name}-{case.name}")
+            for name, spec in TRITON.items()
+            for case in sorted(spec.cases, key=partial(cost, spec))
+        ],
+        FLOATS,
+        possible=interpreted,
+    ),
+    kind=launched,
+    always=lambda name, case, dtype: small(TRITON[name], case),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
