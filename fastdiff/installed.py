@@ -1,8 +1,12 @@
-"""Installed versions, and the extra that installs each optional module."""
+"""Installed versions, the extras that install what is missing, and who else lies in our place."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
+DISTRIBUTION = "fastdiff-engine"
+"""Our name to pip; `fastdiff` there is another project's, with the same import name."""
 EXTRAS = {
     "triton": "gpu",
     "diffusers": "diffusers",
@@ -10,6 +14,7 @@ EXTRAS = {
     "accelerate": "diffusers",
     "safetensors": "diffusers",
     "PIL": "diffusers",
+    "peft": "lora",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
@@ -21,6 +26,24 @@ EXTRAS = {
     "matplotlib": "report",
 }
 """The extra of pyproject.toml that installs each module, by module name."""
+BRINGS = {
+    "diffusers": "fastdiff.compile and every command with a pipeline",
+    "gpu": "the kernels for NVIDIA GPUs; inspect, graph, warm",
+    "lora": "LoRA adapters",
+    "report": "report --html",
+    "onnx": "export --onnx, bench --backends ort on a CPU",
+    "onnx-gpu": "bench --backends ort on an NVIDIA GPU",
+    "openvino": "bench --backends openvino",
+    "trt-rtx": "export --trt for GeForce and RTX GPUs",
+    "trt": "export --trt for every GPU from sm_75 on",
+    "triton-server": "export --triton-repo",
+}
+"""By extra, of those that users want: what it is for."""
+
+
+def pip(*extras: str) -> str:
+    """The command that installs extras of ours."""
+    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
@@ -32,3 +55,70 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+@dataclass(frozen=True)
+class Need:
+    """A package that we, or an extra of ours, take in some versions."""
+
+    package: str
+    """Its distribution name."""
+    takes: str
+    """The versions, as pip spells them: ">=2.11"."""
+    found: str | None
+    """The version that is installed; None for none."""
+    fits: bool
+    """Whether that is one that we take."""
+
+    def __str__(self) -> str:
+        """As pip spells it, and what is installed where that does not fit."""
+        return f"{self.package}{self.takes}" + (f" (not {self.found})" if self.found else "")
+
+
+def needs(extra: str = "") -> list[Need]:
+    """What an extra asks for, or without one what we always need. Nothing where pip does not know
+    us, as in a folder on PYTHONPATH."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = []
+    for asked in map(Requirement, lines):
+        of_extra = asked.marker is not None and not asked.marker.evaluate({"extra": ""})
+        wanted = asked.marker is None or asked.marker.evaluate({"extra": extra})
+        if asked.name == DISTRIBUTION or not wanted or of_extra != bool(extra):
+            continue
+        version = versions([asked.name])[asked.name]
+        fits = version is not None and asked.specifier.contains(version, prereleases=True)
+        found.append(Need(asked.name, str(asked.specifier), version, fits))
+    return found
+
+
+def clash() -> str | None:
+    """A sentence where the other project's `fastdiff` shares our folder, or has left it damaged.
+
+    pip installs one over the other without a word, and removes the files of both with either.
+    """
+    import fastdiff
+
+    here = Path(__file__).parent
+    ours = "compile" in getattr(fastdiff, "__all__", ())
+    others = [
+        f"{other.name} {other.version}"
+        for other in metadata.distributions(name="fastdiff", path=[str(here.parent)])
+        if any(here / "__init__.py" == Path(str(file.locate())) for file in other.files or ())
+    ]
+    if ours and not others:
+        return None
+    if not others:
+        what = (
+            "fastdiff/__init__.py is missing or not ours, as another project's fastdiff leaves it"
+        )
+    elif ours:
+        what = f"{others[0]}, another project, lies in our folder"
+    else:
+        what = f"{others[0]}, another project, has replaced our fastdiff/__init__.py"
+    how = f"pip uninstall --yes fastdiff {DISTRIBUTION}, then install {DISTRIBUTION} again"
+    return f"{what}; {how}"

@@ -110,7 +110,7 @@ torch.testing.assert_close(attention(q, q, q), torch.einsum("bhij,bjhk->bihk", w
 try:
     fastdiff.compile(torch.nn.Linear(1, 1))
 except ImportError as error:
-    assert "pip install 'fastdiff[diffusers]'" in str(error), error
+    assert "pip install 'fastdiff-engine[diffusers]'" in str(error), error
 else:
     raise SystemExit("compile ran without diffusers")
 """

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastdiff import installed
 from fastdiff.bench.saved import SUFFIX
 from fastdiff.errors import UserError, first_line
 
@@ -170,7 +171,7 @@ def adapter(text: str) -> tuple[str, float]:
 def _adapt(pipe: Any, loras: tuple[str, ...]) -> None:
     """Load the adapters, and switch all of them on."""
     if find_spec("peft") is None:
-        raise UserError("--lora needs peft, which is not installed: pip install peft")
+        raise UserError(f"--lora needs peft, which is not installed; {installed.pip('lora')}")
     from fastdiff.demo import quiet
 
     weights: dict[str, float] = {}

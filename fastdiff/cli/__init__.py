@@ -63,13 +63,13 @@ def _missing(error: BaseException | None, arguments: Sequence[str]) -> str | Non
     while error is not None:  # diffusers and transformers wrap it in errors of their own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, ImportError):
-            if "fastdiff[" in reason:
+            if f"{installed.DISTRIBUTION}[" in reason:
                 return reason
             words = re.findall(r"\w+", error.name or reason)
             package = next((word for word in words if word in installed.EXTRAS), None)
             if package is not None and "fastdiff" not in words:
-                extra = f"fastdiff[{installed.EXTRAS[package]}]"
-                return f"{arguments[0]} needs {package} ({reason}); {extra} has it"
+                how = installed.pip(installed.EXTRAS[package])
+                return f"{arguments[0]} needs {package} ({reason}); {how}"
         error = error.__cause__ or error.__context__
     return None
 

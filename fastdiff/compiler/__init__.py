@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastdiff import installed
 from fastdiff.compiler.options import FASTDIFF, LOOP, Options, chosen
 from fastdiff.compiler.slot import Slot, kept_slot, slot_of
 from fastdiff.compiler.taken import forget, remember, remembered, torch_compiled
@@ -253,7 +254,7 @@ def _parts(target: Any) -> dict[str, Any]:
         return parts(target)
     except ModuleNotFoundError as missing:
         raise ImportError(
-            f"fastdiff.compile needs {missing.name}: pip install 'fastdiff[diffusers]'"
+            f"fastdiff.compile needs {missing.name}; {installed.pip('diffusers')}"
         ) from missing
     except ValueError as unknown:
         raise UserError(str(unknown)) from None

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastdiff import installed
 from fastdiff.compiler.own_size import own_size
 from fastdiff.errors import UserError
 from fastdiff.families import Kind
@@ -69,9 +70,8 @@ def kernels(target: Any, slots: Sequence[Any], warm: str | Path | None) -> Kerne
     Raises UserError if `warm` is not a folder written by `fastdiff warm`, or is damaged.
     """
     if warm is not None and find_spec("triton") is None:
-        raise UserError(
-            f"Options.warm is {warm}, but Triton is missing: pip install 'fastdiff-engine[gpu]'"
-        )
+        how = installed.pip("gpu")
+        raise UserError(f"Options.warm is {warm}, but Triton is missing: {how}")
     made = Kernels(weakref.ref(target), slots, None if warm is None else read(Path(warm)))
     made.begin()
     return made

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fastdiff import installed
 from fastdiff.devices import refusal
 from fastdiff.errors import UserError
 
@@ -49,8 +50,8 @@ def load_demo(
             pipe: Any = load(DEMO_FOLDER, dtype=dtype, local_files_only=True)
     except ImportError as error:
         raise ImportError(
-            f"the demo pipeline needs diffusers and transformers ({error}): "
-            "pip install fastdiff[diffusers]"
+            f"the demo pipeline needs diffusers and transformers ({error});"
+            f" {installed.pip('diffusers')}"
         ) from error
     return cast("StableDiffusionPipeline", pipe.to(device))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import installed
 from fastdiff.engines.bound import Bound, reason_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.recordings import buffer
@@ -111,6 +112,6 @@ def _openvino() -> Any:
         import openvino
     except ImportError as error:
         raise UserError(
-            f"backend openvino needs openvino ({error}); pip install fastdiff[onnx,openvino]"
+            f"backend openvino needs openvino ({error}); {installed.pip('onnx', 'openvino')}"
         ) from error
     return openvino

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff import installed
 from fastdiff.engines.bound import Bound, reason_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.recordings import buffer
@@ -123,7 +124,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise UserError(
-            f"backend ort needs onnxruntime ({error}); pip install fastdiff[onnx]"
+            f"backend ort needs onnxruntime ({error}); {installed.pip('onnx')}"
         ) from error
     return onnxruntime
 
@@ -134,7 +135,7 @@ def _provider(onnxruntime: Any, device: torch.device, graphs: bool) -> Any:
     name = "CUDAExecutionProvider"
     if device.type != "cuda" or name not in onnxruntime.get_available_providers():
         raise UserError(
-            f"this ONNX Runtime has no provider for {device.type}; pip install fastdiff[onnx-gpu]"
+            f"this ONNX Runtime has no provider for {device.type}; {installed.pip('onnx-gpu')}"
         )
     return name, {
         "device_id": device.index or 0,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastdiff import installed
 from fastdiff.engines import manifest
 from fastdiff.engines.manifest import Manifest, Profile
 from fastdiff.engines.monitor import Watch, interruptible, monitor
@@ -43,9 +44,7 @@ def library(flavor: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{flavor} needs {module} ({error}); pip install fastdiff[{extra}]"
-        ) from error
+        raise UserError(f"{flavor} needs {module} ({error}); {installed.pip(extra)}") from error
 
 
 def here(device: int = 0) -> str | None:

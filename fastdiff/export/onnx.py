@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastdiff import installed
 from fastdiff.engines import exported, fingerprint
 from fastdiff.errors import UserError
 from fastdiff.export import fused
@@ -64,9 +65,8 @@ def check_packages(verify: bool) -> None:
         try:
             __import__(package)
         except ImportError as error:
-            raise UserError(f"export needs {package} ({error}); pip install fastdiff[onnx]") from (
-                error
-            )
+            how = installed.pip("onnx")
+            raise UserError(f"export needs {package} ({error}); {how}") from error
 
 
 def export(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastdiff import installed
 from fastdiff.engines import exported, manifest
 from fastdiff.errors import UserError
 
@@ -51,8 +52,8 @@ def check_packages() -> None:
         from tritonclient.grpc import model_config_pb2  # noqa: F401
     except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without grpc
         raise UserError(
-            f"--triton-repo needs tritonclient and onnx ({error}); "
-            "pip install fastdiff[onnx,triton-server]"
+            f"--triton-repo needs tritonclient and onnx ({error});"
+            f" {installed.pip('onnx', 'triton-server')}"
         ) from error
 
 

@@ -16,6 +16,8 @@ from fastdiff.errors import UserError
 
 BENEATH = "beneath.pth"
 """The file that makes the packages installed here visible in an environment."""
+NAMES = {"fastdiff", "fastdiff-engine"}
+"""Of ours, to pip: a state from before we were renamed is the same package."""
 
 
 def install(name: str, source: Path, folder: Path) -> None:
@@ -60,6 +62,8 @@ def lay_beneath(packages: Path) -> None:
     not in folders that another .pth file names, so their lines are repeated.
     """
     own = {d.name for d in metadata.distributions(path=[str(packages)])}
+    if own & NAMES:
+        own |= NAMES
     hidden = {
         Path(str(file.locate()))
         for distribution in metadata.distributions()

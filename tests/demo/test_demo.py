@@ -109,7 +109,7 @@ def test_without_diffusers_the_error_names_the_extra(monkeypatch):
         return really(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_diffusers)
-    with pytest.raises(ImportError, match=r"pip install fastdiff\[diffusers\]"):
+    with pytest.raises(ImportError, match=r"pip install 'fastdiff-engine\[diffusers\]'"):
         fastdiff.load_demo()
 
 

@@ -355,7 +355,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     code, _, err = run("export", "--onnx", "--out", tmp_path / "out")
     assert code == 2
     assert "export needs onnxscript" in err
-    assert "pip install fastdiff[onnx]" in err
+    assert "pip install 'fastdiff-engine[onnx]'" in err
 
 
 def test_networks_with_inputs_we_do_not_carry_are_refused(demo):

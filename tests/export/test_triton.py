@@ -317,4 +317,4 @@ def test_a_missing_package_is_named(demo_onnx, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tritonclient.grpc", None)
     sentence = refused(demo_onnx, "--triton-repo", "--out", tmp_path / "models")
     assert "--triton-repo needs tritonclient and onnx" in sentence
-    assert "pip install fastdiff[onnx,triton-server]" in sentence
+    assert "pip install 'fastdiff-engine[onnx,triton-server]'" in sentence

@@ -508,7 +508,7 @@ BAD = {
     "rtx cannot build for sm_90 here: it knows sm_75": ("--flavor", "rtx", "--target", "sm_90"),
     "rtx cannot build for 89 here: it knows sm_75": ("--target", "89"),
     "tensorrt needs tensorrt (": ("--flavor", "tensorrt", "--target", "sm_89"),
-    "pip install fastdiff[trt]; rtx cannot build for sm_90": ("--target", "sm_89,sm_90"),
+    "pip install 'fastdiff-engine[trt]'; rtx cannot build for sm_90": ("--target", "sm_89,sm_90"),
     "--flavor is 'x'; choose auto, tensorrt or rtx": ("--flavor", "x"),
     "got --shapes and --static; give only one": ("--shapes", "1x64x64", "--static", "1x64x64"),
     "--shapes is '1x64x64'; give MIN:OPT:MAX": ("--shapes", "1x64x64"),
@@ -554,10 +554,10 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
     arguments = ("export", "--trt", "--out", tmp_path / "out", "--target", "sm_89")
     sentence = refused(*arguments, "--flavor", "rtx")
     assert "rtx needs tensorrt_rtx" in sentence
-    assert "pip install fastdiff[trt-rtx]" in sentence
+    assert "pip install 'fastdiff-engine[trt-rtx]'" in sentence
     sentence = refused(*arguments)
-    assert "pip install fastdiff[trt];" in sentence
-    assert "pip install fastdiff[trt-rtx]" in sentence
+    assert "pip install 'fastdiff-engine[trt]';" in sentence
+    assert "pip install 'fastdiff-engine[trt-rtx]'" in sentence
 
 
 @pytest.mark.parametrize("option", ["flavor", "target", "shapes", "static", "timing-cache"])

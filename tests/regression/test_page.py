@@ -134,7 +134,7 @@ try:
     page(synthetic.comparison())
 except UserError as error:
     assert {package!r} in str(error), error
-    assert str(error).endswith("; pip install fastdiff[report]"), error
+    assert str(error).endswith("; pip install 'fastdiff-engine[report]'"), error
 else:
     raise SystemExit("no error")
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.errors import UserError
-from fastdiff.regression import states
+from fastdiff.regression import environments, states
 
 PROJECT = """
 [build-system]
@@ -124,6 +124,21 @@ def test_a_project_that_is_installed_here_to_be_edited(tmp_path, repository, mon
     monkeypatch.syspath_prepend(packages(old))
     assert asked(states.other("HEAD", repository, print)) == "2"
     assert asked(states.other("HEAD", user, print)) == "1"
+
+
+def test_a_state_of_ours_from_before_we_were_renamed_is_not_hidden(tmp_path, monkeypatch):
+    """Both names are one package: where the state has it, what lies here is not shown."""
+    here, state = tmp_path / "here/site-packages", tmp_path / "state/site-packages"
+    pth = "_editable_skbc_fastdiff_engine.pth"
+    info = {"METADATA": "Name: fastdiff-engine\nVersion: 1\n", "RECORD": f"{pth},,\n"}
+    write(here / "fastdiff_engine-1.dist-info", info)
+    write(here, {pth: "/edited\n"})
+    write(state / "fastdiff-0.dist-info", {"METADATA": "Name: fastdiff\nVersion: 0\n"})
+    monkeypatch.syspath_prepend(here)
+    environments.lay_beneath(state)
+    lines = (state / environments.BENEATH).read_text().splitlines()
+    assert str(here) in lines
+    assert "/edited" not in lines
 
 
 def test_a_project_in_a_folder_of_a_larger_repository(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def main(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"{error}: pip install fastdiff[train]") from error
+        raise typer.BadParameter(f"{error}; pip install 'fastdiff-engine[train]'") from error
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from fastdiff import installed
 from fastdiff.errors import UserError
 from fastdiff.regression.comparison import Comparison, Line, Verdict
 from fastdiff.regression.history import Point
@@ -120,4 +121,4 @@ def _render(**facts: Any) -> str:
 
 
 def _missing(error: ImportError) -> UserError:
-    return UserError(f"an HTML report needs {error.name} ({error}); pip install fastdiff[report]")
+    return UserError(f"an HTML report needs {error.name} ({error}); {installed.pip('report')}")
