@@ -239,13 +239,13 @@ def test_help_names_the_dtype_that_export_takes(tmp_path, capsys):
         assert {row["dtype"] for row in rows} == kinds
 
 
-def test_env_is_lines_or_json(capsys):
+def test_env_is_lines_or_json(capsys, tmp_path):
     assert run("env") == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("- ") and ": " in line for line in lines)
     assert f"- torch: {torch.__version__}" in lines
-    assert run("env", "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    assert run("env", "--json", tmp_path / "env.json") == 0
+    facts = json.loads((tmp_path / "env.json").read_text())
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == torch.get_num_threads()
     assert {"fastdiff", "python", "diffusers", "cpu", "fastdiff._C", "commit"} <= set(facts)
@@ -340,7 +340,7 @@ def test_inspect_names_what_it_knows(static_table, capsys, tmp_path):
 
 def commands():
     group = typer.main.get_command(app)
-    return {name: command for name, command in group.commands.items() if name != "env"}
+    return dict(group.commands)
 
 
 def test_options_mean_the_same_in_every_command():
@@ -354,8 +354,8 @@ def test_options_mean_the_same_in_every_command():
                 positional = parameter.param_type_name == "argument"
                 assert positional == (option == "pipeline"), (name, option)
     compared = {"bench", "compare", "count", "export", "graph", "roofline"}
-    assert takes["pipeline"] == compared | {"generate", "warm"}
-    assert takes["--json"] == compared | {"inspect", "report"}
+    assert takes["pipeline"] == compared | {"doctor", "generate", "warm"}
+    assert takes["--json"] == compared | {"doctor", "env", "inspect", "report"}
     assert takes["--out"] == {"export", "generate", "warm"}
 
 

@@ -17,7 +17,7 @@ from fastdiff.cli import app
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs/ci.md").read_text()
 WORKFLOWS = {
-    path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))
+    path.name: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("perf*.yml"))
 } | {
     f"docs/ci.md, {number}": text
     for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", GUIDE, re.S), 1)

@@ -11,7 +11,9 @@ from typing import NoReturn
 from fastdiff import installed
 from fastdiff.cli import (  # noqa: F401  each adds its commands
     compare,
+    doctor,
     draw,
+    env,
     export,
     facts,
     graph,
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _refuse(str(error))
     except Exception as error:
-        if sentence := _missing(error, arguments) or _full(error):
+        if sentence := _missing(error, arguments) or _full(error) or installed.clash():
             _refuse(sentence)
         traceback.print_exc()  # a fault of ours
         sys.exit(2)  # Python's own exit code for it is 1, which says "slower"

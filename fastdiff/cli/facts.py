@@ -1,4 +1,4 @@
-"""env and inspect: what is installed, and what the kernels compile to."""
+"""inspect: what the kernels compile to."""
 
 import json as json_module
 import shlex
@@ -41,25 +41,6 @@ LEGEND = (
     "multiplies by: the matrix instruction, empty without one; waits for: memory or compute, which"
     " takes longer at the GPU's specified rates",
 )
-
-
-@app.command()
-def env(
-    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-) -> None:
-    """Versions and machine, to paste into an issue."""
-    from fastdiff.bench.machine import commit, machine, native, versions
-
-    facts = {"commit": commit()} | versions() | machine()
-    gpu = facts.pop("gpu")
-    facts |= {f"gpu {key}": value for key, value in gpu.items()} if gpu else {"gpu": None}
-    compiled = native()
-    facts |= {"fastdiff._C": compiled["isa"] or compiled["note"]}
-    if json:
-        print(json_module.dumps(facts, indent=1))
-        return
-    for name, value in facts.items():
-        print(f"- {name}: {'none' if value is None else value}")
 
 
 @app.command()

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Makes diffusers pipelines fast without changing what they draw.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
