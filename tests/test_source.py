@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from command import run
+from command import run, run_json
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -348,6 +348,18 @@ def test_what_cannot_be_opened_is_one_sentence(message, folder, tmp_path):
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert message.replace("{tmp}", str(tmp_path)) in err.splitlines()[-1]
+
+
+def test_the_graph_of_a_folder(tmp_path, folder):
+    documents = []
+    for place in ((), (folder,)):
+        code, document, err = run_json("graph", *place)
+        assert code == 0, err
+        documents.append(document)
+    demo, own = documents
+    assert (demo["case"].split(",")[0], own["case"].split(",")[0]) == ("demo", "pipe")
+    assert demo["rows"] == own["rows"]
+    assert demo["launches"] > 50
 
 
 def test_a_single_file_where_a_folder_is_needed(single):
