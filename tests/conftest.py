@@ -26,12 +26,28 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
-LONGEST = ("test_readme.py", "test_workflows.py", "test_trt.py", "test_random_edits.py")
-"""Files of minutes: begun last, one worker would wait for the other to end them."""
+LONGEST = (
+    "test_readme.py",
+    "test_random_edits.py",
+    "test_onnx.py",
+    "test_workflows.py",
+    "test_trt.py",
+    "test_triton.py",
+    "test_contract.py",
+    "test_bench.py",
+    "test_transforms.py",
+    "test_states.py",
+    "test_reads.py",
+    "test_parity.py",
+    "test_shipped.py",
+    "test_inspect.py",
+)
+"""Files of a minute and more, the longest first: begun last, one worker would wait for another."""
+BEGUN = {name: place for place, name in enumerate(LONGEST)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: BEGUN.get(item.path.name, len(BEGUN)))
 
 
 def pytest_collection_finish() -> None:
