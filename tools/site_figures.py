@@ -1,6 +1,7 @@
 """Figures that wear the colours of the page, each for a wide and for a narrow screen."""
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from fastdiff.regression.reports.plots import fitted
 
 WIDTHS = {"wide": 680, "narrow": 330}
 """Pixels: the text of a figure must not shrink with the screen."""
-ROW, FOOT = 40, 42
-"""Pixels of a row, and of the axis below them."""
+ROW, FOOT, LINE = 40, 42, 15
+"""Pixels of a row, of the axis below them, and of a further line of what it says."""
 LETTER = 8.2
 """Pixels of a digit."""
 
@@ -101,16 +102,21 @@ def _figures(
                 axes.set_xlim(0 if from_zero else min(ends), max([*ends, mark]) * 1.02 or 1)
                 axes.xaxis.set_major_locator(MaxNLocator(width // 90))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.6g}"))
-            axes.set_xlabel(unit)
+            axes.set_xlabel("\n".join(_lines(unit, width)))
 
         return draw
 
     drawn = []
     for kind, width in WIDTHS.items():
-        height = ROW * len(rows) + FOOT
-        text = svg.draw(width, height, title, paint(width), (2, 10, 0, FOOT))
+        foot = FOOT + LINE * (len(_lines(unit, width)) - 1)
+        height = ROW * len(rows) + foot
+        text = svg.draw(width, height, title, paint(width), (2, 10, 0, foot))
         drawn.append(f'<div class="{kind}">{_flat(text)}</div>')
     return f'<figure class="plot">{"".join(drawn)}</figure>'
+
+
+def _lines(unit: str, width: int) -> list[str]:
+    return textwrap.wrap(unit, int(width / LETTER))
 
 
 def _flat(text: str) -> str:

@@ -39,7 +39,7 @@ def page(kernel: Kernel, static: dict[str, Any]) -> str:
             _summary(spec.name),
             "## Arguments and result",
             f"::: fastdiff.kernels.{spec.name}.{spec.name}\n"
-            "    options:\n      show_root_heading: false\n      show_root_toc_entry: false",
+            "    options:\n      heading_level: 3\n      show_root_toc_entry: false",
             "## Mathematics in plain torch",
             "The reference that every implementation is held to, in float64:",
             f"```python\n{source(spec)}\n```",
@@ -49,9 +49,7 @@ def page(kernel: Kernel, static: dict[str, Any]) -> str:
             "What tests and `fastdiff inspect` run: sizes of models, then nasty ones. Bytes are the"
             " least that must be read and written with elements of 2 bytes, FLOPs count a"
             " multiply-add as two.",
-            table(
-                ("case", "sizes", "bytes", "FLOP", "FLOP per byte"), map(_case(spec), spec.cases)
-            ),
+            table(CASE, map(_case(spec), spec.cases), words=2),
             "## What the compiler makes of it",
             _static(spec, static),
         ]
@@ -104,7 +102,7 @@ def _case(spec: KernelSpec) -> Any:
     def row(case: Case) -> tuple[str, ...]:
         sizes = ", ".join(f"{name} {value}" for name, value in case.sizes.items())
         moved, flops = spec.bytes(case, HALF), spec.flops(case)
-        return case.name, sizes, amount(moved), amount(flops), f"{flops / moved:.3g}"
+        return case.name, sizes, amount(moved), amount(flops), amount(flops / moved)
 
     return row
 

@@ -15,6 +15,9 @@ from tools.site_kernels import amount, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+OURS = "_kernel"
+"""How the names of our kernels end."""
+BLUE = "blue: kernels of ours"
 MOST = 16
 """Kernels of a figure; the file has them all."""
 VERDICTS = {
@@ -35,7 +38,7 @@ INTRODUCTION = {
 def pages() -> dict[str, str]:
     """A page for each folder of results, by name, and one of all, first."""
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
-    made = {f"measured/{folder.name}.md": _folder(folder) for folder in folders}
+    made = {f"measured/{folder.name}.md": page(folder) for folder in folders}
     return {"measured/index.md": _index(folders)} | made
 
 
@@ -75,7 +78,8 @@ def _index(folders: list[Path]) -> str:
     )
 
 
-def _folder(folder: Path) -> str:
+def page(folder: Path) -> str:
+    """All that is committed in one folder of results."""
     parts = [f"# {folder.name}"]
     if folder.name in INTRODUCTION:
         parts.append(INTRODUCTION[folder.name])
@@ -138,7 +142,7 @@ def _bench(name: str, document: dict[str, Any]) -> str:
 def _graph(name: str, document: dict[str, Any]) -> str:
     rows = sorted(document["rows"], key=lambda row: -row["floor_ms"])
     drawn = [
-        Row(row["kernel"], [row["floor_ms"]], f"{row['launches']} launches", "torch" not in row)
+        Row(row["kernel"], [row["floor_ms"]], f"{row['launches']} launches", _ours(row))
         for row in rows
     ]
     whole = (
@@ -146,7 +150,11 @@ def _graph(name: str, document: dict[str, Any]) -> str:
         f" {amount(document['bytes'])}B, {amount(document['flops'])}FLOP, floor"
         f" {document['floor_ms']:.2f} ms."
     )
-    return whole + "\n\n" + bars(f"{name}: floors by kernel", "ms at the roofline", drawn)
+    return whole + "\n\n" + bars(f"{name}: floors by kernel", f"ms at the roofline; {BLUE}", drawn)
+
+
+def _ours(row: dict[str, Any]) -> bool:
+    return str(row["kernel"]).endswith(OURS)
 
 
 def _roofline(name: str, document: dict[str, Any]) -> str:
@@ -212,19 +220,16 @@ def _compiled(name: str, document: dict[str, Any]) -> str:
 
 
 def _ceilings(name: str, document: dict[str, Any]) -> str:
-    drawn = [
-        Row(row["ceiling"], rates, f"{statistics.median(rates):.4g} T a second")
-        for row in document["rows"]
-        if (rates := [row["work"] / ms / 1e9 for ms in row["samples_ms"]])
-    ]
-    parts = [
-        dots(f"{name}: {row.name}", _rate(row.name), [row]) for row in drawn
-    ]  # a byte and a FLOP have no axis in common
+    parts = []
+    for row in document["rows"]:
+        unit = "TB/s" if row["ceiling"] == "copy" else "TFLOP/s"
+        rates = [row["work"] / ms / 1e9 for ms in row["samples_ms"]]
+        label = f"{statistics.median(rates):.4g} {unit}"
+        title = f"{name}: {row['ceiling']}"
+        parts.append(
+            dots(title, f"{unit}; each dot is a round", [Row(row["ceiling"], rates, label)])
+        )
     return "\n\n".join(parts)
-
-
-def _rate(ceiling: str) -> str:
-    return "TB a second" if ceiling == "copy" else "TFLOP a second"
 
 
 def _profile(name: str, document: dict[str, Any]) -> str:
@@ -233,14 +238,14 @@ def _profile(name: str, document: dict[str, Any]) -> str:
         kernels = sorted(row["kernels"], key=lambda kernel: -kernel["us"])
         busy = sum(kernel["us"] for kernel in kernels) / 1e3
         drawn = [
-            Row(kernel["kernel"], [kernel["us"]], f"{kernel['launches']:.0f} ×")
+            Row(kernel["kernel"], [kernel["us"]], f"{kernel['launches']:.0f} ×", _ours(kernel))
             for kernel in kernels[:MOST]
         ]
         parts.append(
             f"**{row['backend']}**: a step takes {row['step_ms']:.2f} ms, its {len(kernels)}"
             f" kernels {busy:.2f} ms. The {len(drawn)} longest:"
         )
-        parts.append(bars(f"{name}: kernels of {row['backend']}", "µs a step", drawn))
+        parts.append(bars(f"{name}: kernels of {row['backend']}", f"µs a step; {BLUE}", drawn))
     return "\n\n".join(parts)
 
 
