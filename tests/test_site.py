@@ -7,7 +7,6 @@ Leaves screenshots in build/ to look at.
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 ADDED = re.compile(r"`(fastdiff/kernels/limited/\w+\.py)`.*?```python\n(.*?)```", re.S)
-LOOKED_AT = ("index", "design", "pipelines", "faq", "api", "measured/h200", "kernels/attention")
+LOOKED_AT = ("index", "design", "pipelines", "measured/h200", "kernels/attention")
+PATIENCE = 180_000
+"""Milliseconds for a page: others may have the processor."""
 
 
 def blocks(language, page):
@@ -189,18 +190,12 @@ def test_python_of_the_pages_runs():
         assert names["pipe"].unet is not None
 
 
-def test_commands_of_the_first_page_run(tmp_path):
-    """What it says to run; benching is in the README's test."""
-    lines = "".join(blocks("sh", "index.md")).splitlines()
-    assert len(lines) == 3
-    install, generate, bench = lines
-    (name, extra) = re.fullmatch(r"pip install '([\w-]+)\[(\w+)\]'", install).groups()
-    assert (name, extra) == ("fastdiff-engine", "diffusers")
-    assert bench in (ROOT / "README.md").read_text()
-    command = [sys.executable, "-m", *shlex.split(generate)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "car.png").stat().st_size > 1000
+def test_commands_of_the_first_page_are_the_readmes_which_are_run():
+    install, generate, bench = "".join(blocks("sh", "index.md")).splitlines()
+    assert f"\n{install}\n" in (DOCS / "install.md").read_text()
+    readme = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+    for line in (generate, bench):
+        assert f"\n{line} " in readme  # there with more options
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +268,7 @@ def opened(browser, built):
     def tab_of(scheme, width):
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
         contexts.append(context)
+        context.set_default_timeout(PATIENCE)
         tab = context.new_page()
         tab.on("console", lambda message: noise.append(message.text))
         tab.on("pageerror", lambda error: noise.append(str(error)))
@@ -297,8 +293,8 @@ def background(tab):
 def test_every_page_fits_a_phone(opened, built):
     tab_of, go = opened
     tab = tab_of("dark", 390)
-    for path in sorted((built / "site").rglob("*.html")):
-        name = path.relative_to(built / "site").with_suffix("").as_posix()
+    pages = {path.relative_to(built / "site") for path in (built / "site").rglob("*.html")}
+    for name in sorted(page.with_suffix("").as_posix() for page in pages):
         go(tab, name)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390, name
 
@@ -344,4 +340,4 @@ def test_search_works_from_a_folder(opened):
     tab.keyboard.press("/")
     tab.keyboard.type("offload")
     found = tab.get_by_role("link").filter(has_text="CPU offload?").first
-    found.wait_for(timeout=20000)
+    found.wait_for()
