@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 PAGE = (ROOT / "docs/install.md").read_text()
 WORKFLOW = (ROOT / ".github/workflows/wheels.yml").read_text()
-FOR_US = {"train", "test", "dev"}
+FOR_US = {"docs", "train", "test", "dev"}
 
 
 def test_nobody_is_told_to_install_the_other_project():
