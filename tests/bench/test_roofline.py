@@ -193,10 +193,10 @@ def test_what_cannot_be_priced(pipe):
         roofline(torch.nn.Linear(1, 1))
     with pytest.raises(UserError, match="use bfloat16"):
         roofline(copy.deepcopy(pipe).to(torch.float16))
-    clipping = copy.deepcopy(pipe)
-    clipping.scheduler.register_to_config(clip_sample=True)
+    thresholding = copy.deepcopy(pipe)
+    thresholding.scheduler.register_to_config(thresholding=True)
     with pytest.raises(UserError, match="a roofline needs a loop that runs as a plan"):
-        roofline(clipping, steps=2)
+        roofline(thresholding, steps=2)
     with pytest.raises(UserError, match="got 0 steps"):
         roofline(pipe, steps=0)
 
