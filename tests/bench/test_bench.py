@@ -201,7 +201,7 @@ def test_an_extra_that_is_missing_is_one_sentence(tmp_path, capsys, monkeypatch,
     code, document = run_bench(tmp_path, "openvino", "--engines", str(demo_onnx))
     assert (code, document) == (2, None)
     assert re.search(
-        r"--backends openvino cannot run here: backend openvino needs openvino .*; pip install 'fas",
+        r"--backends openvino cannot run here: backend openvino needs openvino .*; pip install 'fa",
         capsys.readouterr().err,
     )
 
