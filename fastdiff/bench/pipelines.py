@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def on_disk(place: Path | str, variant: str | None) -> Path:
     except ImportError:
         raise
     except Exception as error:  # of the hub, of the network, of the files there
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = shorten(str(error), 300, placeholder=" …") or type(error).__name__
         raise UserError(
             f"{place} is not a folder here, and the Hugging Face hub does not give it: {reason}"
         ) from error
