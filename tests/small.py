@@ -109,7 +109,7 @@ def shallow(name):
     two["up_block_types"] = tuple(
         kind.replace("Down", "Up") for kind in reversed(two["down_block_types"])
     )
-    return config | two | {"layers_per_block": 1}
+    return config | two | {"layers_per_block": 1, "transformer_layers_per_block": 1}
 
 
 def unet(name, **more):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command import run
+from covered import covered
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
@@ -90,8 +91,10 @@ def test_what_tells_the_three_apart():
     assert dual == {"sd3": 0, "sd35-medium": 13, "sd35-large": 0}
 
 
-@pytest.mark.parametrize("scale", [1e-6, 0.01, 0.03, 0.1, 0.25, 1 / 3, 0.5, 0.77, 0.999, 1])
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    covered(PUBLISHED, [1e-6, 0.01, 0.03, 0.1, 0.25, 1 / 3, 0.5, 0.77, 0.999, 1], together=1),
+)
 def test_any_scale_has_sizes_that_fit_together(name, scale):
     """A step of the network as diffusers calls it, without memory, and the VAE after it."""
     cls, config = PRESETS[name].network(scale)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from command import environment, run
+from covered import covered
 
 from fastdiff.bench import specialisations
 from fastdiff.bench.specialisations import MOST, PIPELINES, counted
@@ -22,8 +23,7 @@ print(len(found), len(hashes))
 """
 
 
-@pytest.mark.parametrize("arch", SMS)
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize(("pipeline", "arch"), covered(PIPELINES, SMS, together=1))
 def test_a_pipeline_needs_few_kernels(pipeline, arch):
     """SD1.5 needed 76, of which 45 were GroupNorm's, SDXL 55."""
     kernels = counted(pipeline, arch, torch.float16)

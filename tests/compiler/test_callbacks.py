@@ -6,6 +6,7 @@ import functools
 import diffusers
 import pytest
 import torch
+from covered import covered
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
@@ -186,9 +187,14 @@ def compare(pipe, edit, when, **options):
 
 
 @pytest.mark.filterwarnings("ignore:fastdiff. unet runs eagerly")
-@pytest.mark.parametrize("when", range(STEPS))
 @pytest.mark.parametrize(
-    ("edit", "reason"), FINISHED, ids=lambda value: getattr(value, "__name__", "")
+    ("edit", "reason", "when"),
+    covered(
+        [pytest.param(*row, id=f"{row[0].__name__}-{i}") for i, row in enumerate(FINISHED)],
+        range(STEPS),
+        together=1,
+        always=lambda edit, reason, when: when == 1,  # after steps of the plan, before diffusers'
+    ),
 )
 def test_what_no_plan_can_follow_is_finished_by_diffusers(pipe, edit, reason, when):
     _, loop = compare(pipe, edit, when)

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from covered import covered
 from diffusers import (
     AutoencoderKL,
     StableDiffusionPipeline,
@@ -45,7 +46,10 @@ SCHEDULERS = [
     ("TCDScheduler", {}, 1e-10),
     ("SASolverScheduler", {}, 1e-10),
 ]
-IDS = [name + ",".join(f"-{v}" for v in options.values()) for name, options, _ in SCHEDULERS]
+NAMED = [
+    pytest.param(name, options, allowed, id=name + ",".join(f"-{v}" for v in options.values()))
+    for name, options, allowed in SCHEDULERS
+]
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +119,11 @@ def planned(pipe):
     return "own loop" not in loops(pipe).why
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("name", "options", "allowed"), SCHEDULERS, ids=IDS)
+@pytest.mark.parametrize(
+    ("name", "options", "allowed", "prediction"),
+    # runtime/test_schedulers.py holds every table to its scheduler, whatever is predicted
+    covered(NAMED, ["epsilon", "v_prediction"], together=1),
+)
 def test_float64_latents_follow_every_scheduler(pipe, name, options, allowed, prediction):
     config = {**BETAS, **options, "prediction_type": prediction}
     torch.manual_seed(4)

@@ -9,9 +9,21 @@ from edits import KINDS, TABLE
 from edits.sequences import alone, drawn_at_random, first_fault
 
 NUMBERS = range(300)
+FAST = 60
+"""How many of them `make test` runs; the others are the same at other draws."""
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"sequence-{number}")
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(
+            number,
+            id=f"sequence-{number}",
+            marks=[pytest.mark.product] if number >= FAST else [],
+        )
+        for number in NUMBERS
+    ],
+)
 def test_random_edits(number):
     """After each edit the compiled pipeline draws, raises and saves what the eager one does."""
     sequence = drawn_at_random(number)

@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from covered import covered
 from diffusers import (
     StableDiffusion3ControlNetInpaintingPipeline,
     StableDiffusion3ControlNetPipeline,
@@ -331,9 +332,9 @@ LEFT = {
 
 
 @pytest.mark.filterwarnings("ignore:fastdiff. transformer runs eagerly:RuntimeWarning")
-@pytest.mark.parametrize("when", [0, 1])
-@pytest.mark.parametrize("name", [*EDITS, *LEFT])
-@pytest.mark.parametrize("pipeline", ["text", "picture"])
+@pytest.mark.parametrize(
+    ("name", "pipeline", "when"), covered([*EDITS, *LEFT], ["text", "picture"], [0, 1])
+)
 def test_what_callbacks_change(components_sd3, picture, pipeline, name, when):
     if pipeline == "text":
         pipe, given = StableDiffusion3Pipeline(**components_sd3()), {}

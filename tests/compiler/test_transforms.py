@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from covered import covered
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
@@ -31,7 +32,10 @@ class Of(nn.Module):
         return self.call(self.net, x)
 
 
-@pytest.fixture(params=["unet", "decoder", "encoder", "controlnet"])
+NETWORKS = ["unet", "decoder", "encoder", "controlnet"]
+
+
+@pytest.fixture(params=NETWORKS)
 def networks(request, components):
     """A network of diffusers, ours, the slot of ours, and what they are called with."""
     parts = components(dtype=torch.float32)
@@ -193,7 +197,20 @@ EAGER = {
 }
 
 
-@pytest.mark.parametrize("transform", EAGER.values(), ids=EAGER)
+SLOW = (hessian, dynamo, exported, exported_strictly)
+"""Seconds each: one network is enough for `make test`, as they all have the same slot."""
+
+
+@pytest.mark.parametrize(
+    ("networks", "transform"),
+    covered(
+        NETWORKS,
+        [pytest.param(transform, id=name) for name, transform in EAGER.items()],
+        together=1,
+        always=lambda network, transform: transform not in SLOW,
+    ),
+    indirect=["networks"],
+)
 def test_a_transform_sees_diffusers_own_call(networks, transform):
     theirs, ours, slot, x = networks
     want = transform(theirs, x)

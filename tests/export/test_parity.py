@@ -148,10 +148,17 @@ def module_of(node):
     return json.loads(scopes.replace("'", '"'))[-2].removeprefix("net.")
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(slice(1), id="one"),
+        pytest.param(slice(1, 4), id="three more", marks=pytest.mark.product),
+    ],
+)
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_the_very_node_is_named(exported, plant):
+def test_the_very_node_is_named(exported, plant, chosen):
     found = candidates(exported.model, plant, PLANTED[plant])
-    for index in np.random.default_rng(7).choice(found, 4):  # at any depth
+    for index in np.random.default_rng(7).choice(found, 4)[chosen]:  # at any depth
         model = exported.model
         node = model.graph.node[index]
         kind = node.op_type

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from small import NETWORKS, SD15, inputs_for
+from small import NETWORKS, SD15, inputs_for, shallow
 
 from fastdiff.kernels.dispatch import all_kernels
 from fastdiff.models import Loan, blocks, borrow, borrow_decoder, borrow_encoder, borrow_unet, sums
@@ -73,8 +73,15 @@ def test_unet_in_half_precision(as_on_a_gpu, budget):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_unet_of_triton_kernels(dtype, in_triton, budget):
-    hold_unet(budget, SD15, (16, 16), dtype)
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        pytest.param(shallow("sd15"), (8, 12), id="two blocks"),
+        pytest.param(SD15, (16, 16), id="all blocks", marks=pytest.mark.product),
+    ],
+)
+def test_unet_of_triton_kernels(config, shape, dtype, in_triton, budget):
+    hold_unet(budget, config, shape, dtype)
 
 
 def autoencoder():

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from covered import covered
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from diffusers.models.attention_processor import (
     FusedJointAttnProcessor2_0,
@@ -142,18 +143,16 @@ def hold(module, latents, given, copies=1, times=TIMES, network=None):
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "shape", "dtype"), covered(KINDS, SHAPES, DTYPES))
 def test_predictions(kind, shape, dtype):
     batch, *sides = shape
     latents = torch.randn(batch, 4, *sides).to(dtype)
     hold(transformer(kind, dtype), latents, conditions(batch, dtype))
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "batch", "dtype"), covered(KINDS, [1, 3], [*DTYPES, torch.float16])
+)
 def test_guidance(kind, batch, dtype):
     latents = torch.randn(batch, 4, 12, 8).to(dtype)
     hold(transformer(kind, dtype), latents, conditions(2 * batch, dtype), copies=2)
@@ -272,9 +271,10 @@ def controlled(kind, dtype=torch.float32, **more):
     return noisy(SD3ControlNetModel(**config)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("positions", [True, False])
-@pytest.mark.parametrize("kind", [*KINDS, "sd35-large, its own"])
+@pytest.mark.parametrize(
+    ("kind", "positions", "dtype"),
+    covered([*KINDS, "sd35-large, its own"], [True, False], DTYPES),
+)
 def test_controlnet(kind, positions, dtype):
     module = controlled(kind, dtype)
     patched = module.pos_embed is not None

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from covered import covered
 from diffusers import AutoencoderKL
 from torch.nn.functional import group_norm, silu
 from torch.utils._pytree import tree_leaves
@@ -61,9 +62,10 @@ def in_strips(decoder, share):
     return run
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "full"])
+@pytest.mark.parametrize(
+    ("name", "shape", "share"),
+    covered([name for name in DECODERS if name != "full"], SHAPES, SHARES),
+)
 def test_strips_are_the_picture(name, shape, share, budget):
     vae = autoencoder(name)
     eager = copy.deepcopy(vae.decoder)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from covered import covered
 from regression import synthetic
 
 from fastdiff.regression import history
@@ -120,9 +121,14 @@ def opened(browser, pages):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 981, 761, 420, 320])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["report", "hostile", "history", "nothing"])
+@pytest.mark.parametrize(
+    ("name", "scheme", "width"),
+    covered(
+        ["report", "hostile", "history", "nothing"],
+        ["light", "dark"],
+        [1280, 981, 761, 420, 320],
+    ),
+)
 def test_readable(opened, name, scheme, width):
     tab = opened(name, scheme, width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from covered import covered
 
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.runtime import schedulers
@@ -42,7 +43,10 @@ SCHEDULERS = [
     ("TCDScheduler", {}),
     ("SASolverScheduler", {}),
 ]
-IDS = [name + ",".join(f"-{v}" for v in options.values()) for name, options in SCHEDULERS]
+NAMED = [
+    pytest.param(name, options, id=name + ",".join(f"-{v}" for v in options.values()))
+    for name, options in SCHEDULERS
+]
 FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 NAMES = sorted({name for name, _ in SCHEDULERS})
 ALWAYS = {"clip_sample": False, "skip_prk_steps": True, "lower_order_final": True}
@@ -128,8 +132,10 @@ def assert_follows_or_cannot_run(scheduler, timesteps=None, **options):
         assert not want.isfinite().all(), "it runs, but was refused"
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("name", "options"), SCHEDULERS, ids=IDS)
+@pytest.mark.parametrize(
+    ("name", "options", "prediction"),
+    covered(NAMED, ["epsilon", "v_prediction"], together=1),
+)
 def test_table_follows_the_scheduler(name, options, prediction):
     scheduler = make(name, **options, prediction_type=prediction)
     for steps in (4, 25, 50):
