@@ -163,7 +163,7 @@ def test_everything_read_is_watched(compiled, each):
                 a.shape != b.shape or not torch.allclose(a, b, atol=1e-3)
                 for a, b in zip(wanted, before, strict=True)
             )
-    assert moved > 20
+    assert moved > 20 // each
     fast = slot.fast
     net(*given, **options)
     assert slot.fast == fast + 1, slot.refused
