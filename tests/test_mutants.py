@@ -94,7 +94,7 @@ def test_who_found_what(tree, tmp_path, capsys):
     again = ["--only", "unseen", "--json", str(rows), "--out", str(page)]
     assert mutants.main(again, tree) == 0
     text = page.read_text()
-    assert "2 of 2 are found" in text
+    assert "Of 2 faults 2 are found, 0 survive, 0 were not planted." in text
     assert "| unseen | sums.py | `test_sums.py::test_times` |" in text
     assert "| sum | sums.py | `test_sums.py::test_add` |" in text
     assert (tree / "sums.py").read_text() == SUMS

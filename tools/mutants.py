@@ -26,7 +26,7 @@ import tempfile
 import time
 import tomllib
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,7 +165,9 @@ class Copy:
         asks.flush()
         code: int | None = None
         if select.select([answers], [], [], LIMIT_S)[0]:
-            code = int(answers.readline())
+            if not (answer := answers.readline()):
+                raise UserError(f"{self.python} does not run pytest; install fastdiff[test] here")
+            code = int(answer)
         else:
             os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait()
@@ -180,6 +182,7 @@ class Copy:
             env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # of imports alone
             text=True,
             process_group=0,  # so that all that it starts can be ended
         )
@@ -197,6 +200,8 @@ class Copy:
         build = str(self._folder / "build")
         options = [
             "-DFASTDIFF_ONE_ISA=ON",
+            "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+            "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF",
             f"-Dpybind11_DIR={pybind11.strip()}",
             f"-DPython_EXECUTABLE={self.python}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={self.tree / 'fastdiff'}",
@@ -278,9 +283,10 @@ def _finder(mutant: Mutant, code: int | None, out: str) -> str | None:
     raise UserError(f"{mutant.name}: pytest exited with {code}:\n{out[-2000:]}")
 
 
-def markdown(rows: Sequence[Found]) -> str:
-    """The table as a page."""
-    survived = [row for row in rows if row.test is None]
+def markdown(mutants: Sequence[Mutant], rows: Mapping[str, Found]) -> str:
+    """The table as a page; `rows` by the fault's name."""
+    found = sum(row.test is not None for row in rows.values())
+    survived, left = len(rows) - found, len(mutants) - len(rows)
     lines = [
         "# Planted faults",
         "",
@@ -288,14 +294,17 @@ def markdown(rows: Sequence[Found]) -> str:
         "tests of the fast suite that are to find it, which all pass without the fault. What each",
         f"fault changes stands in {TABLE}.",
         "",
-        f"{len(rows) - len(survived)} of {len(rows)} are found.",
+        f"Of {len(mutants)} faults {found} are found, {survived} survive, {left} were not planted.",
         "",
         "| fault | in | found by | seconds |",
         "|---|---|---|---|",
     ]
-    for row in rows:
-        by = "**nothing**" if row.test is None else f"`{row.test}`".replace("|", "\\|")
-        lines.append(f"| {row.mutant} | {row.file} | {by} | {row.seconds:.0f} |")
+    for mutant in mutants:
+        by, seconds = "not planted", ""
+        if row := rows.get(mutant.name):
+            by = "**nothing**" if row.test is None else f"`{row.test}`".replace("|", "\\|")
+            seconds = f"{row.seconds:.0f}"
+        lines.append(f"| {mutant.name} | {mutant.file} | {by} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 
@@ -336,12 +345,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             planted.append(found)
             print(f"{found.mutant}: {found.test or 'SURVIVED'}, {found.seconds:.0f} s", flush=True)
             rows[found.mutant] = found
-            whole = [rows[name] for name in names if name in rows]
+            rows = {name: rows[name] for name in names if name in rows}
             if asked.json:
-                document = {"schema": SCHEMA, "rows": [asdict(row) for row in whole]}
+                document = {"schema": SCHEMA, "rows": [asdict(row) for row in rows.values()]}
                 write_text(asked.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
             if asked.out:
-                write_text(asked.out, markdown(whole))
+                write_text(asked.out, markdown(mutants, rows))
     return 1 if any(found.test is None for found in planted) else 0
 
 
