@@ -30,7 +30,7 @@ def draw(prompt: str, seed: float, steps: float) -> tuple[Image, str]:
 page = gr.Interface(
     draw,
     [gr.Textbox("red heart"), gr.Number(0, label="seed"), gr.Slider(1, 50, 25, step=1)],
-    [gr.Image(), gr.Textbox(label="seconds and report", lines=12)],
+    [gr.Image(format="png"), gr.Textbox(label="seconds and report", lines=12)],
     title="fastdiff",
     api_name="draw",
 )
