@@ -24,6 +24,10 @@ DOCS = ROOT / "docs"
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 ADDED = re.compile(r"`(fastdiff/kernels/limited/\w+\.py)`.*?```python\n(.*?)```", re.S)
 LOOKED_AT = ("index", "design", "pipelines", "measured/h200", "kernels/attention")
+DRAWN = ("design", "measured/h200")
+INKS = """[...document.querySelectorAll("figure text")].map(text => getComputedStyle(text).fill)"""
+INK = {"light": "rgb(28, 30, 33)", "dark": "rgb(232, 234, 237)"}
+"""Of drawings and figures, which wear the page's colours."""
 PATIENCE = 180_000
 """Milliseconds for a page: others may have the processor."""
 
@@ -312,24 +316,12 @@ def test_pages_to_look_at(opened, scheme, width):
         go(tab, name)
         light = sum(map(int, re.findall(r"\d+", background(tab))[:3])) > 3 * 128
         assert light == (scheme == "light"), name
+        inks = tab.evaluate(INKS)
+        assert (INK[scheme] in inks) == (name in DRAWN), name
+        assert "rgb(0, 0, 0)" not in inks, name
         tab.screenshot(
             path=folder / f"{name.replace('/', '-')}-{scheme}-{width}.png", full_page=True
         )
-
-
-@pytest.mark.browser
-def test_figures_wear_the_colours_of_the_page(opened):
-    tab_of, go = opened
-    inks = {"light": "rgb(28, 30, 33)", "dark": "rgb(232, 234, 237)"}
-    for scheme, ink in inks.items():
-        tab = tab_of(scheme, 1280)
-        for name, texts in (("design", ".drawing text"), ("measured/h200", ".plot text")):
-            go(tab, name)
-            found = tab.evaluate(
-                f'[...document.querySelectorAll("{texts}")].map(t => getComputedStyle(t).fill)'
-            )
-            assert ink in found, (name, scheme)
-            assert "rgb(0, 0, 0)" not in found, (name, scheme)
 
 
 @pytest.mark.browser
