@@ -15,6 +15,8 @@ from fastdiff import _C
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent / "docs/add-a-network.md").read_text()
+# 13 s; each thing it looks at is tested with the networks that are here.
+pytestmark = pytest.mark.product
 FILE = re.compile(r"`(fastdiff/\w+/quilt\.py)`.*?```python\n(.*?)```", re.S)
 
 

@@ -201,6 +201,8 @@ def test_what_cannot_be_priced(pipe):
         roofline(pipe, steps=0)
 
 
+# 10 s and 2 GB; test_graph.py holds the FLOPs of the same step to diffusers' own.
+@pytest.mark.product
 def test_full_size_sd15():
     """1.61 TFLOP by count of the architecture, less what is hoisted or shared by both halves."""
     pipe = presets.build("sd15", 1.0, torch.bfloat16, "cpu")

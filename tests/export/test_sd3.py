@@ -238,6 +238,8 @@ def test_engines_take_what_a_pipeline_gives(tmp_path):
     assert best == STATIC
 
 
+# 15 s; test_trt.py builds a U-Net's, and what is asked of the builder is told by the dry run above.
+@pytest.mark.product
 @pytest.mark.parametrize("folder", ["transformer", "text_encoder_3"])
 def test_an_engine_is_built_for_real(pipe, tmp_path, folder):
     """In half precision, at any sides from one patch on."""
