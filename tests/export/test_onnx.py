@@ -15,6 +15,7 @@ from command import run, run_json
 from diffusers import SD3Transformer2DModel
 
 from fastdiff.bench import presets
+from fastdiff.bench.preset_unet import UNetPreset
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
 from fastdiff.export import onnx as exporter
@@ -24,18 +25,33 @@ from fastdiff.export.parts import parts
 from fastdiff.families import family
 
 FILES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-SMALL = {  # the architectures at a tenth of their widths, with the fewest layers that repeat
-    "sd15": replace(presets.SD15, texts=(replace(presets.SD15.texts[0], layers=2),)),
-    "sdxl": replace(
-        presets.SDXL,
-        depth=(1, 1, 2),
-        texts=tuple(replace(text, layers=2) for text in presets.SDXL.texts),
-    ),
-}
+
+
+class Shallow(UNetPreset):
+    """An architecture with the fewest layers that repeat."""
+
+    def __init__(self, preset, **changed):
+        texts = tuple(replace(text, layers=2) for text in preset.texts)
+        super().__init__(**vars(preset) | {"texts": texts} | changed)
+
+    def network(self, scale):
+        cls, config = super().network(scale)
+        return cls, config | {"layers_per_block": 1}
+
+    def autoencoder(self, scale):
+        return super().autoencoder(scale) | {"layers_per_block": 1}
+
+
+SMALL = {"sd15": Shallow(presets.SD15), "sdxl": Shallow(presets.SDXL, depth=(1, 1, 2))}
 SCALE = 0.1
+"""Of the widths."""
 
 
-@pytest.fixture(scope="session", params=["demo", "sd15", "sdxl"])
+@pytest.fixture(
+    scope="session",
+    # the demo is Stable Diffusion 1.5 but for its sizes
+    params=["demo", pytest.param("sd15", marks=pytest.mark.product), "sdxl"],
+)
 def exported(request, export_onnx):
     if request.param == "demo":
         return request.getfixturevalue("demo_export")

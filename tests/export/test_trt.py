@@ -16,7 +16,9 @@ import pytest
 import tensorrt_rtx
 import torch
 from command import run, run_json
+from diffusers import UNet2DConditionModel
 from disks import small_disk
+from small import TINY
 
 import fastdiff
 from fastdiff.bench.progress import phases, status
@@ -29,7 +31,7 @@ from fastdiff.export.parts import parts
 from fastdiff.families import family, settings
 
 TARGETS = ("sm_89", "sm_120")
-PROFILES = {  # of the demo: 64 pixels, 4 to a latent, a text of 24 tokens; guidance doubles
+PROFILES = {  # as of the demo: 64 pixels, 4 to a latent, a text of 24 tokens; guidance doubles
     "text_encoder": {"input_ids": ([1, 24], [2, 24], [4, 24])},
     "unet": {
         "sample": ([1, 4, 8, 8], [2, 4, 16, 16], [4, 4, 24, 24]),
@@ -62,20 +64,33 @@ def int64s(shape):
 
 
 @pytest.fixture(scope="session")
-def demo_half():
-    return fastdiff.load_demo(torch.float16)
+def small_half():
+    """The demo with a U-Net of two levels, which is exported and built in a third of the time."""
+    pipe = fastdiff.load_demo(torch.float16)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**TINY | {"sample_size": 16, "cross_attention_dim": 128})
+    pipe.unet = unet.eval().half()
+    return pipe
 
 
 @pytest.fixture(scope="session")
-def networks(demo_half):
-    return parts(demo_half, torch.float16)
+def small_folder(small_half, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "pipe"
+    small_half.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def networks(small_half):
+    return parts(small_half, torch.float16)
+
+
+@pytest.fixture(scope="session")
+def built(small_folder, tmp_path_factory):
     """The folder that the command line writes, and its JSON."""
     out = tmp_path_factory.mktemp("trt") / "out"
-    code, told, _ = run_json("export", "--trt", "--out", out, "--target", ",".join(TARGETS))
+    targets = ",".join(TARGETS)
+    code, told, _ = run_json("export", small_folder, "--trt", "--out", out, "--target", targets)
     assert code == 0
     return SimpleNamespace(out=out, document=told)
 
@@ -175,10 +190,10 @@ def test_the_command_prints_its_manifests(built):
         assert json.loads(file.read_text()) == row
 
 
-def test_dry_run_tells_the_same_and_writes_nothing(built, tmp_path):
-    out = tmp_path / "out"
+def test_dry_run_tells_the_same_and_writes_nothing(built, small_folder, tmp_path):
+    out = ("--trt", "--out", tmp_path / "out")
     code, told, _ = run_json(
-        "export", "--trt", "--out", out, "--target", ",".join(TARGETS), "--dry-run"
+        "export", small_folder, *out, "--target", ",".join(TARGETS), "--dry-run"
     )
     assert code == 0
     rows = told["engines"]
@@ -285,10 +300,10 @@ def test_static_and_given_shapes(networks):
     )
 
 
+# 12 s; test_onnx.py exports the same inputs in float32, and all else is as of the U-Net above.
+@pytest.mark.product
 def test_the_inputs_of_sdxl_in_half(tmp_path):
     """Its time_ids go through sines and are then joined to the text, which is in half."""
-    from diffusers import UNet2DConditionModel
-
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -408,7 +423,7 @@ def premade(encoder, monkeypatch):
     return builder.Request("rtx", TARGETS, shapes.parse(None, "1x32x32"), exporter.TRT_OPSET)
 
 
-def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, demo_half, premade, tmp_path):
+def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, small_half, premade, tmp_path):
     before, steps = signal.getsignal(signal.SIGINT), []
 
     def step(phase):
@@ -419,7 +434,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, demo_half, premade, tmp
     watch = SimpleNamespace(start=SILENT.start, step=step, finish=SILENT.finish)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        builder.export(demo_half, (encoder.part,), out, premade, lambda line: None, watch)
+        builder.export(small_half, (encoder.part,), out, premade, lambda line: None, watch)
     assert len(steps) < 10  # of hundreds
     assert signal.getsignal(signal.SIGINT) is before
     assert list(tmp_path.iterdir()) == []
@@ -490,6 +505,8 @@ assert [path.name for path in out.parent.iterdir()] == [out.name]
 """
 
 
+# 20 s; test_ctrl_c_ends_a_build_and_leaves_nothing ends one build at one moment.
+@pytest.mark.product
 def test_a_killed_build_leaves_nothing_that_loads(encoder, tmp_path):
     (tmp_path / "place").mkdir()
     arguments = (encoder.folder / "vae_encoder", tmp_path / "place/out")
