@@ -77,6 +77,15 @@ def test_a_kernels_page_holds_its_contract(page):
         assert site_kernels.source(kernel.spec).count("def ") >= 1
 
 
+def test_a_file_of_the_repository_becomes_a_page_and_a_folder_plain_text(tmp_path):
+    text = "[a](../.github/workflows/docs.yml#x), [b](../tests), [c](faq.md), `[d](../tests)`"
+    made = site_build.prepared(text, Path("page.md"), tmp_path)
+    assert made.startswith("[a](files/github/workflows/docs.yml.md#x), b, [c](faq.md)")
+    page = (tmp_path / "files/github/workflows/docs.yml.md").read_text()
+    assert "# `.github/workflows/docs.yml`" in page
+    assert (ROOT / ".github/workflows/docs.yml").read_text().strip() in page
+
+
 def test_amounts():
     said = [site_kernels.amount(number) for number in (0, 7, 999, 1000, 83_321_903, 1.5588e12)]
     assert said == ["0", "7", "999", "1 k", "83.3 M", "1.56 T"]

@@ -28,7 +28,7 @@ OUT = ROOT / "build"
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
 DRAWING = re.compile(r"^!\[([^\]]+)\]\((drawings/[\w-]+\.svg)\)$", re.M)
 FENCE = re.compile(r"^(`{3,}).*?^\1$", re.M | re.S)
-LEXERS = {".py": "python", ".md": "markdown", ".txt": "text"}
+LEXERS = {".py": "python", ".md": "markdown", ".txt": "text", ".yml": "yaml"}
 
 
 def main() -> None:
@@ -126,15 +126,16 @@ def prepared(text: str, page: Path, pages: Path) -> str:
 def shown(source: Path, pages: Path) -> str:
     """Write a file of the repository as a page; its name. Pictures and data stay as they are."""
     relative = source.relative_to(ROOT)
+    name = "/".join(["files", *(part.lstrip(".") for part in relative.parts)])  # hidden ones too
     if source.suffix not in LEXERS:
-        (pages / "files" / relative.parent).mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, pages / "files" / relative)
-        return f"files/{relative}"
+        (pages / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, pages / name)
+        return name
     text = source.read_text("utf-8")
     fence = "`" * (1 + max(map(len, ["``", *re.findall("`+", text)])))
     body = f"# `{relative}`\n\n{fence}{LEXERS[source.suffix]}\n{text.rstrip()}\n{fence}\n"
-    write(pages / "files" / f"{relative}.md", f"---\nsearch:\n  exclude: true\n---\n\n{body}")
-    return f"files/{relative}.md"
+    write(pages / f"{name}.md", f"---\nsearch:\n  exclude: true\n---\n\n{body}")
+    return f"{name}.md"
 
 
 def inline(drawing: Path, title: str) -> str:
