@@ -88,7 +88,7 @@ def sdxl(tmp_path_factory):
     return warm(tmp_path_factory.mktemp("warm") / "sdxl", "--preset", "sdxl", "--arch", str(ARCH))
 
 
-@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+@pytest.mark.parametrize("preset", ["sd15", pytest.param("sdxl", marks=pytest.mark.product)])
 def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(preset, tmp_path, request):
     """Triton's own launcher starts every planned launch, on a driver that starts nothing."""
     folder = request.getfixturevalue(preset)
