@@ -29,6 +29,8 @@ VERDICTS = {
 INTRODUCTION = {
     "graph": "What a GPU is asked for before sums waited for norms, counted on tensors without"
     " memory. The present counts are in `benchmarks/static`.",
+    "mutants": "Faults that `python -m tools.mutants` plants in a copy of the tree, and the test of"
+    " `make test` that finds each.",
     "roofline": "What each block of a picture must take at least on an H200: arithmetic on counts,"
     " not a measurement.",
     "static": "What Triton makes of every case of every kernel, compiled without a GPU.",
@@ -267,8 +269,17 @@ def _run(name: str, document: dict[str, Any]) -> str:
     return bars(f"{name}: seconds", "seconds", drawn)
 
 
+def _mutants(name: str, document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    found = sum(row["test"] is not None for row in rows)
+    cells = [(row["mutant"], row["file"], row["test"] or "nothing", row["seconds"]) for row in rows]
+    told = f"{found} of the {len(rows)} faults that were planted are found."
+    return told + "\n\n" + table(("fault", "in", "found by", "seconds"), cells, words=3)
+
+
 KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "fastdiff.bench/1": _bench,
+    "fastdiff.mutants/1": _mutants,
     "fastdiff.graph/1": _graph,
     "fastdiff.roofline/1": _roofline,
     "fastdiff.static/1": _compiled,
