@@ -34,6 +34,7 @@ def seen(tmp_path_factory):
         (folder / name).write_text(text)
     recipes = folder / "fastdiff/recipes.py"
     recipes.write_text(with_row(recipes.read_text()))
+    shutil.copy(HERE / "logged.py", folder)
     shutil.copy(HERE / "quilt.py", folder)
     shutil.copy(HERE / "add_a_network.py", folder)
     # without site: an editable install would put its own fastdiff before the copy

@@ -166,7 +166,9 @@ class Copy:
         code: int | None = None
         if select.select([answers], [], [], LIMIT_S)[0]:
             if not (answer := answers.readline()):
-                raise UserError(f"{self.python} does not run pytest; install fastdiff[test] here")
+                raise UserError(
+                    f"{self.python} does not run pytest; install fastdiff-engine[test] here"
+                )
             code = int(answer)
         else:
             os.killpg(self._server.pid, signal.SIGKILL)

@@ -131,13 +131,7 @@ def test_xl_exports_itself(components, backend):
 
 
 def test_float16_that_overflows_goes_on_in_float32(components):
-    one_level = {
-        "block_out_channels": (32,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    }
-    parts = components(dtype=torch.float32, unet=one_level)
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**components(dtype=torch.float32), requires_safety_checker=False)
     with torch.no_grad():
         pipe.unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
     exact = draw(copy.deepcopy(pipe))

@@ -424,7 +424,9 @@ def premade(encoder, monkeypatch):
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, small_half, premade, tmp_path):
-    before, steps = signal.getsignal(signal.SIGINT), []
+    # a shell that starts the tests in the background has them ignore it
+    own, before, steps = signal.getsignal(signal.SIGINT), signal.default_int_handler, []
+    signal.signal(signal.SIGINT, before)
 
     def step(phase):
         steps.append(phase)
@@ -433,10 +435,13 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, small_half, premade, tm
 
     watch = SimpleNamespace(start=SILENT.start, step=step, finish=SILENT.finish)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        builder.export(small_half, (encoder.part,), out, premade, lambda line: None, watch)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            builder.export(small_half, (encoder.part,), out, premade, lambda line: None, watch)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, own)
     assert len(steps) < 10  # of hundreds
-    assert signal.getsignal(signal.SIGINT) is before
     assert list(tmp_path.iterdir()) == []
 
 
