@@ -38,17 +38,19 @@ class Clipped:
         """[n] the deviation of random samples from these steps, relative to their terms.
 
         Args:
-            trajectory: the result of `trajectory.run` for the samples.
-            vectors: [R, 3n, P] the `known` that it was run with.
+            trajectory: the result of `trajectory.run`, which ends in those samples.
+            vectors: [R, 3n, P] the last of the `known` that it was run with.
         """
         _, outputs, noises = vectors.chunk(3, dim=1)
-        x = trajectory.samples
+        x, results = (
+            values[-len(vectors) :] for values in (trajectory.samples, trajectory.results)
+        )
         a, b, d, p, q, r = (
             each[:, None] for each in (self.a, self.b, self.d, self.p, self.q, self.r)
         )
         clipped = (p * x + q * outputs).clamp(-r, r)
         terms = torch.stack([a * x, b * outputs, d * noises, clipped])
-        found = (trajectory.results - terms.sum(0)).abs().amax((0, 2))
+        found = (results - terms.sum(0)).abs().amax((0, 2))
         return found / terms.abs().amax((0, 1, 3))
 
 

@@ -252,8 +252,10 @@ def _clipped(
     step = read(run(scheduler, timesteps, step_options, points(count), apart=True))
     # far beyond the clipping range, and about as large as it
     within = torch.cat([vectors[4:], vectors[4:] / SPREAD])
-    for known in (vectors, within):
-        made = run(scheduler, timesteps, step_options, known)
+    for known, made in (
+        (vectors, trajectory),
+        (within, run(scheduler, timesteps, step_options, within)),
+    ):
         if not float(step.misses(made, known.flatten(2)).max()) <= ALLOWED:
             return None
     return Table(
