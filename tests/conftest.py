@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from browsers import browser  # noqa: F401  a fixture
 from exports import demo_export, demo_onnx, export_onnx  # noqa: F401  fixtures
 from interpreter import mend
 from logged import as_warnings

@@ -55,6 +55,17 @@ TINY = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 """The smallest with all that a U-Net has: a call of it takes milliseconds."""
+ONE_LEVEL = {
+    "sample_size": 8,
+    "block_out_channels": (16,),
+    "attention_head_dim": 2,
+    "cross_attention_dim": 24,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+"""A U-Net that never halves its picture, with as few layers as one can have."""
 
 
 SD3 = {

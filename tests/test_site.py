@@ -5,7 +5,6 @@ Leaves screenshots in build/ to look at.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ from tools import site_build, site_kernels, site_measured
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 ADDED = re.compile(r"`(fastdiff/kernels/limited/\w+\.py)`.*?```python\n(.*?)```", re.S)
 LOOKED_AT = ("index", "design", "pipelines", "measured/h200", "kernels/attention")
 DRAWN = ("design", "measured/h200")
@@ -255,21 +253,6 @@ def test_the_kernel_of_the_page_passes_the_tests_of_all_kernels(added):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4, done.stdout
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        why = f"{CHROMIUM} is not there: install Debian's chromium, or say where with CHROMIUM"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as library:
-        chromium = library.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

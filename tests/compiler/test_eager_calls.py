@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from small import ONE_LEVEL
 
 import fastdiff
 
@@ -11,16 +12,7 @@ import fastdiff
 def net():
     """A U-Net of one level, so that one mask fits every self-attention."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    ).eval()
+    return UNet2DConditionModel(**ONE_LEVEL).eval()
 
 
 def call(net, **options):

@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
+from small import ONE_LEVEL
 
 import fastdiff
 from fastdiff.bench.presets import build
@@ -127,16 +128,7 @@ def planned(pipe):
 def test_float64_latents_follow_every_scheduler(pipe, name, options, allowed, prediction):
     config = {**BETAS, **options, "prediction_type": prediction}
     torch.manual_seed(4)
-    pipe.unet = UNet2DConditionModel(  # 6,000 steps: as few layers as a U-Net can have
-        sample_size=8,
-        block_out_channels=(16,),
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-    ).eval()
+    pipe.unet = UNet2DConditionModel(**ONE_LEVEL).eval()  # as few layers as can be: 6,000 steps
     pipe.to(torch.float64)
     pipe.scheduler = getattr(diffusers, name).from_config(config)
     plan = fastdiff.compile(copy.deepcopy(pipe))

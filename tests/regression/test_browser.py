@@ -3,7 +3,6 @@
 Leaves screenshots in build/ to look at.
 """
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from fastdiff.regression import history
 from fastdiff.regression.reports.page import history_page, page
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 CONTRAST = 4.5  # WCAG 2.2, 1.4.3, level AA
 
 # Of every text, HTML's and SVG's, against the nearest background that is not transparent.
@@ -61,21 +59,6 @@ SMALLEST = """() => Math.min(...[...document.querySelectorAll("svg text")]
 # Strokes and fills of what is drawn, which a wrong variable would leave black in both schemes.
 DRAWN = """() => [...new Set([...document.querySelectorAll("svg path, svg use")]
   .map(node => getComputedStyle(node)).flatMap(style => [style.fill, style.stroke]))]"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        why = f"{CHROMIUM} is not there: install Debian's chromium, or say where with CHROMIUM"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as library:
-        chromium = library.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
