@@ -123,6 +123,20 @@ def test_threads_draw_on_streams_of_their_own(gpu):
     assert sorted(kept(made)) == [2, 3]
 
 
+def test_graphs_on_two_streams_take_turns(gpu):
+    """They share their memory, and here the host waits for nothing between them."""
+    made, streams = recorded(work, 2, 3), (torch.cuda.Stream(), torch.cuda.Stream())
+    given_before = [given(rows, seed=rows) for rows in (2, 3)]
+    torch.cuda.synchronize()
+    results = []
+    for stream, x in zip(streams, given_before, strict=True):
+        with torch.cuda.stream(stream):
+            results.append(made(x))
+    torch.cuda.synchronize()
+    for result, x in zip(results, given_before, strict=True):
+        assert torch.equal(result, work(x))
+
+
 def waits(x):
     """The host reads a number: no graph can hold it."""
     return work(x) * float(x.abs().max() > 0)

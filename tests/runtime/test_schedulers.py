@@ -249,7 +249,10 @@ def test_a_part_of_the_timesteps(name):
     """Image to image starts in the middle, `denoising_end` stops there: the pipeline's own list."""
     scheduler = make(name)
     scheduler.set_timesteps(20)
-    assert_follows(scheduler, scheduler.timesteps[:13])
+    whole, first = probe(scheduler), scheduler.timesteps[:13]
+    assert len(whole.timesteps) == len(scheduler.timesteps)
+    assert len(probe(scheduler, timesteps=first).timesteps) == 13  # kept apart from the whole
+    assert_follows(scheduler, first)
     for start in (12, 13):  # inside a step of an order-2 scheduler, too
         scheduler.set_timesteps(20)
         if hasattr(scheduler, "set_begin_index"):
