@@ -25,6 +25,13 @@ class Plan:
     """The variables that a version of diffusers must have for a plan."""
     returned: tuple[str, ...]
     """The variables, beside the latents, that a callback may return."""
+    network: str = ""
+    """The component that the loop repeats. "": the recipe's first."""
+    scheduler: str = "scheduler"
+    """The component whose steps the loop takes."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """By name of the pipeline's property (`guidance_scale`, `do_classifier_free_guidance`), the
+    variable that holds it where the pipeline has no such property."""
     attention_kwargs: str = ""
     """The pipeline's property that the network receives as an argument of the same name; it holds
     the scale of LoRA adapters. "" if there is none."""
@@ -35,14 +42,18 @@ class Plan:
     """The variable that holds further arguments of the scheduler's `step`. "" if there is none."""
     step_arguments: tuple[str, ...] = ()
     """Variables that are arguments of `step` by their own names."""
+    prev_timestep: bool = False
+    """Whether `step` is told the following timestep by that name, and None in the last step."""
     latents: str = "latents"
     """The variable that holds the latents."""
     entrance: str = "interrupt"
     """Where the plan enters the loop: "interrupt", the property that the loop reads at the top of
     every step, or "progress_bar", which it opens around all steps."""
     iterates: bool = False
-    """Whether the loop is `for t in progress_bar(timesteps)`. Such a loop has neither callbacks nor
-    warm-up steps."""
+    """Whether the loop is `for t in progress_bar(timesteps)`. Such a loop has no warm-up steps."""
+    timesteps: str = ""
+    """Of a loop that `iterates`: the variable over which its progress bar runs. "" if the pipeline
+    has but one loop."""
     results: tuple[str, ...] = ()
     """Variables, beside `latents`, that hold the last step's sample after the loop."""
     schedulers: tuple[str, ...] = ()
@@ -116,8 +127,9 @@ class Recipe:
 
     networks: Mapping[str, str] = field(default_factory=lambda: UNET)
     """Components that fastdiff computes, and their families; the loop repeats the first."""
-    plan: Plan | None = None
-    """None if diffusers runs the loop, with our networks in it."""
+    plan: Plan | tuple[Plan, ...] = ()
+    """That of its loop, or those of its loops. (): diffusers runs the loop, with our networks in
+    it."""
     from_text: str = ""
     """The class, perhaps this one, that draws from text alone with the same components. "" if
     none."""
@@ -133,6 +145,12 @@ class Recipe:
     def denoiser(self) -> str:
         """The component that the loop repeats."""
         return next(iter(self.networks))
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """One for each loop that can run as a plan, its network named."""
+        plans = self.plan if isinstance(self.plan, tuple) else (self.plan,)
+        return tuple(replace(plan, network=plan.network or self.denoiser) for plan in plans)
 
 
 def _rows() -> dict[str, Recipe]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 OWN = {name: recipe for name, recipe in RECIPES.items() if "." not in name}
 """Rows of diffusers' own classes; others have a path."""
 ROWS = [pytest.param(name, recipe, id=name) for name, recipe in OWN.items()]
-PLANNED = [row for row in ROWS if row.values[1].plan is not None]
+PLANNED = [row for row in ROWS if row.values[1].plans]
 
 
 MODULAR = [name for name in OWN if issubclass(getattr(diffusers, name), diffusers.ModularPipeline)]
@@ -39,7 +39,7 @@ def sources(name):
 @pytest.mark.parametrize(("name", "recipe"), ROWS)
 def test_a_row_names_components_of_its_class(name, recipe):
     assert name == "ModularPipeline" or set(recipe.networks) <= components(name)
-    assert recipe.plan is None or family(recipe.networks[recipe.denoiser]).denoised is not None
+    assert all(family(recipe.networks[plan.network]).denoised for plan in recipe.plans)
     if recipe.from_text:
         twin = RECIPES[recipe.from_text]
         assert twin.from_text == recipe.from_text
@@ -50,24 +50,29 @@ def test_a_row_names_components_of_its_class(name, recipe):
 @pytest.mark.parametrize(("name", "recipe"), PLANNED)
 def test_a_plan_names_variables_of_the_loop(name, recipe):
     call = inspect.unwrap(getattr(diffusers, name).__call__)
-    variables, plan = set(call.__code__.co_varnames), recipe.plan
-    own = () if plan.iterates else ("timesteps",)
-    assert {plan.latents, *own, *plan.step_arguments, *plan.required} <= variables
-    assert set(plan.required) <= set(plan.conditions.values()) <= variables
-    denoised = family(recipe.networks[recipe.denoiser]).denoised
-    assert {*plan.conditions, plan.pictures} - {""} <= set(denoised.conditions._fields)
-    assert set(plan.replaced.values()) <= set(plan.conditions)
-    source = inspect.getsource(call)
+    variables, source = set(call.__code__.co_varnames), inspect.getsource(call)
     asks = {
         "self.interrupt": ("interrupt", False),
         "with self.progress_bar(total=": ("progress_bar", False),
-        "in self.progress_bar(self.scheduler.timesteps)": ("progress_bar", True),
     }
-    found = next(entrance for text, entrance in asks.items() if text in source)
-    assert found == (plan.entrance, plan.iterates)
-    assert set(plan.results) <= variables
-    shown = getattr(getattr(diffusers, name), "_callback_tensor_inputs", ())
-    assert set(plan.returned) <= set(shown)
+    for plan in recipe.plans:
+        own = () if plan.iterates else ("timesteps",)
+        named = {plan.latents, *own, *plan.step_arguments, *plan.required, *plan.settings.values()}
+        assert named <= variables
+        assert set(plan.required) <= set(plan.conditions.values()) <= variables
+        denoised = family(recipe.networks[plan.network]).denoised
+        assert {*plan.conditions, plan.pictures} - {""} <= set(denoised.conditions._fields)
+        assert set(plan.replaced.values()) <= set(plan.conditions)
+        assert {plan.network, plan.scheduler} <= components(name)
+        over = plan.timesteps or "self.scheduler.timesteps"
+        over = f"in {'enumerate(' * bool(plan.timesteps)}self.progress_bar({over})"
+        every = asks | {over: ("progress_bar", True)}
+        found = next(entrance for text, entrance in every.items() if text in source)
+        assert found == (plan.entrance, plan.iterates)
+        assert set(plan.results) <= variables
+        shown = getattr(getattr(diffusers, name), "_callback_tensor_inputs", ())
+        assert set(plan.returned) <= set(shown)
+    assert len({plan.network for plan in recipe.plans}) == len(recipe.plans)
 
 
 @pytest.mark.parametrize(("name", "recipe"), ROWS)
@@ -77,7 +82,8 @@ def test_only_those_upcast_whose_class_looks_at_it(name, recipe):
 
 def line_of(name: str, recipe: Recipe) -> str:
     computed = ", ".join(f"`{network}`" for network in recipe.networks)
-    loop = "a plan" if recipe.plan else "diffusers'"
+    count = len(recipe.plans)
+    loop = f"{count} plans" if count > 1 else "a plan" if count else "diffusers'"
     return f"| `{name}` | {computed} | {loop} | {'yes' if recipe.exported else ''} |"
 
 

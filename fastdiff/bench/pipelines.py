@@ -158,8 +158,8 @@ def schedulers(pipe: Any) -> dict[str, Any]:
 
     own = type(pipe.scheduler).__name__
     recipe = recipe_of(pipe)
-    plan = recipe.plan if recipe is not None else None
-    names = plan.schedulers if plan is not None and plan.schedulers else (own,)
+    plans = recipe.plans if recipe is not None else ()
+    names = plans[0].schedulers if plans and plans[0].schedulers else (own,)
     if names == (own,):
         # EDM's networks predict something else than those that the list is of
         noise = {one.name for one in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}

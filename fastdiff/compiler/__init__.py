@@ -46,7 +46,6 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
     _refuse_compiled(parts)
     from fastdiff.compiler.ahead import kernels
     from fastdiff.compiler.configured import configured
-    from fastdiff.compiler.parts import denoiser_name
     from fastdiff.compiler.pipelines import take_loop
 
     parts = configured(target, parts, options)
@@ -74,8 +73,8 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
         for slot in slots:
             slot.kernels = made
             slot.put()
-        if denoiser_name(target) in parts and LOOP not in options.ignore:
-            take_loop(target)
+        if LOOP not in options.ignore:
+            take_loop(target, parts)
     except BaseException:
         _end(slots)
         raise
@@ -145,22 +144,25 @@ def report(target: Any) -> Report:
     Components that are None have no row.
     """
     parts = _parts(target)
+    from fastdiff.compiler.parts import schedulers_of
     from fastdiff.compiler.pipelines import Loop, loop_of, why_not_planned
 
     def loop_part(loop: Loop | None) -> Part:
         if loop is None:
             return Part(LOOP, "diffusers", why_not_planned(target))
         notes = [f"{count} ran in diffusers' own loop: {why}" for why, count in loop.own.items()]
-        return Part(LOOP, "fastdiff", "; ".join([plural(loop.planned, "loop"), *notes]))
+        return Part(LOOP, "fastdiff", "; ".join([str(loop), *notes]))
 
     ours = [_part(name, module) for name, (module, _) in parts.items()]
-    if hasattr(target, "scheduler"):
+    schedulers = schedulers_of(target)
+    if schedulers:
         loop = loop_of(target)
         ours.append(loop_part(loop))
-        if target.scheduler is not None:
-            runner, does = ("diffusers", "steps") if loop is None else ("fastdiff", "coefficients")
-            of_whom = f"{does} of {type(target.scheduler).__name__}, part of the loop"
-            ours.append(Part("scheduler", runner, of_whom))
+        runner, does = ("diffusers", "steps") if loop is None else ("fastdiff", "coefficients")
+        for name, scheduler in schedulers.items():
+            if scheduler is not None:
+                of_whom = f"{does} of {type(scheduler).__name__}, part of the loop"
+                ours.append(Part(name, runner, of_whom))
     slots = (kept_slot(plain(module)) for module, _ in parts.values())
     told = (str(slot.kernels) for slot in slots if slot is not None and slot.kernels is not None)
     if kernels := next(told, ""):

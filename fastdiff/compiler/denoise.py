@@ -1,47 +1,22 @@
 """Runs the steps of a denoising loop as a plan: noise, callbacks, the progress bar, overflow."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastdiff.compiler.loop_call import Call, Callback, carried
 from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.kernels.observe import entered
 from fastdiff.models import Unsupported
 from fastdiff.models.hoisted import Hoisted
-from fastdiff.recipes import Plan
 from fastdiff.runtime.contents import Standing
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.loop import Mark, Run
 from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
-
-Callback = Callable[..., dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A loop that is about to begin. The pipeline's settings are read from the pipeline itself."""
-
-    network: str
-    """The component that the loop repeats."""
-    latents: Tensor
-    """[B, C, Y, X]; the result is written into it."""
-    conditions: Any
-    """The network's conditions, of its family's class."""
-    plan: Plan
-    timesteps: Tensor
-    step_options: Mapping[str, Any]
-    """Further arguments of the scheduler's `step`, such as the generator."""
-    bar: Any
-    warm_up: int
-    """Extra steps of a higher-order scheduler, which do not move the progress bar."""
-    callback: Callback | None
-    """`callback_on_step_end`, which receives the latents."""
 
 
 class Denoising:
@@ -51,19 +26,20 @@ class Denoising:
     """
 
     def __init__(self, pipe: Any, call: Call) -> None:
-        slot = slot_of(getattr(pipe, call.network))
+        slot = slot_of(getattr(pipe, call.plan.network))
         if slot is None:
-            raise Unsupported(f"the {call.network} is not compiled")
+            raise Unsupported(f"the {call.plan.network} is not compiled")
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
-        self.scheduler, self.guided = pipe.scheduler, _guided(pipe)
+        self.scheduler, self.guided = getattr(pipe, call.plan.scheduler), self._guided
         self.denoiser = self._offer()
         network, sides = self.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
         if back.shape != call.latents.shape:
-            raise Unsupported(f"latents of {sides[0]} x {sides[1]} do not divide into patches")
-        self.table = probe(pipe.scheduler, call.step_options, call.timesteps)
+            size = " x ".join(map(str, sides or call.latents.shape[1:]))
+            raise Unsupported(f"latents of {size} do not divide into patches")
+        self.table = probe(self.scheduler, call.step_options, call.timesteps)
         if call.callback is not None and self.table.keeps:
-            name, kept = type(pipe.scheduler).__name__, self.table.keeps[0]
+            name, kept = type(self.scheduler).__name__, self.table.keeps[0]
             raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")
         self.hoisted = self._hoist()
         self.noises: dict[int, Tensor] = {}
@@ -170,7 +146,8 @@ class Denoising:
         done, last = i + 1, len(self.call.timesteps)
         if done > self.reached:
             self.reached = done
-            whole = done > self.call.warm_up and done % self.scheduler.order == 0
+            order = getattr(self.scheduler, "order", 1)
+            whole = done > self.call.warm_up and done % order == 0
             if done == last or whole:
                 self.call.bar.update()
 
@@ -205,15 +182,16 @@ class Denoising:
             first, now = getattr(self.call.conditions, field), getattr(self.given, field)
             other = now is not first and now.shape != first.shape
             _unsupported_if(other, f"returned {name} of another shape")
-        name = self.call.network
+        name = self.call.plan.network
         _unsupported_if(slot_of(getattr(pipe, name)) is not self.slot, f"replaced the {name}")
-        _unsupported_if(pipe.scheduler is not self.scheduler, "replaced the scheduler")
+        present = getattr(pipe, self.call.plan.scheduler)
+        _unsupported_if(present is not self.scheduler, "replaced the scheduler")
         _unsupported_if(not standing.holds(), "changed the scheduler")
         try:
             refuse_foreign(self.scheduler)
         except NotLinear as reason:
             _unsupported_if(True, f"changed the scheduler ({reason})")
-        _unsupported_if(_guided(pipe) != self.guided, "switched guidance on or off")
+        _unsupported_if(self._guided != self.guided, "switched guidance on or off")
         try:
             denoiser = self._offer()
         except Unsupported as reason:
@@ -246,8 +224,13 @@ class Denoising:
 
     def _guidance(self) -> tuple[float, float]:
         """The present guidance_scale and guidance_rescale; a negative rescale is ignored."""
-        rescale = float(getattr(self.pipe, "guidance_rescale", 0.0))
-        return float(getattr(self.pipe, "guidance_scale", 1.0)), max(0.0, rescale)
+        rescale = float(self.call.setting(self.pipe, "guidance_rescale", 0.0))
+        return float(self.call.setting(self.pipe, "guidance_scale", 1.0)), max(0.0, rescale)
+
+    @property
+    def _guided(self) -> bool:
+        """Whether the loop draws with classifier-free guidance."""
+        return bool(self.call.setting(self.pipe, "do_classifier_free_guidance", False))
 
     def _scale(self) -> float:
         """The factor by which the call scales LoRA adapters."""
@@ -267,20 +250,8 @@ class Denoising:
         if self.slot.promotion is not None:
             given = as_type(given, torch.float16, network.dtype)
         timesteps = self.call.timesteps.to(latents.device)[:, None]
-        sides = (latents.shape[2], latents.shape[3])
+        sides = tuple(latents.shape[2:])
         return entered("hoist", lambda: network.hoist(given, timesteps, sides))
-
-
-def _guided(pipe: Any) -> bool:
-    """Whether it draws with classifier-free guidance; some pipelines have no such property."""
-    return bool(getattr(pipe, "do_classifier_free_guidance", False))
-
-
-def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
-    """The conditions that `pipe` now passes to its network among the attention kwargs."""
-    if not plan.pictures or plan.pictures in plan.conditions:
-        return {}
-    return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:

@@ -1,25 +1,54 @@
 """Reads a denoising loop that is about to begin from diffusers' local variables."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from fastdiff.compiler.denoise import Call, carried
 from fastdiff.families import family
 from fastdiff.models import Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.originals import own_helper, own_method
-from fastdiff.recipes import packages_of, recipe_of
+from fastdiff.recipes import Plan, packages_of, recipe_of
+from fastdiff.runtime.trajectory import following
+
+Callback = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A loop that is about to begin. The pipeline's settings are read from the pipeline itself."""
+
+    latents: Tensor
+    """[B, …]; the result is written into it."""
+    conditions: Any
+    """The network's conditions, of its family's class."""
+    plan: Plan
+    settings: Mapping[str, Any]
+    """Those of the pipeline's settings that are variables of its call, by the property's name."""
+    timesteps: Tensor
+    step_options: Mapping[str, Any]
+    """Further arguments of the scheduler's `step`, such as the generator."""
+    bar: Any
+    warm_up: int
+    """Extra steps of a higher-order scheduler, which do not move the progress bar."""
+    callback: Callback | None
+    """`callback_on_step_end`, which receives the latents."""
+
+    def setting(self, pipe: Any, name: str, otherwise: Any) -> Any:
+        """A setting of the call by `pipe`; some pipelines have no such setting."""
+        return self.settings[name] if name in self.settings else getattr(pipe, name, otherwise)
+
 
 _LOCALS = (
     *("timesteps", "num_warmup_steps"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
-"""Local variables of diffusers' `__call__` that a plan needs if the loop knows callbacks; recipes
-name the others."""
+"""Local variables of diffusers' `__call__` that a plan needs if the loop asks for `interrupt`;
+recipes name the others."""
 
 
 _ASKED = ("guidance_scale", "guidance_rescale", "do_classifier_free_guidance")
@@ -28,6 +57,7 @@ _ASKED = ("guidance_scale", "guidance_rescale", "do_classifier_free_guidance")
 
 def call_of(
     pipe: Any,
+    plan: Plan,
     local: Mapping[str, Any],
     helpers: Mapping[str, Any],
     bar: Any,
@@ -36,6 +66,7 @@ def call_of(
     """The loop that is about to begin.
 
     Args:
+        plan: the loop's, of the pipeline's recipe.
         local: the local variables of its frame.
         helpers: the globals of its module.
         bar: its progress bar, or None.
@@ -44,20 +75,20 @@ def call_of(
     Raises:
         Unsupported: only diffusers itself can run it.
     """
-    recipe = recipe_of(pipe)
+    recipe, own = recipe_of(pipe), partial(own_method, pipe, packages=packages_of(pipe))
     assert recipe is not None
-    plan, own = recipe.plan, partial(own_method, pipe, packages=packages_of(pipe))
-    assert plan is not None
     options = (plan.step_options,) if plan.step_options else plan.step_arguments
-    wanted = (plan.latents, *(() if plan.iterates else _LOCALS), *options, *plan.required)
+    asks = plan.entrance == "interrupt"
+    always = _LOCALS if asks else () if plan.iterates else ("timesteps",)
+    wanted = (plan.latents, *always, *options, *plan.required, *plan.settings.values())
     missing = [name for name in wanted if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
     if bar is None:
         raise Unsupported("this version of diffusers has no progress_bar in its loop")
-    if local.get("i", 0) != 0:
+    if asks and local.get("i", 0) != 0:
         raise Unsupported("this version of diffusers reads `interrupt` only after its first step")
-    kind = type(pipe.scheduler).__name__
+    kind = type(getattr(pipe, plan.scheduler)).__name__
     if plan.schedulers and kind not in plan.schedulers:
         raise Unsupported(f"its loop needs two results of {kind}'s step; a plan has one")
     if hasattr(type(pipe), "prepare_latents") and not own("prepare_latents"):
@@ -71,29 +102,36 @@ def call_of(
     callback = local.get("callback_on_step_end")
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         raise Unsupported(f"a {type(callback).__name__} may change anything between the steps")
-    if callback is not None and local["callback_on_step_end_tensor_inputs"] != ["latents"]:
+    if callback is not None and local.get("callback_on_step_end_tensor_inputs") != ["latents"]:
         raise Unsupported("callback_on_step_end asks for more than the latents")
-    if callback is not None and plan.entrance == "progress_bar":
+    if callback is not None and not asks:
         raise Unsupported("after callback_on_step_end it could not resume in mid-loop")
     if callback is not None and not pipe.do_classifier_free_guidance and not own("encode_prompt"):
         raise Unsupported("its encode_prompt was replaced and may keep the embeddings it returns")
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
-    denoised = family(recipe.networks[recipe.denoiser]).denoised
+    denoised = family(recipe.networks[plan.network]).denoised
     assert denoised is not None
     given = {field: local.get(name) for field, name in plan.conditions.items()}
     given |= carried(pipe, plan)
+    steps = local["timesteps"] if timesteps is None else timesteps
+    told = {name: local[name] for name in plan.step_arguments}
+    if plan.prev_timestep:
+        told["prev_timestep"] = following(steps)
     return Call(
-        network=recipe.denoiser,
         latents=local[plan.latents],
         conditions=denoised.conditions(**given),
         plan=plan,
-        timesteps=local["timesteps"] if timesteps is None else timesteps,
-        step_options=(
-            local[plan.step_options]
-            if plan.step_options
-            else {name: local[name] for name in plan.step_arguments}
-        ),
+        settings={name: local[held] for name, held in plan.settings.items()},
+        timesteps=steps,
+        step_options=local[plan.step_options] if plan.step_options else told,
         bar=bar,
         warm_up=local.get("num_warmup_steps", 0),
         callback=callback,
     )
+
+
+def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
+    """The conditions that `pipe` now passes to its network among the attention kwargs."""
+    if not plan.pictures or plan.pictures in plan.conditions:
+        return {}
+    return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastdiff.families import Family, Kind, Taken, families, family, named
 from fastdiff.models.borrow import kind
-from fastdiff.recipes import RECIPES, recipe_of
+from fastdiff.recipes import RECIPES, Recipe, recipe_of
 
 EAGER_PARTS = {
     "text_encoder": "once per prompt",
@@ -47,6 +47,13 @@ def denoiser_name(target: Any) -> str:
     return next(iter(networks(target)))
 
 
+def schedulers_of(target: Any) -> dict[str, Any]:
+    """The schedulers whose steps a pipeline's loops take, by component; {} for a bare model."""
+    recipe = recipe_of(target) or Recipe()
+    names = dict.fromkeys(["scheduler", *(plan.scheduler for plan in recipe.plans)])
+    return {name: getattr(target, name) for name in names if hasattr(target, name)}
+
+
 def components(target: Any) -> dict[str, Any]:
     """The components of a pipeline and its other modules, by name, without those that are None. A
     bare model is one component."""
@@ -73,7 +80,7 @@ def eager_parts(target: Any) -> dict[str, str]:
     whole = {
         name: EAGER_PARTS.get(name, f"{kind(part)}, which fastdiff does not compute")
         for name, part in has.items()
-        if name not in taken | {"scheduler"}
+        if name not in taken | schedulers_of(target).keys()
     }
     return (
         whole

@@ -8,6 +8,7 @@ result into the latents.
 Most loops read `interrupt` at the top of every step. The plan runs at the first such read; from
 then on the property is True, so diffusers skips its own steps. Other loops open a progress bar
 around their steps, or over the timesteps; for them, the plan runs there and leaves no timesteps.
+Where one call has several loops, each has a plan, told by the timesteps that its bar runs over.
 Everything before and after the loop stays with diffusers. Where the plan does not apply (or a later
 diffusers no longer reads `interrupt`) diffusers' own loop runs, with our networks in it. If a
 callback does something that no plan can follow, `interrupt` is False again from the next step on. A
@@ -21,7 +22,7 @@ import inspect
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -35,8 +36,9 @@ from fastdiff.compiler.loop_call import call_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original
-from fastdiff.recipes import Recipe, packages_of, recipe_of, recipe_of_class
+from fastdiff.recipes import Plan, Recipe, packages_of, recipe_of, recipe_of_class
 from fastdiff.runtime.schedulers import NotLinear
+from fastdiff.tables import plural
 
 _LOOP = "_fastdiff_loop"
 
@@ -53,13 +55,23 @@ class _Carried(Exception):
 class Loop:
     """Counters and the lock of a pipeline whose loops run as plans."""
 
-    planned: int = 0
-    """Loops that ran as a plan since compile."""
+    ran: Counter[str] = field(default_factory=Counter)
+    """Loops that ran as a plan since compile, by the network that they repeat."""
     own: Counter[str] = field(default_factory=Counter)
     """Loops that diffusers ran, whole or in part, by reason."""
     running: int = 0
     """Calls in progress."""
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def planned(self) -> int:
+        """Loops that ran as a plan since compile."""
+        return sum(self.ran.values())
+
+    def __str__(self) -> str:
+        count = plural(self.planned, "loop")
+        several = ", ".join(f"{times} of the {name}" for name, times in self.ran.items())
+        return f"{count} ({several})" if len(self.ran) > 1 else count
 
 
 @dataclass
@@ -69,9 +81,10 @@ class _Entered:
     loop: Loop
     given: tuple[Any, ...]
     """The arguments of the call."""
-    asked: bool = False
+    begun: set[str] = field(default_factory=set)
+    """The networks whose loops have begun."""
     passed: int = 0
-    """Steps that the plan ran, which diffusers must skip."""
+    """Steps of the last one that its plan ran, which diffusers must skip."""
 
 
 def loop_of(pipe: Any) -> Loop | None:
@@ -80,11 +93,11 @@ def loop_of(pipe: Any) -> Loop | None:
     return loop
 
 
-def take_loop(pipe: Any) -> None:
-    """Run the loops of `pipe` as plans from now on; the object and its class name stay the same."""
-    recipe = recipe_of(pipe)
-    planned = recipe is not None and recipe.plan is not None
-    if planned and _theirs(pipe) and loop_of(pipe) is None:
+def take_loop(pipe: Any, compiled: Container[str]) -> None:
+    """Run the loops of `pipe` that repeat a compiled component as plans from now on; the object and
+    its class name stay the same."""
+    plans = (recipe_of(pipe) or Recipe()).plans
+    if any(plan.network in compiled for plan in plans) and _theirs(pipe) and loop_of(pipe) is None:
         vars(pipe)[_LOOP] = Loop()
         pipe.__class__ = _planned(_own_class(type(pipe)))
 
@@ -98,7 +111,7 @@ def _theirs(pipe: Any) -> bool:
 def why_not_planned(pipe: Any) -> str:
     """Why the loops of `pipe` are diffusers'."""
     recipe = recipe_of(pipe) or Recipe()
-    if recipe.plan is None or slot_of(getattr(pipe, recipe.denoiser, None)) is None:
+    if all(slot_of(getattr(pipe, plan.network, None)) is None for plan in recipe.plans):
         return recipe.loop
     if not _theirs(pipe):
         return "its __call__ is not diffusers' own"
@@ -122,8 +135,7 @@ def _planned(own: Any) -> Any:
     """A subclass of a pipeline class that runs its loops as plans."""
     recipe = recipe_of_class(own)
     assert recipe is not None
-    plan = recipe.plan
-    assert plan is not None
+    plans = recipe.plans
     signature = inspect.signature(own.__call__)
     loop_code = inspect.unwrap(own.__call__).__code__
 
@@ -133,10 +145,11 @@ def _planned(own: Any) -> Any:
         if loop is None:  # a new object of this class, or a restored one
             return own.__call__(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
-        if isinstance(given.arguments.get("latents"), Tensor):
+        for name in {plan.latents for plan in plans} & given.arguments.keys():
             # some pipelines use this very tensor as their latents; the plan overwrites those
-            latents = given.arguments["latents"].clone(memory_format=torch.contiguous_format)
-            given.arguments["latents"] = latents
+            if isinstance(latents := given.arguments[name], Tensor):
+                own_memory = latents.clone(memory_format=torch.contiguous_format)
+                given.arguments[name] = own_memory
         # a pipeline stores the state of its call in itself: a second thread has to wait
         with loop.lock:
             entered = _Entered(loop, tuple(given.arguments.values()))  # `_call_in` finds it here
@@ -154,40 +167,39 @@ def _planned(own: Any) -> Any:
     entry: Any = call
 
     def enter(
-        pipe: Any, frame: FrameType, bar: Any, timesteps: Tensor | None = None
-    ) -> _Entered | None:
-        """Run the plan at the first read in `frame`; None if `frame` is not ours."""
+        pipe: Any, plan: Plan, frame: FrameType, bar: Any, timesteps: Tensor | None = None
+    ) -> int:
+        """Run the plan at the first read in `frame`; returns how many steps diffusers must skip."""
         entered = _call_in(frame, entry.__code__)
         if entered is None:
             _count_foreign_call(pipe, frame.f_locals)
-        elif not entered.asked:
-            entered.asked = True
-            entered.passed = _run(pipe, entered, frame, bar, timesteps)
-        return entered
+            return 0
+        if plan.network not in entered.begun:
+            entered.begun.add(plan.network)
+            entered.passed = _run(pipe, plan, entered, frame, bar, timesteps)
+        return entered.passed
 
     def interrupt(self: Any) -> Any:
         frame = sys._getframe(1)
         if frame.f_code is loop_code:
             try:
-                entered = enter(self, frame, frame.f_locals.get("progress_bar"))
+                passed = enter(self, plans[0], frame, frame.f_locals.get("progress_bar"))
             # raised in a property, it would make Python try __getattr__
             except AttributeError as error:
                 raise _Carried(error) from error
-            if entered is not None and entered.passed and frame.f_locals["i"] < entered.passed:
+            if passed and frame.f_locals["i"] < passed:
                 return True
         return super(made, self).interrupt
 
     def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
         bar, frame = super(made, self).progress_bar(iterable, total), sys._getframe(1)
-        if frame.f_code is not loop_code or (iterable is not None) != plan.iterates:
+        found = _begins(plans, frame, iterable) if frame.f_code is loop_code else None
+        if found is None or not enter(self, found, frame, bar, iterable):
             return bar
-        entered = enter(self, frame, bar, iterable)
-        if entered is None or not entered.passed:
-            return bar
-        if plan.iterates:
+        if found.iterates:
             bar.close()
             return iter(())
-        _skip_loop(frame, plan.results)
+        _skip_loop(frame, found)
         return bar
 
     def reduce(self: Any, protocol: int) -> Any:
@@ -204,9 +216,18 @@ def _planned(own: Any) -> Any:
         _LOOP: own,
     }
     entrances = {"interrupt": property(interrupt), "progress_bar": progress_bar}
-    members[plan.entrance] = entrances[plan.entrance]
+    members |= {plan.entrance: entrances[plan.entrance] for plan in plans}
     made: Any = type(own.__name__, (own,), members)
     return made
+
+
+def _begins(plans: Iterable[Plan], frame: FrameType, iterable: Any) -> Plan | None:
+    """The plan of the loop around which, or over whose timesteps, `frame` opens a progress bar."""
+    for plan in plans:
+        alone = not plan.timesteps or frame.f_locals.get(plan.timesteps) is iterable
+        if plan.iterates == (iterable is not None) and alone:
+            return plan
+    return None
 
 
 def _call_in(frame: FrameType, call: CodeType) -> _Entered | None:
@@ -227,34 +248,48 @@ def _count_foreign_call(pipe: Any, local: Mapping[str, Any]) -> None:
         loop.own["its __call__ was called by something other than the compiled pipeline"] += 1
 
 
-def _skip_loop(frame: FrameType, results: Iterable[str]) -> None:
+def _skip_loop(frame: FrameType, plan: Plan) -> None:
     """Set the loop's timesteps to none, and the variables that its last step would set to the
     result."""
     local = frame.f_locals
     local["timesteps"] = []
-    local.update(dict.fromkeys(results, local["latents"]))
+    local.update(dict.fromkeys(plan.results, local[plan.latents]))
     if sys.version_info < (3, 13):  # there, f_locals is a copy
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
 
 
-def _run(pipe: Any, entered: _Entered, frame: FrameType, bar: Any, timesteps: Tensor | None) -> int:
+def _run(
+    pipe: Any,
+    plan: Plan,
+    entered: _Entered,
+    frame: FrameType,
+    bar: Any,
+    timesteps: Tensor | None,
+) -> int:
     """Run the loop that `frame` is about to begin; return how many steps are done, 0 if diffusers
     has to run it."""
     loop = entered.loop
     try:
-        call = call_of(pipe, frame.f_locals, frame.f_globals, bar, timesteps)
+        call = call_of(pipe, plan, frame.f_locals, frame.f_globals, bar, timesteps)
         if call.callback is not None and _includes_any(call.conditions, entered.given):
             raise Unsupported("a callback may change the embeddings that were passed to the call")
         denoising = Denoising(pipe, call)
     except (Unsupported, NotLinear) as reason:
-        loop.own[str(reason)] += 1
+        loop.own[_told(pipe, plan, str(reason))] += 1
         return 0
     done = denoising.run()
     if denoising.left is None:
-        loop.planned += 1
+        loop.ran[plan.network] += 1
     else:
         loop.own[denoising.left] += 1
     return done
+
+
+def _told(pipe: Any, plan: Plan, reason: str) -> str:
+    """The reason why diffusers runs a loop, with the loop's name if there are several."""
+    recipe = recipe_of(pipe)
+    several = recipe is not None and len(recipe.plans) > 1
+    return f"{plan.network}: {reason}" if several else reason
 
 
 def _includes_any(conditions: Iterable[Any], given: Iterable[Any]) -> bool:

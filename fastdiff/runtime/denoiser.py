@@ -22,7 +22,7 @@ class Denoiser:
     """Same arguments and result as `network.predict`."""
 
     def __call__(self, latents: Tensor, timestep: Tensor | float | int, given: Any) -> Any:
-        """The network's prediction for latents [B, C, Y, X] at a timestep [] or [B].
+        """The network's prediction for latents [B, …] at a timestep [] or [B].
 
         Raises Unsupported if only the module's own call gives the same result.
         """

@@ -92,7 +92,7 @@ class Plans:
     def start(
         self, latents: Tensor, table: Table, guidance: tuple[float, float], hoisted: Hoisted
     ) -> Iterator["Run"]:
-        """A loop from `latents` [B, C, Y, X], the scheduler's first sample.
+        """A loop from `latents` [B, …], the scheduler's first sample.
 
         `guidance`: guidance_scale and guidance_rescale. In the block, each advance is one timestep.
         """
@@ -106,7 +106,7 @@ class Plans:
             make = partial(buffers_of, *given)
             step = self._kept(kinds(given), make) if free else Step(make(), None)
             graphs.fence(device)  # these buffers' last loop may have run on another stream
-            run = Run(self, step, table, (latents.shape[2], latents.shape[3]))
+            run = Run(self, step, table, tuple(latents.shape[2:]))
             run.condition(hoisted)
             run.guide(*guidance)
             run.set_latents(latents)
@@ -153,15 +153,15 @@ class Mark(NamedTuple):
 
     at: int
     sample: Tensor
-    """[B, C, Y, X]."""
+    """[B, …] as diffusers' latents."""
     history: Tensor
-    """[2·M·B, C, Y, X]."""
+    """[2·M·B, …] likewise."""
 
 
 class Run:
     """A loop in progress."""
 
-    def __init__(self, plans: Plans, step: Step, table: Table, sides: tuple[int, int]) -> None:
+    def __init__(self, plans: Plans, step: Step, table: Table, sides: tuple[int, ...]) -> None:
         self.network = plans.network
         self._plans, self._step, self._table, self._sides = plans, step, table, sides
         self._row = tree_leaves(step.buffers.row)
@@ -196,7 +196,7 @@ class Run:
         return self._table.draws[self.at]
 
     def advance(self, noise: Tensor | None = None) -> None:
-        """Run one timestep. `noise` [B, C, Y, X]: the noise drawn for it, if `draws`."""
+        """Run one timestep. `noise` [B, …]: the noise drawn for it, if `draws`."""
         entered(STEP, partial(self._advance, self.at, noise))
         self.at += 1
 
@@ -230,13 +230,12 @@ class Run:
         return bool(self._step.buffers.sample.isfinite().all())
 
     def latents(self, dtype: torch.dtype) -> Tensor:
-        """A copy of the present latents, [B, C, Y, X]."""
+        """A copy of the present latents, [B, …]."""
         latents: Tensor = self.network.unpack(self._step.buffers.sample, self._sides)
         return latents.to(dtype, copy=True)
 
     def set_latents(self, latents: Tensor) -> None:
-        """Continue from these latents [B, C, Y, X]; the network's next input is a multiple of
-        them."""
+        """Continue from these latents [B, …]; the network's next input is a multiple of them."""
         buffers, scales = self._step.buffers, self._table.scales
         buffers.sample.copy_(self.network.pack(latents))
         scale = scales[self.at].item() if self.at < len(scales) else 1.0

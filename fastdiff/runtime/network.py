@@ -10,7 +10,8 @@ from fastdiff.models.hoisted import Hoisted
 
 
 class Network(Protocol):
-    """A network whose predictions a scheduler's step uses, for noisy latents [B, C, Y, X].
+    """A network whose predictions a scheduler's step uses, for noisy latents: mostly [B, C, Y, X],
+    or an embedding [B, D].
 
     `given` are the network's conditions, a named tuple with the argument names of diffusers'
     `forward`. G: predictions per latent, 2 with guidance (the unconditional one first), else 1.
@@ -34,13 +35,14 @@ class Network(Protocol):
     def hoist(self, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """Compute everything that does not depend on the latents.
 
-        timesteps: [steps, n], n = 1 or one for each picture; sides: Y and X of the latents.
+        timesteps: [steps, n], n = 1 or one for each picture; sides: Y and X of the latents,
+        or none.
         Raises Unsupported for conditions that fastdiff does not compute.
         """
         ...
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X] -> [B, ...] as `predict` reads and writes them; any strides."""
+        """Latents [B, …] -> [B, …] as `predict` reads and writes them; any strides."""
         ...
 
     def predict(self, x: Tensor, row: Any, constants: Any) -> Tensor:

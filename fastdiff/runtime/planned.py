@@ -58,7 +58,7 @@ def step(network: Network, given: Any, latents: Tensor) -> Run:
     Args:
         network: one without memory.
         given: its conditions, on the meta device.
-        latents: [B, C, Y, X], on the meta device.
+        latents: [B, …], on the meta device.
     """
     buffers = buffers_of(*_inputs(network, given, latents), capacity=1, depth=0, noisy=False)
     return partial(Plans(network).advance, *buffers)
@@ -87,7 +87,7 @@ def call(network: Network, given: Any, latents: Tensor) -> Run:
 def _inputs(network: Network, given: Any, latents: Tensor) -> tuple[Tensor, Any, Any]:
     timesteps = torch.empty(1, 1, device=latents.device)
     with torch.no_grad():
-        hoisted = network.hoist(given, timesteps, (latents.shape[2], latents.shape[3]))
+        hoisted = network.hoist(given, timesteps, tuple(latents.shape[2:]))
     return inputs_of(network, latents, hoisted)
 
 

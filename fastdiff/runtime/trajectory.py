@@ -19,6 +19,15 @@ PICTURE = (1, 4, 1, 2)
 three channels that schedulers take from a network that learns its variance."""
 
 
+class PerStep(tuple[Any, ...]):
+    """An argument of a scheduler's `step` that has another value in each step."""
+
+
+def following(timesteps: Tensor) -> PerStep:
+    """The timestep after each of `timesteps` [n], None after the last: some loops tell `step`."""
+    return PerStep((*timesteps.cpu()[1:], None))
+
+
 class NotLinear(ValueError):
     """The scheduler's step is not a table's linear recurrence; the message says why."""
 
@@ -55,7 +64,7 @@ def run(
     Args:
         scheduler: a diffusers scheduler after `set_timesteps`.
         timesteps: [n] the timesteps to run it through.
-        step_options: further arguments of its `step`, without a generator.
+        step_options: further arguments of its `step`, without a generator; some may be `PerStep`.
         known: [W, 3n, *PICTURE] float64: first, for each step, what is added to its sample (the
             initial sample at the first, then as a callback may change it), then the network's
             outputs, then the noises.
@@ -88,7 +97,8 @@ def run(
             samples.append(edits[at] if apart or not at else results[-1] + edits[at])
             # clones: the scheduler may work in place
             inputs.append(scale(samples[-1].clone(), timestep))
-            moved = own.step(outputs[at].clone(), timestep, samples[-1].clone(), **options)
+            given = {k: v[at] if isinstance(v, PerStep) else v for k, v in options.items()}
+            moved = own.step(outputs[at].clone(), timestep, samples[-1].clone(), **given)
             if moved[0].shape != PICTURE:
                 raise NotLinear(f"it turns {tuple(PICTURE)} into {tuple(moved[0].shape)}")
             results.append(moved[0])
