@@ -122,11 +122,12 @@ struct LineSilu {
 // One scheduler step on float32 state; see fastdiff/kernels/guided_step for the mathematics.
 struct GuidedStep {
   int dtype;            // of output and next
-  const void* output;   // [copies, batch, elements], the unconditional copy first
+  const void* output;   // [copies, batch, elements], or twice the elements if wide
   const float* table;   // [steps, columns]
   const int64_t* step;  // [1]
-  const float* noise;   // [batch, elements] or null
+  const float *noise, *mask, *original, *original_noise;  // [batch, elements] or null
   int64_t copies, batch, elements, columns, depth;
+  int64_t wide;  // the sample's channels if the output has as many more for the variance, else 0
   float *sample, *history;  // [batch, elements], [2, depth, batch, elements]: overwritten
   void* next;               // [batch, elements]
 };

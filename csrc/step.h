@@ -14,27 +14,55 @@ using fastdiff::GuidedStep;
 
 constexpr int64_t kStepBlock = 512;  // elements whose double sums stay in L1
 
-// The guided output of elements [at, at + n) of one picture, and its text half.
+// The columns of a table row, as in fastdiff/kernels/guided_step/spec.py.
+enum Column {
+  kGuidance, kRescale, kPerturbed, kSample, kNoise, kLearned, kNextScale,
+  kClipSample, kClipOutput, kLimit, kKeptOriginal, kKeptNoise, kHistory,
+};
+
+// Elements [at, at + n) of one copy of the network's output: what it says of the noise, or if
+// `variance`, of the variance. Uses `space` where they do not lie in a row.
 template <typename T>
-static inline void guided(const GuidedStep& p, double scale, int64_t at, int64_t n, double* output,
-                          double* text) {
-  const T* first = static_cast<const T*>(p.output) + at;
-  const T* second = first + (p.copies == 2 ? p.batch * p.elements : 0);
+static inline const T* part(const GuidedStep& p, int64_t copy, int64_t at, int64_t n, bool variance,
+                            T* space) {
+  const int64_t all = p.batch * p.elements;
+  const T* output = static_cast<const T*>(p.output);
+  if (!p.wide) return output + copy * all + at;
+  output += 2 * copy * all + (variance ? p.wide : 0);
+  int64_t pixel = at / p.wide, channel = at % p.wide;
+  for (int64_t i = 0; i < n; ++i) {
+    space[i] = output[2 * pixel * p.wide + channel];
+    if (++channel == p.wide) ++pixel, channel = 0;
+  }
+  return space;
+}
+
+// The guided output of elements [at, at + n), and its text part; without guidance, it twice.
+template <typename T>
+static inline void guided(const GuidedStep& p, const float* row, int64_t at, int64_t n,
+                          double* output, double* text) {
+  T spaces[2][kStepBlock];
+  const double scale = row[kGuidance], perturbed = row[kPerturbed];
+  const T* first = part(p, 0, at, n, false, spaces[0]);
+  const T* second = p.copies == 1 ? first : part(p, 1, at, n, false, spaces[1]);
   for (int64_t i = 0; i < n; ++i) {
     const double plain = load1(first + i);
     text[i] = load1(second + i);
     output[i] = plain + scale * (text[i] - plain);
   }
+  if (p.copies < 3 || perturbed == 0) return;
+  const T* third = part(p, 2, at, n, false, spaces[0]);
+  for (int64_t i = 0; i < n; ++i) output[i] += perturbed * (text[i] - load1(third + i));
 }
 
 // std(text) / std(guided) over one picture, in two passes.
 template <typename T>
-static double deviation_ratio(const GuidedStep& p, double scale, int64_t picture) {
+static double deviation_ratio(const GuidedStep& p, const float* row, int64_t picture) {
   double output[kStepBlock], text[kStepBlock], sums[2] = {}, squares[2] = {};
   const auto pass = [&](const auto& add) {
     for (int64_t at = 0; at < p.elements; at += kStepBlock) {
       const int64_t n = std::min(kStepBlock, p.elements - at);
-      guided<T>(p, scale, picture * p.elements + at, n, output, text);
+      guided<T>(p, row, picture * p.elements + at, n, output, text);
       for (int64_t i = 0; i < n; ++i) add(output[i], text[i]);
     }
   };
@@ -51,9 +79,11 @@ template <typename T>
 static void guided_step(const GuidedStep& p) {
   const int64_t all = p.batch * p.elements, step = *p.step, depth = p.depth;
   const float* row = p.table + step * p.columns;
-  const double guidance = row[0], rescale = row[1], own = row[2], fresh = row[3], next = row[4];
-  const double of_sample = row[5], of_output = row[6], limit = row[7];
-  const float *b = row + 8, *c = row + 8 + depth;  // c[h] for h >= 1
+  const double rescale = row[kRescale], own = row[kSample], next = row[kNextScale];
+  const double of_sample = row[kClipSample], of_output = row[kClipOutput], limit = row[kLimit];
+  const double fresh = row[kNoise], learned = p.wide ? row[kLearned] : 0;
+  const double of_original = row[kKeptOriginal], of_noise = row[kKeptNoise];
+  const float *b = row + kHistory, *c = row + kHistory + depth;  // c[h] for h >= 1
 
   struct Term {
     double factor;
@@ -66,12 +96,12 @@ static void guided_step(const GuidedStep& p) {
     if (b[h] != 0) terms.push_back({b[h], p.history + slot * all});
     if (c[h] != 0) terms.push_back({c[h], p.history + (depth + slot) * all});
   }
-  if (p.noise) terms.push_back({fresh, p.noise});
+  if (p.noise && learned == 0) terms.push_back({fresh, p.noise});
 
   std::vector<double> factors(p.batch, 1.0);
-  if (p.copies == 2 && rescale != 0)
+  if (p.copies > 1 && rescale != 0)
     for (int64_t picture = 0; picture < p.batch; ++picture)
-      factors[picture] = rescale * deviation_ratio<T>(p, guidance, picture) + (1 - rescale);
+      factors[picture] = rescale * deviation_ratio<T>(p, row, picture) + (1 - rescale);
 
   const int64_t blocks = (p.elements + kStepBlock - 1) / kStepBlock;
   const auto run = [&](int64_t first, int64_t last) {
@@ -80,7 +110,7 @@ static void guided_step(const GuidedStep& p) {
       const int64_t picture = task / blocks, begin = task % blocks * kStepBlock;
       const int64_t n = std::min(kStepBlock, p.elements - begin);
       const int64_t at = picture * p.elements + begin;
-      guided<T>(p, guidance, at, n, output, text);
+      guided<T>(p, row, at, n, output, text);
       for (int64_t i = 0; i < n; ++i) output[i] *= factors[picture];
       for (int64_t i = 0; i < n; ++i) result[i] = own * p.sample[at + i] + b[0] * output[i];
       if (limit != 0)
@@ -90,6 +120,18 @@ static void guided_step(const GuidedStep& p) {
         }
       for (const Term& term : terms)
         for (int64_t i = 0; i < n; ++i) result[i] += term.factor * term.values[at + i];
+      if (p.noise && learned != 0) {
+        T space[kStepBlock];
+        const T* variance = part(p, p.copies > 1, at, n, true, space);
+        for (int64_t i = 0; i < n; ++i)
+          result[i] += fresh * std::exp(learned * load1(variance + i)) * p.noise[at + i];
+      }
+      if (p.mask)
+        for (int64_t i = at, end = at + n; i < end; ++i) {
+          double kept = p.sample[i];
+          if (p.original) kept = of_original * p.original[i] + of_noise * p.original_noise[i];
+          result[i - at] = p.mask[i] * result[i - at] + (1.0 - p.mask[i]) * kept;
+        }
       if (depth) {
         const int64_t slot = step % depth;
         float* outputs = p.history + slot * all + at;

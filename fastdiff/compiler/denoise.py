@@ -15,6 +15,7 @@ from fastdiff.models import Unsupported
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime.contents import Standing
 from fastdiff.runtime.denoiser import Denoiser
+from fastdiff.runtime.guidance import Guidance
 from fastdiff.runtime.loop import Mark, Run
 from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
 
@@ -203,7 +204,7 @@ class Denoising:
             _unsupported_if(not run.takes(hoisted), what)
             run.condition(hoisted)
         run.set_latents(latents)
-        run.guide(*self._guidance())
+        run.guide(self._guidance())
 
     @property
     def _uses_ip_adapters(self) -> bool:
@@ -222,10 +223,11 @@ class Denoising:
         same = all(getattr(self.given, field) is value for field, value in others.items())
         return self.given if same else self.given._replace(**others)
 
-    def _guidance(self) -> tuple[float, float]:
+    def _guidance(self) -> Guidance:
         """The present guidance_scale and guidance_rescale; a negative rescale is ignored."""
         rescale = float(self.call.setting(self.pipe, "guidance_rescale", 0.0))
-        return float(self.call.setting(self.pipe, "guidance_scale", 1.0)), max(0.0, rescale)
+        scale = float(self.call.setting(self.pipe, "guidance_scale", 1.0))
+        return Guidance(scale, max(0.0, rescale))
 
     @property
     def _guided(self) -> bool:

@@ -24,6 +24,7 @@ from fastdiff.kernels.guided_step.spec import HISTORY
 from fastdiff.kernels.observe import entered, observed
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime import graphs
+from fastdiff.runtime.guidance import Guidance, Inpainting
 from fastdiff.runtime.network import Network
 from fastdiff.runtime.recordings import (
     Kept,
@@ -64,6 +65,8 @@ class Buffers(NamedTuple):
     """[1] int64."""
     noise: Tensor | None
     """[B, …] S, if the scheduler adds noise."""
+    kept: tuple[Tensor, ...]
+    """[B, …] S each: what `guided_step` takes after the noise. Empty if all is drawn."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +93,34 @@ class Plans:
 
     @contextmanager
     def start(
-        self, latents: Tensor, table: Table, guidance: tuple[float, float], hoisted: Hoisted
+        self,
+        latents: Tensor,
+        table: Table,
+        guidance: Guidance,
+        hoisted: Hoisted,
+        inpainting: Inpainting | None = None,
     ) -> Iterator["Run"]:
         """A loop from `latents` [B, …], the scheduler's first sample.
 
-        `guidance`: guidance_scale and guidance_rescale. In the block, each advance is one timestep.
+        In the block, each advance is one timestep.
         """
         device = latents.device
+        kept = () if inpainting is None else inpainting.pictures(latents)
         free = not observed() and self._lock.acquire(blocking=False)
         try:
             given = (
                 *inputs_of(self.network, latents, hoisted),
                 *(-(-len(table.timesteps) // _ROWS) * _ROWS, table.depth, any(table.draws)),
+                len(kept),
             )
             make = partial(buffers_of, *given)
             step = self._kept(kinds(given), make) if free else Step(make(), None)
             graphs.fence(device)  # these buffers' last loop may have run on another stream
-            run = Run(self, step, table, tuple(latents.shape[2:]))
+            run = Run(self, step, table, tuple(latents.shape[2:]), inpainting)
             run.condition(hoisted)
-            run.guide(*guidance)
+            for own, picture in zip(step.buffers.kept, kept, strict=True):
+                own.copy_(self.network.pack(picture))
+            run.guide(guidance)
             run.set_latents(latents)
             yield run
         finally:
@@ -126,10 +138,11 @@ class Plans:
         table: Tensor,
         step: Tensor,
         noise: Tensor | None,
+        kept: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """Run a step; it writes the network's next input into `x`."""
         output = self.network.predict(x, row, constants)
-        guided_step(output, sample, history, x, table, step, noise)
+        guided_step(output, sample, history, x, table, step, noise, *kept)
         return x
 
     def run(self, buffers: Buffers) -> None:
@@ -161,9 +174,17 @@ class Mark(NamedTuple):
 class Run:
     """A loop in progress."""
 
-    def __init__(self, plans: Plans, step: Step, table: Table, sides: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        plans: Plans,
+        step: Step,
+        table: Table,
+        sides: tuple[int, ...],
+        kept: Inpainting | None,
+    ) -> None:
         self.network = plans.network
         self._plans, self._step, self._table, self._sides = plans, step, table, sides
+        self._factors = None if kept is None else kept.factors
         self._row = tree_leaves(step.buffers.row)
         self.at = 0
         """The next timestep's index."""
@@ -185,9 +206,9 @@ class Run:
             for own, now in zip(kept, told, strict=True)
         )
 
-    def guide(self, scale: float, rescale: float) -> None:
-        """Change guidance_scale and guidance_rescale from the next step on."""
-        rows = self._table.rows(scale, rescale)
+    def guide(self, guidance: Guidance) -> None:
+        """Change the guidance from the next step on."""
+        rows = self._table.rows(guidance, self._factors)
         self._step.buffers.table[: len(rows)].copy_(rows)
 
     @property
@@ -249,7 +270,7 @@ def inputs_of(network: Network, latents: Tensor, hoisted: Hoisted) -> tuple[Tens
 
 
 def buffers_of(
-    x: Tensor, row: Any, constants: Any, capacity: int, depth: int, noisy: bool
+    x: Tensor, row: Any, constants: Any, capacity: int, depth: int, noisy: bool, kept: int = 0
 ) -> Buffers:
     """The buffers of a step, all zeros: even noise that a step does not draw is read.
 
@@ -258,6 +279,7 @@ def buffers_of(
         capacity: rows of the table.
         depth: past steps that the scheduler uses.
         noisy: whether it draws noise.
+        kept: the number of tensors in `Buffers.kept`.
     """
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -273,4 +295,5 @@ def buffers_of(
         table=make(capacity, HISTORY + 1 + 2 * depth),
         step=make(1, dtype=torch.int64),
         noise=make(*x.shape) if noisy else None,
+        kept=tuple(make(*x.shape) for _ in range(kept)),
     )

@@ -25,9 +25,12 @@ from fastdiff.kernels.guided_step.spec import (
     CLIP_SAMPLE,
     GUIDANCE,
     HISTORY,
+    KEPT_NOISE,
+    KEPT_ORIGINAL,
     LIMIT,
     NEXT_SCALE,
     NOISE,
+    PERTURBED,
     RESCALE,
     SAMPLE,
 )
@@ -35,6 +38,7 @@ from fastdiff.models.originals import check_own
 from fastdiff.models.watch import Unsupported
 from fastdiff.runtime.clipping import points, read
 from fastdiff.runtime.contents import digest_of
+from fastdiff.runtime.guidance import Guidance
 from fastdiff.runtime.recurrence import (
     ALLOWED,
     EXACT,
@@ -48,6 +52,7 @@ from fastdiff.runtime.trajectory import PICTURE, NotLinear, Trajectory, run
 
 __all__ = ["NotLinear", "Table", "probe", "refuse_foreign"]
 
+UNGUIDED = Guidance()
 SPREAD = 30.0
 """Standard deviation of the random samples that check the table: beyond every clipping range."""
 
@@ -82,18 +87,23 @@ class Table:
     keeps: tuple[str, ...]
     """Other attributes that steps change, such as past predictions. If there are none, a callback
     may change the samples between the steps."""
+    editable: bool
+    """Whether the table also holds if samples change between the steps (inpainting)."""
 
     @property
     def depth(self) -> int:
         """M: the number of past steps in the recurrence."""
         return self.past_samples.shape[1]
 
-    def rows(self, guidance_scale: float, guidance_rescale: float = 0.0) -> Tensor:
-        """[n, 9 + 2M] float64: the table that `kernels.guided_step` reads."""
+    def rows(self, guidance: Guidance = UNGUIDED, factors: Tensor | None = None) -> Tensor:
+        """[n, 13 + 2M] float64: the table that `kernels.guided_step` reads. `factors`: of
+        `Inpainting`."""
         count, depth = len(self.timesteps), self.depth
         rows = torch.zeros(count, HISTORY + 1 + 2 * depth, dtype=torch.float64)
-        rows[:, GUIDANCE] = guidance_scale
-        rows[:, RESCALE] = guidance_rescale
+        for column, value in zip((GUIDANCE, RESCALE, PERTURBED), guidance, strict=True):
+            rows[:, column] = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        if factors is not None:
+            rows[:, KEPT_ORIGINAL : KEPT_NOISE + 1] = factors
         rows[:, SAMPLE] = self.samples
         rows[:, NOISE] = self.noises
         rows[:, CLIP_SAMPLE : LIMIT + 1] = self.clips
@@ -231,6 +241,7 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
         residual=worst,
         states=trajectory.states,
         keeps=trajectory.keeps,
+        editable=editable,
     )
 
 
@@ -271,4 +282,5 @@ def _clipped(
         residual=0.0,
         states=trajectory.states,
         keeps=trajectory.keeps,
+        editable=True,
     )

@@ -90,7 +90,7 @@ def table_loop(table, scheduler):
     generator = torch.Generator().manual_seed(2)
     x = first_sample(scheduler).clone()
     history = torch.full((2, table.depth, *SHAPE), float("nan"), dtype=torch.float64)
-    rows, following = table.rows(guidance_scale=1.0), table.scales[0] * x
+    rows, following = table.rows(), table.scales[0] * x
     for i, t in enumerate(table.timesteps):
         noise = torch.zeros(SHAPE, dtype=torch.float64)
         if table.draws[i]:
@@ -346,7 +346,7 @@ def test_a_clipped_step_of_a_sample_that_is_not_finite():
     """What overflowed shows in the picture, as in diffusers."""
     scheduler = make("DDPMScheduler", clip_sample=True)
     scheduler.set_timesteps(4)
-    row = probe(scheduler).rows(1.0)
+    row = probe(scheduler).rows()
     x = torch.tensor([float("nan"), float("inf"), 0.5]).double()[None]
     output, following = torch.zeros(1, 3).double(), torch.zeros(1, 3).double()
     own = scheduler.step(output, scheduler.timesteps[0], x.clone(), torch.Generator()).prev_sample

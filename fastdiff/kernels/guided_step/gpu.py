@@ -18,30 +18,54 @@ from fastdiff.kernels.tuned import tunable
 
 # a kernel may read only globals that are constexpr
 GUIDANCE, RESCALE = tl.constexpr(spec.GUIDANCE), tl.constexpr(spec.RESCALE)
+PERTURBED, LEARNED = tl.constexpr(spec.PERTURBED), tl.constexpr(spec.LEARNED)
 SAMPLE, NOISE = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.NOISE)
 NEXT_SCALE, HISTORY = tl.constexpr(spec.NEXT_SCALE), tl.constexpr(spec.HISTORY)
 CLIP_SAMPLE, CLIP_OUTPUT = tl.constexpr(spec.CLIP_SAMPLE), tl.constexpr(spec.CLIP_OUTPUT)
 LIMIT = tl.constexpr(spec.LIMIT)
+KEPT_ORIGINAL, KEPT_NOISE = tl.constexpr(spec.KEPT_ORIGINAL), tl.constexpr(spec.KEPT_NOISE)
 
 
 @triton.jit
-def _guided(output_ptr, copy, offsets, inside, guidance, COPIES: tl.constexpr):
-    """The guided output and its text half, both fp32; without guidance, the output twice."""
-    output = tl.load(output_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+def _at(offsets, WIDE: tl.constexpr):
+    """Where the network's outputs for a sample's elements are. WIDE: the sample's channels, if the
+    network gives twice as many."""
+    if WIDE == 0:
+        return offsets
+    return offsets + offsets // WIDE * WIDE
+
+
+@triton.jit
+def _guided(
+    output_ptr, copy, offsets, inside, guidance, perturbed, COPIES: tl.constexpr, WIDE: tl.constexpr
+):
+    """The guided output and its text part, both fp32; without guidance, the output twice."""
+    at = _at(offsets, WIDE)
+    output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if COPIES == 1:
         return output, output
-    text = tl.load(output_ptr + copy + offsets, mask=inside, other=0.0).to(tl.float32)
-    return output + guidance * (text - output), text
+    text = tl.load(output_ptr + copy + at, mask=inside, other=0.0).to(tl.float32)
+    output += guidance * (text - output)
+    if COPIES == 3:
+        used = tl.where(perturbed != 0, inside, False)
+        third = tl.load(output_ptr + 2 * copy + at, mask=used, other=0.0).to(tl.float32)
+        output += perturbed * (text - third)
+    return output, text
 
 
 @triton.jit
-def _deviation_ratio(output_ptr, copy, E, guidance, REDUCE: tl.constexpr):
+def _deviation_ratio(
+    output_ptr, copy, E, guidance, perturbed,
+    REDUCE: tl.constexpr, COPIES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """std(text) / std(guided) over the E elements of a sample, each in two passes."""
     guided_sum = tl.zeros((REDUCE,), tl.float32)
     text_sum = tl.zeros((REDUCE,), tl.float32)
     for start in range(0, E, REDUCE):
         offsets = start + tl.arange(0, REDUCE)
-        guided, text = _guided(output_ptr, copy, offsets, offsets < E, guidance, 2)
+        guided, text = _guided(
+            output_ptr, copy, offsets, offsets < E, guidance, perturbed, COPIES, WIDE
+        )
         guided_sum += guided
         text_sum += text
     guided_mean = tl.sum(guided_sum, 0) / E
@@ -51,7 +75,7 @@ def _deviation_ratio(output_ptr, copy, E, guidance, REDUCE: tl.constexpr):
     for start in range(0, E, REDUCE):
         offsets = start + tl.arange(0, REDUCE)
         inside = offsets < E
-        guided, text = _guided(output_ptr, copy, offsets, inside, guidance, 2)
+        guided, text = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
         guided = tl.where(inside, guided - guided_mean, 0.0)
         text = tl.where(inside, text - text_mean, 0.0)
         guided_sum += guided * guided
@@ -61,22 +85,29 @@ def _deviation_ratio(output_ptr, copy, E, guidance, REDUCE: tl.constexpr):
 
 @triton.jit
 def _guided_step_kernel(
-    output_ptr, table_ptr, step_ptr, noise_ptr, E, columns, sample_ptr, history_ptr, next_ptr,
-    COPIES: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, REDUCE: tl.constexpr,
+    output_ptr, table_ptr, step_ptr, noise_ptr, mask_ptr, original_ptr, original_noise_ptr,
+    E, columns, sample_ptr, history_ptr, next_ptr,
+    COPIES: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Each program updates BLOCK of the E elements of one sample."""
+    """Each program updates BLOCK of the E elements of one sample. WIDE as in `_at`."""
     first = tl.program_id(1).to(tl.int64) * E
-    copy = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
+    all = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
+    copy = all if WIDE == 0 else 2 * all
+    output_ptr += first if WIDE == 0 else 2 * first
     step = tl.load(step_ptr).to(tl.int64)
     row = table_ptr + step * columns
     guidance = tl.load(row + GUIDANCE)
+    perturbed = 0.0
+    if COPIES == 3:
+        perturbed = tl.load(row + PERTURBED)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < E
-    output, _ = _guided(output_ptr + first, copy, offsets, inside, guidance, COPIES)
-    if COPIES == 2:
+    output, _ = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
+    if COPIES > 1:
         rescale = tl.load(row + RESCALE)
         if rescale != 0:
-            ratio = _deviation_ratio(output_ptr + first, copy, E, guidance, REDUCE)
+            ratio = _deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
             output = rescale * (output * ratio) + (1 - rescale) * output
     own = first + offsets
     sample = tl.load(sample_ptr + own, mask=inside, other=0.0)
@@ -90,17 +121,38 @@ def _guided_step_kernel(
         b = tl.load(row + HISTORY + h)
         c = tl.load(row + HISTORY + DEPTH + h)
         # entries with a zero coefficient may not be written yet, so mask them
-        outputs = history_ptr + slot * copy + own
+        outputs = history_ptr + slot * all + own
         result += b * tl.load(outputs, mask=tl.where(b != 0, inside, False), other=0.0)
         result += c * tl.load(
-            outputs + DEPTH * copy, mask=tl.where(c != 0, inside, False), other=0.0
+            outputs + DEPTH * all, mask=tl.where(c != 0, inside, False), other=0.0
         )
     if noise_ptr is not None:
-        result += tl.load(row + NOISE) * tl.load(noise_ptr + own, mask=inside, other=0.0)
+        factor = tl.load(row + NOISE)
+        if WIDE != 0:
+            learned = tl.load(row + LEARNED)
+            text = output_ptr + (copy if COPIES > 1 else 0)
+            variance = tl.load(
+                text + _at(offsets, WIDE) + WIDE,
+                mask=tl.where(learned != 0, inside, False),
+                other=0.0,
+            )
+            factor = factor * tl.exp(learned * variance.to(tl.float32))
+        result += factor * tl.load(noise_ptr + own, mask=inside, other=0.0)
+    if mask_ptr is not None:
+        kept = sample
+        if original_ptr is not None:
+            kept = tl.load(row + KEPT_ORIGINAL) * tl.load(
+                original_ptr + own, mask=inside, other=0.0
+            )
+            kept += tl.load(row + KEPT_NOISE) * tl.load(
+                original_noise_ptr + own, mask=inside, other=0.0
+            )
+        mask = tl.load(mask_ptr + own, mask=inside, other=0.0)
+        result = mask * result + (1 - mask) * kept
     if DEPTH > 0:
         slot = step % DEPTH
-        tl.store(history_ptr + slot * copy + own, output, mask=inside)
-        tl.store(history_ptr + (DEPTH + slot) * copy + own, sample, mask=inside)
+        tl.store(history_ptr + slot * all + own, output, mask=inside)
+        tl.store(history_ptr + (DEPTH + slot) * all + own, sample, mask=inside)
     tl.store(sample_ptr + own, result, mask=inside)
     following = tl.load(row + NEXT_SCALE) * result
     tl.store(next_ptr + own, following, mask=inside)
@@ -146,7 +198,8 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     for name, tensor in (("sample", a.sample), ("history", a.history), ("table", a.table)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"guided_step: {name} is {tensor.dtype}; the kernel takes float32")
-    tensors = (a.model_output, a.sample, a.history, a.following, a.table, a.noise)
+    extra = (a.noise, a.mask, a.original, a.original_noise)
+    tensors = (a.model_output, a.sample, a.history, a.following, a.table, *extra)
     if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError("guided_step: all tensors must be contiguous")
     batch, copies, depth = (
@@ -154,13 +207,16 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
         a.model_output.shape[0] // a.sample.shape[0],
         a.history.shape[1],
     )
-    elements = a.sample.numel() // batch
+    elements, width = a.sample.numel() // batch, a.sample.shape[-1]
     config = pick(elements, arch)
     arguments = {
         "output_ptr": a.model_output,
         "table_ptr": a.table,
         "step_ptr": a.step,
         "noise_ptr": a.noise,
+        "mask_ptr": a.mask,
+        "original_ptr": a.original,
+        "original_noise_ptr": a.original_noise,
         "E": elements,
         "columns": a.table.shape[1],
         "sample_ptr": a.sample,
@@ -170,6 +226,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     constants = {
         "COPIES": copies,
         "DEPTH": depth,
+        "WIDE": width if a.model_output.shape[-1] == 2 * width else 0,
         "BLOCK": config.block,
         "REDUCE": config.reduce,
     }

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Case, KernelSpec
 
-GUIDANCE, RESCALE, SAMPLE, NOISE, NEXT_SCALE, CLIP_SAMPLE, CLIP_OUTPUT, LIMIT, HISTORY = range(9)
+GUIDANCE, RESCALE, PERTURBED, SAMPLE, NOISE, LEARNED, NEXT_SCALE = range(7)
+CLIP_SAMPLE, CLIP_OUTPUT, LIMIT, KEPT_ORIGINAL, KEPT_NOISE, HISTORY = range(7, 13)
 """The columns of a table row. From HISTORY on: b_0..b_M for the outputs, then c_1..c_M for the
 samples, where M is the depth of the history."""
 
@@ -24,16 +25,24 @@ class Arguments:
     table: Tensor
     step: Tensor
     noise: Tensor | None = None
+    mask: Tensor | None = None
+    original: Tensor | None = None
+    original_noise: Tensor | None = None
 
 
 def formula(a: Arguments) -> None:
     depth, batch = a.history.shape[1], a.sample.shape[0]
     index = int(a.step)
     row = a.table[index]
-    output = a.model_output.to(a.sample.dtype)
-    if a.model_output.shape[0] == 2 * batch:
-        unconditional, text = output.chunk(2)
-        output = unconditional + row[GUIDANCE] * (text - unconditional)
+    # the network's channels are those of the sample, and perhaps as many for the variance
+    outputs = a.model_output.to(a.sample.dtype).split(a.sample.shape[-1], dim=-1)
+    output, *others = outputs[0].split(batch)
+    if others:
+        text = others[0]
+        output = output + row[GUIDANCE] * (text - output)
+        if len(others) > 1:
+            apart = row[PERTURBED] * (text - others[1])
+            output = output + torch.where(row[PERTURBED] != 0, apart, 0.0)
         over = tuple(range(1, output.ndim))
         rescaled = output * (text.std(over, keepdim=True) / output.std(over, keepdim=True))
         output = torch.where(
@@ -50,7 +59,16 @@ def formula(a: Arguments) -> None:
         result = result + torch.where(b[h] != 0, b[h] * a.history[0, slot], 0.0)
         result = result + torch.where(c[h - 1] != 0, c[h - 1] * a.history[1, slot], 0.0)
     if a.noise is not None:
-        result = result + row[NOISE] * a.noise
+        factor = row[NOISE]
+        if len(outputs) > 1:
+            variance = outputs[1].split(batch)[1 if others else 0]
+            factor = factor * torch.where(row[LEARNED] != 0, row[LEARNED] * variance, 0.0).exp()
+        result = result + factor * a.noise
+    if a.mask is not None:
+        kept = a.sample
+        if a.original is not None and a.original_noise is not None:
+            kept = row[KEPT_ORIGINAL] * a.original + row[KEPT_NOISE] * a.original_noise
+        result = a.mask * result + (1 - a.mask) * kept
     if depth:
         a.history[0, index % depth] = output
         a.history[1, index % depth] = a.sample
@@ -73,20 +91,31 @@ def inputs(
     table = normal(rows, HISTORY + 1 + 2 * depth)
     table[:, GUIDANCE] = 7.5
     table[:, RESCALE] = case.get("rescale", 0.0)
+    table[:, PERTURBED] = case.get("perturbed", 0.0)
+    table[:, LEARNED] = case.get("learned", 0.0)
     table[:, LIMIT] = case.get("limit", 0.0)
     history = normal(2, depth, *shape)
     if case.get("fresh"):  # the first step: the history is empty, its coefficients are zero
         table[:, HISTORY + 1 :] = 0
         history.fill_(float("nan"))
     state = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def picture(given: bool) -> Tensor | None:
+        return normal(*shape).to(state) if given else None
+
+    channels = case.C * (1 + case.get("wide", False))
+    kept = case.get("kept", "")
     return {
-        "model_output": normal(case.copies * case.B, *shape[1:]).to(dtype),
+        "model_output": normal(case.copies * case.B, *shape[1:3], channels).to(dtype),
         "sample": (normal(*shape) * case.get("spread", 1.0)).to(state),
         "history": history.to(state),
         "following": torch.full(shape, float("nan"), dtype=dtype, device=device),
         "table": table.to(state),
         "step": torch.tensor([case.get("step", 3)], device=device),
-        "noise": normal(*shape).to(state) if case.get("noise") else None,
+        "noise": picture(case.get("noise", False)),
+        "mask": torch.rand(shape, generator=generator, device=device).to(state) if kept else None,
+        "original": picture(kept == "original"),
+        "original_noise": picture(kept == "original"),
     }
 
 
@@ -96,20 +125,30 @@ def _elements(case: Case) -> int:
 
 def moved(case: Case, size: int) -> int:
     """State and table are float32; of the row, only the columns that the case uses are read."""
-    past = 0 if case.get("fresh") else 2 * case.depth
-    state = 2 + past + 2 * bool(case.depth) + bool(case.get("noise"))
-    columns = 5 + (case.copies == 2) + 2 * case.depth + bool(case.get("noise"))
-    columns += 2 * bool(case.get("limit"))
-    return int(_elements(case) * (size * (case.copies + 1) + 4 * state) + 4 * columns + 8)
+    past, kept = 0 if case.get("fresh") else 2 * case.depth, case.get("kept", "")
+    noise, learns = bool(case.get("noise")), bool(case.get("wide"))
+    reads = case.copies - (case.copies == 3 and not case.get("perturbed"))
+    reads += bool(case.get("learned"))
+    state = 2 + past + 2 * bool(case.depth) + noise
+    state += bool(kept) + 2 * (kept == "original")
+    columns = 5 + min(case.copies - 1, 1) + (case.copies == 3) + 2 * case.depth
+    columns += noise * (1 + learns) + 2 * bool(case.get("limit")) + 2 * (kept == "original")
+    return int(_elements(case) * (size * (reads + 1) + 4 * state) + 4 * columns + 8)
 
 
 def operations(case: Case) -> int:
     """Without rescaling, which each program of the kernel repeats over its whole sample."""
-    each = 4 + 3 * (case.copies == 2) + 4 * case.depth + 2 * bool(case.get("noise"))
+    each = 4 + 3 * (case.copies - 1) + 4 * case.depth + 2 * bool(case.get("noise"))
     each += 4 * bool(case.get("limit"))  # min and max are not arithmetic
+    if case.get("noise") and case.get("wide"):
+        each += 3
+    if case.get("kept"):
+        each += 4 + 3 * (case.kept == "original")
     return int(_elements(case) * each)
 
 
+LEARNED_NOISE = {"wide": True, "learned": -1.7, "noise": True, "limit": 0.7}
+EVERYTHING = {"perturbed": -1.5, "rescale": 0.3, "kept": "original", "repeats": True}
 CASES = (
     Case("sd15-cfg", B=1, Y=64, X=64, C=4, copies=2, depth=0),
     Case("sdxl-cfg-multistep", B=1, Y=128, X=128, C=4, copies=2, depth=3),
@@ -117,9 +156,14 @@ CASES = (
     Case("lcm-no-guidance", B=1, Y=64, X=64, C=4, copies=1, depth=0, noise=True),
     Case("rescaled", B=2, Y=64, X=64, C=4, copies=2, depth=1, rescale=0.7, repeats=True),
     Case("ddpm-clipped", B=2, Y=32, X=32, C=3, copies=1, depth=0, noise=True, limit=0.7),
+    Case("pag", B=1, Y=64, X=64, C=4, copies=3, depth=2, perturbed=3.0),
+    Case("unused", B=1, Y=8, X=16, C=4, copies=3, depth=0, wide=True),
+    Case("inpainting", B=2, Y=64, X=64, C=4, copies=2, depth=0, kept="original"),
+    Case("learned", B=1, Y=16, X=16, C=3, copies=2, depth=0, kept="sample", **LEARNED_NOISE),
     Case("demo", B=1, Y=16, X=16, C=4, copies=2, depth=1),
     Case("first-step", B=2, Y=16, X=16, C=4, copies=2, depth=2, fresh=True, step=0),
     Case("odd", B=3, Y=33, X=17, C=5, copies=2, depth=2, rescale=0.3, noise=True, repeats=True),
+    Case("odd-learned", B=2, Y=3, X=5, C=3, copies=3, depth=1, **LEARNED_NOISE, **EVERYTHING),
     Case("tiny", B=1, Y=1, X=3, C=4, copies=1, depth=1, step=4),
 )
 
