@@ -116,6 +116,46 @@ DDPM_PLAN = Plan(
     iterates=True,
 )
 DDIM_PLAN = replace(DDPM_PLAN, step_arguments=("eta", "use_clipped_model_output", "generator"))
+_PRIOR = {
+    "proj_embedding": "prompt_embeds",
+    "encoder_hidden_states": "text_encoder_hidden_states",
+    "attention_mask": "text_mask",
+}
+KANDINSKY_PRIOR_PLAN = Plan(
+    conditions=_PRIOR,
+    required=tuple(_PRIOR.values()),
+    returned=(),
+    network="prior",
+    step_arguments=("generator",),
+    prev_timestep=True,
+    entrance="progress_bar",
+    iterates=True,
+    timesteps="timesteps",
+)
+KANDINSKY_EMB2EMB_PLAN = replace(
+    KANDINSKY_PRIOR_PLAN,
+    settings={
+        "guidance_scale": "guidance_scale",
+        "do_classifier_free_guidance": "do_classifier_free_guidance",
+    },
+)
+UNCLIP_PRIOR = {
+    "proj_embedding": "prompt_embeds",
+    "encoder_hidden_states": "text_enc_hid_states",
+    "attention_mask": "text_mask",
+}
+UNCLIP_PRIOR_PLAN = replace(
+    KANDINSKY_PRIOR_PLAN,
+    conditions=UNCLIP_PRIOR,
+    required=tuple(UNCLIP_PRIOR.values()),
+    scheduler="prior_scheduler",
+    settings={
+        "guidance_scale": "prior_guidance_scale",
+        "do_classifier_free_guidance": "do_classifier_free_guidance",
+    },
+    latents="prior_latents",
+    timesteps="prior_timesteps_tensor",
+)
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
@@ -188,6 +228,9 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN),
         "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN),
+        "UnCLIPPipeline": Recipe({"prior": "prior"}, plan=UNCLIP_PRIOR_PLAN),
+        "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_PRIOR_PLAN),
+        "KandinskyV22PriorEmb2EmbPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_EMB2EMB_PLAN),
         # with blocks of a user's own around a U-Net, diffusers makes the bare ModularPipeline
         "ModularPipeline": Recipe(controlled, loop=blocks),
         "StableDiffusionXLModularPipeline": Recipe(controlled, upcasts=True, loop=blocks),

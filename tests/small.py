@@ -4,6 +4,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    PriorTransformer,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -84,6 +85,26 @@ SD3_KINDS = {
     "sd35-large": {"qk_norm": "rms_norm"},
 }
 """The architectures of Stable Diffusion 3, 3.5-medium and 3.5-large."""
+
+
+PRIOR = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "num_layers": 3,
+    "embedding_dim": 24,
+    "num_embeddings": 7,
+}
+PRIORS = {
+    "karlo": {},
+    "normed": {
+        "norm_in_type": "layer",
+        "embedding_proj_norm_type": "layer",
+        "embedding_proj_dim": 20,
+    },
+    "without prd": {"added_emb_type": None, "additional_embeddings": 3},
+    "a text of its width": {"encoder_hid_proj_type": None, "clip_embed_dim": 40},
+}
+"""UnCLIP's prior, and what else its class can be."""
 
 
 def inputs_for(unet, shape, dtype=torch.float32):
@@ -196,6 +217,13 @@ def controlnet_sd3_alone():
     return net, net, (torch.randn(2, 16, 24), given[1]), options
 
 
+def prior(kind):
+    net = noisy(PriorTransformer(**PRIOR | PRIORS[kind]))
+    given = {"proj_embedding": torch.randn(2, 24), "encoder_hidden_states": torch.randn(2, 7, 24)}
+    mask = {"attention_mask": torch.arange(7)[None] < torch.tensor([[3], [7]])}
+    return net, net, (torch.randn(2, 24), 7), given | mask
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "sd21, classic attention": lambda: classic("sd21"),
@@ -205,6 +233,7 @@ NETS = {
     "sd3 with an IP-Adapter": lambda: sd3_with_ip_adapter("sd3"),
     "controlnet of sd3": lambda: controlnet_sd3(),
     "controlnet of sd35-large": lambda: controlnet_sd3_alone(),
+    "prior": lambda: prior("karlo"),
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

@@ -90,13 +90,17 @@ class Denoised:
     """(module) -> the largest height and width of its latents; None: unlimited."""
     beside: tuple[str, ...] = ("controlnet", "adapter")
     """Components of a pipeline that give it residuals, which an exported file does not take."""
+    shape: Callable[[Any, int], tuple[int, ...]] | None = None
+    """(network, side) -> the shape of a picture's latents. None: [1, C, side, side]."""
 
     def picture(
         self, network: Any, side: int, texts: int, tokens: int | None = None
     ) -> tuple[Any, Tensor]:
-        """The conditions and the latents [1, C, side, side] of a picture, on the meta device, for a
-        network without memory. texts: 2 with guidance; tokens: per text, default `self.tokens`."""
-        shape = (1, self.channels(network), side, side)
+        """The conditions and the latents of a picture, on the meta device, for a network without
+        memory. texts: 2 with guidance; tokens: per text, default `self.tokens`."""
+        shape: tuple[int, ...] = (1, self.channels(network), side, side)
+        if self.shape is not None:
+            shape = self.shape(network, side)
         latents = torch.empty(shape, dtype=network.dtype, device="meta")
         return self.example(network, texts, tokens or self.tokens), latents
 

@@ -6,6 +6,8 @@ from fastdiff.models.mmdit import Conditions as MMDiTConditions
 from fastdiff.models.mmdit import MMDiT, borrow_mmdit
 from fastdiff.models.mmdit_control import ControlConditions as MMDiTControlConditions
 from fastdiff.models.mmdit_control import MMDiTControl, borrow_mmdit_control
+from fastdiff.models.prior import Conditions as PriorConditions
+from fastdiff.models.prior import Prior, borrow_prior
 from fastdiff.models.trunk import Trunk
 from fastdiff.models.unet import UNet, borrow_picture_unet, borrow_unet
 from fastdiff.models.vae import Decoder, Encoder, borrow_decoder, borrow_encoder
@@ -19,6 +21,8 @@ __all__ = [
     "MMDiTConditions",
     "MMDiTControl",
     "MMDiTControlConditions",
+    "Prior",
+    "PriorConditions",
     "Trunk",
     "UNet",
     "Unsupported",
@@ -28,5 +32,6 @@ __all__ = [
     "borrow_mmdit",
     "borrow_mmdit_control",
     "borrow_picture_unet",
+    "borrow_prior",
     "borrow_unet",
 ]

@@ -154,6 +154,10 @@ class Loan(Reads):
             raise Unsupported("an RMSNorm with a bias")
         return None if parts.weight is None else self._keep(parts.weight), parts.eps
 
+    def parameter(self, parameter: Tensor) -> Tensor:
+        """Use a parameter that belongs to no layer in place."""
+        return self._keep(parameter)
+
     def intact(self) -> bool:
         """Whether no parameter has moved and nothing that is watched has changed."""
         if self._looked_at or self._held:
@@ -262,7 +266,7 @@ class Loan(Reads):
         """Use a parameter where it is."""
         self._check(parameter)
         if not parameter.is_contiguous():
-            raise Unsupported("a bias or norm that is not contiguous")
+            raise Unsupported("a bias, norm or embedding that is not contiguous")
         if not self._rehearsal:
             self._lent[id(parameter)] = Lent(parameter)
         return parameter.detach()

@@ -39,9 +39,9 @@ UNREAD = {
 """Attributes with the names of such as diffusers' code reads, which change nothing here."""
 OTHERS = {
     # what another processor or class has by these names; of the last block of a ControlNet nobody
-    # asks for the text
+    # asks for the text; without attn2 nobody asks for norm2
     "Attention": {"dropout", "scale", "context_pre_only"},
-    "BasicTransformerBlock": {"dim", "dropout"},
+    "BasicTransformerBlock": {"dim", "dropout", "num_attention_heads", "norm2"},
     "GroupNorm": {"num_channels"},
     "Conv2d": {"out_channels"},
     "ResnetBlock2D": {"out_channels"},
@@ -54,6 +54,7 @@ OTHERS = {
     "JointTransformerBlock": {"attn2"},  # where use_dual_attention says that it has none
     "RMSNorm": {"dim"},
     "SD3ControlNetModel": {"_internal_dict"},
+    "PriorTransformer": {"num_attention_heads"},  # read of its config
     "SD3IPAdapterJointAttnProcessor2_0": {"scale"},  # read at every use
 }
 """The same by class."""

@@ -1,0 +1,144 @@
+"""Pipelines with a prior, whose latents are embeddings: their loops as plans, beside diffusers'."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    KandinskyV22PriorEmb2EmbPipeline,
+    KandinskyV22PriorPipeline,
+    UnCLIPPipeline,
+)
+from small import noisy
+from unclip import drawn, kandinsky_parts, unclip_parts
+
+import fastdiff
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+
+STEPS = {"prior_num_inference_steps": 4, "decoder_num_inference_steps": 3}
+CALL = STEPS | {"super_res_num_inference_steps": 2, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def kandinsky(tokenizer):
+    return kandinsky_parts(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def unclip(tokenizer):
+    return unclip_parts(tokenizer)
+
+
+def made(cls, parts):
+    kept = {name: p if name == "tokenizer" else copy.deepcopy(p) for name, p in parts.items()}
+    pipe = cls(**kept)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def alike(ours, eager):
+    return float((ours - eager).norm() / eager.norm()) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"guidance_scale": 1.0, "num_inference_steps": 2},
+        {
+            "prompt": ["red heart", "blue star"],
+            "negative_prompt": ["a", "b"],
+            "guidance_scale": 3.0,
+        },
+        {"num_images_per_prompt": 2, "latents": torch.randn(2, 32, dtype=torch.float64)},
+    ],
+    ids=["plain", "unguided", "negative prompts", "given latents"],
+)
+def test_kandinskys_prior(kandinsky, call):
+    pipe = made(KandinskyV22PriorPipeline, kandinsky)
+    call = {"num_inference_steps": 5} | call
+    given = copy.deepcopy(call)
+    eager = drawn(pipe, **call)
+    fastdiff.compile(pipe)
+    assert alike(drawn(pipe, **call), eager)
+    assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
+    assert slot_of(pipe.prior).fast == call["num_inference_steps"]
+    if "latents" in call:  # the caller's own stay as they were
+        assert torch.equal(call["latents"], given["latents"])
+    fastdiff.restore(pipe)
+    assert torch.equal(drawn(pipe, **call), eager)
+
+
+def test_a_loop_that_begins_with_a_picture(kandinsky):
+    pipe = made(KandinskyV22PriorEmb2EmbPipeline, kandinsky)
+    call = {"image": torch.randn(1, 32).double(), "strength": 0.6, "num_inference_steps": 6}
+    eager = drawn(pipe, **call)
+    fastdiff.compile(pipe)
+    assert alike(drawn(pipe, **call), eager)
+    assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
+
+
+def test_every_loop_of_an_interpolation(kandinsky):
+    """A method that calls the pipeline three times."""
+    pipe = made(KandinskyV22PriorPipeline, kandinsky)
+
+    def between():
+        generator = torch.Generator().manual_seed(3)
+        given = (["red heart", "blue star"], [0.3, 0.7])
+        return pipe.interpolate(*given, num_inference_steps=2, generator=generator).image_embeds
+
+    eager = between()
+    fastdiff.compile(pipe)
+    assert alike(between(), eager)
+    assert loop_of(pipe).planned == 3
+
+
+def test_callbacks_and_other_schedulers_keep_diffusers_loop(kandinsky):
+    """Our network within it draws the same."""
+    pipe = made(KandinskyV22PriorPipeline, kandinsky)
+    seen = []
+
+    def look(pipe, i, t, given):
+        seen.append(i)
+        return given
+
+    call = {"num_inference_steps": 3, "callback_on_step_end": look}
+    eager = drawn(pipe, **call)
+    fastdiff.compile(pipe)
+    assert alike(drawn(pipe, **call), eager)
+    assert seen == [0, 1, 2] * 2
+    (reason,) = loop_of(pipe).own
+    assert "callback" in reason
+    assert slot_of(pipe.prior).fast == 3
+
+
+def test_the_prior_of_unclip(unclip):
+    pipe = made(UnCLIPPipeline, unclip)
+    call = CALL | {"prompt": ["red heart", "blue star"]}
+    eager = drawn(pipe, **call)
+    fastdiff.compile(pipe)
+    assert alike(drawn(pipe, **call), eager)
+    assert loop_of(pipe).ran["prior"] == 1
+    report = str(fastdiff.report(pipe))
+    assert "coefficients of UnCLIPScheduler" in report
+    assert "prior" in report
+    fastdiff.restore(pipe)
+    assert torch.equal(drawn(pipe, **call), eager)
+
+
+def test_a_lora_of_the_prior_is_merged(kandinsky):
+    from peft import LoraConfig
+
+    pipe = made(KandinskyV22PriorPipeline, kandinsky)
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]  # those that diffusers' training script adapts
+    pipe.prior.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
+    pipe.prior = noisy(pipe.prior).double()
+    eager = drawn(pipe, num_inference_steps=2)
+    fastdiff.compile(pipe)
+    assert alike(drawn(pipe, num_inference_steps=2), eager)
+    pipe.prior.disable_adapters()
+    without = drawn(pipe, num_inference_steps=2)
+    fastdiff.restore(pipe)
+    assert alike(without, drawn(pipe, num_inference_steps=2))
+    assert loop_of(pipe) is None
