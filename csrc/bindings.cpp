@@ -81,6 +81,7 @@ void execute(const JointAttention& p) { chosen->joint_attention(p); }
 void execute(const AdaNorm& p) { chosen->ada_norm(p); }
 void execute(const QkNorm& p) { chosen->qk_norm(p); }
 void execute(const Residual& p) { chosen->residual(p); }
+void execute(const MeanPool& p) { chosen->mean_pool(p); }
 void execute(const SlabMoments& p) { chosen->moments(p); }
 void execute(const LineSilu& p) { chosen->line_silu(p); }
 void execute(const GuidedStep& p) { chosen->guided_step(p); }
@@ -123,7 +124,7 @@ class Tape {
  private:
   static thread_local Tape* current;
   std::vector<std::variant<Conv, Attention, JointAttention, GroupNorm, AdaNorm, QkNorm, Residual,
-                           SlabMoments, LineSilu, GuidedStep, Concat>>
+                           MeanPool, SlabMoments, LineSilu, GuidedStep, Concat>>
       calls_;
 };
 thread_local Tape* Tape::current = nullptr;
@@ -199,17 +200,22 @@ void run_joint_attention(int dtype, const Sequence& picture, const Sequence& tex
   run(p);
 }
 
-void run_group_norm(int dtype, uintptr_t x, const Ints<2>& row, uintptr_t residual,
-                    uintptr_t weight, uintptr_t bias, const Ints<4>& sizes, float eps, bool silu,
-                    uintptr_t y, uintptr_t total) {
-  const GroupNorm p{dtype,    in(x),    in(row[0]), in(residual), in(weight),
-                    in(bias), row[1],   sizes[0],   sizes[1],     sizes[2],
-                    sizes[3], eps,      silu,       out(y),       out(total)};
-  run(p);
-}
-
 // One row per sample: its address, and the stride between rows.
 using Rows = std::pair<uintptr_t, int64_t>;
+
+// sizes: batch, pixels, channels, groups
+void run_group_norm(int dtype, uintptr_t x, const Rows& row, uintptr_t residual, uintptr_t weight,
+                    uintptr_t bias, const Rows& scale_shift, const Ints<4>& sizes, float eps,
+                    int act, uintptr_t y, uintptr_t total) {
+  if (act != kNone && act != kSilu && act != kGelu)
+    throw std::invalid_argument("group_norm: there is no activation " + std::to_string(act));
+  const GroupNorm p{dtype,    in(x),      in(row.first), in(residual),
+                    in(weight), in(bias), in(scale_shift.first), row.second,
+                    scale_shift.second, sizes[0], sizes[1], sizes[2],
+                    sizes[3], eps,        act,           out(y),
+                    out(total)};
+  run(p);
+}
 
 // sizes: samples of the residual, batch, tokens, width
 void run_ada_norm(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, const Rows& scale,
@@ -232,11 +238,17 @@ void run_qk_norm(int dtype, const Ints<4>& q, const Ints<4>& k, uintptr_t q_weig
   run(p);
 }
 
+// sizes: batch, tokens, width, then how often a pixel is repeated and the columns of a picture
 void run_residual(int dtype, uintptr_t x, uintptr_t other, uintptr_t shift, const Rows& gate,
-                  const Ints<3>& sizes, uintptr_t y) {
-  const Residual p{dtype,       in(x),    in(other), in(shift), in(gate.first),
-                   gate.second, sizes[0], sizes[1],  sizes[2],  out(y)};
+                  const Ints<5>& sizes, float scale, uintptr_t y) {
+  const Residual p{dtype,       in(x),    in(other), in(shift), in(gate.first), gate.second,
+                   sizes[0],    sizes[1], sizes[2],  sizes[3],  sizes[4],       scale,
+                   out(y)};
   run(p);
+}
+
+void run_mean_pool(int dtype, uintptr_t x, const Ints<4>& shape, uintptr_t y) {
+  run(MeanPool{dtype, in(x), shape[0], shape[1], shape[2], shape[3], out(y)});
 }
 
 // sizes: rows, width, rows per slab
@@ -305,6 +317,7 @@ PYBIND11_MODULE(_C, m) {
   kernel("ada_norm", &run_ada_norm);
   kernel("qk_norm", &run_qk_norm);
   kernel("residual", &run_residual);
+  kernel("mean_pool", &run_mean_pool);
   kernel("moments", &run_moments);
   kernel("line_silu", &run_line_silu);
   kernel("guided_step", &run_guided_step);

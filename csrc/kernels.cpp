@@ -35,6 +35,7 @@ const Kernels& FASTDIFF_JOIN(kernels_, FASTDIFF_ISA)() {
       by_dtype<AdaNorm, ada_norm<float>, ada_norm<bf16>>,
       by_dtype<QkNorm, qk_norm<float>, qk_norm<bf16>>,
       by_dtype<Residual, residual<float>, residual<bf16>>,
+      by_dtype<MeanPool, mean_pool<float>, mean_pool<bf16>>,
       by_dtype<SlabMoments, moments<float>, moments<bf16>>,
       by_dtype<LineSilu, line_silu<float>, line_silu<bf16>>,
       by_dtype<GuidedStep, guided_step<float>, guided_step<bf16>>,

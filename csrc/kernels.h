@@ -57,14 +57,16 @@ struct JointAttention {
   float scale;
 };
 
-// y = act((t - mean) / sqrt(var + eps) * weight + bias), t = x + row + residual
+// y = act(n * (1 + scale) + offset), n = (t - mean) / sqrt(var + eps) * weight + bias,
+// t = x + row + residual
 struct GroupNorm {
   int dtype;
   const void *x, *row, *residual, *weight, *bias;  // row and residual may be null
-  int64_t ld_row;  // elements from one picture's row to the next; 0 if all share one
+  const void* scale_shift;  // scale, then offset, for each picture; or null
+  int64_t ld_row, ld_scale_shift;  // elements from one picture's row to the next; 0 if all share it
   int64_t batch, pixels, channels, groups;
   float eps;
-  int silu;
+  int act;
   void *y, *total;  // total receives t if there is a residual, else null
 };
 
@@ -92,11 +94,21 @@ struct QkNorm {
   void *q_out, *k_out;  // [batch, tokens, heads, width]
 };
 
-// y = x + shift + gate * other
+// y = scale * (x + shift + gate * other), each pixel repeated `enlarge` times in both directions
 struct Residual {
   int dtype;
   const void *x, *other, *shift, *gate;  // all but x may be null; gate: one row per sample
   int64_t ld_gate, batch, tokens, width;
+  int64_t enlarge, columns;  // tokens in a row of a picture; they count only if it is enlarged
+  float scale;
+  void* y;
+};
+
+// The mean of every 2x2 pixels; an odd last row or column is left out.
+struct MeanPool {
+  int dtype;
+  const void* x;  // [batch, height, width, channels]
+  int64_t batch, height, width, channels;
   void* y;
 };
 
@@ -141,6 +153,7 @@ struct Kernels {
   void (*ada_norm)(const AdaNorm&);
   void (*qk_norm)(const QkNorm&);
   void (*residual)(const Residual&);
+  void (*mean_pool)(const MeanPool&);
   void (*moments)(const SlabMoments&);
   void (*line_silu)(const LineSilu&);
   void (*guided_step)(const GuidedStep&);

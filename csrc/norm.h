@@ -1,4 +1,4 @@
-// GroupNorm (+ SiLU) of channels-last pictures.
+// GroupNorm, with modulation and activation, of channels-last pictures.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -112,12 +112,18 @@ static void group_norm(const GroupNorm& p) {
       const double rstd = 1.0 / std::sqrt(std::max(all.m2, 0.0) / all.count + p.eps);
       const auto centre = static_cast<float>(all.mean);
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-        const double weight = load1(static_cast<const T*>(p.weight) + c);
+        double weight = load1(static_cast<const T*>(p.weight) + c);
+        double bias = load1(static_cast<const T*>(p.bias) + c);
+        if (p.scale_shift) {
+          const T* row = static_cast<const T*>(p.scale_shift) + picture * p.ld_scale_shift;
+          const double scale = 1.0 + load1(row + c);
+          weight *= scale;
+          bias = bias * scale + load1(row + p.channels + c);
+        }
         const int64_t at = picture * padded + c;
         centres[at] = centre;
         scales[at] = static_cast<float>(rstd * weight);
-        shifts[at] = static_cast<float>(load1(static_cast<const T*>(p.bias) + c) +
-                                        (centre - all.mean) * rstd * weight);
+        shifts[at] = static_cast<float>(bias + (centre - all.mean) * rstd * weight);
       }
     }
 
@@ -129,7 +135,8 @@ static void group_norm(const GroupNorm& p) {
         each_vector(C, [&](int64_t c, int n) {
           const vf t = summed<T>(p, picture, at, c, n);
           vf y = (t - load(&centres[at_c + c])) * load(&scales[at_c + c]) + load(&shifts[at_c + c]);
-          if (p.silu) y = silu(y);
+          if (p.act == fastdiff::kSilu) y = silu(y);
+          else if (p.act == fastdiff::kGelu) y = gelu(y);
           store_n(static_cast<T*>(p.y) + at + c, y, n);
           if (p.total) store_n(static_cast<T*>(p.total) + at + c, t, n);
         });

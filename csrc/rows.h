@@ -1,5 +1,5 @@
 // Operations on rows of tokens: LayerNorm and RMSNorm with what precedes and follows them, RMSNorm
-// of heads, and gated sums. Each row is read from memory once.
+// of heads, gated sums, and pooling. Each row is read from memory once.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,6 +13,7 @@
 namespace FASTDIFF_ISA {
 
 using fastdiff::AdaNorm;
+using fastdiff::MeanPool;
 using fastdiff::QkNorm;
 using fastdiff::Residual;
 
@@ -160,17 +161,17 @@ static void qk_norm(const QkNorm& p) {
   });
 }
 
-// y = x + shift + gate * other for `count` elements; `terms` says which terms there are.
+// y = scale * (x + shift + gate * other) for `count` elements; `terms` says which terms there are.
 enum Terms { kOther = 1, kShift = 2, kGate = 4 };
 template <int terms, typename T>
-static void add_row(int64_t count, const T* x, const T* other, const T* shift, const T* gate,
-                    T* y) {
+static void add_row(int64_t count, float scale, const T* x, const T* other, const T* shift,
+                    const T* gate, T* y) {
   each_vector(count, [=](int64_t c, int n) {
     vf v = load_n(x + c, n);
     if (terms & kShift) v += load_n(shift + c, n);
     if (terms & kGate) v += load_n(other + c, n) * load_n(gate + c, n);
     else if (terms & kOther) v += load_n(other + c, n);
-    store_n(y + c, v, n);
+    store_n(y + c, v * scale, n);
   });
 }
 
@@ -185,15 +186,39 @@ static void residual(const Residual& p) {
                                  : add_row<0, T>;
   const auto add = shift ? with_shift : without;
   // rows that share nothing are cut again, into longer ones
-  const bool whole = !p.gate && !shift;
+  const int64_t times = p.enlarge;
+  const bool whole = !p.gate && !shift && times == 1;
   const int64_t all = p.batch * p.tokens * p.width;
   const int64_t D = whole ? std::min<int64_t>(all, 1 << 12) : p.width;
-  each_row((all + D - 1) / D, D, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      add(std::min(D, all - i * D), static_cast<const T*>(p.x) + i * D,
+  each_row((all + D - 1) / D, D * times * times, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      // the pictures' rows are numbered through
+      const int64_t at = (i / p.columns * times * p.columns + i % p.columns) * times;
+      T* y = static_cast<T*>(p.y) + (times > 1 ? at : i) * D;
+      const int64_t count = std::min(D, all - i * D);
+      add(count, p.scale, static_cast<const T*>(p.x) + i * D,
           p.other ? static_cast<const T*>(p.other) + i * D : nullptr, shift,
-          p.gate ? static_cast<const T*>(p.gate) + i / p.tokens * p.ld_gate : nullptr,
-          static_cast<T*>(p.y) + i * D);
+          p.gate ? static_cast<const T*>(p.gate) + i / p.tokens * p.ld_gate : nullptr, y);
+      for (int64_t copy = 1; copy < times * times; ++copy)
+        std::copy_n(y, count, y + (copy / times * times * p.columns + copy % times) * D);
+    }
+  });
+}
+
+template <typename T>
+static void mean_pool(const MeanPool& p) {
+  const int64_t C = p.channels, rows = p.height / 2, columns = p.width / 2;
+  each_row(p.batch * rows, 4 * columns * C, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = i / rows * p.height + i % rows * 2;
+      const T *above = static_cast<const T*>(p.x) + row * p.width * C, *below = above + p.width * C;
+      T* y = static_cast<T*>(p.y) + i * columns * C;
+      for (int64_t j = 0; j < columns; ++j, above += 2 * C, below += 2 * C, y += C)
+        each_vector(C, [&](int64_t c, int n) {
+          const vf top = load_n(above + c, n) + load_n(above + C + c, n);
+          store_n(y + c, (top + (load_n(below + c, n) + load_n(below + C + c, n))) * 0.25f, n);
+        });
+    }
   });
 }
 

@@ -34,7 +34,7 @@ _KIND_OF = {
         "linear": "mm addmm addmm_ _addmm_activation bmm baddbmm linear geglu",
         "norm": "native_group_norm native_layer_norm group_norm_silu ada_norm qk_norm moments"
         " line_silu",
-        "pointwise": "gelu_gate residual",
+        "pointwise": "gelu_gate residual mean_pool avg_pool2d",
         "copy": "cat concat clone copy_ _to_copy repeat index embedding upsample_nearest2d",
         "step": "guided_step",
         "host read": "_local_scalar_dense",

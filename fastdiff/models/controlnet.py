@@ -78,8 +78,7 @@ class ControlNet(Trunk):
         for stage in self.downs:
             sizes += [sizes[-1]] * len(stage.resnets)
             if stage.down is not None:
-                rounded = sum(stage.down.padding) - 1
-                y, x = (y + rounded) // 2, (x + rounded) // 2
+                y, x = stage.down.side(y), stage.down.side(x)
                 sizes.append((y, x))
         return [*sizes, sizes[-1]]
 

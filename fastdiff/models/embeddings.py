@@ -32,16 +32,17 @@ class Sinusoid:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Two linear layers with a SiLU between them; the LCM condition is added to the input."""
+    """Two linear layers, an activation between them; the LCM condition is added to the input."""
 
     first: Weights
     second: Weights
     condition: Weights | None
+    act: str = "silu"
 
     def __call__(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is not None and self.condition is not None:
             x = linear(condition, self.condition.weight, self.condition.bias) + x
-        h = linear(x, self.first.weight, self.first.bias, act="silu")
+        h = linear(x, self.first.weight, self.first.bias, act=self.act)
         return linear(h, self.second.weight, self.second.bias)
 
 
@@ -55,13 +56,14 @@ def borrow_sinusoid(module: Any, loan: Loan) -> Sinusoid:
 def borrow_embedding(module: Any, loan: Loan) -> Embedding:
     """From a TimestepEmbedding."""
     embedding = loan.open(module, "TimestepEmbedding")
-    loan.silu(embedding.act, "an activation in the time embedding")
+    act = loan.activation(embedding.act, "an activation in the time embedding")
     require(embedding.post_act is None, "an activation after the time embedding")
     condition = embedding.cond_proj
     return Embedding(
         loan.linear(embedding.linear_1),
         loan.linear(embedding.linear_2),
         None if condition is None else loan.linear(condition),
+        act,
     )
 
 

@@ -109,6 +109,18 @@ class Reads:
             raise Unsupported(f"{what} other than SiLU")
         self.open(module, nn.SiLU)
 
+    def activation(self, module: Any, what: str = "an activation") -> str:
+        """Read a SiLU or an exact GELU: "silu" or "gelu"."""
+        if type(module) is not nn.GELU:
+            if type(module) is not nn.SiLU:
+                raise Unsupported(f"{what} other than SiLU and GELU")
+            self.silu(module)
+            return "silu"
+        by = self.open(module, nn.GELU).approximate
+        if by != "none":
+            raise Unsupported(f"a GELU approximated by {by}")
+        return "gelu"
+
     def bare_norm(self, module: Any, width: int) -> float:
         """The eps of a LayerNorm without weight and bias, over `width` channels."""
         norm = self.open(module, nn.LayerNorm)

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.line_silu import line_silu
 from fastdiff.kernels.moments import moments
-from fastdiff.models.blocks import Resnet, Up
 from fastdiff.models.borrow import Norm, Weights
+from fastdiff.models.resnets import Resnet, Up
 from fastdiff.models.sums import Sum
 
 Rows = Callable[[int, int], Tensor]

@@ -52,18 +52,23 @@ class Sum:
         return residual(self._x, self._other, self._shift, enlarge=2)
 
     def group_normed(
-        self, norm: Norm, silu: bool, row: Tensor | None = None, beside: Tensor | None = None
+        self,
+        norm: Norm,
+        act: str,
+        row: Tensor | None = None,
+        beside: Tensor | None = None,
+        scale_shift: Tensor | None = None,
     ) -> Tensor:
-        """The GroupNorm of [x + row, beside]; `row` is not part of the sum."""
+        """The GroupNorm of [x + row, beside], modulated and activated: see `group_norm_silu`. `row`
+        is not part of the sum."""
         if row is not None and self._other is not None:
             self.closed()
-        parameters = (norm.weight, norm.bias, norm.groups, norm.eps, silu, row)
-        shift = self._shift
-        if self._other is None:
-            return group_norm_silu(self._x, *parameters, beside=beside, shift=shift)[0]
+        added = (row, self._other, beside, self._shift)
         y, total = group_norm_silu(
-            self._x, *parameters, residual=self._other, beside=beside, shift=shift
+            self._x, norm.weight, norm.bias, norm.groups, norm.eps, act, *added, scale_shift
         )
+        if self._other is None:
+            return y
         self._close(total)
         return y
 

@@ -122,7 +122,7 @@ class Transformer:
         self, x: Sum, text: Tensor | None, images: Sequence[Tensor], mask: Tensor | None
     ) -> Sum:
         assert text is not None
-        h = x.group_normed(self.norm, silu=False).flatten(1, 2)
+        h = x.group_normed(self.norm, "none").flatten(1, 2)
         tokens = Sum(linear(h, self.proj_in.weight, self.proj_in.bias))
         for block in self.blocks:
             tokens = block(tokens, text, images, mask)

@@ -6,19 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastdiff.kernels.linear import linear
+from fastdiff.kernels.linear.spec import ACTIVATIONS
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import (
-    Columns,
-    Down,
     PictureAttention,
-    Resnet,
-    Up,
     borrow_picture_attention,
-    borrow_resamplers,
-    borrow_resnet,
     repeated,
     require,
 )
@@ -26,15 +20,26 @@ from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.checks import check_count, checked, refuse
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.reads import Reader
+from fastdiff.models.resnets import (
+    Down,
+    Resnet,
+    TimeColumns,
+    Up,
+    borrow_resamplers,
+    borrow_resnet,
+)
 from fastdiff.models.sums import Sum, convolved
 from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
 
 TOLD = (
-    *("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn"),
-    *("UpBlock2D", "CrossAttnUpBlock2D"),
+    *("DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    *("UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
 )
 """Block classes of a U-Net that attends to a text."""
-ALONE = ("DownBlock2D", "AttnDownBlock2D", "UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D")
+ALONE = (
+    *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    *("UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+)
 """Block classes of a U-Net without a text: it attends to its own pixels only."""
 _FREEU = ("s1", "s2", "b1", "b2")
 """The attributes that FreeU sets on a block."""
@@ -47,8 +52,18 @@ class Stage:
     resnets: tuple[Resnet, ...]
     attentions: tuple[Transformer | PictureAttention | None, ...]
     """Transformers, which attend to a text, or self-attention over the pixels."""
-    down: Down | None = None
-    up: Up | None = None
+    down: Down | Resnet | None = None
+    up: Up | Resnet | None = None
+
+    def halved(self, x: Sum, rows: Tensor) -> Sum:
+        """x at the size of the next level down; `down` is not None."""
+        assert self.down is not None
+        return self.down(x, rows) if isinstance(self.down, Resnet) else self.down(x)
+
+    def enlarged(self, x: Sum, rows: Tensor, size: tuple[int, int]) -> Sum:
+        """x at the next level's `size`; `up` is not None. A resnet always doubles."""
+        assert self.up is not None
+        return self.up(x, rows) if isinstance(self.up, Resnet) else self.up(x, size)
 
     @property
     def crossed(self) -> bool:
@@ -88,6 +103,8 @@ class Trunk:
     time: Embedding
     added_sinusoid: Sinusoid | None
     added: Embedding | None
+    acts: tuple[str, ...]
+    """The activations of the time embedding, one after the other."""
     rows: Weights
     """time_emb_proj of every resnet."""
     text: Weights | None
@@ -162,7 +179,7 @@ class Trunk:
                 if inner and stage.crossed:
                     h = skips[-1] = Sum(h.closed() + inner.pop(0))
                 if stage.down is not None:
-                    h = stage.down(h)
+                    h = stage.halved(h, rows)
                     skips.append(h)
                 if inner and not stage.crossed:
                     h = skips[-1] = Sum(h.closed() + inner.pop(0))
@@ -204,11 +221,13 @@ class Trunk:
                 sizes = self.added_sinusoid(time_ids.flatten()).reshape(len(text_embeds), -1)
                 added = torch.cat([text_embeds, sizes], dim=-1).to(dtype)
                 embedding = embedding + self.added(added)
-            return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
+            for act in self.acts:
+                embedding = ACTIVATIONS[act](embedding)
+            return linear(embedding, self.rows.weight, self.rows.bias)
 
 
 def borrow_stage(
-    module: Any, kinds: tuple[str, ...], loan: Loan, rows: Columns, text: CrossColumns
+    module: Any, kinds: tuple[str, ...], loan: Loan, rows: TimeColumns, text: CrossColumns
 ) -> Stage:
     """From a block whose class is one of `kinds`."""
     block, name = loan.open(module, *kinds), type(module).__name__
@@ -225,7 +244,7 @@ def borrow_stage(
         return borrow_transformer(attention, loan, text)
 
     attended = tuple(a if a is None else borrow(a) for a in attentions)
-    return Stage(resnets, attended, *borrow_resamplers(block, loan))
+    return Stage(resnets, attended, *borrow_resamplers(block, loan, rows))
 
 
 def borrow_trunk(
@@ -246,13 +265,14 @@ def borrow_trunk(
     more = getattr(config, "addition_embed_type", None)
     require(more in (None, "text_time"), f"addition_embed_type {more!r}")
     require(net.class_embedding is None, "class embeddings")
-    rows, text = Columns(loan), CrossColumns(loan)
+    rows, text = TimeColumns(loan), CrossColumns(loan)
     blocks, middle = loan.each(net.down_blocks), net.mid_block
     downs = tuple(borrow_stage(block, kinds, loan, rows, text) for block in blocks)
     mid = None if middle is None else borrow_stage(middle, kinds, loan, rows, text)
     stages = tuple(borrow_stage(block, kinds, loan, rows, text) for block in ups)
     require(bool(text.layers) or kinds is ALONE, "a U-Net without cross-attention")
-    added = net.add_embedding if more else None
+    added, first_act = net.add_embedding if more else None, getattr(net, "time_embed_act", None)
+    acts = [] if first_act is None else [loan.activation(first_act)]
     sinusoid = borrow_sinusoid(net.time_proj, loan)
     time = borrow_embedding(net.time_embedding, loan)
     wide = time.first.weight.shape[1]
@@ -262,6 +282,7 @@ def borrow_trunk(
         "time": time,
         "added_sinusoid": None if added is None else borrow_sinusoid(net.add_time_proj, loan),
         "added": None if added is None else borrow_embedding(added, loan),
+        "acts": (*acts, rows.act),
         "rows": loan.linear(*rows.layers),
         "text": loan.linear(*text.layers) if text.layers else None,
         "conv_in": loan.conv(net.conv_in),

@@ -13,6 +13,7 @@ from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.checks import checked
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
+from fastdiff.models.resnets import Resnet
 from fastdiff.models.sums import Sum
 from fastdiff.models.trunk import ALONE, Conditions, Stage, Trunk, borrow_trunk
 
@@ -40,10 +41,11 @@ class UNet(Trunk):
     ip_adapters: IPAdapters | None
     ups: tuple[Stage, ...]
     norm_out: Norm
+    act_out: str
     conv_out: Weights
     multiple: int = 1
-    """The latents' sides must be multiples of this: diffusers' UNet2DModel always enlarges by two,
-    so other sides do not meet their skips."""
+    """The latents' sides must be multiples of this: diffusers' UNet2DModel, and every resnet that
+    enlarges, doubles its picture, so other sides do not meet their skips."""
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it."""
@@ -126,9 +128,9 @@ class UNet(Trunk):
                     h = h if attention is None else attention(h, text, images, mask)
                 if stage.up is not None:  # to the next skips' size, which may be odd
                     _, rows_next, columns_next, _ = skips[-1].closed().shape
-                    h = stage.up(h, (rows_next, columns_next))
+                    h = stage.enlarged(h, row, (rows_next, columns_next))
         with scope("out"):
-            x = h.group_normed(self.norm_out, silu=True)
+            x = h.group_normed(self.norm_out, self.act_out)
             return conv2d(x, self.conv_out.weight, self.conv_out.bias)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
@@ -151,7 +153,6 @@ class UNet(Trunk):
 def borrow_unet(module: Any, loan: Loan) -> UNet:
     """Borrow a UNet2DConditionModel's weights; raises Unsupported for other structures."""
     net, config = loan.open(module, "UNet2DConditionModel"), loan.config(module)
-    require(net.time_embed_act is None, "an activation on the time embedding")
     require(not config.center_input_sample, "center_input_sample")
     projection = getattr(net, "encoder_hid_proj", None)
     require(
@@ -164,16 +165,18 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
     )
     require(getattr(net, "position_net", None) is None, "GLIGEN")
     require(net.conv_norm_out is not None, "a U-Net without a norm before its output")
-    loan.silu(net.conv_act)
     trunk, ups, attentions = borrow_trunk(net, config, loan, loan.each(net.up_blocks))
     times = sum(stage.up is not None for stage in ups)
     require(net.num_upsamplers == times, f"num_upsamplers {net.num_upsamplers}")
+    doubles = any(isinstance(stage.up, Resnet) for stage in ups)
     unet = UNet(
         **trunk,
         ip_adapters=borrow_ip_adapters(projection, attentions, loan),
         ups=ups,
         norm_out=loan.norm(net.conv_norm_out),
+        act_out=loan.activation(net.conv_act),
         conv_out=loan.conv(net.conv_out),
+        multiple=2**times if doubles else 1,
     )
     loan.seal()
     return unet
@@ -183,13 +186,13 @@ def borrow_picture_unet(module: Any, loan: Loan) -> UNet:
     """Lend a UNet2DModel's weights; raises Unsupported for what this runtime is not."""
     net, config = loan.open(module, "UNet2DModel"), loan.config(module)
     require(not config.center_input_sample, "center_input_sample")
-    loan.silu(net.conv_act)
     trunk, ups, _ = borrow_trunk(net, config, loan, loan.each(net.up_blocks), ALONE)
     unet = UNet(
         **trunk,
         ip_adapters=None,
         ups=ups,
         norm_out=loan.norm(net.conv_norm_out),
+        act_out=loan.activation(net.conv_act),
         conv_out=loan.conv(net.conv_out),
         multiple=2 ** sum(stage.up is not None for stage in ups),
     )

@@ -9,17 +9,14 @@ from torch import Tensor
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import (
-    Down,
     PictureAttention,
-    Resnet,
-    Up,
     borrow_picture_attention,
-    borrow_resamplers,
-    borrow_resnet,
     channels_first,
     channels_last,
+    require,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
+from fastdiff.models.resnets import Down, Resnet, Up, borrow_resamplers, borrow_resnet
 from fastdiff.models.strips import Strips
 from fastdiff.models.sums import Sum, convolved
 
@@ -200,19 +197,29 @@ def borrow_encoder(module: Any, loan: Loan) -> Encoder:
 
 
 def _finish(x: Sum, norm: Norm, conv: Weights) -> Tensor:
-    return conv2d(x.group_normed(norm, silu=True), conv.weight, conv.bias)
+    return conv2d(x.group_normed(norm, "silu"), conv.weight, conv.bias)
 
 
 def _stage(module: Any, expected: str, loan: Loan) -> Stage:
     block = loan.open(module, expected)
-    resnets = tuple(borrow_resnet(resnet, loan) for resnet in loan.each(block.resnets))
+    resnets = tuple(_resnet(resnet, loan) for resnet in loan.each(block.resnets))
     down, up = borrow_resamplers(block, loan)
+    assert not isinstance(down, Resnet)
+    assert not isinstance(up, Resnet)
     return Stage(resnets, down or up)
+
+
+def _resnet(module: Any, loan: Loan) -> Resnet:
+    """A resnet that can be computed in strips."""
+    resnet = borrow_resnet(module, loan)
+    require(resnet.act == "silu", "an activation other than SiLU")
+    require(resnet.scale == 1.0, "an output_scale_factor other than 1")
+    return resnet
 
 
 def _middle(module: Any, loan: Loan) -> Middle:
     block = loan.open(module, "UNetMidBlock2D")
-    resnets = [borrow_resnet(resnet, loan) for resnet in loan.each(block.resnets)]
+    resnets = [_resnet(resnet, loan) for resnet in loan.each(block.resnets)]
     attentions = [
         attention if attention is None else borrow_picture_attention(attention, loan)
         for attention in loan.each(block.attentions)

@@ -35,7 +35,6 @@ REFUSED = {
     "geglu": lambda c: c.D > 1,  # their weights are stored by rows
     "group_norm_silu": lambda c: c.get("shift") or (c.get("beside") and c.get("residual")),
     "qk_norm": lambda c: c.get("rotary"),
-    "residual": lambda c: c.get("enlarge", 1) > 1,
 }
 """Cases that a kernel in C++ does not compute in any dtype."""
 ISAS = NATIVE.isas() if NATIVE else [None]

@@ -29,7 +29,7 @@ found = {}
 for Y, X in (64, 64), (64, 72), (65, 77), (96, 96), (128, 128), (7, 149):
     x = torch.empty(2, Y, X, 320, dtype=torch.float16, device="meta")
     channels = torch.empty(320, dtype=torch.float16, device="meta")
-    for launch in run.plan(90, x, channels, channels, 32, 1e-5, True)[0]:
+    for launch in run.plan(90, x, channels, channels, 32, 1e-5, 'silu')[0]:
         sources = found.setdefault(launch.kernel.__name__, set())
         sources.add((_source(launch).hash(), launch.num_warps))
 print({name: len(sources) for name, sources in found.items()})
@@ -80,7 +80,7 @@ def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
     x = (torch.randn(1, 64, 64, 64, dtype=torch.float64) * 0.1 + 1000).float()
     shift = torch.full((64,), -900.0)
     weight, bias = torch.ones(64), torch.zeros(64)
-    inputs = {"groups": 16, "eps": 1e-5, "silu": False, "shift": shift}
+    inputs = {"groups": 16, "eps": 1e-5, "act": "none", "shift": shift}
     exact, _ = SPEC.reference(x.double(), weight.double(), bias.double(), **inputs)
     got, _ = implementation("group_norm_silu", "triton")(x, weight, bias, **inputs)
     assert (got - exact).abs().max() < 1e-3

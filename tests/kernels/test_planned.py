@@ -16,7 +16,7 @@ from fastdiff.kernels.residual.gpu import run as residual
 HALF = {"dtype": torch.float16, "device": "meta"}
 
 
-def norm(batch, side, channels, beside=0, eps=1e-5, silu=True, **added):
+def norm(batch, side, channels, beside=0, eps=1e-5, act="silu", **added):
     x, weight = torch.empty(batch, side, side, channels, **HALF), torch.empty(channels, **HALF)
     both = torch.empty(channels + beside, **HALF)
     given = {
@@ -27,7 +27,7 @@ def norm(batch, side, channels, beside=0, eps=1e-5, silu=True, **added):
     given = {name: given[name] for name in added}
     if beside:
         given["beside"] = torch.empty(1, side, side, beside, **HALF)
-    return group_norm.plan(90, x, both, both, 32, eps, silu, **given)[0]
+    return group_norm.plan(90, x, both, both, 32, eps, act, **given)[0]
 
 
 def test_group_norms_that_differ_in_arguments_share_their_kernels():
@@ -35,7 +35,7 @@ def test_group_norms_that_differ_in_arguments_share_their_kernels():
     for channels in (320, 640, 1280):  # 8, 4 and 2 groups of a segment
         launches += norm(2, 64, channels)
         launches += norm(1, 72, channels, row=True)
-        launches += norm(2, 64, channels, row=True, shift=True, eps=1e-6, silu=False)
+        launches += norm(2, 64, channels, row=True, shift=True, eps=1e-6, act="none")
         launches += norm(2, 64, channels, beside=channels)  # no border within a segment
     assert [launch.kernel.__name__ for launch in distinct(launches)] == [
         "_statistics_kernel",
@@ -125,7 +125,7 @@ def test_eps_is_the_float_that_was_given(eps):
         "qk_norm": {"q": x.view(2, 5, 3, 8), "k": x.view(2, 5, 3, 8), "eps": eps},
         "group_norm_silu": {
             **{"x": x.view(2, 5, 1, 24), "weight": vector, "bias": vector},
-            **{"groups": 3, "eps": eps, "silu": False},
+            **{"groups": 3, "eps": eps, "act": "none"},
         },
     }
     for name, inputs in runs.items():

@@ -124,7 +124,7 @@ def test_group_norm_row_of_any_stride():
     x, residual = torch.randn(2, 2, 5, 3, 24).unbind(0)
     row = torch.randn(2, 100)[:, 7:31]
     weight, bias = torch.randn(2, 24).unbind(0)
-    inputs = (x, weight, bias, 4, 1e-5, True, row, residual)
+    inputs = (x, weight, bias, 4, 1e-5, "silu", row, residual)
     got = implementation("group_norm_silu", "triton")(*inputs)
     for ours, reference in zip(got, spec.reference(*inputs), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)

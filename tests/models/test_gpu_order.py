@@ -10,10 +10,19 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from small import NETWORKS, SD15, inputs_for, shallow
 
 from fastdiff.kernels.dispatch import all_kernels
-from fastdiff.models import Loan, blocks, borrow, borrow_decoder, borrow_encoder, borrow_unet, sums
+from fastdiff.models import (
+    Loan,
+    blocks,
+    borrow,
+    borrow_decoder,
+    borrow_encoder,
+    borrow_unet,
+    resnets,
+    sums,
+)
 from fastdiff.models.trunk import Conditions
 
-DECIDES = (blocks, sums)
+DECIDES = (resnets, sums)
 
 
 @pytest.fixture

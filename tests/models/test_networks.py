@@ -182,8 +182,7 @@ def test_loan_lends_views_and_takes_them_back():
     ("change", "reason"),
     [
         ({"class_embed_type": "timestep"}, "class embeddings"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "scale_shift"),
-        ({"act_fn": "gelu"}, "SiLU"),
+        ({"act_fn": "mish"}, "SiLU and GELU"),
         ({"down_block_types": ("SimpleCrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)}, "Simple"),
     ],
 )

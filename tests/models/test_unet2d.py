@@ -18,6 +18,15 @@ PLAIN = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 }
+ADM = {
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "attn_norm_num_groups": 8,
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+}
+"""Of ADM and of consistency models."""
 KINDS = {
     "diffusers' defaults": {},
     "DDPM's": {
@@ -30,6 +39,13 @@ KINDS = {
     "no attention in the middle": {"add_attention": False},
     "no middle": {"mid_block_type": None},
     "six channels in, other groups": {"in_channels": 6, "attn_norm_num_groups": 4},
+    "ADM's": ADM,
+    "a middle without a norm": ADM | {"attn_norm_num_groups": None},
+    "a scaled middle of GELUs": {
+        "act_fn": "gelu",
+        "mid_block_scale_factor": 2.0**0.5,
+        "add_attention": False,
+    },
 }
 
 
@@ -89,12 +105,9 @@ def test_sizes_that_diffusers_cannot_draw():
     ("more", "why"),
     [
         ({"num_class_embeds": 10}, "class embeddings"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "time embeddings of kind 'scale_shift'"),
-        ({"downsample_type": "resnet"}, "ResnetBlock2D"),
-        ({"upsample_type": "resnet"}, "ResnetBlock2D"),
         ({"center_input_sample": True}, "center_input_sample"),
         ({"time_embedding_type": "fourier"}, "GaussianFourierProjection"),
-        ({"mid_block_scale_factor": 2.0}, "output_scale_factor other than 1"),
+        ({"mid_block_scale_factor": 2.0}, "rescale_output_factor other than 1"),
     ],
     ids=str,
 )

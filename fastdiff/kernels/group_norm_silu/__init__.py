@@ -1,10 +1,10 @@
-"""GroupNorm and SiLU of channels-last pictures in one pass over memory."""
+"""GroupNorm, modulation and activation of channels-last pictures in one pass over memory."""
 
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.group_norm_silu import cpu
-from fastdiff.kernels.group_norm_silu.spec import SPEC
+from fastdiff.kernels.group_norm_silu.spec import ACTIVATIONS, SPEC
 
 _op = register(
     SPEC,
@@ -20,14 +20,15 @@ def group_norm_silu(
     bias: Tensor,
     groups: int,
     eps: float,
-    silu: bool = True,
+    act: str = "silu",
     row: Tensor | None = None,
     residual: Tensor | None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
+    scale_shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = silu((t - mean) / sqrt(var + eps) · weight + bias), where t is x + shift + row +
-    residual, followed by the channels of `beside`.
+    """y = act(n · (1 + scale) + offset), n = (t - mean) / sqrt(var + eps) · weight + bias, where t
+    is x + shift + row + residual, followed by the channels of `beside`.
 
     Mean and variance are over each group of (C + C2) / groups channels of each picture, in float32;
     the variance is around the mean (never E[t²] - E[t]²).
@@ -38,7 +39,7 @@ def group_norm_silu(
         groups: divides C + C2; neither needs to be a power of two. A group may span channels of
             both x and beside.
         eps: added to the variance.
-        silu: False leaves the activation out.
+        act: "silu", "gelu" (the exact one, by erf) or "none".
         row: [B, C] of any batch stride, added to every pixel of x before the statistics (the
             projected time embedding).
         residual: like x, added to it before the statistics.
@@ -46,16 +47,23 @@ def group_norm_silu(
             connection, read in place); or [B / 2, Y, X, C2] if the halves of guidance share it.
             Nothing is added to it.
         shift: [C], added to every pixel of x (the bias of the convolution that made x).
+        scale_shift: [B, 2 (C + C2)] of any batch stride: each picture's scale, then its offset.
+            None: no modulation.
 
     Returns:
         y [B, Y, X, C + C2] and the sum x + shift + row + residual [B, Y, X, C], both contiguous;
         the sum is empty ([0]) without a residual.
 
     Raises:
-        ValueError: the channels are not a multiple of groups, or a shape is not one of the above.
+        ValueError: the channels are not a multiple of groups, the activation is unknown, or a
+            shape is not one of the above.
 
     Wu & He, Group Normalization (2018); Chan et al. (1979) for combining partial moments.
     """
+    if act not in ACTIVATIONS:
+        raise ValueError(
+            f"group_norm_silu: act is {act!r}; it must be one of {', '.join(ACTIVATIONS)}"
+        )
     batch, *pixels, width = x.shape
     channels = width + (0 if beside is None else beside.shape[-1])
     if channels % groups:
@@ -73,10 +81,12 @@ def group_norm_silu(
         ("row", row, (batch, width)),
         ("shift", shift, (width,)),
         ("residual", residual, x.shape),
+        ("scale_shift", scale_shift, (batch, 2 * channels)),
     ):
         if part is not None and part.shape != shape:
             raise ValueError(
                 f"group_norm_silu: {name} is {list(part.shape)}; expected {list(shape)}"
             )
-    y, total = _op(x, weight, bias, groups, eps, silu, row, residual, beside, shift)
+    given = (row, residual, beside, shift, scale_shift)
+    y, total = _op(x, weight, bias, groups, eps, act, *given)
     return y, total

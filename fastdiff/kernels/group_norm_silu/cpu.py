@@ -4,8 +4,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.kernels import concat
-from fastdiff.kernels.dispatch import NATIVE, NotNative, expects, native_dtype
+from fastdiff.kernels.dispatch import NATIVE, NotNative, address, expects, native_dtype, rows
 from fastdiff.kernels.group_norm_silu.spec import Arguments
+
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3}
+"""The C++ kernel's numbers of the activations, `Activation` in csrc."""
 
 
 def run(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -26,18 +29,20 @@ def run(a: Arguments) -> tuple[Tensor, Tensor]:
     expects("group_norm_silu: bias", a.bias, x, (channels,))
     expects("group_norm_silu: row", row, x, (batch, channels))
     expects("group_norm_silu: residual", residual, x, tuple(x.shape))
+    expects("group_norm_silu: scale_shift", a.scale_shift, x, (batch, 2 * channels))
     y = x.new_empty(x.shape)
     total = x.new_empty(0 if residual is None else x.shape)
     NATIVE.group_norm(
         dtype,
         x.data_ptr(),
-        (0, 0) if row is None else (row.data_ptr(), row.stride(0)),
-        0 if residual is None else residual.data_ptr(),
+        rows(row),
+        address(residual),
         a.weight.data_ptr(),
         a.bias.data_ptr(),
+        rows(a.scale_shift),
         (batch, height * width, channels, a.groups),
         a.eps,
-        a.silu,
+        ACTIVATIONS[a.act],
         y.data_ptr(),
         0 if residual is None else total.data_ptr(),
     )

@@ -79,6 +79,11 @@ def start(call: Callable[..., None], arch: int, a: Arguments) -> tuple[Tensor, T
 
     Raises ValueError for arguments that the kernel does not take or `pick` finds no launch for.
     """
+    if a.scale_shift is not None or a.act == "gelu":
+        raise ValueError(
+            f"group_norm_silu: got act {a.act!r}{'' if a.scale_shift is None else ', scale_shift'};"
+            " the CUDA kernel takes none or silu, and no scale_shift; use 'triton'"
+        )
     B, Y, X, C = a.x.shape
     C2 = 0 if a.beside is None else a.beside.shape[-1]
     if a.x.dtype not in DTYPES or not a.x.is_contiguous():
@@ -113,7 +118,7 @@ def start(call: Callable[..., None], arch: int, a: Arguments) -> tuple[Tensor, T
     ld_row = 0 if a.row is None else a.row.stride(0)
     tile = ((C + C2) // a.groups, config.groups, config.cluster, config.rows)
     sizes = (ld_row, B, copies, Y * X, C, C2, *tile)
-    call(DTYPES[a.x.dtype], config.lanes > 1, addresses, sizes, a.eps, a.silu)
+    call(DTYPES[a.x.dtype], config.lanes > 1, addresses, sizes, a.eps, a.act == "silu")
     return y, total
 
 

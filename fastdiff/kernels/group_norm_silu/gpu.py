@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits, power_parts
+from fastdiff.kernels.dispatch import expects
 from fastdiff.kernels.group_norm_silu.spec import Arguments
 from fastdiff.kernels.group_norm_silu.tiles import (
     RESIDUAL,
@@ -36,15 +37,16 @@ from fastdiff.kernels.occupancy import multiprocessors
 from fastdiff.kernels.tuned import tunable
 
 # arguments that need no new compilation; ALIGN states which number divides them
-ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "flags", "eps", "slab_rows"]
+ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "scale_stride", "flags", "eps"]
+ANY += ["slab_rows"]
 
 
 @triton.jit(do_not_specialize=ANY)
 def _one_pass_kernel(
-    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
-    L, C, C2, beside_batch, row_stride, flags, W, eps, sum_ptr, out_ptr,
+    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, scale_ptr,
+    L, C, C2, beside_batch, row_stride, scale_stride, flags, W, eps, sum_ptr, out_ptr,
     ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, GROUPS: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
+    GELU: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Each program normalises the groups in one sample's segment, kept in registers."""
     sample = tl.program_id(2).to(tl.int64)
@@ -68,14 +70,16 @@ def _one_pass_kernel(
     moments1 = moments0
     if P1 > 0:
         moments1 = moments_of(tile1, None, count, length)
+    if scale_ptr is not None:
+        scale_ptr += sample * scale_stride
+    affine = weight_ptr, bias_ptr, scale_ptr, C
     line0, line1 = lines_of(
-        weight_ptr, bias_ptr, parts, (missing0, missing1), moments0, moments1, length, W, eps,
-        SEGMENT, GROUPS, P1,
-    )  # fmt: skip
+        affine, parts, (missing0, missing1), moments0, moments1, length, W, eps, SEGMENT, GROUPS, P1
+    )
     out_ptr += sample * L * C
-    store_tile(out_ptr, tile0, line0, parts[0], rows, L, C, flags)
+    store_tile(out_ptr, tile0, line0, parts[0], rows, L, C, flags, GELU)
     if P1 > 0:
-        store_tile(out_ptr, tile1, line1, parts[1], rows, L, C, flags)
+        store_tile(out_ptr, tile1, line1, parts[1], rows, L, C, flags, GELU)
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -121,11 +125,12 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=ANY)
 def _apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, statistics_ptr,
-    L, C, C2, beside_batch, row_stride, flags, W, eps, slab_rows,
+    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, scale_ptr,
+    statistics_ptr, L, C, C2, beside_batch, row_stride, scale_stride, flags, W, eps, slab_rows,
     sum_ptr, out_ptr,
     ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, SUMMED: tl.constexpr,
-    GROUPS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, GELU: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalise a slab's rows, the last first, by the statistics of all slabs."""
     slabs = tl.num_programs(0)
@@ -148,18 +153,20 @@ def _apply_kernel(
     moments1 = moments0
     if P1 > 0:
         moments1 = recall(statistics_ptr, slabs, slab_rows, L, C, missing[1], parts[1], P1)
+    if scale_ptr is not None:
+        scale_ptr += sample * scale_stride
+    affine = weight_ptr, bias_ptr, scale_ptr, C
     line0, line1 = lines_of(
-        weight_ptr, bias_ptr, parts, missing, moments0, moments1, 1.0 * L, W, eps,
-        SEGMENT, GROUPS, P1,
-    )  # fmt: skip
+        affine, parts, missing, moments0, moments1, 1.0 * L, W, eps, SEGMENT, GROUPS, P1
+    )
     out_ptr += (sample * L + start) * C
     for _ in range(0, end, ROWS):
         tile0, tile1, here = next0, next1, rows
         rows -= ROWS
         next0, next1 = load_tiles(source, added, parts, rows, end, P1)
-        store_tile(out_ptr, tile0, line0, parts[0], here, end, C, flags)
+        store_tile(out_ptr, tile0, line0, parts[0], here, end, C, flags, GELU)
         if P1 > 0:
-            store_tile(out_ptr, tile1, line1, parts[1], here, end, C, flags)
+            store_tile(out_ptr, tile1, line1, parts[1], here, end, C, flags, GELU)
 
 
 @dataclass(frozen=True)
@@ -247,29 +254,23 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     B, Y, X, C = a.x.shape
     C2, beside_batch = (0, 1) if a.beside is None else (a.beside.shape[3], a.beside.shape[0])
     L, W, size = Y * X, (C + C2) // a.groups, a.x.element_size()
-    for name, tensor in {
-        "x": a.x,
-        "residual": a.residual,
-        "beside": a.beside,
-        "shift": a.shift,
-    }.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(
-                f"group_norm_silu: {name} has strides {tensor.stride()}; make it contiguous"
-            )
-    if a.row is not None and a.row.stride(1) != 1:
-        raise ValueError(f"group_norm_silu: row has strides {a.row.stride()}; the last must be 1")
+    for name in ("x", "residual", "beside", "shift", "row", "scale_shift"):
+        tensor = getattr(a, name)
+        if tensor is not None:  # of rows, each must be contiguous
+            expects(f"group_norm_silu: {name}", tensor, a.x, tensor.shape)
     config = pick(B, L, W, a.groups, size, arch)
-    segment, row_stride = config.groups * W, 0 if a.row is None else a.row.stride(0)
+    segment = config.groups * W
+    row_stride, scale_stride = (0 if t is None else t.stride(0) for t in (a.row, a.scale_shift))
     align = math.gcd(16 // size, segment, C, C2, row_stride)
     compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
     compiled["P0"], compiled["P1"] = power_parts(segment, 16 // size)
     compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.residual is not None}
-    compiled["GROUPS"] = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
+    groups = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
+    compiled |= {"GELU": a.act == "gelu", "GROUPS": groups}
     out = a.x.new_empty((B, Y, X, C + C2))
     total = a.x.new_empty(0 if a.residual is None else a.x.shape)
     has = {ROW: a.row is not None, SHIFT: a.shift is not None, RESIDUAL: a.residual is not None}
-    flags = sum(flag.value for flag, is_so in (has | {SILU: a.silu}).items() if is_so)
+    flags = sum(flag.value for flag, is_so in (has | {SILU: a.act == "silu"}).items() if is_so)
     given = {"row": a.row, "residual": a.residual, "beside": a.beside, "shift": a.shift}
     values: dict[str, Any] = {
         f"{name}_ptr": a.x if tensor is None else tensor for name, tensor in given.items()
@@ -277,8 +278,9 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     values |= {"x_ptr": a.x, "weight_ptr": a.weight, "bias_ptr": a.bias, "out_ptr": out}
     values |= {"sum_ptr": a.x if a.residual is None else total, "L": L, "C": C, "C2": C2, "W": W}
     values |= {"beside_batch": beside_batch, "row_stride": row_stride, "flags": flags}
+    values["eps"] = float_bits(a.eps)
     slab_rows = triton.cdiv(L, max(1, config.slabs))
-    values |= {"slab_rows": slab_rows, "eps": float_bits(a.eps)}
+    values |= {"scale_ptr": a.scale_shift, "scale_stride": scale_stride, "slab_rows": slab_rows}
     grid = (triton.cdiv(L, slab_rows), a.groups // config.groups, B)  # no slab is empty
 
     def launch(kernel: Any) -> Launch:

@@ -1,5 +1,6 @@
 """Contract of `group_norm_silu`; imports only torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,12 @@ from torch.nn import functional as F
 
 from fastdiff.kernels.concat.spec import SPEC as CONCAT
 from fastdiff.kernels.contract import Case, KernelSpec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
 
 
 @dataclass(slots=True)
@@ -20,11 +27,12 @@ class Arguments:
     bias: Tensor
     groups: int
     eps: float
-    silu: bool
+    act: str
     row: Tensor | None = None
     residual: Tensor | None = None
     beside: Tensor | None = None
     shift: Tensor | None = None
+    scale_shift: Tensor | None = None
 
 
 def summed(
@@ -48,7 +56,10 @@ def summed(
 def formula(a: Arguments) -> tuple[Tensor, Tensor]:
     t, total = summed(a.x, a.row, a.residual, a.beside, a.shift)
     y = F.group_norm(t.permute(0, 3, 1, 2), a.groups, a.weight, a.bias, a.eps).permute(0, 2, 3, 1)
-    y = (F.silu(y) if a.silu else y).contiguous()
+    if a.scale_shift is not None:
+        scale, offset = a.scale_shift[:, None, None, :].chunk(2, -1)
+        y = y * (1 + scale) + offset
+    y = ACTIVATIONS[a.act](y).contiguous()
     return y, total.contiguous() if a.residual is not None else a.x.new_empty(0)
 
 
@@ -69,12 +80,13 @@ def inputs(
         "bias": normal(C + C2) * 0.2,
         "groups": case.G,
         "eps": case.get("eps", 1e-5),
-        "silu": case.get("silu", True),
+        "act": case.get("act", "silu"),
         # one slice of all layers' rows
         "row": normal(B, C + 16)[:, 8 : C + 8] if case.get("row") else None,
         "residual": normal(B, Y, X, C) if case.get("residual") else None,
         "beside": normal(B // case.get("parts", 1), Y, X, C2) * 2 if C2 else None,
         "shift": normal(C) if case.get("shift") else None,
+        "scale_shift": normal(B, 2 * (C + C2) + 8)[:, 8:] if case.get("scaled") else None,
     }
 
 
@@ -83,12 +95,14 @@ def _bytes(case: Case, size: int) -> int:
     x = pixels * C * (3 if case.get("residual") else 1)  # the residual is read, the sum is written
     beside = pixels // case.get("parts", 1) * C2
     channels = 2 * (C + C2) + bool(case.get("row")) * case.B * C + bool(case.get("shift")) * C
+    channels += bool(case.get("scaled")) * 2 * case.B * (C + C2)
     return int(size * (x + beside + pixels * (C + C2) + channels))
 
 
 def _flops(case: Case) -> int:
-    """6 for the moments, 3 for scale and offset, 4 for SiLU; each pixel of the sum takes 2."""
-    each = 6 + 3 + 4 * case.get("silu", True)
+    """6 for the moments, 3 for slope and offset, 4 for SiLU, 21 for GELU; 2 for each pixel of the
+    sum."""
+    each = 6 + 3 + {"none": 0, "silu": 4, "gelu": 21}[case.get("act", "silu")]
     C, C2 = case.C, case.get("C2", 0)
     return int(case.B * case.Y * case.X * ((C + C2) * each + 2 * bool(case.get("residual")) * C))
 
@@ -97,7 +111,7 @@ CASES = (
     # the resnets and transformers of SD1.5 at 512², batch 2 (guidance)
     Case("sd15-64", B=2, Y=64, X=64, C=320, G=32, row=True),
     Case("sd15-64-cat", B=1, Y=64, X=64, C=640, C2=320, G=32),
-    Case("sd15-32-attn", B=2, Y=32, X=32, C=640, G=32, silu=False, eps=1e-6),
+    Case("sd15-32-attn", B=2, Y=32, X=32, C=640, G=32, act="none", eps=1e-6),
     Case("sd15-32-cat", B=2, Y=32, X=32, C=1280, C2=640, G=32, shift=True),
     Case("sd15-16", B=2, Y=16, X=16, C=1280, G=32, row=True, shift=True),
     Case("sd15-16-cat-shared", B=2, Y=16, X=16, C=1280, C2=640, G=32, parts=2),
@@ -106,18 +120,23 @@ CASES = (
     Case("sdxl-32-residual", B=1, Y=32, X=32, C=1280, G=32, residual=True),
     Case("vae-mid", B=1, Y=64, X=64, C=512, G=32, eps=1e-6),
     Case("vae-top", B=1, Y=256, X=256, C=128, G=32, eps=1e-6),
+    # ADM at 64²: scale and shift from the timestep; DeepFloyd IF's GELU
+    Case("adm-16-scaled", B=2, Y=16, X=16, C=576, G=32, scaled=True, shift=True),
+    Case("if-8-gelu", B=2, Y=8, X=8, C=768, G=32, act="gelu", scaled=True),
     # the demo pipeline
     Case("demo-16-cat", B=2, Y=16, X=16, C=96, C2=64, G=32),
     Case("demo-vae", B=1, Y=64, X=64, C=32, G=16, eps=1e-6),
     # nasty: neither channels nor groups a power of two, odd pictures, one pixel, one group
     Case("odd", B=3, Y=9, X=5, C=84, G=12, row=True, residual=True),
-    Case("prime", B=1, Y=33, X=17, C=35, G=5, silu=False),
+    Case("prime", B=1, Y=33, X=17, C=35, G=5, act="none"),
     Case("one-pixel", B=2, Y=1, X=1, C=90, G=3, residual=True),
     Case("one-group", B=1, Y=7, X=3, C=30, G=1),
-    Case("far-mean", B=2, Y=16, X=16, C=56, G=28, mean=1000.0, deviation=0.01, silu=False),
+    Case("far-mean", B=2, Y=16, X=16, C=56, G=28, mean=1000.0, deviation=0.01, act="none"),
     Case("outlier", B=1, Y=32, X=32, C=64, G=8, outlier=1e4),
+    Case("odd-scaled", B=3, Y=9, X=5, C=42, G=6, act="gelu", row=True, scaled=True),
     # a group across an odd border, with all optional terms
     Case("odd-cat", B=4, Y=9, X=5, C=31, C2=14, G=5, parts=2, row=True, shift=True, residual=True),
+    Case("odd-cat-scaled", B=2, Y=47, X=31, C=31, C2=14, G=5, act="none", scaled=True),
 )
 
 SPEC = KernelSpec(

@@ -18,10 +18,12 @@ pivot, and the centred squares, [P] each. Without a second tile, pairs hold the 
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.gelu_gate.gpu import gelu
+
 TABLE = tl.constexpr(16)
 """Slabs whose statistics are combined at a time."""
 ROW, SHIFT, RESIDUAL, SILU = (tl.constexpr(1 << bit) for bit in range(4))
-"""Bits of `flags`: the added terms, and the final activation."""
+"""Bits of `flags`: the added terms, and SiLU at the end. GELU and modulation are compiled for."""
 
 
 @triton.jit
@@ -207,21 +209,28 @@ def _sums(value, part, group, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _line(weight_ptr, bias_ptr, part, centre, shift, rstd, group):
+def _line(affine, part, centre, shift, rstd, group):
     """Slope and offset of each channel."""
+    weight_ptr, bias_ptr, scale_ptr, channels = affine
     slope = tl.load(weight_ptr + part[0], mask=part[1], other=0.0).to(tl.float32)
     slope *= tl.gather(rstd, group, 0)
     bias = tl.load(bias_ptr + part[0], mask=part[1], other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        scale = 1.0 + tl.load(scale_ptr + part[0], mask=part[1], other=0.0).to(tl.float32)
+        slope *= scale
+        offset_ptr = scale_ptr + channels
+        bias = bias * scale + tl.load(offset_ptr + part[0], mask=part[1], other=0.0).to(tl.float32)
     return slope, bias + (centre - tl.gather(shift, group, 0)) * slope
 
 
 @triton.jit
 def lines_of(
-    weight_ptr, bias_ptr, parts, missing, moments0, moments1, L, W, eps,
+    affine, parts, missing, moments0, moments1, L, W, eps,
     SEGMENT: tl.constexpr, GROUPS: tl.constexpr, P1: tl.constexpr,
 ):  # fmt: skip
     """(pivot, slope, offset) of each channel in y = (tile - pivot) * slope + offset. A group has W
-    channels, a segment at most GROUPS groups; eps: the bits of a float32."""
+    channels, a segment at most GROUPS groups; eps: the bits of a float32; affine: the addresses of
+    weight, bias and the sample's scale_shift (or None), and C + C2."""
     part0, part1 = parts
     group0, group1 = _group(part0, W, SEGMENT), _group(part1, W, SEGMENT)
     pivot0, drift0, square0 = moments0
@@ -246,29 +255,33 @@ def lines_of(
     shift /= W
     variance = variance / (L * W) - shift * shift
     rstd = 1.0 / tl.sqrt_rn(tl.maximum(variance, 0.0) + eps.to(tl.float32, bitcast=True))
-    slope0, offset0 = _line(weight_ptr, bias_ptr, part0, centre0, shift, rstd, group0)
+    slope0, offset0 = _line(affine, part0, centre0, shift, rstd, group0)
     slope1, offset1 = slope0, offset0
     if P1 > 0:
-        slope1, offset1 = _line(weight_ptr, bias_ptr, part1, centre1, shift, rstd, group1)
+        slope1, offset1 = _line(affine, part1, centre1, shift, rstd, group1)
     return (pivot0, slope0, offset0), (pivot1, slope1, offset1)
 
 
 @triton.jit
-def _finish(out_ptr, tile, line, part, rows, end, C, SILU: tl.constexpr):
+def _finish(out_ptr, tile, line, part, rows, end, C, SILU: tl.constexpr, GELU: tl.constexpr):
     channels, exists = part
     pivot, slope, offset = line
     y = (tile.to(tl.float32) - pivot[None, :]) * slope[None, :] + offset[None, :]
-    if SILU:
+    if GELU:
+        y = gelu(y)
+    elif SILU:
         y = y * tl.sigmoid(y)
     inside = (rows < end)[:, None] & exists[None, :]
     tl.store(out_ptr + (rows[:, None] * C + channels[None, :]), y, mask=inside)
 
 
 @triton.jit
-def store_tile(out_ptr, tile, line, part, rows, end, C, flags):
-    """out = (tile - pivot) * slope + offset, or silu of it. The branch is around everything: around
-    SiLU alone it would keep a whole tile of float32 in registers."""
-    if flags & SILU != 0:
-        _finish(out_ptr, tile, line, part, rows, end, C, True)
+def store_tile(out_ptr, tile, line, part, rows, end, C, flags, GELU: tl.constexpr):
+    """out = (tile - pivot) * slope + offset, its silu or its gelu. The branch is around everything:
+    around SiLU alone it would keep a whole tile of float32 in registers."""
+    if GELU:
+        _finish(out_ptr, tile, line, part, rows, end, C, False, True)
+    elif flags & SILU != 0:
+        _finish(out_ptr, tile, line, part, rows, end, C, True, False)
     else:
-        _finish(out_ptr, tile, line, part, rows, end, C, False)
+        _finish(out_ptr, tile, line, part, rows, end, C, False, False)

@@ -15,8 +15,9 @@ def residual(
     shift: Tensor | None = None,
     enlarge: int = 1,
     gate: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """x + shift + gate · other, with each pixel repeated `enlarge` times in both directions.
+    """scale · (x + shift + gate · other), each pixel repeated `enlarge` times in both directions.
 
     Args:
         x: [B, ..., C] contiguous, any float dtype: pixels or tokens; with `enlarge` > 1 a picture,
@@ -25,6 +26,7 @@ def residual(
         shift: [C] in x's dtype: the convolution's bias.
         enlarge: at least 1; 2 in the upsampling of U-Nets and autoencoders.
         gate: [B, C] in x's dtype, one row per sample, of any batch stride; None: 1.
+        scale: of the whole sum (a resnet divides its own by its output_scale_factor).
 
     Returns:
         Like x, or [B, enlarge·Y, enlarge·X, C]; contiguous, sums are float32.
@@ -49,5 +51,5 @@ def residual(
         raise ValueError(
             f"residual: gate has {got}; expected {[x.shape[0], x.shape[-1]]} and an other to scale"
         )
-    y: Tensor = _op(x, other, shift, enlarge, gate)
+    y: Tensor = _op(x, other, shift, enlarge, gate, scale)
     return y

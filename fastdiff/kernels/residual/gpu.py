@@ -9,22 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher
+from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits
 from fastdiff.kernels.dispatch import expects
 from fastdiff.kernels.residual.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
 
-@triton.jit(do_not_specialize=["pixels", "X", "C", "others", "shifts", "L", "gate_stride"])
+@triton.jit(do_not_specialize=["pixels", "X", "C", "others", "shifts", "L", "gate_stride", "scale"])
 def _residual_kernel(
-    x_ptr, other_ptr, shift_ptr, gate_ptr, pixels, X, C, others, shifts, L, gate_stride, out_ptr,
-    ALIGN: tl.constexpr, ENLARGE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    x_ptr, other_ptr, shift_ptr, gate_ptr, pixels, X, C, others, shifts, L, gate_stride, scale,
+    out_ptr,
+    ALIGN: tl.constexpr, ENLARGE: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Each program does ROWS pixels of all pictures together, and P channels; adjacent programs do
     the same pixels. `other` has the first `others` pixels, `shift` the first `shifts` channels: all
-    or none. A sample has L pixels and one row of `gate`. C and the gate's stride are multiples of
-    ALIGN; dividing and multiplying by it lets the compiler know. Otherwise 40 channels are loaded 2
-    bytes at a time."""
+    or none. A sample has L pixels and one row of `gate`; scale: the bits of a float32. C and the
+    gate's stride are multiples of ALIGN; dividing and multiplying by it lets the compiler know.
+    Otherwise 40 channels are loaded 2 bytes at a time."""
     C, shifts = C // ALIGN * ALIGN, shifts // ALIGN * ALIGN
     gate_stride = gate_stride // ALIGN * ALIGN
     tiles = tl.cdiv(C, P)
@@ -41,6 +43,8 @@ def _residual_kernel(
         row = (rows // L).to(tl.int64)[:, None] * gate_stride + channels[None, :]
         other *= tl.load(gate_ptr + row, mask=both, other=0.0).to(tl.float32)
     total += other
+    if SCALED:
+        total *= scale.to(tl.float32, bitcast=True)
     # the pictures' rows are numbered through, so a pixel has one row and one column
     row, column = rows // X, rows % X
     for down in tl.static_range(ENLARGE):
@@ -105,10 +109,12 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     arguments |= {"others": 0 if a.other is None else pixels, "shifts": 0 if a.shift is None else C}
     stride = 0 if a.gate is None else a.gate.stride(0)
     arguments |= {"L": pixels // max(1, len(a.x)), "gate_stride": stride, "out_ptr": out}
+    arguments |= {"scale": float_bits(a.scale)}
     vector = math.gcd(16, C * a.x.element_size())
     constants = {
         "ALIGN": math.gcd(vector // a.x.element_size(), stride),
         "ENLARGE": a.enlarge,
+        "SCALED": a.scale != 1.0,
         "ROWS": config.rows,
         "P": config.channels,
     }

@@ -18,12 +18,15 @@ class Arguments:
     shift: Tensor | None = None
     enlarge: int = 1
     gate: Tensor | None = None
+    scale: float = 1.0
 
 
 def formula(a: Arguments) -> Tensor:
     total = a.x if a.shift is None else a.x + a.shift
     if a.other is not None:
         total = total + (a.other if a.gate is None else a.gate.reshape(_of_samples(a.x)) * a.other)
+    if a.scale != 1.0:
+        total = total * a.scale
     if a.enlarge > 1:
         total = total.repeat_interleave(a.enlarge, 1).repeat_interleave(a.enlarge, 2)
     return total.clone() if total is a.x else total
@@ -48,13 +51,14 @@ def inputs(
         "shift": normal(case.C) if case.get("shift", True) else None,
         "enlarge": case.get("enlarge", 1),
         "gate": normal(case.B, 3 * case.C)[:, case.C : 2 * case.C] if case.get("gated") else None,
+        "scale": case.get("scale", 1.0),
     }
 
 
 def _operands(case: Case) -> tuple[int, int]:
-    """The elements of x, and the number of terms added to each."""
+    """The elements of x, and the number of operations on each."""
     added = case.get("other", True) + case.get("shift", True) + case.get("gated", False)
-    return case.B * case.Y * case.X * case.C, added
+    return case.B * case.Y * case.X * case.C, added + ("scale" in case.sizes)
 
 
 def moved(case: Case, size: int) -> int:
@@ -84,6 +88,7 @@ CASES = (
     Case("odd-gated", B=3, Y=5, X=3, C=37, enlarge=2, gated=True),
     Case("no-bias", B=1, Y=7, X=3, C=40, shift=False),
     Case("no-residual", B=1, Y=5, X=4, C=72, other=False, enlarge=2),
+    Case("odd-scaled", B=3, Y=5, X=3, C=37, enlarge=2, scale=0.7071),
     Case("alone", B=1, Y=1, X=1, C=8, other=False, shift=False),
 )
 
