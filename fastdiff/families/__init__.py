@@ -88,6 +88,9 @@ class Denoised:
     """Tokens per text in published pipelines."""
     most: Callable[[Any], int | None] = lambda module: None
     """(module) -> the largest height and width of its latents; None: unlimited."""
+    constant_channels: Callable[[Any], int] = lambda network: 0
+    """(network) -> channels of its input that follow the latents' and stay the same in all steps,
+    one of its conditions; see `Plan`."""
     beside: tuple[str, ...] = ("controlnet", "adapter")
     """Components of a pipeline that give it residuals, which an exported file does not take."""
 
@@ -96,9 +99,12 @@ class Denoised:
     ) -> tuple[Any, Tensor]:
         """The conditions and the latents [1, C, side, side] of a picture, on the meta device, for a
         network without memory. texts: 2 with guidance; tokens: per text, default `self.tokens`."""
-        shape = (1, self.channels(network), side, side)
-        latents = torch.empty(shape, dtype=network.dtype, device="meta")
-        return self.example(network, texts, tokens or self.tokens), latents
+        own, constant = self.channels(network), self.constant_channels(network)
+        channels = torch.empty(1, own + constant, side, side, dtype=network.dtype, device="meta")
+        given = self.example(network, texts, tokens or self.tokens)
+        if constant:
+            given = given._replace(constant_channels=channels[:, own:])
+        return given, channels[:, :own].contiguous()
 
     def loop(self, network: Any, sizes: Sizes) -> list[Run]:
         """The functions that a picture's loop runs, for any scheduler; `network`: see `picture`."""

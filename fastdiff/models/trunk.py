@@ -24,6 +24,8 @@ from fastdiff.models.blocks import (
 )
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.checks import check_count, checked, refuse
+from fastdiff.models.class_embeddings import borrow_classes, check_labels
+from fastdiff.models.constant_channels import Constant, check_constant
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, convolved
@@ -80,6 +82,11 @@ class Conditions(NamedTuple):
     """A T2I-Adapter's residuals, channels first."""
     encoder_attention_mask: Tensor | None = None
     """[B, T] of 0 and 1: 1 for the tokens to attend to."""
+    class_labels: Tensor | None = None
+    """[n] rows of the class embeddings, n = 1 or G·B."""
+    constant_channels: Tensor | None = None
+    """[n, C', Y, X] channels of the network's input that are the same in every step, n = B or G·B.
+    They follow the latents' own; in a single call the latents have all of them."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ class Trunk:
     time: Embedding
     added_sinusoid: Sinusoid | None
     added: Embedding | None
+    classes: Tensor | None
+    """[classes, D] the class embeddings."""
     rows: Weights
     """time_emb_proj of every resnet."""
     text: Weights | None
@@ -110,8 +119,13 @@ class Trunk:
         if self.added is not None:
             missing = given.text_embeds is None or given.time_ids is None
             require(not missing, "text_embeds or time_ids are missing in added_cond_kwargs")
-        weight = self.conv_in.weight
-        checked("sample", latents, weight, weight.shape[1], dim=4)
+        weight, channels = self.conv_in.weight, self.conv_in.weight.shape[1]
+        constant = given.constant_channels
+        if constant is not None:
+            check_constant(constant, latents, weight, copies)
+            channels -= constant.shape[1]
+        checked("sample", latents, weight, channels, dim=4)
+        check_labels(given.class_labels, self.classes, latents, copies)
         if self.text is None:
             refuse(encoder_hidden_states=text)
         else:
@@ -137,19 +151,21 @@ class Trunk:
         mask: Tensor | None = None,
         condition: Tensor | None = None,
         inner: Sequence[Tensor] = (),
+        constant: Constant | None = None,
     ) -> tuple[Sum, list[Sum]]:
         """The down half and the middle, channels last; arguments as for `UNet.predict`.
 
         Args:
             condition: added to conv_in's output, and of its shape.
             inner: residuals of a T2I-Adapter.
+            constant: takes the place of conv_in if x lacks the constant channels.
 
         Returns:
             The middle's output, and the skips: every layer's output for the up half.
         """
         inner = list(inner)
         with scope("conv in"):
-            h = convolved(x, self.conv_in, condition)
+            h = convolved(x, self.conv_in, condition) if constant is None else constant(x)
             h = h if rows.shape[0] in (1, h.batch) else Sum(repeated(h.closed(), rows.shape[0]))
         skips = [h]
         for i, stage in enumerate(self.downs):
@@ -204,6 +220,8 @@ class Trunk:
                 sizes = self.added_sinusoid(time_ids.flatten()).reshape(len(text_embeds), -1)
                 added = torch.cat([text_embeds, sizes], dim=-1).to(dtype)
                 embedding = embedding + self.added(added)
+            if self.classes is not None and given.class_labels is not None:
+                embedding = embedding + F.embedding(given.class_labels, self.classes)
             return linear(F.silu(embedding), self.rows.weight, self.rows.bias)
 
 
@@ -245,7 +263,6 @@ def borrow_trunk(
     """
     more = getattr(config, "addition_embed_type", None)
     require(more in (None, "text_time"), f"addition_embed_type {more!r}")
-    require(net.class_embedding is None, "class embeddings")
     rows, text = Columns(loan), CrossColumns(loan)
     blocks, middle = loan.each(net.down_blocks), net.mid_block
     downs = tuple(borrow_stage(block, kinds, loan, rows, text) for block in blocks)
@@ -262,6 +279,7 @@ def borrow_trunk(
         "time": time,
         "added_sinusoid": None if added is None else borrow_sinusoid(net.add_time_proj, loan),
         "added": None if added is None else borrow_embedding(added, loan),
+        "classes": borrow_classes(net, config, loan),
         "rows": loan.linear(*rows.layers),
         "text": loan.linear(*text.layers) if text.layers else None,
         "conv_in": loan.conv(net.conv_in),
