@@ -9,63 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdiff.errors import UserError
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where a plan finds the values of a denoising loop.
-
-    A plan covers loops whose step is the network, guidance and the scheduler, and nothing else.
-    """
-
-    conditions: Mapping[str, str]
-    """What the network receives: by field of its family's conditions, the local variable of the
-    pipeline's `__call__` that holds it."""
-    required: tuple[str, ...]
-    """The variables that a version of diffusers must have for a plan."""
-    returned: tuple[str, ...]
-    """The variables, beside the latents, that a callback may return."""
-    network: str = ""
-    """The component that the loop repeats. "": the recipe's first."""
-    scheduler: str = "scheduler"
-    """The component whose steps the loop takes."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """By name of the pipeline's property (`guidance_scale`, `do_classifier_free_guidance`), the
-    variable that holds it where the pipeline has no such property."""
-    attention_kwargs: str = ""
-    """The pipeline's property that the network receives as an argument of the same name; it holds
-    the scale of LoRA adapters. "" if there is none."""
-    pictures: str = ""
-    """The condition that IP-Adapters read; their output also depends on their scales. If it is not
-    a variable, the attention kwargs hold it. "" if there is none."""
-    step_options: str = ""
-    """The variable that holds further arguments of the scheduler's `step`. "" if there is none."""
-    step_arguments: tuple[str, ...] = ()
-    """Variables that are arguments of `step` by their own names."""
-    prev_timestep: bool = False
-    """Whether `step` is told the following timestep by that name, and None in the last step."""
-    latents: str = "latents"
-    """The variable that holds the latents."""
-    entrance: str = "interrupt"
-    """Where the plan enters the loop: "interrupt", the property that the loop reads at the top of
-    every step, or "progress_bar", which it opens around all steps."""
-    iterates: bool = False
-    """Whether the loop is `for t in progress_bar(timesteps)`. Such a loop has no warm-up steps."""
-    timesteps: str = ""
-    """Of a loop that `iterates`: the variable over which its progress bar runs. "" if the pipeline
-    has but one loop."""
-    results: tuple[str, ...] = ()
-    """Variables, beside `latents`, that hold the last step's sample after the loop."""
-    schedulers: tuple[str, ...] = ()
-    """The scheduler classes for which `results` are that sample; (): all."""
-    absent: tuple[str, ...] = ()
-    """Variables that must be None: a plan does not do what they ask for."""
-
-    @property
-    def replaced(self) -> dict[str, str]:
-        """The fields of the conditions that a callback may replace, by the name it returns."""
-        return {name: field for field, name in self.conditions.items() if name in self.returned}
-
+from fastdiff.plans import Plan
 
 _TEXT = {
     "encoder_hidden_states": "prompt_embeds",
@@ -93,6 +37,7 @@ LCM_PLAN = replace(
     entrance="progress_bar",
     results=("denoised",),
     schedulers=("LCMScheduler",),
+    scaled="",
 )
 SD3_PLAN = Plan(
     conditions={
@@ -104,6 +49,7 @@ SD3_PLAN = Plan(
     attention_kwargs="joint_attention_kwargs",
     pictures="ip_adapter_image_embeds",
     absent=("skip_guidance_layers",),
+    scaled="",
 )
 SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
 DDPM_PLAN = Plan(
@@ -114,6 +60,7 @@ DDPM_PLAN = Plan(
     latents="image",
     entrance="progress_bar",
     iterates=True,
+    scaled="",
 )
 DDIM_PLAN = replace(DDPM_PLAN, step_arguments=("eta", "use_clipped_model_output", "generator"))
 _PRIOR = {
@@ -126,6 +73,7 @@ KANDINSKY_PRIOR_PLAN = Plan(
     required=tuple(_PRIOR.values()),
     returned=(),
     network="prior",
+    scaled="",
     step_arguments=("generator",),
     prev_timestep=True,
     entrance="progress_bar",
@@ -155,6 +103,21 @@ UNCLIP_PRIOR_PLAN = replace(
     },
     latents="prior_latents",
     timesteps="prior_timesteps_tensor",
+)
+UPSCALE_PLAN = Plan(
+    conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "noise_level"},
+    required=("prompt_embeds", "noise_level"),
+    returned=(),
+    attention_kwargs="cross_attention_kwargs",
+    step_options="extra_step_kwargs",
+    entrance="progress_bar",
+    settings={
+        "guidance_scale": "guidance_scale",
+        "do_classifier_free_guidance": "do_classifier_free_guidance",
+        "cross_attention_kwargs": "cross_attention_kwargs",
+    },
+    repeated=("class_labels",),
+    constant_channels=("image",),
 )
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 UNET2D: Mapping[str, str] = {"unet": "unet2d"}
@@ -226,6 +189,7 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
+        "StableDiffusionUpscalePipeline": Recipe(plan=UPSCALE_PLAN, upcasts=True),
         "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN),
         "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN),
         "UnCLIPPipeline": Recipe({"prior": "prior"}, plan=UNCLIP_PRIOR_PLAN),

@@ -71,6 +71,7 @@ def test_dependency_direction(path):
         "errors",
         "installed",
         "jsonable",
+        "plans",
         "recipes",
         "tables",
         "written",

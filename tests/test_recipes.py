@@ -64,9 +64,16 @@ def test_a_plan_names_variables_of_the_loop(name, recipe):
         assert {*plan.conditions, plan.pictures} - {""} <= set(denoised.conditions._fields)
         assert set(plan.replaced.values()) <= set(plan.conditions)
         assert {plan.network, plan.scheduler} <= components(name)
+        assert {*plan.unconditional, *plan.repeated} <= set(plan.conditions)
+        assert {*plan.unconditional.values(), *plan.constant_channels} <= variables
+        assert ("scale_model_input" in source) == bool(plan.scaled)
+        if plan.scaled and plan.constant_channels:  # joined after or before
+            joined = re.search(rf"torch.cat\(\[.*, {plan.constant_channels[0]}\b", source)
+            before = joined.start() < source.index("scale_model_input")
+            assert before == (plan.scaled == "input")
         over = plan.timesteps or "self.scheduler.timesteps"
-        over = f"in {'enumerate(' * bool(plan.timesteps)}self.progress_bar({over})"
-        every = asks | {over: ("progress_bar", True)}
+        bars = [f"in {every}self.progress_bar({over})" for every in ("", "enumerate(")]
+        every = asks | dict.fromkeys(bars, ("progress_bar", True))
         found = next(entrance for text, entrance in every.items() if text in source)
         assert found == (plan.entrance, plan.iterates)
         assert set(plan.results) <= variables

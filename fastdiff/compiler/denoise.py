@@ -1,12 +1,14 @@
 """Runs the steps of a denoising loop as a plan: noise, callbacks, the progress bar, overflow."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastdiff.compiler.loop_call import Call, Callback, carried
+from fastdiff.compiler.loop_call import Call, Callback
+from fastdiff.compiler.loop_conditions import carried, check_scales
 from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
@@ -38,7 +40,8 @@ class Denoising:
         if back.shape != call.latents.shape:
             size = " x ".join(map(str, sides or call.latents.shape[1:]))
             raise Unsupported(f"latents of {size} do not divide into patches")
-        self.table = probe(self.scheduler, call.step_options, call.timesteps)
+        table = probe(self.scheduler, call.step_options, call.timesteps)
+        self.table = replace(table, scales=check_scales(call.plan, self.given, table.scales))
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]
             raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")
@@ -237,7 +240,9 @@ class Denoising:
     def _scale(self) -> float:
         """The factor by which the call scales LoRA adapters."""
         name = self.call.plan.attention_kwargs
-        return self.slot.kind.scale(**({name: getattr(self.pipe, name)} if name else {}))
+        return self.slot.kind.scale(
+            **({name: self.call.setting(self.pipe, name, None)} if name else {})
+        )
 
     def _offer(self) -> Denoiser:
         denoiser: Denoiser = self.slot.offer(self.call.latents, self.given, scale=self._scale())

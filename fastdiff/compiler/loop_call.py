@@ -8,11 +8,13 @@ from typing import Any
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from fastdiff.compiler.loop_conditions import conditions_of, settings_of
 from fastdiff.families import family
 from fastdiff.models import Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.originals import own_helper, own_method
-from fastdiff.recipes import Plan, packages_of, recipe_of
+from fastdiff.plans import Plan
+from fastdiff.recipes import packages_of, recipe_of
 from fastdiff.runtime.trajectory import following
 
 Callback = Callable[..., dict[str, Any]]
@@ -80,7 +82,8 @@ def call_of(
     options = (plan.step_options,) if plan.step_options else plan.step_arguments
     asks = plan.entrance == "interrupt"
     always = _LOCALS if asks else () if plan.iterates else ("timesteps",)
-    wanted = (plan.latents, *always, *options, *plan.required, *plan.settings.values())
+    others = (*plan.required, *plan.settings.values(), *plan.constant_channels)
+    wanted = (plan.latents, *always, *options, *others)
     missing = [name for name in wanted if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
@@ -111,8 +114,8 @@ def call_of(
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
     denoised = family(recipe.networks[plan.network]).denoised
     assert denoised is not None
-    given = {field: local.get(name) for field, name in plan.conditions.items()}
-    given |= carried(pipe, plan)
+    settings, network = settings_of(plan, local), getattr(pipe, plan.network)
+    given = conditions_of(pipe, network, plan, local, settings)
     steps = local["timesteps"] if timesteps is None else timesteps
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:
@@ -121,17 +124,10 @@ def call_of(
         latents=local[plan.latents],
         conditions=denoised.conditions(**given),
         plan=plan,
-        settings={name: local[held] for name, held in plan.settings.items()},
+        settings=settings,
         timesteps=steps,
         step_options=local[plan.step_options] if plan.step_options else told,
         bar=bar,
         warm_up=local.get("num_warmup_steps", 0),
         callback=callback,
     )
-
-
-def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
-    """The conditions that `pipe` now passes to its network among the attention kwargs."""
-    if not plan.pictures or plan.pictures in plan.conditions:
-        return {}
-    return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}

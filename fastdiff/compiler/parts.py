@@ -21,6 +21,8 @@ EAGER_PARTS = {
     "tokenizer_2": "not a network; once per prompt",
     "tokenizer_3": "not a network; once per prompt",
     "feature_extractor": "not a network; once per picture",
+    "low_res_scheduler": "not a network; once per picture",
+    "watermarker": "not a network; once per picture",
     "controlnet": "of a kind that fastdiff does not compute",
 }
 """Components that stay with diffusers on purpose, and why."""

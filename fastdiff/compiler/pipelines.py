@@ -36,7 +36,8 @@ from fastdiff.compiler.loop_call import call_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original
-from fastdiff.recipes import Plan, Recipe, packages_of, recipe_of, recipe_of_class
+from fastdiff.plans import Plan
+from fastdiff.recipes import Recipe, packages_of, recipe_of, recipe_of_class
 from fastdiff.runtime.schedulers import NotLinear
 from fastdiff.tables import plural
 

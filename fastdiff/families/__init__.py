@@ -88,6 +88,9 @@ class Denoised:
     """Tokens per text in published pipelines."""
     most: Callable[[Any], int | None] = lambda module: None
     """(module) -> the largest height and width of its latents; None: unlimited."""
+    constant_channels: Callable[[Any], int] = lambda network: 0
+    """(network) -> channels of its input that follow the latents' and stay the same in all steps,
+    one of its conditions; see `Plan`."""
     beside: tuple[str, ...] = ("controlnet", "adapter")
     """Components of a pipeline that give it residuals, which an exported file does not take."""
     shape: Callable[[Any, int], tuple[int, ...]] | None = None
@@ -98,11 +101,15 @@ class Denoised:
     ) -> tuple[Any, Tensor]:
         """The conditions and the latents of a picture, on the meta device, for a network without
         memory. texts: 2 with guidance; tokens: per text, default `self.tokens`."""
-        shape: tuple[int, ...] = (1, self.channels(network), side, side)
+        own, constant = self.channels(network), self.constant_channels(network)
+        shape: tuple[int, ...] = (1, own + constant, side, side)
         if self.shape is not None:
             shape = self.shape(network, side)
-        latents = torch.empty(shape, dtype=network.dtype, device="meta")
-        return self.example(network, texts, tokens or self.tokens), latents
+        channels = torch.empty(shape, dtype=network.dtype, device="meta")
+        given = self.example(network, texts, tokens or self.tokens)
+        if constant:
+            given = given._replace(constant_channels=channels[:, own:])
+        return given, channels[:, :own].contiguous()
 
     def loop(self, network: Any, sizes: Sizes) -> list[Run]:
         """The functions that a picture's loop runs, for any scheduler; `network`: see `picture`."""

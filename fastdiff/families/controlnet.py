@@ -37,7 +37,6 @@ def _call(
 ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
     """`ControlNetModel.forward` on the compact network."""
     refuse(
-        class_labels=class_labels,
         attention_mask=attention_mask,
         cross_attention_kwargs=cross_attention_kwargs or None,
     )
@@ -49,6 +48,7 @@ def _call(
         added.get("time_ids"),
         timestep_cond,
         controlnet_cond=controlnet_cond,
+        class_labels=class_labels,
     )
     residuals = net(sample, timestep, given)
     if guess_mode and not network.pooled:

@@ -47,7 +47,7 @@ def _call(
 ) -> UNet2DConditionOutput | tuple[Tensor]:
     """`UNet2DConditionModel.forward` on the compact network."""
     lora_scale(cross_attention_kwargs, "cross_attention_kwargs")
-    refuse(class_labels=class_labels, attention_mask=attention_mask, **unknown)
+    refuse(attention_mask=attention_mask, **unknown)
     added = dict(added_cond_kwargs or {})
     known = {name: added.pop(name, None) for name in ("text_embeds", "time_ids", "image_embeds")}
     if added:
@@ -60,6 +60,7 @@ def _call(
         mid_block_additional_residual=mid_block_additional_residual,
         down_intrablock_additional_residuals=down_intrablock_additional_residuals,
         encoder_attention_mask=encoder_attention_mask,
+        class_labels=class_labels,
     )
     prediction = unet(sample, timestep, given)
     return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
@@ -89,16 +90,25 @@ def example(net: Trunk, texts: int, tokens: int) -> Conditions:
     """Conditions of `texts`, not initialised."""
     weight, added = net.conv_in.weight, net.added
     assert net.text is not None
-    text = empty(weight, texts, tokens, net.text.weight.shape[1])
+    given = Conditions(empty(weight, texts, tokens, net.text.weight.shape[1]))
+    if net.classes is not None:
+        given = given._replace(class_labels=torch.zeros(1, dtype=torch.long, device=weight.device))
     if added is None or net.added_sinusoid is None:
-        return Conditions(text)
+        return given
     pooled = added.first.weight.shape[1] - TIME_IDS * net.added_sinusoid.width
-    return Conditions(text, empty(weight, texts, pooled), empty(weight, texts, TIME_IDS))
+    sizes = empty(weight, texts, TIME_IDS)
+    return given._replace(text_embeds=empty(weight, texts, pooled), time_ids=sizes)
 
 
 def channels(net: Trunk) -> int:
-    """The latents' channels."""
-    return net.conv_in.weight.shape[1]
+    """The latents' channels; others that a U-Net takes are constant."""
+    taken = net.conv_in.weight.shape[1]
+    return min(taken, net.conv_out.weight.shape[0]) if isinstance(net, UNet) else taken
+
+
+def constant_channels(net: UNet) -> int:
+    """The channels of its input beside the latents."""
+    return net.conv_in.weight.shape[1] - channels(net)
 
 
 def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
@@ -202,7 +212,16 @@ def _taken(name: str, unet: Any) -> Taken:
     return {name: (unet, UNET)}
 
 
-DENOISED = Denoised(Conditions, example, channels, _part, _unexported, _multiple, TOKENS)
+DENOISED = Denoised(
+    Conditions,
+    example,
+    channels,
+    _part,
+    _unexported,
+    _multiple,
+    TOKENS,
+    constant_channels=constant_channels,
+)
 UNET = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(
     models=("UNet2DConditionModel",),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken
 from fastdiff.families.part import Part
-from fastdiff.families.unet import channels
+from fastdiff.families.unet import channels, constant_channels
 from fastdiff.models import Loan, UNet, borrow_picture_unet
 from fastdiff.models.checks import refuse
 from fastdiff.models.trunk import Conditions
@@ -60,6 +60,14 @@ def _taken(name: str, unet: Any) -> Taken:
     return {name: (unet, UNET2D)}
 
 
-DENOISED = Denoised(Conditions, _example, channels, _part, _exported, _multiple)
+DENOISED = Denoised(
+    Conditions,
+    _example,
+    channels,
+    _part,
+    _exported,
+    _multiple,
+    constant_channels=constant_channels,
+)
 UNET2D = Kind(_borrow, _call, _planned)
 FAMILY = Family(models=("UNet2DModel",), taken=_taken, denoised=DENOISED)

@@ -136,6 +136,13 @@ class Loan(Reads):
         self._fill(layer, weight)
         return Weights(weight, None if base.bias is None else self._keep(base.bias))
 
+    def table(self, layer: nn.Module) -> Tensor:
+        """Use an Embedding's rows in place."""
+        rows = self.open(layer, nn.Embedding)
+        if rows.max_norm is not None:
+            raise Unsupported("an Embedding that shortens its rows (max_norm)")
+        return self._keep(rows.weight)
+
     def norm(self, layer: nn.Module) -> Norm:
         """Use a GroupNorm's or LayerNorm's parameters in place."""
         parts = self.open(layer, nn.GroupNorm, nn.LayerNorm)

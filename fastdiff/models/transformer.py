@@ -43,6 +43,9 @@ class Block:
     heads: int
     norm1: Norm
     qkv: Weights
+    """Only q where the first attention reads the text, too."""
+    own: slice | None
+    """The columns that the first attention reads of the text; None: it reads its own pixels."""
     out1: Weights
     norm2: Norm
     q: Weights
@@ -59,25 +62,34 @@ class Block:
         `images` [B or 2B like the text, tokens, …]: what IP-Adapters add to the text's attention.
         """
         h = x.layer_normed(self.norm1)
-        split = (-1, (self.heads, h.shape[-1] // self.heads))
-        q, k, v = (
-            part.unflatten(*split)
-            for part in linear(h, self.qkv.weight, self.qkv.bias).chunk(3, -1)
-        )
+        if self.own is None:
+            q, k, v = self._heads(linear(h, self.qkv.weight, self.qkv.bias), 3)
+        else:
+            q = self._queries(h, self.qkv, text)
+            k, v = self._heads(text[..., self.own], 2)
         x = projected(attention(q, k, v).flatten(2), self.out1, x.closed())
-        h = x.layer_normed(self.norm2)
-        q = linear(h, self.q.weight, self.q.bias).unflatten(*split)
-        # attention reads any strides; the layers after it use x as the residual of both halves
-        q = q.expand(text.shape[0], -1, -1, -1) if q.shape[0] == 1 else repeated(q, text.shape[0])
-        k, v = (part.unflatten(*split) for part in text[..., self.text].chunk(2, -1))
+        q = self._queries(x.layer_normed(self.norm2), self.q, text)
+        k, v = self._heads(text[..., self.text], 2)
         x = projected(attention(q, k, v, mask).flatten(2), self.out2, x.closed())
         for image in images:
             if image.shape[1] > 0:
-                k, v = (part.unflatten(*split) for part in image[..., self.text].chunk(2, -1))
+                k, v = self._heads(image[..., self.text], 2)
                 unbiased = Weights(self.out2.weight, None)
                 x = projected(attention(q, k, v).flatten(2), unbiased, x.closed())
         h = geglu(x.layer_normed(self.norm3), self.geglu.weight, self.geglu.bias)
         return projected(h, self.ff, x.closed())
+
+    def _heads(self, packed: Tensor, parts: int) -> list[Tensor]:
+        """`parts` tensors [B, L, H, K] that lie side by side."""
+        split = (-1, (self.heads, packed.shape[-1] // parts // self.heads))
+        return [part.unflatten(*split) for part in packed.chunk(parts, -1)]
+
+    def _queries(self, h: Tensor, weights: Weights, text: Tensor) -> Tensor:
+        """One for each text; attention reads any strides, and the layers after it use x as the
+        residual of both halves."""
+        (q,) = self._heads(linear(h, weights.weight, weights.bias), 1)
+        texts = text.shape[0]
+        return q.expand(texts, -1, -1, -1) if q.shape[0] == 1 else repeated(q, texts)
 
 
 def borrow_block(module: Any, loan: Loan, text: CrossColumns) -> Block:
@@ -85,7 +97,6 @@ def borrow_block(module: Any, loan: Loan, text: CrossColumns) -> Block:
     block = loan.open(module, "BasicTransformerBlock")
     require(block.norm_type == "layer_norm", f"transformer norms of type {block.norm_type}")
     require(block.attn2 is not None, "a transformer block without cross-attention")
-    require(not block.only_cross_attention, "cross-attention in place of self-attention")
     require(block.pos_embed is None, "positional embeddings in a transformer block")
     require(getattr(block, "fuser", None) is None, "a gated (GLIGEN) transformer block")
     own, out1 = open_attention(block.attn1, loan, residual=False)
@@ -96,10 +107,12 @@ def borrow_block(module: Any, loan: Loan, text: CrossColumns) -> Block:
     for part in (own, cross):
         require(part.group_norm is None, "a group norm inside a transformer block's attention")
     require(own.heads == cross.heads, "self- and cross-attention with different heads")
+    told = bool(block.only_cross_attention)
     return Block(
         heads=own.heads,
         norm1=loan.norm(block.norm1),
-        qkv=loan.linear(own.to_q, own.to_k, own.to_v),
+        qkv=loan.linear(own.to_q) if told else loan.linear(own.to_q, own.to_k, own.to_v),
+        own=text.take_cross(own) if told else None,
         out1=loan.linear(out1),
         norm2=loan.norm(block.norm2),
         q=loan.linear(cross.to_q),

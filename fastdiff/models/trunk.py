@@ -6,69 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.linear.spec import ACTIVATIONS
 from fastdiff.kernels.observe import scope
-from fastdiff.models.blocks import (
-    PictureAttention,
-    borrow_picture_attention,
-    repeated,
-    require,
-)
+from fastdiff.models.blocks import repeated, require
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.checks import check_count, checked, refuse
+from fastdiff.models.class_embeddings import borrow_classes, check_labels
+from fastdiff.models.constant_channels import Constant, check_constant
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.reads import Reader
-from fastdiff.models.resnets import (
-    Down,
-    Resnet,
-    TimeColumns,
-    Up,
-    borrow_resamplers,
-    borrow_resnet,
-)
+from fastdiff.models.resnets import TimeColumns
+from fastdiff.models.stages import ALONE, TOLD, Stage, borrow_stage
 from fastdiff.models.sums import Sum, convolved
-from fastdiff.models.transformer import CrossColumns, Transformer, borrow_transformer
-
-TOLD = (
-    *("DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
-    *("UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-)
-"""Block classes of a U-Net that attends to a text."""
-ALONE = (
-    *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
-    *("UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-)
-"""Block classes of a U-Net without a text: it attends to its own pixels only."""
-_FREEU = ("s1", "s2", "b1", "b2")
-"""The attributes that FreeU sets on a block."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A block of the U-Net: resnets, each followed by attention or None, and a resampler."""
-
-    resnets: tuple[Resnet, ...]
-    attentions: tuple[Transformer | PictureAttention | None, ...]
-    """Transformers, which attend to a text, or self-attention over the pixels."""
-    down: Down | Resnet | None = None
-    up: Up | Resnet | None = None
-
-    def halved(self, x: Sum, rows: Tensor) -> Sum:
-        """x at the size of the next level down; `down` is not None."""
-        assert self.down is not None
-        return self.down(x, rows) if isinstance(self.down, Resnet) else self.down(x)
-
-    def enlarged(self, x: Sum, rows: Tensor, size: tuple[int, int]) -> Sum:
-        """x at the next level's `size`; `up` is not None. A resnet always doubles."""
-        assert self.up is not None
-        return self.up(x, rows) if isinstance(self.up, Resnet) else self.up(x, size)
-
-    @property
-    def crossed(self) -> bool:
-        """Whether it attends to the text."""
-        return isinstance(self.attentions[-1], Transformer)
+from fastdiff.models.transformer import CrossColumns
 
 
 class Conditions(NamedTuple):
@@ -95,6 +48,11 @@ class Conditions(NamedTuple):
     """A T2I-Adapter's residuals, channels first."""
     encoder_attention_mask: Tensor | None = None
     """[B, T] of 0 and 1: 1 for the tokens to attend to."""
+    class_labels: Tensor | None = None
+    """[n] rows of the class embeddings, n = 1 or G·B."""
+    constant_channels: Tensor | None = None
+    """[n, C', Y, X] channels of the network's input that are the same in every step, n = B or G·B.
+    They follow the latents' own; in a single call the latents have all of them."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +63,8 @@ class Trunk:
     added: Embedding | None
     acts: tuple[str, ...]
     """The activations of the time embedding, one after the other."""
+    classes: Tensor | None
+    """[classes, D] the class embeddings."""
     rows: Weights
     """time_emb_proj of every resnet."""
     text: Weights | None
@@ -127,8 +87,13 @@ class Trunk:
         if self.added is not None:
             missing = given.text_embeds is None or given.time_ids is None
             require(not missing, "text_embeds or time_ids are missing in added_cond_kwargs")
-        weight = self.conv_in.weight
-        checked("sample", latents, weight, weight.shape[1], dim=4)
+        weight, channels = self.conv_in.weight, self.conv_in.weight.shape[1]
+        constant = given.constant_channels
+        if constant is not None:
+            check_constant(constant, latents, weight, copies)
+            channels -= constant.shape[1]
+        checked("sample", latents, weight, channels, dim=4)
+        check_labels(given.class_labels, self.classes, latents, copies)
         if self.text is None:
             refuse(encoder_hidden_states=text)
         else:
@@ -154,19 +119,21 @@ class Trunk:
         mask: Tensor | None = None,
         condition: Tensor | None = None,
         inner: Sequence[Tensor] = (),
+        constant: Constant | None = None,
     ) -> tuple[Sum, list[Sum]]:
         """The down half and the middle, channels last; arguments as for `UNet.predict`.
 
         Args:
             condition: added to conv_in's output, and of its shape.
             inner: residuals of a T2I-Adapter.
+            constant: takes the place of conv_in if x lacks the constant channels.
 
         Returns:
             The middle's output, and the skips: every layer's output for the up half.
         """
         inner = list(inner)
         with scope("conv in"):
-            h = convolved(x, self.conv_in, condition)
+            h = convolved(x, self.conv_in, condition) if constant is None else constant(x)
             h = h if rows.shape[0] in (1, h.batch) else Sum(repeated(h.closed(), rows.shape[0]))
         skips = [h]
         for i, stage in enumerate(self.downs):
@@ -221,30 +188,11 @@ class Trunk:
                 sizes = self.added_sinusoid(time_ids.flatten()).reshape(len(text_embeds), -1)
                 added = torch.cat([text_embeds, sizes], dim=-1).to(dtype)
                 embedding = embedding + self.added(added)
+            if self.classes is not None and given.class_labels is not None:
+                embedding = embedding + F.embedding(given.class_labels, self.classes)
             for act in self.acts:
                 embedding = ACTIVATIONS[act](embedding)
             return linear(embedding, self.rows.weight, self.rows.bias)
-
-
-def borrow_stage(
-    module: Any, kinds: tuple[str, ...], loan: Loan, rows: TimeColumns, text: CrossColumns
-) -> Stage:
-    """From a block whose class is one of `kinds`."""
-    block, name = loan.open(module, *kinds), type(module).__name__
-    crossed, picture = "Cross" in name, name.startswith("Attn") or name == "UNetMidBlock2D"
-    require(all(getattr(block, name, None) is None for name in _FREEU), "FreeU")
-    told = bool(getattr(block, "has_cross_attention", False))
-    require(told == crossed, "a block whose has_cross_attention contradicts its class")
-    resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in loan.each(block.resnets))
-    attentions = loan.each(block.attentions) if crossed or picture else [None] * len(resnets)
-
-    def borrow(attention: Any) -> Transformer | PictureAttention:
-        if picture:
-            return borrow_picture_attention(attention, loan)
-        return borrow_transformer(attention, loan, text)
-
-    attended = tuple(a if a is None else borrow(a) for a in attentions)
-    return Stage(resnets, attended, *borrow_resamplers(block, loan, rows))
 
 
 def borrow_trunk(
@@ -264,7 +212,6 @@ def borrow_trunk(
     """
     more = getattr(config, "addition_embed_type", None)
     require(more in (None, "text_time"), f"addition_embed_type {more!r}")
-    require(net.class_embedding is None, "class embeddings")
     rows, text = TimeColumns(loan), CrossColumns(loan)
     blocks, middle = loan.each(net.down_blocks), net.mid_block
     downs = tuple(borrow_stage(block, kinds, loan, rows, text) for block in blocks)
@@ -283,6 +230,7 @@ def borrow_trunk(
         "added_sinusoid": None if added is None else borrow_sinusoid(net.add_time_proj, loan),
         "added": None if added is None else borrow_embedding(added, loan),
         "acts": (*acts, rows.act),
+        "classes": borrow_classes(net, config, loan),
         "rows": loan.linear(*rows.layers),
         "text": loan.linear(*text.layers) if text.layers else None,
         "conv_in": loan.conv(net.conv_in),

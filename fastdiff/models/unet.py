@@ -11,11 +11,13 @@ from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import channels_first, channels_last, require
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.checks import checked
+from fastdiff.models.constant_channels import Constant, hoist_constant
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.resnets import Resnet
+from fastdiff.models.stages import ALONE, Stage
 from fastdiff.models.sums import Sum
-from fastdiff.models.trunk import ALONE, Conditions, Stage, Trunk, borrow_trunk
+from fastdiff.models.trunk import Conditions, Trunk, borrow_trunk
 
 
 class Constants(NamedTuple):
@@ -31,6 +33,8 @@ class Constants(NamedTuple):
     """A T2I-Adapter's residuals."""
     text_mask: Tensor | None = None
     """[B, 1, 1, T], added to the scores of cross-attention."""
+    constant: Constant | None = None
+    """What conv_in makes of the constant channels."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class UNet(Trunk):
             tuple(map(channels_last, controls)),
             tuple(map(channels_last, self._inners(given))),
             mask,
+            hoist_constant(self.conv_in, given.constant_channels),
         )
         return Hoisted(self.time_rows(timesteps, given), constants)
 
@@ -116,8 +121,8 @@ class UNet(Trunk):
         Returns:
             [B, Y, X, C], or 2B if the text has 2B entries.
         """
-        text, images, controls, inners, mask = constants
-        h, skips = self.down(x, row, text, images, mask, inner=inners)
+        text, images, controls, inners, mask, constant = constants
+        h, skips = self.down(x, row, text, images, mask, inner=inners, constant=constant)
         if controls:
             skips = [Sum(s.closed() + r) for s, r in zip(skips, controls[:-1], strict=True)]
             h = Sum(h.closed() + controls[-1])

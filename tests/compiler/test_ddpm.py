@@ -6,7 +6,14 @@ import io
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from small import noisy
 
@@ -91,6 +98,17 @@ def test_arguments_of_the_step_reach_the_plan():
     for more, want in zip(given, eager, strict=True):
         assert abs(drawn(**more) - want).max() < 1e-10, more  # as of tests/runtime/test_schedulers
     assert loop_of(pipe).planned == 3
+
+
+def test_a_scheduler_that_would_scale_the_input():
+    """DDPM's loop never asks it to, and warns of that; a plan scales nothing either."""
+    pipe = PIPES["ddpm"](noisy(UNet2DModel(**NET)).double())
+    pipe.scheduler = EulerDiscreteScheduler()
+    pipe.set_progress_bar_config(disable=True)
+    want = drawn(pipe).images
+    fastdiff.compile(pipe)
+    assert abs(drawn(pipe).images - want).max() < 2e-6  # the scheduler computes in float32
+    assert loop_of(pipe).planned == 1
 
 
 def test_the_progress_bar_counts_every_step(pipe):

@@ -1,0 +1,80 @@
+"""What a loop gives its network besides latents and timesteps, and its guidance."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.models import Unsupported
+from fastdiff.plans import Plan
+
+
+def settings_of(plan: Plan, local: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are variables of the loop, by the name of a pipeline's property."""
+    found = {name: local[variable] for name, variable in plan.settings.items()}
+    if "guidance_scale" in found:
+        found.setdefault("do_classifier_free_guidance", found["guidance_scale"] != 1.0)
+    return found
+
+
+def conditions_of(
+    pipe: Any, network: Any, plan: Plan, local: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The network's conditions by field.
+
+    Args:
+        network: diffusers' own.
+        local: the loop's variables.
+        settings: of `settings_of`.
+
+    It compares the entries of conditions that loops repeat, so it waits for a GPU once.
+    """
+    name = "do_classifier_free_guidance"
+    guided = bool(settings[name] if name in settings else getattr(pipe, name, False))
+    given: dict[str, Any] = {field: local.get(name) for field, name in plan.conditions.items()}
+    for field, name in plan.unconditional.items() if guided else ():
+        if name not in local:
+            raise Unsupported(f"this version of diffusers has no {name} in its loop")
+        given[field] = torch.cat([local[name], given[field]])
+    for field in plan.repeated:
+        given[field] = _once(given[field])
+    latents = local[plan.latents]
+    if plan.constant_channels and network.config.in_channels > latents.shape[1]:
+        parts = [local[name] for name in plan.constant_channels]
+        given["constant_channels"] = _shared(torch.cat(parts, dim=1), guided)
+    return given | carried(pipe, plan)
+
+
+def carried(pipe: Any, plan: Plan) -> dict[str, Any]:
+    """The conditions that `pipe` now passes to its network among the attention kwargs."""
+    if not plan.pictures or plan.pictures in plan.conditions:
+        return {}
+    return {plan.pictures: (getattr(pipe, plan.attention_kwargs) or {}).get(plan.pictures)}
+
+
+def check_scales(plan: Plan, given: Any, scales: Tensor) -> Tensor:
+    """The scales of the network's latents, for a scheduler that would scale its input by `scales`.
+
+    Raises Unsupported if the loop scales constant channels by a factor of each step.
+    """
+    if not plan.scaled:
+        return torch.ones_like(scales)
+    whole = plan.scaled == "input" and given.constant_channels is not None
+    if whole and bool((scales != 1).any()):
+        raise Unsupported("its scheduler scales the constant channels in every step")
+    return scales
+
+
+def _once(value: Tensor | None) -> Tensor | None:
+    """One entry if all are the same."""
+    if value is None or not bool((value == value[:1]).all()):
+        return value
+    return value[:1]
+
+
+def _shared(value: Tensor, guided: bool) -> Tensor:
+    """The first half if guidance has it twice."""
+    half = len(value) // 2
+    alike = guided and len(value) == 2 * half and torch.equal(value[:half], value[half:])
+    return value[:half] if alike else value

@@ -1,0 +1,73 @@
+"""Where a plan finds the values of a denoising loop: a row of `recipes` has one for each loop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a plan finds the values of a denoising loop.
+
+    A plan covers loops whose step is the network, guidance and the scheduler, and nothing else.
+    """
+
+    conditions: Mapping[str, str]
+    """What the network receives: by field of its family's conditions, the local variable of the
+    pipeline's `__call__` that holds it."""
+    required: tuple[str, ...]
+    """The variables that a version of diffusers must have for a plan."""
+    returned: tuple[str, ...]
+    """The variables, beside the latents, that a callback may return."""
+    network: str = ""
+    """The component that the loop repeats. "": the recipe's first."""
+    scheduler: str = "scheduler"
+    """The component whose steps the loop takes."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """By name of the pipeline's property (`guidance_scale`, `do_classifier_free_guidance`), the
+    variable that holds it where the pipeline has no such property. With the scale alone, the loop
+    uses guidance unless it is 1."""
+    attention_kwargs: str = ""
+    """The pipeline's property that the network receives as an argument of the same name; it holds
+    the scale of LoRA adapters. "" if there is none."""
+    pictures: str = ""
+    """The condition that IP-Adapters read; their output also depends on their scales. If it is not
+    a variable, the attention kwargs hold it. "" if there is none."""
+    step_options: str = ""
+    """The variable that holds further arguments of the scheduler's `step`. "" if there is none."""
+    step_arguments: tuple[str, ...] = ()
+    """Variables that are arguments of `step` by their own names."""
+    prev_timestep: bool = False
+    """Whether `step` is told the following timestep by that name, and None in the last step."""
+    latents: str = "latents"
+    """The variable that holds the latents."""
+    entrance: str = "interrupt"
+    """Where the plan enters the loop: "interrupt", the property that the loop reads at the top of
+    every step, or "progress_bar", which it opens around all steps."""
+    iterates: bool = False
+    """Whether the loop is `for t in progress_bar(timesteps)`. Such a loop has no warm-up steps."""
+    timesteps: str = ""
+    """Of a loop that `iterates`: the variable over which its progress bar runs. "" if the pipeline
+    has but one loop."""
+    results: tuple[str, ...] = ()
+    """Variables, beside `latents`, that hold the last step's sample after the loop."""
+    schedulers: tuple[str, ...] = ()
+    """The scheduler classes for which `results` are that sample; (): all."""
+    absent: tuple[str, ...] = ()
+    """Variables that must be None: a plan does not do what they ask for."""
+    unconditional: Mapping[str, str] = field(default_factory=dict)
+    """By field of the conditions, the variable that holds the unconditional half, if the loop
+    itself puts it before the other in every step."""
+    repeated: tuple[str, ...] = ()
+    """Fields of the conditions that are the same for all pictures in most calls; then the network
+    is given one."""
+    constant_channels: tuple[str, ...] = ()
+    """The variables whose channels the loop puts behind the latents in every step, if the network
+    takes more channels than the latents have."""
+    scaled: str = "latents"
+    """What `scale_model_input` is given: "latents"; "input", with the constant channels; "" if the
+    loop does not call it."""
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """The fields of the conditions that a callback may replace, by the name it returns."""
+        return {name: field for field, name in self.conditions.items() if name in self.returned}
