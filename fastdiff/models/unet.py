@@ -190,6 +190,7 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
 def borrow_picture_unet(module: Any, loan: Loan) -> UNet:
     """Lend a UNet2DModel's weights; raises Unsupported for what this runtime is not."""
     net, config = loan.open(module, "UNet2DModel"), loan.config(module)
+    require(net.class_embedding is None, "class embeddings")
     require(not config.center_input_sample, "center_input_sample")
     trunk, ups, _ = borrow_trunk(net, config, loan, loan.each(net.up_blocks), ALONE)
     unet = UNet(
