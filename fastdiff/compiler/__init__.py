@@ -47,8 +47,10 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
     from fastdiff.compiler.ahead import kernels
     from fastdiff.compiler.configured import configured
     from fastdiff.compiler.pipelines import take_loop
+    from fastdiff.compiler.text_cache import keep_texts, text_encoders
 
     parts = configured(target, parts, options)
+    encoders = text_encoders(target, options.ignore) if options.text_cache else {}
 
     if not parts and not options.ignore:
         raise UserError(_nothing_fast(target, _eager_parts(target)))
@@ -78,7 +80,8 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
     except BaseException:
         _end(slots)
         raise
-    remember(target, (module for module, _ in parts.values()))
+    keep_texts(encoders, options.text_cache)
+    remember(target, [*(module for module, _ in parts.values()), *encoders.values()])
     return target
 
 
@@ -95,8 +98,10 @@ def restore(target: T) -> T:
     """
     parts = _parts(target)
     from fastdiff.compiler.pipelines import release_loop
+    from fastdiff.compiler.text_cache import end_texts
 
     modules = [*(plain(module) for module, _ in parts.values()), *remembered(target)]
+    end_texts(target, modules)
     _end([slot for module in modules if (slot := kept_slot(module)) is not None])
     release_loop(target)
     forget(target)
@@ -146,6 +151,7 @@ def report(target: Any) -> Report:
     parts = _parts(target)
     from fastdiff.compiler.parts import schedulers_of
     from fastdiff.compiler.pipelines import Loop, loop_of, why_not_planned
+    from fastdiff.compiler.text_cache import text_caches
 
     def loop_part(loop: Loop | None) -> Part:
         if loop is None:
@@ -167,7 +173,10 @@ def report(target: Any) -> Report:
     told = (str(slot.kernels) for slot in slots if slot is not None and slot.kernels is not None)
     if kernels := next(told, ""):
         ours.append(Part("kernels", "Triton", kernels))
-    theirs = [Part(name, "diffusers", why) for name, why in _eager_parts(target).items()]
+    whys = {name: [why] for name, why in _eager_parts(target).items()}
+    for name, cache in text_caches(target).items():
+        whys.setdefault(name, []).append(str(cache))
+    theirs = [Part(name, "diffusers", "; ".join(why)) for name, why in whys.items()]
     return Report((*ours, *theirs), _note(parts), _tactics(parts))
 
 

@@ -30,6 +30,8 @@ WRONG = {
     "ort_graphs is 'yes'; give True or False": {"ort_graphs": "yes", "backend": "ort"},
     "tactics is 'on'; give True or False": {"tactics": "on"},
     "vae_tiling is 'blended'; choose auto, exact": {"vae_tiling": "blended"},
+    "text_cache is -1; give how many": {"text_cache": -1},
+    "text_cache is True; give how many": {"text_cache": True},
     "ort_graphs is 1; give True or False": {"ort_graphs": 1, "backend": "ort"},
     "ort_graphs goes with the backend \"ort\"; got 'tensorrt'": {
         "ort_graphs": True,
