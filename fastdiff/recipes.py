@@ -119,6 +119,28 @@ UPSCALE_PLAN = Plan(
     repeated=("class_labels",),
     constant_channels=("image",),
 )
+LDM_PLAN = Plan(
+    conditions={"encoder_hidden_states": "prompt_embeds"},
+    required=("prompt_embeds",),
+    returned=(),
+    step_options="extra_kwargs",
+    entrance="progress_bar",
+    iterates=True,
+    settings={"guidance_scale": "guidance_scale"},
+    unconditional={"encoder_hidden_states": "negative_prompt_embeds"},
+    scaled="",
+)
+LDM_PICTURE_PLAN = Plan(
+    conditions={},
+    required=(),
+    returned=(),
+    step_options="extra_kwargs",
+    entrance="progress_bar",
+    iterates=True,
+    timesteps="timesteps_tensor",
+    constant_channels=("image",),
+    scaled="input",
+)
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
@@ -190,6 +212,10 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         "StableDiffusionUpscalePipeline": Recipe(plan=UPSCALE_PLAN, upcasts=True),
+        "LDMTextToImagePipeline": Recipe({"unet": "unet", "vqvae": "vae"}, plan=LDM_PLAN),
+        "LDMSuperResolutionPipeline": Recipe(
+            {"unet": "unet2d", "vqvae": "vae"}, plan=LDM_PICTURE_PLAN
+        ),
         "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN),
         "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN),
         "UnCLIPPipeline": Recipe({"prior": "prior"}, plan=UNCLIP_PRIOR_PLAN),
@@ -233,6 +259,13 @@ def denoiser(pipe: Any) -> Any:
     return getattr(pipe, "unet" if recipe is None else recipe.denoiser)
 
 
+def autoencoder(pipe: Any) -> Any:
+    """The autoencoder of a pipeline, or None."""
+    recipe = recipe_of(pipe) or Recipe()
+    names = [name for name, family in recipe.networks.items() if family == "vae"]
+    return getattr(pipe, names[0], None) if names else None
+
+
 def exported(pipe: Any, what: str) -> Recipe:
     """The row of a pipeline whose networks can be exported. For any other, UserError; `what` begins
     its message."""
@@ -245,6 +278,6 @@ def exported(pipe: Any, what: str) -> Recipe:
 
 def decodes_in_float32(pipe: Any) -> bool:
     """Whether diffusers casts the pipeline's float16 autoencoder to float32 before it decodes."""
-    recipe, vae = recipe_of(pipe), getattr(pipe, "vae", None)
+    recipe, vae = recipe_of(pipe), autoencoder(pipe)
     config = getattr(vae, "config", None)
     return recipe is not None and recipe.upcasts and bool(getattr(config, "force_upcast", False))

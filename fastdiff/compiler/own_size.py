@@ -12,7 +12,7 @@ from fastdiff.families import Sizes
 from fastdiff.kernels.dispatch import interpreted
 from fastdiff.kernels.jobs import Job, job_of
 from fastdiff.models import Loan, Unsupported
-from fastdiff.recipes import decodes_in_float32
+from fastdiff.recipes import autoencoder, decodes_in_float32
 from fastdiff.runtime.planned import kernels_of
 
 SIDE, FACTOR = 64, 8
@@ -23,7 +23,7 @@ def own_size(target: Any) -> Sizes:
     """The sizes of a picture of the pipeline's or model's own size."""
     network: Any = getattr(target, denoiser_name(target), target)
     bare_vae = hasattr(network, "post_quant_conv")
-    vae: Any = network if bare_vae else getattr(target, "vae", None)
+    vae: Any = network if bare_vae else autoencoder(target)
     factor = FACTOR if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     if bare_vae:
         return Sizes(int(vae.config.sample_size) // factor, factor)

@@ -14,6 +14,7 @@ EAGER_PARTS = {
     "text_encoder": "once per prompt",
     "text_encoder_2": "once per prompt",
     "text_encoder_3": "once per prompt",
+    "bert": "once per prompt",
     "image_encoder": "once per picture",
     "safety_checker": "once per picture",
     "adapter": "once per picture",

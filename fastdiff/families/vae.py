@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoders: the encoder and decoder of diffusers' AutoencoderKL."""
+"""Autoencoders: the encoder and decoder of diffusers' AutoencoderKL and VQModel."""
 
 import copy
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def _borrow(
 
 
 def _call(coder: Coder, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
-    """`Encoder.forward` and `Decoder.forward` of AutoencoderKL on the compact network."""
+    """`Encoder.forward` and `Decoder.forward` on the compact network."""
     if latent_embeds is not None:
         raise Unsupported("it was given latent_embeds")
     weight = coder.network.conv_in.weight
@@ -216,11 +216,12 @@ def _asked(vae: Any) -> dict[str, str]:
 
 
 FAMILY = Family(
-    models=("AutoencoderKL",),
+    models=("AutoencoderKL", "VQModel"),
     taken=_taken,
     left={
         "quant_conv": "a 1×1 convolution of a few channels",
         "post_quant_conv": "a 1×1 convolution of a few channels",
+        "quantize": "the nearest code of every latent, once per picture",
     },
     asked=_asked,
     parts=_parts,

@@ -1,4 +1,4 @@
-"""AutoencoderKL's decoder and encoder, on borrowed weights."""
+"""The decoder and encoder of AutoencoderKL and VQModel, on borrowed weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.resnets import Down, Resnet, Up, borrow_resamplers, borrow_resnet
 from fastdiff.models.strips import Strips
 from fastdiff.models.sums import Sum, convolved
+from fastdiff.models.watch import kind
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,9 @@ class Encoder:
 
 
 def borrow_decoder(module: Any, loan: Loan) -> Decoder:
-    """Borrow an AutoencoderKL decoder's weights; raises Unsupported for other structures."""
+    """Borrow an autoencoder's decoder's weights; raises Unsupported for other structures."""
     net = loan.open(module, "Decoder")
+    require(kind(net.conv_norm_out) != "SpatialNorm", "norms that read the latents (SpatialNorm)")
     loan.silu(net.conv_act)
     blocks = loan.each(net.up_blocks)
     decoder = Decoder(
@@ -181,7 +183,7 @@ def borrow_decoder(module: Any, loan: Loan) -> Decoder:
 
 
 def borrow_encoder(module: Any, loan: Loan) -> Encoder:
-    """Borrow an AutoencoderKL encoder's weights; raises Unsupported for other structures."""
+    """Borrow an autoencoder's encoder's weights; raises Unsupported for other structures."""
     net = loan.open(module, "Encoder")
     loan.silu(net.conv_act)
     blocks = loan.each(net.down_blocks)
