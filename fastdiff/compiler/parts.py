@@ -15,6 +15,7 @@ EAGER_PARTS = {
     "text_encoder_2": "once per prompt",
     "text_encoder_3": "once per prompt",
     "image_encoder": "once per picture",
+    "clip_model": "asked for gradients",
     "safety_checker": "once per picture",
     "adapter": "once per picture",
     "tokenizer": "not a network; once per prompt",
