@@ -67,6 +67,34 @@ ONE_LEVEL = {
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
 """A U-Net that never halves its picture, with as few layers as one can have."""
+SIMPLE = ONE_LEVEL | {
+    "block_out_channels": (32,),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
+    "down_block_types": ("SimpleCrossAttnDownBlock2D",),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D",),
+}
+"""One whose pixels attend to a text and to each other at once; heads of 8 columns."""
+IF = {
+    "encoder_hid_dim_type": "text_proj",
+    "encoder_hid_dim": 24,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "cross_attention_norm": "group_norm",
+    "time_embedding_act_fn": "gelu",
+}
+KANDINSKY22 = {
+    "encoder_hid_dim_type": "image_proj",
+    "encoder_hid_dim": 20,
+    "addition_embed_type": "image",
+}
+KANDINSKY21 = {
+    "encoder_hid_dim_type": "text_image_proj",
+    "encoder_hid_dim": 24,
+    "addition_embed_type": "text_image",
+}
+"""What such networks make of their conditions."""
 
 
 SD3 = {
@@ -152,6 +180,14 @@ def unet(name, **more):
     return net, net, (sample, 7, text), {"added_cond_kwargs": added} if added else {}
 
 
+def simple(config, told):
+    """One of `SIMPLE`; told: columns of what it is told."""
+    net = noisy(UNet2DConditionModel(**SIMPLE | config))
+    given = {key: torch.randn(2, width) for key, width in told.items() if key != "text"}
+    text = torch.randn(2, 5, told["text"]) if "text" in told else None
+    return net, net, (torch.randn(2, 4, 8, 8), 7, text), {"added_cond_kwargs": given or None}
+
+
 def classic(name):
     net, *rest = unet(name)
     net.set_attn_processor(AttnProcessor())
@@ -228,6 +264,8 @@ NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "sd21, classic attention": lambda: classic("sd21"),
     "sdxl": lambda: unet("sdxl"),
+    "IF": lambda: simple(IF, {"text": 24}),
+    "Kandinsky 2.2": lambda: simple(KANDINSKY22, {"image_embeds": 20}),
     "controlnet": lambda: controlnet("sd15"),
     "sd35-medium": lambda: sd3("sd35-medium"),
     "sd3 with an IP-Adapter": lambda: sd3_with_ip_adapter("sd3"),

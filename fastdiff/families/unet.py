@@ -1,4 +1,4 @@
-"""U-Nets of SD1.x, SD2.x and SDXL: diffusers' UNet2DConditionModel."""
+"""U-Nets that are told something: diffusers' UNet2DConditionModel."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ def _call(
     unet: Denoiser,
     sample: Tensor,
     timestep: Tensor | float | int,
-    encoder_hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
     class_labels: Tensor | None = None,
     timestep_cond: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -47,7 +47,13 @@ def _call(
 ) -> UNet2DConditionOutput | tuple[Tensor]:
     """`UNet2DConditionModel.forward` on the compact network."""
     lora_scale(cross_attention_kwargs, "cross_attention_kwargs")
-    refuse(attention_mask=attention_mask, **unknown)
+    refuse(**unknown)
+    network: Any = unet.network
+    mask = encoder_attention_mask
+    if attention_mask is not None:
+        if not network.at_once:  # elsewhere this is a mask of the pixels
+            refuse(attention_mask=attention_mask)
+        mask = attention_mask
     added = dict(added_cond_kwargs or {})
     known = {name: added.pop(name, None) for name in ("text_embeds", "time_ids", "image_embeds")}
     if added:
@@ -59,7 +65,7 @@ def _call(
         down_block_additional_residuals=down_block_additional_residuals,
         mid_block_additional_residual=mid_block_additional_residual,
         down_intrablock_additional_residuals=down_intrablock_additional_residuals,
-        encoder_attention_mask=encoder_attention_mask,
+        encoder_attention_mask=mask,
         class_labels=class_labels,
     )
     prediction = unet(sample, timestep, given)
@@ -89,10 +95,11 @@ def _scale(*_: Any, cross_attention_kwargs: Any = None, **__: Any) -> float:
 def example(net: Trunk, texts: int, tokens: int) -> Conditions:
     """Conditions of `texts`, not initialised."""
     weight, added = net.conv_in.weight, net.added
-    assert net.text is not None
-    given = Conditions(empty(weight, texts, tokens, net.text.weight.shape[1]))
+    told = {name: (*[tokens] * (dim - 2), width) for name, width, dim in net.told()}
+    made: dict[str, Any] = {name: empty(weight, texts, *shape) for name, shape in told.items()}
+    given = Conditions(**made)
     if net.classes is not None:
-        given = given._replace(class_labels=torch.zeros(1, dtype=torch.long, device=weight.device))
+        given = given._replace(class_labels=net.classes.example(texts, weight))
     if added is None or net.added_sinusoid is None:
         return given
     pooled = added.first.weight.shape[1] - TIME_IDS * net.added_sinusoid.width

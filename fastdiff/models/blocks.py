@@ -44,12 +44,16 @@ class Columns:
 
 
 def open_attention(
-    module: Any, loan: Loan, residual: bool, processors: tuple[str, ...] = PLAIN_PROCESSORS
+    module: Any,
+    loan: Loan,
+    residual: bool,
+    processors: tuple[str, ...] = PLAIN_PROCESSORS,
+    text_norm: bool = False,
 ) -> tuple[Reader, Any]:
     """Read a plain Attention; also returns the last layer of its output.
 
-    Raises Unsupported unless it has one of the `processors`, and a residual connection just if
-    `residual`.
+    Raises Unsupported unless it has one of the `processors`, a residual connection just if
+    `residual`, and no norm of the text unless the caller reads it (`text_norm`).
     """
     attention = loan.open(module, "Attention")
     processor = kind(attention.processor)
@@ -57,14 +61,14 @@ def open_attention(
     loan.open(attention.processor, processor)
     require(attention.spatial_norm is None, "spatial norms in attention")
     require(attention.norm_q is None and attention.norm_k is None, "normalised queries or keys")
-    require(not attention.norm_cross, "normalised text in cross-attention")
+    require(text_norm or not attention.norm_cross, "normalised text in cross-attention")
     require(attention.rescale_output_factor == 1.0, "a rescale_output_factor other than 1")
     require(
         attention.residual_connection == residual, "attention with a missing or unexpected residual"
     )
     width = loan.width(attention.to_q)
     require(width % attention.heads == 0, f"{attention.heads} heads of {width} columns")
-    if processor == "AttnProcessor":  # it scales by itself, and has a dtype for its sums
+    if not processor.endswith("2_0"):  # it scales by itself, and has a dtype for its sums
         scaled = math.isclose(attention.scale, (attention.heads / width) ** 0.5)
         require(scaled, f"attention scaled by {attention.scale}")
         _ = attention.upcast_attention, attention.upcast_softmax  # ours always sums in float32

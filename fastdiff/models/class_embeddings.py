@@ -1,44 +1,83 @@
-"""Class embeddings of U-Nets: a row of a table, added to the time embedding."""
+"""Class embeddings of U-Nets, added to the time embedding."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdiff.models.blocks import require
 from fastdiff.models.borrow import Loan, Unsupported
-from fastdiff.models.checks import refuse
+from fastdiff.models.checks import checked
+from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding
 from fastdiff.models.reads import Reader
 
 INDICES = (torch.int32, torch.int64)
 
 
-def borrow_classes(net: Reader, config: Reader, loan: Loan) -> Tensor | None:
-    """The table [classes, D] of a U-Net or ControlNet; None if it has no class embeddings."""
-    table: Any = net.class_embedding
-    if table is None:
+@dataclass(frozen=True)
+class Classes:
+    """What a U-Net makes of `class_labels`: rows of a table; embeddings of timesteps, such as that
+    of the noise in a picture to enlarge (DeepFloyd IF); or they are embeddings already (unCLIP)."""
+
+    width: int
+    """Columns of the time embedding."""
+    table: Tensor | None = None
+    """[classes, width]"""
+    sinusoid: Sinusoid | None = None
+    embedding: Embedding | None = None
+
+    def example(self, texts: int, weight: Tensor) -> Tensor:
+        """Labels of `texts`; one for all of them where a loop gives one."""
+        if self.table is not None:
+            return torch.zeros(1, dtype=torch.long, device=weight.device)
+        shape = (texts,) if self.embedding is not None else (texts, self.width)
+        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
+    def __call__(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """[n], or [n, width] of embeddings -> [n, width]"""
+        if self.table is not None:
+            return F.embedding(labels, self.table)
+        if self.sinusoid is None or self.embedding is None:
+            return labels
+        return self.embedding(self.sinusoid(labels).to(dtype))
+
+    def check(self, labels: Tensor | None, weight: Tensor, texts: int) -> None:
+        """Raise Unsupported unless there is one label, or one for each of the texts."""
+        if labels is None:
+            raise Unsupported("class_labels are missing")
+        kind, right, dim = "label", True, 1
+        if self.table is not None:
+            kind, right = "index", labels.dtype in INDICES
+        elif self.embedding is None:
+            kind, dim = "embedding", 2
+            checked("class_labels", labels, weight, self.width, dim)
+        found = f"class_labels are {labels.dtype} of the shape {list(labels.shape)}"
+        fits = right and labels.ndim == dim and labels.shape[0] in (1, texts)
+        require(fits, f"{found}; expected one {kind} or {texts}")
+        where = weight.device
+        wrong = f"class_labels on {labels.device}, the weights are on {where}"
+        require(labels.device == where, wrong)
+
+
+def borrow_classes(
+    net: Reader, config: Reader, loan: Loan, sinusoid: Sinusoid, time: Embedding
+) -> Classes | None:
+    """From a U-Net or ControlNet; None if it has no class embeddings.
+
+    sinusoid, time: of its time embedding.
+    """
+    module: Any = net.class_embedding
+    if module is None:
         return None
-    kind = config.class_embed_type
-    require(kind is None, f"class embeddings of type {kind!r}")
+    kind, width = config.class_embed_type, time.second.weight.shape[0]
     joined = getattr(config, "class_embeddings_concat", False)
     require(not joined, "class embeddings beside the time embedding")
-    return loan.table(table)
-
-
-def check_labels(
-    labels: Tensor | None, classes: Tensor | None, latents: Tensor, copies: int
-) -> None:
-    """Raise Unsupported unless there is one label, or one for each picture, of a network with class
-    embeddings."""
-    if classes is None:
-        return refuse(class_labels=labels)
-    if labels is None:
-        raise Unsupported("class_labels are missing")
-    counts = (1, copies * latents.shape[0])
-    require(
-        labels.ndim == 1 and labels.shape[0] in counts and labels.dtype in INDICES,
-        f"class_labels are {labels.dtype} of the shape {list(labels.shape)}; expected one index"
-        f" or {counts[1]}",
-    )
-    where = classes.device
-    require(labels.device == where, f"class_labels on {labels.device}, the weights are on {where}")
+    if kind is None:
+        return Classes(width, loan.table(module))
+    if kind == "identity":
+        loan.open(module, nn.Identity)
+        return Classes(width)
+    require(kind == "timestep", f"class embeddings of type {kind!r}")
+    return Classes(width, None, sinusoid, borrow_embedding(module, loan))

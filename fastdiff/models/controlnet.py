@@ -50,7 +50,7 @@ class ControlNet(Trunk):
             picture.shape == shape,
             f"a ControlNet's picture is embedded as {list(picture.shape)}; expected {list(shape)}",
         )
-        constants = Constants(self.text_rows(text), channels_last(picture))
+        constants = Constants(self.text_rows(given), channels_last(picture))
         return Hoisted(self.time_rows(timesteps, given), constants)
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
@@ -89,6 +89,8 @@ def borrow_controlnet(module: Any, loan: Loan) -> ControlNet:
     require(controlnet.encoder_hid_proj is None, "a projection of the text (encoder_hid_proj)")
     order = config.controlnet_conditioning_channel_order
     require(order in ("rgb", "bgr"), f"a picture's channels in the order {order!r}")
+    more = config.addition_embed_type
+    require(more in (None, "text_time"), f"addition_embed_type {more!r}")
     trunk, _, attentions = borrow_trunk(controlnet, config, loan)
     borrow_ip_adapters(None, attentions, loan)  # raises if it has any
     convolutions = loan.each(controlnet.controlnet_down_blocks)

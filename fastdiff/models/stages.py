@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdiff.models.added_kv import AddedKV, borrow_added_kv
 from fastdiff.models.blocks import PictureAttention, borrow_picture_attention, require
 from fastdiff.models.borrow import Loan
 from fastdiff.models.resnets import (
@@ -23,6 +24,12 @@ TOLD = (
     *("UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
 )
 """Block classes of a U-Net that attends to a text."""
+ADDED = (
+    *("DownBlock2D", "SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    *("UNetMidBlock2DSimpleCrossAttn", "UpBlock2D", "SimpleCrossAttnUpBlock2D"),
+    "ResnetUpsampleBlock2D",
+)
+"""Block classes of a U-Net whose pixels attend to a text and to each other at once."""
 ALONE = (
     *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
     *("UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -37,8 +44,8 @@ class Stage:
     """A block of the U-Net: resnets, each followed by attention or None, and a resampler."""
 
     resnets: tuple[Resnet, ...]
-    attentions: tuple[Transformer | PictureAttention | None, ...]
-    """Transformers, which attend to a text, or self-attention over the pixels."""
+    attentions: tuple[Transformer | AddedKV | PictureAttention | None, ...]
+    """Transformers, attention to a text and the pixels, or self-attention over the pixels."""
     down: Down | Resnet | None = None
     up: Up | Resnet | None = None
 
@@ -55,7 +62,7 @@ class Stage:
     @property
     def crossed(self) -> bool:
         """Whether it attends to the text."""
-        return isinstance(self.attentions[-1], Transformer)
+        return isinstance(self.attentions[-1], Transformer | AddedKV)
 
 
 def borrow_stage(
@@ -70,7 +77,9 @@ def borrow_stage(
     resnets = tuple(borrow_resnet(resnet, loan, rows) for resnet in loan.each(block.resnets))
     attentions = loan.each(block.attentions) if crossed or picture else [None] * len(resnets)
 
-    def borrow(attention: Any) -> Transformer | PictureAttention:
+    def borrow(attention: Any) -> Transformer | AddedKV | PictureAttention:
+        if "Simple" in name:
+            return borrow_added_kv(attention, loan, text)
         if picture:
             return borrow_picture_attention(attention, loan)
         return borrow_transformer(attention, loan, text)

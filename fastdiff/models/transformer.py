@@ -30,10 +30,20 @@ class CrossColumns(Columns):
     def __init__(self, loan: Loan) -> None:
         super().__init__(loan)
         self.attentions: list[Reader] = []
+        self.norms: list[tuple[slice, Norm]] = []
+        """Columns of attentions that normalise the text first, and their norms."""
 
     def take_cross(self, attention: Reader) -> slice:
         self.attentions.append(attention)
         return self.take(attention.to_k, attention.to_v)
+
+    def take_added(self, attention: Reader, loan: Loan) -> slice:
+        """For an attention that reads the text and its own pixels (`added_kv`)."""
+        columns, norm = self.take(attention.add_k_proj, attention.add_v_proj), attention.norm_cross
+        if norm is not None:
+            loan.open(norm, nn.GroupNorm)
+            self.norms.append((columns, loan.norm(norm)))
+        return columns
 
 
 @dataclass(frozen=True)

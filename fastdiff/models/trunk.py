@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.linear.spec import ACTIVATIONS
@@ -14,7 +13,17 @@ from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import repeated, require
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.checks import check_count, checked, refuse
-from fastdiff.models.class_embeddings import borrow_classes, check_labels
+from fastdiff.models.class_embeddings import Classes, borrow_classes
+from fastdiff.models.conditions import (
+    Summary,
+    TextNorms,
+    Tokens,
+    Told,
+    borrow_summary,
+    borrow_tokens,
+    keys_and_values,
+    told,
+)
 from fastdiff.models.constant_channels import Constant, check_constant
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.reads import Reader
@@ -29,15 +38,16 @@ class Conditions(NamedTuple):
     diffusers' `forward`. G: 2 with guidance, unconditional first; 1 for a single call."""
 
     encoder_hidden_states: Tensor | None = None
-    """[G·B, T, D] the text; None for a U-Net without cross-attention."""
+    """[G·B, T, D] the text; None for a U-Net without cross-attention or with tokens of a picture
+    alone."""
     text_embeds: Tensor | None = None
-    """[G·B, D'] for SDXL."""
+    """[G·B, D'] for SDXL and Kandinsky 2.1."""
     time_ids: Tensor | None = None
     """[G·B, 6] for SDXL."""
     timestep_cond: Tensor | None = None
     """[B, D''] guidance embedding of distilled models (LCM); they run without guidance."""
     image_embeds: Any = None
-    """For each IP-Adapter [G·B, N, ...], for N pictures."""
+    """For each IP-Adapter [G·B, N, ...], for N pictures; or Kandinsky's [G·B, D]."""
     controlnet_cond: Tensor | None = None
     """[B, channels, rows, columns] a ControlNet's control picture."""
     down_block_additional_residuals: Sequence[Tensor] | None = None
@@ -49,7 +59,7 @@ class Conditions(NamedTuple):
     encoder_attention_mask: Tensor | None = None
     """[B, T] of 0 and 1: 1 for the tokens to attend to."""
     class_labels: Tensor | None = None
-    """[n] rows of the class embeddings, n = 1 or G·B."""
+    """[n] or [n, D], n = 1 or G·B: what the network's class embedding takes."""
     constant_channels: Tensor | None = None
     """[n, C', Y, X] channels of the network's input that are the same in every step, n = B or G·B.
     They follow the latents' own; in a single call the latents have all of them."""
@@ -61,14 +71,18 @@ class Trunk:
     time: Embedding
     added_sinusoid: Sinusoid | None
     added: Embedding | None
+    summary: Summary | None
+    """What else is added to the time embedding."""
     acts: tuple[str, ...]
     """The activations of the time embedding, one after the other."""
-    classes: Tensor | None
-    """[classes, D] the class embeddings."""
+    classes: Classes | None
     rows: Weights
     """time_emb_proj of every resnet."""
     text: Weights | None
     """to_k and to_v of every cross-attention; None where there is none."""
+    text_norms: TextNorms
+    tokens: Tokens | None
+    """A projection of the text, or of other conditions in its place, before all of them."""
     conv_in: Weights
     downs: tuple[Stage, ...]
     mid: Stage | None
@@ -82,7 +96,7 @@ class Trunk:
 
         latents: [B, C, Y, X]. copies: texts for each of them, 2 with guidance.
         """
-        text, condition = given.encoder_hidden_states, given.timestep_cond
+        condition = given.timestep_cond
         projection = self.time.condition
         if self.added is not None:
             missing = given.text_embeds is None or given.time_ids is None
@@ -93,18 +107,26 @@ class Trunk:
             check_constant(constant, latents, weight, copies)
             channels -= constant.shape[1]
         checked("sample", latents, weight, channels, dim=4)
-        check_labels(given.class_labels, self.classes, latents, copies)
         if self.text is None:
-            refuse(encoder_hidden_states=text)
+            refuse(encoder_hidden_states=given.encoder_hidden_states)
+        for name, width, dim in self.told():
+            value = getattr(given, name)
+            single = value is None or isinstance(value, Tensor)
+            require(single, f"{name} is a {type(value).__name__}; expected one tensor")
+            check_count(name, checked(name, value, weight, width, dim), latents, copies)
+        if self.classes is None:
+            refuse(class_labels=given.class_labels)
         else:
-            width = self.text.weight.shape[1]
-            text = checked("encoder_hidden_states", text, weight, width, dim=3)
-            check_count("encoder_hidden_states", text, latents, copies)
+            self.classes.check(given.class_labels, weight, copies * latents.shape[0])
         if condition is not None:
             what = "it was given timestep_cond, but has no projection for it"
             require(projection is not None, what)
             assert projection is not None
             checked("timestep_cond", condition, weight, projection.weight.shape[1], dim=2)
+
+    def told(self) -> Told:
+        """Which conditions of texts and pictures it reads: name, columns, dimensions."""
+        return told(self.text, self.tokens, self.summary)
 
     def pack(self, latents: Tensor) -> Tensor:
         """[B, C, Y, X] -> [B, Y, X, C], in the same memory."""
@@ -167,12 +189,15 @@ class Trunk:
         """The number of skips from the down half to the up half."""
         return 1 + sum(len(s.resnets) + (s.down is not None) for s in self.downs)
 
-    def text_rows(self, encoder_hidden_states: Tensor | None) -> Tensor | None:
-        """Keys and values for every cross-attention, [B, T, all their widths]; or None."""
-        if self.text is None or encoder_hidden_states is None:
-            return None
+    def text_rows(self, given: Conditions) -> Tensor | None:
+        """Keys and values for every cross-attention, [G·B, T, all their widths]; or None."""
+        text = given.encoder_hidden_states
         with scope("text rows"):
-            return linear(encoder_hidden_states, self.text.weight, self.text.bias)
+            if self.tokens is not None:
+                text = self.tokens(text, given.image_embeds)
+            if self.text is None or text is None:
+                return None
+            return keys_and_values(text, self.text, self.text_norms)
 
     def time_rows(self, timesteps: Tensor, given: Conditions) -> Tensor:
         """The projected time embeddings of every resnet: [steps, n, all their channels].
@@ -189,7 +214,10 @@ class Trunk:
                 added = torch.cat([text_embeds, sizes], dim=-1).to(dtype)
                 embedding = embedding + self.added(added)
             if self.classes is not None and given.class_labels is not None:
-                embedding = embedding + F.embedding(given.class_labels, self.classes)
+                embedding = embedding + self.classes(given.class_labels, dtype)
+            if self.summary is not None:
+                told = given.encoder_hidden_states if self.summary.pooling else text_embeds
+                embedding = sum(self.summary(told, given.image_embeds), embedding)
             for act in self.acts:
                 embedding = ACTIVATIONS[act](embedding)
             return linear(embedding, self.rows.weight, self.rows.bias)
@@ -211,14 +239,18 @@ def borrow_trunk(
         of the text's columns.
     """
     more = getattr(config, "addition_embed_type", None)
-    require(more in (None, "text_time"), f"addition_embed_type {more!r}")
+    timed, projection = more == "text_time", getattr(net, "encoder_hid_proj", None)
+    told = getattr(config, "encoder_hid_dim_type", None)
+    own = projection is not None and told != "ip_image_proj"
     rows, text = TimeColumns(loan), CrossColumns(loan)
     blocks, middle = loan.each(net.down_blocks), net.mid_block
     downs = tuple(borrow_stage(block, kinds, loan, rows, text) for block in blocks)
     mid = None if middle is None else borrow_stage(middle, kinds, loan, rows, text)
     stages = tuple(borrow_stage(block, kinds, loan, rows, text) for block in ups)
     require(bool(text.layers) or kinds is ALONE, "a U-Net without cross-attention")
-    added, first_act = net.add_embedding if more else None, getattr(net, "time_embed_act", None)
+    whole = len(text.norms) in (0, len(text.layers) // 2)
+    require(whole, "cross-attentions of which only some normalise the text")
+    added, first_act = net.add_embedding if timed else None, getattr(net, "time_embed_act", None)
     acts = [] if first_act is None else [loan.activation(first_act)]
     sinusoid = borrow_sinusoid(net.time_proj, loan)
     time = borrow_embedding(net.time_embedding, loan)
@@ -229,10 +261,15 @@ def borrow_trunk(
         "time": time,
         "added_sinusoid": None if added is None else borrow_sinusoid(net.add_time_proj, loan),
         "added": None if added is None else borrow_embedding(added, loan),
+        "summary": None
+        if more is None or timed
+        else borrow_summary(getattr(net, "add_embedding", None), more, loan),
         "acts": (*acts, rows.act),
-        "classes": borrow_classes(net, config, loan),
+        "classes": borrow_classes(net, config, loan, sinusoid, time),
         "rows": loan.linear(*rows.layers),
         "text": loan.linear(*text.layers) if text.layers else None,
+        "text_norms": tuple(text.norms),
+        "tokens": borrow_tokens(projection, told, loan) if own else None,
         "conv_in": loan.conv(net.conv_in),
         "downs": downs,
         "mid": mid,

@@ -1,5 +1,7 @@
-"""The U-Nets of SD1.x, SD2.x and SDXL, and U-Nets without a text, on borrowed weights."""
+"""The U-Nets of Stable Diffusion, unCLIP, Kandinsky and DeepFloyd IF, and those without a text, on
+borrowed weights."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
+from fastdiff.models.added_kv import AddedKV
 from fastdiff.models.blocks import channels_first, channels_last, require
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.checks import checked
@@ -15,7 +18,7 @@ from fastdiff.models.constant_channels import Constant, hoist_constant
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.resnets import Resnet
-from fastdiff.models.stages import ALONE, Stage
+from fastdiff.models.stages import ADDED, ALONE, TOLD, Stage
 from fastdiff.models.sums import Sum
 from fastdiff.models.trunk import Conditions, Trunk, borrow_trunk
 
@@ -32,7 +35,8 @@ class Constants(NamedTuple):
     inners: tuple[Tensor, ...] = ()
     """A T2I-Adapter's residuals."""
     text_mask: Tensor | None = None
-    """[B, 1, 1, T], added to the scores of cross-attention."""
+    """[B, 1, 1, T] added to the scores of cross-attention; [B, T] float32 for attention to text and
+    pixels at once."""
     constant: Constant | None = None
     """What conv_in makes of the constant channels."""
 
@@ -47,6 +51,8 @@ class UNet(Trunk):
     norm_out: Norm
     act_out: str
     conv_out: Weights
+    at_once: bool = False
+    """Whether its attentions are to the text and the pixels at once (`added_kv`)."""
     multiple: int = 1
     """The latents' sides must be multiples of this: diffusers' UNet2DModel, and every resnet that
     enlarges, doubles its picture, so other sides do not meet their skips."""
@@ -67,6 +73,7 @@ class UNet(Trunk):
         inners = given.down_intrablock_additional_residuals
         listed = inners is None or isinstance(inners, list)
         require(listed, f"it was given T2I-Adapter residuals as a {type(inners).__name__}")
+        require(inners is None or not self.at_once, "T2I-Adapter residuals, which it does not take")
         self._check_residuals("a T2I-Adapter residual", latents, self._inners(given))
 
     def _check_residuals(self, what: str, latents: Tensor, given: Iterable[Any]) -> None:
@@ -93,21 +100,40 @@ class UNet(Trunk):
         Raises:
             Unsupported: an IP-Adapter gets inputs that fastdiff does not compute with.
         """
-        text = given.encoder_hidden_states
+        text = self.text_rows(given)
         down, middle = given.down_block_additional_residuals, given.mid_block_additional_residual
         controls = () if down is None or middle is None else (*down, middle)
-        mask = given.encoder_attention_mask
-        if mask is not None:
-            mask = ((1 - mask.to(self.dtype)) * -10000.0)[:, None, None, :]
         constants = Constants(
-            self.text_rows(text),
+            text,
             self._image_rows(given),
             tuple(map(channels_last, controls)),
             tuple(map(channels_last, self._inners(given))),
-            mask,
+            self._text_mask(given.encoder_attention_mask, text, sides),
             hoist_constant(self.conv_in, given.constant_channels),
         )
         return Hoisted(self.time_rows(timesteps, given), constants)
+
+    def _text_mask(
+        self, mask: Tensor | None, text: Tensor | None, sides: Sequence[int]
+    ) -> Tensor | None:
+        """What `Constants` keeps of a mask [B, T] of 0 and 1."""
+        if mask is None:
+            return None
+        bias = (1 - mask.to(self.dtype)) * -10000.0
+        if not self.at_once:
+            return bias[:, None, None, :]
+        assert text is not None
+        # diffusers lengthens a mask of the text for the pixels, unless there are as many of them
+        stages = (*self.downs, *([] if self.mid is None else [self.mid]), *self.ups)
+        joined = (a for s in stages for a in s.attentions if isinstance(a, AddedKV))
+        require(all(a.own for a in joined), "a text mask where pixels attend to the text alone")
+        levels = range(1 + sum(stage.down is not None for stage in self.downs))
+        pixels = [math.prod(side >> level for side in sides) for level in levels]
+        require(
+            mask.shape == text.shape[:2] and mask.shape[1] not in pixels,
+            f"a text mask of {list(mask.shape)} for {text.shape[1]} tokens beside {pixels} pixels",
+        )
+        return bias.float().contiguous()
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
         """The part that every step repeats, channels last throughout.
@@ -159,28 +185,32 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
     """Borrow a UNet2DConditionModel's weights; raises Unsupported for other structures."""
     net, config = loan.open(module, "UNet2DConditionModel"), loan.config(module)
     require(not config.center_input_sample, "center_input_sample")
-    projection = getattr(net, "encoder_hid_proj", None)
-    require(
-        config.encoder_hid_dim_type == (None if projection is None else "ip_image_proj"),
-        f"a projection of the text (encoder_hid_dim_type {config.encoder_hid_dim_type!r})",
-    )
+    projection, told = getattr(net, "encoder_hid_proj", None), config.encoder_hid_dim_type
+    named = (projection is None) == (told is None)
+    require(named, f"encoder_hid_dim_type {told!r}, which contradicts encoder_hid_proj")
+    pictures = projection if told == "ip_image_proj" else None
     require(
         getattr(net, "text_encoder_hid_proj", None) is None,
         "a projection of the text together with IP-Adapters (Kolors)",
     )
     require(getattr(net, "position_net", None) is None, "GLIGEN")
     require(net.conv_norm_out is not None, "a U-Net without a norm before its output")
-    trunk, ups, attentions = borrow_trunk(net, config, loan, loan.each(net.up_blocks))
+    blocks = (*loan.each(net.down_blocks), net.mid_block, *loan.each(net.up_blocks))
+    at_once = any("Simple" in type(block).__name__ for block in blocks)
+    kinds = ADDED if at_once else TOLD
+    trunk, ups, attentions = borrow_trunk(net, config, loan, loan.each(net.up_blocks), kinds)
+    require(pictures is None or not at_once, "an IP-Adapter of attention to text and pixels")
     times = sum(stage.up is not None for stage in ups)
     require(net.num_upsamplers == times, f"num_upsamplers {net.num_upsamplers}")
     doubles = any(isinstance(stage.up, Resnet) for stage in ups)
     unet = UNet(
         **trunk,
-        ip_adapters=borrow_ip_adapters(projection, attentions, loan),
+        ip_adapters=borrow_ip_adapters(pictures, attentions, loan),
         ups=ups,
         norm_out=loan.norm(net.conv_norm_out),
         act_out=loan.activation(net.conv_act),
         conv_out=loan.conv(net.conv_out),
+        at_once=at_once,
         multiple=2**times if doubles else 1,
     )
     loan.seal()

@@ -194,7 +194,8 @@ def test_joint_attention_names_what_does_not_fit():
         ValueError, match=r"joint_attention: .*\[1, 3, 2, 4\].*; expected \[B, L, H"
     ):
         joint_attention(q, q, q, text, text, text[..., :4])
-    for wrong in (torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]):
+    whole = torch.zeros(4), torch.zeros(2, 3)  # of 3 tokens, of one sample
+    for wrong in (*whole, torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]):
         with pytest.raises(ValueError, match="joint_attention: text_bias (is|has)"):
             joint_attention(q, q, q, None, text, text, text_bias=wrong)
     with pytest.raises(ValueError, match="6 picture and 0 text tokens"):

@@ -125,7 +125,10 @@ def borrowed(**config):
 
 def test_what_is_refused():
     for reason, config in {
-        "type 'timestep'": {"class_embed_type": "timestep"},
+        "type 'projection'": {
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 8,
+        },
         "beside the time": {"class_embeddings_concat": True},
     }.items():
         with pytest.raises(Unsupported, match=reason):

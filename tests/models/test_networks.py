@@ -178,10 +178,13 @@ def test_loan_lends_views_and_takes_them_back():
     assert block.attn1.to_k.weight[3, 5] == 123.0
 
 
+PROJECTED = {"projection_class_embeddings_input_dim": 8}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"class_embed_type": "timestep"}, "class embeddings"),
+        ({"class_embed_type": "simple_projection"} | PROJECTED, "class embeddings"),
         ({"act_fn": "mish"}, "SiLU and GELU"),
         ({"down_block_types": ("SimpleCrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)}, "Simple"),
     ],

@@ -32,8 +32,8 @@ def joint_attention(
         text_q, text_k, text_v: [B, T, H, K], the text's, in q's dtype; strides as for q.
             Without text_q no result is computed for the text, but the picture attends to it.
         scale: default 1 / sqrt(K).
-        text_bias: [T] float32, contiguous, added to the scores of the text's keys. One token with
-            log n replaces n equal tokens.
+        text_bias: [T], or [B, T] for each sample; float32, contiguous; added to the scores of the
+            text's keys. One token with log n replaces n equal tokens; -10000 hides a token.
 
     Returns:
         [B, L, H, K] and [B, T, H, K], or [0] without text_q; contiguous, in q's dtype.
@@ -59,7 +59,8 @@ def joint_attention(
                 f"joint_attention: text_bias is {text_bias.dtype} on {text_bias.device}; expected"
                 f" torch.float32 on {q.device}"
             )
-        expects("joint_attention: text_bias", text_bias, text_bias, (T,))
+        shape = (T,) if text_bias.ndim == 1 else (B, T)
+        expects("joint_attention: text_bias", text_bias, text_bias, shape)
     if L == 0 or T == 0:
         raise ValueError(f"joint_attention: {L} picture and {T} text tokens; expected both")
     out, text_out = _op(q, k, v, text_q, text_k, text_v, scale, text_bias)

@@ -32,14 +32,19 @@ def run(a: Arguments) -> tuple[Tensor, Tensor]:
         expects(f"joint_attention: {name}", tensor[0, 0], a.q, (heads, width))
     out = a.q.new_empty(a.q.shape)
     text_out = a.q.new_empty(0 if a.text_q is None else a.text_q.shape)
-    NATIVE.joint_attention(
-        dtype,
-        sequence(a.q, a.k, a.v, out),
-        sequence(a.text_q, a.text_k, a.text_v, text_out),
-        address(a.text_bias),
-        (batch, heads, width),
-        1.0 / math.sqrt(width) if a.scale is None else a.scale,
-    )
+    scale = 1.0 / math.sqrt(width) if a.scale is None else a.scale
+    own = a.text_bias is not None and a.text_bias.ndim == 2  # the loop takes one bias at a time
+    for one in [slice(b, b + 1) for b in range(batch)] if own else [slice(None)]:
+        bias = a.text_bias[one] if own and a.text_bias is not None else a.text_bias
+        text_q = None if a.text_q is None else a.text_q[one]
+        NATIVE.joint_attention(
+            dtype,
+            sequence(a.q[one], a.k[one], a.v[one], out[one]),
+            sequence(text_q, a.text_k[one], a.text_v[one], text_out[one]),
+            address(bias),
+            (1 if own else batch, heads, width),
+            scale,
+        )
     return out, text_out
 
 

@@ -22,12 +22,12 @@ from fastdiff.kernels.joint_attention.spec import Arguments
 from fastdiff.kernels.tuned import tunable
 
 
-@triton.jit(do_not_specialize=["L", "T", "H"])
+@triton.jit(do_not_specialize=["L", "T", "H", "text_bias_sb"])
 def _joint_kernel(
     q_ptr, k_ptr, v_ptr, text_q_ptr, text_k_ptr, text_v_ptr, text_bias_ptr, L, T, H,
     q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,
     text_q_sb, text_q_sl, text_q_sh, text_k_sb, text_k_sl, text_k_sh,
-    text_v_sb, text_v_sl, text_v_sh, out_ptr, text_out_ptr, ALIGN: tl.constexpr,
+    text_v_sb, text_v_sl, text_v_sh, text_bias_sb, out_ptr, text_out_ptr, ALIGN: tl.constexpr,
     SCALE: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, TEXT_TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +62,8 @@ def _joint_kernel(
     text_v_ptr, text_v_sl = head_at(
         text_v_ptr, sample, head, text_v_sb, text_v_sh, text_v_sl, ALIGN
     )
+    if text_bias_ptr is not None:
+        text_bias_ptr += sample * text_bias_sb
     peak, total, out0, out1 = flash(
         state, q, text_k_ptr, text_v_ptr, text_bias_ptr, queries, left, T,
         text_k_sl, text_v_sl, 0, 1, SCALE, K, P0, P1, KEYS, TEXT_TAIL, False,
@@ -94,6 +96,8 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     arguments |= {"text_bias_ptr": a.text_bias, "L": L, "T": T, "H": H}
     for name, tensor in states.items():
         arguments |= zip((f"{name}_s{axis}" for axis in "blh"), tensor.stride(), strict=False)
+    bias = a.text_bias
+    arguments["text_bias_sb"] = 0 if bias is None or bias.ndim == 1 else bias.stride(0)
     out, text_out = (
         a.q.new_empty(a.q.shape),
         a.q.new_empty(0 if a.text_q is None else a.text_q.shape),

@@ -37,7 +37,10 @@ def formula(
 ) -> tuple[Tensor, Tensor]:
     """One attention, `attend`, over the concatenated sequences."""
     all_k, all_v = torch.cat((a.k, a.text_k), 1), torch.cat((a.v, a.text_v), 1)
-    mask = None if a.text_bias is None else F.pad(a.text_bias[None], (a.q.shape[1], 0))
+    mask = None
+    if a.text_bias is not None:
+        mask = F.pad(a.text_bias, (a.q.shape[1], 0))  # [L + T], or for each sample
+        mask = mask[None] if mask.ndim == 1 else mask[:, None, None]
     if a.text_q is None:
         asked = attention.Arguments(a.q, all_k, all_v, mask, a.scale)
         return attend(asked), a.q.new_empty(0)
@@ -67,6 +70,9 @@ def inputs(
     q = q * case.get("spread", 1.0)  # > 1 makes the softmax peaky
     bias = torch.zeros(T, device=device)
     bias[-1] = math.log(256)  # SD3's 256 empty tokens of T5 as one
+    if case.get("masked"):  # UnCLIP's decoder hides the tokens that pad a text, up to all of it
+        shown = torch.arange(B, device=device)[:, None] * T // B
+        bias = torch.where(torch.arange(T, device=device) < shown, 0.0, -10000.0)
     return {
         "q": q,
         "k": k,
@@ -75,14 +81,14 @@ def inputs(
         "text_k": words[:, :, 1],
         "text_v": words[:, :, 2],
         "scale": case.get("scale"),
-        "text_bias": bias if case.get("biased") else None,
+        "text_bias": bias if case.get("biased") or case.get("masked") else None,
     }
 
 
 def _bytes(case: Case, size: int) -> int:
     """q, k, v and the result of each sequence; of a text without result only k and v; the bias."""
     states = 4 * case.L + (2 if case.get("silent") else 4) * case.T
-    bias = 4 * case.T * bool(case.get("biased"))
+    bias = 4 * case.T * (case.B if case.get("masked") else bool(case.get("biased")))
     return int(size * case.B * case.H * case.K * states + bias)
 
 
@@ -100,6 +106,8 @@ CASES = (
     # without T5 its 256 tokens are one; the last block needs no result for the text
     Case("sd3-without-t5", B=2, L=256, T=78, H=2, K=64, biased=True),
     Case("sd3-last", B=2, L=256, T=333, H=2, K=64, silent=True),
+    # UnCLIP's decoder: 77 tokens and 4 of the picture's embedding, masked
+    Case("unclip-16", B=2, L=256, T=81, H=2, K=64, silent=True, masked=True),
     # nasty: one text token, odd pictures, fewer keys than a block, widths that are no power of two
     Case("one-word", B=2, L=256, T=1, H=2, K=64),
     Case("odd", B=3, L=77, T=45, H=3, K=40),
