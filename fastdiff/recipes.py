@@ -218,8 +218,8 @@ def _rows() -> dict[str, Recipe]:
         "LDMSuperResolutionPipeline": Recipe(
             {"unet": "unet2d", "vqvae": "vae"}, plan=LDM_PICTURE_PLAN
         ),
-        "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN),
-        "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN),
+        "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN, exported=True),
+        "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN, exported=True),
         "UnCLIPPipeline": Recipe({"prior": "prior"}, plan=UNCLIP_PRIOR_PLAN),
         "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_PRIOR_PLAN),
         "KandinskyV22PriorEmb2EmbPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_EMB2EMB_PLAN),

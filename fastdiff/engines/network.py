@@ -72,10 +72,11 @@ class EngineNetwork:
                 f"{self._latents} has the sides {list(latents.shape[2:])}; the engine takes at"
                 f" most {self._most}"
             )
-        texts = tensors[self._conditions[0]]
-        check_count(self._conditions[0], texts, latents, copies)
+        for name in self._conditions[:1]:
+            check_count(name, tensors[name], latents, copies)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        shapes[self._latents] = (texts.shape[0], *latents.shape[1:])
+        texts = shapes[self._conditions[0]][0] if self._conditions else len(latents)
+        shapes[self._latents] = (texts, *latents.shape[1:])
         if reason := self.engine.refusal(shapes):
             raise Unsupported(reason)
 
@@ -108,7 +109,7 @@ class EngineNetwork:
 
     def predict(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
         """[B, C, Y, X] latents -> [G·B, C, Y, X]; `row`: [1]; constants for G·B pictures."""
-        batch, texts = x.shape[0], constants[0].shape[0]
+        batch, texts = x.shape[0], _texts(x, constants)
         bound = self._bind(x, constants)
         with self._lock:  # threads share the engine's memory
             given = bound.inputs
@@ -130,7 +131,7 @@ class EngineNetwork:
 
     def _bind(self, x: Tensor, constants: tuple[Tensor, ...]) -> Bound:
         # a plan gives each picture once, a call repeats it for guidance; the engine gets the same
-        texts, _, height, width = constants[0].shape[0], *x.shape[1:]
+        texts, _, height, width = _texts(x, constants), *x.shape[1:]
         key = (x.shape[1:], *(tensor.shape for tensor in constants))
         if key not in self._bound:
             timestep = list(self._inputs[self._timestep][1:])
@@ -142,6 +143,11 @@ class EngineNetwork:
             outputs = {self._output: (texts, self._channels, height, width)}
             self._bound[key] = self.engine.bind(inputs, outputs)
         return self._bound[key]
+
+
+def _texts(x: Tensor, constants: tuple[Tensor, ...]) -> int:
+    """The pictures of a run: one for each text, or for each latent if there are no conditions."""
+    return len(constants[0] if constants else x)
 
 
 def _dtype(port: list[Any]) -> torch.dtype:

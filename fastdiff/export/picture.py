@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdiff.engines.bound import Engine
 from fastdiff.export.parts import Part
+from fastdiff.recipes import denoiser
 
 STEPS, PROMPT = 4, "red heart"
 
@@ -72,13 +73,18 @@ def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
     """Called as by diffusers' pipelines; with guidance they repeat one timestep."""
     timestep = part.inputs[1]
     names = inspect.signature(type(part.net).forward)
+    make: Any = namedtuple
+    output = make("output", ["sample"])  # DDPM's pipelines read it by name, others by index
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         given = names.bind(part.net, *args, **kwargs).arguments
         given |= given.get("added_cond_kwargs") or {}
         first = torch.as_tensor(given["timestep"], dtype=torch.float32).reshape(-1)[:1]
         given["timestep"] = first.reshape(timestep.at({}))
-        return run({port.name: given[port.name].contiguous() for port in part.inputs})
+        dtypes = {port.name: getattr(torch, port.dtype) for port in part.inputs}
+        return output(
+            *run({name: given[name].to(dtype).contiguous() for name, dtype in dtypes.items()})
+        )
 
     return forward
 
@@ -109,9 +115,17 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
 
     def draw_one() -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "pt"}
-        images: Tensor = pipe(PROMPT, **options).images
-        return images.double()
+        options: dict[str, Any] = {
+            "num_inference_steps": STEPS,
+            "generator": generator,
+            "output_type": "pt",
+        }
+        if "prompt" in inspect.signature(type(pipe).__call__).parameters:
+            options["prompt"] = PROMPT
+        elif getattr(denoiser(pipe).config, "num_class_embeds", None) is not None:
+            options["class_labels"] = 0
+        # DDPM's pipelines return numpy whatever is asked for
+        return torch.as_tensor(pipe(**options).images).double()
 
     pipe.set_progress_bar_config(disable=True)
     with _unchecked(pipe):

@@ -148,6 +148,8 @@ def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Genera
         ids[:, -1] = config.eos_token_id  # the pooled output is taken here
         return ids
     dtype = getattr(torch, port.dtype)
+    if port.name == "class_labels" and not dtype.is_floating_point:
+        return torch.randint(0, config.num_class_embeds, shape, generator=generator)
     if port.name == "timestep":
         return torch.full(shape, 500.0, dtype=dtype)
     if port.name == "time_ids":  # height, width, top, left, height, width in pixels

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken
-from fastdiff.families.part import Part
+from fastdiff.families.part import Part, Port, dtype_name, exportable, sides, unsupported
 from fastdiff.families.unet import channels, constant_channels
 from fastdiff.models import Loan, UNet, borrow_picture_unet
 from fastdiff.models.checks import refuse
@@ -43,12 +44,54 @@ def _example(net: UNet, texts: int, tokens: int) -> Conditions:
     return Conditions()
 
 
-def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}; supported is UNet2DConditionModel")
+class _Exported(nn.Module):
+    """sample [B, C, Y, X], timestep [] or [1], perhaps class_labels -> out_sample."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = exportable(net)
+
+    def forward(self, sample: Tensor, timestep: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
+        out = self.net(sample, timestep, *labels, return_dict=False)
+        return (out[0],)
 
 
-def _exported(network: UNet) -> None:
-    """No UNet2DModel is exported; `_part` says so."""
+def _part(
+    folder: str, net: nn.Module, dtype: torch.dtype, _: int = 0, timestep: tuple[int, ...] = ()
+) -> Part:
+    kind = type(net).__name__
+    if kind != "UNet2DModel":
+        raise UserError(f"{folder} is a {kind}; supported is UNet2DModel")
+    config: Any = net.config
+    if config.time_embedding_type != "positional" or config.class_embed_type is not None:
+        raise UserError(
+            f"{folder} has time_embedding_type {config.time_embedding_type!r} and class_embed_type"
+            f" {config.class_embed_type!r}; supported are 'positional' and None"
+        )
+    if not isinstance(config.sample_size, int):
+        raise unsupported(folder, "sample_size", config)
+    inputs = [
+        Port("sample", dtype_name(dtype), ("batch_size", config.in_channels, "height", "width")),
+        Port("timestep", "float32", timestep),
+    ]
+    if config.num_class_embeds is not None:
+        inputs.append(Port("class_labels", "int64", ("batch_size",)))
+    shape = ("batch_size", config.out_channels, "height", "width")
+    least, side = _multiple(net), config.sample_size
+    return Part(
+        folder=folder,
+        source=net,
+        module=_Exported(net).eval(),
+        dtype=dtype,
+        inputs=tuple(inputs),
+        outputs=(Port("out_sample", dtype_name(dtype), shape),),
+        example=sides(2, 2 * least, 3 * least),
+        cases=(sides(1, side, side), sides(3, 3 * least, 2 * least)),
+    )
+
+
+def _unexported(network: UNet) -> None:
+    """A file holds all of a UNet2DModel."""
 
 
 def _multiple(unet: Any) -> int:
@@ -65,7 +108,7 @@ DENOISED = Denoised(
     _example,
     channels,
     _part,
-    _exported,
+    _unexported,
     _multiple,
     constant_channels=constant_channels,
 )
