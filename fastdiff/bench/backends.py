@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.bench.pixels import draws_pixels
 from fastdiff.errors import UserError
 from fastdiff.recipes import denoiser, recipe_of
 
@@ -22,7 +23,8 @@ def eager(pipe: Any) -> None:
 def channels_last(pipe: Any) -> None:
     """Eager, with NHWC weights and activations in the convolutions."""
     denoiser(pipe).to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
+    if not draws_pixels(pipe):
+        pipe.vae.to(memory_format=torch.channels_last)
 
 
 def inductor(pipe: Any) -> None:
@@ -42,7 +44,8 @@ def _inductor(pipe: Any, mode: str) -> None:
     if not on_gpu:
         _need_compiler()
     denoiser(pipe).compile(mode=mode)
-    pipe.vae.decoder.compile(mode=mode)
+    if not draws_pixels(pipe):
+        pipe.vae.decoder.compile(mode=mode)
 
 
 def fastdiff(pipe: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.bench.pixels import draws_pixels
 from fastdiff.bench.tally import Counter, Tally
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
@@ -126,6 +127,8 @@ def _entrances(pipe: Any) -> Iterator[tuple[Any, str, str]]:
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         if (encoder := getattr(pipe, name, None)) is not None:
             yield encoder, "forward", name.replace("_", " ")
+    if draws_pixels(pipe):
+        return
     slot = slot_of(pipe.vae.decoder)
     if slot is not None and slot.network is not None:
         yield slot.network.run, "function", "VAE"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.bench.pixels import draws_pixels, factor_of
 from fastdiff.bench.saved import Saved, check_folder, check_whole, drawn_from_text
 from fastdiff.devices import refusal
 from fastdiff.errors import UserError, first_line
@@ -177,7 +178,13 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
     Both must be multiples of the VAE's factor and of 8, as in every diffusers pipeline. For a
     transformer they must be whole patches, and at most as many as it has positions.
     """
-    config, factor = denoiser(pipe).config, pipe.vae_scale_factor
+    config, factor = denoiser(pipe).config, factor_of(pipe)
+    if draws_pixels(pipe):
+        own = config.sample_size
+        for name, side in (("height", height), ("width", width)):
+            if side not in (None, own):
+                raise UserError(f"--{name} is {side}; this pipeline draws {own}×{own} pixels only")
+        return own, own
     patch = config.get("patch_size") or 1
     own, multiple = config.sample_size * factor, max(8, factor) * patch
     most = (config.get("pos_embed_max_size") or math.inf) * factor * patch

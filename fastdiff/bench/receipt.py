@@ -12,6 +12,7 @@ eager rounds, too:
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
 from fastdiff.bench.contenders import sharing
+from fastdiff.bench.pixels import draws_pixels, noise_as
 from fastdiff.bench.timing import Request, draw
 from fastdiff.recipes import denoiser
 
@@ -88,9 +90,11 @@ def find_truth(pipe: Any, request: Request) -> Truth:
     outputs_eager = run_step(net, step), run_step(nhwc, step)
     del nhwc
     exact = sharing(pipe).to(torch.float64)
+    with noise_as(pipe, net.dtype) if draws_pixels(pipe) else nullcontext():
+        picture = draw(exact, request).image
     return Truth(
         step=step,
-        picture=draw(exact, request).image,
+        picture=picture,
         picture_eager=picture_eager,
         output=run_step(denoiser(exact), Step(_as_float64(step.args), _as_float64(step.kwargs))),
         outputs_eager=outputs_eager,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastdiff.bench.pixels import factor_of
 from fastdiff.errors import UserError
 from fastdiff.recipes import denoiser
 
@@ -55,7 +56,7 @@ def wants_memory(error: BaseException) -> bool:
 def least(pipe: Any, height: int, width: int) -> int:
     """Bytes that one layer of the first block reads and writes, with guidance: a convolution of a
     U-Net, a product of a transformer."""
-    net, factor = denoiser(pipe), int(pipe.vae_scale_factor)
+    net, factor = denoiser(pipe), factor_of(pipe)
     config = net.config
     if "block_out_channels" in config:
         width_of, patch = int(config.block_out_channels[0]), 1

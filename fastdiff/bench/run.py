@@ -23,6 +23,7 @@ from fastdiff.bench.backends import (
 )
 from fastdiff.bench.contenders import files, sharing
 from fastdiff.bench.memory import Baseline, baseline, engine_peak_bytes, peak_bytes
+from fastdiff.bench.pixels import draws_pixels, factor_of
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Timed
 from fastdiff.bench.room import wants_memory
@@ -72,7 +73,7 @@ def bench(
     before = baseline(device)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    if pipe.vae.dtype == torch.float16 and decodes_in_float32(pipe):
+    if decodes_in_float32(pipe) and pipe.vae.dtype == torch.float16:
         pipe.vae.to(torch.float32)
     request = _request(pipe, settings)
     for name in settings.asked:
@@ -154,7 +155,7 @@ def _unavailable(row: Timed, reason: str, settings: Settings) -> Timed:
 
 
 def _request(pipe: Any, settings: Settings) -> Request:
-    factor = pipe.vae_scale_factor
+    factor = factor_of(pipe)
     channels = denoiser(pipe).config.in_channels
     shape = (1, channels, settings.height // factor, settings.width // factor)
     return Request(
@@ -200,12 +201,14 @@ def _peak(backend: str, pipe: Any, before: Baseline, draw: Callable[[], object])
     if backend not in ON_ENGINES:
         return peak_bytes(pipe, before, draw)
     if pipe.device.type == "cpu":
-        return engine_peak_bytes(pipe, before, draw, (denoiser(pipe), pipe.vae))
+        engines = [denoiser(pipe), *([] if draws_pixels(pipe) else [pipe.vae])]
+        return engine_peak_bytes(pipe, before, draw, engines)
     return None  # torch does not see the library's memory
 
 
 def _with_speed(row: Timed, drawings: list[Drawing], eager: list[Drawing]) -> Timed:
     fields = ("step_ms", "image_ms", "text_ms", "decode_ms")
+    decoded = any(drawing.decode_ms for drawing in drawings)
     steps, images, texts, decodes = ([getattr(d, field) for d in drawings] for field in fields)
     return replace(
         row,
@@ -213,9 +216,9 @@ def _with_speed(row: Timed, drawings: list[Drawing], eager: list[Drawing]) -> Ti
         images_per_s=1e3 / median(images),
         ratio_vs_eager=speedup([d.step_ms for d in eager], steps),
         image_ratio_vs_eager=speedup([d.image_ms for d in eager], images),
-        decode_ratio_vs_eager=speedup([d.decode_ms for d in eager], decodes),
+        decode_ratio_vs_eager=speedup([d.decode_ms for d in eager], decodes) if decoded else None,
         samples_ms=tuple(steps),
         image_samples_ms=tuple(images),
-        text_samples_ms=tuple(texts),
-        decode_samples_ms=tuple(decodes),
+        text_samples_ms=tuple(texts) if decoded else (),
+        decode_samples_ms=tuple(decodes) if decoded else (),
     )

@@ -25,6 +25,8 @@ FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table lacks the CPU's at
     ],
     _aten.addmm_: flop_registry[_aten.addmm],
     _aten._addmm_activation: flop_registry[_aten.addmm],
+    # its third argument may be the result's dtype, which torch takes for a shape
+    _aten.bmm: lambda a, b, *_, **__: 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2],
 }
 _KIND_OF = {
     name: kind

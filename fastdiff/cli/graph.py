@@ -12,7 +12,7 @@ from fastdiff.cli.options import Json, Preset, Saved, app
 SCHEMA = "fastdiff.graph/1"
 HEAD = ("kernel", "launches", "MB", "GFLOP", "floor ms")
 LEGEND = (
-    "launches: of one denoising step with guidance",
+    "launches: of one denoising step, with guidance where there is a text",
     "MB: what they read and write; GFLOP: products and convolutions",
     "floor ms: the least time they can take on that GPU, by its bytes/s or FLOP/s, whichever is"
     " longer; computed, not measured",
@@ -30,7 +30,8 @@ def graph(
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "fp16",
     json_file: Json = None,
 ) -> None:
-    """List what one guided step launches on a GPU, kernel by kernel, and the least time it needs.
+    """List what one step launches on a GPU, kernel by kernel, and the least time it needs. With
+    guidance if it draws from a text.
 
     No GPU is needed, and no weight is read.
     """
@@ -48,11 +49,13 @@ def graph(
     source = Source(pipeline, preset)
     plan = named(source, "graph")
     found = rows(plan.denoiser, priced, check_dtype(dtype, "cuda"), plan.side)
+    case = f"latents {plan.side}×{plan.side}, classifier-free guidance"
+    if plan.vae is None:
+        case = f"{plan.side}×{plan.side} pixels"
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "note": "counted and priced at the roofline, not measured",
-        "case": f"{preset or source.name}, {dtype}, latents {plan.side}×{plan.side},"
-        " classifier-free guidance",
+        "case": f"{preset or source.name}, {dtype}, {case}",
         "gpu": priced.name,
         "versions": {name: versions()[name] for name in ("torch", "diffusers")},
         "commit": commit(),

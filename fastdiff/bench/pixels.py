@@ -1,0 +1,65 @@
+"""Pipelines that draw pixels, without a text and an autoencoder: DDPM's and consistency models."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from fastdiff.errors import UserError
+from fastdiff.recipes import denoiser
+
+PARTS = {"unet", "scheduler"}
+
+
+def draws_pixels(pipe: Any) -> bool:
+    """Whether it has a network and a scheduler, and nothing else."""
+    return set(pipe.components) == PARTS
+
+
+def factor_of(pipe: Any) -> int:
+    """Pixels per side of a latent; 1 if the network draws pixels."""
+    return int(getattr(pipe, "vae_scale_factor", 1))
+
+
+def drawn(pipe: Any, steps: int, seed: int) -> torch.Tensor:
+    """One picture, [H, W, 3] float64 in [0, 1]; with a class embedding, of class 0."""
+    if denoiser(pipe).dtype == torch.bfloat16:
+        raise UserError(
+            f"a {type(pipe).__name__} of diffusers returns no bfloat16 picture; give --dtype fp32"
+            " or, on a GPU, fp16"
+        )
+    labelled = getattr(denoiser(pipe).config, "num_class_embeds", None) is not None
+    images = pipe(
+        batch_size=1,
+        num_inference_steps=steps,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="np",
+        **({"class_labels": 0} if labelled else {}),
+    ).images
+    return torch.from_numpy(images[0]).double()
+
+
+@contextmanager
+def noise_as(pipe: Any, dtype: torch.dtype) -> Iterator[None]:
+    """In this block, a pipeline that draws its noise itself draws it in `dtype`: float64 would be
+    other numbers of the same generator."""
+    modules = [inspect.getmodule(type(one)) for one in (pipe, pipe.scheduler)]
+    found: Any = [module for module in modules if hasattr(module, "randn_tensor")]
+    own = [module.randn_tensor for module in found]
+
+    def draw(*args: Any, **options: Any) -> torch.Tensor:
+        wanted = options.pop("dtype", None) or torch.get_default_dtype()
+        made: torch.Tensor = own[0](*args, **options, dtype=dtype)
+        return made.to(wanted)
+
+    patches = [patch.object(module, "randn_tensor", draw) for module in found]
+    for one in patches:
+        one.start()
+    try:
+        yield
+    finally:
+        for one in patches:
+            one.stop()
