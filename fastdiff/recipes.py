@@ -165,6 +165,8 @@ class Recipe:
     """Whether its networks can be exported, and the least time of its blocks computed."""
     loop: str = "a few numbers per step"
     """What the report says of the loop if diffusers runs it."""
+    community: str = ""
+    """The `custom_pipeline` by which diffusers loads the class. "" for a class of diffusers."""
 
     @property
     def denoiser(self) -> str:
@@ -221,6 +223,10 @@ def _rows() -> dict[str, Recipe]:
         "UnCLIPPipeline": Recipe({"prior": "prior"}, plan=UNCLIP_PRIOR_PLAN),
         "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_PRIOR_PLAN),
         "KandinskyV22PriorEmb2EmbPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_EMB2EMB_PLAN),
+        "CLIPGuidedStableDiffusion": Recipe(
+            community="clip_guided_stable_diffusion",
+            loop="a few numbers per step, and CLIP's gradients if they are asked for",
+        ),
         # with blocks of a user's own around a U-Net, diffusers makes the bare ModularPipeline
         "ModularPipeline": Recipe(controlled, loop=blocks),
         "StableDiffusionXLModularPipeline": Recipe(controlled, upcasts=True, loop=blocks),

@@ -16,6 +16,7 @@ EAGER_PARTS = {
     "text_encoder_3": "once per prompt",
     "bert": "once per prompt",
     "image_encoder": "once per picture",
+    "clip_model": "asked for gradients",
     "safety_checker": "once per picture",
     "adapter": "once per picture",
     "tokenizer": "not a network; once per prompt",

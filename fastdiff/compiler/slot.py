@@ -212,11 +212,11 @@ class Slot:
     def _obstacle(self, leaves: list[Any]) -> str | None:
         """Why this way of calling the module needs an eager call, if it does."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and (
-            any(parameter.requires_grad for parameter in self.module.parameters())
-            or any(tensor.requires_grad for tensor in tensors)
-        ):
-            return "gradients are enabled; call it under torch.no_grad()"
+        if torch.is_grad_enabled():
+            if any(tensor.requires_grad for tensor in tensors):
+                return "its inputs ask for gradients"
+            if any(parameter.requires_grad for parameter in self.module.parameters()):
+                return "gradients are enabled; call it under torch.no_grad()"
         if reason := transformed(leaves):
             return reason
         if tensors and torch.is_autocast_enabled(tensors[0].device.type):
