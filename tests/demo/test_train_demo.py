@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMPipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import nn
 from typer.testing import CliRunner
 
-from tools.train_demo import data, loop, networks
+import fastdiff
+from tools.train_demo import __main__ as main
+from tools.train_demo import data, loop, networks, unconditional
 
 CHARACTERS = ("❤", "🔴", "🟥", "⭐", "🍎", "🎈", "🚗", "🌻")
 
@@ -226,10 +228,8 @@ def test_the_folder_written_is_a_pipeline_of_these_weights(made, tmp_path):
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
-    from tools.train_demo.__main__ import command
-
     (tmp_path / "unet.safetensors").write_bytes(b"precious")
-    result = CliRunner().invoke(command, ["--out", str(tmp_path)])
+    result = CliRunner().invoke(main.command, ["--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "--resume" in result.output
     assert (tmp_path / "unet.safetensors").read_bytes() == b"precious"
@@ -246,3 +246,48 @@ def test_every_step_and_every_seed_draws_anew(tmp_path):
     for seed in (0, 1):
         loop.train(loop.Phase(f"seed{seed}", module, loss, 1e-3), loop.steps(4), tmp_path, seed)
     assert len(set(drawn)) == 8
+
+
+def test_the_unconditional_loss_is_algorithm_1():
+    """Who knows the picture can name the noise, by the schedule as the paper prints it."""
+    picture = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(2))
+    alphas = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
+    seen = []
+
+    def knows(noisy, t):
+        seen.append(t)
+        kept = alphas[t].view(-1, 1, 1, 1)
+        noise = (noisy - kept.sqrt() * (picture / 127.5 - 1)) / (1 - kept).sqrt()
+        return SimpleNamespace(sample=noise)
+
+    images, generator = picture.to(torch.uint8), torch.Generator().manual_seed(1)
+    assert unconditional.loss(knows, images, generator, batch=500) < 1e-4
+    assert (torch.histc(seen[0].float(), 10, 0, 1000) == 50).all()
+    blind = unconditional.loss(
+        lambda noisy, t: SimpleNamespace(sample=torch.zeros_like(noisy)), images, generator, 500
+    )
+    assert abs(blind - 1) < 0.02  # the noise's own variance
+
+
+def test_a_short_unconditional_run_learns_and_is_drawn_by_fastdiff(glyphs, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "find_font", lambda given: given)
+    monkeypatch.setattr(data, "read_glyphs", lambda font: glyphs.items())
+    monkeypatch.setattr(loop, "minutes", lambda minutes: loop.steps(15))
+    monkeypatch.setattr(unconditional, "STEPS", 2)
+    monkeypatch.setitem(unconditional.CONFIG, "block_out_channels", (16, 32))
+    told = ["--unconditional", "--out", str(tmp_path), "--batch", "8", "--device", "cpu"]
+    result = CliRunner().invoke(main.command, told)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "sheet.png").size == (1024, 288)
+    losses = [float(line.split("loss")[1].split()[0]) for line in result.output.splitlines()[1:-1]]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn():
+        return pipe(2, torch.Generator().manual_seed(0), 10, output_type="np").images
+
+    eager = drawn()
+    fastdiff.compile(pipe)
+    assert np.abs(drawn() - eager).max() < 1e-4
+    assert "loop       fastdiff  1 loop" in str(fastdiff.report(pipe))

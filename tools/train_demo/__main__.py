@@ -1,5 +1,11 @@
 """``python -m tools.train_demo --minutes 120 --out FOLDER``: trains the demo's weights from a
-font."""
+font.
+
+It is Algorithm 1 of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): pick pictures,
+timesteps and noise, and descend the square error of the prediction. The demo's U-Net sees latents
+and a text, and predicts the velocity. With ``--unconditional`` the algorithm is as printed: pixels,
+no text, and the noise is predicted. Drawing is Algorithm 2, which is what fastdiff makes fast.
+"""
 
 import json
 from dataclasses import asdict
@@ -11,7 +17,7 @@ import typer
 from PIL import Image
 from torch import Tensor, nn
 
-from tools.train_demo import data, loop, networks
+from tools.train_demo import data, loop, networks, unconditional
 
 AUTOENCODER_SHARE = 0.3  # of the minutes; the rest trains U-Net and text encoder
 TICKS_PER_SHEET = 10
@@ -74,6 +80,24 @@ def train_unet(
     return loop.train(phase, loop.minutes(minutes), out, seed, watch)
 
 
+def train_unconditional(
+    images: Tensor, batch: int, minutes: float, out: Path, seed: int
+) -> tuple[loop.Row, ...]:
+    """A U-Net that draws without a text; saves its pipeline."""
+    unet = unconditional.untrained(seed, images.device)
+
+    def watch(rows: tuple[loop.Row, ...]) -> None:
+        print_row("unconditional", rows[-1])
+        if len(rows) % TICKS_PER_SHEET == 0:
+            unconditional.write_sheet(unet, out / "sheet.png")
+
+    small = unconditional.shrunk(images)
+    rows = unconditional.train(unet, small, loop.minutes(minutes), out, seed, batch, watch)
+    unconditional.write_sheet(unet, out / "sheet.png")
+    unconditional.write_folder(unet, out / "pipeline")
+    return rows
+
+
 def print_row(phase: str, row: loop.Row) -> None:
     print(
         f"{phase:<11} step {row.step:>6}  {row.seconds / 60:6.1f} min  "
@@ -94,6 +118,9 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="of the U-Net; 256 suits a GPU")] = 48,
     seed: Annotated[int, typer.Option(help="of the first weights and every draw")] = 0,
+    without_text: Annotated[
+        bool, typer.Option("--unconditional", help="a UNet2DModel that draws from noise alone")
+    ] = False,
 ) -> None:
     """Train the demo pipeline from the Noto Color Emoji font; the run can be killed and resumed."""
     if not resume and list(out.glob("*.safetensors")):
@@ -109,8 +136,13 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(pictures)} pictures, {device}, {torch.get_num_threads()} threads", flush=True)
 
-    made = networks.untrained(seed, torch.device(device))
     images = pictures.images.to(device)
+    if without_text:
+        curve = [asdict(row) for row in train_unconditional(images, batch, minutes, out, seed)]
+        (out / "curves.json").write_text(json.dumps({"unconditional": curve}, indent=1))
+        print(f"wrote {out / 'pipeline'} and {out / 'sheet.png'}")
+        return
+    made = networks.untrained(seed, torch.device(device))
     first = train_autoencoder(made, images, AUTOENCODER_SHARE * minutes, out, seed)
     latents = networks.encode(made.vae, images)
     captions = data.captions(pictures.names, made.tokenizer)

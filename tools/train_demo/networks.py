@@ -115,7 +115,8 @@ def diffusion_loss(
     generator: torch.Generator,
     batch: int,
 ) -> Tensor:
-    """Mean square error of the predicted velocity, for U-Net and text encoder together.
+    """Mean square error of the predicted velocity, for U-Net and text encoder together: DDPM's
+    Algorithm 1 on latents and a text.
 
     `latents` [N, 4, 16, 16], `captions` [N, V, L] token ids. One caption in ten is emptied, for
     classifier-free guidance; timesteps are stratified over the batch.
