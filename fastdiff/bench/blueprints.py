@@ -21,14 +21,19 @@ class Blueprint:
     """The denoising network and an autoencoder, on the meta device."""
 
     denoiser: nn.Module
-    vae: nn.Module
+    vae: Any
+    """None if there is none."""
     side: int
-    """The latents' side at the network's own size."""
+    """The latents' side at the network's own size; 0 if they are no picture."""
     factor: int
     """Pixels per latent side."""
     upcasts: tuple[bool, ...]
     """Whether diffusers casts a float16 autoencoder to float32 to decode; both values if a preset's
     published weights differ in this."""
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.denoiser,) if self.vae is None else (self.denoiser, self.vae)
 
 
 def named(source: Source, command: str) -> Blueprint:
@@ -63,4 +68,4 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Any:
 
 
 def _factor(vae: Any) -> int:
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    return 1 if vae is None else int(2 ** (len(vae.config.block_out_channels) - 1))

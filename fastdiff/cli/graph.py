@@ -48,11 +48,11 @@ def graph(
     source = Source(pipeline, preset)
     plan = named(source, "graph")
     found = rows(plan.denoiser, priced, check_dtype(dtype, "cuda"), plan.side)
+    latents = f"latents {plan.side}×{plan.side}" if plan.side else "an embedding"
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "note": "counted and priced at the roofline, not measured",
-        "case": f"{preset or source.name}, {dtype}, latents {plan.side}×{plan.side},"
-        " classifier-free guidance",
+        "case": f"{preset or source.name}, {dtype}, {latents}, classifier-free guidance",
         "gpu": priced.name,
         "versions": {name: versions()[name] for name in ("torch", "diffusers")},
         "commit": commit(),
