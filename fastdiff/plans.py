@@ -20,6 +20,8 @@ class Plan:
     """The variables, beside the latents, that a callback may return."""
     network: str = ""
     """The component that the loop repeats. "": the recipe's first."""
+    last: str = ""
+    """The component that the last step runs in place of `network`. "": there is none."""
     scheduler: str = "scheduler"
     """The component whose steps the loop takes."""
     settings: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,14 @@ from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.plans import Plan
+from fastdiff.prior_plans import (
+    KANDINSKY_EMB2EMB_PLAN,
+    KANDINSKY_PRIOR_PLAN,
+    STABLE_PRIOR_PLAN,
+    STABLE_UNET_PLAN,
+    SUPER_RES_PLAN,
+    UNCLIP_PRIOR_PLAN,
+)
 
 _TEXT = {
     "encoder_hidden_states": "prompt_embeds",
@@ -63,47 +71,6 @@ DDPM_PLAN = Plan(
     scaled="",
 )
 DDIM_PLAN = replace(DDPM_PLAN, step_arguments=("eta", "use_clipped_model_output", "generator"))
-_PRIOR = {
-    "proj_embedding": "prompt_embeds",
-    "encoder_hidden_states": "text_encoder_hidden_states",
-    "attention_mask": "text_mask",
-}
-KANDINSKY_PRIOR_PLAN = Plan(
-    conditions=_PRIOR,
-    required=tuple(_PRIOR.values()),
-    returned=(),
-    network="prior",
-    scaled="",
-    step_arguments=("generator",),
-    prev_timestep=True,
-    entrance="progress_bar",
-    iterates=True,
-    timesteps="timesteps",
-)
-KANDINSKY_EMB2EMB_PLAN = replace(
-    KANDINSKY_PRIOR_PLAN,
-    settings={
-        "guidance_scale": "guidance_scale",
-        "do_classifier_free_guidance": "do_classifier_free_guidance",
-    },
-)
-UNCLIP_PRIOR = {
-    "proj_embedding": "prompt_embeds",
-    "encoder_hidden_states": "text_enc_hid_states",
-    "attention_mask": "text_mask",
-}
-UNCLIP_PRIOR_PLAN = replace(
-    KANDINSKY_PRIOR_PLAN,
-    conditions=UNCLIP_PRIOR,
-    required=tuple(UNCLIP_PRIOR.values()),
-    scheduler="prior_scheduler",
-    settings={
-        "guidance_scale": "prior_guidance_scale",
-        "do_classifier_free_guidance": "do_classifier_free_guidance",
-    },
-    latents="prior_latents",
-    timesteps="prior_timesteps_tensor",
-)
 UPSCALE_PLAN = Plan(
     conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "noise_level"},
     required=("prompt_embeds", "noise_level"),
@@ -183,6 +150,7 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
+    super_res = {"super_res_first": "unet2d", "super_res_last": "unet2d"}
     blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
@@ -220,7 +188,18 @@ def _rows() -> dict[str, Recipe]:
         ),
         "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN, exported=True),
         "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN, exported=True),
-        "UnCLIPPipeline": Recipe({"prior": "prior"}, plan=UNCLIP_PRIOR_PLAN),
+        "UnCLIPPipeline": Recipe(
+            {"prior": "prior", "decoder": "unet", **super_res},
+            plan=(UNCLIP_PRIOR_PLAN, SUPER_RES_PLAN),
+        ),
+        "UnCLIPImageVariationPipeline": Recipe(
+            {"decoder": "unet", **super_res}, plan=SUPER_RES_PLAN
+        ),
+        "StableUnCLIPPipeline": Recipe(
+            {"unet": "unet", "prior": "prior", "vae": "vae"},
+            plan=(STABLE_PRIOR_PLAN, STABLE_UNET_PLAN),
+        ),
+        "StableUnCLIPImg2ImgPipeline": Recipe(plan=STABLE_UNET_PLAN),
         "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_PRIOR_PLAN),
         "KandinskyV22PriorEmb2EmbPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_EMB2EMB_PLAN),
         "CLIPGuidedStableDiffusion": Recipe(

@@ -65,7 +65,7 @@ def test_a_plan_names_variables_of_the_loop(name, recipe):
         denoised = family(recipe.networks[plan.network]).denoised
         assert {*plan.conditions, plan.pictures} - {""} <= set(denoised.conditions._fields)
         assert set(plan.replaced.values()) <= set(plan.conditions)
-        assert {plan.network, plan.scheduler} <= components(name)
+        assert {plan.network, plan.last or plan.network, plan.scheduler} <= components(name)
         assert {*plan.unconditional, *plan.repeated} <= set(plan.conditions)
         assert {*plan.unconditional.values(), *plan.constant_channels} <= variables
         assert ("scale_model_input" in source) == bool(plan.scaled)

@@ -1,8 +1,15 @@
 """Tiny pipelines with a prior: their parts, in float64."""
 
 import torch
-from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from small import noisy
 from transformers import (
     CLIPImageProcessor,
@@ -109,8 +116,37 @@ def unclip_parts(tokenizer):
     }
 
 
+def variation_parts(tokenizer):
+    """Of UnCLIPImageVariationPipeline."""
+    parts = unclip_parts(tokenizer)
+    for name in ("prior", "prior_scheduler"):
+        del parts[name]
+    return parts | {
+        "feature_extractor": CLIPImageProcessor(size=SIZE, crop_size=SIZE),
+        "image_encoder": image_encoder(),
+    }
+
+
+def stable_parts(tokenizer, components):
+    """Of StableUnCLIPPipeline, with DDPM's steps for the prior as its page has them."""
+    told = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * WIDE}
+    own = components(unet=told)
+    return {
+        "prior_tokenizer": tokenizer,
+        "prior_text_encoder": text_encoder(tokenizer),
+        "prior": prior(),
+        "prior_scheduler": DDPMScheduler(
+            prediction_type="sample", clip_sample_range=2.0, variance_type="fixed_small_log"
+        ),
+        "image_normalizer": StableUnCLIPImageNormalizer(embedding_dim=WIDE).double(),
+        "image_noising_scheduler": DDPMScheduler(),
+        **{name: own[name] for name in ("tokenizer", "text_encoder", "unet", "scheduler", "vae")},
+    }
+
+
 def drawn(pipe, **call):
     """What a call gives, as a tensor."""
     given = {"prompt": "red heart", "generator": torch.Generator().manual_seed(3)} | call
+    given = {name: value for name, value in given.items() if value is not None}
     made = pipe(**given, return_dict=False)
     return torch.cat([torch.as_tensor(part) for part in made])

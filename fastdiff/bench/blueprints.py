@@ -22,14 +22,18 @@ class Blueprint:
 
     denoiser: nn.Module
     vae: nn.Module | None
-    """None if the network draws pixels."""
+    """None if the network draws pixels, or embeddings."""
     side: int
-    """The latents' side at the network's own size."""
+    """The latents' side at the network's own size; 0 if they are no picture."""
     factor: int
     """Pixels per latent side."""
     upcasts: tuple[bool, ...]
     """Whether diffusers casts a float16 autoencoder to float32 to decode; both values if a preset's
     published weights differ in this."""
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.denoiser,) if self.vae is None else (self.denoiser, self.vae)
 
 
 def named(source: Source, command: str) -> Blueprint:

@@ -1,6 +1,6 @@
 """Real architectures with random weights at any scale, without a download: `preset_unet` for Stable
 Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5, `preset_unet2d` for what draws without a
-text."""
+text, `preset_prior` for UnCLIP's prior."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from fastdiff.bench.preset_parts import Preset, without_memory
+from fastdiff.bench.preset_prior import PRIOR
 from fastdiff.bench.preset_sd3 import SD3, SD35_LARGE, SD35_MEDIUM
 from fastdiff.bench.preset_unet import SD15, SD21, SDXL, TINY
 from fastdiff.bench.preset_unet2d import CONSISTENCY_64, DDPM_256, DDPM_CIFAR
@@ -21,6 +22,7 @@ PRESETS: Mapping[str, Preset] = {
     **_SD3,
     **{f"{name}-t5": replace(preset, t5=True) for name, preset in _SD3.items()},
     **{"ddpm-cifar": DDPM_CIFAR, "ddpm-256": DDPM_256, "consistency-64": CONSISTENCY_64},
+    "prior": PRIOR,
 }
 
 
@@ -46,10 +48,10 @@ def build(name: str, scale: float, dtype: torch.dtype, device: str, seed: int = 
 
 def blueprint(name: str) -> tuple[torch.nn.Module, int]:
     """The denoising network of preset `name` without memory (on the meta device), and its latents'
-    side. UserError for an unknown name."""
+    side, 0 if they are no picture. UserError for an unknown name."""
     preset = preset_named(name)
     cls, config = preset.network(preset.base_scale)
-    return without_memory(cls, config), config["sample_size"]
+    return without_memory(cls, config), config.get("sample_size", 0)
 
 
 def autoencoder(preset: Preset, **changed: Any) -> Any:

@@ -50,7 +50,9 @@ def graph(
     plan = named(source, "graph")
     found = rows(plan.denoiser, priced, check_dtype(dtype, "cuda"), plan.side)
     case = f"latents {plan.side}×{plan.side}, classifier-free guidance"
-    if plan.vae is None:
+    if not plan.side:
+        case = "an embedding, classifier-free guidance"
+    elif plan.vae is None:
         case = f"{plan.side}×{plan.side} pixels"
     document: dict[str, Any] = {
         "schema": SCHEMA,

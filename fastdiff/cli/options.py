@@ -81,7 +81,9 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU.")
 ]
-PRESETS = "sd15, sd21, sdxl, tiny, sd3, sd35-medium, sd35-large, or one of the last three with -t5"
+PRESETS = (
+    "sd15, sd21, sdxl, tiny, prior, sd3, sd35-medium, sd35-large, or one of the last three with -t5"
+)
 Preset = Annotated[
     str | None,
     typer.Option(

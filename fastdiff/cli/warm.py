@@ -44,8 +44,7 @@ def warm(
         for guided in (True, False)
         for upcast in plan.upcasts
     ]
-    nets = [net for net in (plan.denoiser, plan.vae) if net is not None]
-    jobs = jobs_of(nets, wanted, sorted(set(arch)), sizes)
+    jobs = jobs_of(plan.networks, wanted, sorted(set(arch)), sizes)
     what = f"{len(jobs)} kernels of {name} in {dtype}"
     with phases() as bars, new_folder(out) as partial:
         bars.log(f"compiling {what}")

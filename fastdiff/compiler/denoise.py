@@ -29,12 +29,11 @@ class Denoising:
     """
 
     def __init__(self, pipe: Any, call: Call) -> None:
-        slot = slot_of(getattr(pipe, call.plan.network))
-        if slot is None:
-            raise Unsupported(f"the {call.plan.network} is not compiled")
-        self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
+        self.pipe, self.call, self.given = pipe, call, call.conditions
         self.scheduler, self.guided = getattr(pipe, call.plan.scheduler), self._guided
-        self.denoiser = self._offer()
+        if call.plan.last:
+            self._take(call.plan.last)
+        self._take(call.plan.network)
         network, sides = self.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
         if back.shape != call.latents.shape:
@@ -48,6 +47,10 @@ class Denoising:
         self.hoisted = self._hoist()
         self.noises: dict[int, Tensor] = {}
         """Noise drawn since the last mark, by step: a repeated step must not draw again."""
+        self.end = 0
+        """The step before which the present network ends."""
+        self.turn: Mark | None = None
+        """The state at that step, if the last step has another network."""
         self.reached = 0
         """Steps that the progress bar has counted."""
         self.latents: Tensor | None = None
@@ -64,11 +67,29 @@ class Denoising:
         Returns:
             How many steps diffusers must skip.
         """
+        count, last = len(self.call.timesteps), self.call.plan.last
+        self._run_until(count - 1 if last else count, None)
+        if last:
+            self._take(last)
+            self.hoisted = self._hoist()
+            self._run_until(count, self.turn)
+        return count if self.left is None else self.reached
+
+    def _take(self, name: str) -> None:
+        """Let a component of the pipeline predict from now on."""
+        slot = slot_of(getattr(self.pipe, name))
+        if slot is None:
+            raise Unsupported(f"the {name} is not compiled")
+        self.slot = slot
+        self.denoiser = self._offer()
+
+    def _run_until(self, end: int, mark: Mark | None) -> None:
+        """Run the steps after a mark, or all, before step `end`."""
+        self.end = end
         guarded = self.denoiser.network.dtype == torch.float16 and not overflowed(self.call.latents)
-        mark = self._run_from(None, guarded)
-        if mark is not None:
-            self._run_from(mark, guarded=False)
-        return len(self.call.timesteps) if self.left is None else self.reached
+        right = self._run_from(mark, guarded)
+        if right is not None:
+            self._run_from(right, guarded=False)
 
     def _run_from(self, mark: Mark | None, guarded: bool) -> Mark | None:
         """Run the steps after a mark. If float16 overflows, return the mark to resume from."""
@@ -78,6 +99,7 @@ class Denoising:
                 run.go_back(mark)
             right = self._advance(run, guarded)
             if right is None:
+                self.turn = run.mark() if self.end < len(call.timesteps) else None
                 self._hand_over(run)
                 return None
             where = "the engine"
@@ -90,9 +112,9 @@ class Denoising:
 
     def _advance(self, run: Run, guarded: bool) -> Mark | None:
         """Run the steps from `run.at`. If float16 overflows, return the last mark before it."""
-        call, count = self.call, len(self.call.timesteps)
+        call, end = self.call, self.end
         mark: Mark | None = None
-        while run.at < count and self.left is None and not self._interrupted:
+        while run.at < end and self.left is None and not self._interrupted:
             i = run.at
             if guarded and (mark is None or call.callback is not None):
                 mark = run.mark()
@@ -106,7 +128,7 @@ class Denoising:
             self.slot.fast += 1
             # previews look up their sigma in this state
             vars(self.scheduler).update(self.table.states[i])
-            looked_at = call.callback is not None or run.at == count
+            looked_at = call.callback is not None or run.at == end
             if guarded and looked_at and not run.finite():
                 return mark
             if call.callback is not None:

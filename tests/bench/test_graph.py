@@ -103,7 +103,7 @@ def of(presets):
     ]
 
 
-@pytest.mark.parametrize("preset", of(["sd15", "sdxl", *TRANSFORMERS]))
+@pytest.mark.parametrize("preset", of(["sd15", "sdxl", "prior", *TRANSFORMERS]))
 def test_the_committed_graph_is_what_the_networks_do_now(preset):
     """A change of it is a decision: `fastdiff graph --preset … --json` writes it again."""
     kept = json.loads((STATIC / f"graph-{preset}.json").read_text())
@@ -128,6 +128,19 @@ def test_what_diffusers_itself_would_launch(preset):
     assert {f"{launches:,}", told} <= set(re.findall(r"[\d.,]*\d", README))
     assert ours["bytes"] < sum(work.bytes for _, work in theirs) / 2
     assert ours["flops"] < sum(work.flops for _, work in theirs)
+
+
+def test_what_diffusers_prior_would_launch():
+    """A step of ours computes three tokens of 81, and reads the same weights."""
+    net = torch.nn.Module.to(blueprint("prior")[0], dtype=torch.float16)
+    text = torch.empty(2, 77, 768, **HALF)
+    wide, mask = text[:, 0].contiguous(), text[..., 0].bool()
+    theirs = launched(lambda: net(wide, torch.empty((), device="meta"), wide, text, mask), 90)
+    ours = json.loads((STATIC / "graph-prior.json").read_text())
+    told = re.findall(r"[\d.,]*\d", (ROOT / "docs/design.md").read_text())
+    assert {str(len(theirs)), str(ours["launches"])} <= set(told)
+    assert 27 * ours["flops"] < sum(work.flops for _, work in theirs)
+    assert ours["bytes"] < sum(work.bytes for _, work in theirs)
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sdxl"])

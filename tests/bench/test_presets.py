@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from fastdiff.bench.preset_prior import prior_alone
 from fastdiff.bench.presets import PRESETS, autoencoder, blueprint, build
 from fastdiff.bench.timing import Request, draw
 from fastdiff.errors import UserError
@@ -54,6 +55,21 @@ def test_scaled_down_it_still_draws_with_the_real_head_widths(name, scale, width
     assert 0.2 < outputs[0].std() < 5
     assert torch.isfinite(drawing.image).all()
     assert drawing.image.std() > 0.01
+
+
+def test_the_prior_has_the_published_billion_and_makes_an_embedding():
+    """Karlo's; it draws no picture, so it has a pipeline of its own."""
+    net, side = blueprint("prior")
+    assert (count(net), side) == (1_022_030_080, 0)
+    assert autoencoder(PRESETS["prior"]) is None
+    with pytest.raises(UserError, match="draws no picture"):
+        build("prior", 0.1, torch.float32, "cpu")
+    pipe = prior_alone(PRESETS["prior"], 0.05, torch.float32, "cpu", seed=0)
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe("red heart", num_inference_steps=2).image_embeds
+    assert made.shape == (1, pipe.prior.config.embedding_dim)
+    assert torch.isfinite(made).all()
+    assert 0.1 < made.std() < 5
 
 
 def test_the_same_seed_builds_the_same_weights():

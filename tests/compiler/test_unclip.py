@@ -7,10 +7,12 @@ import torch
 from diffusers import (
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
+    StableUnCLIPPipeline,
+    UnCLIPImageVariationPipeline,
     UnCLIPPipeline,
 )
 from small import noisy
-from unclip import drawn, kandinsky_parts, unclip_parts
+from unclip import drawn, kandinsky_parts, stable_parts, unclip_parts, variation_parts
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
@@ -113,18 +115,46 @@ def test_callbacks_and_other_schedulers_keep_diffusers_loop(kandinsky):
     assert slot_of(pipe.prior).fast == 3
 
 
-def test_the_prior_of_unclip(unclip):
+def test_the_loops_of_unclip(unclip):
+    """The last step of the third is another network's."""
     pipe = made(UnCLIPPipeline, unclip)
     call = CALL | {"prompt": ["red heart", "blue star"]}
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
     assert alike(drawn(pipe, **call), eager)
-    assert loop_of(pipe).ran["prior"] == 1
-    report = str(fastdiff.report(pipe))
-    assert "coefficients of UnCLIPScheduler" in report
-    assert "prior" in report
+    assert loop_of(pipe).ran == {"prior": 1, "super_res_first": 1}, loop_of(pipe).own
+    assert [slot_of(net).fast for net in (pipe.super_res_first, pipe.super_res_last)] == [1, 1]
+    report = {part.name: part.why for part in fastdiff.report(pipe).parts}
+    assert report["loop"].startswith("2 loops (1 of the prior, 1 of the super_res_first)")
+    assert {"prior_scheduler", "super_res_scheduler"} <= report.keys()
     fastdiff.restore(pipe)
     assert torch.equal(drawn(pipe, **call), eager)
+
+
+def test_a_picture_as_the_prompt(tokenizer):
+    """The latents are the caller's own tensors, which stay as they are."""
+    pipe = made(UnCLIPImageVariationPipeline, variation_parts(tokenizer))
+    own = torch.randn(1, 3, 16, 16).double()
+    call = {name: value for name, value in CALL.items() if "prior" not in name}
+    call |= {"image": torch.rand(1, 3, 16, 16).double(), "super_res_latents": own}
+    call |= {"super_res_num_inference_steps": 4, "prompt": None}
+    before = own.clone()
+    eager = drawn(pipe, **call)
+    fastdiff.compile(pipe)
+    assert alike(drawn(pipe, **call), eager)
+    assert torch.equal(own, before)
+    assert loop_of(pipe).ran["super_res_first"] == 1
+    assert slot_of(pipe.super_res_first).fast == 3
+
+
+def test_stable_unclip(tokenizer, components):
+    pipe = made(StableUnCLIPPipeline, stable_parts(tokenizer, components))
+    call = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "output_type": "latent"}
+    eager = drawn(pipe, **call)
+    fastdiff.compile(pipe)
+    assert alike(drawn(pipe, **call), eager)
+    assert loop_of(pipe).ran["prior"] == 1, loop_of(pipe).own
+    assert not [why for why in loop_of(pipe).own if "prior" in why]
 
 
 def test_a_lora_of_the_prior_is_merged(kandinsky):
