@@ -21,7 +21,8 @@ class Blueprint:
     """The denoising network and an autoencoder, on the meta device."""
 
     denoiser: nn.Module
-    vae: nn.Module
+    vae: Any
+    """None if there is none."""
     side: int
     """The latents' side at the network's own size."""
     factor: int
@@ -63,4 +64,4 @@ def _read(folder: Path, name: str, recipe: Recipe) -> Any:
 
 
 def _factor(vae: Any) -> int:
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    return 1 if vae is None else int(2 ** (len(vae.config.block_out_channels) - 1))

@@ -33,8 +33,8 @@ class Preset(Protocol):
     def network(self, scale: float) -> tuple[Any, dict[str, Any]]:
         """The class of the denoising network, and its config."""
 
-    def autoencoder(self, scale: float) -> dict[str, Any]:
-        """The config of its AutoencoderKL."""
+    def autoencoder(self, scale: float) -> dict[str, Any] | None:
+        """The config of its AutoencoderKL; None if it has none."""
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
         """The whole pipeline with random weights."""

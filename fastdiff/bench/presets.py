@@ -1,5 +1,6 @@
 """Real architectures with random weights at any scale, without a download: `preset_unet` for Stable
-Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5."""
+Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5, `preset_added` for unCLIP, Kandinsky and
+DeepFloyd IF."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
 from fastdiff.bench.preset_parts import Preset, without_memory
 from fastdiff.bench.preset_sd3 import SD3, SD35_LARGE, SD35_MEDIUM
 from fastdiff.bench.preset_unet import SD15, SD21, SDXL, TINY
@@ -18,6 +20,7 @@ PRESETS: Mapping[str, Preset] = {
     **{"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "tiny": TINY},
     **_SD3,
     **{f"{name}-t5": replace(preset, t5=True) for name, preset in _SD3.items()},
+    **{"unclip": UNCLIP, "kandinsky22": KANDINSKY22, "if": IF},
 }
 
 
@@ -50,5 +53,7 @@ def blueprint(name: str) -> tuple[torch.nn.Module, int]:
 
 
 def autoencoder(preset: Preset, **changed: Any) -> Any:
-    """A preset's autoencoder without memory; `changed`: changes to its config."""
-    return without_memory(AutoencoderKL, preset.autoencoder(preset.base_scale) | changed)
+    """A preset's autoencoder without memory, None if it has none; `changed`: changes to its
+    config."""
+    config = preset.autoencoder(preset.base_scale)
+    return None if config is None else without_memory(AutoencoderKL, config | changed)

@@ -81,7 +81,10 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU.")
 ]
-PRESETS = "sd15, sd21, sdxl, tiny, sd3, sd35-medium, sd35-large, or one of the last three with -t5"
+PRESETS = (
+    "sd15, sd21, sdxl, tiny, unclip, kandinsky22, if, sd3, sd35-medium, sd35-large, or one of the"
+    " last three with -t5"
+)
 Preset = Annotated[
     str | None,
     typer.Option(
