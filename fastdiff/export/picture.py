@@ -82,9 +82,9 @@ def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
         first = torch.as_tensor(given["timestep"], dtype=torch.float32).reshape(-1)[:1]
         given["timestep"] = first.reshape(timestep.at({}))
         dtypes = {port.name: getattr(torch, port.dtype) for port in part.inputs}
-        return output(
-            *run({name: given[name].to(dtype).contiguous() for name, dtype in dtypes.items()})
-        )
+        inputs = {name: given[name].to(dtype).contiguous() for name, dtype in dtypes.items()}
+        found: tuple[Tensor, ...] = output(*run(inputs))
+        return found
 
     return forward
 
