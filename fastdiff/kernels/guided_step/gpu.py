@@ -1,4 +1,5 @@
-"""Triton implementation of `guided_step`: one launch, whatever the scheduler.
+"""Triton implementation of `guided_step`: one launch, whatever the scheduler. Dynamic thresholding
+takes one more, since the quantile of a whole sample must be known first.
 
 The step and its row of coefficients are read on the device, so a graph can replay the launch.
 Guidance rescale needs standard deviations over a sample. If the row asks for it, each program
@@ -22,7 +23,8 @@ PERTURBED, LEARNED = tl.constexpr(spec.PERTURBED), tl.constexpr(spec.LEARNED)
 SAMPLE, NOISE = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.NOISE)
 NEXT_SCALE, HISTORY = tl.constexpr(spec.NEXT_SCALE), tl.constexpr(spec.HISTORY)
 CLIP_SAMPLE, CLIP_OUTPUT = tl.constexpr(spec.CLIP_SAMPLE), tl.constexpr(spec.CLIP_OUTPUT)
-LIMIT = tl.constexpr(spec.LIMIT)
+LIMIT, CEILING = tl.constexpr(spec.LIMIT), tl.constexpr(spec.CEILING)
+QUANTILE = tl.constexpr(spec.QUANTILE)
 KEPT_ORIGINAL, KEPT_NOISE = tl.constexpr(spec.KEPT_ORIGINAL), tl.constexpr(spec.KEPT_NOISE)
 
 
@@ -84,9 +86,84 @@ def _deviation_ratio(
 
 
 @triton.jit
+def _clean_bits(
+    output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
+    COPIES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The estimates of the clean picture, without signs, as integers of the same order."""
+    output, _ = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
+    sample = tl.load(sample_ptr + offsets, mask=inside, other=0.0)
+    clean = tl.load(row + CLIP_SAMPLE) * sample + tl.load(row + CLIP_OUTPUT) * (factor * output)
+    return clean.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _limits_kernel(
+    output_ptr, table_ptr, step_ptr, E, columns, sample_ptr, limits_ptr,
+    COPIES: tl.constexpr, WIDE: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """Each program finds a quantile of one sample, bit by bit: it counts what is at most a bound,
+    and halves the range of the bounds."""
+    picture = tl.program_id(0).to(tl.int64)
+    all = tl.num_programs(0).to(tl.int64) * E
+    copy = all if WIDE == 0 else 2 * all
+    output_ptr += picture * E if WIDE == 0 else 2 * picture * E
+    sample_ptr += picture * E
+    row = table_ptr + tl.load(step_ptr).to(tl.int64) * columns
+    guidance = tl.load(row + GUIDANCE)
+    perturbed = 0.0
+    if COPIES == 3:
+        perturbed = tl.load(row + PERTURBED)
+    factor = 1.0
+    if COPIES > 1:
+        rescale = tl.load(row + RESCALE)
+        if rescale != 0:
+            ratio = _deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
+            factor = rescale * ratio + (1 - rescale)
+    position = tl.load(row + QUANTILE).to(tl.float64) * (E - 1)
+    rank = position.to(tl.int32)
+    least, most = 0, 0x7F800000  # infinity
+    for _ in range(31):
+        bound = least + (most - least) // 2
+        count = tl.zeros((REDUCE,), tl.int32)
+        for start in range(0, E, REDUCE):
+            offsets = start + tl.arange(0, REDUCE)
+            inside = offsets < E
+            bits = _clean_bits(
+                output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
+                COPIES, WIDE,
+            )  # fmt: skip
+            count += (inside & (bits <= bound)).to(tl.int32)
+        enough = tl.sum(count, 0) > rank
+        most = tl.where(enough, bound, most)
+        least = tl.where(enough, least, bound + 1)
+    count = tl.zeros((REDUCE,), tl.int32)
+    above = tl.full((REDUCE,), 0x7FFFFFFF, tl.int32)
+    largest = tl.zeros((REDUCE,), tl.int32)
+    for start in range(0, E, REDUCE):
+        offsets = start + tl.arange(0, REDUCE)
+        inside = offsets < E
+        bits = _clean_bits(
+            output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
+            COPIES, WIDE,
+        )  # fmt: skip
+        count += (inside & (bits <= most)).to(tl.int32)
+        above = tl.minimum(above, tl.where(inside & (bits > most), bits, 0x7FFFFFFF))
+        largest = tl.maximum(largest, tl.where(inside, bits, 0))
+    value = most.to(tl.float32, bitcast=True)
+    following = tl.where(tl.sum(count, 0) > rank + 1, most, tl.min(above, 0))
+    between = (position - rank).to(tl.float32)
+    if between > 0:
+        value += between * (following.to(tl.float32, bitcast=True) - value)
+    limit = tl.minimum(tl.maximum(value, tl.load(row + LIMIT)), tl.load(row + CEILING))
+    limit = tl.where(tl.max(largest, 0) > 0x7F800000, float("nan"), limit)
+    tl.store(limits_ptr + picture, limit)
+
+
+@triton.jit
 def _guided_step_kernel(
     output_ptr, table_ptr, step_ptr, noise_ptr, mask_ptr, original_ptr, original_noise_ptr,
-    E, columns, sample_ptr, history_ptr, next_ptr,
+    limits_ptr, E, columns, sample_ptr, history_ptr, next_ptr,
     COPIES: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     REDUCE: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +192,12 @@ def _guided_step_kernel(
     limit = tl.load(row + LIMIT)
     if limit != 0:
         clean = tl.load(row + CLIP_SAMPLE) * sample + tl.load(row + CLIP_OUTPUT) * output
-        result += tl.clamp(clean, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        if limits_ptr is None:
+            result += tl.clamp(clean, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            most = tl.load(limits_ptr + tl.program_id(1))
+            clean = tl.clamp(clean, -most, most, propagate_nan=tl.PropagateNan.ALL)
+            result += clean * (limit / most)
     for h in tl.static_range(1, DEPTH + 1):
         slot = (step - h + DEPTH) % DEPTH
         b = tl.load(row + HISTORY + h)
@@ -174,6 +256,9 @@ CONFIGS = (
     (65536, LaunchConfig(1024, 4096, 4)),
     (2**62, LaunchConfig(2048, 4096, 8)),
 )
+MOST = 16384
+"""Elements that the launch which finds the limits of thresholding reads at once, at 32 a thread;
+one program reads a whole sample, again and again."""
 ALIGNED = 16  # elements: Triton only checks whether a size is a multiple of this
 
 
@@ -198,7 +283,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     for name, tensor in (("sample", a.sample), ("history", a.history), ("table", a.table)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"guided_step: {name} is {tensor.dtype}; the kernel takes float32")
-    extra = (a.noise, a.mask, a.original, a.original_noise)
+    extra = (a.noise, a.mask, a.original, a.original_noise, a.limits)
     tensors = (a.model_output, a.sample, a.history, a.following, a.table, *extra)
     if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError("guided_step: all tensors must be contiguous")
@@ -217,6 +302,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
         "mask_ptr": a.mask,
         "original_ptr": a.original,
         "original_noise_ptr": a.original_noise,
+        "limits_ptr": a.limits,
         "E": elements,
         "columns": a.table.shape[1],
         "sample_ptr": a.sample,
@@ -235,7 +321,20 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     launch = Launch(
         _guided_step_kernel, arguments, constants, grid, config.num_warps, vector=vector
     )
-    return (launch,), None
+    if a.limits is None:
+        return (launch,), None
+    names = ("output_ptr", "table_ptr", "step_ptr", "E", "columns", "sample_ptr", "limits_ptr")
+    shared = {name: constants[name] for name in ("COPIES", "WIDE")}
+    block = min(MOST, triton.next_power_of_2(elements))
+    limits = Launch(
+        _limits_kernel,
+        {name: arguments[name] for name in names},
+        shared | {"REDUCE": block},
+        (batch,),
+        max(1, block // 1024),
+        vector=vector,
+    )
+    return (limits, launch), None
 
 
 run = Launcher(Arguments, plan)
