@@ -25,12 +25,12 @@ def guided_step(
     """One step of any scheduler that is linear in the samples, outputs and noise, or that clips its
     estimate of the clean picture.
 
-    With g, φ, w, a, d, l, s, p, q, r, t, h, u, v, b_0..b_M, c_1..c_M from the row `table[step]`:
+    With g, φ, w, a, d, k, s, p, q, r, t, h, u, v, b_0..b_M, c_1..c_M from the row `table[step]`:
 
         ε  = ε_1 + g (ε_2 - ε_1)                                (with two or three outputs)
         ε ← ε + w (ε_2 - ε_3)                                   (with three)
         ε ← φ ε · std(ε_2) / std(ε) + (1 - φ) ε                 (φ ≠ 0; std over each sample)
-        x' = a x + b_0 ε + Σ_h (b_h ε[i-h] + c_h x[i-h]) + d exp(l y) noise + clip(p x + q ε, ±r)
+        x' = a x + b_0 ε + Σ_h (b_h ε[i-h] + c_h x[i-h]) + d exp(k y) noise + clip(p x + q ε, ±r)
         x' ← m x' + (1 - m) (u original + v original_noise)     (with a mask m)
         next input = s x'
 
@@ -44,7 +44,7 @@ def guided_step(
 
     Args:
         model_output: [G·B, ..., C or 2C], G = 1, 2 or 3, the network's dtype. The last C of 2C are
-            y; they are not read where l is 0.
+            y; they are not read where k is 0.
         sample: [B, ..., C] float32 (float64 with the reference), overwritten by x'.
         history: [2, M, B, ..., C] like sample: past outputs and past samples, each in a ring
             (step % M), into which this step's are written. Entries with a zero coefficient are not
@@ -65,7 +65,7 @@ def guided_step(
             `original_noise` is given without the other or without a mask.
 
     Ho & Salimans, Classifier-Free Diffusion Guidance (2022); Lin et al. (2023) for φ; Ahn et al.
-    (2024) for w; Nichol & Dhariwal (2021) for l; Saharia et al. (2022) for the thresholding.
+    (2024) for w; Nichol & Dhariwal (2021) for k; Saharia et al. (2022) for the thresholding.
     """
     width = HISTORY + 1 + 2 * history.shape[1]
     if table.shape[-1] != width:

@@ -15,6 +15,7 @@ import triton.language as tl
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.guided_step import spec
 from fastdiff.kernels.guided_step.spec import Arguments
+from fastdiff.kernels.guided_step.tiles import clean_bits, deviation_ratio, guided_output, placed
 from fastdiff.kernels.tuned import tunable
 
 # a kernel may read only globals that are constexpr
@@ -26,75 +27,6 @@ CLIP_SAMPLE, CLIP_OUTPUT = tl.constexpr(spec.CLIP_SAMPLE), tl.constexpr(spec.CLI
 LIMIT, CEILING = tl.constexpr(spec.LIMIT), tl.constexpr(spec.CEILING)
 QUANTILE = tl.constexpr(spec.QUANTILE)
 KEPT_ORIGINAL, KEPT_NOISE = tl.constexpr(spec.KEPT_ORIGINAL), tl.constexpr(spec.KEPT_NOISE)
-
-
-@triton.jit
-def _at(offsets, WIDE: tl.constexpr):
-    """Where the network's outputs for a sample's elements are. WIDE: the sample's channels, if the
-    network gives twice as many."""
-    if WIDE == 0:
-        return offsets
-    return offsets + offsets // WIDE * WIDE
-
-
-@triton.jit
-def _guided(
-    output_ptr, copy, offsets, inside, guidance, perturbed, COPIES: tl.constexpr, WIDE: tl.constexpr
-):
-    """The guided output and its text part, both fp32; without guidance, the output twice."""
-    at = _at(offsets, WIDE)
-    output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if COPIES == 1:
-        return output, output
-    text = tl.load(output_ptr + copy + at, mask=inside, other=0.0).to(tl.float32)
-    output += guidance * (text - output)
-    if COPIES == 3:
-        used = tl.where(perturbed != 0, inside, False)
-        third = tl.load(output_ptr + 2 * copy + at, mask=used, other=0.0).to(tl.float32)
-        output += perturbed * (text - third)
-    return output, text
-
-
-@triton.jit
-def _deviation_ratio(
-    output_ptr, copy, E, guidance, perturbed,
-    REDUCE: tl.constexpr, COPIES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """std(text) / std(guided) over the E elements of a sample, each in two passes."""
-    guided_sum = tl.zeros((REDUCE,), tl.float32)
-    text_sum = tl.zeros((REDUCE,), tl.float32)
-    for start in range(0, E, REDUCE):
-        offsets = start + tl.arange(0, REDUCE)
-        guided, text = _guided(
-            output_ptr, copy, offsets, offsets < E, guidance, perturbed, COPIES, WIDE
-        )
-        guided_sum += guided
-        text_sum += text
-    guided_mean = tl.sum(guided_sum, 0) / E
-    text_mean = tl.sum(text_sum, 0) / E
-    guided_sum = tl.zeros((REDUCE,), tl.float32)
-    text_sum = tl.zeros((REDUCE,), tl.float32)
-    for start in range(0, E, REDUCE):
-        offsets = start + tl.arange(0, REDUCE)
-        inside = offsets < E
-        guided, text = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
-        guided = tl.where(inside, guided - guided_mean, 0.0)
-        text = tl.where(inside, text - text_mean, 0.0)
-        guided_sum += guided * guided
-        text_sum += text * text
-    return tl.sqrt_rn(tl.sum(text_sum, 0)) / tl.sqrt_rn(tl.sum(guided_sum, 0))
-
-
-@triton.jit
-def _clean_bits(
-    output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
-    COPIES: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The estimates of the clean picture, without signs, as integers of the same order."""
-    output, _ = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
-    sample = tl.load(sample_ptr + offsets, mask=inside, other=0.0)
-    clean = tl.load(row + CLIP_SAMPLE) * sample + tl.load(row + CLIP_OUTPUT) * (factor * output)
-    return clean.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -118,18 +50,18 @@ def _limits_kernel(
     if COPIES > 1:
         rescale = tl.load(row + RESCALE)
         if rescale != 0:
-            ratio = _deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
+            ratio = deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
             factor = rescale * ratio + (1 - rescale)
     position = tl.load(row + QUANTILE).to(tl.float64) * (E - 1)
     rank = position.to(tl.int32)
-    least, most = 0, 0x7F800000  # infinity
+    least, most = 0, tl.full((), 0x7F800000, tl.int32)  # infinity
     for _ in range(31):
         bound = least + (most - least) // 2
         count = tl.zeros((REDUCE,), tl.int32)
         for start in range(0, E, REDUCE):
             offsets = start + tl.arange(0, REDUCE)
             inside = offsets < E
-            bits = _clean_bits(
+            bits = clean_bits(
                 output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
                 COPIES, WIDE,
             )  # fmt: skip
@@ -143,7 +75,7 @@ def _limits_kernel(
     for start in range(0, E, REDUCE):
         offsets = start + tl.arange(0, REDUCE)
         inside = offsets < E
-        bits = _clean_bits(
+        bits = clean_bits(
             output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
             COPIES, WIDE,
         )  # fmt: skip
@@ -167,7 +99,7 @@ def _guided_step_kernel(
     COPIES: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Each program updates BLOCK of the E elements of one sample. WIDE as in `_at`."""
+    """Each program updates BLOCK of the E elements of one sample. WIDE as in `placed`."""
     first = tl.program_id(1).to(tl.int64) * E
     all = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
     copy = all if WIDE == 0 else 2 * all
@@ -180,11 +112,11 @@ def _guided_step_kernel(
         perturbed = tl.load(row + PERTURBED)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < E
-    output, _ = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
+    output, _ = guided_output(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
     if COPIES > 1:
         rescale = tl.load(row + RESCALE)
         if rescale != 0:
-            ratio = _deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
+            ratio = deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
             output = rescale * (output * ratio) + (1 - rescale) * output
     own = first + offsets
     sample = tl.load(sample_ptr + own, mask=inside, other=0.0)
@@ -214,7 +146,7 @@ def _guided_step_kernel(
             learned = tl.load(row + LEARNED)
             text = output_ptr + (copy if COPIES > 1 else 0)
             variance = tl.load(
-                text + _at(offsets, WIDE) + WIDE,
+                text + placed(offsets, WIDE) + WIDE,
                 mask=tl.where(learned != 0, inside, False),
                 other=0.0,
             )
