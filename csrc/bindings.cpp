@@ -265,7 +265,7 @@ void run_line_silu(int dtype, uintptr_t x, uintptr_t line, const Ints<2>& sizes,
 // extra: noise, mask, original, original_noise
 void run_guided_step(int dtype, uintptr_t output, uintptr_t table, uintptr_t step,
                      const std::array<uintptr_t, 4>& extra, const Ints<6>& sizes, uintptr_t sample,
-                     uintptr_t history, uintptr_t next) {
+                     uintptr_t history, uintptr_t next, uintptr_t limits) {
   const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
   const GuidedStep p{dtype,
                      in(output),
@@ -275,7 +275,8 @@ void run_guided_step(int dtype, uintptr_t output, uintptr_t table, uintptr_t ste
                      sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
                      floats(sample),
                      floats(history),
-                     out(next)};
+                     out(next),
+                     floats(limits)};
   run(p);
 }
 

@@ -142,6 +142,7 @@ struct GuidedStep {
   int64_t wide;  // the sample's channels if the output has as many more for the variance, else 0
   float *sample, *history;  // [batch, elements], [2, depth, batch, elements]: overwritten
   void* next;               // [batch, elements]
+  float* limits;            // [batch] or null: overwritten
 };
 
 struct Kernels {

@@ -17,7 +17,7 @@ constexpr int64_t kStepBlock = 512;  // elements whose double sums stay in L1
 // The columns of a table row, as in fastdiff/kernels/guided_step/spec.py.
 enum Column {
   kGuidance, kRescale, kPerturbed, kSample, kNoise, kLearned, kNextScale,
-  kClipSample, kClipOutput, kLimit, kKeptOriginal, kKeptNoise, kHistory,
+  kClipSample, kClipOutput, kLimit, kCeiling, kQuantile, kKeptOriginal, kKeptNoise, kHistory,
 };
 
 // Elements [at, at + n) of one copy of the network's output: what it says of the noise, or if
@@ -75,6 +75,32 @@ static double deviation_ratio(const GuidedStep& p, const float* row, int64_t pic
   return std::sqrt(squares[1] / squares[0]);
 }
 
+// The limit of one picture's dynamic thresholding; `factor`: of guidance rescale.
+template <typename T>
+static double threshold(const GuidedStep& p, const float* row, int64_t picture, double factor) {
+  double output[kStepBlock], text[kStepBlock];
+  std::vector<double> sizes(p.elements);
+  bool finite = true;
+  for (int64_t begin = 0; begin < p.elements; begin += kStepBlock) {
+    const int64_t n = std::min(kStepBlock, p.elements - begin), at = picture * p.elements + begin;
+    guided<T>(p, row, at, n, output, text);
+    for (int64_t i = 0; i < n; ++i) {
+      const double clean = row[kClipSample] * double(p.sample[at + i]) +
+                           row[kClipOutput] * (factor * output[i]);
+      sizes[begin + i] = std::abs(clean);
+      finite &= clean == clean;
+    }
+  }
+  if (!finite) return std::nan("");
+  const double position = double(row[kQuantile]) * (p.elements - 1);
+  const auto at = sizes.begin() + static_cast<int64_t>(position);
+  const double between = position - std::floor(position);
+  std::nth_element(sizes.begin(), at, sizes.end());
+  double quantile = *at;
+  if (between > 0) quantile += between * (*std::min_element(at + 1, sizes.end()) - quantile);
+  return std::min(std::max(quantile, double(row[kLimit])), double(row[kCeiling]));
+}
+
 template <typename T>
 static void guided_step(const GuidedStep& p) {
   const int64_t all = p.batch * p.elements, step = *p.step, depth = p.depth;
@@ -103,6 +129,13 @@ static void guided_step(const GuidedStep& p) {
     for (int64_t picture = 0; picture < p.batch; ++picture)
       factors[picture] = rescale * deviation_ratio<T>(p, row, picture) + (1 - rescale);
 
+  std::vector<double> limits(p.batch, limit);
+  if (p.limits && limit != 0)
+    for (int64_t picture = 0; picture < p.batch; ++picture) {
+      limits[picture] = threshold<T>(p, row, picture, factors[picture]);
+      p.limits[picture] = static_cast<float>(limits[picture]);
+    }
+
   const int64_t blocks = (p.elements + kStepBlock - 1) / kStepBlock;
   const auto run = [&](int64_t first, int64_t last) {
     double output[kStepBlock], text[kStepBlock], result[kStepBlock];
@@ -113,11 +146,13 @@ static void guided_step(const GuidedStep& p) {
       guided<T>(p, row, at, n, output, text);
       for (int64_t i = 0; i < n; ++i) output[i] *= factors[picture];
       for (int64_t i = 0; i < n; ++i) result[i] = own * p.sample[at + i] + b[0] * output[i];
-      if (limit != 0)
+      if (limit != 0) {
+        const double most = limits[picture], shrink = limit / most;
         for (int64_t i = 0; i < n; ++i) {
           const double clean = of_sample * p.sample[at + i] + of_output * output[i];
-          result[i] += clean > limit ? limit : clean < -limit ? -limit : clean;  // NaN stays
+          result[i] += (clean > most ? most : clean < -most ? -most : clean) * shrink;  // NaN stays
         }
+      }
       for (const Term& term : terms)
         for (int64_t i = 0; i < n; ++i) result[i] += term.factor * term.values[at + i];
       if (p.noise && learned != 0) {

@@ -68,6 +68,9 @@ class Plan:
     scaled: str = "latents"
     """What `scale_model_input` is given: "latents"; "input", with the constant channels; "" if the
     loop does not call it."""
+    variance: bool = False
+    """Whether the loop guides without what the network says of the variance, takes that from the
+    half with the text, and drops it if the scheduler does not read it."""
 
     @property
     def replaced(self) -> dict[str, str]:

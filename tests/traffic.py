@@ -165,8 +165,10 @@ class Counting:
             returned = self._run(**inputs)
         given = [t for t in inputs.values() if isinstance(t, torch.Tensor)]
         stored = list(returned) if isinstance(returned, tuple) else [returned]
-        stored = [t for t in stored if t is not None] + [inputs[n] for n in self._spec.mutates]
+        stored = [*stored, *(inputs[name] for name in self._spec.mutates)]
         sources = {t.untyped_storage().data_ptr(): t for t in given if t.numel()}
         self.bytes = sum(map(self.traffic.read, sources.values()))
-        self.bytes += sum(map(self.traffic.written, (t for t in stored if t.numel())))
+        self.bytes += sum(
+            map(self.traffic.written, (t for t in stored if t is not None and t.numel()))
+        )
         return returned

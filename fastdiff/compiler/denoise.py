@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastdiff.compiler.loop_call import Call, Callback
-from fastdiff.compiler.loop_conditions import carried, check_scales
+from fastdiff.compiler.loop_conditions import carried, check_scales, check_variance
 from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
@@ -41,6 +41,8 @@ class Denoising:
             raise Unsupported(f"latents of {size} do not divide into patches")
         table = probe(self.scheduler, call.step_options, call.timesteps)
         self.table = replace(table, scales=check_scales(call.plan, self.given, table.scales))
+        config = getattr(slot.module, "config", None)
+        check_variance(call.plan, config, call.latents.shape[1], self.guided, self.table)
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]
             raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.models import Unsupported
+from fastdiff.models.blocks import require
 from fastdiff.plans import Plan
+from fastdiff.runtime.table import Table
 
 
 def settings_of(plan: Plan, local: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +66,20 @@ def check_scales(plan: Plan, given: Any, scales: Tensor) -> Tensor:
     if whole and bool((scales != 1).any()):
         raise Unsupported("its scheduler scales the constant channels in every step")
     return scales
+
+
+def check_variance(plan: Plan, config: Any, channels: int, guided: bool, table: Table) -> None:
+    """Raise Unsupported unless the step after the network takes the channels that it gives.
+
+    config: the network's; channels: those of the latents.
+    """
+    given = getattr(config, "out_channels", None) or channels
+    if given != 2 * channels:
+        require(given == channels, f"{given} channels are predicted for {channels} of the latents")
+        require(not table.variance, "the scheduler reads a variance that the network does not give")
+    elif not plan.variance:
+        what = "the loop guides what the network says of the variance, or the scheduler ignores it"
+        require(table.variance and not guided, what)
 
 
 def _once(value: Tensor | None) -> Tensor | None:

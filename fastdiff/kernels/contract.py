@@ -276,7 +276,8 @@ def _outputs(
     if not isinstance(returned, tuple):
         returned = () if returned is None else (returned,)
     named = {f"output {i}": tensor for i, tensor in enumerate(returned)}
-    return named | {name: inputs[name] for name in spec.mutates}
+    given = {name: inputs[name] for name in spec.mutates if inputs[name] is not None}
+    return named | given
 
 
 def _copied(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -20,53 +20,27 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastdiff.kernels.guided_step import guided_step
-from fastdiff.kernels.guided_step.spec import HISTORY
 from fastdiff.kernels.observe import entered, observed
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime import graphs
+from fastdiff.runtime.buffers import Buffers, buffers_of, inputs_of
 from fastdiff.runtime.guidance import Guidance, Inpainting
 from fastdiff.runtime.network import Network
 from fastdiff.runtime.recordings import (
     Kept,
     Recording,
-    buffer,
-    buffers_for,
     fill,
     first_of,
     kinds,
     record,
     runner,
 )
-from fastdiff.runtime.schedulers import Table
+from fastdiff.runtime.table import Table
 
 STEP = "guided step"
 """The name under which `kernels.observe.entered` sees a step."""
 _ROWS = 64
 """Tables are allocated in multiples of this, so a few more steps need no new recording."""
-
-
-class Buffers(NamedTuple):
-    """The tensors that a step reads and writes. `S`: float32, or float64 for a float64 network.
-    [B, …]: latents as the network packs them."""
-
-    x: Tensor
-    """[B, …] the network's next input."""
-    row: Any
-    """This step's row of `Hoisted.rows`."""
-    constants: Any
-    """`Hoisted.constants`."""
-    sample: Tensor
-    """[B, …] S."""
-    history: Tensor
-    """[2, M, B, …] S."""
-    table: Tensor
-    """[capacity, columns] S."""
-    step: Tensor
-    """[1] int64."""
-    noise: Tensor | None
-    """[B, …] S, if the scheduler adds noise."""
-    kept: tuple[Tensor, ...]
-    """[B, …] S each: what `guided_step` takes after the noise. Empty if all is drawn."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +85,7 @@ class Plans:
             given = (
                 *inputs_of(self.network, latents, hoisted),
                 *(-(-len(table.timesteps) // _ROWS) * _ROWS, table.depth, any(table.draws)),
-                len(kept),
+                *(len(kept), table.thresholds),
             )
             make = partial(buffers_of, *given)
             step = self._kept(kinds(given), make) if free else Step(make(), None)
@@ -138,11 +112,16 @@ class Plans:
         table: Tensor,
         step: Tensor,
         noise: Tensor | None,
-        kept: tuple[Tensor, ...] = (),
+        kept: tuple[Tensor, ...],
+        limits: Tensor | None,
     ) -> Tensor:
         """Run a step; it writes the network's next input into `x`."""
         output = self.network.predict(x, row, constants)
-        guided_step(output, sample, history, x, table, step, noise, *kept)
+        mask, original, original_noise = (*kept, None, None, None)[:3]
+        guided_step(
+            *(output, sample, history, x, table, step, noise),
+            *(mask, original, original_noise, limits),
+        )
         return x
 
     def run(self, buffers: Buffers) -> None:
@@ -261,39 +240,3 @@ class Run:
         buffers.sample.copy_(self.network.pack(latents))
         scale = scales[self.at].item() if self.at < len(scales) else 1.0
         buffers.x.copy_(buffers.sample * scale)
-
-
-def inputs_of(network: Network, latents: Tensor, hoisted: Hoisted) -> tuple[Tensor, Any, Any]:
-    """The arguments of the network's `predict` in the first step."""
-    x = network.pack(latents).to(network.dtype)
-    return x, first_of(hoisted.rows), hoisted.constants
-
-
-def buffers_of(
-    x: Tensor, row: Any, constants: Any, capacity: int, depth: int, noisy: bool, kept: int = 0
-) -> Buffers:
-    """The buffers of a step, all zeros: even noise that a step does not draw is read.
-
-    Args:
-        x, row, constants: as `predict` takes them; only their shapes, dtypes and devices count.
-        capacity: rows of the table.
-        depth: past steps that the scheduler uses.
-        noisy: whether it draws noise.
-        kept: the number of tensors in `Buffers.kept`.
-    """
-    state = torch.float64 if x.dtype == torch.float64 else torch.float32
-
-    def make(*shape: int, dtype: torch.dtype = state) -> Tensor:
-        return buffer(shape, dtype, x.device).zero_()
-
-    return Buffers(
-        x=make(*x.shape, dtype=x.dtype),
-        row=buffers_for(row, x.device),
-        constants=buffers_for(constants, x.device),
-        sample=make(*x.shape),
-        history=make(2, depth, *x.shape),
-        table=make(capacity, HISTORY + 1 + 2 * depth),
-        step=make(1, dtype=torch.int64),
-        noise=make(*x.shape) if noisy else None,
-        kept=tuple(make(*x.shape) for _ in range(kept)),
-    )

@@ -15,7 +15,8 @@ from fastdiff.kernels.contract import Launch
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.kernels.planned import Planning, distinct
 from fastdiff.models.vae import Decoder, Encoder
-from fastdiff.runtime.loop import Plans, buffers_of, inputs_of
+from fastdiff.runtime.buffers import buffers_of, inputs_of
+from fastdiff.runtime.loop import Plans
 from fastdiff.runtime.network import Network
 
 N = TypeVar("N")

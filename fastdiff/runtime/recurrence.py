@@ -1,6 +1,7 @@
 """Fits the linear recurrence that a scheduler's trajectory follows, and checks it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,48 @@ def scales_of(trajectory: Trajectory) -> Tensor:
     if not (misses <= ALLOWED).all():
         raise NotLinear("scale_model_input does not give a multiple of the sample")
     return scales
+
+
+def fitted(trajectory: Trajectory, vectors: Tensor) -> dict[str, Any] | str:
+    """The columns of `Table` for a linear recurrence; why there are none, if it is not one.
+
+    Args:
+        trajectory: of a scheduler that was run on its coordinate axes, one in each pixel, and then
+            on random samples.
+        vectors: [R, 3n, *PICTURE] those samples. The samples of the last 4 change in no step.
+    """
+    count, axes = len(trajectory.draws), vectors.shape[1]
+    given, made = (
+        values[: -len(vectors)].transpose(0, 1).flatten(1)[:, :axes]
+        for values in (trajectory.samples, trajectory.results)
+    )
+    untouched = torch.cat([torch.arange(1), torch.arange(count, axes)])
+    # first a table that also holds if samples change between steps, else one for unchanged samples
+    for editable, within, random in ((True, torch.arange(axes), 8), (False, untouched, 4)):
+        for bound in (EXACT, ROUNDING):
+            fit = fit_steps(given[:, within], made[:, within], bound)
+            misses = float(follow(fit, trajectory, vectors[-random:].flatten(2)).max())
+            if misses <= 100 * EXACT:
+                break
+        worst = float(fit.residuals.max())
+        if editable and worst <= ALLOWED and misses <= ALLOWED:
+            break
+    if not worst <= ALLOWED:
+        return f"its steps are not a linear recurrence of depth {MAX_DEPTH}"
+    if not misses <= ALLOWED:
+        return "it clips samples or mixes their pixels"
+    used = ((fit.outputs[:, 1:] != 0) | (fit.past_samples != 0)).any(0).nonzero()
+    depth = int(used.max()) + 1 if len(used) else 0
+    return {
+        "samples": fit.samples,
+        "outputs": fit.outputs[:, : depth + 1].clone(),
+        "past_samples": fit.past_samples[:, :depth].clone(),
+        "noises": fit.noises,
+        "learned": torch.zeros_like(fit.noises),
+        "clips": fit.noises.new_zeros(count, 5),
+        "residual": worst,
+        "editable": editable,
+    }
 
 
 @dataclass(frozen=True)

@@ -6,112 +6,35 @@ noise have an axis of their own. The result shows the exact combination; each st
 
     x[i+1] = a x[i] + sum over h of (b_h eps[i-h] + c_h x[i-h]) + d noise,   input[i] = s[i] x[i]
 
-A scheduler that clips its estimate of the clean picture has a step of its own in `clipping`. Any
-other scheduler that is not linear (thresholding) leaves a residual and is refused, as is one that
-cannot be run this way. `trajectory` runs it, `recurrence` fits the coefficients.
+A scheduler that clips or thresholds its estimate of the clean picture, or whose network says
+something of the variance, has a step of its own in `clipping`. Any other scheduler that is not
+linear leaves a residual and is refused, as is one that cannot be run this way. `trajectory` runs
+it, `recurrence` fits the coefficients.
 """
 
 import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff.kernels.guided_step.spec import (
-    CLIP_SAMPLE,
-    GUIDANCE,
-    HISTORY,
-    KEPT_NOISE,
-    KEPT_ORIGINAL,
-    LIMIT,
-    NEXT_SCALE,
-    NOISE,
-    PERTURBED,
-    RESCALE,
-    SAMPLE,
-)
 from fastdiff.models.originals import check_own
 from fastdiff.models.watch import Unsupported
-from fastdiff.runtime.clipping import points, read
+from fastdiff.runtime.clipping import Clipped, points, read
 from fastdiff.runtime.contents import digest_of
-from fastdiff.runtime.guidance import Guidance
-from fastdiff.runtime.recurrence import (
-    ALLOWED,
-    EXACT,
-    MAX_DEPTH,
-    ROUNDING,
-    fit_steps,
-    follow,
-    scales_of,
-)
+from fastdiff.runtime.recurrence import ALLOWED, fitted, scales_of
+from fastdiff.runtime.table import Table
 from fastdiff.runtime.trajectory import PICTURE, NotLinear, Trajectory, run
 
 __all__ = ["NotLinear", "Table", "probe", "refuse_foreign"]
 
-UNGUIDED = Guidance()
 SPREAD = 30.0
 """Standard deviation of the random samples that check the table: beyond every clipping range."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """One row per call of the network. All tensors on the CPU, coefficients in float64."""
-
-    timesteps: Tensor
-    """[n] the timesteps that the network receives."""
-    scales: Tensor
-    """[n] s: factor of the sample in the network's input."""
-    samples: Tensor
-    """[n] a."""
-    outputs: Tensor
-    """[n, M+1] b_0..b_M."""
-    past_samples: Tensor
-    """[n, M] c_1..c_M."""
-    noises: Tensor
-    """[n] d."""
-    clips: Tensor
-    """[n, 3] p, q and r of `clipping`; zeros for a step that clips nothing."""
-    draws: tuple[bool, ...]
-    """Whether the scheduler draws noise in each step, even unused: the generator must advance."""
-    noise_dtype: torch.dtype | None
-    """The dtype in which noise is drawn; None: the network's."""
-    residual: float
-    """Largest deviation of a step from the recurrence, relative to its result."""
-    states: tuple[Mapping[str, Any], ...]
-    """The plain attributes that steps change, such as `_step_index`, with their values after each
-    step."""
-    keeps: tuple[str, ...]
-    """Other attributes that steps change, such as past predictions. If there are none, a callback
-    may change the samples between the steps."""
-    editable: bool
-    """Whether the table also holds if samples change between the steps (inpainting)."""
-
-    @property
-    def depth(self) -> int:
-        """M: the number of past steps in the recurrence."""
-        return self.past_samples.shape[1]
-
-    def rows(self, guidance: Guidance = UNGUIDED, factors: Tensor | None = None) -> Tensor:
-        """[n, 13 + 2M] float64: the table that `kernels.guided_step` reads. `factors`: of
-        `Inpainting`."""
-        count, depth = len(self.timesteps), self.depth
-        rows = torch.zeros(count, HISTORY + 1 + 2 * depth, dtype=torch.float64)
-        for column, value in zip((GUIDANCE, RESCALE, PERTURBED), guidance, strict=True):
-            rows[:, column] = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-        if factors is not None:
-            rows[:, KEPT_ORIGINAL : KEPT_NOISE + 1] = factors
-        rows[:, SAMPLE] = self.samples
-        rows[:, NOISE] = self.noises
-        rows[:, CLIP_SAMPLE : LIMIT + 1] = self.clips
-        rows[:-1, NEXT_SCALE] = self.scales[1:]
-        rows[-1, NEXT_SCALE] = 1.0
-        rows[:, HISTORY : HISTORY + depth + 1] = self.outputs
-        rows[:, HISTORY + depth + 1 :] = self.past_samples
-        return rows
+THRESHOLDED = "it thresholds more than its estimate of the clean picture, or keeps that for later"
+UNUSUAL = "it learns its variance in a way that no table has"
 
 
 def probe(
@@ -123,14 +46,14 @@ def probe(
 
     Args:
         scheduler: a diffusers scheduler after `set_timesteps`; a copy of it runs.
-        step_options: further arguments of its `step`, such as `eta`.
+        step_options: further arguments of its `step`, such as `eta`; one that differs from step to
+            step (`prev_timestep`) is a `trajectory.PerStep`.
         timesteps: [n] the pipeline's timesteps, if they are not all of `scheduler.timesteps`
             (image to image, `denoising_end`).
 
     Raises:
-        NotLinear: its code is not all diffusers' own (then it is not run), it thresholds, clips
-            more than its estimate of the clean picture, uses more than three past steps, or cannot
-            be run.
+        NotLinear: its code is not all diffusers' own (then it is not run), it clips more than its
+            estimate of the clean picture, uses more than three past steps, or cannot be run.
     """
     refuse_foreign(scheduler)
     options = {k: v for k, v in (step_options or {}).items() if k != "generator"}
@@ -189,59 +112,42 @@ def _key(scheduler: Any, arguments: list[Any]) -> _Key | None:
 def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -> Table:
     config = getattr(scheduler, "config", None)
     config = config if isinstance(config, Mapping) else {}
-    if config.get("thresholding"):
-        raise NotLinear("it thresholds every sample by its own quantile")
-    count = len(timesteps)
+    # not of the config, which may have one that the scheduler does not know
+    variance, count = vars(scheduler).get("variance_type"), len(timesteps)
+    if variance == "learned":
+        raise NotLinear("its network says the variance itself, not where it lies in a range")
+    learns, thresholds = variance == "learned_range", bool(config.get("thresholding"))
     axes = 3 * count  # one each for the changes of the samples, the outputs, the noises
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(8, axes, *PICTURE, generator=generator, dtype=torch.float64)
+    shape = (8, axes + learns * count, *PICTURE)
+    vectors = torch.randn(shape, generator=generator, dtype=torch.float64)
     vectors[:, : 2 * count] *= SPREAD
     vectors[4:, 1:count] = 0
-    lanes = -(-axes // prod(PICTURE))  # every pixel carries one axis
-    pixels = torch.eye(axes, lanes * prod(PICTURE), dtype=torch.float64)
-    known = torch.cat([pixels.view(axes, lanes, *PICTURE).transpose(0, 1), vectors])
-    trajectory = run(scheduler, timesteps, step_options, known)
-    scales = scales_of(trajectory)
-    given, made = (
-        values[:lanes].transpose(0, 1).flatten(1)[:, :axes]
-        for values in (trajectory.samples, trajectory.results)
-    )
-    untouched = torch.cat([torch.arange(1), torch.arange(count, axes)])
-    # first a table that also holds if samples change between steps, else one for unchanged samples
-    for editable, within, random in ((True, torch.arange(axes), 8), (False, untouched, 4)):
-        for bound in (EXACT, ROUNDING):
-            fit = fit_steps(given[:, within], made[:, within], bound)
-            misses = follow(fit, trajectory, vectors[-random:].flatten(2))
-            if float(misses.max()) <= 100 * EXACT:
-                break
-        worst = float(fit.residuals.max())
-        if editable and worst <= ALLOWED and float(misses.max()) <= ALLOWED:
-            break
-    linear = worst <= ALLOWED and float(misses.max()) <= ALLOWED
-    if not linear or config.get("clip_sample"):  # perhaps beyond SPREAD
-        clipped = _clipped(scheduler, step_options, timesteps, vectors, trajectory)
-        if clipped is not None:
-            return clipped
-    if not worst <= ALLOWED:
-        raise NotLinear(f"its steps are not a linear recurrence of depth {MAX_DEPTH}")
-    if not linear:
-        raise NotLinear("it clips samples or mixes their pixels")
-    used = ((fit.outputs[:, 1:] != 0) | (fit.past_samples != 0)).any(0).nonzero()
-    depth = int(used.max()) + 1 if len(used) else 0
+    linear: dict[str, Any] | str
+    if learns or thresholds:
+        trajectory = run(scheduler, timesteps, step_options, vectors)
+        linear = THRESHOLDED if thresholds else UNUSUAL
+    else:
+        lanes = -(-axes // prod(PICTURE))  # every pixel carries one axis
+        pixels = torch.eye(axes, lanes * prod(PICTURE), dtype=torch.float64)
+        pixels = pixels.view(axes, lanes, *PICTURE).transpose(0, 1)
+        trajectory = run(scheduler, timesteps, step_options, torch.cat([pixels, vectors]))
+        linear = fitted(trajectory, vectors)
+    if isinstance(linear, str) or config.get("clip_sample"):  # it clips, perhaps beyond SPREAD
+        names = ("sample_max_value", "dynamic_thresholding_ratio")
+        threshold = tuple(config[name] for name in names) if thresholds else None
+        clipped = _clipped(scheduler, step_options, timesteps, vectors, trajectory, threshold)
+        linear = linear if clipped is None else clipped.columns()
+    if isinstance(linear, str):
+        raise NotLinear(linear)
     return Table(
         timesteps=timesteps,
-        scales=scales,
-        samples=fit.samples,
-        outputs=fit.outputs[:, : depth + 1].clone(),
-        past_samples=fit.past_samples[:, :depth].clone(),
-        noises=fit.noises,
-        clips=torch.zeros(count, 3, dtype=torch.float64),
+        scales=scales_of(trajectory),
         draws=trajectory.draws,
         noise_dtype=trajectory.noise_dtype,
-        residual=worst,
         states=trajectory.states,
         keeps=trajectory.keeps,
-        editable=editable,
+        **linear,
     )
 
 
@@ -251,36 +157,28 @@ def _clipped(
     timesteps: Tensor,
     vectors: Tensor,
     trajectory: Trajectory,
-) -> Table | None:
-    """The table of a scheduler that clips its estimate of the clean picture and keeps nothing
+    threshold: tuple[float, ...] | None,
+) -> Clipped | None:
+    """The steps of a scheduler that clips its estimate of the clean picture and keeps nothing
     between steps; None for any other.
 
-    vectors: [R, 3n, *PICTURE] the random samples at the end of `trajectory`.
+    Args:
+        vectors: [R, axes, *PICTURE] the random samples at the end of `trajectory`.
+        threshold: of dynamic thresholding, as for `clipping.read`.
     """
     count = len(timesteps)
     if trajectory.keeps:
         return None
-    step = read(run(scheduler, timesteps, step_options, points(count), apart=True))
+    known = points(count, learns=vectors.shape[1] > 3 * count)
+    step = read(run(scheduler, timesteps, step_options, known, apart=True), threshold)
     # far beyond the clipping range, and about as large as it
-    within = torch.cat([vectors[4:], vectors[4:] / SPREAD])
-    for known, made in (
+    within = vectors[4:].clone()
+    within[:, : 2 * count] /= SPREAD
+    within = torch.cat([vectors[4:], within])
+    for random, made in (
         (vectors, trajectory),
         (within, run(scheduler, timesteps, step_options, within)),
     ):
-        if not float(step.misses(made, known.flatten(2)).max()) <= ALLOWED:
+        if not float(step.misses(made, random.flatten(2)).max()) <= ALLOWED:
             return None
-    return Table(
-        timesteps=timesteps,
-        scales=scales_of(trajectory),
-        samples=step.a,
-        outputs=step.b[:, None],
-        past_samples=step.a.new_zeros(count, 0),
-        noises=step.d,
-        clips=torch.stack([step.p, step.q, step.r], dim=1),
-        draws=trajectory.draws,
-        noise_dtype=trajectory.noise_dtype,
-        residual=0.0,
-        states=trajectory.states,
-        keeps=trajectory.keeps,
-        editable=True,
-    )
+    return step

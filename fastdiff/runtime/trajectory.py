@@ -6,6 +6,7 @@ noise that we do not see, fails instead of looking linear.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -67,7 +68,8 @@ def run(
         step_options: further arguments of its `step`, without a generator; some may be `PerStep`.
         known: [W, 3n, *PICTURE] float64: first, for each step, what is added to its sample (the
             initial sample at the first, then as a callback may change it), then the network's
-            outputs, then the noises.
+            outputs, then the noises. With 4n, the last are what the network says of the variance,
+            in channels beside the outputs.
         apart: give each step only what is added, without the result of the step before.
 
     Raises:
@@ -80,7 +82,8 @@ def run(
 
     def whole(known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal at
-        edits, outputs, noises = (part.unbind() for part in known.chunk(3))
+        parts: list[tuple[Tensor, ...]] = [part.unbind() for part in known.split(count)]
+        edits, outputs, noises, *variances = parts
 
         def draw(shape: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
             if at in drawn or tuple(shape) != PICTURE:
@@ -98,7 +101,9 @@ def run(
             # clones: the scheduler may work in place
             inputs.append(scale(samples[-1].clone(), timestep))
             given = {k: v[at] if isinstance(v, PerStep) else v for k, v in options.items()}
-            moved = own.step(outputs[at].clone(), timestep, samples[-1].clone(), **given)
+            # the network's channels; a copy even of one part
+            output = torch.cat([outputs[at], *(part[at] for part in variances)], dim=1)
+            moved = own.step(output, timestep, samples[-1].clone(), **given)
             if moved[0].shape != PICTURE:
                 raise NotLinear(f"it turns {tuple(PICTURE)} into {tuple(moved[0].shape)}")
             results.append(moved[0])
@@ -106,7 +111,9 @@ def run(
         return torch.stack(samples), torch.stack(inputs), torch.stack(results)
 
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            # of quantiles, which torch computes one by one
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             samples, inputs, results = torch.func.vmap(whole)(known)
     except Exception as error:  # foreign code; if it matters, diffusers' own loop raises it
         raise NotLinear(f"it cannot be followed: {_reason(error, scheduler)}") from error

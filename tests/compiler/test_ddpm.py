@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     UNet2DModel,
 )
@@ -30,18 +31,24 @@ NET = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
+THRESHOLD = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
 PIPES = {
     "ddpm": lambda net: DDPMPipeline(net, DDPMScheduler()),
     "ddpm, unclipped, cosine": lambda net: DDPMPipeline(
         net, DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
     ),
     "ddim": lambda net: DDIMPipeline(net, DDIMScheduler()),
+    "ddim, thresholds": lambda net: DDIMPipeline(net, DDIMScheduler(**THRESHOLD)),
+    "ddpm, learned variance": lambda net: DDPMPipeline(
+        net, DDPMScheduler(variance_type="learned_range")
+    ),
 }
 
 
 @pytest.fixture(params=PIPES)
 def pipe(request):
-    made = PIPES[request.param](noisy(UNet2DModel(**NET)))
+    channels = 6 if "learned" in request.param else 3
+    made = PIPES[request.param](noisy(UNet2DModel(**NET, out_channels=channels)))
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -125,11 +132,31 @@ def test_the_progress_bar_counts_every_step(pipe):
     assert "5/5" in shown[1]
 
 
-def test_a_loop_that_no_plan_follows_stays_diffusers(pipe):
-    """Thresholding: our network within diffusers' loop draws the same picture."""
-    pipe.scheduler = type(pipe.scheduler)(thresholding=True)
+def test_a_loop_that_no_plan_follows_stays_diffusers():
+    """Our network within diffusers' loop draws the same picture."""
+    pipe = PIPES["ddpm"](noisy(UNet2DModel(**NET)))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler(thresholding=True)
     eager = drawn(pipe).images
     fastdiff.compile(pipe)
     assert abs(drawn(pipe).images - eager).max() < 1e-3
     assert loop_of(pipe).planned == 0
     assert [why for why in loop_of(pipe).own if "thresholds" in why]
+
+
+@pytest.mark.parametrize(
+    ("channels", "scheduler", "why"),
+    [
+        (3, DDPMScheduler(variance_type="learned_range"), "that the network does not give"),
+        (6, DDPMScheduler(), "the scheduler ignores it"),
+        (4, DDPMScheduler(), "4 channels are predicted for 3"),
+    ],
+)
+def test_channels_that_the_scheduler_does_not_take_are_left_to_diffusers(channels, scheduler, why):
+    """Which raises."""
+    pipe = DDPMPipeline(noisy(UNet2DModel(**NET, out_channels=channels)), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    fastdiff.compile(pipe)
+    with pytest.raises((RuntimeError, TypeError)):
+        drawn(pipe)
+    assert [reason for reason in loop_of(pipe).own if why in reason]

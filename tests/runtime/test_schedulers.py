@@ -10,9 +10,11 @@ import torch
 from covered import covered
 
 from fastdiff.kernels.guided_step import guided_step
+from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.runtime import schedulers
 from fastdiff.runtime.contents import digest_of
 from fastdiff.runtime.schedulers import NotLinear, probe
+from fastdiff.runtime.trajectory import PerStep, following
 
 BETAS = {
     "num_train_timesteps": 1000,
@@ -70,7 +72,15 @@ def make(name, **options):
     cls = getattr(diffusers, name)
     takes = inspect.signature(cls.__init__).parameters
     usual = {k: v for k, v in (BETAS | ALWAYS).items() if k in takes}
+    usual = {} if name == "UnCLIPScheduler" else usual  # it has one schedule
     return cls(**(usual | options))
+
+
+def predicted(scheduler, x, timestep):
+    """The network's channels: what it says of the variance follows, if the scheduler reads it."""
+    output = network(x, timestep)
+    learns = scheduler.config.get("variance_type") == "learned_range"
+    return torch.cat([output, network(1 - 2 * x, timestep)], 1) if learns else output
 
 
 def own_loop(scheduler, timesteps, options):
@@ -79,26 +89,30 @@ def own_loop(scheduler, timesteps, options):
     x = first_sample(scheduler)
     takes = inspect.signature(scheduler.step).parameters
     options = options | ({"generator": generator} if "generator" in takes else {})
-    for t in timesteps:
+    for i, t in enumerate(timesteps):
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-        x = scheduler.step(network(scale(x, t), t), t, x, return_dict=False, **options)[0]
+        output = predicted(scheduler, scale(x, t), t)
+        given = {k: v[i] if isinstance(v, PerStep) else v for k, v in options.items()}
+        x = scheduler.step(output, t, x, return_dict=False, **given)[0]
     return x, generator.get_state()
 
 
 def table_loop(table, scheduler):
-    """The same by `guided_step` on the probed table."""
+    """The same by `guided_step` on the probed table, channels last."""
     generator = torch.Generator().manual_seed(2)
-    x = first_sample(scheduler).clone()
-    history = torch.full((2, table.depth, *SHAPE), float("nan"), dtype=torch.float64)
+    x = channels_last(first_sample(scheduler))
+    history = torch.full((2, table.depth, *x.shape), float("nan"), dtype=torch.float64)
     rows, following = table.rows(), table.scales[0] * x
+    limits = torch.full(SHAPE[:1], float("nan"), dtype=torch.float64) if table.thresholds else None
     for i, t in enumerate(table.timesteps):
         noise = torch.zeros(SHAPE, dtype=torch.float64)
         if table.draws[i]:
             dtype = table.noise_dtype or torch.float64
             noise = torch.randn(SHAPE, generator=generator, dtype=dtype).double()
-        output = network(following, t)
-        guided_step(output, x, history, following, rows, torch.tensor([i]), noise)
-    return x, generator.get_state()
+        output = channels_last(predicted(scheduler, channels_first(following), t))
+        drawn = channels_last(noise)
+        guided_step(*(output, x, history, following, rows, torch.tensor([i]), drawn), limits=limits)
+    return channels_first(x), generator.get_state()
 
 
 def first_sample(scheduler):
@@ -328,6 +342,37 @@ def test_what_clips_the_clean_picture_is_followed(name, options, step, predictio
     assert bool(probe(scheduler, step).clips.any())
 
 
+THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.77, "sample_max_value": 1.6}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "step"),
+    [
+        ("DDPMScheduler", THRESHOLD | {"prediction_type": "v_prediction"}, {}),
+        ("DDIMScheduler", THRESHOLD, {"eta": 0.5, "use_clipped_model_output": True}),
+        ("DDIMScheduler", {"thresholding": True}, {}),
+        ("LCMScheduler", THRESHOLD | {"sample_max_value": 50.0}, {}),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, {}),
+        ("DDPMScheduler", {"variance_type": "learned_range", "clip_sample": True}, {}),
+        ("DDPMScheduler", THRESHOLD | {"variance_type": "learned_range"}, {}),  # DeepFloyd's
+        ("UnCLIPScheduler", {"variance_type": "learned_range"}, {}),
+        ("UnCLIPScheduler", {"prediction_type": "sample", "clip_sample_range": 0.4}, {}),
+        ("UnCLIPScheduler", {"clip_sample": False}, {}),
+    ],
+    ids=str,
+)
+def test_what_thresholds_or_learns_its_variance_is_followed(name, options, step):
+    scheduler = make(name, **options)
+    for steps in (2, 25):
+        scheduler.set_timesteps(steps)
+        if name == "UnCLIPScheduler":
+            step = {"prev_timestep": following(scheduler.timesteps)}
+        assert_follows(scheduler, **step)
+    table = probe(scheduler, step)
+    assert table.thresholds == ("thresholding" in options)
+    assert table.variance == (options.get("variance_type") == "learned_range")
+
+
 def test_a_clipped_schedule_that_begins_with_noise_alone():
     """Its first step has no 1 / sqrt(alpha): what predicts the noise divides by zero there."""
     schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -358,9 +403,7 @@ def test_a_clipped_step_of_a_sample_that_is_not_finite():
     ("name", "options"),
     [
         ("HeunDiscreteScheduler", {"clip_sample": True}),
-        ("DDIMScheduler", {"thresholding": True}),
-        ("DDPMScheduler", {"thresholding": True}),
-        ("DDPMScheduler", {"variance_type": "learned_range"}),
+        ("DDPMScheduler", {"variance_type": "learned"}),
         ("UniPCMultistepScheduler", {"thresholding": True}),
         ("DPMSolverMultistepScheduler", {"thresholding": True}),
     ],
@@ -558,10 +601,10 @@ def test_what_is_remembered_is_never_anothers():
         scheduler.factors = [torch.tensor(factor, dtype=torch.float64)]
         assert_follows(scheduler)
 
-    scheduler = make("DDIMScheduler", thresholding=True)
+    scheduler = make("UniPCMultistepScheduler", thresholding=True)
     scheduler.set_timesteps(5)
     for _ in range(2):
-        with pytest.raises(NotLinear, match="DDIMScheduler: "):
+        with pytest.raises(NotLinear, match="UniPCMultistepScheduler: it thresholds"):
             probe(scheduler)
 
 

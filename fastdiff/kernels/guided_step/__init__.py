@@ -20,16 +20,17 @@ def guided_step(
     mask: Tensor | None = None,
     original: Tensor | None = None,
     original_noise: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> None:
     """One step of any scheduler that is linear in the samples, outputs and noise, or that clips its
     estimate of the clean picture.
 
-    With g, φ, w, a, d, l, s, p, q, r, u, v, b_0..b_M, c_1..c_M from the row `table[step]`:
+    With g, φ, w, a, d, k, s, p, q, r, t, h, u, v, b_0..b_M, c_1..c_M from the row `table[step]`:
 
         ε  = ε_1 + g (ε_2 - ε_1)                                (with two or three outputs)
         ε ← ε + w (ε_2 - ε_3)                                   (with three)
         ε ← φ ε · std(ε_2) / std(ε) + (1 - φ) ε                 (φ ≠ 0; std over each sample)
-        x' = a x + b_0 ε + Σ_h (b_h ε[i-h] + c_h x[i-h]) + d exp(l y) noise + clip(p x + q ε, ±r)
+        x' = a x + b_0 ε + Σ_h (b_h ε[i-h] + c_h x[i-h]) + d exp(k y) noise + clip(p x + q ε, ±r)
         x' ← m x' + (1 - m) (u original + v original_noise)     (with a mask m)
         next input = s x'
 
@@ -38,20 +39,25 @@ def guided_step(
     outputs text and perturbed, and g = -w. y, if there is one, is what the network says of the
     variance beside ε_2, or ε_1 if that is all.
 
+    With `limits` the clip is dynamic thresholding: a limit R, the h-quantile of |p x + q ε| over
+    each sample, but at least r and at most t, and clip(p x + q ε, ±R) · r / R.
+
     Args:
         model_output: [G·B, ..., C or 2C], G = 1, 2 or 3, the network's dtype. The last C of 2C are
-            y; they are not read where l is 0.
+            y; they are not read where k is 0.
         sample: [B, ..., C] float32 (float64 with the reference), overwritten by x'.
         history: [2, M, B, ..., C] like sample: past outputs and past samples, each in a ring
             (step % M), into which this step's are written. Entries with a zero coefficient are not
             read.
         following: [B, ..., C] in model_output's dtype, overwritten by the network's next input.
-        table: [steps, 13 + 2M] like sample; see `spec` for its columns.
+        table: [steps, 16 + 2M] like sample; see `spec` for its columns.
         step: [1] int64 on the same device: the row's index, so that the host reads nothing back.
         noise: like sample.
         mask: like sample; 1 where the step's result is taken (inpainting).
         original, original_noise: like sample, both or none; without them, x is kept where the mask
             is 0.
+        limits: [B] like sample, overwritten by R, for tables that threshold; where r is 0, nothing
+            is clipped.
 
     Raises:
         ValueError: the table's width does not match the history's depth, there are not one to three
@@ -59,7 +65,7 @@ def guided_step(
             `original_noise` is given without the other or without a mask.
 
     Ho & Salimans, Classifier-Free Diffusion Guidance (2022); Lin et al. (2023) for φ; Ahn et al.
-    (2024) for w; Nichol & Dhariwal (2021) for l.
+    (2024) for w; Nichol & Dhariwal (2021) for k; Saharia et al. (2022) for the thresholding.
     """
     width = HISTORY + 1 + 2 * history.shape[1]
     if table.shape[-1] != width:
@@ -82,5 +88,5 @@ def guided_step(
         )
     _op(
         *(model_output, sample, history, following, table, step),
-        *(noise, mask, original, original_noise),
+        *(noise, mask, original, original_noise, limits),
     )

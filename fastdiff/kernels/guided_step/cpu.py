@@ -31,6 +31,7 @@ def run(a: Arguments) -> None:
     extra = (a.noise, a.mask, a.original, a.original_noise)
     for tensor in extra:
         expects(EXTRA, tensor, a.sample, tuple(a.sample.shape))
+    expects("guided_step: limits", a.limits, a.sample, (batch,))
     if not all(given.is_contiguous() for given in (a.model_output, a.sample, a.following, a.table)):
         raise ValueError("guided_step: all tensors must be contiguous")
     NATIVE.guided_step(
@@ -43,4 +44,5 @@ def run(a: Arguments) -> None:
         a.sample.data_ptr(),
         a.history.data_ptr(),
         a.following.data_ptr(),
+        address(a.limits),
     )

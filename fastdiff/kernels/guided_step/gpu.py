@@ -1,4 +1,5 @@
-"""Triton implementation of `guided_step`: one launch, whatever the scheduler.
+"""Triton implementation of `guided_step`: one launch, whatever the scheduler. Dynamic thresholding
+takes one more, since the quantile of a whole sample must be known first.
 
 The step and its row of coefficients are read on the device, so a graph can replay the launch.
 Guidance rescale needs standard deviations over a sample. If the row asks for it, each program
@@ -14,6 +15,7 @@ import triton.language as tl
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.guided_step import spec
 from fastdiff.kernels.guided_step.spec import Arguments
+from fastdiff.kernels.guided_step.tiles import clean_bits, deviation_ratio, guided_output, placed
 from fastdiff.kernels.tuned import tunable
 
 # a kernel may read only globals that are constexpr
@@ -22,75 +24,82 @@ PERTURBED, LEARNED = tl.constexpr(spec.PERTURBED), tl.constexpr(spec.LEARNED)
 SAMPLE, NOISE = tl.constexpr(spec.SAMPLE), tl.constexpr(spec.NOISE)
 NEXT_SCALE, HISTORY = tl.constexpr(spec.NEXT_SCALE), tl.constexpr(spec.HISTORY)
 CLIP_SAMPLE, CLIP_OUTPUT = tl.constexpr(spec.CLIP_SAMPLE), tl.constexpr(spec.CLIP_OUTPUT)
-LIMIT = tl.constexpr(spec.LIMIT)
+LIMIT, CEILING = tl.constexpr(spec.LIMIT), tl.constexpr(spec.CEILING)
+QUANTILE = tl.constexpr(spec.QUANTILE)
 KEPT_ORIGINAL, KEPT_NOISE = tl.constexpr(spec.KEPT_ORIGINAL), tl.constexpr(spec.KEPT_NOISE)
 
 
 @triton.jit
-def _at(offsets, WIDE: tl.constexpr):
-    """Where the network's outputs for a sample's elements are. WIDE: the sample's channels, if the
-    network gives twice as many."""
-    if WIDE == 0:
-        return offsets
-    return offsets + offsets // WIDE * WIDE
-
-
-@triton.jit
-def _guided(
-    output_ptr, copy, offsets, inside, guidance, perturbed, COPIES: tl.constexpr, WIDE: tl.constexpr
-):
-    """The guided output and its text part, both fp32; without guidance, the output twice."""
-    at = _at(offsets, WIDE)
-    output = tl.load(output_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if COPIES == 1:
-        return output, output
-    text = tl.load(output_ptr + copy + at, mask=inside, other=0.0).to(tl.float32)
-    output += guidance * (text - output)
-    if COPIES == 3:
-        used = tl.where(perturbed != 0, inside, False)
-        third = tl.load(output_ptr + 2 * copy + at, mask=used, other=0.0).to(tl.float32)
-        output += perturbed * (text - third)
-    return output, text
-
-
-@triton.jit
-def _deviation_ratio(
-    output_ptr, copy, E, guidance, perturbed,
-    REDUCE: tl.constexpr, COPIES: tl.constexpr, WIDE: tl.constexpr,
+def _limits_kernel(
+    output_ptr, table_ptr, step_ptr, E, columns, sample_ptr, limits_ptr,
+    COPIES: tl.constexpr, WIDE: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """std(text) / std(guided) over the E elements of a sample, each in two passes."""
-    guided_sum = tl.zeros((REDUCE,), tl.float32)
-    text_sum = tl.zeros((REDUCE,), tl.float32)
-    for start in range(0, E, REDUCE):
-        offsets = start + tl.arange(0, REDUCE)
-        guided, text = _guided(
-            output_ptr, copy, offsets, offsets < E, guidance, perturbed, COPIES, WIDE
-        )
-        guided_sum += guided
-        text_sum += text
-    guided_mean = tl.sum(guided_sum, 0) / E
-    text_mean = tl.sum(text_sum, 0) / E
-    guided_sum = tl.zeros((REDUCE,), tl.float32)
-    text_sum = tl.zeros((REDUCE,), tl.float32)
+    """Each program finds a quantile of one sample, bit by bit: it counts what is at most a bound,
+    and halves the range of the bounds."""
+    picture = tl.program_id(0).to(tl.int64)
+    all = tl.num_programs(0).to(tl.int64) * E
+    copy = all if WIDE == 0 else 2 * all
+    output_ptr += picture * E if WIDE == 0 else 2 * picture * E
+    sample_ptr += picture * E
+    row = table_ptr + tl.load(step_ptr).to(tl.int64) * columns
+    guidance = tl.load(row + GUIDANCE)
+    perturbed = 0.0
+    if COPIES == 3:
+        perturbed = tl.load(row + PERTURBED)
+    factor = 1.0
+    if COPIES > 1:
+        rescale = tl.load(row + RESCALE)
+        if rescale != 0:
+            ratio = deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
+            factor = rescale * ratio + (1 - rescale)
+    position = tl.load(row + QUANTILE).to(tl.float64) * (E - 1)
+    rank = position.to(tl.int32)
+    least, most = 0, tl.full((), 0x7F800000, tl.int32)  # infinity
+    for _ in range(31):
+        bound = least + (most - least) // 2
+        count = tl.zeros((REDUCE,), tl.int32)
+        for start in range(0, E, REDUCE):
+            offsets = start + tl.arange(0, REDUCE)
+            inside = offsets < E
+            bits = clean_bits(
+                output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
+                COPIES, WIDE,
+            )  # fmt: skip
+            count += (inside & (bits <= bound)).to(tl.int32)
+        enough = tl.sum(count, 0) > rank
+        most = tl.where(enough, bound, most)
+        least = tl.where(enough, least, bound + 1)
+    count = tl.zeros((REDUCE,), tl.int32)
+    above = tl.full((REDUCE,), 0x7FFFFFFF, tl.int32)
+    largest = tl.zeros((REDUCE,), tl.int32)
     for start in range(0, E, REDUCE):
         offsets = start + tl.arange(0, REDUCE)
         inside = offsets < E
-        guided, text = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
-        guided = tl.where(inside, guided - guided_mean, 0.0)
-        text = tl.where(inside, text - text_mean, 0.0)
-        guided_sum += guided * guided
-        text_sum += text * text
-    return tl.sqrt_rn(tl.sum(text_sum, 0)) / tl.sqrt_rn(tl.sum(guided_sum, 0))
+        bits = clean_bits(
+            output_ptr, copy, sample_ptr, row, factor, offsets, inside, guidance, perturbed,
+            COPIES, WIDE,
+        )  # fmt: skip
+        count += (inside & (bits <= most)).to(tl.int32)
+        above = tl.minimum(above, tl.where(inside & (bits > most), bits, 0x7FFFFFFF))
+        largest = tl.maximum(largest, tl.where(inside, bits, 0))
+    value = most.to(tl.float32, bitcast=True)
+    following = tl.where(tl.sum(count, 0) > rank + 1, most, tl.min(above, 0))
+    between = (position - rank).to(tl.float32)
+    if between > 0:
+        value += between * (following.to(tl.float32, bitcast=True) - value)
+    limit = tl.minimum(tl.maximum(value, tl.load(row + LIMIT)), tl.load(row + CEILING))
+    limit = tl.where(tl.max(largest, 0) > 0x7F800000, float("nan"), limit)
+    tl.store(limits_ptr + picture, limit)
 
 
 @triton.jit
 def _guided_step_kernel(
     output_ptr, table_ptr, step_ptr, noise_ptr, mask_ptr, original_ptr, original_noise_ptr,
-    E, columns, sample_ptr, history_ptr, next_ptr,
+    limits_ptr, E, columns, sample_ptr, history_ptr, next_ptr,
     COPIES: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Each program updates BLOCK of the E elements of one sample. WIDE as in `_at`."""
+    """Each program updates BLOCK of the E elements of one sample. WIDE as in `placed`."""
     first = tl.program_id(1).to(tl.int64) * E
     all = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
     copy = all if WIDE == 0 else 2 * all
@@ -103,11 +112,11 @@ def _guided_step_kernel(
         perturbed = tl.load(row + PERTURBED)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < E
-    output, _ = _guided(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
+    output, _ = guided_output(output_ptr, copy, offsets, inside, guidance, perturbed, COPIES, WIDE)
     if COPIES > 1:
         rescale = tl.load(row + RESCALE)
         if rescale != 0:
-            ratio = _deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
+            ratio = deviation_ratio(output_ptr, copy, E, guidance, perturbed, REDUCE, COPIES, WIDE)
             output = rescale * (output * ratio) + (1 - rescale) * output
     own = first + offsets
     sample = tl.load(sample_ptr + own, mask=inside, other=0.0)
@@ -115,7 +124,12 @@ def _guided_step_kernel(
     limit = tl.load(row + LIMIT)
     if limit != 0:
         clean = tl.load(row + CLIP_SAMPLE) * sample + tl.load(row + CLIP_OUTPUT) * output
-        result += tl.clamp(clean, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        if limits_ptr is None:
+            result += tl.clamp(clean, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            most = tl.load(limits_ptr + tl.program_id(1))
+            clean = tl.clamp(clean, -most, most, propagate_nan=tl.PropagateNan.ALL)
+            result += clean * (limit / most)
     for h in tl.static_range(1, DEPTH + 1):
         slot = (step - h + DEPTH) % DEPTH
         b = tl.load(row + HISTORY + h)
@@ -132,7 +146,7 @@ def _guided_step_kernel(
             learned = tl.load(row + LEARNED)
             text = output_ptr + (copy if COPIES > 1 else 0)
             variance = tl.load(
-                text + _at(offsets, WIDE) + WIDE,
+                text + placed(offsets, WIDE) + WIDE,
                 mask=tl.where(learned != 0, inside, False),
                 other=0.0,
             )
@@ -174,6 +188,9 @@ CONFIGS = (
     (65536, LaunchConfig(1024, 4096, 4)),
     (2**62, LaunchConfig(2048, 4096, 8)),
 )
+MOST = 16384
+"""Elements that the launch which finds the limits of thresholding reads at once, at 32 a thread;
+one program reads a whole sample, again and again."""
 ALIGNED = 16  # elements: Triton only checks whether a size is a multiple of this
 
 
@@ -198,7 +215,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     for name, tensor in (("sample", a.sample), ("history", a.history), ("table", a.table)):
         if tensor.dtype != torch.float32:
             raise ValueError(f"guided_step: {name} is {tensor.dtype}; the kernel takes float32")
-    extra = (a.noise, a.mask, a.original, a.original_noise)
+    extra = (a.noise, a.mask, a.original, a.original_noise, a.limits)
     tensors = (a.model_output, a.sample, a.history, a.following, a.table, *extra)
     if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError("guided_step: all tensors must be contiguous")
@@ -217,6 +234,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
         "mask_ptr": a.mask,
         "original_ptr": a.original,
         "original_noise_ptr": a.original_noise,
+        "limits_ptr": a.limits,
         "E": elements,
         "columns": a.table.shape[1],
         "sample_ptr": a.sample,
@@ -235,7 +253,20 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     launch = Launch(
         _guided_step_kernel, arguments, constants, grid, config.num_warps, vector=vector
     )
-    return (launch,), None
+    if a.limits is None:
+        return (launch,), None
+    names = ("output_ptr", "table_ptr", "step_ptr", "E", "columns", "sample_ptr", "limits_ptr")
+    shared = {name: constants[name] for name in ("COPIES", "WIDE")}
+    block = min(MOST, triton.next_power_of_2(elements))
+    limits = Launch(
+        _limits_kernel,
+        {name: arguments[name] for name in names},
+        shared | {"REDUCE": block},
+        (batch,),
+        max(1, block // 1024),
+        vector=vector,
+    )
+    return (limits, launch), None
 
 
 run = Launcher(Arguments, plan)

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastdiff.kernels.contract import Case, KernelSpec
 
 GUIDANCE, RESCALE, PERTURBED, SAMPLE, NOISE, LEARNED, NEXT_SCALE = range(7)
-CLIP_SAMPLE, CLIP_OUTPUT, LIMIT, KEPT_ORIGINAL, KEPT_NOISE, HISTORY = range(7, 13)
+CLIP_SAMPLE, CLIP_OUTPUT, LIMIT, CEILING, QUANTILE = range(7, 12)
+KEPT_ORIGINAL, KEPT_NOISE, HISTORY = range(12, 15)
 """The columns of a table row. From HISTORY on: b_0..b_M for the outputs, then c_1..c_M for the
 samples, where M is the depth of the history."""
 
@@ -28,6 +29,7 @@ class Arguments:
     mask: Tensor | None = None
     original: Tensor | None = None
     original_noise: Tensor | None = None
+    limits: Tensor | None = None
 
 
 def formula(a: Arguments) -> None:
@@ -51,7 +53,12 @@ def formula(a: Arguments) -> None:
     b, c = row[HISTORY : HISTORY + depth + 1], row[HISTORY + depth + 1 :]
     result = row[SAMPLE] * a.sample + b[0] * output
     clean = row[CLIP_SAMPLE] * a.sample + row[CLIP_OUTPUT] * output
-    clipped = torch.maximum(torch.minimum(clean, row[LIMIT]), -row[LIMIT])
+    limit = row[LIMIT]
+    if a.limits is not None:
+        least = clean.abs().flatten(1).quantile(row[QUANTILE], dim=1)
+        a.limits.copy_(least.maximum(limit).minimum(row[CEILING]))
+        limit = a.limits.view(batch, *[1] * (clean.ndim - 1))
+    clipped = torch.maximum(torch.minimum(clean, limit), -limit) * (row[LIMIT] / limit)
     result = result + torch.where(row[LIMIT] != 0, clipped, 0.0)
     for h in range(1, depth + 1):
         slot = (index - h) % depth
@@ -94,6 +101,8 @@ def inputs(
     table[:, PERTURBED] = case.get("perturbed", 0.0)
     table[:, LEARNED] = case.get("learned", 0.0)
     table[:, LIMIT] = case.get("limit", 0.0)
+    table[:, CEILING] = case.get("ceiling", 0.0)
+    table[:, QUANTILE] = case.get("quantile", 0.0)
     history = normal(2, depth, *shape)
     if case.get("fresh"):  # the first step: the history is empty, its coefficients are zero
         table[:, HISTORY + 1 :] = 0
@@ -116,6 +125,9 @@ def inputs(
         "mask": torch.rand(shape, generator=generator, device=device).to(state) if kept else None,
         "original": picture(kept == "original"),
         "original_noise": picture(kept == "original"),
+        "limits": torch.full((case.B,), float("nan"), dtype=state, device=device)
+        if case.get("quantile")
+        else None,
     }
 
 
@@ -132,8 +144,10 @@ def moved(case: Case, size: int) -> int:
     state = 2 + past + 2 * bool(case.depth) + noise
     state += bool(kept) + 2 * (kept == "original")
     columns = 5 + min(case.copies - 1, 1) + (case.copies == 3) + 2 * case.depth
+    columns += 2 * bool(case.get("quantile"))
     columns += noise * (1 + learns) + 2 * bool(case.get("limit")) + 2 * (kept == "original")
-    return int(_elements(case) * (size * (reads + 1) + 4 * state) + 4 * columns + 8)
+    limits = 2 * case.B * bool(case.get("quantile"))  # written, then read
+    return int(_elements(case) * (size * (reads + 1) + 4 * state) + 4 * (columns + limits) + 8)
 
 
 def operations(case: Case) -> int:
@@ -149,6 +163,7 @@ def operations(case: Case) -> int:
 
 LEARNED_NOISE = {"wide": True, "learned": -1.7, "noise": True, "limit": 0.7}
 EVERYTHING = {"perturbed": -1.5, "rescale": 0.3, "kept": "original", "repeats": True}
+THRESHOLD = {"quantile": 0.77, "ceiling": 1.4, "repeats": True}
 CASES = (
     Case("sd15-cfg", B=1, Y=64, X=64, C=4, copies=2, depth=0),
     Case("sdxl-cfg-multistep", B=1, Y=128, X=128, C=4, copies=2, depth=3),
@@ -160,10 +175,12 @@ CASES = (
     Case("unused", B=1, Y=8, X=16, C=4, copies=3, depth=0, wide=True),
     Case("inpainting", B=2, Y=64, X=64, C=4, copies=2, depth=0, kept="original"),
     Case("learned", B=1, Y=16, X=16, C=3, copies=2, depth=0, kept="sample", **LEARNED_NOISE),
+    Case("threshold", B=1, Y=8, X=16, C=3, copies=2, depth=0, **THRESHOLD, **LEARNED_NOISE),
     Case("demo", B=1, Y=16, X=16, C=4, copies=2, depth=1),
     Case("first-step", B=2, Y=16, X=16, C=4, copies=2, depth=2, fresh=True, step=0),
     Case("odd", B=3, Y=33, X=17, C=5, copies=2, depth=2, rescale=0.3, noise=True, repeats=True),
     Case("odd-learned", B=2, Y=3, X=5, C=3, copies=3, depth=1, **LEARNED_NOISE, **EVERYTHING),
+    Case("odd-threshold", B=2, Y=3, X=5, C=3, copies=1, depth=1, limit=0.9, **THRESHOLD),
     Case("tiny", B=1, Y=1, X=3, C=4, copies=1, depth=1, step=4),
 )
 
@@ -176,5 +193,5 @@ SPEC = KernelSpec(
     cases=CASES,
     bytes=moved,
     flops=operations,
-    mutates=("sample", "history", "following"),
+    mutates=("sample", "history", "following", "limits"),
 )
