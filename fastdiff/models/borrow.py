@@ -57,7 +57,8 @@ class Loan(Reads):
     """
 
     epoch: int
-    """Grows with every loan in this process, and when `refresh` has rewritten weights."""
+    """Grows with every loan in this process, when `refresh` has rewritten weights, and when
+    `intact` finds other objects in the switches."""
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class Loan(Reads):
         if root.training:
             raise Unsupported("a module in training mode")
         self.epoch = next(_EPOCHS)
+        self._switched: tuple[int, ...] = ()
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
         self._mode = first.is_inference()
@@ -174,14 +176,19 @@ class Loan(Reads):
                     for lent in self._held:
                         lent.come_back()
                 self._held = [lent for lent in self._held if lent.collect()]
-        return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
-            self.watch().intact()
-        )
+        if [*map(Tensor.data_ptr, self._parameters)] != self._addresses:
+            return False
+        try:
+            intact: bool = self.watch().intact()
+        except Unsupported:  # of what a switch holds now
+            return False
+        if intact and (now := self.switched) != self._switched:
+            self._switched, self.epoch = now, next(_EPOCHS)
+        return intact
 
     def seal(self) -> None:
         super().seal()
-        if not self._rehearsal:
-            self.watch()
+        self._switched = self.switched
         self._held = [*self._lent.values()]
         self._parameters = [lent.parameter for lent in self._held]
         self._addresses = [lent.address for lent in self._held]
