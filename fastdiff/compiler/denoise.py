@@ -1,12 +1,15 @@
 """Runs the steps of a denoising loop as a plan: noise, callbacks, the progress bar, overflow."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastdiff.compiler import guidance
+from fastdiff.compiler.inpainting import with_factors
 from fastdiff.compiler.loop_call import Call, Callback
 from fastdiff.compiler.loop_conditions import carried, check_scales
 from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
@@ -17,7 +20,6 @@ from fastdiff.models import Unsupported
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime.contents import Standing
 from fastdiff.runtime.denoiser import Denoiser
-from fastdiff.runtime.guidance import Guidance
 from fastdiff.runtime.loop import Mark, Run
 from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
 
@@ -33,7 +35,9 @@ class Denoising:
         if slot is None:
             raise Unsupported(f"the {call.plan.network} is not compiled")
         self.pipe, self.slot, self.call, self.given = pipe, slot, call, call.conditions
-        self.scheduler, self.guided = getattr(pipe, call.plan.scheduler), self._guided
+        self.scheduler = getattr(pipe, call.plan.scheduler)
+        self.setting = partial(call.setting, pipe)
+        self.predictions = guidance.predictions_of(self.setting)
         self.denoiser = self._offer()
         network, sides = self.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
@@ -45,13 +49,16 @@ class Denoising:
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]
             raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")
-        self.hoisted = self._hoist()
+        self.inpainting = with_factors(call.inpainting, self.scheduler, self.table, call.plan)
+        self.hoisted = self._hoist(0)
         self.noises: dict[int, Tensor] = {}
         """Noise drawn since the last mark, by step: a repeated step must not draw again."""
         self.reached = 0
         """Steps that the progress bar has counted."""
         self.latents: Tensor | None = None
         """The latents as the last callback left them."""
+        self.handed: dict[str, Tensor] = {}
+        """What the last callback returned of `call.handed`."""
         self.left: str | None = None
         """Why the remaining steps are left to diffusers, if they are."""
 
@@ -64,19 +71,30 @@ class Denoising:
         Returns:
             How many steps diffusers must skip.
         """
-        guarded = self.denoiser.network.dtype == torch.float16 and not overflowed(self.call.latents)
-        mark = self._run_from(None, guarded)
-        if mark is not None:
-            self._run_from(mark, guarded=False)
+        mark = self._run_from(None)
+        while mark is not None:
+            self.hoisted = self._hoist(mark.at)
+            mark = self._run_from(mark)
         return len(self.call.timesteps) if self.left is None else self.reached
 
-    def _run_from(self, mark: Mark | None, guarded: bool) -> Mark | None:
-        """Run the steps after a mark. If float16 overflows, return the mark to resume from."""
+    @property
+    def _guarded(self) -> bool:
+        """Whether the steps may overflow, and did not before."""
+        half = self.denoiser.network.dtype == torch.float16
+        return half and not overflowed(self.call.latents)
+
+    def _run_from(self, mark: Mark | None) -> Mark | None:
+        """Run the steps after a mark, as far as they have as many predictions as the first one.
+        Return the mark to go on from, which is an earlier one if float16 overflows."""
         call, plans = self.call, self.denoiser.plans
-        with plans.start(call.latents, self.table, self._guidance(), self.hoisted) as run:
+        guided = guidance.guidance_of(self.setting, call.timesteps)
+        with plans.start(call.latents, self.table, guided, self.hoisted, self.inpainting) as run:
             if mark is not None:
                 run.go_back(mark)
-            right = self._advance(run, guarded)
+            last = guidance.end_of_part(call.skips, run.at, len(call.timesteps))
+            right = self._advance(run, last)
+            if right is None and run.at == last < len(call.timesteps) and self._goes_on:
+                return run.mark()
             if right is None:
                 self._hand_over(run)
                 return None
@@ -85,14 +103,19 @@ class Denoising:
                 where = first_overflow(self.slot.module, lambda: self._repeat(run, right))
         self.slot.promote(where, self._scale())
         self.denoiser = self._offer()
-        self.hoisted = self._hoist()
         return right
 
-    def _advance(self, run: Run, guarded: bool) -> Mark | None:
-        """Run the steps from `run.at`. If float16 overflows, return the last mark before it."""
-        call, count = self.call, len(self.call.timesteps)
+    @property
+    def _goes_on(self) -> bool:
+        interrupted = bool(getattr(self.pipe, "interrupt", False))  # some pipelines have none
+        return self.left is None and not interrupted
+
+    def _advance(self, run: Run, last: int) -> Mark | None:
+        """Run the steps from `run.at` to `last`. If float16 overflows, return the last mark before
+        it."""
+        call, guarded = self.call, self._guarded
         mark: Mark | None = None
-        while run.at < count and self.left is None and not self._interrupted:
+        while run.at < last and self._goes_on:
             i = run.at
             if guarded and (mark is None or call.callback is not None):
                 mark = run.mark()
@@ -106,7 +129,7 @@ class Denoising:
             self.slot.fast += 1
             # previews look up their sigma in this state
             vars(self.scheduler).update(self.table.states[i])
-            looked_at = call.callback is not None or run.at == count
+            looked_at = call.callback is not None or run.at == last
             if guarded and looked_at and not run.finite():
                 return mark
             if call.callback is not None:
@@ -114,15 +137,13 @@ class Denoising:
             self._show(i)
         return None
 
-    @property
-    def _interrupted(self) -> bool:
-        return bool(getattr(self.pipe, "interrupt", False))  # some pipelines have none
-
     def _hand_over(self, run: Run) -> None:
         """Write what diffusers continues from into the tensors that its local variables hold."""
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
         call.latents.data = latents
+        for name, value in self.handed.items():
+            call.handed[name].data = value
         for field in call.plan.replaced.values():
             before, now = getattr(call.conditions, field), getattr(self.given, field)
             if before is not now:
@@ -167,6 +188,9 @@ class Denoising:
                 f"callback_on_step_end made the pipeline a {type(pipe).__name__} while it draws;"
                 " do that between two pictures"
             )
+        self.handed = {n: _as_tensor(n, returned[n]) for n in call.handed if n in returned}
+        if self.handed:
+            self.left = f"after callback_on_step_end returned {' and '.join(self.handed)}"
         before, self.given = self.given, self._conditions_after(returned)
         if run.at == len(call.timesteps):
             return  # no step follows, so other changes do not matter
@@ -195,19 +219,22 @@ class Denoising:
             refuse_foreign(self.scheduler)
         except NotLinear as reason:
             _unsupported_if(True, f"changed the scheduler ({reason})")
-        _unsupported_if(self._guided != self.guided, "switched guidance on or off")
+        switched = guidance.predictions_of(self.setting) != self.predictions
+        _unsupported_if(switched, "switched guidance on or off")
         try:
             denoiser = self._offer()
         except Unsupported as reason:
             _unsupported_if(True, f"changed the {name} beyond what fastdiff computes ({reason})")
         _unsupported_if(denoiser.network is not run.network, f"replaced parts of the {name}")
-        if changed or self._uses_ip_adapters or self.slot.version != version:
-            hoisted = self._hoist()
+        anew = changed or self._uses_ip_adapters or self.slot.version != version
+        end = guidance.end_of_part(self.call.skips, run.at - 1, len(self.call.timesteps))
+        if anew and run.at < end:
+            hoisted = self._hoist(run.at - 1)
             what = "switched on an IP-Adapter that was off, or returned other embedding shapes"
             _unsupported_if(not run.takes(hoisted), what)
             run.condition(hoisted)
         run.set_latents(latents)
-        run.guide(self._guidance())
+        run.guide(guidance.guidance_of(self.setting, self.call.timesteps))
 
     @property
     def _uses_ip_adapters(self) -> bool:
@@ -226,17 +253,6 @@ class Denoising:
         same = all(getattr(self.given, field) is value for field, value in others.items())
         return self.given if same else self.given._replace(**others)
 
-    def _guidance(self) -> Guidance:
-        """The present guidance_scale and guidance_rescale; a negative rescale is ignored."""
-        rescale = float(self.call.setting(self.pipe, "guidance_rescale", 0.0))
-        scale = float(self.call.setting(self.pipe, "guidance_scale", 1.0))
-        return Guidance(scale, max(0.0, rescale))
-
-    @property
-    def _guided(self) -> bool:
-        """Whether the loop draws with classifier-free guidance."""
-        return bool(self.call.setting(self.pipe, "do_classifier_free_guidance", False))
-
     def _scale(self) -> float:
         """The factor by which the call scales LoRA adapters."""
         name = self.call.plan.attention_kwargs
@@ -247,13 +263,21 @@ class Denoising:
     def _offer(self) -> Denoiser:
         denoiser: Denoiser = self.slot.offer(self.call.latents, self.given, scale=self._scale())
         if self.slot.promotion is None:
-            copies = 2 if self.guided else 1
-            denoiser.network.check(self.call.latents, self.given, copies)
+            latents, skips = self.call.latents, self.call.skips
+            denoiser.network.check(latents, self.given, self.predictions.count)
+            if skips is not None:
+                denoiser.network.check(latents, skips.conditions(self.given), 3)
         return denoiser
 
-    def _hoist(self) -> Hoisted:
-        """Compute once what all steps share; in the network's dtype if it was promoted."""
+    def _hoist(self, at: int) -> Hoisted:
+        """Compute once what all steps like step `at` share; in the network's dtype if it was
+        promoted."""
         network, latents, given = self.denoiser.network, self.call.latents, self.given
+        skips, count = self.call.skips, self.predictions.count
+        if skips is not None and at in skips.steps:
+            given, count = skips.conditions(given), 3
+        if count > 1 + self.predictions.guided:
+            given = guidance.with_repeats(given, count, latents.shape[0])
         if self.slot.promotion is not None:
             given = as_type(given, torch.float16, network.dtype)
         timesteps = self.call.timesteps.to(latents.device)[:, None]

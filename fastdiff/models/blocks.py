@@ -16,8 +16,9 @@ from fastdiff.kernels.attention import attention
 from fastdiff.kernels.concat import concat
 from fastdiff.kernels.linear import linear
 from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights
-from fastdiff.models.reads import Reader, Switch
+from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, projected
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")

@@ -4,7 +4,6 @@ A lent parameter keeps its identity, shape, values and name; only its memory mov
 in-place edits work as before (see `state`), and the kernels see those edits.
 """
 
-import itertools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 from fastdiff.kernels.where import on_gpu
 from fastdiff.models.lora import Merges, added_by, base_of
-from fastdiff.models.reads import Reads, check_conv
+from fastdiff.models.reads import EPOCHS, Reads, check_conv
 from fastdiff.models.state import Gate, Homes, Lent
 from fastdiff.models.watch import Unsupported, kind
 
@@ -45,9 +44,6 @@ class Norm:
     eps: float
 
 
-_EPOCHS = itertools.count(1)
-
-
 class Loan(Reads):
     """The parameters of `root` that are lent to the runtime, and the conditions for that.
 
@@ -55,10 +51,6 @@ class Loan(Reads):
     its own, which `refresh` writes. A rehearsal raises Unsupported just as the loan would, but
     moves nothing.
     """
-
-    epoch: int
-    """Grows with every loan in this process, when `refresh` has rewritten weights, and when
-    `intact` finds other objects in the switches."""
 
     def __init__(
         self,
@@ -84,8 +76,6 @@ class Loan(Reads):
         self.note(root, "training", root.training)
         if root.training:
             raise Unsupported("a module in training mode")
-        self.epoch = next(_EPOCHS)
-        self._switched: tuple[int, ...] = ()
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
         self._mode = first.is_inference()
@@ -176,19 +166,11 @@ class Loan(Reads):
                     for lent in self._held:
                         lent.come_back()
                 self._held = [lent for lent in self._held if lent.collect()]
-        if [*map(Tensor.data_ptr, self._parameters)] != self._addresses:
-            return False
-        try:
-            intact: bool = self.watch().intact()
-        except Unsupported:  # of what a switch holds now
-            return False
-        if intact and (now := self.switched) != self._switched:
-            self._switched, self.epoch = now, next(_EPOCHS)
-        return intact
+        here = [*map(Tensor.data_ptr, self._parameters)] == self._addresses
+        return here and self.unchanged()
 
     def seal(self) -> None:
         super().seal()
-        self._switched = self.switched
         self._held = [*self._lent.values()]
         self._parameters = [lent.parameter for lent in self._held]
         self._addresses = [lent.address for lent in self._held]
@@ -216,7 +198,7 @@ class Loan(Reads):
             Unsupported: an adapter has become one that the runtime cannot merge.
         """
         if self._merges.refresh(scale):
-            self.epoch = next(_EPOCHS)
+            self.epoch = next(EPOCHS)
 
     def end(self) -> None:
         """Give every parameter memory of its own again, in its old layout."""

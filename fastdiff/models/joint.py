@@ -14,8 +14,8 @@ from fastdiff.kernels.residual import residual
 from fastdiff.models.blocks import Columns, require
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.joint_attention import Image, JointAttention, borrow_joint_attention
-from fastdiff.models.reads import Switch
 from fastdiff.models.stream import Stream
+from fastdiff.models.switches import Switch
 
 _VECTORS = {"AdaLayerNormZero": 6, "SD35AdaLayerNormZeroX": 9, "AdaLayerNormContinuous": 2}
 """The number of vectors that a norm of each class takes."""

@@ -13,7 +13,8 @@ from fastdiff.kernels.residual import residual
 from fastdiff.models.blocks import require
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.perturbed import appended, attention_to_text
-from fastdiff.models.reads import Reader, Switch
+from fastdiff.models.reads import Reader
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
 PROCESSOR = "JointAttnProcessor2_0"

@@ -22,8 +22,8 @@ from fastdiff.models.joint_attention import PERTURBING, Image
 from fastdiff.models.joint_trunk import JointTrunk, borrow_joint_trunk
 from fastdiff.models.mmdit_ip import JointIPAdapter, borrow_joint_ip_adapter
 from fastdiff.models.perturbed import Perturbed, perturbed_of
-from fastdiff.models.reads import Switch
 from fastdiff.models.stream import Stream, Streams
+from fastdiff.models.switches import Switch
 
 
 class Conditions(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.kernels.concat import concat
 from fastdiff.models.blocks import require
-from fastdiff.models.reads import Switch
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
 

@@ -4,14 +4,15 @@ A value that was read must stay the same object as long as the network replaces 
 watch and the fingerprints derive from the notes, so no list of attributes is kept by hand.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from fastdiff.models.lora import without_adapters
 from fastdiff.models.originals import Reached, reached
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import Item, Unsupported, hooks, kind, replaced, watch
 from fastdiff.tables import plural
 
@@ -21,35 +22,9 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 _SWITCHED = 4
 """How many states of the switches keep their watch; guidance uses two or three."""
 
+EPOCHS = itertools.count(1)
 Setting = tuple[str, str, Any]
 """Path of a module or of an object in it, attribute, value."""
-
-
-@dataclass(frozen=True)
-class Switch:
-    """An object in a module that may be exchanged for another of a known class."""
-
-    held: dict[str, Any]
-    """The module's own attributes."""
-    name: str
-    known: tuple[str, ...]
-
-    @property
-    def now(self) -> Any:
-        return self.held.get(self.name)
-
-    @property
-    def item(self) -> Item:
-        return self.held, self.name, self.now
-
-    def check(self) -> Any:
-        """The object; Unsupported unless its class is known and it holds no attributes."""
-        thing = self.now
-        if kind(thing) not in self.known:
-            raise Unsupported(f"the {self.name} {kind(thing)} in attention")
-        if vars(thing):
-            raise Unsupported(f"a {kind(thing)} with attributes of its own")
-        return thing
 
 
 class Reader:
@@ -95,7 +70,11 @@ class Reads:
         """The dicts and names of the switches: they are looked up before every step."""
         self._watches: dict[tuple[int, ...], Any] = {}
         """By the objects that the switches hold; a watch keeps these objects."""
+        self._switched: tuple[int, ...] = ()
         self._adopted: Reads | None = None
+        self.epoch = next(EPOCHS)
+        """Grows with every loan in this process, when a loan's `refresh` has rewritten weights, and
+        when `unchanged` finds other objects in the switches."""
 
     def open(self, thing: Any, *known: str | type) -> Any:
         """A Reader of `thing`; Unsupported unless its class is one of the `known`.
@@ -240,9 +219,20 @@ class Reads:
             self._watches[key] = watch(self.modules, items, dicts, others)
         return self._watches[key]
 
+    def unchanged(self) -> bool:
+        """Whether everything that was read until `seal` is what it was."""
+        try:
+            intact: bool = self.watch().intact()
+        except Unsupported:  # of what a switch holds now
+            return False
+        if intact and (now := self.switched) != self._switched:
+            self._switched, self.epoch = now, next(EPOCHS)
+        return intact
+
     def adopt(self, other: "Reads") -> None:
         """Take over another's reads of the same root, and their watch."""
         self._adopted, self.values, self.opened = other, other.values, other.opened
+        self._switched = self.switched
 
     def settings(self) -> list[Setting]:
         """All numbers and strings that were read, by path; they define what the modules compute."""

@@ -21,8 +21,9 @@ from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.ip_adapter import PROCESSOR
 from fastdiff.models.lora import base_of
 from fastdiff.models.perturbed import Perturbed, appended
-from fastdiff.models.reads import Reader, Switch
+from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, projected
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
 

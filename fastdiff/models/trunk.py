@@ -27,10 +27,11 @@ from fastdiff.models.conditions import (
 from fastdiff.models.constant_channels import Constant, check_constant
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.perturbed import Perturbed
-from fastdiff.models.reads import Reader, Switch
+from fastdiff.models.reads import Reader
 from fastdiff.models.resnets import TimeColumns
 from fastdiff.models.stages import ALONE, TOLD, Stage, borrow_stage
 from fastdiff.models.sums import Sum, convolved
+from fastdiff.models.switches import Switch
 from fastdiff.models.transformer import CrossColumns
 
 
