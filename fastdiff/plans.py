@@ -56,6 +56,12 @@ class Plan:
     """The scheduler classes for which `results` are that sample; (): all."""
     absent: tuple[str, ...] = ()
     """Variables that must be None: a plan does not do what they ask for."""
+    skips: Mapping[str, str] = field(default_factory=dict)
+    """What the third prediction of skip-layer guidance is told: by field, the variable. Empty if
+    the pipeline has no such guidance."""
+    noises: str = ""
+    """The scheduler's method with which the loop noises the picture that it keeps outside of a
+    mask. "" if it keeps none."""
     unconditional: Mapping[str, str] = field(default_factory=dict)
     """By field of the conditions, the variable that holds the unconditional half, if the loop
     itself puts it before the other in every step."""

@@ -24,6 +24,7 @@ _TEXT = {
     "timestep_cond": "timestep_cond",
     "image_embeds": "image_embeds",
 }
+_PERTURBED = {"image_embeds": "ip_adapter_image_embeds"}
 _ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
 SD_PLAN = Plan(
     _TEXT,
@@ -37,6 +38,12 @@ XL_PLAN = replace(
     SD_PLAN,
     conditions=_TEXT | _ADDED,
     returned=("prompt_embeds", "add_text_embeds", "add_time_ids"),
+)
+PAG_PLAN = replace(SD_PLAN, conditions=_TEXT | _PERTURBED)
+XL_PAG_PLAN = replace(XL_PLAN, conditions=_TEXT | _ADDED | _PERTURBED)
+SD_INPAINT_PLAN, XL_INPAINT_PLAN, PAG_INPAINT_PLAN, XL_PAG_INPAINT_PLAN = (
+    replace(plan, noises="add_noise", constant_channels=("mask", "masked_image_latents"))
+    for plan in (SD_PLAN, XL_PLAN, PAG_PLAN, XL_PAG_PLAN)
 )
 LCM_PLAN = replace(
     SD_PLAN,
@@ -56,10 +63,15 @@ SD3_PLAN = Plan(
     returned=("prompt_embeds", "pooled_prompt_embeds"),
     attention_kwargs="joint_attention_kwargs",
     pictures="ip_adapter_image_embeds",
-    absent=("skip_guidance_layers",),
+    skips={
+        "encoder_hidden_states": "original_prompt_embeds",
+        "pooled_projections": "original_pooled_prompt_embeds",
+    },
     scaled="",
 )
-SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",))
+SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",), skips={})
+SD3_INPAINT_PLAN = replace(SD3_PICTURE_PLAN, noises="scale_noise")
+SD3_PAG_PLAN = replace(SD3_PICTURE_PLAN, pictures="")
 DDPM_PLAN = Plan(
     conditions={},
     required=(),
@@ -157,15 +169,22 @@ def _rows() -> dict[str, Recipe]:
     return {
         sd: Recipe(plan=SD_PLAN, from_text=sd, exported=True),
         "StableDiffusionImg2ImgPipeline": Recipe(plan=SD_PLAN, from_text=sd),
-        "StableDiffusionInpaintPipeline": Recipe(from_text=sd),
+        "StableDiffusionInpaintPipeline": Recipe(plan=SD_INPAINT_PLAN, from_text=sd),
         "StableDiffusionInstructPix2PixPipeline": Recipe(),
         "StableDiffusionControlNetPipeline": Recipe(controlled),
         "StableDiffusionControlNetImg2ImgPipeline": Recipe(controlled),
         "StableDiffusionControlNetInpaintPipeline": Recipe(controlled),
         "StableDiffusionAdapterPipeline": Recipe(),
+        "StableDiffusionPAGPipeline": Recipe(plan=PAG_PLAN, from_text=sd),
+        "StableDiffusionPAGImg2ImgPipeline": Recipe(plan=PAG_PLAN, from_text=sd),
+        "StableDiffusionPAGInpaintPipeline": Recipe(plan=PAG_INPAINT_PLAN, from_text=sd),
+        "StableDiffusionControlNetPAGPipeline": Recipe(controlled),
+        "StableDiffusionControlNetPAGInpaintPipeline": Recipe(controlled),
         xl: Recipe(plan=XL_PLAN, from_text=xl, upcasts=True, exported=True),
         "StableDiffusionXLImg2ImgPipeline": Recipe(plan=XL_PLAN, from_text=xl, upcasts=True),
-        "StableDiffusionXLInpaintPipeline": Recipe(from_text=xl, upcasts=True),
+        "StableDiffusionXLInpaintPipeline": Recipe(
+            plan=XL_INPAINT_PLAN, from_text=xl, upcasts=True
+        ),
         "StableDiffusionXLInstructPix2PixPipeline": Recipe(upcasts=True),
         "StableDiffusionXLControlNetPipeline": Recipe(controlled, upcasts=True),
         "StableDiffusionXLControlNetImg2ImgPipeline": Recipe(controlled, upcasts=True),
@@ -174,11 +193,20 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusionXLControlNetUnionImg2ImgPipeline": Recipe(upcasts=True),
         "StableDiffusionXLControlNetUnionInpaintPipeline": Recipe(upcasts=True),
         "StableDiffusionXLAdapterPipeline": Recipe(upcasts=True),
+        "StableDiffusionXLPAGPipeline": Recipe(plan=XL_PAG_PLAN, from_text=xl, upcasts=True),
+        "StableDiffusionXLPAGImg2ImgPipeline": Recipe(plan=XL_PAG_PLAN, from_text=xl, upcasts=True),
+        "StableDiffusionXLPAGInpaintPipeline": Recipe(
+            plan=XL_PAG_INPAINT_PLAN, from_text=xl, upcasts=True
+        ),
+        "StableDiffusionXLControlNetPAGPipeline": Recipe(controlled, upcasts=True),
+        "StableDiffusionXLControlNetPAGImg2ImgPipeline": Recipe(controlled, upcasts=True),
         lcm: Recipe(plan=LCM_PLAN, from_text=lcm),
         "LatentConsistencyModelImg2ImgPipeline": Recipe(plan=LCM_PLAN, from_text=lcm),
         sd3: Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3, exported=True),
         "StableDiffusion3Img2ImgPipeline": Recipe(MMDIT, plan=SD3_PICTURE_PLAN, from_text=sd3),
-        "StableDiffusion3InpaintPipeline": Recipe(MMDIT, from_text=sd3),
+        "StableDiffusion3InpaintPipeline": Recipe(MMDIT, plan=SD3_INPAINT_PLAN, from_text=sd3),
+        "StableDiffusion3PAGPipeline": Recipe(MMDIT, plan=SD3_PAG_PLAN, from_text=sd3),
+        "StableDiffusion3PAGImg2ImgPipeline": Recipe(MMDIT, plan=SD3_PAG_PLAN, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         "StableDiffusionUpscalePipeline": Recipe(plan=UPSCALE_PLAN, upcasts=True),

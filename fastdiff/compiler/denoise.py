@@ -7,17 +7,15 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastdiff.compiler.inpainting import with_factors
 from fastdiff.compiler.loop_call import Call, Callback
 from fastdiff.compiler.loop_conditions import carried, check_scales, check_variance
-from fastdiff.compiler.promotion import as_type, first_overflow, overflowed
+from fastdiff.compiler.predictor import Predictor
+from fastdiff.compiler.promotion import first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
-from fastdiff.kernels.observe import entered
 from fastdiff.models import Unsupported
-from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime.contents import Standing
-from fastdiff.runtime.denoiser import Denoiser
-from fastdiff.runtime.guidance import Guidance
 from fastdiff.runtime.loop import Mark, Run
 from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
 
@@ -30,33 +28,31 @@ class Denoising:
 
     def __init__(self, pipe: Any, call: Call) -> None:
         self.pipe, self.call, self.given = pipe, call, call.conditions
-        self.scheduler, self.guided = getattr(pipe, call.plan.scheduler), self._guided
-        if call.plan.last:
-            self._take(call.plan.last)
-        self._take(call.plan.network)
-        network, sides = self.denoiser.network, call.latents.shape[2:]
+        self.scheduler = getattr(pipe, call.plan.scheduler)
+        self.predictor = Predictor(pipe, call)
+        network, sides = self.predictor.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
         if back.shape != call.latents.shape:
             size = " x ".join(map(str, sides or call.latents.shape[1:]))
             raise Unsupported(f"latents of {size} do not divide into patches")
         table = probe(self.scheduler, call.step_options, call.timesteps)
         self.table = replace(table, scales=check_scales(call.plan, self.given, table.scales))
-        config = getattr(slot.module, "config", None)
-        check_variance(call.plan, config, call.latents.shape[1], self.guided, self.table)
+        config = getattr(self.predictor.slot.module, "config", None)
+        guided = self.predictor.predictions.guided
+        check_variance(call.plan, config, call.latents.shape[1], guided, self.table)
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]
             raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")
-        self.hoisted = self._hoist()
+        self.inpainting = with_factors(call.inpainting, self.scheduler, self.table, call.plan)
+        self.hoisted = self.predictor.hoist(0, self.given)
         self.noises: dict[int, Tensor] = {}
         """Noise drawn since the last mark, by step: a repeated step must not draw again."""
-        self.end = 0
-        """The step before which the present network ends."""
-        self.turn: Mark | None = None
-        """The state at that step, if the last step has another network."""
         self.reached = 0
         """Steps that the progress bar has counted."""
         self.latents: Tensor | None = None
         """The latents as the last callback left them."""
+        self.handed: dict[str, Tensor] = {}
+        """What the last callback returned of `call.handed`."""
         self.left: str | None = None
         """Why the remaining steps are left to diffusers, if they are."""
 
@@ -69,54 +65,53 @@ class Denoising:
         Returns:
             How many steps diffusers must skip.
         """
-        count, last = len(self.call.timesteps), self.call.plan.last
-        self._run_until(count - 1 if last else count, None)
-        if last:
-            self._take(last)
-            self.hoisted = self._hoist()
-            self._run_until(count, self.turn)
-        return count if self.left is None else self.reached
+        mark = self._run_from(None)
+        while mark is not None:
+            self.predictor.take(mark.at, self.given)
+            self.hoisted = self.predictor.hoist(mark.at, self.given)
+            mark = self._run_from(mark)
+        return len(self.call.timesteps) if self.left is None else self.reached
 
-    def _take(self, name: str) -> None:
-        """Let a component of the pipeline predict from now on."""
-        slot = slot_of(getattr(self.pipe, name))
-        if slot is None:
-            raise Unsupported(f"the {name} is not compiled")
-        self.slot = slot
-        self.denoiser = self._offer()
+    @property
+    def _guarded(self) -> bool:
+        """Whether the steps may overflow, and did not before."""
+        half = self.predictor.denoiser.network.dtype == torch.float16
+        return half and not overflowed(self.call.latents)
 
-    def _run_until(self, end: int, mark: Mark | None) -> None:
-        """Run the steps after a mark, or all, before step `end`."""
-        self.end = end
-        guarded = self.denoiser.network.dtype == torch.float16 and not overflowed(self.call.latents)
-        right = self._run_from(mark, guarded)
-        if right is not None:
-            self._run_from(right, guarded=False)
-
-    def _run_from(self, mark: Mark | None, guarded: bool) -> Mark | None:
-        """Run the steps after a mark. If float16 overflows, return the mark to resume from."""
-        call, plans = self.call, self.denoiser.plans
-        with plans.start(call.latents, self.table, self._guidance(), self.hoisted) as run:
+    def _run_from(self, mark: Mark | None) -> Mark | None:
+        """Run the steps after a mark, as far as the first one's network predicts and as often as
+        for it. Return the mark to go on from, which is an earlier one if float16 overflows."""
+        call, predictor = self.call, self.predictor
+        guided = predictor.guidance()
+        with predictor.denoiser.plans.start(
+            call.latents, self.table, guided, self.hoisted, self.inpainting
+        ) as run:
             if mark is not None:
                 run.go_back(mark)
-            right = self._advance(run, guarded)
+            last = self.predictor.end_of_part(run.at)
+            right = self._advance(run, last)
+            if right is None and run.at == last < len(call.timesteps) and self._goes_on:
+                return run.mark()
             if right is None:
-                self.turn = run.mark() if self.end < len(call.timesteps) else None
                 self._hand_over(run)
                 return None
             where = "the engine"
-            if not self.slot.kind.frozen:
-                where = first_overflow(self.slot.module, lambda: self._repeat(run, right))
-        self.slot.promote(where, self._scale())
-        self.denoiser = self._offer()
-        self.hoisted = self._hoist()
+            if not predictor.slot.kind.frozen:
+                where = first_overflow(predictor.slot.module, lambda: self._repeat(run, right))
+        predictor.slot.promote(where, predictor.scale())
         return right
 
-    def _advance(self, run: Run, guarded: bool) -> Mark | None:
-        """Run the steps from `run.at`. If float16 overflows, return the last mark before it."""
-        call, end = self.call, self.end
+    @property
+    def _goes_on(self) -> bool:
+        interrupted = bool(getattr(self.pipe, "interrupt", False))  # some pipelines have none
+        return self.left is None and not interrupted
+
+    def _advance(self, run: Run, last: int) -> Mark | None:
+        """Run the steps from `run.at` to `last`. If float16 overflows, return the last mark before
+        it."""
+        call, guarded = self.call, self._guarded
         mark: Mark | None = None
-        while run.at < end and self.left is None and not self._interrupted:
+        while run.at < last and self._goes_on:
             i = run.at
             if guarded and (mark is None or call.callback is not None):
                 mark = run.mark()
@@ -127,10 +122,10 @@ class Denoising:
                 if guarded:
                     self.noises[i] = noise
             run.advance(noise)
-            self.slot.fast += 1
+            self.predictor.slot.fast += 1
             # previews look up their sigma in this state
             vars(self.scheduler).update(self.table.states[i])
-            looked_at = call.callback is not None or run.at == end
+            looked_at = call.callback is not None or run.at == last
             if guarded and looked_at and not run.finite():
                 return mark
             if call.callback is not None:
@@ -138,15 +133,13 @@ class Denoising:
             self._show(i)
         return None
 
-    @property
-    def _interrupted(self) -> bool:
-        return bool(getattr(self.pipe, "interrupt", False))  # some pipelines have none
-
     def _hand_over(self, run: Run) -> None:
         """Write what diffusers continues from into the tensors that its local variables hold."""
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
         call.latents.data = latents
+        for name, value in self.handed.items():
+            call.handed[name].data = value
         for field in call.plan.replaced.values():
             before, now = getattr(call.conditions, field), getattr(self.given, field)
             if before is not now:
@@ -181,7 +174,12 @@ class Denoising:
 
     def _run_callback(self, callback: Callback, run: Run, i: int) -> None:
         """Call the callback with the latents; apply its changes to them and to the pipeline."""
-        pipe, call, version, cls = self.pipe, self.call, self.slot.version, type(self.pipe)
+        pipe, call, version, cls = (
+            self.pipe,
+            self.call,
+            self.predictor.slot.version,
+            type(self.pipe),
+        )
         standing = Standing(self.scheduler)
         latents = run.latents(call.latents.dtype)
         returned = callback(pipe, i, call.timesteps[i], {"latents": latents})
@@ -191,6 +189,9 @@ class Denoising:
                 f"callback_on_step_end made the pipeline a {type(pipe).__name__} while it draws;"
                 " do that between two pictures"
             )
+        self.handed = {n: _as_tensor(n, returned[n]) for n in call.handed if n in returned}
+        if self.handed:
+            self.left = f"after callback_on_step_end returned {' and '.join(self.handed)}"
         before, self.given = self.given, self._conditions_after(returned)
         if run.at == len(call.timesteps):
             return  # no step follows, so other changes do not matter
@@ -211,7 +212,9 @@ class Denoising:
             other = now is not first and now.shape != first.shape
             _unsupported_if(other, f"returned {name} of another shape")
         name = self.call.plan.network
-        _unsupported_if(slot_of(getattr(pipe, name)) is not self.slot, f"replaced the {name}")
+        _unsupported_if(
+            slot_of(getattr(pipe, name)) is not self.predictor.slot, f"replaced the {name}"
+        )
         present = getattr(pipe, self.call.plan.scheduler)
         _unsupported_if(present is not self.scheduler, "replaced the scheduler")
         _unsupported_if(not standing.holds(), "changed the scheduler")
@@ -219,19 +222,21 @@ class Denoising:
             refuse_foreign(self.scheduler)
         except NotLinear as reason:
             _unsupported_if(True, f"changed the scheduler ({reason})")
-        _unsupported_if(self._guided != self.guided, "switched guidance on or off")
+        _unsupported_if(self.predictor.switched(), "switched guidance on or off")
         try:
-            denoiser = self._offer()
+            denoiser = self.predictor.offer(self.given)
         except Unsupported as reason:
             _unsupported_if(True, f"changed the {name} beyond what fastdiff computes ({reason})")
         _unsupported_if(denoiser.network is not run.network, f"replaced parts of the {name}")
-        if changed or self._uses_ip_adapters or self.slot.version != version:
-            hoisted = self._hoist()
+        anew = changed or self._uses_ip_adapters or self.predictor.slot.version != version
+        end = self.predictor.end_of_part(run.at - 1)
+        if anew and run.at < end:
+            hoisted = self.predictor.hoist(run.at - 1, self.given)
             what = "switched on an IP-Adapter that was off, or returned other embedding shapes"
             _unsupported_if(not run.takes(hoisted), what)
             run.condition(hoisted)
         run.set_latents(latents)
-        run.guide(self._guidance())
+        run.guide(self.predictor.guidance())
 
     @property
     def _uses_ip_adapters(self) -> bool:
@@ -249,40 +254,6 @@ class Denoising:
         }
         same = all(getattr(self.given, field) is value for field, value in others.items())
         return self.given if same else self.given._replace(**others)
-
-    def _guidance(self) -> Guidance:
-        """The present guidance_scale and guidance_rescale; a negative rescale is ignored."""
-        rescale = float(self.call.setting(self.pipe, "guidance_rescale", 0.0))
-        scale = float(self.call.setting(self.pipe, "guidance_scale", 1.0))
-        return Guidance(scale, max(0.0, rescale))
-
-    @property
-    def _guided(self) -> bool:
-        """Whether the loop draws with classifier-free guidance."""
-        return bool(self.call.setting(self.pipe, "do_classifier_free_guidance", False))
-
-    def _scale(self) -> float:
-        """The factor by which the call scales LoRA adapters."""
-        name = self.call.plan.attention_kwargs
-        return self.slot.kind.scale(
-            **({name: self.call.setting(self.pipe, name, None)} if name else {})
-        )
-
-    def _offer(self) -> Denoiser:
-        denoiser: Denoiser = self.slot.offer(self.call.latents, self.given, scale=self._scale())
-        if self.slot.promotion is None:
-            copies = 2 if self.guided else 1
-            denoiser.network.check(self.call.latents, self.given, copies)
-        return denoiser
-
-    def _hoist(self) -> Hoisted:
-        """Compute once what all steps share; in the network's dtype if it was promoted."""
-        network, latents, given = self.denoiser.network, self.call.latents, self.given
-        if self.slot.promotion is not None:
-            given = as_type(given, torch.float16, network.dtype)
-        timesteps = self.call.timesteps.to(latents.device)[:, None]
-        sides = tuple(latents.shape[2:])
-        return entered("hoist", lambda: network.hoist(given, timesteps, sides))
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:

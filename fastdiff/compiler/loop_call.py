@@ -1,13 +1,15 @@
 """Reads a denoising loop that is about to begin from diffusers' local variables."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from fastdiff.compiler.guidance import ASKED, SkipLayers, skip_layers_of
+from fastdiff.compiler.inpainting import inpainting_of
 from fastdiff.compiler.loop_conditions import conditions_of, settings_of
 from fastdiff.families import family
 from fastdiff.models import Unsupported
@@ -15,6 +17,7 @@ from fastdiff.models.checks import refuse
 from fastdiff.models.originals import own_helper, own_method
 from fastdiff.plans import Plan
 from fastdiff.recipes import packages_of, recipe_of
+from fastdiff.runtime.guidance import Inpainting
 from fastdiff.runtime.trajectory import following
 
 Callback = Callable[..., dict[str, Any]]
@@ -39,6 +42,11 @@ class Call:
     """Extra steps of a higher-order scheduler, which do not move the progress bar."""
     callback: Callback | None
     """`callback_on_step_end`, which receives the latents."""
+    skips: SkipLayers | None = None
+    inpainting: Inpainting | None = None
+    """What the steps keep; its factors depend on the scheduler's table and are not set yet."""
+    handed: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other variables that a callback may replace, which only diffusers' loop can follow."""
 
     def setting(self, pipe: Any, name: str, otherwise: Any) -> Any:
         """A setting of the call by `pipe`; some pipelines have no such setting."""
@@ -51,10 +59,6 @@ _LOCALS = (
 )
 """Local variables of diffusers' `__call__` that a plan needs if the loop asks for `interrupt`;
 recipes name the others."""
-
-
-_ASKED = ("guidance_scale", "guidance_rescale", "do_classifier_free_guidance")
-"""Properties that diffusers reads in every step and a plan reads once."""
 
 
 def call_of(
@@ -96,7 +100,7 @@ def call_of(
         raise Unsupported(f"its loop needs two results of {kind}'s step; a plan has one")
     if hasattr(type(pipe), "prepare_latents") and not own("prepare_latents"):
         raise Unsupported("its prepare_latents was replaced and may keep the latents it returns")
-    for name in (*_ASKED, plan.attention_kwargs):
+    for name in (*ASKED, plan.attention_kwargs):
         if hasattr(type(pipe), name) and not own(name):
             raise Unsupported(f"its {name} was replaced and may change from step to step")
     rescale = helpers.get("rescale_noise_cfg")
@@ -120,7 +124,7 @@ def call_of(
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:
         told["prev_timestep"] = following(steps)
-    return Call(
+    call = Call(
         latents=local[plan.latents],
         conditions=denoised.conditions(**given),
         plan=plan,
@@ -130,4 +134,12 @@ def call_of(
         bar=bar,
         warm_up=local.get("num_warmup_steps", 0),
         callback=callback,
+    )
+    setting = partial(call.setting, pipe)
+    handed = (*plan.constant_channels, *(("mask",) if plan.noises else ()))
+    return replace(
+        call,
+        skips=skip_layers_of(setting, local, plan),
+        inpainting=inpainting_of(pipe, setting, local, plan),
+        handed={name: local[name] for name in handed if plan.entrance == "interrupt"},
     )

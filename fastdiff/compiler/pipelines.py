@@ -272,7 +272,8 @@ def _run(
     loop = entered.loop
     try:
         call = call_of(pipe, plan, frame.f_locals, frame.f_globals, bar, timesteps)
-        if call.callback is not None and _includes_any(call.conditions, entered.given):
+        told = (*call.conditions, *call.handed.values())
+        if call.callback is not None and _includes_any(told, entered.given):
             raise Unsupported("a callback may change the embeddings that were passed to the call")
         denoising = Denoising(pipe, call)
     except (Unsupported, NotLinear) as reason:

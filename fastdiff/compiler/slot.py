@@ -199,7 +199,10 @@ class Slot:
 
     def _holds(self, loan: Loan, scale: float) -> bool:
         """Whether the loan is valid, if need be after merging LoRA adapters again in place."""
+        before = loan.epoch
         if not loan.intact():
+            return False
+        if self.kind.frozen and loan.epoch != before:  # an engine has only one state
             return False
         if self._unwritten is not None and not self._unwritten.hold():
             return False

@@ -13,7 +13,9 @@ from fastdiff.families.part import Part, Port, dtype_name, exportable, sides, un
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, MMDiT, Unsupported, borrow_mmdit
 from fastdiff.models.checks import refuse
+from fastdiff.models.joint_attention import PERTURBING
 from fastdiff.models.mmdit import Conditions
+from fastdiff.models.perturbed import perturbing
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
 
@@ -85,6 +87,8 @@ def _planned(mmdit: Denoiser, sizes: Sizes) -> list[Run]:
 def _unexported(network: MMDiT) -> None:
     if network.ip_adapter is not None:
         raise Unsupported("an IP-Adapter, which an engine does not support")
+    if perturbing(network.switches, PERTURBING):
+        raise Unsupported("perturbed attention, which an engine does not support")
 
 
 class _Exported(nn.Module):

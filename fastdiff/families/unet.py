@@ -12,7 +12,9 @@ from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
 from fastdiff.families.part import Part, Port, dtype_name, exportable, sides, unsupported
 from fastdiff.models import Loan, Trunk, UNet, Unsupported, borrow_unet
+from fastdiff.models.blocks import PERTURBING
 from fastdiff.models.checks import refuse
+from fastdiff.models.perturbed import perturbing
 from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
@@ -55,7 +57,9 @@ def _call(
             refuse(attention_mask=attention_mask)
         mask = attention_mask
     added = dict(added_cond_kwargs or {})
-    known = {name: added.pop(name, None) for name in ("text_embeds", "time_ids", "image_embeds")}
+    known: dict[str, Any] = {
+        name: added.pop(name, None) for name in ("text_embeds", "time_ids", "image_embeds")
+    }
     if added:
         raise Unsupported(f"it was given {', '.join(added)} in added_cond_kwargs")
     given = Conditions(
@@ -127,6 +131,8 @@ def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
 def _unexported(network: UNet) -> None:
     if network.ip_adapters is not None:
         raise Unsupported("an IP-Adapter, which an engine does not support")
+    if perturbing(network.switches, PERTURBING):
+        raise Unsupported("perturbed attention, which an engine does not support")
 
 
 class _Exported(nn.Module):

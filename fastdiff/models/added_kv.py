@@ -31,7 +31,9 @@ class AddedKV:
     """Whether the picture attends to its own pixels, too."""
     out: Weights
 
-    def __call__(self, x: Sum, text: Tensor | None, images: object, mask: Tensor | None) -> Sum:
+    def __call__(
+        self, x: Sum, text: Tensor | None, images: object, mask: Tensor | None, *_more: object
+    ) -> Sum:
         """x [B, Y, X, C], text [B or 2B, T, …] -> [B or 2B, Y, X, C].
 
         mask: [B or 2B, T] float32, added to the scores of the text's keys; only if `own`.

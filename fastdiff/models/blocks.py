@@ -18,9 +18,12 @@ from fastdiff.kernels.linear import linear
 from fastdiff.models.borrow import Loan, Norm, Unsupported, Weights
 from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, projected
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
+PERTURBING = {"PAGIdentitySelfAttnProcessor2_0": 2, "PAGCFGIdentitySelfAttnProcessor2_0": 3}
+"""The processors of perturbed self-attention, and into how many parts they divide the batch."""
 
 
 def require(condition: bool, what: str) -> None:
@@ -49,16 +52,24 @@ def open_attention(
     residual: bool,
     processors: tuple[str, ...] = PLAIN_PROCESSORS,
     text_norm: bool = False,
+    switches: list[Switch] | None = None,
 ) -> tuple[Reader, Any]:
     """Read a plain Attention; also returns the last layer of its output.
 
     Raises Unsupported unless it has one of the `processors`, a residual connection just if
-    `residual`, and no norm of the text unless the caller reads it (`text_norm`).
+    `residual`, and no norm of the text unless the caller reads it (`text_norm`). `switches`: where
+    its processor may be exchanged for a perturbing one, the list that gets its switch.
     """
     attention = loan.open(module, "Attention")
-    processor = kind(attention.processor)
-    require(processor in processors, f"the attention processor {processor}")
-    loan.open(attention.processor, processor)
+    if switches is None:
+        processor = kind(attention.processor)
+        require(processor in processors, f"the attention processor {processor}")
+        loan.open(attention.processor, processor)
+    else:
+        processor = kind(module.processor)
+        own = "AttnProcessor2_0" if processor in PERTURBING else processor
+        require(own in processors, f"the attention processor {processor}")
+        switches.append(loan.switch(module, "processor", own, *PERTURBING))
     require(attention.spatial_norm is None, "spatial norms in attention")
     require(attention.norm_q is None and attention.norm_k is None, "normalised queries or keys")
     require(text_norm or not attention.norm_cross, "normalised text in cross-attention")
@@ -109,11 +120,20 @@ def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:
-    """x [B, ...] for a batch of B (unchanged) or 2B (repeated for each half of guidance)."""
-    if x.shape[0] == batch:
+    """x [n, ...] for a larger batch: its last entries once more at the end, until there are enough.
+
+    From B to 2B, these are the halves of guidance; from 2B to 3B, a perturbed part is added.
+    """
+    missing = min(batch - x.shape[0], x.shape[0])
+    if missing == 0:
         return x
-    row = x.reshape(1, -1)
-    return concat(row, row).view(batch, *x.shape[1:])
+    more = concat(x.reshape(1, -1), x[-missing:].reshape(1, -1))
+    return repeated(more.view(-1, *x.shape[1:]), batch)
+
+
+def shared(x: Tensor, batch: int) -> Tensor:
+    """x [n, ...], repeated for a batch unless the halves of it can share x."""
+    return x if 2 * x.shape[0] == batch else repeated(x, batch)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ A lent parameter keeps its identity, shape, values and name; only its memory mov
 in-place edits work as before (see `state`), and the kernels see those edits.
 """
 
-import itertools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from fastdiff.kernels.contract import FLOATS
 from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 from fastdiff.kernels.where import on_gpu
 from fastdiff.models.lora import Merges, added_by, base_of
-from fastdiff.models.reads import Reads, check_conv
+from fastdiff.models.reads import EPOCHS, Reads, check_conv
 from fastdiff.models.state import Gate, Homes, Lent
 from fastdiff.models.watch import Unsupported, kind
 
@@ -45,9 +44,6 @@ class Norm:
     eps: float
 
 
-_EPOCHS = itertools.count(1)
-
-
 class Loan(Reads):
     """The parameters of `root` that are lent to the runtime, and the conditions for that.
 
@@ -55,9 +51,6 @@ class Loan(Reads):
     its own, which `refresh` writes. A rehearsal raises Unsupported just as the loan would, but
     moves nothing.
     """
-
-    epoch: int
-    """Grows with every loan in this process, and when `refresh` has rewritten weights."""
 
     def __init__(
         self,
@@ -83,7 +76,6 @@ class Loan(Reads):
         self.note(root, "training", root.training)
         if root.training:
             raise Unsupported("a module in training mode")
-        self.epoch = next(_EPOCHS)
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
         self._mode = first.is_inference()
@@ -174,14 +166,11 @@ class Loan(Reads):
                     for lent in self._held:
                         lent.come_back()
                 self._held = [lent for lent in self._held if lent.collect()]
-        return [*map(Tensor.data_ptr, self._parameters)] == self._addresses and bool(
-            self.watch().intact()
-        )
+        here = [*map(Tensor.data_ptr, self._parameters)] == self._addresses
+        return here and self.unchanged()
 
     def seal(self) -> None:
         super().seal()
-        if not self._rehearsal:
-            self.watch()
         self._held = [*self._lent.values()]
         self._parameters = [lent.parameter for lent in self._held]
         self._addresses = [lent.address for lent in self._held]
@@ -209,7 +198,7 @@ class Loan(Reads):
             Unsupported: an adapter has become one that the runtime cannot merge.
         """
         if self._merges.refresh(scale):
-            self.epoch = next(_EPOCHS)
+            self.epoch = next(EPOCHS)
 
     def end(self) -> None:
         """Give every parameter memory of its own again, in its old layout."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdiff.kernels.linear import linear
-from fastdiff.models.blocks import channels_last, require
+from fastdiff.models.blocks import PERTURBING, channels_last, require
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import borrow_ip_adapters
+from fastdiff.models.perturbed import perturbed_of
 from fastdiff.models.trunk import Conditions, Trunk, borrow_trunk
 
 
@@ -40,6 +41,8 @@ class ControlNet(Trunk):
 
     def hoist(self, given: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """See `UNet.hoist`; the constants include the control picture's embedding."""
+        perturbed = perturbed_of(self.switches, PERTURBING, given.encoder_hidden_states)
+        require(perturbed is None, "perturbed attention in a ControlNet")
         condition = given.controlnet_cond
         assert condition is not None
         picture = self.embedding(condition.flip(1) if self.flipped else condition)
@@ -91,8 +94,8 @@ def borrow_controlnet(module: Any, loan: Loan) -> ControlNet:
     require(order in ("rgb", "bgr"), f"a picture's channels in the order {order!r}")
     more = config.addition_embed_type
     require(more in (None, "text_time"), f"addition_embed_type {more!r}")
-    trunk, _, attentions = borrow_trunk(controlnet, config, loan)
-    borrow_ip_adapters(None, attentions, loan)  # raises if it has any
+    trunk, _, text = borrow_trunk(controlnet, config, loan)
+    borrow_ip_adapters(None, text.attentions, loan)  # raises if it has any
     convolutions = loan.each(controlnet.controlnet_down_blocks)
     net = ControlNet(
         **trunk,

@@ -17,10 +17,13 @@ from fastdiff.models.blocks import Columns, require
 from fastdiff.models.borrow import Loan, Unsupported, Weights
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.hoisted import Hoisted
-from fastdiff.models.joint import Image, Modulated, borrow_joint_block, borrow_modulated
+from fastdiff.models.joint import Modulated, borrow_joint_block, borrow_modulated
+from fastdiff.models.joint_attention import PERTURBING, Image
 from fastdiff.models.joint_trunk import JointTrunk, borrow_joint_trunk
 from fastdiff.models.mmdit_ip import JointIPAdapter, borrow_joint_ip_adapter
-from fastdiff.models.stream import Stream
+from fastdiff.models.perturbed import Perturbed, perturbed_of
+from fastdiff.models.stream import Stream, Streams
+from fastdiff.models.switches import Switch
 
 
 class Conditions(NamedTuple):
@@ -37,6 +40,10 @@ class Conditions(NamedTuple):
     """Blocks to leave out."""
     ip_adapter_image_embeds: Tensor | None = None
     """[G·B, tokens, D'''] image embeddings from `joint_attention_kwargs`."""
+    last_skip_layers: Sequence[int] | None = None
+    """Blocks that the last of three predictions leaves out (skip-layer guidance)."""
+    repeats: bool | None = None
+    """Whether the last predictions are told the same as those before them."""
 
 
 class Rows(NamedTuple):
@@ -58,6 +65,9 @@ class Constants(NamedTuple):
     """[attentions, D]: the IP-Adapter's scale of each attention, repeated D times."""
     controls: tuple[Tensor, ...] = ()
     skip_layers: tuple[int, ...] = ()
+    perturbed: Perturbed | None = None
+    skipped: Perturbed | None = None
+    """The blocks that the last part of the batch leaves out."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class MMDiT(JointTrunk):
     norm_out: Modulated
     proj_out: Weights
     ip_adapter: JointIPAdapter | None
+    switches: tuple[Switch, ...]
+    """The attention processors of all blocks; none with an IP-Adapter."""
 
     def check(self, latents: Tensor, conditions: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
@@ -76,7 +88,7 @@ class MMDiT(JointTrunk):
             latents: [B, C, Y, X].
             copies: G, the number of texts for each of the latents.
         """
-        text, pooled, controls, skipped, image = conditions
+        text, pooled, controls, _, image, *_ = conditions
         self.check_trunk(latents, text, pooled, copies)
         weight = self.modulation.weight
         if controls is not None:
@@ -105,7 +117,7 @@ class MMDiT(JointTrunk):
             timesteps: [steps, n], n = 1 or B: a timestep for each picture.
             sides: Y and X of the latents.
         """
-        text, pooled, controls, skipped, image = conditions
+        text, pooled, controls, skipped, image, last, repeats = conditions
         assert text is not None
         assert pooled is not None
         assert self.patches is not None
@@ -118,26 +130,43 @@ class MMDiT(JointTrunk):
         return Hoisted(
             Rows(self.modulations(timesteps, pooled), images),
             Constants(
-                *self.texts(text), positions, scales, tuple(controls or ()), tuple(skipped or ())
+                *(*self.texts(text), positions, scales),
+                controls=tuple(controls or ()),
+                skip_layers=tuple(skipped or ()),
+                perturbed=perturbed_of(self.switches, PERTURBING, text, repeats),
+                skipped=Perturbed(3, frozenset(last), bool(repeats)) if last else None,
             ),
         )
 
     def predict(self, x: Tensor, row: Rows, constants: Constants) -> Tensor:
         """The part that every step repeats: patches [B, L, p·p·C] -> [G·B, L, p·p·C]."""
-        text: Stream | None = Stream(constants.text)
-        picture = self.embed(x, constants.text.shape[0], constants.position)
+        batch, perturbed, skipped = constants.text.shape[0], constants.perturbed, constants.skipped
+        last = perturbed or skipped
+        count = batch if last is None else last.first(x.shape[0], batch, batch)
+        picture = self.embed(x, count, constants.position)
+        part = 0 if last is None else batch // last.parts
+        streams = Streams(picture, Stream(constants.text[:count]), batch, part)
         images = _images(row, constants)
         for i, block in enumerate(self.blocks):
             both = next(images), None if block.own is None else next(images)
             if i not in constants.skip_layers:
+                alone = perturbed is not None and i in perturbed.layers
+                if skipped is not None and i in skipped.layers:
+                    streams.leave_last()
+                elif alone or streams.waits:
+                    streams.whole()
                 with scope(f"block {i}"):
-                    picture, text = block(picture, text, row.modulation, constants.text_bias, both)
+                    streams.picture, streams.text = block(
+                        *(streams.picture, streams.text, row.modulation[: streams.count]),
+                        *(constants.text_bias, both, part if alone else 0),
+                    )
             if constants.controls and i + 1 < len(self.blocks):
                 interval = len(self.blocks) / len(constants.controls)
-                picture = picture.plus(constants.controls[int(i / interval)])
+                streams.picture = streams.picture.plus(constants.controls[int(i / interval)])
         with scope("out"):
+            streams.whole()
             scale, shift = self.norm_out.vectors(row.modulation)
-            h = picture.normed(self.norm_out.eps, shift, scale)
+            h = streams.picture.normed(self.norm_out.eps, shift, scale)
             return linear(h, self.proj_out.weight, self.proj_out.bias)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
@@ -160,9 +189,9 @@ def borrow_mmdit(module: Any, loan: Loan) -> MMDiT:
     """Borrow an SD3Transformer2DModel's weights; raises Unsupported for other structures."""
     net, config = loan.open(module, "SD3Transformer2DModel"), loan.config(module)
     rows, layers = Columns(loan), loan.each(net.transformer_blocks)
-    width = net.inner_dim
+    width, switches = net.inner_dim, list[Switch]()
     blocks = tuple(
-        borrow_joint_block(layer, loan, rows, width, asked=i + 1 < len(layers))
+        borrow_joint_block(layer, loan, rows, width, i + 1 < len(layers), switches)
         for i, layer in enumerate(layers)
     )
     norm_out = borrow_modulated(net.norm_out, loan, rows, width, "AdaLayerNormContinuous")
@@ -177,6 +206,7 @@ def borrow_mmdit(module: Any, loan: Loan) -> MMDiT:
         norm_out=norm_out,
         proj_out=loan.linear(net.proj_out),
         ip_adapter=borrow_joint_ip_adapter(getattr(net, "image_proj", None), attentions, loan),
+        switches=tuple(switches),
     )
     assert mmdit.patches is not None
     size, channels = mmdit.patches.size, net.out_channels

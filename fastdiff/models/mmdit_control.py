@@ -15,11 +15,11 @@ from fastdiff.models.checks import check_count, checked
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import (
     JointBlock,
-    borrow_joint_attention,
     borrow_joint_block,
     borrow_mlp,
     borrow_modulated,
 )
+from fastdiff.models.joint_attention import borrow_joint_attention
 from fastdiff.models.joint_trunk import JointTrunk, borrow_joint_trunk
 from fastdiff.models.patches import Patches, borrow_patches
 from fastdiff.models.stream import Stream

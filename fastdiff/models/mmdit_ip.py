@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff.models.blocks import require
 from fastdiff.models.borrow import Loan
-from fastdiff.models.joint import IP_PROCESSOR
+from fastdiff.models.joint_attention import IP_PROCESSOR
 from fastdiff.models.watch import kind
 
 

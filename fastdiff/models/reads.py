@@ -4,6 +4,7 @@ A value that was read must stay the same object as long as the network replaces 
 watch and the fingerprints derive from the notes, so no list of attributes is kept by hand.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,12 +12,17 @@ from torch import nn
 
 from fastdiff.models.lora import without_adapters
 from fastdiff.models.originals import Reached, reached
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import Item, Unsupported, hooks, kind, replaced, watch
 from fastdiff.tables import plural
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
 """The types of a setting's value."""
 
+_SWITCHED = 4
+"""How many states of the switches keep their watch; guidance uses two or three."""
+
+EPOCHS = itertools.count(1)
 Setting = tuple[str, str, Any]
 """Path of a module or of an object in it, attribute, value."""
 
@@ -59,8 +65,16 @@ class Reads:
         self._notes: dict[tuple[int, str], Item] = {}
         self.values: list[tuple[Any, str, Any]] = []
         """Every read: (module or object in it, attribute, value)."""
-        self._sealed: tuple[Any, ...] = ()
-        self._watch: Any = None
+        self._switches: list[Switch] = []
+        self._places: tuple[list[Any], list[Any]] = [], []
+        """The dicts and names of the switches: they are looked up before every step."""
+        self._watches: dict[tuple[int, ...], Any] = {}
+        """By the objects that the switches hold; a watch keeps these objects."""
+        self._switched: tuple[int, ...] = ()
+        self._adopted: Reads | None = None
+        self.epoch = next(EPOCHS)
+        """Grows with every loan in this process, when a loan's `refresh` has rewritten weights, and
+        when `unchanged` finds other objects in the switches."""
 
     def open(self, thing: Any, *known: str | type) -> Any:
         """A Reader of `thing`; Unsupported unless its class is one of the `known`.
@@ -150,6 +164,26 @@ class Reads:
         self._notes[id(thing), name] = (held, name, held.get(name))
         self.values.append((thing, name, value))
 
+    def switch(self, module: Any, name: str, *known: str) -> Switch:
+        """Read an object that may be exchanged for one of another `known` class.
+
+        Such an exchange leaves the loan valid, so whatever depends on the class asks the returned
+        Switch at every use. The objects may hold no attributes.
+        """
+        found = Switch(vars(module), name, known)
+        if self._rehearsed is None:
+            self.values.append((module, name, found.check()))
+            self._switches.append(found)
+            self._places[0].append(found.held)
+            self._places[1].append(name)
+        return found
+
+    @property
+    def switched(self) -> tuple[int, ...]:
+        """Identifies the objects that the switches hold now."""
+        held, names = (self._adopted or self)._places
+        return tuple(map(id, map(dict.get, held, names)))
+
     def seal(self) -> None:
         """Watch everything that was read from now on; call this after the last read.
 
@@ -162,23 +196,43 @@ class Reads:
         for name, module in self._root.named_modules():
             if id(module) in unread:
                 raise Unsupported(f"{name}, a {kind(module)} that diffusers does not have there")
-        classes = map(type, self.opened.values())
-        code = reached(classes, packages=self._packages)
-        # children and parameters are watched as such
-        notes = (n for n in self._notes.values() if not _kept(n[0], n[1]))
-        items = [*notes, *code.items, *self._overrides(code)]
-        others = [thing for thing in self.opened.values() if not isinstance(thing, nn.Module)]
-        self._sealed = self.modules, items, (*code.dicts, *self._hooks), others
+        self.watch()
 
     def watch(self) -> Any:
-        """A watch on everything that was read until `seal`."""
-        if self._watch is None:
-            self._watch = watch(*self._sealed)
-        return self._watch
+        """A watch on everything that was read until `seal`, with the objects that the switches hold
+        now; Unsupported if one of these is not of a known class, or its code is not original."""
+        if self._adopted is not None:
+            return self._adopted.watch()
+        key = self.switched
+        if key not in self._watches:
+            held = [switch.check() for switch in self._switches]
+            things = [*self.opened.values(), *{id(thing): thing for thing in held}.values()]
+            code = reached(map(type, things), packages=self._packages)
+            # children and parameters are watched as such
+            notes = [n for n in self._notes.values() if not _kept(n[0], n[1])]
+            items = [*notes, *code.items, *self._overrides(code, things)]
+            items += [switch.item for switch in self._switches]
+            others = [thing for thing in things if not isinstance(thing, nn.Module)]
+            dicts = [*code.dicts, *self._hooks, *(vars(thing) for thing in held)]
+            if len(self._watches) >= _SWITCHED:
+                self._watches.clear()
+            self._watches[key] = watch(self.modules, items, dicts, others)
+        return self._watches[key]
+
+    def unchanged(self) -> bool:
+        """Whether everything that was read until `seal` is what it was."""
+        try:
+            intact: bool = self.watch().intact()
+        except Unsupported:  # of what a switch holds now
+            return False
+        if intact and (now := self.switched) != self._switched:
+            self._switched, self.epoch = now, next(EPOCHS)
+        return intact
 
     def adopt(self, other: "Reads") -> None:
         """Take over another's reads of the same root, and their watch."""
-        self._watch, self.values, self.opened = other.watch(), other.values, other.opened
+        self._adopted, self.values, self.opened = other, other.values, other.opened
+        self._switched = self.switched
 
     def settings(self) -> list[Setting]:
         """All numbers and strings that were read, by path; they define what the modules compute."""
@@ -189,10 +243,10 @@ class Reads:
         found = ((paths[id(t)], name, v) for t, name, v in self.values if isinstance(v, _PLAIN))
         return sorted(found, key=lambda setting: setting[:2])
 
-    def _overrides(self, code: Reached) -> Iterator[Item]:
+    def _overrides(self, code: Reached, things: list[Any]) -> Iterator[Item]:
         """The places where an object's own attribute would hide a function of its class."""
-        methods = {cls: code.methods(cls) for cls in set(map(type, self.opened.values()))}
-        for thing in self.opened.values():
+        methods = {cls: code.methods(cls) for cls in set(map(type, things))}
+        for thing in things:
             held = vars(thing)
             for name in methods[type(thing)]:
                 if replaced(thing, name):

@@ -40,10 +40,11 @@ class Resnet:
 
     def __call__(self, x: Sum, rows: Tensor | None, beside: Tensor | None = None) -> Sum:
         """x with the channels of `beside`, a skip connection, appended. `beside` may have half as
-        many pictures, if both halves of guidance share it; a resnet that resamples takes none."""
+        many pictures, if both halves of guidance share it; a resnet that resamples takes none.
+        `rows` may have more than x, which is then the first pictures of the batch."""
         row = None
         if rows is not None and self.row is not None:
-            row = rows[:, self.row].expand(x.batch, -1)
+            row = rows[: x.batch, self.row].expand(x.batch, -1)
         if beside is not None and not on_gpu(beside):  # our CPU kernels take one tensor
             x, beside = Sum(concat(x.closed(), beside)), None
         told = {"scale_shift" if self.modulates else "row": row}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastdiff.kernels.ada_norm import ada_norm
 from fastdiff.kernels.residual import residual
+from fastdiff.models.perturbed import appended
 
 
 class Stream:
@@ -19,6 +20,10 @@ class Stream:
         self, branch: Tensor, gate: Tensor | None = None, total: Tensor | None = None
     ) -> None:
         self._branch, self._gate, self._total = branch, gate, total
+
+    @property
+    def batch(self) -> int:
+        return self._branch.shape[0]
 
     def normed(self, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
         """LayerNorm · (1 + scale) + shift, with vectors [B, D]."""
@@ -45,3 +50,47 @@ class Stream:
 
     def _close(self, total: Tensor) -> None:
         self._branch, self._gate, self._total = total, None, None
+
+
+class Streams:
+    """A picture's and a text's stream, the last part of whose batch differs in some layers.
+
+    As long as it equals the part before it, it is not computed; while layers leave it out, it
+    waits.
+    """
+
+    def __init__(self, picture: Stream, text: Stream | None, batch: int, part: int) -> None:
+        """batch: all samples; part: those of the last part."""
+        self.picture, self.text, self._batch, self._part = picture, text, batch, part
+        self.count = picture.batch
+        """How many samples both have now."""
+        self._last: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last part waits."""
+        return self._last is not None
+
+    def leave_last(self) -> None:
+        """Let the last part wait until `whole`."""
+        if self._last is not None:
+            return
+        self._last = self._tails()
+        if self.count == self._batch:
+            self.count -= self._part
+            self.picture = Stream(self.picture.closed()[: self.count])
+            self.text = None if self.text is None else Stream(self.text.closed()[: self.count])
+
+    def whole(self) -> None:
+        """Give both all samples."""
+        if self.count == self._batch:
+            return
+        picture, text = self._last or self._tails()
+        self.picture = Stream(appended(self.picture.closed(), picture))
+        if self.text is not None and text is not None:
+            self.text = Stream(appended(self.text.closed(), text))
+        self._last, self.count = None, self._batch
+
+    def _tails(self) -> tuple[Tensor, Tensor | None]:
+        text = None if self.text is None else self.text.closed()[-self._part :]
+        return self.picture.closed()[-self._part :], text

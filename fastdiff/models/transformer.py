@@ -15,23 +15,28 @@ from fastdiff.models.blocks import (
     open_attention,
     repeated,
     require,
+    shared,
 )
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.ip_adapter import PROCESSOR
 from fastdiff.models.lora import base_of
+from fastdiff.models.perturbed import Perturbed, appended
 from fastdiff.models.reads import Reader
 from fastdiff.models.sums import Sum, projected
+from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
 
 class CrossColumns(Columns):
-    """Columns of the text's keys and values, and the cross-attentions that use them."""
+    """Columns of the text's keys and values, the cross-attentions that use them, and the processors
+    of the self-attentions."""
 
     def __init__(self, loan: Loan) -> None:
         super().__init__(loan)
         self.attentions: list[Reader] = []
         self.norms: list[tuple[slice, Norm]] = []
         """Columns of attentions that normalise the text first, and their norms."""
+        self.switches: list[Switch] = []
 
     def take_cross(self, attention: Reader) -> slice:
         self.attentions.append(attention)
@@ -51,6 +56,8 @@ class Block:
     """Self-attention, cross-attention, GEGLU; each after a LayerNorm, with a residual."""
 
     heads: int
+    number: int
+    """Of its self-attention among the network's; -1 if it has none."""
     norm1: Norm
     qkv: Weights
     """Only q where the first attention reads the text, too."""
@@ -66,18 +73,36 @@ class Block:
     geglu: Weights
     ff: Weights
 
-    def __call__(self, x: Sum, text: Tensor, images: Sequence[Tensor], mask: Tensor | None) -> Sum:
-        """x [B, L, C], text [B or 2B, T, …]; x is repeated where the halves' texts begin to differ.
+    def __call__(
+        self,
+        x: Sum,
+        text: Tensor,
+        images: Sequence[Tensor],
+        mask: Tensor | None,
+        perturbed: Perturbed | None = None,
+    ) -> Sum:
+        """x [B, L, C], text [B, 2B or 3B, T, …]; x is repeated where the texts, or the perturbed
+        attentions, begin to differ.
 
-        `images` [B or 2B like the text, tokens, …]: what IP-Adapters add to the text's attention.
+        `images` [B, 2B or 3B like the text, tokens, …]: what IP-Adapters add to the text's
+        attention.
         """
+        identical = 0
+        if perturbed is not None:
+            batch, plain = text.shape[0], perturbed.plain(text.shape[0])
+            if self.number in perturbed.layers:
+                identical = batch - plain
+                if x.batch < batch:
+                    x = Sum(repeated(repeated(x.closed(), plain), batch))
+            elif x.batch < batch:
+                text, images = text[:plain], [image[:plain] for image in images]
         h = x.layer_normed(self.norm1)
         if self.own is None:
-            q, k, v = self._heads(linear(h, self.qkv.weight, self.qkv.bias), 3)
+            seen = self._attend_to_itself(h, identical)
         else:
-            q = self._queries(h, self.qkv, text)
             k, v = self._heads(text[..., self.own], 2)
-        x = projected(attention(q, k, v).flatten(2), self.out1, x.closed())
+            seen = attention(self._queries(h, self.qkv, text), k, v).flatten(2)
+        x = projected(seen, self.out1, x.closed())
         q = self._queries(x.layer_normed(self.norm2), self.q, text)
         k, v = self._heads(text[..., self.text], 2)
         x = projected(attention(q, k, v, mask).flatten(2), self.out2, x.closed())
@@ -88,6 +113,17 @@ class Block:
                 x = projected(attention(q, k, v).flatten(2), unbiased, x.closed())
         h = geglu(x.layer_normed(self.norm3), self.geglu.weight, self.geglu.bias)
         return projected(h, self.ff, x.closed())
+
+    def _attend_to_itself(self, h: Tensor, identical: int) -> Tensor:
+        """Before the output's layer; in the last `identical` pictures the values themselves."""
+        plain, last = h[: len(h) - identical], h[len(h) - identical :]
+        q, k, v = self._heads(linear(plain, self.qkv.weight, self.qkv.bias), 3)
+        seen = attention(q, k, v).flatten(2)
+        if not identical:
+            return seen
+        weight, bias = self.qkv.weight.chunk(3)[2], self.qkv.bias
+        values = linear(last, weight, None if bias is None else bias.chunk(3)[2])
+        return appended(seen, values)
 
     def _heads(self, packed: Tensor, parts: int) -> list[Tensor]:
         """`parts` tensors [B, L, H, K] that lie side by side."""
@@ -109,7 +145,9 @@ def borrow_block(module: Any, loan: Loan, text: CrossColumns) -> Block:
     require(block.attn2 is not None, "a transformer block without cross-attention")
     require(block.pos_embed is None, "positional embeddings in a transformer block")
     require(getattr(block, "fuser", None) is None, "a gated (GLIGEN) transformer block")
-    own, out1 = open_attention(block.attn1, loan, residual=False)
+    told = bool(block.only_cross_attention)
+    switches = None if told else text.switches
+    own, out1 = open_attention(block.attn1, loan, residual=False, switches=switches)
     either = (*PLAIN_PROCESSORS, PROCESSOR)
     cross, out2 = open_attention(block.attn2, loan, residual=False, processors=either)
     gate, dropout, ff = loan.each(loan.open(block.ff, "FeedForward").net, 3)
@@ -117,9 +155,9 @@ def borrow_block(module: Any, loan: Loan, text: CrossColumns) -> Block:
     for part in (own, cross):
         require(part.group_norm is None, "a group norm inside a transformer block's attention")
     require(own.heads == cross.heads, "self- and cross-attention with different heads")
-    told = bool(block.only_cross_attention)
     return Block(
         heads=own.heads,
+        number=-1 if told else len(text.switches) - 1,
         norm1=loan.norm(block.norm1),
         qkv=loan.linear(own.to_q) if told else loan.linear(own.to_q, own.to_k, own.to_v),
         own=text.take_cross(own) if told else None,
@@ -142,15 +180,21 @@ class Transformer:
     proj_out: Weights
 
     def __call__(
-        self, x: Sum, text: Tensor | None, images: Sequence[Tensor], mask: Tensor | None
+        self,
+        x: Sum,
+        text: Tensor | None,
+        images: Sequence[Tensor],
+        mask: Tensor | None,
+        perturbed: Perturbed | None = None,
     ) -> Sum:
         assert text is not None
         h = x.group_normed(self.norm, "none").flatten(1, 2)
         tokens = Sum(linear(h, self.proj_in.weight, self.proj_in.bias))
         for block in self.blocks:
-            tokens = block(tokens, text, images, mask)
+            tokens = block(tokens, text, images, mask, perturbed)
         around = x.closed()
-        return projected(tokens.closed().unflatten(1, around.shape[1:3]), self.proj_out, around)
+        h = tokens.closed().unflatten(1, around.shape[1:3])
+        return projected(h, self.proj_out, shared(around, tokens.batch))
 
 
 def borrow_transformer(module: Any, loan: Loan, text: CrossColumns) -> Transformer:

@@ -26,10 +26,12 @@ from fastdiff.models.conditions import (
 )
 from fastdiff.models.constant_channels import Constant, check_constant
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.perturbed import Perturbed
 from fastdiff.models.reads import Reader
 from fastdiff.models.resnets import TimeColumns
 from fastdiff.models.stages import ALONE, TOLD, Stage, borrow_stage
 from fastdiff.models.sums import Sum, convolved
+from fastdiff.models.switches import Switch
 from fastdiff.models.transformer import CrossColumns
 
 
@@ -63,6 +65,9 @@ class Conditions(NamedTuple):
     constant_channels: Tensor | None = None
     """[n, C', Y, X] channels of the network's input that are the same in every step, n = B or G·B.
     They follow the latents' own; in a single call the latents have all of them."""
+    repeats: bool | None = None
+    """Whether the last predictions are told the same as those before them (perturbed-attention
+    guidance)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class Trunk:
     conv_in: Weights
     downs: tuple[Stage, ...]
     mid: Stage | None
+    switches: tuple[Switch, ...]
+    """The attention processors of all self-attentions, by their number."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,11 +149,13 @@ class Trunk:
         condition: Tensor | None = None,
         inner: Sequence[Tensor] = (),
         constant: Constant | None = None,
+        perturbed: Perturbed | None = None,
     ) -> tuple[Sum, list[Sum]]:
         """The down half and the middle, channels last; arguments as for `UNet.predict`.
 
         Args:
             condition: added to conv_in's output, and of its shape.
+            perturbed: what differs in the last part of the batch.
             inner: residuals of a T2I-Adapter.
             constant: takes the place of conv_in if x lacks the constant channels.
 
@@ -156,13 +165,16 @@ class Trunk:
         inner = list(inner)
         with scope("conv in"):
             h = convolved(x, self.conv_in, condition) if constant is None else constant(x)
-            h = h if rows.shape[0] in (1, h.batch) else Sum(repeated(h.closed(), rows.shape[0]))
+            batch = h.batch if rows.shape[0] == 1 else rows.shape[0]
+            if perturbed is not None and text is not None:
+                batch = perturbed.first(h.batch, batch, text.shape[0])
+            h = h if batch == h.batch else Sum(repeated(h.closed(), batch))
         skips = [h]
         for i, stage in enumerate(self.downs):
             with scope(f"down {i}"):
                 for resnet, attention in zip(stage.resnets, stage.attentions, strict=True):
                     h = resnet(h, rows)
-                    h = h if attention is None else attention(h, text, images, mask)
+                    h = h if attention is None else attention(h, text, images, mask, perturbed)
                     skips.append(h)
                 # diffusers adds before the resampler in a block with cross-attention, else after it
                 if inner and stage.crossed:
@@ -178,7 +190,7 @@ class Trunk:
                 for attention, resnet in zip(
                     self.mid.attentions, self.mid.resnets[1:], strict=True
                 ):
-                    h = h if attention is None else attention(h, text, images, mask)
+                    h = h if attention is None else attention(h, text, images, mask, perturbed)
                     h = resnet(h, rows)
                 if inner and inner[0].shape == h.closed().shape:
                     h = Sum(h.closed() + inner.pop(0))
@@ -229,14 +241,14 @@ def borrow_trunk(
     loan: Loan,
     ups: Sequence[Any] = (),
     kinds: tuple[str, ...] = TOLD,
-) -> tuple[dict[str, Any], tuple[Stage, ...], list[Reader]]:
+) -> tuple[dict[str, Any], tuple[Stage, ...], CrossColumns]:
     """From a Reader of a UNet2DConditionModel, a UNet2DModel or a ControlNetModel.
 
     kinds: the classes its blocks may have.
 
     Returns:
-        The fields of its Trunk; the stages of the blocks `ups`; its cross-attentions in the order
-        of the text's columns.
+        The fields of its Trunk; the stages of the blocks `ups`; its cross-attentions, in the order
+        of the text's columns, and the switches of its self-attentions.
     """
     more = getattr(config, "addition_embed_type", None)
     timed, projection = more == "text_time", getattr(net, "encoder_hid_proj", None)
@@ -273,5 +285,6 @@ def borrow_trunk(
         "conv_in": loan.conv(net.conv_in),
         "downs": downs,
         "mid": mid,
+        "switches": tuple(text.switches),
     }
-    return fields, stages, text.attentions
+    return fields, stages, text

@@ -11,12 +11,13 @@ from torch import Tensor
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
 from fastdiff.models.added_kv import AddedKV
-from fastdiff.models.blocks import channels_first, channels_last, require
+from fastdiff.models.blocks import PERTURBING, channels_first, channels_last, require, shared
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.checks import checked
 from fastdiff.models.constant_channels import Constant, hoist_constant
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
+from fastdiff.models.perturbed import Perturbed, perturbed_of
 from fastdiff.models.resnets import Resnet
 from fastdiff.models.stages import ADDED, ALONE, TOLD, Stage
 from fastdiff.models.sums import Sum
@@ -39,6 +40,7 @@ class Constants(NamedTuple):
     pixels at once."""
     constant: Constant | None = None
     """What conv_in makes of the constant channels."""
+    perturbed: Perturbed | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,17 @@ class UNet(Trunk):
             tuple(map(channels_last, self._inners(given))),
             self._text_mask(given.encoder_attention_mask, text, sides),
             hoist_constant(self.conv_in, given.constant_channels),
+            self.perturbed(given),
         )
         return Hoisted(self.time_rows(timesteps, given), constants)
+
+    def perturbed(self, given: Conditions) -> Perturbed | None:
+        """What differs in the last part of the predictions, by the module's processors."""
+        text = given.encoder_hidden_states
+        found = perturbed_of(self.switches, PERTURBING, text, given.repeats)
+        what = "perturbed attention together with a guidance embedding (timestep_cond)"
+        require(found is None or given.timestep_cond is None, what)
+        return found
 
     def _text_mask(
         self, mask: Tensor | None, text: Tensor | None, sides: Sequence[int]
@@ -141,22 +152,25 @@ class UNet(Trunk):
         Args:
             x: [B, Y, X, C] noisy latents.
             row: [n, …] of `Hoisted.rows`.
-            constants: with guidance, its text and IP-Adapters may have 2B entries, as may `row` if
-                the halves differ in it; everything before the first difference is computed once.
+            constants: with guidance, its text and IP-Adapters may have 2B or 3B entries, as may
+                `row` if these differ in it; everything before the first difference is computed
+                once.
 
         Returns:
-            [B, Y, X, C], or 2B if the text has 2B entries.
+            [B, Y, X, C], or as many as the text has entries.
         """
-        text, images, controls, inners, mask, constant = constants
-        h, skips = self.down(x, row, text, images, mask, inner=inners, constant=constant)
+        text, images, controls, inners, mask, constant, perturbed = constants
+        h, skips = self.down(
+            *(x, row, text, images, mask), inner=inners, constant=constant, perturbed=perturbed
+        )
         if controls:
             skips = [Sum(s.closed() + r) for s, r in zip(skips, controls[:-1], strict=True)]
             h = Sum(h.closed() + controls[-1])
         for i, stage in enumerate(self.ups):
             with scope(f"up {i}"):
                 for resnet, attention in zip(stage.resnets, stage.attentions, strict=True):
-                    h = resnet(h, row, beside=skips.pop().closed())
-                    h = h if attention is None else attention(h, text, images, mask)
+                    h = resnet(h, row, beside=shared(skips.pop().closed(), h.batch))
+                    h = h if attention is None else attention(h, text, images, mask, perturbed)
                 if stage.up is not None:  # to the next skips' size, which may be odd
                     _, rows_next, columns_next, _ = skips[-1].closed().shape
                     h = stage.enlarged(h, row, (rows_next, columns_next))
@@ -198,14 +212,14 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
     blocks = (*loan.each(net.down_blocks), net.mid_block, *loan.each(net.up_blocks))
     at_once = any("Simple" in type(block).__name__ for block in blocks)
     kinds = ADDED if at_once else TOLD
-    trunk, ups, attentions = borrow_trunk(net, config, loan, loan.each(net.up_blocks), kinds)
+    trunk, ups, text = borrow_trunk(net, config, loan, loan.each(net.up_blocks), kinds)
     require(pictures is None or not at_once, "an IP-Adapter of attention to text and pixels")
     times = sum(stage.up is not None for stage in ups)
     require(net.num_upsamplers == times, f"num_upsamplers {net.num_upsamplers}")
     doubles = any(isinstance(stage.up, Resnet) for stage in ups)
     unet = UNet(
         **trunk,
-        ip_adapters=borrow_ip_adapters(pictures, attentions, loan),
+        ip_adapters=borrow_ip_adapters(pictures, text.attentions, loan),
         ups=ups,
         norm_out=loan.norm(net.conv_norm_out),
         act_out=loan.activation(net.conv_act),

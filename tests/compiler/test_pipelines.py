@@ -9,11 +9,15 @@ import torch
 import tqdm
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     MultiAdapter,
+    PNDMScheduler,
     StableDiffusionAdapterPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -24,6 +28,7 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     T2IAdapter,
+    UniPCMultistepScheduler,
 )
 
 import fastdiff
@@ -156,7 +161,41 @@ def test_inpaint(components, hold, channels, is_xl, picture, mask):
         pipe = StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
     else:
         pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    hold(pipe, "diffusers", image=picture(), mask_image=mask, strength=0.8, height=16, width=16)
+    call = {"image": picture(), "mask_image": mask, "height": 16, "width": 16}
+    first = hold(pipe, "plan", **call, strength=0.8)
+    if channels == 4:
+        for scheduler in (DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler):
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+            two = {"prompt": ["red heart", "blue star"], "num_images_per_prompt": 2}
+            hold(pipe, "plan", STEP, **call | two, strength=1.0, guidance_scale=1.0)
+        other = call | {"mask_image": 1 - mask, "num_inference_steps": 2}
+        assert not np.allclose(first, hold(pipe, "plan", STEP, **other, strength=0.8))
+
+
+def test_a_callback_that_returns_a_mask(components, hold, picture, mask):
+    pipe = StableDiffusionInpaintPipeline(**components(), requires_safety_checker=False)
+    call = {"image": picture(), "mask_image": mask, "height": 16, "width": 16}
+
+    def halve(pipe, i, t, given):
+        return {"latents": given["latents"] / 2}
+
+    def move(pipe, i, t, given):
+        return {"mask": torch.ones(2, 1, 8, 8).double()} if i == 1 else {}
+
+    hold(pipe, "plan", **call, callback_on_step_end=halve)
+    hold(pipe, "returned mask", **call, callback_on_step_end=move)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [PNDMScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler]
+)
+def test_inpainting_with_schedulers_that_keep_samples(components, hold, picture, mask, scheduler):
+    """A plan where the table follows samples that change between the steps."""
+    pipe = StableDiffusionInpaintPipeline(**components(), requires_safety_checker=False)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    call = {"image": picture(), "mask_image": mask, "height": 16, "width": 16}
+    loop = "plan" if scheduler is HeunDiscreteScheduler else "does not follow samples"
+    hold(pipe, loop, STEP, **call, num_inference_steps=6)
 
 
 def test_instruct_pix2pix(components, hold, picture):

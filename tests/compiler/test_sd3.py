@@ -86,7 +86,8 @@ def test_image_to_image(components_sd3, hold, picture, call):
 def test_inpainting(components_sd3, hold, picture, mask, channels, guidance):
     pipe = StableDiffusion3InpaintPipeline(**components_sd3(in_channels=channels))
     call = {"image": picture(), "mask_image": mask, "strength": 0.8, "guidance_scale": guidance}
-    hold(pipe, "diffusers", STEP, height=16, width=16, **call)
+    loop = "plan" if channels == 16 else "further channels"
+    hold(pipe, loop, STEP, height=16, width=16, **call)
 
 
 CONTROLLED = ("sd3", "sd35-medium", "sd35-large", "alone")
@@ -250,23 +251,6 @@ def draw(pipe, **options):
     if "prompt_embeds" not in options:
         given["prompt"] = "red heart"
     return pipe(**given | options).images
-
-
-# Skip-layer guidance
-
-
-SKIPPED = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.8}
-
-
-def test_skip_layer_guidance(components_sd3, hold):
-    """In diffusers' own loop, which asks our network twice."""
-    pipe = StableDiffusion3Pipeline(**components_sd3("sd35-medium"))
-    plain = hold(pipe, "plan", STEP)
-    before = int(calls(pipe, "transformer").split()[0])
-    assert not np.allclose(plain, hold(pipe, "skip_guidance_layers", STEP, **SKIPPED))
-    assert int(calls(pipe, "transformer").split()[0]) == before + 4 + 3
-    assert "skip_guidance_layers" in calls(pipe, "loop")
-    hold(pipe, "skip_guidance_layers", STEP, **SKIPPED, guidance_scale=1.0)
 
 
 # Callbacks

@@ -1,0 +1,92 @@
+"""Inpainting: what a loop keeps of the picture that it was given."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.compiler.guidance import Setting, predictions_of
+from fastdiff.models import Unsupported
+from fastdiff.models.originals import check_own
+from fastdiff.plans import Plan
+from fastdiff.runtime.guidance import Inpainting
+from fastdiff.runtime.recurrence import ALLOWED
+from fastdiff.runtime.schedulers import NotLinear, Table
+
+_NAMES = ("mask", "image_latents", "noise")
+_ORDERS = {"add_noise": (0, 1, 2), "scale_noise": (0, 2, 1)}
+"""The methods that noise a picture, and the order in which they take picture, noise, timestep."""
+
+
+def inpainting_of(
+    pipe: Any, setting: Setting, local: Mapping[str, Any], plan: Plan
+) -> Inpainting | None:
+    """What a loop with these local variables keeps; its factors are not known yet.
+
+    None if it keeps nothing. Unsupported if a plan cannot do what the loop does with its mask.
+    """
+    if not plan.noises or (plan.constant_channels and "image_latents" not in local):
+        return None
+    if local.get("image_latents") is None:
+        raise Unsupported("its network is told mask and picture in further channels")
+    missing = [name for name in _NAMES if name not in local]
+    if missing:
+        raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
+    mask, original, noise = parts = [local[name] for name in _NAMES]
+    latents = local[plan.latents]
+    for name, value in zip(_NAMES, parts, strict=True):
+        if not isinstance(value, Tensor) or value.dtype != latents.dtype:
+            raise Unsupported(f"its {name} is not a tensor of the latents' dtype")
+        if value.device != latents.device:
+            raise Unsupported(f"its {name} is on another device than the latents")
+    count = predictions_of(setting).count
+    if count > 1:
+        mask = mask.chunk(count)[0]
+    elif hasattr(type(pipe), "do_perturbed_attention_guidance"):
+        mask = mask[:1]  # diffusers takes the first of them for all pictures
+    for name, value in zip(_NAMES, (mask, original, noise), strict=True):
+        pairs = zip(value.shape, latents.shape, strict=True)
+        if value.ndim != latents.ndim or any(side not in (1, whole) for side, whole in pairs):
+            raise Unsupported(
+                f"its {name} has the shape {list(value.shape)}, the latents {list(latents.shape)}"
+            )
+    return Inpainting(mask, original.expand_as(latents), noise.expand_as(latents))
+
+
+def with_factors(
+    inpainting: Inpainting | None, scheduler: Any, table: Table, plan: Plan
+) -> Inpainting | None:
+    """`inpainting` with the factors of picture and noise after each step, as the scheduler's own
+    method makes them.
+
+    Raises:
+        NotLinear: its steps do not follow samples that change between them, or it noises the
+            picture in another way than by two factors.
+        Unsupported: that method is not diffusers' own.
+    """
+    if inpainting is None:
+        return None
+    name = type(scheduler).__name__
+    if not table.editable:
+        raise NotLinear(f"{name}: its table does not follow samples that a mask changes")
+    if not hasattr(scheduler, plan.noises):
+        raise NotLinear(f"{name}: it has no {plan.noises}")
+    check_own(scheduler, (plan.noises,))
+    own = copy.deepcopy(scheduler)
+    for key, value in vars(own).items():
+        if isinstance(value, Tensor):
+            setattr(own, key, value.cpu())
+    picture, noise = torch.tensor([[1.0, 0.0, 0.3], [0.0, 1.0, -0.7]], dtype=torch.float64)
+    timesteps, order = table.timesteps, _ORDERS[plan.noises]
+    rows = []
+    for state, timestep in zip(table.states, timesteps[1:], strict=False):
+        vars(own).update(state)
+        given = (picture.view(3, 1, 1, 1), noise.view(3, 1, 1, 1), timestep[None])
+        made = getattr(own, plan.noises)(*(given[i] for i in order)).flatten()
+        if not abs(made[2] - made[:2] @ torch.stack([picture, noise])[:, 2]) <= ALLOWED:
+            raise NotLinear(f"{name}: its {plan.noises} is not a sum of picture and noise")
+        rows.append(made[:2].double())
+    rows.append(torch.tensor([1.0, 0.0], dtype=torch.float64))  # after the last step
+    return inpainting._replace(factors=torch.stack(rows))

@@ -1,0 +1,87 @@
+"""The network that predicts the steps of a loop: which it is, and what it is told."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastdiff.compiler import guidance
+from fastdiff.compiler.loop_call import Call
+from fastdiff.compiler.promotion import as_type
+from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.observe import entered
+from fastdiff.models import Unsupported
+from fastdiff.models.hoisted import Hoisted
+from fastdiff.runtime.denoiser import Denoiser
+from fastdiff.runtime.guidance import Guidance
+
+
+class Predictor:
+    """The network of a loop's present step, on `pipe` as it is.
+
+    Raises Unsupported if a network of the loop is not compiled or cannot be given the conditions.
+    """
+
+    def __init__(self, pipe: Any, call: Call) -> None:
+        self.pipe, self.call, self._setting = pipe, call, partial(call.setting, pipe)
+        self.predictions = guidance.predictions_of(self._setting)
+        for at in (len(call.timesteps) - 1, 0):
+            self.take(at, call.conditions)
+
+    def take(self, at: int, given: Any) -> None:
+        """Let the component that predicts step `at` predict from now on, under the conditions
+        `given`."""
+        name = self._network_at(at)
+        slot = slot_of(getattr(self.pipe, name))
+        if slot is None:
+            raise Unsupported(f"the {name} is not compiled")
+        self.slot = slot
+        self.denoiser = self.offer(given)
+
+    def _network_at(self, at: int) -> str:
+        plan = self.call.plan
+        return plan.last if plan.last and at + 1 == len(self.call.timesteps) else plan.network
+
+    def end_of_part(self, at: int) -> int:
+        """The first step after `at` that another network predicts, or another number of times."""
+        count = len(self.call.timesteps)
+        end = guidance.end_of_part(self.call.skips, at, count)
+        return min(end, count - 1) if self.call.plan.last and at + 1 < count else end
+
+    def guidance(self) -> Guidance:
+        """How the pipeline now asks for predictions to be combined."""
+        return guidance.guidance_of(self._setting, self.call.timesteps)
+
+    def switched(self) -> bool:
+        """Whether the pipeline now asks for more or fewer predictions."""
+        return guidance.predictions_of(self._setting) != self.predictions
+
+    def scale(self) -> float:
+        """The factor by which the call scales LoRA adapters."""
+        name = self.call.plan.attention_kwargs
+        return self.slot.kind.scale(**({name: self._setting(name, None)} if name else {}))
+
+    def offer(self, given: Any) -> Denoiser:
+        """The network on the weights as they are now, checked with the conditions `given`."""
+        denoiser: Denoiser = self.slot.offer(self.call.latents, given, scale=self.scale())
+        if self.slot.promotion is None:
+            latents, skips = self.call.latents, self.call.skips
+            denoiser.network.check(latents, given, self.predictions.count)
+            if skips is not None:
+                denoiser.network.check(latents, skips.conditions(given), 3)
+        return denoiser
+
+    def hoist(self, at: int, given: Any) -> Hoisted:
+        """Compute once what all steps like step `at` share; in the network's dtype if it was
+        promoted."""
+        network, latents = self.denoiser.network, self.call.latents
+        skips, count = self.call.skips, self.predictions.count
+        if skips is not None and at in skips.steps:
+            given, count = skips.conditions(given), 3
+        if count > 1 + self.predictions.guided:
+            given = guidance.with_repeats(given, count, latents.shape[0])
+        if self.slot.promotion is not None:
+            given = as_type(given, torch.float16, network.dtype)
+        timesteps = self.call.timesteps.to(latents.device)[:, None]
+        sides = tuple(latents.shape[2:])
+        return entered("hoist", lambda: network.hoist(given, timesteps, sides))
