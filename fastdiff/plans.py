@@ -72,8 +72,17 @@ class Plan:
     """The variables whose channels the loop puts behind the latents in every step, if the network
     takes more channels than the latents have."""
     scaled: str = "latents"
-    """What `scale_model_input` is given: "latents"; "input", with the constant channels; "" if the
-    loop does not call it."""
+    """What `scale_model_input` is given: "latents"; "input", with the constant channels; "sample",
+    if the scheduler also steps what it gives; "" if the loop does not call it."""
+    conditional_first: bool = False
+    """Whether the prediction with the condition comes before the unconditional one."""
+    only_above_one: bool = False
+    """Whether a guidance_scale below 1 also means no guidance, where `settings` has it alone."""
+    doubled: bool = False
+    """Whether the variable of the latents holds them once for each half of guidance, and the
+    scheduler steps both halves."""
+    drops_variance: bool = False
+    """Whether the loop drops what the network says of the variance."""
     variance: bool = False
     """Whether the loop guides without what the network says of the variance, takes that from the
     half with the text, and drops it if the scheduler does not read it."""

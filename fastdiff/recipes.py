@@ -18,6 +18,13 @@ from fastdiff.prior_plans import (
     SUPER_RES_PLAN,
     UNCLIP_PRIOR_PLAN,
 )
+from fastdiff.transformer_plans import (
+    DIT_PLAN,
+    SD3_INPAINT_PLAN,
+    SD3_PAG_PLAN,
+    SD3_PICTURE_PLAN,
+    SD3_PLAN,
+)
 
 _TEXT = {
     "encoder_hidden_states": "prompt_embeds",
@@ -54,24 +61,6 @@ LCM_PLAN = replace(
     schedulers=("LCMScheduler",),
     scaled="",
 )
-SD3_PLAN = Plan(
-    conditions={
-        "encoder_hidden_states": "prompt_embeds",
-        "pooled_projections": "pooled_prompt_embeds",
-    },
-    required=("prompt_embeds", "pooled_prompt_embeds"),
-    returned=("prompt_embeds", "pooled_prompt_embeds"),
-    attention_kwargs="joint_attention_kwargs",
-    pictures="ip_adapter_image_embeds",
-    skips={
-        "encoder_hidden_states": "original_prompt_embeds",
-        "pooled_projections": "original_pooled_prompt_embeds",
-    },
-    scaled="",
-)
-SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",), skips={})
-SD3_INPAINT_PLAN = replace(SD3_PICTURE_PLAN, noises="scale_noise")
-SD3_PAG_PLAN = replace(SD3_PICTURE_PLAN, pictures="")
 DDPM_PLAN = Plan(
     conditions={},
     required=(),
@@ -208,6 +197,7 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3PAGPipeline": Recipe(MMDIT, plan=SD3_PAG_PLAN, from_text=sd3),
         "StableDiffusion3PAGImg2ImgPipeline": Recipe(MMDIT, plan=SD3_PAG_PLAN, from_text=sd3),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
+        "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=DIT_PLAN),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         "StableDiffusionUpscalePipeline": Recipe(plan=UPSCALE_PLAN, upcasts=True),
         "LDMTextToImagePipeline": Recipe({"unet": "unet", "vqvae": "vae"}, plan=LDM_PLAN),

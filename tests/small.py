@@ -4,6 +4,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    DiTTransformer2DModel,
     PriorTransformer,
     SD3ControlNetModel,
     SD3Transformer2DModel,
@@ -135,6 +136,17 @@ PRIORS = {
 """UnCLIP's prior, and what else its class can be."""
 
 
+DIT = {
+    "sample_size": 8,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_embeds_ada_norm": 1000,
+}
+
+
 def inputs_for(unet, shape, dtype=torch.float32):
     batch, rows, columns = shape
     sample = torch.randn(batch, 4, rows, columns, dtype=dtype)
@@ -260,6 +272,12 @@ def prior(kind):
     return net, net, (torch.randn(2, 24), 7), given | mask
 
 
+def dit():
+    net = noisy(DiTTransformer2DModel(**DIT))
+    given = {"timestep": torch.tensor([7, 7]), "class_labels": torch.tensor([3, 1000])}
+    return net, net, (torch.randn(2, 4, 8, 8),), given
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "sd21, classic attention": lambda: classic("sd21"),
@@ -272,6 +290,7 @@ NETS = {
     "controlnet of sd3": lambda: controlnet_sd3(),
     "controlnet of sd35-large": lambda: controlnet_sd3_alone(),
     "prior": lambda: prior("karlo"),
+    "dit": dit,
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

@@ -137,7 +137,7 @@ class Denoising:
         """Write what diffusers continues from into the tensors that its local variables hold."""
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
-        call.latents.data = latents
+        call.held.data = torch.cat([latents] * (len(call.held) // len(latents)))
         for name, value in self.handed.items():
             call.handed[name].data = value
         for field in call.plan.replaced.values():
@@ -155,12 +155,12 @@ class Denoising:
     def _draw_noise(self) -> Tensor:
         """The noise that the scheduler would draw: same generator, same dtype, same order."""
         noise: Tensor = randn_tensor(
-            self.call.latents.shape,
+            self.call.held.shape,
             generator=self.call.step_options.get("generator"),
             device=self.call.latents.device,
             dtype=self.table.noise_dtype or self.call.latents.dtype,
         )
-        return noise
+        return noise[: len(self.call.latents)]
 
     def _show(self, i: int) -> None:
         """Advance the progress bar as diffusers does."""

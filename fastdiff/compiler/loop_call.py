@@ -28,7 +28,10 @@ class Call:
     """A loop that is about to begin. The pipeline's settings are read from the pipeline itself."""
 
     latents: Tensor
-    """[B, …]; the result is written into it."""
+    """[B, …]"""
+    held: Tensor
+    """What the loop's variable holds: the latents, perhaps once more for the other half of
+    guidance. The result is written into it."""
     conditions: Any
     """The network's conditions, of its family's class."""
     plan: Plan
@@ -124,8 +127,11 @@ def call_of(
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:
         told["prev_timestep"] = following(steps)
+    held = local[plan.latents]
+    doubled = plan.doubled and settings["do_classifier_free_guidance"]
     call = Call(
-        latents=local[plan.latents],
+        latents=held.chunk(2)[0] if doubled else held,
+        held=held,
         conditions=denoised.conditions(**given),
         plan=plan,
         settings=settings,

@@ -16,7 +16,9 @@ def settings_of(plan: Plan, local: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are variables of the loop, by the name of a pipeline's property."""
     found = {name: local[variable] for name, variable in plan.settings.items()}
     if "guidance_scale" in found:
-        found.setdefault("do_classifier_free_guidance", found["guidance_scale"] != 1.0)
+        scale = found["guidance_scale"]
+        guided = scale > 1.0 if plan.only_above_one else scale != 1.0
+        found.setdefault("do_classifier_free_guidance", guided)
     return found
 
 
@@ -62,6 +64,8 @@ def check_scales(plan: Plan, given: Any, scales: Tensor) -> Tensor:
     """
     if not plan.scaled:
         return torch.ones_like(scales)
+    if plan.scaled == "sample":
+        require(bool((scales == 1).all()), "its scheduler steps the scaled latents")
     whole = plan.scaled == "input" and given.constant_channels is not None
     if whole and bool((scales != 1).any()):
         raise Unsupported("its scheduler scales the constant channels in every step")
@@ -77,6 +81,8 @@ def check_variance(plan: Plan, config: Any, channels: int, guided: bool, table: 
     if given != 2 * channels:
         require(given == channels, f"{given} channels are predicted for {channels} of the latents")
         require(not table.variance, "the scheduler reads a variance that the network does not give")
+    elif plan.drops_variance:
+        require(not table.variance, "the scheduler reads a variance that the loop drops")
     elif not plan.variance:
         what = "the loop guides what the network says of the variance, or the scheduler ignores it"
         require(table.variance and not guided, what)

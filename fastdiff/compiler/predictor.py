@@ -50,7 +50,8 @@ class Predictor:
 
     def guidance(self) -> Guidance:
         """How the pipeline now asks for predictions to be combined."""
-        return guidance.guidance_of(self._setting, self.call.timesteps)
+        now = guidance.guidance_of(self._setting, self.call.timesteps)
+        return now._replace(scale=1 - now.scale) if self.call.plan.conditional_first else now
 
     def switched(self) -> bool:
         """Whether the pipeline now asks for more or fewer predictions."""

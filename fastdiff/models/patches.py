@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdiff.models.blocks import require
@@ -62,8 +63,14 @@ class Positions:
         return middle.reshape(1, rows * columns, -1)
 
 
-def borrow_patches(module: Any, loan: Loan) -> tuple[Patches, Positions | None]:
-    """From a PatchEmbed."""
+def borrow_patches(
+    module: Any, loan: Loan, own_size: bool = False
+) -> tuple[Patches, Positions | None]:
+    """From a PatchEmbed.
+
+    own_size: from one without pos_embed_max_size, whose table is for a square of exactly `side`;
+    for pictures of any other size diffusers computes another.
+    """
     embed = loan.open(module, "PatchEmbed")
     require(embed.norm is None and not embed.layer_norm, "a norm of embedded patches")
     require(bool(embed.flatten), "embedded patches that are not flattened")
@@ -74,9 +81,13 @@ def borrow_patches(module: Any, loan: Loan) -> tuple[Patches, Positions | None]:
     table, side = embed.pos_embed, embed.pos_embed_max_size
     if table is None:
         return Patches(size, flat), None
+    if own_size:
+        side = embed.height
+        require(not embed.pos_embed_max_size and side == embed.width, "positions of other sizes")
     require(bool(side), "positions that are computed for each size (no pos_embed_max_size)")
     require(
-        table.dtype == loan.dtype and table.device == loan.device,
+        table.dtype in (loan.dtype, *((torch.float32,) if own_size else ()))
+        and table.device == loan.device,
         f"positions of {table.dtype} on {table.device}",
     )
     require(

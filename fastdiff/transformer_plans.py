@@ -1,0 +1,39 @@
+"""The plans of pipelines with a transformer: Stable Diffusion 3 and DiT."""
+
+from dataclasses import replace
+
+from fastdiff.plans import Plan
+
+SD3_PLAN = Plan(
+    conditions={
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+    },
+    required=("prompt_embeds", "pooled_prompt_embeds"),
+    returned=("prompt_embeds", "pooled_prompt_embeds"),
+    attention_kwargs="joint_attention_kwargs",
+    pictures="ip_adapter_image_embeds",
+    skips={
+        "encoder_hidden_states": "original_prompt_embeds",
+        "pooled_projections": "original_pooled_prompt_embeds",
+    },
+    scaled="",
+)
+SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",), skips={})
+SD3_INPAINT_PLAN = replace(SD3_PICTURE_PLAN, noises="scale_noise")
+SD3_PAG_PLAN = replace(SD3_PICTURE_PLAN, pictures="")
+DIT_PLAN = Plan(
+    conditions={"class_labels": "class_labels_input"},
+    required=("class_labels_input",),
+    returned=(),
+    network="transformer",
+    settings={"guidance_scale": "guidance_scale"},
+    latents="latent_model_input",
+    entrance="progress_bar",
+    iterates=True,
+    scaled="sample",
+    conditional_first=True,
+    only_above_one=True,
+    doubled=True,
+    drops_variance=True,
+)
