@@ -21,7 +21,7 @@ from fastdiff.compiler.taken import torch_compiled
 from fastdiff.compiler.transforms import transformed
 from fastdiff.errors import UserError
 from fastdiff.families import plain
-from fastdiff.models.snapshot import by_value, offload, snapshot
+from fastdiff.models.snapshot import Unchanged, by_value, offload, snapshot
 from fastdiff.models.watch import Unsupported, kind
 from fastdiff.tables import plural
 
@@ -48,7 +48,7 @@ class TextCache:
     """Calls that the encoder answered although the cache may hold them, by reason."""
     _kept: OrderedDict[Any, Any] = field(default_factory=OrderedDict, repr=False)
     _last: Any = field(default=None, repr=False)
-    """The last snapshot, so that all keys share one."""
+    """The last snapshot, and what tells whether it still holds."""
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +113,7 @@ class TextCache:
         """Forget everything, and give the encoder its own call back."""
         with self._lock:
             self._kept.clear()
+        self._last = None
         names = vars(self.module)
         for name in (_CALL, _KEPT):  # keep a call that is not ours
             if names.get(name) is self:
@@ -143,14 +144,22 @@ class TextCache:
             raise Unsupported("autocast is on")
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             raise Unsupported("global forward hooks are set")
-        now = snapshot(self.module, _PACKAGES, without=(_CALL, _KEPT, _LEFT))
-        with self._lock:
-            if now != self._last:
-                self._last = now
-            now = self._last
+        now = self._snapshot()
         call = by_value(args), tuple((name, by_value(kwargs[name])) for name in sorted(kwargs))
         ids = args[0] if args else kwargs.get("input_ids")
         return now, call, self._rows(ids), _flags()
+
+    def _snapshot(self) -> Any:
+        """`snapshot` of the encoder: the last one, if nothing has changed since."""
+        last = self._last
+        if last is not None and last[0].holds():
+            return last[1]
+        given = self.module, _PACKAGES, (_CALL, _KEPT, _LEFT)
+        unchanged, now = Unchanged(*given), snapshot(*given)
+        if last is not None and last[1] == now:
+            now = last[1]  # keys share one
+        self._last = unchanged, now
+        return now
 
     def _rows(self, ids: Any) -> bytes:
         """The embeddings of the tokens, which textual inversion writes through `.data`."""

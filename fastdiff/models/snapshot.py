@@ -1,5 +1,6 @@
 """All that a module's own `forward` reads, as one value that compares and hashes."""
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastdiff.models.originals import reached
-from fastdiff.models.watch import Unsupported, kind, replaced, version
+from fastdiff.models.watch import Item, Unsupported, kind, replaced, version, watch
 
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _OWN = frozenset(vars(nn.Module())) | {"forward"}
@@ -67,6 +68,81 @@ def snapshot(
         tuple(_weight(weight, moved is not None) for weight in weights),
         _samples(weights),
     )
+
+
+class Unchanged:
+    """Tells in a fraction of the time whether `snapshot(root, …)` would be what it was when this
+    was made. Keeps the modules alive, not the weights' memory."""
+
+    def __init__(
+        self, root: nn.Module, packages: tuple[str, ...] = (), without: tuple[str, ...] = ()
+    ) -> None:
+        self._items: list[Item] = []
+        self._dicts: list[dict[Any, Any]] = []
+        self._rows: list[tuple[Any, tuple[Any, ...]]] = []
+        modules = list(root.modules())
+        for module in modules:
+            self._add_module(module, without)
+        self._watch = watch(modules, self._items, self._dicts)
+        classes = {type(module) for module in modules}
+        self._code = lambda: reached(classes, packages=packages)
+        self._reached = self._code()
+        self._weights = [*root.parameters(), *root.buffers()]
+        for weight in self._weights:
+            _check_plain(weight)
+        self._moved = offload(root) is not None
+        self._state = self._read()
+
+    def holds(self) -> bool:
+        try:
+            return (
+                bool(self._watch.intact())
+                and all(_identical(row, kept) for row, kept in self._rows)
+                and self._code() is self._reached
+                and self._read() == self._state
+            )
+        except Unsupported:
+            return False
+
+    def _add_module(self, module: nn.Module, without: tuple[str, ...]) -> None:
+        own = vars(module)
+        self._dicts += [module._forward_hooks, module._forward_pre_hooks, module._buffers]
+        self._items += [(module._buffers, *item) for item in module._buffers.items()]
+        own_names = {"training", "forward"} | (own.keys() - _OWN - {*without})
+        for name in own_names:
+            self._items.append((own, name, own.get(name)))
+            self._add(own.get(name))
+        if not {*without} & own.keys():
+            self._dicts.append(own)
+
+    def _add(self, value: Any) -> None:
+        """Watch what is in a module's attribute."""
+        if isinstance(value, dict):
+            self._dicts.append(value)
+            self._items += [(value, *item) for item in value.items()]
+            for item in value.values():
+                self._add(item)
+        elif isinstance(value, list | tuple | set):
+            if not isinstance(value, tuple):
+                self._rows.append((value, tuple(value)))
+            for item in value:
+                self._add(item)
+        elif hasattr(value, "to_dict") and not isinstance(value, nn.Module):
+            self._add(vars(value))
+
+    def _read(self) -> tuple[Any, ...]:
+        weights = self._weights
+        where = [
+            (w.data_ptr(), w.untyped_storage()._cdata, w.stride())
+            for w in weights
+            if not self._moved
+        ]
+        what = [(w._version, w.shape, w.dtype) for w in weights]
+        return what, where, _samples(weights)
+
+
+def _identical(row: Any, kept: tuple[Any, ...]) -> bool:
+    return len(row) == len(kept) and all(map(operator.is_, row, kept))
 
 
 def by_value(value: Any) -> Any:
@@ -139,17 +215,22 @@ class _Same:
 
 
 def _weight(tensor: Tensor, moved: bool) -> Any:
-    if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout != torch.strided:
-        raise Unsupported(f"weights kept as {kind(tensor)}, not as plain numbers")
-    if tensor.is_meta:
-        raise Unsupported("weights on the meta device")
-    if (edits := version(tensor)) is None:
-        raise Unsupported("weights made in torch.inference_mode, whose edits torch does not count")
-    what = _Same(tensor), edits, tensor.shape, tensor.dtype
+    _check_plain(tensor)
+    what = _Same(tensor), tensor._version, tensor.shape, tensor.dtype
     if moved:
         return what
     memory = StorageWeakRef(tensor.untyped_storage())
     return *what, memory, tensor.data_ptr(), tensor.stride(), tensor.device
+
+
+def _check_plain(tensor: Tensor) -> None:
+    """Raise Unsupported for weights whose edits cannot be seen."""
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout != torch.strided:
+        raise Unsupported(f"weights kept as {kind(tensor)}, not as plain numbers")
+    if tensor.is_meta:
+        raise Unsupported("weights on the meta device")
+    if version(tensor) is None:
+        raise Unsupported("weights made in torch.inference_mode, whose edits torch does not count")
 
 
 def _samples(tensors: Iterable[Tensor]) -> tuple[bytes, ...]:
@@ -157,9 +238,9 @@ def _samples(tensors: Iterable[Tensor]) -> tuple[bytes, ...]:
     found: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if count := tensor.numel():
+            step = -(-count // _SAMPLES)
             # `data`, not `detach()`: also fit for torch.inference_mode
-            flat = tensor.data.as_strided((count,), (1,), tensor.storage_offset())
-            spread = flat[:: -(-count // _SAMPLES)]
+            spread = tensor.data.as_strided((-(-count // step),), (step,), tensor.storage_offset())
             found.setdefault((tensor.device, tensor.dtype), []).append(spread)
     joined = (torch.cat(views).cpu() for views in found.values())
     return tuple(values.view(torch.uint8).numpy().tobytes() for values in joined)

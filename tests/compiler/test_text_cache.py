@@ -335,6 +335,7 @@ def test_it_keeps_no_weights_alive(clip):
     clip(IDS)
     gone = weakref.ref(clip.encoder.layers[0])
     clip.encoder.layers.pop(0)
+    clip(IDS)
     gc.collect()
     assert gone() is None
 
