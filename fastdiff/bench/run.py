@@ -22,6 +22,7 @@ from fastdiff.bench.backends import (
     prepare,
 )
 from fastdiff.bench.contenders import files, sharing
+from fastdiff.bench.enlarged import channels_of
 from fastdiff.bench.memory import Baseline, baseline, engine_peak_bytes, peak_bytes
 from fastdiff.bench.pixels import draws_pixels, factor_of
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
@@ -69,6 +70,11 @@ def bench(
 
     Raises UserError before anything is timed if a requested backend cannot run here.
     """
+    if getattr(pipe, "vae", None) is None and not draws_pixels(pipe):
+        raise UserError(
+            f"bench times the steps and the decoder apart, and a {type(pipe).__name__} returns no"
+            " latents; count its launches with fastdiff graph or fastdiff count"
+        )
     device = torch.device(settings.device)
     before = baseline(device)
     pipe = pipe.to(device)
@@ -156,8 +162,7 @@ def _unavailable(row: Timed, reason: str, settings: Settings) -> Timed:
 
 def _request(pipe: Any, settings: Settings) -> Request:
     factor = factor_of(pipe)
-    channels = denoiser(pipe).config.in_channels
-    shape = (1, channels, settings.height // factor, settings.width // factor)
+    shape = (1, channels_of(pipe), settings.height // factor, settings.width // factor)
     return Request(
         prompt=settings.prompt,
         steps=settings.steps,

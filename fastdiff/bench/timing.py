@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastdiff.bench.enlarged import size_of
 from fastdiff.bench.pixels import drawn, draws_pixels
 from fastdiff.recipes import denoiser
 
@@ -59,8 +60,7 @@ def draw(pipe: Any, request: Request) -> Drawing:
     with _encoded(pipe, device) as text_ms:
         latents = pipe(
             request.prompt,
-            height=request.height,
-            width=request.width,
+            **size_of(pipe, request.height, request.width),
             num_inference_steps=request.steps,
             guidance_scale=GUIDANCE_SCALE,
             generator=generator,
@@ -126,8 +126,7 @@ def picture(pipe: Any, height: int, width: int, steps: int, output_type: str = "
         return
     pipe(
         "red heart",
-        height=height,
-        width=width,
+        **size_of(pipe, height, width),
         num_inference_steps=steps,
         guidance_scale=GUIDANCE_SCALE,
         generator=torch.Generator("cpu").manual_seed(0),

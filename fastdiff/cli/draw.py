@@ -67,6 +67,7 @@ def generate(
     at_least("--steps", steps, 1)
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
+    from fastdiff.bench.enlarged import enlarges
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
     from fastdiff.bench.progress import step_bar
     from fastdiff.bench.room import room
@@ -78,6 +79,11 @@ def generate(
     device = check_device(device)
     painter = opened(source_of(context), check_dtype(dtype, device), device).to(device)
     check_steps(painter, steps)
+    if enlarges(painter):
+        raise UserError(
+            f"a {type(painter).__name__} enlarges a picture, and draw gives it none; call it from"
+            " Python"
+        )
     height, width = check_size(painter, height, width)
     known = inspect.signature(painter.__call__).parameters
     if negative_prompt is not None and "negative_prompt" not in known:

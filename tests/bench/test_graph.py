@@ -90,20 +90,23 @@ def test_launches_by_hand():
     assert [work.bytes for _, work in found] == [5 * picture.nbytes]
 
 
+UNETS = {"x4": 870, "ldm": 886}
+"""What diffusers' own U-Nets launch in a guided step."""
 RICHEST = "sd35-medium"
 """Of the transformers: what the others have, a second attention and norms of queries and keys."""
 
 
 def of(presets):
-    """Those but for the transformers whose parts are the richest's, which wait for test-all."""
-    others = {*TRANSFORMERS} - {RICHEST}
+    """Those but for the transformers whose parts are the richest's, and latent diffusion's U-Net,
+    whose parts are SD1.5's; they wait for test-all."""
+    others = {*TRANSFORMERS, "ldm"} - {RICHEST}
     return [
         pytest.param(name, marks=[pytest.mark.product] if name in others else [])
         for name in presets
     ]
 
 
-@pytest.mark.parametrize("preset", of(["sd15", "sdxl", "prior", *TRANSFORMERS]))
+@pytest.mark.parametrize("preset", of(["sd15", "sdxl", "prior", *UNETS, *TRANSFORMERS]))
 def test_the_committed_graph_is_what_the_networks_do_now(preset):
     """A change of it is a decision: `fastdiff graph --preset … --json` writes it again."""
     kept = json.loads((STATIC / f"graph-{preset}.json").read_text())
@@ -141,6 +144,24 @@ def test_what_diffusers_prior_would_launch():
     assert {str(len(theirs)), str(ours["launches"])} <= set(told)
     assert 27 * ours["flops"] < sum(work.flops for _, work in theirs)
     assert ours["bytes"] < sum(work.bytes for _, work in theirs)
+
+
+@pytest.mark.parametrize("preset", of(UNETS))
+def test_what_diffusers_own_unets_would_launch(preset):
+    net, side = blueprint(preset)
+    net, config = torch.nn.Module.to(net, dtype=torch.float16), net.config
+    given = {
+        "sample": torch.empty(2, config.in_channels, side, side, **HALF),
+        "timestep": torch.empty(2, device="meta"),
+        "encoder_hidden_states": torch.empty(2, 77, config.cross_attention_dim, **HALF),
+        "class_labels": torch.empty(2, dtype=torch.long, device="meta"),
+    }
+    theirs = launched(lambda: net(**given, return_dict=False), 90)
+    ours = json.loads((STATIC / f"graph-{preset}.json").read_text())
+    assert len(theirs) == UNETS[preset]
+    assert ours["launches"] < 0.52 * len(theirs)
+    assert ours["bytes"] < 0.8 * sum(work.bytes for _, work in theirs)
+    assert ours["flops"] < sum(work.flops for _, work in theirs)
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sdxl"])

@@ -9,9 +9,16 @@ from fastdiff.bench.presets import PRESETS, autoencoder, blueprint, build
 from fastdiff.bench.timing import Request, draw
 from fastdiff.errors import UserError
 
-# Parameters of the published checkpoints' U-Nets.
-PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
-VAE = 83_653_863
+# Parameters of the published checkpoints' U-Nets; ldm's and x4's are counted from their sizes.
+PUBLISHED = {
+    "sd15": 859_520_964,
+    "sd21": 865_910_724,
+    "sdxl": 2_567_463_684,
+    "ldm": 872_300_484,
+    "x4": 473_398_020,
+}
+VAE = {"x4": 55_325_927}
+"""By preset; the others share one."""
 
 
 def count(net):
@@ -25,7 +32,7 @@ def test_scale_one_has_the_published_number_of_parameters(name):
     assert count(net) == PUBLISHED[name]
     vae = autoencoder(PRESETS[name])
     assert isinstance(vae, AutoencoderKL)
-    assert count(vae) == VAE
+    assert count(vae) == VAE.get(name, 83_653_863)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,7 @@ def test_scale_one_has_the_published_number_of_parameters(name):
         ("sd21", 0.2, {64}),
         ("sdxl", 0.2, {64}),
         ("tiny", 0.5, {40, 80, 160}),
+        ("x4", 1 / 8, {64, 128}),
     ],
 )
 def test_scaled_down_it_still_draws_with_the_real_head_widths(name, scale, widths):
@@ -49,7 +57,8 @@ def test_scaled_down_it_still_draws_with_the_real_head_widths(name, scale, width
     outputs = []
     hook = pipe.unet.register_forward_hook(lambda *call: outputs.append(call[-1][0]))
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawing = draw(pipe, Request("red heart", 1, 64, 64, latents, seed=0))
+    side = 8 * pipe.vae_scale_factor
+    drawing = draw(pipe, Request("red heart", 1, side, side, latents, seed=0))
     hook.remove()
     assert outputs[0].shape[0] == 2
     assert 0.2 < outputs[0].std() < 5
@@ -70,6 +79,15 @@ def test_the_prior_has_the_published_billion_and_makes_an_embedding():
     assert made.shape == (1, pipe.prior.config.embedding_dim)
     assert torch.isfinite(made).all()
     assert 0.1 < made.std() < 5
+
+
+def test_latent_diffusion_scaled_down_draws():
+    pipe = build("ldm", 1 / 8, torch.float32, "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 2.0}
+    (image,) = pipe("red heart", **call, output_type="np").images
+    assert image.shape == (64, 64, 3)
+    assert image.std() > 0.01
 
 
 def test_the_same_seed_builds_the_same_weights():

@@ -273,3 +273,67 @@ def test_random_calls_of_sd3(calls):
     assert not any("eagerly" in part.why for part in parts)
     loops = [int(part.why.split()[0]) for part in parts if part.name == "loop"]
     assert sum(loops) == calls - shows
+
+
+UPSCALER = {
+    "in_channels": 7,
+    "num_class_embeds": 50,
+    "only_cross_attention": (True, False),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+}
+
+
+def make_upscaler():
+    """A pipeline with two LoRA adapters; the same weights every time."""
+    torch.manual_seed(3)
+    unet = noisy(diffusers.UNet2DConditionModel(**TINY | UPSCALER))
+    add_adapters(unet, ["to_q", "to_v", "to_out.0", "conv_in"])
+    config = {"block_out_channels": (32,), "norm_num_groups": 8, "scaling_factor": 0.08333}
+    vae = diffusers.AutoencoderKL(**config).eval()
+    low, scheduler = diffusers.DDPMScheduler(**BETAS), diffusers.DDIMScheduler(**BETAS)
+    pipe = diffusers.StableDiffusionUpscalePipeline(
+        vae, None, None, unet, low, scheduler, max_noise_level=49
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def upscaled(pipe, call):
+    """The latents of a call."""
+    kind, options = SCHEDULERS[call["scheduler"]]
+    pipe.scheduler = kind.from_config({**BETAS, **options, "prediction_type": "v_prediction"})
+    adapt(pipe.unet, call["adapters"])
+    generator = torch.Generator().manual_seed(call["seed"])
+    count, dtype = call["images"], pipe.unet.dtype
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    with patch.object(torch, "randn", single_draws):
+        return pipe(
+            image=noise(count, 3, *call["size"]).sigmoid(),
+            prompt_embeds=noise(count, 7, 24),
+            negative_prompt_embeds=noise(count, 7, 24),
+            noise_level=call["seed"] % 50,
+            num_inference_steps=call["steps"],
+            guidance_scale=call["guidance_scale"],
+            generator=generator,
+            output_type="latent",
+        ).images.double()
+
+
+@pytest.mark.parametrize("calls", [6, pytest.param(60, marks=pytest.mark.product)])
+def test_random_calls_of_the_upscaler(calls):
+    """Each inside the error budget, as a plan."""
+    seed = 20261129
+    dice = random.Random(seed)
+    plan, eager = fastdiff.compile(make_upscaler()), make_upscaler()
+    exact = make_upscaler().to(torch.float64)
+    for at in range(calls):
+        call = random_call(dice)
+        got, single, truth = (upscaled(pipe, call) for pipe in (plan, eager, exact))
+        verdict = judge("latents", got.float(), single, truth)
+        assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
+    (loop,) = [part for part in fastdiff.report(plan).parts if part.name == "loop"]
+    assert loop.why == f"{calls} loops"
