@@ -19,7 +19,8 @@ INDICES = (torch.int32, torch.int64)
 @dataclass(frozen=True)
 class Classes:
     """What a U-Net makes of `class_labels`: rows of a table; embeddings of timesteps, such as that
-    of the noise in a picture to enlarge (DeepFloyd IF); or they are embeddings already (unCLIP)."""
+    of the noise in a picture to enlarge (DeepFloyd IF), or of vectors (Stable unCLIP); or they are
+    embeddings already (unCLIP)."""
 
     width: int
     """Columns of the time embedding."""
@@ -28,20 +29,28 @@ class Classes:
     sinusoid: Sinusoid | None = None
     embedding: Embedding | None = None
 
+    @property
+    def columns(self) -> int | None:
+        """Those of the labels, if they are vectors."""
+        if self.table is not None or self.sinusoid is not None:
+            return None
+        return self.width if self.embedding is None else self.embedding.first.weight.shape[1]
+
     def example(self, texts: int, weight: Tensor) -> Tensor:
         """Labels of `texts`; one for all of them where a loop gives one."""
         if self.table is not None:
             return torch.zeros(1, dtype=torch.long, device=weight.device)
-        shape = (texts,) if self.embedding is not None else (texts, self.width)
+        shape = (texts,) if self.columns is None else (texts, self.columns)
         return torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
     def __call__(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """[n], or [n, width] of embeddings -> [n, width]"""
+        """[n], or [n, columns] -> [n, width]"""
         if self.table is not None:
             return F.embedding(labels, self.table)
-        if self.sinusoid is None or self.embedding is None:
+        if self.embedding is None:
             return labels
-        return self.embedding(self.sinusoid(labels).to(dtype))
+        told = labels if self.sinusoid is None else self.sinusoid(labels).to(dtype)
+        return self.embedding(told.contiguous())
 
     def check(self, labels: Tensor | None, weight: Tensor, texts: int) -> None:
         """Raise Unsupported unless there is one label, or one for each of the texts."""
@@ -50,9 +59,9 @@ class Classes:
         kind, right, dim = "label", True, 1
         if self.table is not None:
             kind, right = "index", labels.dtype in INDICES
-        elif self.embedding is None:
+        elif self.columns is not None:
             kind, dim = "embedding", 2
-            checked("class_labels", labels, weight, self.width, dim)
+            checked("class_labels", labels, weight, self.columns, dim)
         found = f"class_labels are {labels.dtype} of the shape {list(labels.shape)}"
         fits = right and labels.ndim == dim and labels.shape[0] in (1, texts)
         require(fits, f"{found}; expected one {kind} or {texts}")
@@ -79,5 +88,6 @@ def borrow_classes(
     if kind == "identity":
         loan.open(module, nn.Identity)
         return Classes(width)
-    require(kind == "timestep", f"class embeddings of type {kind!r}")
-    return Classes(width, None, sinusoid, borrow_embedding(module, loan))
+    require(kind in ("timestep", "projection"), f"class embeddings of type {kind!r}")
+    own = sinusoid if kind == "timestep" else None
+    return Classes(width, None, own, borrow_embedding(module, loan))

@@ -17,6 +17,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from small import SD3, SD3_KINDS, TINY, noisy
+from unclip import kandinsky_parts, scheduler
 
 import fastdiff
 from fastdiff.kernels.contract import judge
@@ -337,3 +338,57 @@ def test_random_calls_of_the_upscaler(calls):
         assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
     (loop,) = [part for part in fastdiff.report(plan).parts if part.name == "loop"]
     assert loop.why == f"{calls} loops"
+
+
+def make_prior(tokenizer):
+    """A pipeline with two LoRA adapters; the same weights every time."""
+    torch.manual_seed(3)
+    pipe = diffusers.KandinskyV22PriorPipeline(**kandinsky_parts(tokenizer))
+    add_adapters(pipe.prior, ["to_q", "to_v", "to_out.0", "ff.net.2", "proj_in"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.float32)
+
+
+def random_call_prior(dice):
+    prompts = dice.choice([["red heart"], ["blue star"], ["a", "red heart blue star"]])
+    return {
+        "seed": dice.randrange(2**31),
+        "clip_sample": dice.choice([True, True, False]),
+        "steps": dice.randint(2, 6),
+        "prompts": prompts,
+        "negative": dice.choice([None, ["green"] * len(prompts)]),
+        "images": dice.choice([1, 1, 2]),
+        "guidance_scale": dice.choice([0.0, 1.0, 3.0, 7.0]),
+        "adapters": dice.choice([{}, {"one": 1.0}, {"two": 0.5}, {"one": 0.7, "two": -0.4}]),
+    }
+
+
+def draw_prior(pipe, call):
+    """The embeddings of a call."""
+    pipe.scheduler = scheduler(clip_sample=call["clip_sample"])
+    adapt(pipe.prior, call["adapters"])
+    with patch.object(torch, "randn", single_draws):
+        return pipe(
+            call["prompts"],
+            negative_prompt=call["negative"],
+            num_images_per_prompt=call["images"],
+            num_inference_steps=call["steps"],
+            guidance_scale=call["guidance_scale"],
+            generator=torch.Generator().manual_seed(call["seed"]),
+        ).image_embeds.double()
+
+
+@pytest.mark.parametrize("calls", [10, pytest.param(100, marks=pytest.mark.product)])
+def test_random_calls_of_the_prior(tokenizer, calls):
+    """Each inside the error budget, and a plan."""
+    seed = 20261129
+    dice = random.Random(seed)
+    plan, eager = fastdiff.compile(make_prior(tokenizer)), make_prior(tokenizer)
+    exact = make_prior(tokenizer).to(torch.float64)
+    for at in range(calls):
+        call = random_call_prior(dice)
+        got, single, truth = (draw_prior(pipe, call) for pipe in (plan, eager, exact))
+        verdict = judge("embedding", got.float(), single, truth)
+        assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
+    parts = {part.name: part.why for part in fastdiff.report(plan).parts}
+    assert parts["loop"] == f"{calls} loops"

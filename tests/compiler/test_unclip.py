@@ -153,8 +153,8 @@ def test_stable_unclip(tokenizer, components):
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
     assert alike(drawn(pipe, **call), eager)
-    assert loop_of(pipe).ran["prior"] == 1, loop_of(pipe).own
-    assert not [why for why in loop_of(pipe).own if "prior" in why]
+    assert (loop_of(pipe).ran, loop_of(pipe).own) == ({"prior": 1, "unet": 1}, {})
+    assert loop_of(pipe).planned == 2
 
 
 def test_a_lora_of_the_prior_is_merged(kandinsky):

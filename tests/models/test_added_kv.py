@@ -27,6 +27,10 @@ WHOLE = {
 KINDS = {
     "no more": ({}, {"text": 32}),
     "text alone": ({"only_cross_attention": True}, {"text": 32}),
+    "labels of Stable unCLIP": (
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12},
+        {"text": 32, "class_labels": 12},
+    ),
     "IF": (IF, {"text": 24}),
     "Kandinsky 2.2": (KANDINSKY22, {"image_embeds": 20}),
     "whole unCLIP": (WHOLE | {"class_embed_type": "identity"}, {"text": 32, "class_labels": 64}),
@@ -189,7 +193,10 @@ def test_what_they_are_not_told(name, given, why):
         ({"addition_embed_type": "image_hint", "encoder_hid_dim": 8}, "'image_hint'"),
         ({"cross_attention_norm": "layer_norm"}, "LayerNorm"),
         ({"time_embedding_act_fn": "mish"}, "other than SiLU"),
-        ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}, "'proj"),
+        (
+            {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 8},
+            "'simple",
+        ),
         ({"class_embed_type": "identity", "class_embeddings_concat": True}, "beside the time"),
         ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "UNetMidBlock2DCrossAttn"),
     ],
