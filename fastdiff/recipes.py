@@ -109,8 +109,20 @@ LDM_PICTURE_PLAN = Plan(
     constant_channels=("image",),
     scaled="input",
 )
+KANDINSKY_PLAN = Plan(
+    conditions={"image_embeds": "image_embeds"},
+    required=("image_embeds",),
+    returned=(),
+    step_arguments=("generator",),
+    entrance="progress_bar",
+    iterates=True,
+    timesteps="timesteps",
+    scaled="",
+    variance=True,
+)
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 UNET2D: Mapping[str, str] = {"unet": "unet2d"}
+MOVQ: Mapping[str, str] = {"unet": "unet", "movq": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
 
@@ -220,6 +232,9 @@ def _rows() -> dict[str, Recipe]:
         "StableUnCLIPImg2ImgPipeline": Recipe(plan=STABLE_UNET_PLAN),
         "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_PRIOR_PLAN),
         "KandinskyV22PriorEmb2EmbPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_EMB2EMB_PLAN),
+        "KandinskyV22Pipeline": Recipe(MOVQ, plan=KANDINSKY_PLAN),
+        "KandinskyV22Img2ImgPipeline": Recipe(MOVQ, plan=KANDINSKY_PLAN),
+        "KandinskyV22InpaintPipeline": Recipe(MOVQ),
         "CLIPGuidedStableDiffusion": Recipe(
             community="clip_guided_stable_diffusion",
             loop="a few numbers per step, and CLIP's gradients if they are asked for",
