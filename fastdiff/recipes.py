@@ -9,117 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdiff.errors import UserError
-from fastdiff.plans import Plan
-from fastdiff.prior_plans import (
-    KANDINSKY_EMB2EMB_PLAN,
-    KANDINSKY_PRIOR_PLAN,
-    STABLE_PRIOR_PLAN,
-    STABLE_UNET_PLAN,
-    SUPER_RES_PLAN,
-    UNCLIP_PRIOR_PLAN,
-)
-from fastdiff.transformer_plans import (
-    DIT_PLAN,
-    SD3_INPAINT_PLAN,
-    SD3_PAG_PLAN,
-    SD3_PICTURE_PLAN,
-    SD3_PLAN,
-)
+from fastdiff.plans import Plan, priors, transformers, unets
 
-_TEXT = {
-    "encoder_hidden_states": "prompt_embeds",
-    "timestep_cond": "timestep_cond",
-    "image_embeds": "image_embeds",
-}
-_PERTURBED = {"image_embeds": "ip_adapter_image_embeds"}
-_ADDED = {"text_embeds": "add_text_embeds", "time_ids": "add_time_ids"}
-SD_PLAN = Plan(
-    _TEXT,
-    ("prompt_embeds", "timestep_cond"),
-    ("prompt_embeds",),
-    attention_kwargs="cross_attention_kwargs",
-    pictures="image_embeds",
-    step_options="extra_step_kwargs",
-)
-XL_PLAN = replace(
-    SD_PLAN,
-    conditions=_TEXT | _ADDED,
-    returned=("prompt_embeds", "add_text_embeds", "add_time_ids"),
-)
-PAG_PLAN = replace(SD_PLAN, conditions=_TEXT | _PERTURBED)
-XL_PAG_PLAN = replace(XL_PLAN, conditions=_TEXT | _ADDED | _PERTURBED)
-SD_INPAINT_PLAN, XL_INPAINT_PLAN, PAG_INPAINT_PLAN, XL_PAG_INPAINT_PLAN = (
-    replace(plan, noises="add_noise", constant_channels=("mask", "masked_image_latents"))
-    for plan in (SD_PLAN, XL_PLAN, PAG_PLAN, XL_PAG_PLAN)
-)
-LCM_PLAN = replace(
-    SD_PLAN,
-    conditions=_TEXT | {"timestep_cond": "w_embedding"},
-    required=("prompt_embeds", "w_embedding"),
-    entrance="progress_bar",
-    results=("denoised",),
-    schedulers=("LCMScheduler",),
-    scaled="",
-)
-DDPM_PLAN = Plan(
-    conditions={},
-    required=(),
-    returned=(),
-    step_arguments=("generator",),
-    latents="image",
-    entrance="progress_bar",
-    iterates=True,
-    scaled="",
-)
-DDIM_PLAN = replace(DDPM_PLAN, step_arguments=("eta", "use_clipped_model_output", "generator"))
-UPSCALE_PLAN = Plan(
-    conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "noise_level"},
-    required=("prompt_embeds", "noise_level"),
-    returned=(),
-    attention_kwargs="cross_attention_kwargs",
-    step_options="extra_step_kwargs",
-    entrance="progress_bar",
-    settings={
-        "guidance_scale": "guidance_scale",
-        "do_classifier_free_guidance": "do_classifier_free_guidance",
-        "cross_attention_kwargs": "cross_attention_kwargs",
-    },
-    repeated=("class_labels",),
-    constant_channels=("image",),
-)
-LDM_PLAN = Plan(
-    conditions={"encoder_hidden_states": "prompt_embeds"},
-    required=("prompt_embeds",),
-    returned=(),
-    step_options="extra_kwargs",
-    entrance="progress_bar",
-    iterates=True,
-    settings={"guidance_scale": "guidance_scale"},
-    unconditional={"encoder_hidden_states": "negative_prompt_embeds"},
-    scaled="",
-)
-LDM_PICTURE_PLAN = Plan(
-    conditions={},
-    required=(),
-    returned=(),
-    step_options="extra_kwargs",
-    entrance="progress_bar",
-    iterates=True,
-    timesteps="timesteps_tensor",
-    constant_channels=("image",),
-    scaled="input",
-)
-KANDINSKY_PLAN = Plan(
-    conditions={"image_embeds": "image_embeds"},
-    required=("image_embeds",),
-    returned=(),
-    step_arguments=("generator",),
-    entrance="progress_bar",
-    iterates=True,
-    timesteps="timesteps",
-    scaled="",
-    variance=True,
-)
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MOVQ: Mapping[str, str] = {"unet": "unet", "movq": "vae"}
@@ -168,23 +59,23 @@ def _rows() -> dict[str, Recipe]:
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
     return {
-        sd: Recipe(plan=SD_PLAN, from_text=sd, exported=True),
-        "StableDiffusionImg2ImgPipeline": Recipe(plan=SD_PLAN, from_text=sd),
-        "StableDiffusionInpaintPipeline": Recipe(plan=SD_INPAINT_PLAN, from_text=sd),
+        sd: Recipe(plan=unets.SD, from_text=sd, exported=True),
+        "StableDiffusionImg2ImgPipeline": Recipe(plan=unets.SD, from_text=sd),
+        "StableDiffusionInpaintPipeline": Recipe(plan=unets.SD_INPAINT, from_text=sd),
         "StableDiffusionInstructPix2PixPipeline": Recipe(),
         "StableDiffusionControlNetPipeline": Recipe(controlled),
         "StableDiffusionControlNetImg2ImgPipeline": Recipe(controlled),
         "StableDiffusionControlNetInpaintPipeline": Recipe(controlled),
         "StableDiffusionAdapterPipeline": Recipe(),
-        "StableDiffusionPAGPipeline": Recipe(plan=PAG_PLAN, from_text=sd),
-        "StableDiffusionPAGImg2ImgPipeline": Recipe(plan=PAG_PLAN, from_text=sd),
-        "StableDiffusionPAGInpaintPipeline": Recipe(plan=PAG_INPAINT_PLAN, from_text=sd),
+        "StableDiffusionPAGPipeline": Recipe(plan=unets.PAG, from_text=sd),
+        "StableDiffusionPAGImg2ImgPipeline": Recipe(plan=unets.PAG, from_text=sd),
+        "StableDiffusionPAGInpaintPipeline": Recipe(plan=unets.PAG_INPAINT, from_text=sd),
         "StableDiffusionControlNetPAGPipeline": Recipe(controlled),
         "StableDiffusionControlNetPAGInpaintPipeline": Recipe(controlled),
-        xl: Recipe(plan=XL_PLAN, from_text=xl, upcasts=True, exported=True),
-        "StableDiffusionXLImg2ImgPipeline": Recipe(plan=XL_PLAN, from_text=xl, upcasts=True),
+        xl: Recipe(plan=unets.XL, from_text=xl, upcasts=True, exported=True),
+        "StableDiffusionXLImg2ImgPipeline": Recipe(plan=unets.XL, from_text=xl, upcasts=True),
         "StableDiffusionXLInpaintPipeline": Recipe(
-            plan=XL_INPAINT_PLAN, from_text=xl, upcasts=True
+            plan=unets.XL_INPAINT, from_text=xl, upcasts=True
         ),
         "StableDiffusionXLInstructPix2PixPipeline": Recipe(upcasts=True),
         "StableDiffusionXLControlNetPipeline": Recipe(controlled, upcasts=True),
@@ -194,46 +85,56 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusionXLControlNetUnionImg2ImgPipeline": Recipe(upcasts=True),
         "StableDiffusionXLControlNetUnionInpaintPipeline": Recipe(upcasts=True),
         "StableDiffusionXLAdapterPipeline": Recipe(upcasts=True),
-        "StableDiffusionXLPAGPipeline": Recipe(plan=XL_PAG_PLAN, from_text=xl, upcasts=True),
-        "StableDiffusionXLPAGImg2ImgPipeline": Recipe(plan=XL_PAG_PLAN, from_text=xl, upcasts=True),
+        "StableDiffusionXLPAGPipeline": Recipe(plan=unets.XL_PAG, from_text=xl, upcasts=True),
+        "StableDiffusionXLPAGImg2ImgPipeline": Recipe(
+            plan=unets.XL_PAG, from_text=xl, upcasts=True
+        ),
         "StableDiffusionXLPAGInpaintPipeline": Recipe(
-            plan=XL_PAG_INPAINT_PLAN, from_text=xl, upcasts=True
+            plan=unets.XL_PAG_INPAINT, from_text=xl, upcasts=True
         ),
         "StableDiffusionXLControlNetPAGPipeline": Recipe(controlled, upcasts=True),
         "StableDiffusionXLControlNetPAGImg2ImgPipeline": Recipe(controlled, upcasts=True),
-        lcm: Recipe(plan=LCM_PLAN, from_text=lcm),
-        "LatentConsistencyModelImg2ImgPipeline": Recipe(plan=LCM_PLAN, from_text=lcm),
-        sd3: Recipe(MMDIT, plan=SD3_PLAN, from_text=sd3, exported=True),
-        "StableDiffusion3Img2ImgPipeline": Recipe(MMDIT, plan=SD3_PICTURE_PLAN, from_text=sd3),
-        "StableDiffusion3InpaintPipeline": Recipe(MMDIT, plan=SD3_INPAINT_PLAN, from_text=sd3),
-        "StableDiffusion3PAGPipeline": Recipe(MMDIT, plan=SD3_PAG_PLAN, from_text=sd3),
-        "StableDiffusion3PAGImg2ImgPipeline": Recipe(MMDIT, plan=SD3_PAG_PLAN, from_text=sd3),
-        "StableDiffusion3ControlNetPipeline": Recipe(joint),
-        "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=DIT_PLAN),
-        "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
-        "StableDiffusionUpscalePipeline": Recipe(plan=UPSCALE_PLAN, upcasts=True),
-        "LDMTextToImagePipeline": Recipe({"unet": "unet", "vqvae": "vae"}, plan=LDM_PLAN),
-        "LDMSuperResolutionPipeline": Recipe(
-            {"unet": "unet2d", "vqvae": "vae"}, plan=LDM_PICTURE_PLAN
+        lcm: Recipe(plan=unets.LCM, from_text=lcm),
+        "LatentConsistencyModelImg2ImgPipeline": Recipe(plan=unets.LCM, from_text=lcm),
+        sd3: Recipe(MMDIT, plan=transformers.SD3, from_text=sd3, exported=True),
+        "StableDiffusion3Img2ImgPipeline": Recipe(
+            MMDIT, plan=transformers.SD3_PICTURE, from_text=sd3
         ),
-        "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN, exported=True),
-        "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN, exported=True),
+        "StableDiffusion3InpaintPipeline": Recipe(
+            MMDIT, plan=transformers.SD3_INPAINT, from_text=sd3
+        ),
+        "StableDiffusion3PAGPipeline": Recipe(MMDIT, plan=transformers.SD3_PAG, from_text=sd3),
+        "StableDiffusion3PAGImg2ImgPipeline": Recipe(
+            MMDIT, plan=transformers.SD3_PAG, from_text=sd3
+        ),
+        "StableDiffusion3ControlNetPipeline": Recipe(joint),
+        "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=transformers.DIT),
+        "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
+        "StableDiffusionUpscalePipeline": Recipe(plan=unets.UPSCALE, upcasts=True),
+        "LDMTextToImagePipeline": Recipe({"unet": "unet", "vqvae": "vae"}, plan=unets.LDM),
+        "LDMSuperResolutionPipeline": Recipe(
+            {"unet": "unet2d", "vqvae": "vae"}, plan=unets.LDM_PICTURE
+        ),
+        "DDPMPipeline": Recipe(UNET2D, plan=unets.DDPM, exported=True),
+        "DDIMPipeline": Recipe(UNET2D, plan=unets.DDIM, exported=True),
         "UnCLIPPipeline": Recipe(
             {"prior": "prior", "decoder": "unet", **super_res},
-            plan=(UNCLIP_PRIOR_PLAN, SUPER_RES_PLAN),
+            plan=(priors.UNCLIP_PRIOR, priors.SUPER_RES),
         ),
         "UnCLIPImageVariationPipeline": Recipe(
-            {"decoder": "unet", **super_res}, plan=SUPER_RES_PLAN
+            {"decoder": "unet", **super_res}, plan=priors.SUPER_RES
         ),
         "StableUnCLIPPipeline": Recipe(
             {"unet": "unet", "prior": "prior", "vae": "vae"},
-            plan=(STABLE_PRIOR_PLAN, STABLE_UNET_PLAN),
+            plan=(priors.STABLE_PRIOR, priors.STABLE_UNET),
         ),
-        "StableUnCLIPImg2ImgPipeline": Recipe(plan=STABLE_UNET_PLAN),
-        "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_PRIOR_PLAN),
-        "KandinskyV22PriorEmb2EmbPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_EMB2EMB_PLAN),
-        "KandinskyV22Pipeline": Recipe(MOVQ, plan=KANDINSKY_PLAN),
-        "KandinskyV22Img2ImgPipeline": Recipe(MOVQ, plan=KANDINSKY_PLAN),
+        "StableUnCLIPImg2ImgPipeline": Recipe(plan=priors.STABLE_UNET),
+        "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=priors.KANDINSKY_PRIOR),
+        "KandinskyV22PriorEmb2EmbPipeline": Recipe(
+            {"prior": "prior"}, plan=priors.KANDINSKY_EMB2EMB
+        ),
+        "KandinskyV22Pipeline": Recipe(MOVQ, plan=unets.KANDINSKY),
+        "KandinskyV22Img2ImgPipeline": Recipe(MOVQ, plan=unets.KANDINSKY),
         "KandinskyV22InpaintPipeline": Recipe(MOVQ),
         "CLIPGuidedStableDiffusion": Recipe(
             community="clip_guided_stable_diffusion",

@@ -138,7 +138,7 @@ class DiT:
 
     def pack(self, latents: Tensor) -> Tensor:
         """[B, C, Y, X] -> [B, L, p·p, C]."""
-        return self.patches.pack(latents).unflatten(2, (self.patches.size**2, -1))
+        return self._in_patches(self.patches.pack(latents))
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
         """The part that every step repeats: [B, L, p·p, C] -> [G·B, L, p·p, C or 2·C]."""
@@ -154,12 +154,16 @@ class DiT:
         with scope("out"):
             shift, scale = vectors[-1].chunk(2, 1)
             h = picture.normed(self.eps, shift, scale)
-            y = linear(h, self.proj_out.weight, self.proj_out.bias)
-            return y.unflatten(2, (self.patches.size**2, -1))
+            return self._in_patches(linear(h, self.proj_out.weight, self.proj_out.bias))
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
         """[B, L, p·p, C] -> [B, C, Y, X]."""
         return self.patches.unpack(x.flatten(2), sides)
+
+    def _in_patches(self, x: Tensor) -> Tensor:
+        """[B, L, p·p·C] -> [B, L, p·p, C]."""
+        cut: Tensor = x.unflatten(2, (self.patches.size**2, -1))
+        return cut
 
 
 def borrow_dit(module: Any, loan: Loan) -> DiT:

@@ -104,7 +104,7 @@ def borrow_resnet(
     projection, shortcut = resnet.time_emb_proj, resnet.conv_shortcut
     norm, factor = resnet.time_embedding_norm, resnet.output_scale_factor
     modulates = norm == "scale_shift"
-    embedded = projection is not None
+    embedded, unactivated = projection is not None, resnet.skip_time_act
     known = ("default", "scale_shift") if embedded else ("default", "group")
     require(norm in known, f"time embeddings of kind {norm!r}")
     require(embedded == (rows is not None), "a resnet with a missing or unexpected time embedding")
@@ -119,7 +119,7 @@ def borrow_resnet(
     if rows is not None:
         wide = loan.width(projection) == conv1.weight.shape[0] * (1 + modulates)
         require(wide, "a time embedding of another width than the resnet's")
-        row = rows.take_time(projection, "none" if resnet.skip_time_act else act)
+        row = rows.take_time(projection, "none" if unactivated else act)
     return Resnet(
         norm1=loan.norm(resnet.norm1),
         conv1=conv1,

@@ -126,8 +126,8 @@ def borrowed(**config):
 
 def test_what_is_refused():
     for reason, config in {
-        "type 'projection'": {
-            "class_embed_type": "projection",
+        "type 'simple_projection'": {
+            "class_embed_type": "simple_projection",
             "projection_class_embeddings_input_dim": 8,
         },
         "beside the time": {"class_embeddings_concat": True},

@@ -57,6 +57,11 @@ OTHERS = {
     "PriorTransformer": {"num_attention_heads"},  # read of its config
     "DiTTransformer2DModel": {"height", "width", "_internal_dict"},
     "LabelEmbedding": {"num_classes"},  # of labels that are dropped in training
+    # what they made their attentions with, or read of the first weight
+    "SimpleCrossAttnDownBlock2D": {"num_heads"},
+    "UNetMidBlock2DSimpleCrossAttn": {"num_heads"},
+    "SimpleCrossAttnUpBlock2D": {"num_heads"},
+    "AttentionPooling": {"dtype"},
     "Embedding": {"norm_type", "padding_idx", "scale_grad_by_freq", "sparse"},
     "SD3IPAdapterJointAttnProcessor2_0": {"scale"},  # read at every use
 }

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fastdiff.plans import Plan
 
-SD3_PLAN = Plan(
+SD3 = Plan(
     conditions={
         "encoder_hidden_states": "prompt_embeds",
         "pooled_projections": "pooled_prompt_embeds",
@@ -19,10 +19,10 @@ SD3_PLAN = Plan(
     },
     scaled="",
 )
-SD3_PICTURE_PLAN = replace(SD3_PLAN, returned=("prompt_embeds",), skips={})
-SD3_INPAINT_PLAN = replace(SD3_PICTURE_PLAN, noises="scale_noise")
-SD3_PAG_PLAN = replace(SD3_PICTURE_PLAN, pictures="")
-DIT_PLAN = Plan(
+SD3_PICTURE = replace(SD3, returned=("prompt_embeds",), skips={})
+SD3_INPAINT = replace(SD3_PICTURE, noises="scale_noise")
+SD3_PAG = replace(SD3_PICTURE, pictures="")
+DIT = Plan(
     conditions={"class_labels": "class_labels_input"},
     required=("class_labels_input",),
     returned=(),

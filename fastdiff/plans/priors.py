@@ -31,13 +31,13 @@ def _prior(embedding: str, text: str, mask: str) -> Plan:
     )
 
 
-KANDINSKY_PRIOR_PLAN = replace(
+KANDINSKY_PRIOR = replace(
     _prior("prompt_embeds", "text_encoder_hidden_states", "text_mask"),
     step_arguments=("generator",),
     prev_timestep=True,
 )
-KANDINSKY_EMB2EMB_PLAN = replace(KANDINSKY_PRIOR_PLAN, settings=_settings("guidance_scale"))
-UNCLIP_PRIOR_PLAN = replace(
+KANDINSKY_EMB2EMB = replace(KANDINSKY_PRIOR, settings=_settings("guidance_scale"))
+UNCLIP_PRIOR = replace(
     _prior("prompt_embeds", "text_enc_hid_states", "text_mask"),
     scheduler="prior_scheduler",
     settings=_settings("prior_guidance_scale"),
@@ -46,7 +46,7 @@ UNCLIP_PRIOR_PLAN = replace(
     latents="prior_latents",
     timesteps="prior_timesteps_tensor",
 )
-SUPER_RES_PLAN = Plan(
+SUPER_RES = Plan(
     conditions={},
     required=(),
     returned=(),
@@ -62,7 +62,7 @@ SUPER_RES_PLAN = Plan(
     constant_channels=("image_upscaled",),
     scaled="",
 )
-STABLE_PRIOR_PLAN = replace(
+STABLE_PRIOR = replace(
     _prior("prior_prompt_embeds", "prior_text_encoder_hidden_states", "prior_text_mask"),
     scheduler="prior_scheduler",
     settings=_settings("prior_guidance_scale", "prior_do_classifier_free_guidance"),
@@ -71,7 +71,7 @@ STABLE_PRIOR_PLAN = replace(
     timesteps="prior_timesteps_tensor",
     scaled="latents",
 )
-STABLE_UNET_PLAN = Plan(
+STABLE_UNET = Plan(
     conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "image_embeds"},
     required=("prompt_embeds", "image_embeds"),
     returned=(),
