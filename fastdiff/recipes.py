@@ -83,6 +83,14 @@ DDPM_PLAN = Plan(
     scaled="",
 )
 DDIM_PLAN = replace(DDPM_PLAN, step_arguments=("eta", "use_clipped_model_output", "generator"))
+CONSISTENCY_PLAN = Plan(
+    conditions={"class_labels": "class_labels"},
+    required=("class_labels",),
+    returned=(),
+    step_arguments=("generator",),
+    latents="sample",
+    entrance="progress_bar",
+)
 UPSCALE_PLAN = Plan(
     conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "noise_level"},
     required=("prompt_embeds", "noise_level"),
@@ -216,6 +224,7 @@ def _rows() -> dict[str, Recipe]:
         ),
         "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN, exported=True),
         "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN, exported=True),
+        "ConsistencyModelPipeline": Recipe(UNET2D, plan=CONSISTENCY_PLAN, exported=True),
         "UnCLIPPipeline": Recipe(
             {"prior": "prior", "decoder": "unet", **super_res},
             plan=(UNCLIP_PRIOR_PLAN, SUPER_RES_PLAN),
