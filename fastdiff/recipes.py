@@ -117,6 +117,7 @@ def _rows() -> dict[str, Recipe]:
         ),
         "DDPMPipeline": Recipe(UNET2D, plan=unets.DDPM, exported=True),
         "DDIMPipeline": Recipe(UNET2D, plan=unets.DDIM, exported=True),
+        "ConsistencyModelPipeline": Recipe(UNET2D, plan=unets.CONSISTENCY, exported=True),
         "UnCLIPPipeline": Recipe(
             {"prior": "prior", "decoder": "unet", **super_res},
             plan=(priors.UNCLIP_PRIOR, priors.SUPER_RES),

@@ -12,7 +12,6 @@ from fastdiff.families import Denoised, Family, Kind, Sizes, Taken
 from fastdiff.families.part import Part, Port, dtype_name, exportable, sides, unsupported
 from fastdiff.families.unet import channels, constant_channels
 from fastdiff.models import Loan, UNet, borrow_picture_unet
-from fastdiff.models.checks import refuse
 from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
@@ -30,8 +29,7 @@ def _call(
     return_dict: bool = True,
 ) -> UNet2DOutput | tuple[Tensor]:
     """`UNet2DModel.forward` on the compact network."""
-    refuse(class_labels=class_labels)
-    prediction = unet(sample, timestep, Conditions())
+    prediction = unet(sample, timestep, Conditions(class_labels=class_labels))
     return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
 
@@ -41,7 +39,9 @@ def _planned(unet: Denoiser, sizes: Sizes) -> list[Run]:
 
 
 def _example(net: UNet, texts: int, tokens: int) -> Conditions:
-    return Conditions()
+    if net.classes is None:
+        return Conditions()
+    return Conditions(class_labels=net.classes.example(texts, net.conv_in.weight))
 
 
 class _Exported(nn.Module):

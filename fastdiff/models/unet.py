@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdiff.kernels.conv2d import conv2d
@@ -234,9 +235,12 @@ def borrow_unet(module: Any, loan: Loan) -> UNet:
 def borrow_picture_unet(module: Any, loan: Loan) -> UNet:
     """Lend a UNet2DModel's weights; raises Unsupported for what this runtime is not."""
     net, config = loan.open(module, "UNet2DModel"), loan.config(module)
-    require(net.class_embedding is None, "class embeddings")
     require(not config.center_input_sample, "center_input_sample")
     trunk, ups, _ = borrow_trunk(net, config, loan, loan.each(net.up_blocks), ALONE)
+    classes = trunk["classes"]
+    if classes is not None and classes.embedding is not None:  # diffusers does not cast them
+        single = loan.dtype == torch.float32
+        require(single, f"class embeddings of timesteps in {loan.dtype}")
     unet = UNet(
         **trunk,
         ip_adapters=None,

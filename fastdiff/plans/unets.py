@@ -50,6 +50,14 @@ DDPM = Plan(
     scaled="",
 )
 DDIM = replace(DDPM, step_arguments=("eta", "use_clipped_model_output", "generator"))
+CONSISTENCY = Plan(
+    conditions={"class_labels": "class_labels"},
+    required=("class_labels",),
+    returned=(),
+    step_arguments=("generator",),
+    latents="sample",
+    entrance="progress_bar",
+)
 UPSCALE = Plan(
     conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "noise_level"},
     required=("prompt_embeds", "noise_level"),

@@ -81,6 +81,48 @@ def test_a_timestep_for_each_picture(budget):
     budget(run, eager, given(eager, 3, 8, 8), torch.tensor([999, 500, 1]))
 
 
+LABELS = {
+    "a table": ({"num_class_embeds": 10}, lambda: torch.tensor([3, 0])),
+    "timesteps": ({"class_embed_type": "timestep"}, lambda: torch.tensor([7.0, 900.0])),
+    "embeddings": ({"class_embed_type": "identity"}, lambda: torch.randn(2, 64)),
+}
+
+
+class Cast(torch.nn.Module):
+    """Sinusoids in the dtype of the weights: diffusers does not cast those of labels, so it has no
+    float64 of them."""
+
+    def __init__(self, time_proj):
+        super().__init__()
+        self.time_proj = time_proj
+        self.register_buffer("weight", torch.zeros(()))
+
+    def forward(self, timesteps):
+        return self.time_proj(timesteps).to(self.weight.dtype)
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_class_labels(kind, budget):
+    more, labels = LABELS[kind]
+    eager = noisy(UNet2DModel(**PLAIN | ADM | more))
+    network = network_of(copy.deepcopy(eager))
+    eager.time_proj = Cast(eager.time_proj)
+
+    def run(sample, timestep, labels):
+        return network(sample, timestep, Conditions(class_labels=labels))
+
+    budget(run, eager, given(eager, 2, 8, 8), torch.tensor(301), labels())
+    with pytest.raises(Unsupported, match="class_labels are missing"):
+        run(given(eager, 2, 8, 8), torch.tensor(301), None)
+
+
+def test_timesteps_as_labels_in_half_precision_are_refused():
+    """diffusers gives float32 sinusoids to half-precision weights, which torch refuses."""
+    module = UNet2DModel(**PLAIN | {"class_embed_type": "timestep"}).eval().half()
+    with pytest.raises(Unsupported, match="class embeddings of timesteps in torch.float16"):
+        borrow_picture_unet(module, Loan(module, rehearsal=True))
+
+
 def test_heads_that_do_not_fill_the_channels(budget):
     """20 channels are 2 heads of 8 columns, from 16 columns back to 20."""
     config = PLAIN | {"block_out_channels": (20, 20, 20), "norm_num_groups": 4}
@@ -104,7 +146,6 @@ def test_sizes_that_diffusers_cannot_draw():
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"num_class_embeds": 10}, "class embeddings"),
         ({"center_input_sample": True}, "center_input_sample"),
         ({"time_embedding_type": "fourier"}, "GaussianFourierProjection"),
         ({"mid_block_scale_factor": 2.0}, "rescale_output_factor other than 1"),
