@@ -8,16 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastdiff import prior_plans
 from fastdiff.errors import UserError
 from fastdiff.plans import Plan
-from fastdiff.prior_plans import (
-    KANDINSKY_EMB2EMB_PLAN,
-    KANDINSKY_PRIOR_PLAN,
-    STABLE_PRIOR_PLAN,
-    STABLE_UNET_PLAN,
-    SUPER_RES_PLAN,
-    UNCLIP_PRIOR_PLAN,
-)
 
 _TEXT = {
     "encoder_hidden_states": "prompt_embeds",
@@ -162,7 +155,8 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
-    super_res = {"super_res_first": "unet2d", "super_res_last": "unet2d"}
+    enlarged = {"super_res_first": "unet2d", "super_res_last": "unet2d"}
+    prior, pixels = {"prior": "prior"}, {"decoder": "unet"} | enlarged
     blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
@@ -216,20 +210,12 @@ def _rows() -> dict[str, Recipe]:
         ),
         "DDPMPipeline": Recipe(UNET2D, plan=DDPM_PLAN, exported=True),
         "DDIMPipeline": Recipe(UNET2D, plan=DDIM_PLAN, exported=True),
-        "UnCLIPPipeline": Recipe(
-            {"prior": "prior", "decoder": "unet", **super_res},
-            plan=(UNCLIP_PRIOR_PLAN, SUPER_RES_PLAN),
-        ),
-        "UnCLIPImageVariationPipeline": Recipe(
-            {"decoder": "unet", **super_res}, plan=SUPER_RES_PLAN
-        ),
-        "StableUnCLIPPipeline": Recipe(
-            {"unet": "unet", "prior": "prior", "vae": "vae"},
-            plan=(STABLE_PRIOR_PLAN, STABLE_UNET_PLAN),
-        ),
-        "StableUnCLIPImg2ImgPipeline": Recipe(plan=STABLE_UNET_PLAN),
-        "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_PRIOR_PLAN),
-        "KandinskyV22PriorEmb2EmbPipeline": Recipe({"prior": "prior"}, plan=KANDINSKY_EMB2EMB_PLAN),
+        "UnCLIPPipeline": Recipe(prior | pixels, plan=prior_plans.UNCLIP),
+        "UnCLIPImageVariationPipeline": Recipe(pixels, plan=prior_plans.VARIATION),
+        "StableUnCLIPPipeline": Recipe({"unet": "unet", **prior, **UNET}, plan=prior_plans.STABLE),
+        "StableUnCLIPImg2ImgPipeline": Recipe(plan=prior_plans.STABLE_PICTURE),
+        "KandinskyV22PriorPipeline": Recipe(prior, plan=prior_plans.KANDINSKY),
+        "KandinskyV22PriorEmb2EmbPipeline": Recipe(prior, plan=prior_plans.KANDINSKY_EMB2EMB),
         "CLIPGuidedStableDiffusion": Recipe(
             community="clip_guided_stable_diffusion",
             loop="a few numbers per step, and CLIP's gradients if they are asked for",
