@@ -54,7 +54,8 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
-    super_res = {"super_res_first": "unet2d", "super_res_last": "unet2d"}
+    enlarged = {"super_res_first": "unet2d", "super_res_last": "unet2d"}
+    prior, pixels = {"prior": "prior"}, {"decoder": "unet"} | enlarged
     blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
@@ -118,22 +119,12 @@ def _rows() -> dict[str, Recipe]:
         "DDPMPipeline": Recipe(UNET2D, plan=unets.DDPM, exported=True),
         "DDIMPipeline": Recipe(UNET2D, plan=unets.DDIM, exported=True),
         "ConsistencyModelPipeline": Recipe(UNET2D, plan=unets.CONSISTENCY, exported=True),
-        "UnCLIPPipeline": Recipe(
-            {"prior": "prior", "decoder": "unet", **super_res},
-            plan=(priors.UNCLIP_PRIOR, priors.SUPER_RES),
-        ),
-        "UnCLIPImageVariationPipeline": Recipe(
-            {"decoder": "unet", **super_res}, plan=priors.SUPER_RES
-        ),
-        "StableUnCLIPPipeline": Recipe(
-            {"unet": "unet", "prior": "prior", "vae": "vae"},
-            plan=(priors.STABLE_PRIOR, priors.STABLE_UNET),
-        ),
-        "StableUnCLIPImg2ImgPipeline": Recipe(plan=priors.STABLE_UNET),
-        "KandinskyV22PriorPipeline": Recipe({"prior": "prior"}, plan=priors.KANDINSKY_PRIOR),
-        "KandinskyV22PriorEmb2EmbPipeline": Recipe(
-            {"prior": "prior"}, plan=priors.KANDINSKY_EMB2EMB
-        ),
+        "UnCLIPPipeline": Recipe(prior | pixels, plan=priors.UNCLIP),
+        "UnCLIPImageVariationPipeline": Recipe(pixels, plan=priors.VARIATION),
+        "StableUnCLIPPipeline": Recipe({"unet": "unet", **prior, **UNET}, plan=priors.STABLE),
+        "StableUnCLIPImg2ImgPipeline": Recipe(plan=priors.STABLE_PICTURE),
+        "KandinskyV22PriorPipeline": Recipe(prior, plan=priors.KANDINSKY),
+        "KandinskyV22PriorEmb2EmbPipeline": Recipe(prior, plan=priors.KANDINSKY_EMB2EMB),
         "KandinskyV22Pipeline": Recipe(MOVQ, plan=unets.KANDINSKY),
         "KandinskyV22Img2ImgPipeline": Recipe(MOVQ, plan=unets.KANDINSKY),
         "KandinskyV22InpaintPipeline": Recipe(MOVQ),

@@ -31,13 +31,13 @@ def _prior(embedding: str, text: str, mask: str) -> Plan:
     )
 
 
-KANDINSKY_PRIOR = replace(
+KANDINSKY = replace(
     _prior("prompt_embeds", "text_encoder_hidden_states", "text_mask"),
     step_arguments=("generator",),
     prev_timestep=True,
 )
-KANDINSKY_EMB2EMB = replace(KANDINSKY_PRIOR, settings=_settings("guidance_scale"))
-UNCLIP_PRIOR = replace(
+KANDINSKY_EMB2EMB = replace(KANDINSKY, settings=_settings("guidance_scale"))
+_UNCLIP_PRIOR = replace(
     _prior("prompt_embeds", "text_enc_hid_states", "text_mask"),
     scheduler="prior_scheduler",
     settings=_settings("prior_guidance_scale"),
@@ -46,7 +46,34 @@ UNCLIP_PRIOR = replace(
     latents="prior_latents",
     timesteps="prior_timesteps_tensor",
 )
-SUPER_RES = Plan(
+
+
+def _decoder(text: str) -> Plan:
+    """Of the loop of UnCLIP's decoder; `text`: the variable of the text."""
+    conditions = {
+        "encoder_hidden_states": text,
+        "class_labels": "additive_clip_time_embeddings",
+        "encoder_attention_mask": "decoder_text_mask",
+    }
+    return Plan(
+        conditions=conditions,
+        required=tuple(conditions.values()),
+        returned=(),
+        network="decoder",
+        scheduler="decoder_scheduler",
+        settings=_settings("decoder_guidance_scale"),
+        step_arguments=("generator",),
+        prev_timestep=True,
+        variance=True,
+        latents="decoder_latents",
+        entrance="progress_bar",
+        iterates=True,
+        timesteps="decoder_timesteps_tensor",
+        scaled="",
+    )
+
+
+_SUPER_RES = Plan(
     conditions={},
     required=(),
     returned=(),
@@ -62,7 +89,7 @@ SUPER_RES = Plan(
     constant_channels=("image_upscaled",),
     scaled="",
 )
-STABLE_PRIOR = replace(
+_STABLE_PRIOR = replace(
     _prior("prior_prompt_embeds", "prior_text_encoder_hidden_states", "prior_text_mask"),
     scheduler="prior_scheduler",
     settings=_settings("prior_guidance_scale", "prior_do_classifier_free_guidance"),
@@ -71,7 +98,7 @@ STABLE_PRIOR = replace(
     timesteps="prior_timesteps_tensor",
     scaled="latents",
 )
-STABLE_UNET = Plan(
+STABLE_PICTURE = Plan(
     conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "image_embeds"},
     required=("prompt_embeds", "image_embeds"),
     returned=(),
@@ -83,3 +110,6 @@ STABLE_UNET = Plan(
     timesteps="timesteps",
     absent=("cross_attention_kwargs",),
 )
+UNCLIP = (_UNCLIP_PRIOR, _decoder("text_enc_hid_states"), _SUPER_RES)
+VARIATION = (_decoder("text_encoder_hidden_states"), _SUPER_RES)
+STABLE = (_STABLE_PRIOR, STABLE_PICTURE)

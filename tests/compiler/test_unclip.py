@@ -1,6 +1,7 @@
 """Pipelines with a prior, whose latents are embeddings: their loops as plans, beside diffusers'."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from unclip import drawn, kandinsky_parts, stable_parts, unclip_parts, variation
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.contract import judge
 
 STEPS = {"prior_num_inference_steps": 4, "decoder_num_inference_steps": 3}
 CALL = STEPS | {"super_res_num_inference_steps": 2, "output_type": "np"}
@@ -115,20 +117,57 @@ def test_callbacks_and_other_schedulers_keep_diffusers_loop(kandinsky):
     assert slot_of(pipe.prior).fast == 3
 
 
-def test_the_loops_of_unclip(unclip):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": ["red heart", "blue star"]},
+        {"prior_guidance_scale": 1.0, "decoder_guidance_scale": 1.0},
+    ],
+    ids=["two prompts", "unguided"],
+)
+def test_the_loops_of_unclip(unclip, more):
     """The last step of the third is another network's."""
     pipe = made(UnCLIPPipeline, unclip)
-    call = CALL | {"prompt": ["red heart", "blue star"]}
+    call = CALL | more
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
     assert alike(drawn(pipe, **call), eager)
-    assert loop_of(pipe).ran == {"prior": 1, "super_res_first": 1}, loop_of(pipe).own
+    ran = {"prior": 1, "decoder": 1, "super_res_first": 1}
+    assert (loop_of(pipe).ran, loop_of(pipe).own) == (ran, {})
     assert [slot_of(net).fast for net in (pipe.super_res_first, pipe.super_res_last)] == [1, 1]
     report = {part.name: part.why for part in fastdiff.report(pipe).parts}
-    assert report["loop"].startswith("2 loops (1 of the prior, 1 of the super_res_first)")
-    assert {"prior_scheduler", "super_res_scheduler"} <= report.keys()
+    named = "1 of the prior, 1 of the decoder, 1 of the super_res_first"
+    assert report["loop"] == f"3 loops ({named})"
+    assert {f"{loop}_scheduler" for loop in ("prior", "decoder", "super_res")} <= report.keys()
     fastdiff.restore(pipe)
     assert torch.equal(drawn(pipe, **call), eager)
+
+
+def test_unclip_in_float32(unclip):
+    """The picture inside the error budget, from the same noise as in float64."""
+    draw = torch.randn
+
+    def single(*given, **more):
+        wanted = more.get("dtype") or torch.get_default_dtype()
+        return draw(*given, **more | {"dtype": torch.float32}).to(wanted)
+
+    exact = made(UnCLIPPipeline, unclip)
+    pipe = made(UnCLIPPipeline, unclip).to(torch.float32)
+    with patch.object(torch, "randn", single):
+        truth, eager = drawn(exact, **CALL), drawn(pipe, **CALL)
+        ours = drawn(fastdiff.compile(pipe), **CALL)
+    assert loop_of(pipe).planned == 3
+    verdict = judge("picture", ours, eager, truth)
+    assert verdict.passed, verdict
+
+
+def test_a_loop_that_is_left_to_diffusers_among_others(unclip):
+    pipe = made(UnCLIPPipeline, unclip)
+    eager = drawn(pipe, **CALL)
+    fastdiff.compile(pipe, ignore=("decoder",))
+    assert alike(drawn(pipe, **CALL), eager)
+    assert loop_of(pipe).ran == {"prior": 1, "super_res_first": 1}
+    assert loop_of(pipe).own == {"decoder: the decoder is not compiled": 1}
 
 
 def test_a_picture_as_the_prompt(tokenizer):
@@ -143,7 +182,8 @@ def test_a_picture_as_the_prompt(tokenizer):
     fastdiff.compile(pipe)
     assert alike(drawn(pipe, **call), eager)
     assert torch.equal(own, before)
-    assert loop_of(pipe).ran["super_res_first"] == 1
+    ran = {"decoder": 1, "super_res_first": 1}
+    assert (loop_of(pipe).ran, loop_of(pipe).own) == (ran, {})
     assert slot_of(pipe.super_res_first).fast == 3
 
 
