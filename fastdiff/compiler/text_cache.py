@@ -140,6 +140,8 @@ class TextCache:
             raise Unsupported("gradients are enabled; call it under torch.no_grad()")
         if reason := transformed(leaves):
             raise Unsupported(reason)
+        if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
+            raise Unsupported("a CUDA graph is being captured")
         if tensors and torch.is_autocast_enabled(tensors[0].device.type):
             raise Unsupported("autocast is on")
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
@@ -186,7 +188,8 @@ def text_encoders(target: Any, ignored: Iterable[str]) -> dict[str, nn.Module]:
             f" {type(target).__name__} {', '.join(others) or 'there is none'}"
         )
     for name, module in found.items():
-        if cache_of(module) is None and torch_compiled(has[name]):
+        own = vars(module).get(_CALL)
+        if torch_compiled(has[name]) and (own is None or own is not cache_of(module)):
             raise UserError(
                 f"{name} is compiled with torch.compile already; undo that, or keep it with"
                 f" Options(ignore=({name!r},))"

@@ -106,14 +106,11 @@ class Unchanged:
 
     def _add_module(self, module: nn.Module, without: tuple[str, ...]) -> None:
         own = vars(module)
-        self._dicts += [module._forward_hooks, module._forward_pre_hooks, module._buffers]
+        self._dicts += [own, module._forward_hooks, module._forward_pre_hooks, module._buffers]
         self._items += [(module._buffers, *item) for item in module._buffers.items()]
-        own_names = {"training", "forward"} | (own.keys() - _OWN - {*without})
-        for name in own_names:
+        for name in {"training", "forward"} | (own.keys() - _OWN - {*without}):
             self._items.append((own, name, own.get(name)))
             self._add(own.get(name))
-        if not {*without} & own.keys():
-            self._dicts.append(own)
 
     def _add(self, value: Any) -> None:
         """Watch what is in a module's attribute."""
@@ -148,8 +145,8 @@ def _identical(row: Any, kept: tuple[Any, ...]) -> bool:
 def by_value(value: Any) -> Any:
     """An argument of a call as a value that compares and hashes: a tensor by its numbers, type and
     device. Waits for the device. Raises Unsupported for objects that are no plain values."""
-    if type(value) is Tensor:
-        numbers = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    if type(value) is Tensor and value.layout == torch.strided and not value.is_meta:
+        numbers = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
         return value.shape, value.dtype, value.device, numbers
     if isinstance(value, _SCALARS):
         return type(value), value

@@ -102,7 +102,7 @@ def test_the_same_call_gives_the_same_again(name):
         ((IDS,), {"attention_mask": MASK}),
         ((IDS,), {"output_hidden_states": True}),
         ((IDS,), {"output_hidden_states": True, "return_dict": False}),
-        ((), {"input_ids": IDS[:1]}),
+        ((), {"input_ids": IDS[:1], "attention_mask": None}),
         ((IDS[1:],), {}),
     ]
     own = [encoder._call_impl(*args, **more) for args, more in calls]
@@ -249,6 +249,18 @@ def test_other_code_or_hooks_go_past_it(clip, monkeypatch, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert ["past the text cache" in line for line in said] == [True] * 2
     assert "hook that wraps" in str(cache_of(clip))
+
+
+def test_a_method_that_one_object_hides_goes_past_it():
+    encoder = made("T5")
+    want = encoder(IDS)
+    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    own = attention.compute_bias
+    attention.compute_bias = lambda *given, **more: 2 * own(*given, **more)
+    assert not same(encoder(IDS), want)
+    del attention.compute_bias
+    assert same(encoder(IDS), want)
+    assert counts(encoder) == (1, 1, 1)
 
 
 def test_training_gradients_and_autocast_go_past_it(clip):
