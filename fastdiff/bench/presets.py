@@ -1,7 +1,7 @@
 """Real architectures with random weights at any scale, without a download: `preset_unet` for Stable
 Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5, `preset_unet2d` for what draws without a
 text, `preset_latent` for latent diffusion and the upscaler, `preset_prior` for UnCLIP's prior,
-`preset_added` for UnCLIP, Kandinsky and DeepFloyd IF."""
+`preset_added` for UnCLIP, Kandinsky and DeepFloyd IF, `preset_dit` for DiT."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
+from fastdiff.bench.preset_dit import DIT_256, DIT_512
 from fastdiff.bench.preset_latent import LDM, X4
 from fastdiff.bench.preset_parts import Preset, without_memory
 from fastdiff.bench.preset_prior import PRIOR
@@ -27,7 +28,7 @@ PRESETS: Mapping[str, Preset] = {
     **{"ddpm-cifar": DDPM_CIFAR, "ddpm-256": DDPM_256, "consistency-64": CONSISTENCY_64},
     "prior": PRIOR,
     **{"unclip": UNCLIP, "kandinsky22": KANDINSKY22, "if": IF},
-    **{"ldm": LDM, "x4": X4},
+    **{"ldm": LDM, "x4": X4, "dit-256": DIT_256, "dit-512": DIT_512},
 }
 
 
