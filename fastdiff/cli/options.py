@@ -82,8 +82,8 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU.")
 ]
 PRESETS = (
-    "sd15, sd21, sdxl, tiny, ldm, x4, ddpm-cifar, ddpm-256, consistency-64, dit-256, dit-512, prior,"
-    " unclip, kandinsky22, if, sd3, sd35-medium, sd35-large, or one of the last three with -t5"
+    "sd15, sd21, sdxl, tiny, ldm, x4, ddpm-cifar, ddpm-256, consistency-64, dit-256, dit-512,"
+    " prior, unclip, kandinsky22, if, sd3, sd35-medium, sd35-large, or one of the last three with -t5"
 )
 Preset = Annotated[
     str | None,
