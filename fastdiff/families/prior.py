@@ -57,7 +57,10 @@ def _planned(prior: Denoiser, sizes: Sizes) -> list[Run]:
 
 
 def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}, which is not exported")
+    raise UserError(
+        f"{folder} is a {type(net).__name__}, which is not exported: a file would compute all its"
+        " tokens in every step"
+    )
 
 
 def _exported(network: Prior) -> None:

@@ -6,16 +6,19 @@ from importlib import import_module
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from small import NETWORKS, SD15, inputs_for, shallow
+from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
+from small import NETWORKS, PRIOR, SD15, inputs_for, noisy, shallow
 
+from fastdiff.kernels.contract import judge
 from fastdiff.kernels.dispatch import all_kernels
 from fastdiff.models import (
     Loan,
+    PriorConditions,
     blocks,
     borrow,
     borrow_decoder,
     borrow_encoder,
+    borrow_prior,
     borrow_unet,
     resnets,
     sums,
@@ -125,3 +128,23 @@ def test_decoder_in_strips(share, dtype, in_triton, budget):
         return blocks.channels_first(decoder.run_in_strips(x, bytes))
 
     budget(run, eager.decoder, torch.randn(1, 4, 7, 6).to(dtype))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_prior_of_triton_kernels(dtype, in_triton):
+    """Two pictures with guidance: their tokens are one sequence behind a mask of its own rows."""
+    module = noisy(PriorTransformer(**PRIOR | {"num_layers": 2})).to(dtype)
+    mine = copy.deepcopy(module)
+    network = borrow_prior(mine, Loan(mine))
+    x, text = torch.randn(2, 24).to(dtype), torch.randn(4, 7, 24).to(dtype)
+    mask = torch.arange(7)[None] < torch.tensor([[2], [7], [1], [5]])
+    given = PriorConditions(text[:, 3], text, mask)
+    rows, constants = network.hoist(given, torch.tensor([[301]]), ())
+    ours = network.predict(x, rows[0], constants)
+    exact = PriorConditions(given.proj_embedding.double(), text.double(), mask)
+    both = torch.cat([x, x])
+    eager = module(both, 301, *given)[0]
+    truth = copy.deepcopy(module).double()(both.double(), 301, *exact)[0]
+    verdict = judge("prediction", ours, eager, truth)
+    assert verdict.passed, verdict
