@@ -12,6 +12,7 @@ import torch
 from alive import live_bytes
 from diffusers import (
     StableDiffusion3Pipeline,
+    StableDiffusionPAGInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
@@ -184,6 +185,66 @@ def test_random_calls(xl, calls):
             assert median(sizes[15:]) <= 1.02 * median(sizes[5:10])
 
 
+def make_masked():
+    """A pipeline that inpaints, with perturbed attention or without."""
+    parts = {name: value for name, value in make(xl=False).components.items() if value is not None}
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = StableDiffusionPAGInpaintPipeline(**absent | parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_call_masked(dice):
+    return random_call(dice) | {
+        "steps": dice.randint(2, 5),
+        "guidance_rescale": 0.0,
+        "strength": dice.choice([0.5, 1.0]),
+        "pag_scale": dice.choice([0.0, 1.0, 3.0]),
+        "pag_adaptive_scale": dice.choice([0.0, 0.002]),
+        "layers": dice.choice(["mid", "down_blocks.0", ["mid", "up_blocks.1"]]),
+    }
+
+
+def draw_masked(pipe, call):
+    """The latents of a call; the picture is given as latents."""
+    kind, options = SCHEDULERS[call["scheduler"]]
+    pipe.scheduler = kind.from_config({**BETAS, **options})
+    adapt(pipe.unet, call["adapters"])
+    pipe.set_pag_applied_layers(call["layers"])
+    generator = torch.Generator().manual_seed(call["seed"])
+    height, width = call["size"]
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(pipe.unet.dtype)
+
+    given = {
+        "prompt_embeds": noise(1, 7, 24),
+        "negative_prompt_embeds": noise(1, 7, 24),
+        "image": noise(1, 4, height, width),
+        "masked_image_latents": noise(1, 4, height, width),
+        "mask_image": (noise(1, 1, height, width) > 0).float(),
+        "num_images_per_prompt": call["images"],
+    }
+    given |= {name: call[name] for name in ("strength", "pag_scale", "pag_adaptive_scale")}
+    return latents_of(pipe, call, generator, given)
+
+
+@pytest.mark.parametrize("calls", [10, pytest.param(60, marks=pytest.mark.product)])
+def test_random_calls_with_perturbed_attention_and_masks(calls):
+    """Each inside the error budget; as plans where the scheduler's table follows a mask."""
+    seed = 20261128
+    dice = random.Random(seed)
+    plan, eager = fastdiff.compile(make_masked()), make_masked()
+    exact = make_masked().to(torch.float64)
+    for at in range(calls):
+        call = random_call_masked(dice)
+        got, single, truth = (draw_masked(pipe, call) for pipe in (plan, eager, exact))
+        verdict = judge("latents", got.float(), single, truth)
+        assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
+    (loop,) = [part for part in fastdiff.report(plan).parts if part.name == "loop"]
+    assert int(loop.why.split()[0]) >= 0.5 * calls, loop
+
+
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 FLOW_SCHEDULERS = {
     "Euler": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
@@ -225,6 +286,7 @@ def random_call_sd3(dice):
         "t5": dice.choice([True, False]),
         "adapters": dice.choice([{}, {"one": 1.0}, {"two": 0.5}, {"one": 0.7, "two": -0.4}]),
         "scale": dice.choice([None, None, 0.5]),
+        "skips": dice.choice([None, None, [1], [0, 2]]),
         "callback": dice.choice([None, None, "looks", "changes"]),
     }
 
@@ -245,6 +307,8 @@ def draw_sd3(pipe, call):
         given[f"{negative}pooled_prompt_embeds"] = pooled.to(dtype)
     if call["scale"]:
         given["joint_attention_kwargs"] = {"scale": call["scale"]}
+    if call["skips"]:
+        given |= {"skip_guidance_layers": call["skips"], "skip_layer_guidance_stop": 0.6}
     return latents_of(pipe, call, generator, given)
 
 

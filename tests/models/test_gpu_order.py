@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
+from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
 from small import NETWORKS, PRIOR, SD15, inputs_for, noisy, shallow
 
 from fastdiff.kernels.contract import judge
@@ -46,17 +47,26 @@ def in_triton(monkeypatch, as_on_a_gpu):
             monkeypatch.setattr(module, "_op", kernel.implementations["triton"]())
 
 
-def hold_unet(budget, config, shape, dtype=torch.float32):
-    """Guidance as the loop asks for it: one picture meets two texts."""
+def hold_unet(budget, config, shape, dtype=torch.float32, perturbed=""):
+    """Guidance as the loop asks for it: one picture meets two texts, and then the second again
+    under perturbed attention in the blocks whose names begin so."""
     torch.manual_seed(1)
     module = UNet2DConditionModel(**config).eval().to(dtype)
+    processor = PAGCFGIdentitySelfAttnProcessor2_0()
+    for name, part in module.named_modules() if perturbed else ():
+        if name.startswith(perturbed) and name.endswith("attn1"):
+            part.processor = processor
     eager = copy.deepcopy(module)
     network = borrow_unet(module, Loan(module))
     sample, text, added = inputs_for(module, (2, *shape), dtype)
     sample = sample[:1]
+    if perturbed:
+        text = torch.cat([text, text[1:]])
+        added = added and {name: torch.cat([told, told[1:]]) for name, told in added.items()}
 
     def run(sample, timestep, text):
-        given, sides = Conditions(text, **(added or {})), sample.shape[2:]
+        told = dict(added or {}, repeats=bool(perturbed))
+        given, sides = Conditions(text, **told), sample.shape[2:]
         (row,), constants = network.hoist(given, timestep.reshape(1, 1), sides)
         x = network.pack(sample).contiguous()
         return network.unpack(network.predict(x, row, constants), sides)
@@ -68,7 +78,7 @@ def hold_unet(budget, config, shape, dtype=torch.float32):
 
         def forward(self, sample, timestep, text):
             given = {k: v.to(sample.dtype) for k, v in (added or {}).items()}
-            both = sample.repeat(2, 1, 1, 1)
+            both = sample.repeat(len(text), 1, 1, 1)
             return self.unet(both, timestep, text, added_cond_kwargs=given or None)
 
     budget(run, Eager(), sample, torch.tensor(301), text)
@@ -78,6 +88,13 @@ def hold_unet(budget, config, shape, dtype=torch.float32):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_unet(name, shape, as_on_a_gpu, budget):
     hold_unet(budget, NETWORKS[name], shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("sdxl", "mid_block"), ("sd15", "down_blocks.0"), ("sd15", "up_blocks.1")]
+)
+def test_unet_with_perturbed_attention(name, where, as_on_a_gpu, budget):
+    hold_unet(budget, shallow(name), (9, 5), perturbed=where)
 
 
 def test_unet_in_half_precision(as_on_a_gpu, budget):

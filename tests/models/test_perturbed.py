@@ -1,6 +1,7 @@
 """Layers that differ in the last part of a batch, against diffusers' own processors in float64."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusers.models.attention_processor import (
 from small import SD3, SD3_KINDS, inputs_for, noisy, shallow
 
 from fastdiff.compiler.slot import Slot
-from fastdiff.families.unet import UNET
+from fastdiff.families.unet import DENOISED, UNET
 from fastdiff.kernels.contract import judge
 from fastdiff.models import Loan, Unsupported, borrow_mmdit, borrow_unet
 from fastdiff.models.mmdit import Conditions as JointConditions
@@ -170,6 +171,21 @@ def test_processors_come_and_go_without_a_new_loan():
         versions.add(slot.version)
     assert slot.loan is loan
     assert len(versions) == 7  # so that a callback's change is seen
+
+
+@torch.no_grad()
+def test_an_engine_has_one_state():
+    """What runs in a file is asked anew whether it computes what the processors say now."""
+    net = UNet2DConditionModel(**shallow("sd15")).eval()
+    slot = Slot("unet", net, replace(UNET, frozen=True))
+    slot.offer()
+    loan = slot.loan
+    DENOISED.unexported(slot.network.network)
+    perturb(net, "mid_block", PAGIdentitySelfAttnProcessor2_0())
+    slot.offer()
+    assert slot.loan is not loan
+    with pytest.raises(Unsupported, match="perturbed attention"):
+        DENOISED.unexported(slot.network.network)
 
 
 class Loud(PAGCFGIdentitySelfAttnProcessor2_0):
