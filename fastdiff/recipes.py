@@ -14,6 +14,7 @@ from fastdiff.plans import Plan, priors, transformers, unets
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MOVQ: Mapping[str, str] = {"unet": "unet", "movq": "vae"}
+PIXART: Mapping[str, str] = {"transformer": "pixart", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 
 
@@ -109,6 +110,8 @@ def _rows() -> dict[str, Recipe]:
             MMDIT, plan=transformers.SD3_PAG, from_text=sd3
         ),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
+        "PixArtAlphaPipeline": Recipe(PIXART, plan=transformers.PIXART_ALPHA),
+        "PixArtSigmaPipeline": Recipe(PIXART, plan=transformers.PIXART_SIGMA),
         "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=transformers.DIT),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         "StableDiffusionUpscalePipeline": Recipe(plan=unets.UPSCALE, upcasts=True),

@@ -5,6 +5,7 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DiTTransformer2DModel,
+    PixArtTransformer2DModel,
     PriorTransformer,
     SD3ControlNetModel,
     SD3Transformer2DModel,
@@ -145,6 +146,16 @@ DIT = {
     "out_channels": 8,
     "num_embeds_ada_norm": 1000,
 }
+PIXART = {
+    "sample_size": 8,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "in_channels": 4,
+    "out_channels": 8,
+    "cross_attention_dim": 24,
+    "caption_channels": 20,
+}
 
 
 def inputs_for(unet, shape, dtype=torch.float32):
@@ -278,6 +289,15 @@ def dit():
     return net, net, (torch.randn(2, 4, 8, 8),), given
 
 
+def pixart():
+    net = noisy(PixArtTransformer2DModel(**PIXART, use_additional_conditions=True))
+    given = {"encoder_hidden_states": torch.randn(2, 7, 20), "timestep": torch.tensor([7, 7])}
+    sizes = {"resolution": torch.full((2, 2), 64.0), "aspect_ratio": torch.ones(2, 1)}
+    mask = torch.arange(7)[None] < torch.tensor([[3], [7]])
+    more = {"added_cond_kwargs": sizes, "encoder_attention_mask": mask}
+    return net, net, (torch.randn(2, 4, 8, 8),), given | more
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "sd21, classic attention": lambda: classic("sd21"),
@@ -291,6 +311,7 @@ NETS = {
     "controlnet of sd35-large": lambda: controlnet_sd3_alone(),
     "prior": lambda: prior("karlo"),
     "dit": dit,
+    "pixart": pixart,
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

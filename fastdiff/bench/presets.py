@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
-from fastdiff.bench.preset_dit import DIT_256, DIT_512
+from fastdiff.bench.preset_dit import DIT_256, DIT_512, PIXART_SIGMA
 from fastdiff.bench.preset_latent import LDM, X4
 from fastdiff.bench.preset_parts import Preset, without_memory
 from fastdiff.bench.preset_prior import PRIOR
@@ -29,6 +29,7 @@ PRESETS: Mapping[str, Preset] = {
     "prior": PRIOR,
     **{"unclip": UNCLIP, "kandinsky22": KANDINSKY22, "if": IF},
     **{"ldm": LDM, "x4": X4, "dit-256": DIT_256, "dit-512": DIT_512},
+    "pixart-sigma": PIXART_SIGMA,
 }
 
 

@@ -101,6 +101,8 @@ def call_of(
     kind = type(getattr(pipe, plan.scheduler)).__name__
     if plan.schedulers and kind not in plan.schedulers:
         raise Unsupported(f"its loop needs two results of {kind}'s step; a plan has one")
+    if plan.many_steps and local["num_inference_steps"] == 1:
+        raise Unsupported("a loop of one step takes another result of it; a plan has one")
     if hasattr(type(pipe), "prepare_latents") and not own("prepare_latents"):
         raise Unsupported("its prepare_latents was replaced and may keep the latents it returns")
     for name in (*ASKED, plan.attention_kwargs):

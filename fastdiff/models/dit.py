@@ -1,6 +1,6 @@
 """DiT, the denoising transformer that is told a class, on borrowed weights.
 
-Latents become patches [B, L, p·p, C]. A block's norms take vectors of the timestep and the class,
+A block's norms take vectors of the timestep and the class,
 which each block embeds by layers of its own; `hoist` computes those of all steps.
 """
 
@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
-from fastdiff.models.blocks import open_attention, repeated, require
+from fastdiff.models.blocks import open_attention, require
 from fastdiff.models.borrow import Loan, Unsupported, Weights
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.class_embeddings import INDICES
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import MLP, borrow_mlp
-from fastdiff.models.patches import Patches, Positions, borrow_patches
+from fastdiff.models.patch_trunk import PatchTrunk
+from fastdiff.models.patches import borrow_patches
 from fastdiff.models.stream import Stream
 
 
@@ -80,22 +81,14 @@ class Block:
 
 
 @dataclass(frozen=True)
-class DiT:
+class DiT(PatchTrunk):
     """DiTTransformer2DModel. It predicts the noise, and perhaps as many channels for the
     variance."""
 
     recordable: ClassVar[bool] = True
-    patches: Patches
-    positions: Positions
     blocks: tuple[Block, ...]
-    eps: float
     modulation: Weights
     """Of the first block's embedding: shift and scale of the last norm."""
-    proj_out: Weights
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.proj_out.weight.dtype
 
     def check(self, latents: Tensor, conditions: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
@@ -136,34 +129,15 @@ class DiT:
         position = self.positions(self.patches.counts(sides)).to(self.dtype)
         return Hoisted(torch.cat(vectors, dim=-1), Constants(position, labels))
 
-    def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X] -> [B, L, p·p, C]."""
-        return self._in_patches(self.patches.pack(latents))
-
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
         """The part that every step repeats: [B, L, p·p, C] -> [G·B, L, p·p, C or 2·C]."""
         layers = (*(block.modulation for block in self.blocks), self.modulation)
         vectors = row.split([layer.weight.shape[0] for layer in layers], dim=1)
-        with scope("patches"):
-            x = repeated(x.flatten(2), constants.like.shape[0])
-            x = linear(x, self.patches.embed.weight, self.patches.embed.bias)
-            picture = Stream(x, total=constants.position)
+        picture = self.embed(x, constants.like.shape[0], constants.position)
         for i, block in enumerate(self.blocks):
             with scope(f"block {i}"):
                 picture = block(picture, vectors[i])
-        with scope("out"):
-            shift, scale = vectors[-1].chunk(2, 1)
-            h = picture.normed(self.eps, shift, scale)
-            return self._in_patches(linear(h, self.proj_out.weight, self.proj_out.bias))
-
-    def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
-        """[B, L, p·p, C] -> [B, C, Y, X]."""
-        return self.patches.unpack(x.flatten(2), sides)
-
-    def _in_patches(self, x: Tensor) -> Tensor:
-        """[B, L, p·p·C] -> [B, L, p·p, C]."""
-        cut: Tensor = x.unflatten(2, (self.patches.size**2, -1))
-        return cut
+        return self.out(picture, vectors[-1])
 
 
 def borrow_dit(module: Any, loan: Loan) -> DiT:
@@ -172,11 +146,9 @@ def borrow_dit(module: Any, loan: Loan) -> DiT:
     patches, positions = borrow_patches(net.pos_embed, loan, own_size=True)
     if positions is None:
         raise Unsupported("patches without positions")
-    size, width = patches.size, patches.embed.weight.shape[0]
-    require(net.patch_size == size, f"patches of {size} that are put together as others")
+    width = patches.embed.weight.shape[0]
     blocks = tuple(_borrow_block(block, loan, width) for block in loan.each(net.transformer_blocks))
     require(len(blocks) > 0, "a transformer without blocks")
-    channels = net.out_channels
     dit = DiT(
         patches=patches,
         positions=positions,
@@ -185,11 +157,7 @@ def borrow_dit(module: Any, loan: Loan) -> DiT:
         modulation=loan.linear(net.proj_out_1),
         proj_out=loan.linear(net.proj_out_2),
     )
-    wide = dit.proj_out.weight.shape[0]
-    require(
-        wide == channels * size**2 and channels in (patches.channels, 2 * patches.channels),
-        f"a last layer of {wide} columns for {channels} channels",
-    )
+    dit.check_out(net.out_channels, net.patch_size)
     require(dit.modulation.weight.shape[0] == 2 * width, "a last norm of another width")
     loan.seal()
     return dit

@@ -63,6 +63,29 @@ class Positions:
         return middle.reshape(1, rows * columns, -1)
 
 
+@dataclass(frozen=True)
+class SizedPositions(Positions):
+    """Position embeddings for any number of patches; diffusers computes those of other numbers
+    than `side` by `side` in every call: sinusoids of the column, then of the row."""
+
+    scale: float
+
+    def __call__(self, counts: tuple[int, int]) -> Tensor:
+        """[1, L, D], contiguous; float32, or the table's dtype for its own size."""
+        if counts == (self.side, self.side):
+            return self.table
+        rows, columns = (
+            torch.arange(count, dtype=torch.float32) / (count / self.side) / self.scale
+            for count in counts
+        )
+        quarter = self.table.shape[2] // 4
+        frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+        down, right = torch.meshgrid(rows, columns, indexing="ij")
+        angles = [torch.outer(side.flatten(), frequencies) for side in (right, down)]
+        waves = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+        return torch.cat(waves, dim=1)[None].float().to(self.table.device)
+
+
 def borrow_patches(
     module: Any, loan: Loan, own_size: bool = False
 ) -> tuple[Patches, Positions | None]:

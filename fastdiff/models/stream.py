@@ -6,7 +6,10 @@ As with `sums.Sum`, a branch's addition is deferred to the next norm's kernel.
 from torch import Tensor
 
 from fastdiff.kernels.ada_norm import ada_norm
+from fastdiff.kernels.linear import linear
 from fastdiff.kernels.residual import residual
+from fastdiff.kernels.where import on_gpu
+from fastdiff.models.borrow import Weights
 from fastdiff.models.perturbed import appended
 
 
@@ -24,6 +27,13 @@ class Stream:
     @property
     def batch(self) -> int:
         return self._branch.shape[0]
+
+    @classmethod
+    def product(cls, x: Tensor, weights: Weights, total: Tensor) -> "Stream":
+        """total + x weightᵀ + bias. cuBLAS adds a bias as it writes, but not a residual."""
+        if on_gpu(x):
+            return cls(linear(x, weights.weight, weights.bias), total=total)
+        return cls(linear(x, weights.weight, weights.bias, residual=total))
 
     def normed(self, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
         """LayerNorm · (1 + scale) + shift, with vectors [B, D]."""

@@ -81,6 +81,8 @@ class Plan:
     doubled: bool = False
     """Whether the variable of the latents holds them once for each half of guidance, and the
     scheduler steps both halves."""
+    many_steps: bool = False
+    """Whether a loop of a single step takes another of its results, so that no plan runs it."""
     drops_variance: bool = False
     """Whether the loop drops what the network says of the variance."""
     variance: bool = False

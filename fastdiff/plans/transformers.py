@@ -1,4 +1,4 @@
-"""The plans of pipelines with a transformer: Stable Diffusion 3 and DiT."""
+"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT and PixArt."""
 
 from dataclasses import replace
 
@@ -37,3 +37,20 @@ DIT = Plan(
     doubled=True,
     drops_variance=True,
 )
+PIXART_SIGMA = Plan(
+    conditions={
+        "encoder_hidden_states": "prompt_embeds",
+        "encoder_attention_mask": "prompt_attention_mask",
+        "added_cond_kwargs": "added_cond_kwargs",
+    },
+    required=("prompt_embeds", "prompt_attention_mask", "added_cond_kwargs"),
+    returned=(),
+    settings={
+        "guidance_scale": "guidance_scale",
+        "do_classifier_free_guidance": "do_classifier_free_guidance",
+    },
+    step_options="extra_step_kwargs",
+    entrance="progress_bar",
+    drops_variance=True,
+)
+PIXART_ALPHA = replace(PIXART_SIGMA, many_steps=True)

@@ -1,4 +1,4 @@
-"""DiT-XL/2: its size, and its launches beside diffusers' own."""
+"""DiT-XL/2 and PixArt-Σ-XL/2: their sizes, and their launches beside diffusers' own."""
 
 import json
 from pathlib import Path
@@ -12,28 +12,44 @@ from fastdiff.bench.presets import blueprint, build
 from fastdiff.errors import UserError
 
 STATIC = Path(__file__).parents[2] / "benchmarks/static"
-SIDES = {"dit-256": 32, "dit-512": 64}
+# parameters, the latents' side
+SIZES = {
+    "dit-256": (749_826_464, 32),  # 675 M, and 27 more embeddings: diffusers has one for each block
+    "dit-512": (749_826_464, 64),
+    "pixart-sigma": (610_856_096, 128),
+}
+# launches of diffusers' own step, and the most that ours may be
+LAUNCHES = {"dit-256": (1149, 230), "pixart-sigma": (872, 320)}
 
 
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", SIZES)
 def test_scale_one_has_the_published_sizes(name):
-    """675 M parameters, and 27 times a block's embeddings, which diffusers holds once a block."""
     net, side = blueprint(name)
-    assert (sum(weight.numel() for weight in net.parameters()), side) == (749_826_464, SIDES[name])
+    assert (sum(weight.numel() for weight in net.parameters()), side) == SIZES[name]
 
 
-def test_launches():
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name):
     """The committed graph is what the network does now; `fastdiff graph` writes it again."""
-    net, side = blueprint("dit-256")
-    kept = json.loads((STATIC / "graph-dit-256.json").read_text())
+    (net, side), (theirs, most) = blueprint(name), LAUNCHES[name]
+    kept = json.loads((STATIC / f"graph-{name}.json").read_text())
     assert kept["rows"] == [vars(row) for row in rows(net, gpu_named("h200"), torch.float16, side)]
-    assert kept["launches"] <= 230
+    assert kept["launches"] <= most
     net = torch.nn.Module.to(net, dtype=torch.float16)
-    latents = torch.empty(2, 4, side, side, dtype=torch.float16, device="meta")
-    told = [torch.zeros(2, dtype=torch.long, device="meta") for _ in range(2)]
-    assert len(launched(lambda: net(latents, *told, return_dict=False), 90)) == 1149
+    half = {"dtype": torch.float16, "device": "meta"}
+    latents, steps = torch.empty(2, 4, side, side, **half), torch.zeros(2, device="meta").long()
+    told = {"class_labels": steps}
+    if name == "pixart-sigma":
+        told = {
+            "encoder_hidden_states": torch.empty(2, 300, 4096, **half),
+            "encoder_attention_mask": torch.empty(2, 300, **half),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+    run = lambda: net(latents, timestep=steps, **told, return_dict=False)  # noqa: E731
+    assert len(launched(run, 90)) == theirs
 
 
-def test_it_is_only_counted():
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_they_are_only_counted(name):
     with pytest.raises(UserError, match="give them to graph"):
-        build("dit-256", 0.1, torch.float32, "cpu")
+        build(name, 0.1, torch.float32, "cpu")

@@ -56,6 +56,7 @@ OTHERS = {
     "SD3ControlNetModel": {"_internal_dict"},
     "PriorTransformer": {"num_attention_heads"},  # read of its config
     "DiTTransformer2DModel": {"height", "width", "_internal_dict"},
+    "PixArtTransformer2DModel": {"height", "width"},
     "LabelEmbedding": {"num_classes"},  # of labels that are dropped in training
     # what they made their attentions with, or read of the first weight
     "SimpleCrossAttnDownBlock2D": {"num_heads"},

@@ -1,0 +1,298 @@
+"""PixArt-α and -Σ, denoising transformers that attend to a text, on borrowed weights.
+
+A block's norms take vectors that are the sum of a table of its own and of what one layer makes of
+the timestep (and the picture's size), for all blocks alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdiff.kernels.attention import attention
+from fastdiff.kernels.linear import linear
+from fastdiff.kernels.observe import scope
+from fastdiff.models.blocks import open_attention, require
+from fastdiff.models.borrow import Loan, Unsupported, Weights
+from fastdiff.models.checks import check_count, checked
+from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.hoisted import Hoisted
+from fastdiff.models.joint import MLP, borrow_mlp
+from fastdiff.models.patch_trunk import PatchTrunk
+from fastdiff.models.patches import SizedPositions, borrow_patches
+from fastdiff.models.reads import Reader
+from fastdiff.models.stream import Stream
+from fastdiff.models.transformer import CrossColumns
+
+SIZES = ("resolution", "aspect_ratio")
+KEPT = 16
+"""A text is cut to a multiple of so many tokens, so that few lengths need a recording."""
+
+
+class Conditions(NamedTuple):
+    """The network's inputs besides latents and timesteps. G: 2 with guidance, unconditional
+    first."""
+
+    encoder_hidden_states: Tensor | None
+    """[G·B, T, D'] text."""
+    encoder_attention_mask: Tensor | None = None
+    """[G·B, T] of 0 and 1: 1 for the tokens to attend to."""
+    added_cond_kwargs: Mapping[str, Tensor | None] | None = None
+    """resolution [G·B, 2] and aspect_ratio [G·B, 1], or None each."""
+
+
+class Constants(NamedTuple):
+    position: Tensor
+    """[1, L, D]"""
+    text: Tensor
+    """[G·B, T', …] keys and values of every block."""
+    mask: Tensor | None
+    """[G·B, 1, 1, T'], added to the scores."""
+
+
+@dataclass(frozen=True)
+class TimeSize:
+    """The embedding of a timestep, and perhaps of the picture's size."""
+
+    sinusoid: Sinusoid
+    time: Embedding
+    size_sinusoid: Sinusoid | None
+    sizes: tuple[Embedding, ...]
+    """Of `SIZES`; () if the network is not told them."""
+
+    def __call__(
+        self, timesteps: Tensor, told: Mapping[str, Tensor | None], dtype: torch.dtype, count: int
+    ) -> Tensor:
+        """[steps, n] -> [steps, N, D] for `count` texts; N is n, or `count` with sizes."""
+        embedded = self.time(self.sinusoid(timesteps).to(dtype))
+        if self.size_sinusoid is None:
+            return embedded
+        parts = []
+        for name, embedding in zip(SIZES, self.sizes, strict=True):
+            value = told[name]
+            assert value is not None
+            waves = self.size_sinusoid(value.flatten()).to(dtype)
+            parts.append(embedding(waves).reshape(count, -1))
+        times = embedded.shape[1]
+        return embedded.repeat(1, count // times, 1) + torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Block:
+    heads: int
+    eps: float
+    table: Tensor
+    """[6, D]: shift, scale and gate of the self-attention, then of the MLP."""
+    qkv: Weights
+    out: Weights
+    q: Weights
+    text: slice
+    """This block's columns (K, then V) in the projected text of all blocks."""
+    text_out: Weights
+    mlp: MLP
+
+    def __call__(
+        self, picture: Stream, vectors: Tensor, text: Tensor, mask: Tensor | None
+    ) -> Stream:
+        """`vectors`: [n, 6·D], n is 1 or that of the texts."""
+        shift, scale, gate, *mlp = vectors.expand(text.shape[0], -1).chunk(6, 1)
+        h = picture.normed(self.eps, shift, scale)
+        q, k, v = self._heads(linear(h, self.qkv.weight, self.qkv.bias), 3)
+        seen = linear(attention(q, k, v).flatten(2), self.out.weight, self.out.bias)
+        x = Stream(seen, gate, picture.closed()).closed()
+        (q,) = self._heads(linear(x, self.q.weight, self.q.bias), 1)
+        k, v = self._heads(text[..., self.text], 2)
+        told = attention(q, k, v, mask).flatten(2)
+        return self.mlp(Stream.product(told, self.text_out, x), *mlp)
+
+    def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B, L, parts·D] -> [B, L, heads, D / heads] for each part."""
+        heads: Tensor = packed.unflatten(-1, (parts, self.heads, -1))
+        return heads.unbind(2)
+
+
+@dataclass(frozen=True)
+class PixArt(PatchTrunk):
+    """PixArtTransformer2DModel."""
+
+    recordable: ClassVar[bool] = True
+    embedding: TimeSize
+    modulation: Weights
+    """Of the embedding, for all blocks."""
+    blocks: tuple[Block, ...]
+    table: Tensor
+    """[2, D]: shift and scale of the last norm."""
+    caption: Embedding | None
+    text: Weights
+    """Keys and values of all blocks, which read the same text."""
+
+    @property
+    def text_width(self) -> int:
+        """The columns of a text."""
+        first = self.text if self.caption is None else self.caption.first
+        return first.weight.shape[1]
+
+    def check(self, latents: Tensor, conditions: Conditions, copies: int = 1) -> None:
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
+
+        Args:
+            latents: [B, C, Y, X].
+            copies: G, the number of texts for each of the latents.
+        """
+        weight = self.proj_out.weight
+        text, mask, added = conditions
+        checked("hidden_states", latents, weight, self.patches.channels, 4)
+        counts = self.patches.counts(latents.shape[2:])
+        require(min(counts) > 0, f"latents of {list(latents.shape)} have no patch")
+        text = checked("encoder_hidden_states", text, weight, self.text_width, 3)
+        check_count("encoder_hidden_states", text, latents, copies)
+        if mask is not None:
+            right = mask.shape == text.shape[:2] and mask.device == weight.device
+            require(right, f"encoder_attention_mask of the shape {list(mask.shape)}")
+        told = added or {}
+        require(set(told) <= set(SIZES), f"added_cond_kwargs of {', '.join(told)}")
+        for name, columns in zip(SIZES, (2, 1), strict=True):
+            value = told.get(name)
+            if self.embedding.size_sinusoid is None:
+                require(value is None, f"it was given {name}")
+            else:
+                check_count(name, checked(name, value, weight, columns, 2), latents, copies)
+
+    def hoist(self, conditions: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
+        """Compute everything that does not depend on the latents.
+
+        Args:
+            conditions: accepted by `check`.
+            timesteps: [steps, n], n = 1 or B: a timestep for each picture.
+            sides: Y and X of the latents.
+        """
+        text, mask, added = conditions
+        assert text is not None
+        times, many = timesteps.shape[1], text.shape[0]
+        require(times > 0 and many % times == 0, f"{times} timesteps for {many} texts")
+        if times > 1:
+            timesteps = timesteps.repeat(1, many // times)
+        with scope("modulation"):
+            told = added or {}
+            embedded = self.embedding(timesteps.to(text.device), told, self.dtype, many)
+            shared = linear(F.silu(embedded), self.modulation.weight, self.modulation.bias)
+            vectors = [shared + block.table.flatten() for block in self.blocks]
+            vectors.append(torch.cat([embedded, embedded], -1) + self.table.flatten())
+        position = self.positions(self.patches.counts(sides)).to(self.dtype)
+        return Hoisted(torch.cat(vectors, dim=-1), Constants(position, *self._told(text, mask)))
+
+    def _told(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The text's keys and values without the tokens that nobody attends to, and the mask."""
+        bias = None
+        if mask is not None:
+            used = mask.to(torch.bool)
+            if bool(used.any(1).all()):  # else somebody attends to all tokens alike
+                last = int(used.any(0).nonzero().max()) + 1
+                kept = min(text.shape[1], -(-last // KEPT) * KEPT)
+                text, mask = text[:, :kept], mask[:, :kept]
+            bias = ((1 - mask.to(self.dtype)) * -10000.0)[:, None, None, :].contiguous()
+        with scope("text"):
+            h = text.contiguous()
+            if self.caption is not None:
+                h = self.caption(h)
+            return linear(h, self.text.weight, self.text.bias), bias
+
+    def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
+        """The part that every step repeats: [B, L, p·p, C] -> [G·B, L, p·p, C or 2·C]."""
+        width, count = self.table.shape[1], constants.text.shape[0]
+        vectors = row.split([6 * width] * len(self.blocks) + [2 * width], dim=1)
+        picture = self.embed(x, count, constants.position)
+        for i, block in enumerate(self.blocks):
+            with scope(f"block {i}"):
+                picture = block(picture, vectors[i], constants.text, constants.mask)
+        return self.out(picture, vectors[-1].expand(count, -1))
+
+
+def borrow_pixart(module: Any, loan: Loan) -> PixArt:
+    """Borrow a PixArtTransformer2DModel's weights; raises Unsupported for other structures."""
+    net, config = loan.open(module, "PixArtTransformer2DModel"), loan.config(module)
+    patches, found = borrow_patches(net.pos_embed, loan, own_size=True)
+    if found is None:
+        raise Unsupported("patches without positions")
+    embed = loan.open(net.pos_embed, "PatchEmbed")
+    require(embed.base_size == found.side, "positions of another base size")
+    width, text = patches.embed.weight.shape[0], CrossColumns(loan)
+    single = loan.open(net.adaln_single, "AdaLayerNormSingle")
+    loan.silu(single.silu)
+    blocks = tuple(
+        _borrow_block(block, loan, text, width) for block in loan.each(net.transformer_blocks)
+    )
+    embedding = _borrow_embedding(single.emb, loan)
+    told = embedding.size_sinusoid is not None
+    require(bool(net.use_additional_conditions) == told, "sizes that are only half told")
+    pixart = PixArt(
+        patches=patches,
+        positions=SizedPositions(found.table, found.side, embed.interpolation_scale),
+        eps=loan.bare_norm(net.norm_out, width),
+        proj_out=loan.linear(net.proj_out),
+        embedding=embedding,
+        modulation=loan.linear(single.linear),
+        blocks=blocks,
+        table=loan.parameter(net.scale_shift_table),
+        caption=_borrow_caption(net.caption_projection, loan),
+        text=loan.linear(*text.layers),
+    )
+    pixart.check_out(net.out_channels, config.patch_size)
+    wide = pixart.modulation.weight.shape[0]
+    require(wide == 6 * width, "a norm whose width differs from its block's")
+    loan.seal()
+    return pixart
+
+
+def _borrow_embedding(module: Any, loan: Loan) -> TimeSize:
+    both = loan.open(module, "PixArtAlphaCombinedTimestepSizeEmbeddings")
+    sizes: tuple[Any, ...] = ()
+    if both.use_additional_conditions:
+        sizes = (both.resolution_embedder, both.aspect_ratio_embedder)
+    return TimeSize(
+        borrow_sinusoid(both.time_proj, loan),
+        borrow_embedding(both.timestep_embedder, loan),
+        borrow_sinusoid(both.additional_condition_proj, loan) if sizes else None,
+        tuple(borrow_embedding(size, loan) for size in sizes),
+    )
+
+
+def _borrow_caption(module: Any, loan: Loan) -> Embedding | None:
+    if module is None:
+        return None
+    caption = loan.open(module, "PixArtAlphaTextProjection")
+    require(type(caption.act_1) is nn.GELU, "an activation of the text other than GELU")
+    by = loan.open(caption.act_1, nn.GELU).approximate
+    require(by == "tanh", f"a GELU of kind {by!r}")
+    first, second = loan.linear(caption.linear_1), loan.linear(caption.linear_2)
+    return Embedding(first, second, None, "gelu_tanh")
+
+
+def _borrow_block(module: Any, loan: Loan, text: CrossColumns, width: int) -> Block:
+    """From a BasicTransformerBlock of the norms "ada_norm_single"."""
+    block: Reader = loan.open(module, "BasicTransformerBlock")
+    require(block.norm_type == "ada_norm_single", f"transformer norms of type {block.norm_type}")
+    require(block.attn2 is not None, "a transformer block without cross-attention")
+    require(not block.only_cross_attention, "cross-attention in place of self-attention")
+    require(block.pos_embed is None, "positional embeddings in a transformer block")
+    require(getattr(block, "fuser", None) is None, "a gated (GLIGEN) transformer block")
+    require(block._chunk_size is None, "a feed-forward layer in chunks")
+    own, out = open_attention(block.attn1, loan, residual=False)
+    cross, text_out = open_attention(block.attn2, loan, residual=False)
+    for part in (own, cross):
+        require(part.group_norm is None, "a group norm inside a transformer block's attention")
+    require(own.heads == cross.heads, "self- and cross-attention with different heads")
+    return Block(
+        heads=own.heads,
+        eps=loan.bare_norm(block.norm1, width),
+        table=loan.parameter(block.scale_shift_table),
+        qkv=loan.linear(own.to_q, own.to_k, own.to_v),
+        out=loan.linear(out),
+        q=loan.linear(cross.to_q),
+        text=text.take_cross(cross),
+        text_out=loan.linear(text_out),
+        mlp=borrow_mlp(block.norm2, block.ff, loan, width),
+    )

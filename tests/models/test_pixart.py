@@ -1,0 +1,126 @@
+"""PixArt against diffusers in float64, at reduced widths."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from small import PIXART, noisy
+
+from fastdiff.models import Loan, Unsupported
+from fastdiff.models.pixart import Conditions, borrow_pixart
+from fastdiff.runtime.denoiser import denoiser
+
+KINDS = {
+    "sigma": {},
+    "alpha, told sizes": {"use_additional_conditions": True, "interpolation_scale": 2},
+    "without a variance or a projection": {"out_channels": 4, "caption_channels": None},
+}
+
+
+def network_of(module):
+    return denoiser(borrow_pixart(module, Loan(module)))
+
+
+def given(net, batch, tokens=21, dtype=torch.float32):
+    wide = net.config.caption_channels or net.config.cross_attention_dim
+    told = {"resolution": None, "aspect_ratio": None}
+    if net.config.use_additional_conditions:
+        told["resolution"] = torch.tensor([[64.0, 96.0]] * batch).to(dtype)
+        told["aspect_ratio"] = torch.full((batch, 1), 0.7, dtype=dtype)
+    text = torch.randn(batch, tokens, wide, dtype=dtype)
+    return {"encoder_hidden_states": text, "timestep": torch.tensor([999, 301, 0])[:batch]} | told
+
+
+class Flat(torch.nn.Module):
+    """Called with tensors only, as `budget` casts them."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, mask, timestep, encoder_hidden_states, resolution, aspect_ratio):
+        sizes = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        return self.net(
+            x,
+            encoder_hidden_states,
+            timestep,
+            sizes,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )
+
+
+def run_of(network):
+    def run(x, mask, timestep, encoder_hidden_states, resolution, aspect_ratio):
+        sizes = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+        return network(x, timestep, Conditions(encoder_hidden_states, mask, sizes))
+
+    return run
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (6, 14)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions(kind, batch, sides, budget):
+    """At its own size and another, whose positions diffusers computes in the call."""
+    eager = noisy(PixArtTransformer2DModel(**PIXART | KINDS[kind]))
+    network = network_of(copy.deepcopy(eager))
+    mask = (torch.arange(21)[None] < torch.tensor([[3], [17], [1]])[:batch]).float()
+    budget(run_of(network), Flat(eager), torch.randn(batch, 4, *sides), mask, **given(eager, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype, budget):
+    eager = noisy(PixArtTransformer2DModel(**PIXART | KINDS["alpha, told sizes"])).to(dtype)
+    network = network_of(copy.deepcopy(eager))
+    x, mask = torch.randn(2, 4, 8, 8, dtype=dtype), torch.ones(2, 21, dtype=dtype)
+    budget(run_of(network), Flat(eager), x, mask, **given(eager, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept"), [((3, 5), 16), ((3, 17), 32), ((40, 1), 40), ((0, 5), 40)]
+)
+def test_a_text_is_cut_where_nobody_attends_to_the_rest(lengths, kept, budget):
+    """Whoever attends to nothing attends to all tokens alike, so then all are kept."""
+    eager = noisy(PixArtTransformer2DModel(**PIXART))
+    network = network_of(copy.deepcopy(eager))
+    mask = (torch.arange(40)[None] < torch.tensor(lengths)[:, None]).float()
+    told = given(eager, 2, tokens=40)
+    x = torch.randn(2, 4, 8, 8)
+    conditions = Conditions(told["encoder_hidden_states"], mask)
+    hoisted = network.network.hoist(conditions, told["timestep"][None], (8, 8))
+    assert hoisted.constants.text.shape[1] == kept
+    budget(run_of(network), Flat(eager), x, mask, **told)
+
+
+def test_without_a_mask(budget):
+    eager = noisy(PixArtTransformer2DModel(**PIXART))
+    network = network_of(copy.deepcopy(eager))
+    budget(run_of(network), Flat(eager), torch.randn(2, 4, 8, 8), None, **given(eager, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"latents": torch.zeros(1, 4, 8, 1)}, "have no patch"),
+        ({"text": None}, "encoder_hidden_states is missing"),
+        ({"mask": torch.ones(1, 1, 7)}, "encoder_attention_mask of the shape"),
+        ({"sizes": {"resolution": torch.ones(1, 2)}}, "it was given resolution"),
+        ({"sizes": {"angle": None}}, "added_cond_kwargs of angle"),
+    ],
+)
+def test_what_it_is_not_given(change, what):
+    network = borrow_pixart(net := noisy(PixArtTransformer2DModel(**PIXART)), Loan(net))
+    known = {"latents": torch.zeros(1, 4, 8, 8), "text": torch.zeros(1, 7, 20), "mask": None}
+    known |= {"sizes": None} | change
+    conditions = Conditions(known["text"], known["mask"], known["sizes"])
+    with pytest.raises(Unsupported, match=what):
+        network.check(known["latents"], conditions)
+
+
+def test_it_is_told_sizes():
+    config = PIXART | {"use_additional_conditions": True}
+    network = borrow_pixart(net := noisy(PixArtTransformer2DModel(**config)), Loan(net))
+    with pytest.raises(Unsupported, match="resolution is missing"):
+        network.check(torch.zeros(1, 4, 8, 8), Conditions(torch.zeros(1, 7, 20)))
