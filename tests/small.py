@@ -211,10 +211,13 @@ def simple(config, told):
     return net, net, (torch.randn(2, 4, 8, 8), 7, text), {"added_cond_kwargs": given or None}
 
 
-def classic(name):
-    net, *rest = unet(name)
+def upscaler(name):
+    """With the class embeddings and the attention to text alone of Stable Diffusion's upscaler, and
+    with diffusers' classic attention."""
+    more = {"num_class_embeds": 9, "only_cross_attention": (True, False)}
+    net, called, given, options = unet(name, **more)
     net.set_attn_processor(AttnProcessor())
-    return net, *rest
+    return net, called, given, options | {"class_labels": torch.tensor([2, 7])}
 
 
 def controlnet(name):
@@ -300,7 +303,7 @@ def pixart():
 
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
-    "sd21, classic attention": lambda: classic("sd21"),
+    "upscaler, classic attention": lambda: upscaler("sd21"),
     "sdxl": lambda: unet("sdxl"),
     "IF": lambda: simple(IF, {"text": 24}),
     "Kandinsky 2.2": lambda: simple(KANDINSKY22, {"image_embeds": 20}),

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.pixels import draws_pixels
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser, recipe_of
+from fastdiff.recipes import autoencoder, denoiser, recipe_of
 
 
 class Unavailable(Exception):
@@ -23,8 +22,8 @@ def eager(pipe: Any) -> None:
 def channels_last(pipe: Any) -> None:
     """Eager, with NHWC weights and activations in the convolutions."""
     denoiser(pipe).to(memory_format=torch.channels_last)
-    if not draws_pixels(pipe):
-        pipe.vae.to(memory_format=torch.channels_last)
+    if (vae := autoencoder(pipe)) is not None:
+        vae.to(memory_format=torch.channels_last)
 
 
 def inductor(pipe: Any) -> None:
@@ -44,8 +43,8 @@ def _inductor(pipe: Any, mode: str) -> None:
     if not on_gpu:
         _need_compiler()
     denoiser(pipe).compile(mode=mode)
-    if not draws_pixels(pipe):
-        pipe.vae.decoder.compile(mode=mode)
+    if (vae := autoencoder(pipe)) is not None:
+        vae.decoder.compile(mode=mode)
 
 
 def fastdiff(pipe: Any) -> None:

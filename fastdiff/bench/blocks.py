@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.pixels import draws_pixels
 from fastdiff.bench.tally import Counter, Tally
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.kernels.observe import counting, entering, scope, watching
+from fastdiff.recipes import autoencoder
 from fastdiff.runtime.loop import STEP
 
 REST = "the rest"
@@ -127,13 +127,14 @@ def _entrances(pipe: Any) -> Iterator[tuple[Any, str, str]]:
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         if (encoder := getattr(pipe, name, None)) is not None:
             yield encoder, "forward", name.replace("_", " ")
-    if draws_pixels(pipe):
+    vae = autoencoder(pipe)
+    if vae is None:
         return
-    slot = slot_of(pipe.vae.decoder)
+    slot = slot_of(vae.decoder)
     if slot is not None and slot.network is not None:
         yield slot.network.run, "function", "VAE"
     else:
-        yield pipe.vae.decoder, "forward", "VAE"
+        yield vae.decoder, "forward", "VAE"
 
 
 @contextmanager

@@ -24,14 +24,14 @@ from fastdiff.bench.backends import (
 from fastdiff.bench.contenders import files, sharing
 from fastdiff.bench.enlarged import channels_of
 from fastdiff.bench.memory import Baseline, baseline, engine_peak_bytes, peak_bytes
-from fastdiff.bench.pixels import draws_pixels, factor_of
+from fastdiff.bench.pixels import factor_of
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Timed
 from fastdiff.bench.room import wants_memory
 from fastdiff.bench.stats import speedup
 from fastdiff.bench.timing import Drawing, Request, draw, interleave
 from fastdiff.errors import UserError
-from fastdiff.recipes import decodes_in_float32, denoiser
+from fastdiff.recipes import autoencoder, decodes_in_float32, denoiser
 
 Racer = Callable[[], Drawing]
 
@@ -70,11 +70,6 @@ def bench(
 
     Raises UserError before anything is timed if a requested backend cannot run here.
     """
-    if getattr(pipe, "vae", None) is None and not draws_pixels(pipe):
-        raise UserError(
-            f"bench times the steps and the decoder apart, and a {type(pipe).__name__} returns no"
-            " latents; count its launches with fastdiff graph or fastdiff count"
-        )
     device = torch.device(settings.device)
     before = baseline(device)
     pipe = pipe.to(device)
@@ -206,7 +201,7 @@ def _peak(backend: str, pipe: Any, before: Baseline, draw: Callable[[], object])
     if backend not in ON_ENGINES:
         return peak_bytes(pipe, before, draw)
     if pipe.device.type == "cpu":
-        engines = [denoiser(pipe), *([] if draws_pixels(pipe) else [pipe.vae])]
+        engines = [part for part in (denoiser(pipe), autoencoder(pipe)) if part is not None]
         return engine_peak_bytes(pipe, before, draw, engines)
     return None  # torch does not see the library's memory
 

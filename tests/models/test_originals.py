@@ -164,7 +164,7 @@ def test_functions_of_objects(network):
 @torch.no_grad()
 def test_methods_that_processors_ask_for():
     """diffusers' processors call methods of the attention that they are given."""
-    net, run = fresh("sd21, classic attention")
+    net, run = fresh("upscaler, classic attention")
     run(net)
     attention = next(m for m in net.modules() if type(m) is Attention)
     own = attention.get_attention_scores
