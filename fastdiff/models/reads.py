@@ -5,7 +5,7 @@ watch and the fingerprints derive from the notes, so no list of attributes is ke
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -68,7 +68,10 @@ class Reads:
         self._switches: list[Switch] = []
         self._places: tuple[list[Any], list[Any]] = [], []
         """The dicts and names of the switches: they are looked up before every step."""
-        self._watches: dict[tuple[int, ...], Any] = {}
+        self._watch: Any = None
+        """On everything that was read but what the switches hold: it must be made when that is
+        read, since it also notes what else there is."""
+        self._switch_watches: dict[tuple[int, ...], Any] = {}
         """By the objects that the switches hold; a watch keeps these objects."""
         self._switched: tuple[int, ...] = ()
         self._adopted: Reads | None = None
@@ -168,7 +171,7 @@ class Reads:
         """Read an object that may be exchanged for one of another `known` class.
 
         Such an exchange leaves the loan valid, so whatever depends on the class asks the returned
-        Switch at every use. The objects may hold no attributes.
+        Switch at every use.
         """
         found = Switch(vars(module), name, known)
         if self._rehearsed is None:
@@ -196,38 +199,42 @@ class Reads:
         for name, module in self._root.named_modules():
             if id(module) in unread:
                 raise Unsupported(f"{name}, a {kind(module)} that diffusers does not have there")
-        self.watch()
+        things = [*self.opened.values()]
+        code = reached(map(type, things), packages=self._packages)
+        # children and parameters are watched as such
+        notes = [n for n in self._notes.values() if not _kept(n[0], n[1])]
+        items = [*notes, *code.items, *self._overrides(code, things)]
+        others = [thing for thing in things if not isinstance(thing, nn.Module)]
+        self._watch = watch(self.modules, items, (*code.dicts, *self._hooks), others)
+        self._watch_switches()
 
-    def watch(self) -> Any:
-        """A watch on everything that was read until `seal`, with the objects that the switches hold
-        now; Unsupported if one of these is not of a known class, or its code is not original."""
-        if self._adopted is not None:
-            return self._adopted.watch()
+    def _watch_switches(self) -> Any:
+        """A watch on the objects that the switches hold now; Unsupported if one of these is not of
+        a known class, or its code is not original."""
         key = self.switched
-        if key not in self._watches:
+        if key not in self._switch_watches:
             held = [switch.check() for switch in self._switches]
-            things = [*self.opened.values(), *{id(thing): thing for thing in held}.values()]
-            code = reached(map(type, things), packages=self._packages)
-            # children and parameters are watched as such
-            notes = [n for n in self._notes.values() if not _kept(n[0], n[1])]
-            items = [*notes, *code.items, *self._overrides(code, things)]
-            items += [switch.item for switch in self._switches]
-            others = [thing for thing in things if not isinstance(thing, nn.Module)]
-            dicts = [*code.dicts, *self._hooks, *(vars(thing) for thing in held)]
-            if len(self._watches) >= _SWITCHED:
-                self._watches.clear()
-            self._watches[key] = watch(self.modules, items, dicts, others)
-        return self._watches[key]
+            things = {id(thing): thing for thing in held}.values()
+            classes = map(type, (*self.opened.values(), *things))
+            code = reached(classes, packages=self._packages)
+            items = [*(s.item for s in self._switches), *code.items, *self._overrides(code, things)]
+            dicts = [*code.dicts, *(vars(thing) for thing in things)]
+            if len(self._switch_watches) >= _SWITCHED:
+                self._switch_watches.clear()
+            self._switch_watches[key] = watch((), items, dicts, things)
+        return self._switch_watches[key]
 
     def unchanged(self) -> bool:
-        """Whether everything that was read until `seal` is what it was."""
+        """Whether everything that was read until `seal` is what it was; a switch may hold another
+        object of a known class."""
+        source = self._adopted or self
         try:
-            intact: bool = self.watch().intact()
+            intact = source._watch.intact() and source._watch_switches().intact()
         except Unsupported:  # of what a switch holds now
             return False
         if intact and (now := self.switched) != self._switched:
             self._switched, self.epoch = now, next(EPOCHS)
-        return intact
+        return bool(intact)
 
     def adopt(self, other: "Reads") -> None:
         """Take over another's reads of the same root, and their watch."""
@@ -243,7 +250,7 @@ class Reads:
         found = ((paths[id(t)], name, v) for t, name, v in self.values if isinstance(v, _PLAIN))
         return sorted(found, key=lambda setting: setting[:2])
 
-    def _overrides(self, code: Reached, things: list[Any]) -> Iterator[Item]:
+    def _overrides(self, code: Reached, things: Collection[Any]) -> Iterator[Item]:
         """The places where an object's own attribute would hide a function of its class."""
         methods = {cls: code.methods(cls) for cls in set(map(type, things))}
         for thing in things:

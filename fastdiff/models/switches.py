@@ -24,10 +24,11 @@ class Switch:
         return self.held, self.name, self.now
 
     def check(self) -> Any:
-        """The object; Unsupported unless its class is known and it holds no attributes."""
+        """The object; Unsupported unless its class is known and rules over all that it has."""
         thing = self.now
         if kind(thing) not in self.known:
             raise Unsupported(f"the {self.name} {kind(thing)} in attention")
-        if vars(thing):
-            raise Unsupported(f"a {kind(thing)} with attributes of its own")
+        for own in vars(thing):
+            if hasattr(type(thing), own):
+                raise Unsupported(f"a {kind(thing)} with a {own} of its own")
         return thing

@@ -166,8 +166,11 @@ class Trunk:
         with scope("conv in"):
             h = convolved(x, self.conv_in, condition) if constant is None else constant(x)
             batch = h.batch if rows.shape[0] == 1 else rows.shape[0]
-            if perturbed is not None and text is not None:
-                batch = perturbed.first(h.batch, batch, text.shape[0])
+            texts = batch if text is None else text.shape[0]
+            if perturbed is not None:
+                batch = perturbed.first(h.batch, batch, texts)
+            elif texts > 2 * batch:  # only halves can share what is before their texts
+                batch = texts
             h = h if batch == h.batch else Sum(repeated(h.closed(), batch))
         skips = [h]
         for i, stage in enumerate(self.downs):

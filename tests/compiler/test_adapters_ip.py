@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     ControlNetModel,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
@@ -133,7 +134,14 @@ def test_beside_a_controlnet_and_in_inpainting(components, hold):
     pipe = StableDiffusionInpaintPipeline(**components(), requires_safety_checker=False)
     load(pipe, state_dict(pipe.unet, 1))
     call = {"image": image, "mask_image": (image[:, :1] > 0.5).double(), "strength": 0.8}
-    hold(pipe, "diffusers", ip_adapter_image_embeds=[pictures(0, 1)], **call)
+    hold(pipe, "plan", ip_adapter_image_embeds=[pictures(0, 1)], **call)
+
+
+def test_beside_perturbed_attention(components, hold):
+    options = {"pag_applied_layers": ["mid"], "requires_safety_checker": False}
+    pipe = StableDiffusionPAGPipeline(**components(), **options)
+    load(pipe, state_dict(pipe.unet, 1))
+    hold(pipe, "plan", ip_adapter_image_embeds=[pictures(0, 1)])
 
 
 def test_a_scale_changed_between_steps(sd, hold):

@@ -174,6 +174,23 @@ def test_processors_come_and_go_without_a_new_loan():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("what", ["a child", "a hook"])
+def test_what_changes_together_with_a_processor_is_seen(what):
+    net = UNet2DConditionModel(**shallow("sd15")).eval()
+    slot = slot_for(net)
+    loan, resnet = slot.loan, net.mid_block.resnets[0]
+    perturb(net, "mid_block", PAGCFGIdentitySelfAttnProcessor2_0())
+    if what == "a child":
+        resnet.conv1 = copy.deepcopy(resnet.conv1)
+        slot.offer()
+        assert slot.loan is not loan
+    else:
+        resnet.register_forward_hook(lambda *given: None)
+        with pytest.raises(Unsupported, match="hook"):
+            slot.offer()
+
+
+@torch.no_grad()
 def test_an_engine_has_one_state():
     """What runs in a file is asked anew whether it computes what the processors say now."""
     net = UNet2DConditionModel(**shallow("sd15")).eval()
@@ -203,7 +220,7 @@ def test_other_processors_are_not_computed(kind, monkeypatch):
     if kind == "patched":
         monkeypatch.setattr(type(processor), "__call__", Loud.__call__)
     elif kind == "with a call of its own":
-        processor.louder = True
+        processor.__call__ = Loud().__call__
     else:
         perturb(net, "mid_block", Loud())
     with pytest.raises(Unsupported):
