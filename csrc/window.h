@@ -65,7 +65,7 @@ class Window {
 
   // Whether rows are copied: if they are converted, or so short that inner loops would be short.
   static bool copies(const Conv& p) {
-    return !std::is_same_v<T, A> || p.channels < kShort || p.channels % 2 != 0;
+    return !std::is_same_v<T, A> || (p.kernel > 1 && p.channels < kShort) || p.channels % 2 != 0;
   }
 
   // Elements of memory for copies of `rows` rows; `longest`: inner steps per chunk.
