@@ -140,8 +140,8 @@ def _convolution(a: Any, layout: torch.memory_format) -> Run:
     return run
 
 
-def race(runs: Mapping[str, Run]) -> dict[str, list[float]]:
-    """Milliseconds of each, all in turn, in a new order each round."""
+def race(runs: Mapping[str, Run], rounds: int | None = None) -> dict[str, list[float]]:
+    """Milliseconds of each, all in turn, in a new order each round; `rounds`: None for ROUNDS."""
     repeats, took = {}, {}
     for name, run in runs.items():
         run()  # the first call allocates
@@ -150,7 +150,7 @@ def race(runs: Mapping[str, Run]) -> dict[str, list[float]]:
             repeats[name] *= 2
         took[name] = spent
     least, most = ROUNDS
-    rounds = max(least, min(most, int(SECONDS / sum(took.values()))))
+    rounds = rounds or max(least, min(most, int(SECONDS / sum(took.values()))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
     for _ in range(rounds):
@@ -180,10 +180,10 @@ def named(work: Work) -> str:
     return f"{work.op} {work.dtype} {work.kind} {list(work.sizes)}"
 
 
-def measured(call: Call) -> dict[str, Any]:
+def measured(call: Call, rounds: int | None = None) -> dict[str, Any]:
     a = with_memory(call.arguments)
     own = ours(call, a)
-    samples = race({**own, **torchs(call, a)})
+    samples = race({**own, **torchs(call, a)}, rounds)
     times = {name: float(f"{median(ms):.4g}") for name, ms in samples.items()}
     work = call.work
     row = {"op": work.op, "dtype": work.dtype, "kind": work.kind, "sizes": list(work.sizes)}
@@ -222,13 +222,18 @@ def check(isas: Sequence[str], log: Callable[[str], object]) -> int:
     return wrong
 
 
-def tune(wanted: Sequence[Call], budget: Budget, log: Callable[[str], object]) -> list[Any]:
+def tune(
+    wanted: Sequence[Call],
+    budget: Budget,
+    log: Callable[[str], object],
+    rounds: int | None = None,
+) -> list[Any]:
     rows = []
     for call in wanted:
         if not budget.allows(str(call.work)):
             continue
         with torch.no_grad():
-            row = measured(call)
+            row = measured(call, rounds)
         rows.append(row)
         times = ", ".join(f"{name} {ms:g}" for name, ms in row["ms"].items())
         log(f"{named(call.work)}: {times} ms")
@@ -244,6 +249,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated (both)")
     parser.add_argument("--add", action="store_true", help="to the committed table's other rows")
     parser.add_argument("--out", type=Path, help="build/cpu_<isa>.json if absent")
+    parser.add_argument("--rounds", type=int, help="of each call, instead of 3 to 9")
     parser.add_argument("--minutes", type=float, default=60, help="stop asking after (60)")
     parser.add_argument("--check", action="store_true", help="of the committed tables")
     options = parser.parse_args(arguments)
@@ -265,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
     dtypes = [dtype for dtype in DTYPES if str(dtype)[6:] in options.dtypes.split(",")]
     wanted = [call for dtype in dtypes for call in calls(dtype, only) if call.work.op in ops]
     wanted = [call for call in wanted if re.search(options.calls or "", named(call.work))]
-    rows = tune(wanted, budget, print)
+    rows = tune(wanted, budget, print, options.rounds)
     about = {"schema": SCHEMA, "isa": options.isa, "machine": machine(), "versions": versions()}
     about |= {"commit": commit(), "threads": torch.get_num_threads()}
     about |= {"command": shlex.join(["python -m benchmarks.tune --cpu", *arguments])}

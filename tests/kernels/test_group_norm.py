@@ -93,7 +93,7 @@ def test_first_pixels_unlike_the_others_on_a_cpu(first):
     """The C++ kernel takes squares around the mean of a slab's first eighth."""
     x = torch.randn(1, 64, 64, 64) * 0.1 + 10
     x.view(1, 4, 16, 64, 64)[:, :, :2] = first  # 16 rows are a slab
-    inputs = {"groups": 16, "eps": 1e-5, "silu": False}
+    inputs = {"groups": 16, "eps": 1e-5, "act": "none"}
     parts = (x, torch.ones(64), torch.zeros(64))
     exact, _ = SPEC.reference(*(part.double() for part in parts), **inputs)
     eager, _ = SPEC.reference(*parts, **inputs)
