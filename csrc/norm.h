@@ -140,21 +140,17 @@ static void group_norm(const GroupNorm& p) {
       const int64_t picture = task / slabs, slab = task % slabs;
       if (picture != ready) prepare(picture);
       ready = picture;
-      each_few(p.pixels * slab / slabs, p.pixels * (slab + 1) / slabs, [&](int64_t i, auto few) {
+      for (int64_t i = p.pixels * slab / slabs; i < p.pixels * (slab + 1) / slabs; ++i) {
+        const int64_t at = (picture * p.pixels + i) * C;
         each_vector(C, [&](int64_t c, int n) {
-          const vf centre = load(&centres[c]), scale = load(&scales[c]), shift = load(&shifts[c]);
-          for (int k = 0; k < few; ++k) {
-            const int64_t at = (picture * p.pixels + i + k) * C;
-            const vf t = summed<T>(p, picture, at, c, n);
-            vf y = (t - centre) * scale + shift;
-            if (p.act == fastdiff::kSilu) y = silu(y);
-            else if (p.act == fastdiff::kGelu) y = gelu(y);
-            __builtin_prefetch(static_cast<T*>(p.y) + at + few * C + c, 1, 3);
-            store_n(static_cast<T*>(p.y) + at + c, y, n);
-            if (p.total) store_n(static_cast<T*>(p.total) + at + c, t, n);
-          }
+          const vf t = summed<T>(p, picture, at, c, n);
+          vf y = (t - load(&centres[c])) * load(&scales[c]) + load(&shifts[c]);
+          if (p.act == fastdiff::kSilu) y = silu(y);
+          else if (p.act == fastdiff::kGelu) y = gelu(y);
+          store_n(static_cast<T*>(p.y) + at + c, y, n);
+          if (p.total) store_n(static_cast<T*>(p.total) + at + c, t, n);
         });
-      });
+      }
     }
   });
 }
