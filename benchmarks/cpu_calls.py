@@ -24,6 +24,10 @@ from fastdiff.runtime.planned import Run
 SCALES = {"sd15": (1.0, 0.5), "sdxl": (1.0, 0.2), "sd3": (1.0, 0.1), "sd35-medium": (1.0,)}
 """Presets, and the scales of their widths to look at; other presets' sizes are close to these."""
 
+TAPED = 1.0
+"""Models at a smaller scale may run as tapes. Activations of a full one's step take at least 111 MiB,
+which is too much for a tape; those of the others take 28 at most."""
+
 CODED = 64
 """The latents' side of the largest picture through an autoencoder. A larger one's calls take
 seconds each, and use the choice of the nearest size."""
@@ -37,8 +41,8 @@ class Call:
     arguments: Any
     """The op's arguments; their tensors have shapes, strides and dtypes, but no memory."""
     models: list[str] = field(default_factory=list)
-    once: bool = True
-    """Whether it is made only before the first step; the number of rows is then that of steps."""
+    taped: bool = False
+    """Whether a tape may hold it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Model:
     name: str
     denoiser: Any
     coder: Any
+    taped: bool
     tokens: int | None = None
     """Tokens of a text; None: as in published pipelines."""
 
@@ -72,13 +77,14 @@ def models() -> Iterator[Model]:
     parts: list[Any] = []
     for cls, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
         parts.append(without_memory(cls, cls.load_config(DEMO_FOLDER / folder)))
-    yield Model("demo", *parts, tokens=24)
+    yield Model("demo", *parts, taped=True, tokens=24)
     for name, scales in SCALES.items():
         preset = preset_named(name)
         for scale in scales:
             cls, config = preset.network(scale * preset.base_scale)
             coder = without_memory(AutoencoderKL, preset.autoencoder(scale * preset.base_scale))
-            yield Model(f"{name} {scale:g}", without_memory(cls, config), coder)
+            denoiser = without_memory(cls, config)
+            yield Model(f"{name} {scale:g}", denoiser, coder, taped=scale < TAPED)
 
 
 def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
@@ -89,26 +95,23 @@ def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
         if only and model.name not in only:
             continue
         with planned_on_cpu(), torch.no_grad(), _Calls() as made:
-            runs = model.runs(dtype)  # computes what is hoisted
-            made.once = False
-            for run in runs:
+            for run in model.runs(dtype):  # which computes what is hoisted
                 run()
-        for spec, arguments, once in made.found:
+        for spec, arguments in made.found:
             work = work_of(spec, arguments)
             call = found.setdefault(work, Call(work, arguments))
-            call.once &= once
+            call.taped |= model.taped
             if model.name not in call.models:
                 call.models.append(model.name)
     return list(found.values())
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the contracts and arguments of our ops, and the value of `once` at each."""
+    """Notes the contracts and arguments of our ops."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.once = True
-        self.found: list[tuple[KernelSpec, Any, bool]] = []
+        self.found: list[tuple[KernelSpec, Any]] = []
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -116,5 +119,5 @@ class _Calls(TorchDispatchMode):
         kwargs = kwargs or {}
         if kernel := kernel_of(op):
             arguments = kernel.spec.arguments(*args, **kwargs)
-            self.found.append((kernel.spec, arguments, self.once))
+            self.found.append((kernel.spec, arguments))
         return op(*args, **kwargs)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <stdexcept>
@@ -86,22 +87,36 @@ void execute(const SlabMoments& p) { chosen->moments(p); }
 void execute(const LineSilu& p) { chosen->line_silu(p); }
 void execute(const GuidedStep& p) { chosen->guided_step(p); }
 void execute(const Concat& p) {
-  // calling memcpy takes longer than copying a row
-  const auto copy_row = [](char* to, const char* from, int64_t bytes) {
+  const auto copy = [](char* to, const char* from, int64_t bytes) {
+    constexpr int64_t kMemcpy = 1024;  // calling it takes longer than copying fewer bytes
+    if (bytes >= kMemcpy) {
+      std::memcpy(to, from, bytes);
+      return;
+    }
     int64_t at = 0;
     for (; at + 64 <= bytes; at += 64) std::memcpy(to + at, from + at, 64);
     std::memcpy(to + at, from + at, bytes - at);
   };
-  const auto copy = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      char* to = p.out + i * (p.left + p.right);
-      copy_row(to, p.first + i * p.left, p.left);
-      copy_row(to + p.left, p.second + i % p.second_rows * p.right, p.right);
+  constexpr int64_t kPage = 4096;  // of the output: the threads share long rows, too
+  const int64_t wide = p.left + p.right, all = p.rows * wide;
+  const auto copy_pages = [&](int64_t begin, int64_t end) {
+    int64_t at = begin * kPage, row = at / wide, column = at % wide;
+    const int64_t last = std::min(end * kPage, all);
+    while (at < last) {
+      const bool left = column < p.left;
+      const char* from = left ? p.first + row * p.left + column
+                              : p.second + row % p.second_rows * p.right + column - p.left;
+      const int64_t bytes = std::min((left ? p.left : wide) - column, last - at);
+      copy(p.out + at, from, bytes);
+      at += bytes;
+      column += bytes;
+      if (column == wide) column = 0, ++row;
     }
   };
   constexpr int64_t kSerialBelow = 1 << 18;  // bytes that one core copies while another wakes up
-  if (p.rows * (p.left + p.right) < kSerialBelow) copy(0, p.rows);
-  else parallel_for(p.rows, copy);
+  const int64_t pages = (all + kPage - 1) / kPage;
+  if (all < kSerialBelow) copy_pages(0, pages);
+  else parallel_for(pages, copy_pages);
 }
 
 // The kernels that a thread called between start and stop, to run again on the same addresses.

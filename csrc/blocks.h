@@ -39,14 +39,48 @@ template <typename T>
 struct Epilogue {
   const Conv& p;
 
-  // Prefetches what is added to a row of sums. Must be inlined, as in Window.
+  // Prefetches what is added to a row of sums, and the memory that it is written to. Must be
+  // inlined, as in Window.
   __attribute__((always_inline)) void ahead(const Panel<T>& panel, int64_t pixel) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     const int64_t wide = p.act == fastdiff::kGeglu ? p.n / 2 : p.n;
+    const T* to = static_cast<const T*>(p.out) + pixel * wide + panel.begin;
+    for (int64_t c = 0; c < panel.columns; c += kLine) __builtin_prefetch(to + c, 1, 3);
     if (!p.residual) return;
     const auto* from =
         static_cast<const T*>(p.residual) + pixel % p.residual_pixels * wide + panel.begin;
     for (int64_t c = 0; c < panel.columns; c += kLine) __builtin_prefetch(from + c, 0, 3);
+  }
+
+  // Whether `write` can finish a panel: sums then go from registers to the output.
+  bool straight(const Panel<T>& panel) const {
+    return p.act == fastdiff::kNone && panel.columns == panel.vectors * W;
+  }
+
+  // Finishes the first `rows` rows of a tile. Must be inlined: the sums are in registers.
+  template <int V>
+  __attribute__((always_inline)) void write(const Panel<T>& panel, int64_t pixel, int64_t rows,
+                                            vf (&sums)[Rows<V>][V]) const {
+    const auto* bias = static_cast<const T*>(p.bias);
+    const auto* residual = static_cast<const T*>(p.residual);
+    auto* out = static_cast<T*>(p.out) + pixel * p.n + panel.begin;
+    int64_t other = residual ? pixel % p.residual_pixels : 0;
+    vf added[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) added[v] = bias ? load(bias + panel.begin + v * W) : vf{};
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows<V>; ++r, out += p.n) {
+      if (r >= rows) return;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] += added[v];
+      if (residual) {
+        const T* from = residual + other * p.n + panel.begin;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] += load(from + v * W);
+        if (++other == p.residual_pixels) other = 0;
+      }
+      store_all(out, sums[r]);
+    }
   }
 
   void operator()(const Panel<T>& panel, int64_t pixel, const float* sums) const {
@@ -172,6 +206,7 @@ class Product {
         if (packs) copy(group[g], chunk);
         // prefetch the next rows of B to be copied
         const bool same = g + 1 < group.size();
+        const bool straight = whole_ && window_->segments() == 1 && finish_.straight(group[g]);
         Ahead<T> ahead(group[same ? g + 1 : 0], tiles);
         if (tiles >= kFew && (same || c + 1 < chunks_.size()))
           ahead.begin(same ? chunk : chunks_[c + 1]);
@@ -180,22 +215,32 @@ class Product {
           if (g == 0) window_->ahead(t + 1);
           const int64_t pixel = first + t * tall, stop = std::min(pixel + tall, last);
           const bool ends = c + 1 == chunks_.size();
-          for (int64_t i = pixel; ends && i < stop; ++i) finish_.ahead(group[g], i);
+          for (int64_t i = pixel; ends && i < stop; ++i) finish_.ahead(group[g], i + tall);
           float* to = whole_ ? sums_ : sums_ + (g * tiles + t) * sums;
           const Run<Factor<T>>* runs = window_->runs(t);
           const Panel<T>& panel = group[g];
           by_vectors(vectors, [&](auto v) {
             const auto run = [&](const auto& b) {
-              tile<v>(runs, window_->segments(), b, to, c > 0);
+              if (straight) whole_tile<v>(runs[0], b, panel, pixel, stop - pixel);
+              else tile<v>(runs, window_->segments(), b, to, c > 0);
             };
             if (packs) run(Copy<v, Packed<T>>{packed_});
             else run(Columns<v, T>(panel.b, panel.ld_b));
           });
-          for (int64_t i = pixel; ends && i < stop; ++i)
+          for (int64_t i = pixel; ends && !straight && i < stop; ++i)
             finish_(panel, i, to + (i - pixel) * vectors * W);
         }
       }
     }
+  }
+
+  // A tile whose inner dimension is a single run, without a stop in memory.
+  template <int V, typename B>
+  void whole_tile(const Run<Factor<T>>& run, const B& b, const Panel<T>& panel, int64_t pixel,
+                  int64_t rows) const {
+    vf acc[Rows<V>][V] = {};
+    multiply<V>(run, b.from(run.b_row), acc);
+    finish_.template write<V>(panel, pixel, rows, acc);
   }
 
   // Copies a panel's rows of B for a chunk to packed_.

@@ -33,6 +33,9 @@ template <typename T>
 using Factor = float;
 #endif
 
+// Functions that keep a tile's sums in registers must be inlined into their callers.
+#define FASTDIFF_INLINE __attribute__((always_inline)) static inline
+
 // A run of the inner dimension: `length` steps along every row of A, with consecutive rows of B.
 template <typename A>
 struct Run {
@@ -67,8 +70,8 @@ static inline void store(Pair* p, vu v) { store(reinterpret_cast<float*>(p), (vf
 
 // acc += pairs of A's rows at `a` (`bytes` bytes; the rest of a pair is zero) times B's pairs.
 template <int V, int bytes>
-static inline void multiply_pair(const bf16* const* a, int64_t k, const vu (&value)[V],
-                                 vf (&acc)[Rows<V>][V]) {
+FASTDIFF_INLINE void multiply_pair(const bf16* const* a, int64_t k, const vu (&value)[V],
+                                   vf (&acc)[Rows<V>][V]) {
 #pragma GCC unroll 16
   for (int r = 0; r < Rows<V>; ++r) {
     uint32_t pair = 0;
@@ -119,9 +122,11 @@ static inline void pack(const T* const* b, int64_t ld_b, int64_t b_row, int64_t 
   }
 }
 
-// B in place: V vectors of columns, `ld` elements from one row to the next.
+// B in place: V vectors of columns, `ld` elements from one row to the next. The processor does not
+// predict rows that are far apart, so what comes kAhead rows later is prefetched.
 template <int V, typename T>
 struct Columns {
+  static constexpr int64_t kAhead = 32;
   const T* at[V];
   int64_t ld;
 
@@ -129,9 +134,19 @@ struct Columns {
     for (int v = 0; v < V; ++v) at[v] = b[v] + row * ld;
   }
   Columns from(int64_t row) const { return {at, ld, row}; }
-  vf operator()(int64_t k, int v) const { return load(at[v] + k * ld); }
+  vf operator()(int64_t k, int v) const {
+    ahead(k, v);
+    return load(at[v] + k * ld);
+  }
+  __attribute__((always_inline)) void ahead(int64_t k, int v) const {
+    if (v * W * sizeof(T) % 64 == 0) __builtin_prefetch(at[v] + (k + kAhead) * ld, 0, 3);
+  }
 #if defined(__AVX512BF16__)
-  vu pair(int64_t k, int v) const { return pairs(at[v] + k * ld, at[v] + (k + 1) * ld); }
+  vu pair(int64_t k, int v) const {
+    ahead(k, v);
+    ahead(k + 1, v);
+    return pairs(at[v] + k * ld, at[v] + (k + 1) * ld);
+  }
   vu half(int64_t k, int v) const { return widen(at[v] + k * ld); }
 #endif
 };
@@ -151,7 +166,7 @@ struct Copy {
 
 // acc += a . b over a run
 template <int V, typename B>
-static inline void multiply(const Run<float>& run, const B& b, vf (&acc)[Rows<V>][V]) {
+FASTDIFF_INLINE void multiply(const Run<float>& run, const B& b, vf (&acc)[Rows<V>][V]) {
   const float* a[Rows<V>];
   for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
 #pragma GCC unroll kUnrolled
@@ -170,7 +185,7 @@ static inline void multiply(const Run<float>& run, const B& b, vf (&acc)[Rows<V>
 
 #if defined(__AVX512BF16__)
 template <int V, typename B>
-static inline void multiply(const Run<bf16>& run, const B& b, vf (&acc)[Rows<V>][V]) {
+FASTDIFF_INLINE void multiply(const Run<bf16>& run, const B& b, vf (&acc)[Rows<V>][V]) {
   const bf16* a[Rows<V>];
   for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
   vu value[V];

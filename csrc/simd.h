@@ -64,6 +64,24 @@ static inline vh rounded(vf v) {
 #endif
 }
 static inline void store(bf16* p, vf v) { *reinterpret_cast<vh_unaligned*>(p) = rounded(v); }
+// V vectors side by side
+template <int V>
+static inline void store_all(float* p, const vf (&v)[V]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < V; ++i) store(p + i * W, v[i]);
+}
+template <int V>
+static inline void store_all(bf16* p, const vf (&v)[V]) {
+  int i = 0;
+#if defined(__AVX512BF16__)
+#pragma GCC unroll 2
+  for (; i + 2 <= V; i += 2)  // a whole line of the cache
+    _mm512_storeu_si512(p + i * W,
+                        (__m512i)_mm512_cvtne2ps_pbh((__m512)v[i + 1], (__m512)v[i]));
+#endif
+#pragma GCC unroll 4
+  for (; i < V; ++i) store(p + i * W, v[i]);
+}
 
 static inline float load1(const float* p) { return *p; }
 static inline float load1(const bf16* p) {

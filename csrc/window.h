@@ -65,7 +65,7 @@ class Window {
 
   // Whether rows are copied: if they are converted, or so short that inner loops would be short.
   static bool copies(const Conv& p) {
-    return !std::is_same_v<T, A> || p.channels < kShort || p.channels % 2 != 0;
+    return !std::is_same_v<T, A> || (p.kernel > 1 && p.channels < kShort) || p.channels % 2 != 0;
   }
 
   // Elements of memory for copies of `rows` rows; `longest`: inner steps per chunk.
@@ -93,6 +93,12 @@ class Window {
     tall_ = tall;
     tiles_ = (last - first + tall - 1) / tall;
     const int64_t area = p_.out_height * p_.out_width;
+    if (p_.kernel == 1 && p_.pad == 0 && plain_ && area == p_.height * p_.width) {  // in order
+      for (int64_t r = 0; r < tiles_ * tall; ++r)
+        pixels_[r] = first + r < last ? Pixel{0, 0, 0, x_ + (first + r) * p_.channels}
+                                      : Pixel{kOutside, 0, 0, nullptr};
+      return;
+    }
     int64_t picture = first / area, y = first % area / p_.out_width, x = first % p_.out_width;
     for (int64_t r = 0; r < tiles_ * tall; ++r) {
       if (first + r >= last) {

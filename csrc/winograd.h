@@ -9,7 +9,7 @@
 #pragma once
 #include <algorithm>
 
-#include "conv.h"
+#include "few.h"
 #include "product.h"
 #include "scratch.h"
 #include "transform.h"
@@ -236,7 +236,7 @@ static void convolve(const Conv& p) {
   switch (p.algorithm) {
     case fastdiff::kWinograd2x2: return winograd<T, Factor<T>, F2>(p);
     case fastdiff::kWinograd2x4: return winograd<T, float, F4>(p);
-    default: return conv<T>(p);
+    default: return direct<T>(p);
   }
 }
 

@@ -61,9 +61,15 @@ def work_of(spec: KernelSpec, a: Any) -> Work:
     dtype = str(first.dtype).removeprefix("torch.")
     if spec.work is not None:
         return Work(spec.name, dtype, *spec.work(a))
-    given = {name: getattr(a, name) for name in a.__slots__}
-    told = (name for name, value in given.items() if isinstance(value, Tensor) or value is True)
-    return Work(spec.name, dtype, " ".join(told), tuple(first.shape))
+    told = [_told(name, getattr(a, name)) for name in a.__slots__]
+    return Work(spec.name, dtype, " ".join(filter(None, told)), tuple(first.shape))
+
+
+def _told(name: str, value: Any) -> str:
+    """An argument in a work's kind: its name if it is there, or its value if that is a word."""
+    if isinstance(value, str):
+        return "" if value == "none" else value
+    return name if isinstance(value, Tensor) or value is True else ""
 
 
 def runs(spec: KernelSpec, a: Any, isa: str) -> str:

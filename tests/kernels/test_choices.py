@@ -1,6 +1,7 @@
 """Who computes an op on a CPU: the table, what lies between its rows, and what it is made from."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,8 +175,31 @@ def test_the_race_measures_each_who_can_compute_and_chooses_the_fastest():
     ]
     measured = tune_cpu.measured(call)
     assert set(measured["ms"]) == {OWN, LIBRARY, "eager"}
-    assert tune_cpu.choose({OWN: 9.0, LIBRARY: 8.0}, [OWN]) == LIBRARY
-    assert tune_cpu.choose({OWN: 8.2, LIBRARY: 8.0}, [OWN]) == OWN
-    assert tune_cpu.choose({OWN: 0.4, LIBRARY: 0.1}, [OWN]) == OWN
-    two = ["direct", "winograd24"]
-    assert tune_cpu.choose({"direct": 3.0, "winograd24": 2.0, LIBRARY: 2.1}, two) == "winograd24"
+    assert call.taped
+
+
+@pytest.mark.parametrize(
+    ("times", "taped", "runs"),
+    [
+        ({OWN: 9.0, LIBRARY: 8.0}, True, LIBRARY),
+        ({OWN: 8.2, LIBRARY: 8.0}, False, OWN),
+        ({OWN: 0.4, LIBRARY: 0.1}, True, OWN),  # a tape is worth more
+        ({OWN: 0.4, LIBRARY: 0.1}, False, LIBRARY),
+        ({OWN: 0.008, LIBRARY: 0.004}, False, OWN),  # as much as noise
+        ({"direct": 3.0, "winograd24": 2.0, LIBRARY: 2.1}, False, "winograd24"),
+    ],
+)
+def test_the_fastest_of_ours_runs_unless_the_library_is_clearly_faster(times, taped, runs):
+    own = [name for name in times if name != LIBRARY]
+    assert tune_cpu.choose(times, own, taped) == runs
+
+
+@pytest.mark.parametrize("path", sorted(choices.FOLDER.glob("cpu_*.json")), ids=lambda x: x.stem)
+def test_no_kernel_of_ours_runs_where_torchs_was_measured_to_be_faster(path):
+    rows = choices.read(path, path.stem.removeprefix("cpu_"))
+    assert len(rows) > 100
+    assert [row for row in rows if tune_cpu.slower(row)] == []
+    (row,) = [row for row in rows if row.runs == OWN][:1]
+    assert tune_cpu.slower(replace(row, ms={OWN: 1.06, LIBRARY: 1.0, "eager": 1.2}))
+    assert not tune_cpu.slower(replace(row, ms={OWN: 1.06, LIBRARY: 1.02, "eager": 1.2}))
+    assert not tune_cpu.slower(replace(row, ms={OWN: 0.008, LIBRARY: 0.004}))

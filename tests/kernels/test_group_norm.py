@@ -8,7 +8,8 @@ import torch
 from command import environment
 
 from fastdiff.kernels.concat import concat
-from fastdiff.kernels.dispatch import implementation
+from fastdiff.kernels.contract import judge
+from fastdiff.kernels.dispatch import NATIVE, implementation
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.group_norm_silu.gpu import candidates, pick
 from fastdiff.kernels.group_norm_silu.spec import SPEC
@@ -84,6 +85,20 @@ def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
     exact, _ = SPEC.reference(x.double(), weight.double(), bias.double(), **inputs)
     got, _ = implementation("group_norm_silu", "triton")(x, weight, bias, **inputs)
     assert (got - exact).abs().max() < 1e-3
+
+
+@pytest.mark.skipif(NATIVE is None, reason="needs the C++ kernels")
+@pytest.mark.parametrize("first", [0.0, 1000.0])
+def test_first_pixels_unlike_the_others_on_a_cpu(first):
+    """The C++ kernel takes squares around the mean of a slab's first eighth."""
+    x = torch.randn(1, 64, 64, 64) * 0.1 + 10
+    x.view(1, 4, 16, 64, 64)[:, :, :2] = first  # 16 rows are a slab
+    inputs = {"groups": 16, "eps": 1e-5, "act": "none"}
+    parts = (x, torch.ones(64), torch.zeros(64))
+    exact, _ = SPEC.reference(*(part.double() for part in parts), **inputs)
+    eager, _ = SPEC.reference(*parts, **inputs)
+    got, _ = implementation("group_norm_silu", "cpu")(*parts, **inputs)
+    assert judge("first", got, eager, exact).passed
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,12 @@ CASES = [
     (LINEAR, Case("chunks", B=1, L=97, D=1155, N=390, residual=True)),  # 384 steps; 5 panels of 64
     (LINEAR, Case("few", B=1, L=17, D=801, N=101, act="silu")),  # the weight is read where it is
     (LINEAR, Case("wide", B=1, L=530, D=50, N=1100, act="gelu", beside=4)),
-    (CONV2D, Case("first", B=1, Y=37, X=29, C=4, N=330)),  # short rows are copied
-    (CONV2D, Case("last", B=1, Y=37, X=29, C=130, N=3, residual=True)),
+    (LINEAR, Case("straight", B=4, L=133, D=64, N=80, residual=True, parts=2)),  # no stop in memory
+    (CONV2D, Case("first", B=1, Y=37, X=29, C=4, N=330)),  # from few channels
+    (CONV2D, Case("first-odd", B=2, Y=11, X=30, C=3, N=64, residual=True)),
+    (CONV2D, Case("first-down", B=1, Y=18, X=23, C=5, N=37, kernel=5, stride=2)),
+    (CONV2D, Case("last", B=1, Y=37, X=29, C=130, N=3, residual=True)),  # to few channels
+    (CONV2D, Case("last-down", B=2, Y=20, X=13, C=50, N=7, stride=2, padding=(0, 1))),
     (CONV2D, Case("short-down", B=2, Y=41, X=27, C=12, N=70, stride=2, padding=(0, 1))),
     (CONV2D, Case("short-up", B=1, Y=19, X=15, C=20, N=36, size=(37, 29))),
     (CONV2D, Case("odd-channels", B=2, Y=23, X=19, C=129, N=68)),
