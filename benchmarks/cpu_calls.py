@@ -25,8 +25,8 @@ SCALES = {"sd15": (1.0, 0.5), "sdxl": (1.0, 0.2), "sd3": (1.0, 0.1), "sd35-mediu
 """Presets, and the scales of their widths to look at; other presets' sizes are close to these."""
 
 TAPED = 1.0
-"""Models at a smaller scale may run as tapes. Activations of a full one's step take at least 111 MiB,
-which is too much for a tape; those of the others take 28 at most."""
+"""Models at a smaller scale may run as tapes. Activations of a full one's step take at least 111
+MiB, which is too much for a tape; those of the others take 28 at most."""
 
 CODED = 64
 """The latents' side of the largest picture through an autoencoder. A larger one's calls take
