@@ -54,7 +54,7 @@ class PriorPreset:
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
         raise UserError(
             "the preset prior draws no picture: count it with fastdiff graph, and time it with"
-            " python -m benchmarks.prior"
+            " python -m benchmarks.loops prior"
         )
 
 
