@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdiff.errors import UserError
-from fastdiff.plans import Plan, priors, transformers, unets
+from fastdiff.plans import Plan, deepfloyd, priors, transformers, unets
 
 UNET: Mapping[str, str] = {"unet": "unet", "vae": "vae"}
 UNET2D: Mapping[str, str] = {"unet": "unet2d"}
@@ -119,6 +119,7 @@ def _rows() -> dict[str, Recipe]:
         "LDMSuperResolutionPipeline": Recipe(
             {"unet": "unet2d", "vqvae": "vae"}, plan=unets.LDM_PICTURE
         ),
+        **{name: Recipe({"unet": "unet"}, plan=plan) for name, plan in deepfloyd.PLANS.items()},
         "DDPMPipeline": Recipe(UNET2D, plan=unets.DDPM, exported=True),
         "DDIMPipeline": Recipe(UNET2D, plan=unets.DDIM, exported=True),
         "ConsistencyModelPipeline": Recipe(UNET2D, plan=unets.CONSISTENCY, exported=True),

@@ -68,6 +68,7 @@ def test_a_plan_names_variables_of_the_loop(name, recipe):
         assert {plan.network, plan.last or plan.network, plan.scheduler} <= components(name)
         assert {*plan.unconditional, *plan.repeated} <= set(plan.conditions)
         assert {*plan.unconditional.values(), *plan.constant_channels} <= variables
+        assert {plan.kept} - {""} <= variables
         assert ("scale_model_input" in source) == bool(plan.scaled)
         if plan.scaled and plan.constant_channels:  # joined after or before
             joined = re.search(rf"torch.cat\(\[.*, {plan.constant_channels[0]}\b", source)

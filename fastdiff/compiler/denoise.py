@@ -37,9 +37,9 @@ class Denoising:
             raise Unsupported(f"latents of {size} do not divide into patches")
         table = probe(self.scheduler, call.step_options, call.timesteps)
         self.table = replace(table, scales=check_scales(call.plan, self.given, table.scales))
-        config = getattr(self.predictor.slot.module, "config", None)
-        guided = self.predictor.predictions.guided
-        check_variance(call.plan, config, call.latents.shape[1], guided, self.table)
+        guided, reads = self.predictor.predictions.guided, self.table.variance
+        channels, module = call.latents.shape[1], self.predictor.slot.module
+        check_variance(call.plan, module, self.scheduler, channels, guided, reads)
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]
             raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")

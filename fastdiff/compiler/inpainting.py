@@ -27,6 +27,12 @@ def inpainting_of(
 
     None if it keeps nothing. Unsupported if a plan cannot do what the loop does with its mask.
     """
+    latents = local[plan.latents]
+    if plan.kept:
+        mask = local[plan.kept]
+        _check_kind(plan.kept, mask, latents)
+        _check_shape(plan.kept, mask, latents)
+        return Inpainting(mask)
     if not plan.noises or (plan.constant_channels and "image_latents" not in local):
         return None
     if local.get("image_latents") is None:
@@ -35,24 +41,31 @@ def inpainting_of(
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
     mask, original, noise = parts = [local[name] for name in _NAMES]
-    latents = local[plan.latents]
     for name, value in zip(_NAMES, parts, strict=True):
-        if not isinstance(value, Tensor) or value.dtype != latents.dtype:
-            raise Unsupported(f"its {name} is not a tensor of the latents' dtype")
-        if value.device != latents.device:
-            raise Unsupported(f"its {name} is on another device than the latents")
+        _check_kind(name, value, latents)
     count = predictions_of(setting).count
     if count > 1:
         mask = mask.chunk(count)[0]
     elif hasattr(type(pipe), "do_perturbed_attention_guidance"):
         mask = mask[:1]  # diffusers takes the first of them for all pictures
     for name, value in zip(_NAMES, (mask, original, noise), strict=True):
-        pairs = zip(value.shape, latents.shape, strict=True)
-        if value.ndim != latents.ndim or any(side not in (1, whole) for side, whole in pairs):
-            raise Unsupported(
-                f"its {name} has the shape {list(value.shape)}, the latents {list(latents.shape)}"
-            )
+        _check_shape(name, value, latents)
     return Inpainting(mask, original.expand_as(latents), noise.expand_as(latents))
+
+
+def _check_kind(name: str, value: Any, latents: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != latents.dtype:
+        raise Unsupported(f"its {name} is not a tensor of the latents' dtype")
+    if value.device != latents.device:
+        raise Unsupported(f"its {name} is on another device than the latents")
+
+
+def _check_shape(name: str, value: Tensor, latents: Tensor) -> None:
+    sizes = zip(value.shape, latents.shape, strict=False)
+    if value.ndim != latents.ndim or any(side not in (1, whole) for side, whole in sizes):
+        raise Unsupported(
+            f"its {name} has the shape {list(value.shape)}, the latents {list(latents.shape)}"
+        )
 
 
 def with_factors(
@@ -71,6 +84,8 @@ def with_factors(
     name = type(scheduler).__name__
     if not table.editable:
         raise NotLinear(f"{name}: its table does not follow samples that a mask changes")
+    if inpainting.original is None:
+        return inpainting
     if not hasattr(scheduler, plan.noises):
         raise NotLinear(f"{name}: it has no {plan.noises}")
     check_own(scheduler, (plan.noises,))

@@ -90,7 +90,8 @@ def call_of(
     asks = plan.entrance == "interrupt"
     always = _LOCALS if asks else () if plan.iterates else ("timesteps",)
     others = (*plan.required, *plan.settings.values(), *plan.constant_channels)
-    wanted = (plan.latents, *always, *options, *others)
+    kept = (plan.kept,) if plan.kept else ()
+    wanted = (plan.latents, *always, *options, *others, *kept)
     missing = [name for name in wanted if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
@@ -103,8 +104,9 @@ def call_of(
         raise Unsupported(f"its loop needs two results of {kind}'s step; a plan has one")
     if plan.many_steps and local["num_inference_steps"] == 1:
         raise Unsupported("a loop of one step takes another result of it; a plan has one")
-    if hasattr(type(pipe), "prepare_latents") and not own("prepare_latents"):
-        raise Unsupported("its prepare_latents was replaced and may keep the latents it returns")
+    for name in ("prepare_latents", "prepare_intermediate_images"):
+        if hasattr(type(pipe), name) and not own(name):
+            raise Unsupported(f"its {name} was replaced and may keep the latents it returns")
     for name in (*ASKED, plan.attention_kwargs):
         if hasattr(type(pipe), name) and not own(name):
             raise Unsupported(f"its {name} was replaced and may change from step to step")

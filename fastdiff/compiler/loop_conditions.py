@@ -9,7 +9,6 @@ from torch import Tensor
 from fastdiff.models import Unsupported
 from fastdiff.models.blocks import require
 from fastdiff.plans import Plan
-from fastdiff.runtime.table import Table
 
 
 def settings_of(plan: Plan, local: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,20 +71,30 @@ def check_scales(plan: Plan, given: Any, scales: Tensor) -> Tensor:
     return scales
 
 
-def check_variance(plan: Plan, config: Any, channels: int, guided: bool, table: Table) -> None:
-    """Raise Unsupported unless the step after the network takes the channels that it gives.
+def check_variance(
+    plan: Plan, network: Any, scheduler: Any, channels: int, guided: bool, reads: bool
+) -> None:
+    """Raise Unsupported unless a step takes the channels that the network gives.
 
-    config: the network's; channels: those of the latents.
+    Args:
+        network, scheduler: diffusers' own.
+        channels: those of the latents.
+        guided: whether there is classifier-free guidance.
+        reads: whether the scheduler reads a variance.
     """
-    given = getattr(config, "out_channels", None) or channels
+    given = getattr(getattr(network, "config", None), "out_channels", None) or channels
     if given != 2 * channels:
         require(given == channels, f"{given} channels are predicted for {channels} of the latents")
-        require(not table.variance, "the scheduler reads a variance that the network does not give")
+        require(not reads, "the scheduler reads a variance that the network does not give")
     elif plan.drops_variance:
-        require(not table.variance, "the scheduler reads a variance that the loop drops")
-    elif not plan.variance:
+        require(not reads, "the scheduler reads a variance that the loop drops")
+    elif plan.variance:
+        config = getattr(scheduler, "config", None)
+        named = getattr(config, "variance_type", None) in ("learned", "learned_range")
+        require(reads or not named, "the scheduler is given a variance and does not read it")
+    else:
         what = "the loop guides what the network says of the variance, or the scheduler ignores it"
-        require(table.variance and not guided, what)
+        require(reads and not guided, what)
 
 
 def _once(value: Tensor | None) -> Tensor | None:

@@ -46,7 +46,8 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class UNet(Trunk):
-    """The predicted noise or velocity for noisy latents, [B, C, Y, X] -> the same; any Y, X."""
+    """The predicted noise or velocity for noisy latents, [B, C, Y, X] -> the same, or 2C channels
+    with what it says of the variance; any Y, X."""
 
     recordable: ClassVar[bool] = True
     ip_adapters: IPAdapters | None
@@ -59,6 +60,11 @@ class UNet(Trunk):
     multiple: int = 1
     """The latents' sides must be multiples of this: diffusers' UNet2DModel, and every resnet that
     enlarges, doubles its picture, so other sides do not meet their skips."""
+
+    @property
+    def out_channels(self) -> int:
+        """Of a prediction: twice those of the latents if the last ones are about the variance."""
+        return self.conv_out.weight.shape[0]
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it."""

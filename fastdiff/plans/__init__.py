@@ -62,6 +62,9 @@ class Plan:
     noises: str = ""
     """The scheduler's method with which the loop noises the picture that it keeps outside of a
     mask. "" if it keeps none."""
+    kept: str = ""
+    """The variable of a mask outside of which every step leaves its sample as it was. "" if there
+    is none."""
     unconditional: Mapping[str, str] = field(default_factory=dict)
     """By field of the conditions, the variable that holds the unconditional half, if the loop
     itself puts it before the other in every step."""

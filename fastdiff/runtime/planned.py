@@ -66,18 +66,23 @@ def step(network: Network, given: Any, latents: Tensor) -> Run:
 
 
 def guided_steps(network: Network, given: Any, latents: Tensor, copies: int) -> list[Run]:
-    """What follows the network in a step, for every scheduler: each depth, with noise and without.
+    """What follows the network in a step, for every scheduler: each depth, with noise and without;
+    with thresholds, as DeepFloyd IF has them, if the network says something of the variance.
 
     copies: predictions per latent, 2 with guidance; the other arguments as for `step`.
     """
-    inputs = _inputs(network, given, latents)
+    inputs, own = _inputs(network, given, latents), latents.shape[1]
+    wide = getattr(network, "out_channels", own) == 2 * own
 
-    def run(depth: int, noisy: bool) -> Run:
-        of = buffers_of(*inputs, capacity=1, depth=depth, noisy=noisy)
-        output = of.x.new_empty((copies * of.x.shape[0], *of.x.shape[1:]))
-        return lambda: guided_step(output, of.sample, of.history, of.x, of.table, of.step, of.noise)
+    def run(depth: int, noisy: bool, thresholds: bool = False) -> Run:
+        of = buffers_of(*inputs, capacity=1, depth=depth, noisy=noisy, thresholds=thresholds)
+        batch, *middle, channels = of.x.shape
+        output = of.x.new_empty((copies * batch, *middle, channels * (1 + wide)))
+        state = (of.sample, of.history, of.x, of.table, of.step, of.noise)
+        return lambda: guided_step(output, *state, limits=of.limits)
 
-    return [run(depth, noisy) for depth in range(DEPTHS) for noisy in (False, True)]
+    runs = [run(depth, noisy) for depth in range(DEPTHS) for noisy in (False, True)]
+    return [*runs, run(0, noisy=True, thresholds=True)] if wide else runs
 
 
 def call(network: Network, given: Any, latents: Tensor) -> Run:
