@@ -28,7 +28,6 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     T2IAdapter,
-    UniPCMultistepScheduler,
 )
 
 import fastdiff
@@ -186,9 +185,7 @@ def test_a_callback_that_returns_a_mask(components, hold, picture, mask):
     hold(pipe, "returned mask", **call, callback_on_step_end=move)
 
 
-@pytest.mark.parametrize(
-    "scheduler", [PNDMScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler]
-)
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])
 def test_inpainting_with_schedulers_that_keep_samples(components, hold, picture, mask, scheduler):
     """A plan where the table follows samples that change between the steps."""
     pipe = StableDiffusionInpaintPipeline(**components(), requires_safety_checker=False)
