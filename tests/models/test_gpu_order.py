@@ -49,7 +49,8 @@ def in_triton(monkeypatch, as_on_a_gpu):
 
 def hold_unet(budget, config, shape, dtype=torch.float32, perturbed=""):
     """Guidance as the loop asks for it: one picture meets two texts, and then the second again
-    under perturbed attention in the blocks whose names begin so."""
+    under perturbed attention in the blocks whose names begin so. Channels beside the latents are
+    constant."""
     torch.manual_seed(1)
     module = UNet2DConditionModel(**config).eval().to(dtype)
     processor = PAGCFGIdentitySelfAttnProcessor2_0()
@@ -59,13 +60,17 @@ def hold_unet(budget, config, shape, dtype=torch.float32, perturbed=""):
     eager = copy.deepcopy(module)
     network = borrow_unet(module, Loan(module))
     sample, text, added = inputs_for(module, (2, *shape), dtype)
-    sample = sample[:1]
+    sample, labels, others = sample[:1], None, config.get("in_channels", 4) - 4
+    constant = torch.randn(1, others, *shape, dtype=dtype) if others else None
+    if module.class_embedding is not None:
+        labels = torch.tensor([3])
     if perturbed:
         text = torch.cat([text, text[1:]])
         added = added and {name: torch.cat([told, told[1:]]) for name, told in added.items()}
 
     def run(sample, timestep, text):
         told = dict(added or {}, repeats=bool(perturbed))
+        told |= {"class_labels": labels, "constant_channels": constant}
         given, sides = Conditions(text, **told), sample.shape[2:]
         (row,), constants = network.hoist(given, timestep.reshape(1, 1), sides)
         x = network.pack(sample).contiguous()
@@ -78,8 +83,11 @@ def hold_unet(budget, config, shape, dtype=torch.float32, perturbed=""):
 
         def forward(self, sample, timestep, text):
             given = {k: v.to(sample.dtype) for k, v in (added or {}).items()}
+            if constant is not None:
+                sample = torch.cat([sample, constant.to(sample.dtype)], dim=1)
             both = sample.repeat(len(text), 1, 1, 1)
-            return self.unet(both, timestep, text, added_cond_kwargs=given or None)
+            more = {"added_cond_kwargs": given or None, "class_labels": labels}
+            return self.unet(both, timestep, text, **more)
 
     budget(run, Eager(), sample, torch.tensor(301), text)
 
@@ -95,6 +103,11 @@ def test_unet(name, shape, as_on_a_gpu, budget):
 )
 def test_unet_with_perturbed_attention(name, where, as_on_a_gpu, budget):
     hold_unet(budget, shallow(name), (9, 5), perturbed=where)
+
+
+def test_unet_of_an_upscaler(as_on_a_gpu, budget):
+    more = {"in_channels": 7, "num_class_embeds": 9, "only_cross_attention": (True, False)}
+    hold_unet(budget, shallow("sd21") | more, (9, 5))
 
 
 def test_unet_in_half_precision(as_on_a_gpu, budget):
