@@ -46,7 +46,8 @@ def drawn(pipe: Any, steps: int, seed: int) -> torch.Tensor:
 def noise_as(pipe: Any, dtype: torch.dtype) -> Iterator[None]:
     """In this block, a pipeline that draws its noise itself draws it in `dtype`: float64 would be
     other numbers of the same generator."""
-    modules = [inspect.getmodule(type(one)) for one in (pipe, pipe.scheduler)]
+    schedulers = [part for name, part in pipe.components.items() if name.endswith("scheduler")]
+    modules = {inspect.getmodule(type(one)) for one in (pipe, *schedulers)}
     found: Any = [module for module in modules if hasattr(module, "randn_tensor")]
     own = [module.randn_tensor for module in found]
 
