@@ -14,6 +14,7 @@ from command import environment, run
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXPORT = (ROOT / "docs/export.md").read_text()
+TEXTBOOK = (ROOT / "docs/textbook.md").read_text()
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -67,7 +68,9 @@ COMPILES = ("fastdiff inspect ", "fastdiff warm ")
 # Minutes; test_workflows.py holds every word of them to the command line, and each command has
 # tests of its own: test_cli.py, bench/, export/, kernels/test_inspect.py and test_shipped.py.
 @pytest.mark.product
-@pytest.mark.parametrize("lines", commands(README) + commands(EXPORT), ids=lambda x: x[0][:40])
+@pytest.mark.parametrize(
+    "lines", commands(README) + commands(EXPORT) + commands(TEXTBOOK), ids=lambda x: x[0][:40]
+)
 def test_commands_run(lines, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     for line in lines:

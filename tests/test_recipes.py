@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
+from fastdiff.bench.presets import PRESETS
 from fastdiff.families import family
 from fastdiff.recipes import RECIPES, Recipe
 
@@ -101,3 +102,15 @@ def test_the_documented_table_is_this_one():
     text = (ROOT / "docs/pipelines.md").read_text()
     rows = [line for line in text.splitlines() if re.match(r"\| `\w+`[^|]*\| `", line)]
     assert rows == [line_of(name, recipe) for name, recipe in NAMED.items()]
+
+
+def test_the_textbooks_classes_and_presets_are_ours():
+    """Those of a pipeline whose networks alone can be compiled are diffusers'."""
+    text = (ROOT / "docs/textbook.md").read_text()
+    rows = [line.split("|")[2:4] for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for classes, presets in rows:
+        named = set(re.findall(r"`([^`]+)`", classes))
+        assert named
+        assert named <= set(dir(diffusers) if "U-Nets of" in classes else RECIPES)
+        assert set(re.findall(r"`([^`]+)`", presets)) <= set(PRESETS)

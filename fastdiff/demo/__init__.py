@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 DEMO_FOLDER: Path = Path(__file__).parent / "pipeline"
+UNCONDITIONAL_FOLDER: Path = Path(__file__).parent / "unconditional"
+"""A DDPMPipeline that draws pictures of 16×16 pixels from noise alone."""
 PROMPTS: tuple[str, ...] = ("red heart", "dog face", "purple car", "sunflower")
 
 

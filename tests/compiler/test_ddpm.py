@@ -34,6 +34,7 @@ NET = {
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
 PIPES = {
     "ddpm": lambda net: DDPMPipeline(net, DDPMScheduler()),
+    "ddpm, cosine": lambda net: DDPMPipeline(net, DDPMScheduler(beta_schedule="squaredcos_cap_v2")),
     "ddpm, unclipped, cosine": lambda net: DDPMPipeline(
         net, DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
     ),

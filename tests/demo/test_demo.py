@@ -5,12 +5,13 @@ import builtins
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline
 from diffusers.utils import logging as diffusers_log
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_log
 
 import fastdiff
-from fastdiff.demo import DEMO_FOLDER, PROMPTS
+from fastdiff.demo import DEMO_FOLDER, PROMPTS, UNCONDITIONAL_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,18 @@ def test_fits_in_the_wheel_and_holds_no_pickle():
     ]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
+
+
+def test_the_unconditional_pipeline_draws_on_white_and_in_colour():
+    pipe = DDPMPipeline.from_pretrained(UNCONDITIONAL_FOLDER, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    fastdiff.compile(pipe)
+    pictures = pipe(16, torch.Generator().manual_seed(0), 100, output_type="np").images
+    edges = np.concatenate([pictures[:, 0], pictures[:, -1]], 1)
+    assert np.median(edges) > 0.9
+    middle = pictures[:, 4:12, 4:12]
+    assert np.mean(middle.max(-1) - middle.min(-1)) > 0.15  # grey would be 0
+    assert middle.mean((1, 2)).std(0).mean() > 0.1  # and not all the same
 
 
 def test_without_diffusers_the_error_names_the_extra(monkeypatch):
