@@ -49,14 +49,15 @@ class UNet2DPreset:
         plain = "Resnet{}sampleBlock2D" if self.consistency else "{}Block2D"
         down = ["AttnDownBlock2D" if a else plain.format("Down") for a in self.attention]
         up = ["AttnUpBlock2D" if a else plain.format("Up") for a in self.attention[::-1]]
-        divisor = gcd(*channels)
+        # at least four channels each, as at scale 1: a norm of two numbers is all or nothing
+        groups = [g for g in range(1, 33) if gcd(*channels) % (4 * g) == 0]
         return UNet2DModel, {
             "sample_size": max(multiple, multiple * round(self.side * scale / multiple)),
             "block_out_channels": channels,
             "down_block_types": down,
             "up_block_types": up,
             "layers_per_block": self.layers,
-            "norm_num_groups": max(g for g in range(1, 33) if divisor % g == 0),
+            "norm_num_groups": max(groups),
             **self.config,
         }
 
