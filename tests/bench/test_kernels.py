@@ -124,7 +124,8 @@ def test_what_is_wrong_gets_no_number():
 def test_cases_are_those_of_models_and_fit_the_device():
     names = {(kernel.spec.name, case.name) for kernel, case in cases()}
     assert len(names) == len(cases()), "a case is found by its name"
-    assert {kernel for kernel, _ in names} == KERNELS.keys()
+    # a CPU's alone, and only ADM's
+    assert {kernel for kernel, _ in names} == KERNELS.keys() - {"mean_pool"}
     assert not {case for _, case in names} & {"odd", "tiny", "one-pixel", "far-mean"}
     left_out = {
         f"{kernel.spec.name}-{case.name}"

@@ -13,12 +13,15 @@ from fastdiff.kernels.dispatch import NATIVE
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="needs the C++ kernels")
 WORSE = 1.1
+PICTURES = 12
+"""Of so few steps one picture's error is 0.8 to 1.3 of eager's, by chance."""
 
 
 def drawn(pipe) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     pictures = []
-    for seed, prompt in enumerate(PROMPTS):
+    for seed in range(PICTURES):
+        prompt = PROMPTS[seed % len(PROMPTS)]
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         latents = noise.bfloat16().to(pipe.dtype)  # the same numbers in every dtype
         told = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "pt"}

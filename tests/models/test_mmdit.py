@@ -104,6 +104,8 @@ def at(rows, step):
 def by_diffusers(module, latents, times, given, copies=1):
     """The step of `times` [n] as diffusers' loop asks for it."""
     names = given._asdict()
+    for ours in ("last_skip_layers", "repeats"):  # of a third prediction in the same batch
+        names.pop(ours, None)
     image = names.pop("ip_adapter_image_embeds", None)
     more = {} if image is None else {"joint_attention_kwargs": {"ip_adapter_image_embeds": image}}
     return module(
