@@ -105,9 +105,9 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusion3InpaintPipeline": Recipe(
             MMDIT, plan=transformers.SD3_INPAINT, from_text=sd3
         ),
-        "StableDiffusion3PAGPipeline": Recipe(MMDIT, plan=transformers.SD3_PAG, from_text=sd3),
+        "StableDiffusion3PAGPipeline": Recipe(MMDIT, plan=transformers.SD3_PICTURE, from_text=sd3),
         "StableDiffusion3PAGImg2ImgPipeline": Recipe(
-            MMDIT, plan=transformers.SD3_PAG, from_text=sd3
+            MMDIT, plan=transformers.SD3_PICTURE, from_text=sd3
         ),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
         "PixArtAlphaPipeline": Recipe(PIXART, plan=transformers.PIXART_ALPHA),

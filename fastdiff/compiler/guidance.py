@@ -57,7 +57,8 @@ def guidance_of(setting: Setting, timesteps: Tensor) -> Guidance:
     if not now.perturbed:
         return Guidance(scale, rescale, float(setting("_skip_layer_guidance_scale", 0.0)))
     scale_at = setting("_get_pag_scale", None)
-    perturbed = torch.tensor([float(scale_at(t)) for t in timesteps.cpu()])
+    scales = [float(scale_at(t)) for t in timesteps.cpu()]
+    perturbed = torch.tensor(scales, dtype=torch.float64)
     # without an unconditional prediction, diffusers does not rescale
     return Guidance(scale, rescale, perturbed) if now.guided else Guidance(-perturbed)
 

@@ -118,6 +118,12 @@ def call_of(
         raise Unsupported(f"a {type(callback).__name__} may change anything between the steps")
     if callback is not None and local.get("callback_on_step_end_tensor_inputs") != ["latents"]:
         raise Unsupported("callback_on_step_end asks for more than the latents")
+    held = local[plan.latents]
+    same = [name for name, value in local.items() if value is held and name != plan.latents]
+    if callback is not None and same:
+        raise Unsupported(
+            f"its latents are its {same[0]}, too: diffusers could not resume from them"
+        )
     if callback is not None and not asks:
         raise Unsupported("after callback_on_step_end it could not resume in mid-loop")
     if callback is not None and not pipe.do_classifier_free_guidance and not own("encode_prompt"):
@@ -131,7 +137,6 @@ def call_of(
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:
         told["prev_timestep"] = following(steps)
-    held = local[plan.latents]
     doubled = plan.doubled and settings["do_classifier_free_guidance"]
     call = Call(
         latents=held.chunk(2)[0] if doubled else held,

@@ -45,7 +45,7 @@ def conditions_of(
     latents = local[plan.latents]
     if plan.constant_channels and network.config.in_channels > latents.shape[1]:
         parts = [local[name] for name in plan.constant_channels]
-        given["constant_channels"] = _shared(torch.cat(parts, dim=1), guided)
+        given["constant_channels"] = _shared(torch.cat(parts, dim=1), guided, len(latents))
     return given | carried(pipe, plan)
 
 
@@ -104,8 +104,7 @@ def _once(value: Tensor | None) -> Tensor | None:
     return value[:1]
 
 
-def _shared(value: Tensor, guided: bool) -> Tensor:
-    """The first half if guidance has it twice."""
-    half = len(value) // 2
-    alike = guided and len(value) == 2 * half and torch.equal(value[:half], value[half:])
-    return value[:half] if alike else value
+def _shared(value: Tensor, guided: bool, count: int) -> Tensor:
+    """The first half if guidance has that of `count` pictures twice."""
+    twice = guided and len(value) == 2 * count
+    return value[:count] if twice and torch.equal(value[:count], value[count:]) else value

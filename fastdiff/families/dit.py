@@ -30,8 +30,8 @@ def _call(
 ) -> Transformer2DModelOutput | tuple[Tensor]:
     """`DiTTransformer2DModel.forward` on the compact network."""
     refuse(cross_attention_kwargs=cross_attention_kwargs)
-    if timestep is None:
-        raise Unsupported("it was given no timestep")
+    if not isinstance(timestep, Tensor) or timestep.ndim != 1:
+        raise Unsupported("its timestep is not a tensor of one dimension")
     prediction = dit(hidden_states, timestep, Conditions(class_labels))
     return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 

@@ -35,8 +35,8 @@ def _call(
 ) -> Transformer2DModelOutput | tuple[Tensor]:
     """`PixArtTransformer2DModel.forward` on the compact network."""
     refuse(cross_attention_kwargs=cross_attention_kwargs, attention_mask=attention_mask)
-    if timestep is None:
-        raise Unsupported("it was given no timestep")
+    if not isinstance(timestep, Tensor) or timestep.shape != hidden_states.shape[:1]:
+        raise Unsupported("its timestep is not a tensor of one timestep for each of the latents")
     given = Conditions(encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
     prediction = pixart(hidden_states, timestep, given)
     return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)

@@ -29,7 +29,9 @@ def _call(
 ) -> PriorTransformerOutput | tuple[Tensor]:
     """`PriorTransformer.forward` on the compact network."""
     given = Conditions(proj_embedding, encoder_hidden_states, attention_mask)
-    prediction = prior(hidden_states, timestep, given)
+    # diffusers makes an integer of a number
+    step = timestep if isinstance(timestep, Tensor) else int(timestep)
+    prediction = prior(hidden_states, step, given)
     return PriorTransformerOutput(prediction) if return_dict else (prediction,)
 
 

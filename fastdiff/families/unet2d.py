@@ -29,7 +29,9 @@ def _call(
     return_dict: bool = True,
 ) -> UNet2DOutput | tuple[Tensor]:
     """`UNet2DModel.forward` on the compact network."""
-    prediction = unet(sample, timestep, Conditions(class_labels=class_labels))
+    # diffusers makes an integer of a number
+    step = timestep if isinstance(timestep, Tensor) else int(timestep)
+    prediction = unet(sample, step, Conditions(class_labels=class_labels))
     return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
 

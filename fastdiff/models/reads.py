@@ -124,6 +124,8 @@ class Reads:
         """Read a SiLU."""
         if type(module) is not nn.SiLU:
             raise Unsupported(f"{what} other than SiLU")
+        if self.open(module, nn.SiLU).inplace:
+            raise Unsupported("a SiLU that overwrites what it is given")
         self.open(module, nn.SiLU)
 
     def activation(self, module: Any, what: str = "an activation") -> str:

@@ -138,9 +138,11 @@ class UNet(Trunk):
         if mask is None:
             return None
         bias = (1 - mask.to(self.dtype)) * -10000.0
-        if not self.at_once:
-            return bias[:, None, None, :]
         assert text is not None
+        if not self.at_once:
+            alike = mask.shape == text.shape[:2]
+            require(alike, f"a text mask of {list(mask.shape)} for a text of {list(text.shape)}")
+            return bias[:, None, None, :]
         # diffusers lengthens a mask of the text for the pixels, unless there are as many of them
         stages = (*self.downs, *([] if self.mid is None else [self.mid]), *self.ups)
         joined = (a for s in stages for a in s.attentions if isinstance(a, AddedKV))

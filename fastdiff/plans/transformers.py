@@ -21,7 +21,6 @@ SD3 = Plan(
 )
 SD3_PICTURE = replace(SD3, returned=("prompt_embeds",), skips={})
 SD3_INPAINT = replace(SD3_PICTURE, noises="scale_noise")
-SD3_PAG = replace(SD3_PICTURE, pictures="")
 DIT = Plan(
     conditions={"class_labels": "class_labels_input"},
     required=("class_labels_input",),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.models.blocks import require
 from fastdiff.runtime.loop import Plans
 from fastdiff.runtime.network import Network
 from fastdiff.runtime.recordings import Recorded, first_of
@@ -28,7 +29,10 @@ class Denoiser:
         """
         network, sides = self.network, tuple(latents.shape[2:])
         network.check(latents, given)
-        timesteps = torch.as_tensor(timestep, device=latents.device).reshape(1, -1)
+        timesteps = torch.as_tensor(timestep, device=latents.device)
+        shape, fits = list(timesteps.shape), timesteps.numel() in (1, len(latents))
+        require(timesteps.ndim <= 1 and fits, f"timesteps {shape} for {len(latents)} latents")
+        timesteps = timesteps.reshape(1, -1)
         rows, constants = network.hoist(given, timesteps, sides)
         made = self.once(network.pack(latents).contiguous(), first_of(rows), constants)
         return network.unpack(made, sides)

@@ -116,7 +116,9 @@ def _probe(scheduler: Any, step_options: Mapping[str, Any], timesteps: Tensor) -
     variance, count = vars(scheduler).get("variance_type"), len(timesteps)
     if variance == "learned":
         raise NotLinear("its network says the variance itself, not where it lies in a range")
-    learns, thresholds = variance == "learned_range", bool(config.get("thresholding"))
+    learns = variance == "learned_range"
+    # another scheduler's config may say so of a scheduler that never does
+    thresholds = hasattr(scheduler, "_threshold_sample") and bool(config.get("thresholding"))
     axes = 3 * count  # one each for the changes of the samples, the outputs, the noises
     generator = torch.Generator().manual_seed(0)
     shape = (8, axes + learns * count, *PICTURE)

@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPAGInpaintPipeline,
     StableDiffusionXLPAGPipeline,
 )
+from small import add_ip_adapter_sd3
 
 import fastdiff
 from fastdiff.compiler.slot import slot_of
@@ -86,12 +87,23 @@ def test_with_a_controlnet(components, hold, controlnet, picture):
     hold(pipe, "diffusers", image=picture())
 
 
+def test_an_ip_adapter_where_perturbed_attention_is_off(components_sd3, hold):
+    pipe = StableDiffusion3PAGPipeline(**components_sd3("sd3"), pag_applied_layers="blocks.1")
+    add_ip_adapter_sd3(pipe.transformer)
+    embeds = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)).double()
+    told = [{"ip_adapter_image_embeds": embeds * factor} for factor in (1, 3)]
+    first, other = (
+        hold(pipe, "plan", STEP, pag_scale=0.0, joint_attention_kwargs=kwargs) for kwargs in told
+    )
+    assert not np.allclose(first, other)
+
+
 @pytest.mark.parametrize("kind", ["sd3", "sd35-large"])
 def test_perturbed_attention_of_sd3(components_sd3, hold, picture, kind):
     parts = components_sd3(kind)
     pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers="blocks.1")
     for guidance_scale in (4.0, 1.0):
-        scales = {"guidance_scale": guidance_scale, "pag_scale": 2.0}
+        scales = {"guidance_scale": guidance_scale, "pag_scale": 2.3}
         first = hold(pipe, "plan", STEP, **scales)
     assert not np.allclose(first, hold(pipe, "plan", STEP, guidance_scale=1.0, pag_scale=0.0))
     fastdiff.restore(pipe)

@@ -90,6 +90,18 @@ def test_inpainting(components_sd3, hold, picture, mask, channels, guidance):
     hold(pipe, loop, STEP, height=16, width=16, **call)
 
 
+def test_a_callback_where_the_latents_are_the_noise(components_sd3, hold, picture, mask):
+    """At full strength they are one tensor, which diffusers would resume from as both."""
+    pipe = StableDiffusion3InpaintPipeline(**components_sd3())
+    call = {"image": picture(), "mask_image": mask, "strength": 1.0, "height": 16, "width": 16}
+
+    def move(pipe, i, t, given):
+        return {"mask": torch.ones(2, 1, 8, 8).double()} if i == 1 else {}
+
+    hold(pipe, "plan", STEP, **call)
+    hold(pipe, "its latents are its noise", STEP, **call, callback_on_step_end=move)
+
+
 CONTROLLED = ("sd3", "sd35-medium", "sd35-large", "alone")
 
 

@@ -94,6 +94,13 @@ def test_a_text_is_cut_where_nobody_attends_to_the_rest(lengths, kept, budget):
     budget(run_of(network), Flat(eager), x, mask, **told)
 
 
+def test_a_mask_of_little_weights_cuts_nothing(budget):
+    eager = noisy(PixArtTransformer2DModel(**PIXART))
+    network = network_of(copy.deepcopy(eager))
+    mask = 1e-4 * (torch.arange(40)[None] < torch.tensor([[3], [5]])).float()
+    budget(run_of(network), Flat(eager), torch.randn(2, 4, 8, 8), mask, **given(eager, 2, 40))
+
+
 def test_without_a_mask(budget):
     eager = noisy(PixArtTransformer2DModel(**PIXART))
     network = network_of(copy.deepcopy(eager))

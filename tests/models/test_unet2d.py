@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from small import noisy
 
+import fastdiff
 from fastdiff.models import Loan, Unsupported, borrow_picture_unet
 from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import denoiser
@@ -156,3 +157,28 @@ def test_what_it_is_not(more, why):
     module = UNet2DModel(**PLAIN | more).eval()
     with pytest.raises(Unsupported, match=why):
         borrow_picture_unet(module, Loan(module, rehearsal=True))
+
+
+def test_a_number_is_made_an_integer_as_diffusers_does(budget):
+    eager = noisy(UNet2DModel(**PLAIN))
+    ours = fastdiff.compile(copy.deepcopy(eager))
+    x = given(eager, 2, 8, 8)
+    budget(lambda sample, timestep: ours(sample, timestep).sample, eager, x, 3.7)
+
+
+@pytest.mark.parametrize("timestep", [torch.tensor([1, 2]), torch.ones(3, 1)])
+def test_timesteps_that_do_not_fit_are_left_to_diffusers(timestep):
+    eager = noisy(UNet2DModel(**PLAIN))
+    with pytest.raises(Unsupported, match="timesteps .* for 3 latents"):
+        network_of(eager)(given(eager, 3, 8, 8), timestep, Conditions())
+
+
+def test_an_activation_that_overwrites_is_seen(budget):
+    """Set later, too: the next resnets would see an activated time embedding."""
+    eager = noisy(UNet2DModel(**PLAIN))
+    ours = fastdiff.compile(copy.deepcopy(eager))
+    for net in (eager, ours):
+        net.down_blocks[0].resnets[0].nonlinearity.inplace = True
+    x, step = given(eager, 1, 8, 8), torch.tensor(5)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="overwrites what it is given"):
+        assert torch.equal(ours(x, step).sample, eager(x, step).sample)

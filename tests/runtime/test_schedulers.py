@@ -342,6 +342,15 @@ def test_what_clips_the_clean_picture_is_followed(name, options, step, predictio
     assert bool(probe(scheduler, step).clips.any())
 
 
+def test_a_config_that_another_scheduler_wrote():
+    """It says that the other thresholds, and this one never does."""
+    config = make("DPMSolverMultistepScheduler", thresholding=True).config
+    scheduler = type(make("EulerDiscreteScheduler")).from_config(config)
+    assert scheduler.config["thresholding"]
+    scheduler.set_timesteps(7)
+    assert_follows(scheduler)
+
+
 THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.77, "sample_max_value": 1.6}
 
 
