@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.joint_attention import joint_attention
 from fastdiff.kernels.linear import linear
-from fastdiff.models.blocks import open_attention, repeated
+from fastdiff.models.blocks import open_attention, repeated, split_heads
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.sums import Sum, projected
 from fastdiff.models.transformer import CrossColumns
@@ -42,20 +42,15 @@ class AddedKV:
         h = x.group_normed(self.norm, "none").flatten(1, 2)
         h = linear(h, self.q.weight, self.q.bias)
         h = h.expand(len(text), -1, -1) if len(h) == 1 else repeated(h, len(text))
-        k, v = self._heads(text[..., self.text], 2)
+        k, v = split_heads(text[..., self.text], 2, self.heads)
         if self.own:
-            q, own_k, own_v = self._heads(h, 3)
+            q, own_k, own_v = split_heads(h, 3, self.heads)
             seen, _ = joint_attention(q, own_k, own_v, None, k, v, text_bias=mask)
         else:
-            (q,) = self._heads(h, 1)
+            (q,) = split_heads(h, 1, self.heads)
             seen = attention(q, k, v)
         around = x.closed()
         return projected(seen.reshape(len(text), *around.shape[1:3], -1), self.out, around)
-
-    def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, L, parts·D] -> [B, L, heads, D / heads] for each part."""
-        heads: Tensor = packed.unflatten(-1, (parts, self.heads, -1))
-        return heads.unbind(2)
 
 
 def borrow_added_kv(module: Any, loan: Loan, text: CrossColumns) -> AddedKV:

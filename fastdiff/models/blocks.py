@@ -119,6 +119,12 @@ def borrow_picture_attention(module: Any, loan: Loan) -> PictureAttention:
     )
 
 
+def split_heads(packed: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, L, parts·D] -> [B, L, heads, D / heads] for each part, in the same memory."""
+    split: Tensor = packed.unflatten(-1, (parts, heads, -1))
+    return split.unbind(2)
+
+
 def repeated(x: Tensor, batch: int) -> Tensor:
     """x [n, ...] for a larger batch: its last entries once more at the end, until there are enough.
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
-from fastdiff.models.blocks import open_attention, require
+from fastdiff.models.blocks import open_attention, require, split_heads
 from fastdiff.models.borrow import Loan, Unsupported, Weights
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.class_embeddings import INDICES
@@ -74,8 +74,7 @@ class Block:
         """`vectors`: [B, 6·D]."""
         shift, scale, gate, *mlp = vectors.chunk(6, 1)
         h = picture.normed(self.eps, shift, scale)
-        packed = linear(h, self.qkv.weight, self.qkv.bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = packed.unbind(2)
+        q, k, v = split_heads(linear(h, self.qkv.weight, self.qkv.bias), 3, self.heads)
         seen = linear(attention(q, k, v).flatten(2), self.out.weight, self.out.bias)
         return self.mlp(Stream(seen, gate, picture.closed()), *mlp)
 

@@ -10,7 +10,7 @@ from fastdiff.kernels.joint_attention import joint_attention
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.qk_norm import qk_norm
 from fastdiff.kernels.residual import residual
-from fastdiff.models.blocks import require
+from fastdiff.models.blocks import require, split_heads
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.perturbed import appended, attention_to_text
 from fastdiff.models.reads import Reader
@@ -81,7 +81,7 @@ class JointAttention:
         In the last `perturbed` samples, a token of the picture attends to itself and to the text
         only. If there are any, nothing is normalised in the others either, as in diffusers.
         """
-        q, k, v = self._heads(linear(x, self.qkv.weight, self.qkv.bias), 3)
+        q, k, v = split_heads(linear(x, self.qkv.weight, self.qkv.bias), 3, self.heads)
         normed = (q, k) if self.norms is None or perturbed else self.norms(q, k)
         if text is None or self.text is None:
             seen, told = attention(*normed, v), None
@@ -94,7 +94,7 @@ class JointAttention:
                 seen = appended(seen[:-perturbed], alone)
         seen = seen.flatten(2)
         if image is not None and self.image_norms is not None:
-            image_k, image_v = self._heads(image.tokens, 2)
+            image_k, image_v = split_heads(image.tokens, 2, self.heads)
             more, _ = joint_attention(*self.image_norms(q, k), v, None, image_k, image_v)
             seen = residual(seen, more.flatten(2), gate=image.scale)
         seen = linear(seen, self.out.weight, self.out.bias)
@@ -106,16 +106,11 @@ class JointAttention:
         assert self.text is not None
         packed = linear(text, self.text.qkv.weight, self.text.qkv.bias)
         asked = self.text.out is not None
-        *queries, k, v = self._heads(packed, 3 if asked else 2)
+        *queries, k, v = split_heads(packed, 3 if asked else 2, self.heads)
         q = queries[0] if asked else k
         if self.text.norms is not None and normed:
             q, k = self.text.norms(q, k)
         return q if asked else None, k, v
-
-    def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, L, parts·D] -> [B, L, heads, D / heads] for each part."""
-        heads: Tensor = packed.unflatten(-1, (parts, self.heads, -1))
-        return heads.unbind(2)
 
 
 def borrow_head_norms(q: Any, k: Any, loan: Loan) -> HeadNorms | None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
-from fastdiff.models.blocks import open_attention, require
+from fastdiff.models.blocks import open_attention, require, split_heads
 from fastdiff.models.borrow import Loan, Unsupported, Weights
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
@@ -100,18 +100,13 @@ class Block:
         """`vectors`: [n, 6·D], n is 1 or that of the texts."""
         shift, scale, gate, *mlp = vectors.expand(text.shape[0], -1).chunk(6, 1)
         h = picture.normed(self.eps, shift, scale)
-        q, k, v = self._heads(linear(h, self.qkv.weight, self.qkv.bias), 3)
+        q, k, v = split_heads(linear(h, self.qkv.weight, self.qkv.bias), 3, self.heads)
         seen = linear(attention(q, k, v).flatten(2), self.out.weight, self.out.bias)
         x = Stream(seen, gate, picture.closed()).closed()
-        (q,) = self._heads(linear(x, self.q.weight, self.q.bias), 1)
-        k, v = self._heads(text[..., self.text], 2)
+        (q,) = split_heads(linear(x, self.q.weight, self.q.bias), 1, self.heads)
+        k, v = split_heads(text[..., self.text], 2, self.heads)
         told = attention(q, k, v, mask).flatten(2)
         return self.mlp(Stream.product(told, self.text_out, x), *mlp)
-
-    def _heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, L, parts·D] -> [B, L, heads, D / heads] for each part."""
-        heads: Tensor = packed.unflatten(-1, (parts, self.heads, -1))
-        return heads.unbind(2)
 
 
 @dataclass(frozen=True)
