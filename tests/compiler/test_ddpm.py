@@ -1,7 +1,6 @@
 """Pipelines that draw without a text, compiled, beside themselves eager."""
 
 import copy
-import inspect
 import io
 
 import pytest
@@ -15,10 +14,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     UNet2DModel,
 )
-from diffusers.utils.torch_utils import randn_tensor
 from small import noisy
 
 import fastdiff
+from fastdiff.bench.pixels import noise_as
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.kernels.contract import judge
@@ -60,22 +59,17 @@ def drawn(pipe):
         return pipe(batch_size=2, generator=generator, num_inference_steps=5, output_type="np")
 
 
-def exact(pipe, monkeypatch):
+def exact(pipe):
     """The picture in float64, from the noise that float32 draws."""
     double = copy.deepcopy(pipe)
     double.unet.double()
 
-    def draw(*shape, dtype, **more):
-        return randn_tensor(*shape, dtype=torch.float32, **more).to(dtype)
-
-    with monkeypatch.context() as patch:
-        for module in map(inspect.getmodule, (type(pipe), type(pipe.scheduler))):
-            patch.setattr(module, "randn_tensor", draw)
+    with noise_as(double, torch.float32):
         return drawn(double)
 
 
-def test_the_picture_report_and_restore(pipe, monkeypatch):
-    eager, truth = drawn(pipe).images, exact(pipe, monkeypatch).images
+def test_the_picture_report_and_restore(pipe):
+    eager, truth = drawn(pipe).images, exact(pipe).images
     state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     fastdiff.compile(pipe)
     ours = drawn(pipe).images
