@@ -214,6 +214,8 @@ class Product {
           ahead();
           if (g == 0) window_->ahead(t + 1);
           const int64_t pixel = first + t * tall, stop = std::min(pixel + tall, last);
+          // a single row of pairs is slower: each product waits for the sum before it
+          const bool single = stop - pixel == 1 && std::is_same_v<Factor<T>, float>;
           const bool ends = c + 1 == chunks_.size();
           for (int64_t i = pixel; ends && i < stop; ++i) finish_.ahead(group[g], i + tall);
           float* to = whole_ ? sums_ : sums_ + (g * tiles + t) * sums;
@@ -222,7 +224,8 @@ class Product {
           by_vectors(vectors, [&](auto v) {
             const auto run = [&](const auto& b) {
               if (straight) whole_tile<v>(runs[0], b, panel, pixel, stop - pixel);
-              else tile<v>(runs, window_->segments(), b, to, c > 0);
+              else if (single) tile<v, 1>(runs, window_->segments(), b, to, c > 0);
+              else tile<v, Rows<v>>(runs, window_->segments(), b, to, c > 0);
             };
             if (packs) run(Copy<v, Packed<T>>{packed_});
             else run(Columns<v, T>(panel.b, panel.ld_b));

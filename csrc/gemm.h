@@ -69,11 +69,11 @@ static inline vu load(const Pair* p) { return (vu)load(reinterpret_cast<const fl
 static inline void store(Pair* p, vu v) { store(reinterpret_cast<float*>(p), (vf)v); }
 
 // acc += pairs of A's rows at `a` (`bytes` bytes; the rest of a pair is zero) times B's pairs.
-template <int V, int bytes>
+template <int bytes, int V, int R>
 FASTDIFF_INLINE void multiply_pair(const bf16* const* a, int64_t k, const vu (&value)[V],
-                                   vf (&acc)[Rows<V>][V]) {
+                                   vf (&acc)[R][V]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows<V>; ++r) {
+  for (int r = 0; r < R; ++r) {
     uint32_t pair = 0;
     std::memcpy(&pair, a[r] + k, bytes);
     const vu scalar = pair - vu{};
@@ -164,18 +164,18 @@ struct Copy {
 #endif
 };
 
-// acc += a . b over a run
-template <int V, typename B>
-FASTDIFF_INLINE void multiply(const Run<float>& run, const B& b, vf (&acc)[Rows<V>][V]) {
-  const float* a[Rows<V>];
-  for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
+// acc += a . b over a run, for the first R rows
+template <int V, int R, typename B>
+FASTDIFF_INLINE void multiply(const Run<float>& run, const B& b, vf (&acc)[R][V]) {
+  const float* a[R];
+  for (int r = 0; r < R; ++r) a[r] = run.a[r];
 #pragma GCC unroll kUnrolled
   for (int64_t k = 0; k < run.length; ++k) {
     vf value[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) value[v] = b(k, v);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows<V>; ++r) {
+    for (int r = 0; r < R; ++r) {
       const vf scalar = splat(a[r][k]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] += scalar * value[v];
@@ -184,30 +184,29 @@ FASTDIFF_INLINE void multiply(const Run<float>& run, const B& b, vf (&acc)[Rows<
 }
 
 #if defined(__AVX512BF16__)
-template <int V, typename B>
-FASTDIFF_INLINE void multiply(const Run<bf16>& run, const B& b, vf (&acc)[Rows<V>][V]) {
-  const bf16* a[Rows<V>];
-  for (int r = 0; r < Rows<V>; ++r) a[r] = run.a[r];
+template <int V, int R, typename B>
+FASTDIFF_INLINE void multiply(const Run<bf16>& run, const B& b, vf (&acc)[R][V]) {
+  const bf16* a[R];
+  for (int r = 0; r < R; ++r) a[r] = run.a[r];
   vu value[V];
   int64_t k = 0;
 #pragma GCC unroll kUnrolled
   for (; k + 2 <= run.length; k += 2) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) value[v] = b.pair(k, v);
-    multiply_pair<V, 4>(a, k, value, acc);
+    multiply_pair<4>(a, k, value, acc);
   }
   if (k == run.length) return;
   for (int v = 0; v < V; ++v) value[v] = b.half(k, v);
-  multiply_pair<V, 2>(a, k, value, acc);
+  multiply_pair<2>(a, k, value, acc);
 }
 #endif
 
-// sums (+)= a . b over all segments. Each segment is summed from zero, so that rounding errors grow
+// sums (+)= a . b over all segments, for the first R rows. Each segment is summed from zero, so that rounding errors grow
 // with the length of a segment, not of the inner dimension.
-template <int V, typename A, typename B>
+template <int V, int R, typename A, typename B>
 static inline void tile(const Run<A>* segments, int count, const B& b,
-                        float* sums /* [Rows][V * W] */, bool accumulate) {
-  constexpr int R = Rows<V>;
+                        float* sums /* [R][V * W] */, bool accumulate) {
   for (int s = 0; s < count; ++s) {
     vf acc[R][V] = {};
     multiply<V>(segments[s], b.from(segments[s].b_row), acc);
