@@ -28,7 +28,7 @@ class Request:
         guidance_scale: None: what the pipeline takes by itself.
         seed: of the generator (on the CPU) from which latents and noise are drawn, 0 to 2^64 - 1;
             None: another picture each time.
-        height, width: in pixels; None: the pipeline's own size.
+        height, width: in pixels, both or neither; None: the pipeline's own size.
         scheduler: a diffusers scheduler, of which a copy is used; None: the pipeline's.
         on_step: called after each step as on_step(step, steps, latents), in the batch's thread,
             which waits for it: the steps done, all steps, and a copy of the latents [1, C, Y, X] in
@@ -63,6 +63,8 @@ class Request:
         _check("seed", self.seed, seed, "a whole number from 0 to 2^64 - 1, or None")
         for name, side in (("height", self.height), ("width", self.width)):
             _check(name, side, side is None or _whole(side, 1), "a number of pixels or None")
+        both = (self.height is None) == (self.width is None)  # else diffusers ignores the other
+        _check("width", self.width, both, "one beside a height, or neither")
         methods = hasattr(self.scheduler, "set_timesteps") and hasattr(self.scheduler, "step")
         usable = self.scheduler is None or (methods and not isinstance(self.scheduler, type))
         _check("scheduler", self.scheduler, usable, "a diffusers scheduler or None")

@@ -31,7 +31,7 @@ def test_pictures_errors_and_cancelled_requests(pipe):
         second = batch.submit(
             Request("red heart", num_inference_steps=4, seed=6, guidance_scale=3.0, scheduler=euler)
         )
-        wrong = batch.submit(Request("sunflower", height=63))
+        wrong = batch.submit(Request("sunflower", height=63, width=64))
         ended = batch.submit(Request("sunflower", num_inference_steps=1000))
         ended.cancel()
         with pytest.raises(TimeoutError):
@@ -67,7 +67,8 @@ def test_pictures_errors_and_cancelled_requests(pipe):
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan; expected a finite number"),
         ({"seed": -1}, "seed is -1"),
-        ({"width": 0.5}, "width is 0.5"),
+        ({"width": 0.5, "height": 8}, "width is 0.5"),
+        ({"height": 64}, "width is None; expected one beside a height, or neither"),
         ({"scheduler": EulerDiscreteScheduler}, "scheduler is <class"),
     ],
 )
