@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "export": {"kernels", "families", "engines"},
     "compiler": {"kernels", "models", "runtime", "families", "engines", "export"},
     "demo": set(),
+    "batching": {"models", "runtime", "families", "compiler"},
     "bench": {"kernels", "models", "runtime", "families", "compiler", "demo"},
     "regression": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
 }

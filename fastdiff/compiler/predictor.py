@@ -83,6 +83,7 @@ class Predictor:
             given = guidance.with_repeats(given, count, latents.shape[0])
         if self.slot.promotion is not None:
             given = as_type(given, torch.float16, network.dtype)
-        timesteps = self.call.timesteps.to(latents.device)[:, None]
+        timesteps = self.call.plan.told(self.call.timesteps, latents.dtype)
+        timesteps = timesteps.to(latents.device)[:, None]
         sides = tuple(latents.shape[2:])
         return entered("hoist", lambda: network.hoist(given, timesteps, sides))

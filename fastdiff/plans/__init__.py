@@ -1,7 +1,8 @@
 """Where a plan finds the values of a denoising loop: a row of `recipes` has one for each loop."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Plan:
     """Variables that are arguments of `step` by their own names."""
     prev_timestep: bool = False
     """Whether `step` is told the following timestep by that name, and None in the last step."""
+    told: Callable[[Any, Any], Any] = lambda timesteps, dtype: timesteps
+    """(the scheduler's timesteps, the latents' dtype) -> the timesteps that the loop gives the
+    network: some divide them, or round them to that dtype."""
     latents: str = "latents"
     """The variable that holds the latents."""
     entrance: str = "interrupt"

@@ -1,0 +1,12 @@
+"""Requests that join and leave a running batch between two steps (continuous batching).
+
+>>> from fastdiff.batching import Batch, Request
+>>> with Batch(fastdiff.compile(pipe), capacity=4) as batch:
+...     tickets = [batch.submit(Request(prompt, seed=7)) for prompt in prompts]
+...     pictures = [ticket.result() for ticket in tickets]
+"""
+
+from fastdiff.batching.batch import Batch, Stats
+from fastdiff.batching.requests import Cancelled, Request, Ticket
+
+__all__ = ["Batch", "Cancelled", "Request", "Stats", "Ticket"]
