@@ -25,6 +25,7 @@ from fastdiff.models.joint import MLP, borrow_mlp
 from fastdiff.models.patch_trunk import PatchTrunk
 from fastdiff.models.patches import borrow_patches
 from fastdiff.models.stream import Stream
+from fastdiff.models.weights import project
 
 
 class Conditions(NamedTuple):
@@ -124,7 +125,7 @@ class DiT(PatchTrunk):
             embedded = [F.silu(block.embedding(timesteps, labels)) for block in self.blocks]
             told = [(x, block.modulation) for x, block in zip(embedded, self.blocks, strict=True)]
             told.append((embedded[0], self.modulation))
-            vectors = [linear(x, layer.weight, layer.bias) for x, layer in told]
+            vectors = [project(x, layer) for x, layer in told]
         position = self.positions(self.patches.counts(sides)).to(self.dtype)
         return Hoisted(torch.cat(vectors, dim=-1), Constants(position, labels))
 
@@ -153,7 +154,7 @@ def borrow_dit(module: Any, loan: Loan) -> DiT:
         positions=positions,
         blocks=blocks,
         eps=loan.bare_norm(net.norm_out, width),
-        modulation=loan.linear(net.proj_out_1),
+        modulation=loan.linear(net.proj_out_1, hoisted=True),
         proj_out=loan.linear(net.proj_out_2),
     )
     dit.check_out(net.out_channels, net.patch_size)
@@ -178,7 +179,7 @@ def _borrow_block(module: Any, loan: Loan, width: int) -> Block:
     require(not (training and rate > 0), "a module in training mode")
     own, out = open_attention(block.attn1, loan, residual=False)
     require(own.group_norm is None, "a group norm inside a transformer block's attention")
-    modulation = loan.linear(norm.linear)
+    modulation = loan.linear(norm.linear, hoisted=True)
     require(modulation.weight.shape[0] == 6 * width, "a norm whose width differs from its block's")
     return Block(
         heads=own.heads,

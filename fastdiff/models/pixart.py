@@ -26,6 +26,7 @@ from fastdiff.models.patches import SizedPositions, borrow_patches
 from fastdiff.models.reads import Reader
 from fastdiff.models.stream import Stream
 from fastdiff.models.transformer import CrossColumns
+from fastdiff.models.weights import project
 
 SIZES = ("resolution", "aspect_ratio")
 KEPT = 16
@@ -173,7 +174,7 @@ class PixArt(PatchTrunk):
         with scope("modulation"):
             told = added or {}
             embedded = self.embedding(timesteps.to(text.device), told, self.dtype, many)
-            shared = linear(F.silu(embedded), self.modulation.weight, self.modulation.bias)
+            shared = project(F.silu(embedded), self.modulation)
             vectors = [shared + block.table.flatten() for block in self.blocks]
             vectors.append(torch.cat([embedded, embedded], -1) + self.table.flatten())
         position = self.positions(self.patches.counts(sides)).to(self.dtype)
@@ -193,7 +194,7 @@ class PixArt(PatchTrunk):
             h = text.contiguous()
             if self.caption is not None:
                 h = self.caption(h)
-            return linear(h, self.text.weight, self.text.bias), bias
+            return project(h, self.text), bias
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
         """The part that every step repeats: [B, L, p·p, C] -> [G·B, L, p·p, C or 2·C]."""
@@ -229,11 +230,11 @@ def borrow_pixart(module: Any, loan: Loan) -> PixArt:
         eps=loan.bare_norm(net.norm_out, width),
         proj_out=loan.linear(net.proj_out),
         embedding=embedding,
-        modulation=loan.linear(single.linear),
+        modulation=loan.linear(single.linear, hoisted=True),
         blocks=blocks,
         table=loan.parameter(net.scale_shift_table),
         caption=_borrow_caption(net.caption_projection, loan),
-        text=loan.linear(*text.layers),
+        text=loan.linear(*text.layers, hoisted=True),
     )
     pixart.check_out(net.out_channels, config.patch_size)
     wide = pixart.modulation.weight.shape[0]
