@@ -19,7 +19,13 @@ from fastdiff.models.blocks import open_attention, require, split_heads
 from fastdiff.models.borrow import Loan, Unsupported, Weights
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.class_embeddings import INDICES
-from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.embeddings import (
+    Embedding,
+    Sinusoid,
+    borrow_embedding,
+    borrow_sinusoid,
+    embedded_times,
+)
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import MLP, borrow_mlp
 from fastdiff.models.patch_trunk import PatchTrunk
@@ -54,10 +60,8 @@ class ClassEmbedding:
     def __call__(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """[steps, n] and [N] -> [steps, N, D]; n is 1 or divides N."""
         classes = F.embedding(labels, self.table)
-        times = self.time(self.sinusoid(timesteps.to(labels.device)).to(self.table.dtype))
-        if times.shape[1] > 1:
-            times = times.repeat(1, labels.shape[0] // times.shape[1], 1)
-        return times + classes
+        told = timesteps.to(labels.device), self.table.dtype, len(labels)
+        return embedded_times(self.sinusoid, self.time, *told) + classes
 
 
 @dataclass(frozen=True)
