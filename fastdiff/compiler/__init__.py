@@ -9,7 +9,7 @@ from torch import nn
 
 from fastdiff import installed
 from fastdiff.compiler.options import FASTDIFF, LOOP, Keywords, Options, chosen
-from fastdiff.compiler.slot import Slot, kept_slot, slot_of
+from fastdiff.compiler.slot import Slot, kept_slot, slot_of, waiting_notes
 from fastdiff.compiler.taken import forget, remember, remembered, torch_compiled
 from fastdiff.errors import UserError
 from fastdiff.families import plain
@@ -45,7 +45,7 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
     parts = _not_ignored(target, options)
     _refuse_compiled(parts)
     from fastdiff.compiler.ahead import kernels
-    from fastdiff.compiler.configured import configured
+    from fastdiff.compiler.configured import configured, without_waiting
     from fastdiff.compiler.pipelines import take_loop
     from fastdiff.compiler.text_cache import keep_texts, text_encoders
 
@@ -71,6 +71,8 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
                 raise UserError(f"{slot.name} cannot run on {slot.kind.runner}: {slot.refused}")
         if slots and all(slot.refused for slot in slots):
             raise UserError(_nothing_fast(target, {slot.name: str(slot.refused) for slot in slots}))
+        if why := without_waiting(slots, options):
+            raise UserError(why)
         made = kernels(target, slots, options.warm)
         for slot in slots:
             slot.kernels = made
@@ -216,6 +218,7 @@ def _part(name: str, module: nn.Module) -> Part:
 
 def _notes(slot: Slot) -> list[str]:
     notes = [] if slot.network is None else slot.kind.notes(slot.network)
+    notes += waiting_notes(slot)
     notes += [f"{plural(count, 'call')} ran eagerly: {why}" for why, count in slot.eager.items()]
     return notes + [f"float32 since float16 overflowed in {where}" for where in slot.promoted]
 

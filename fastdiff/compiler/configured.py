@@ -1,12 +1,15 @@
 """Apply `Options` to the parts of a target."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from fastdiff.compiler.options import FASTDIFF, Options
+from fastdiff.compiler.options import FASTDIFF, LOOP, Options
 from fastdiff.compiler.parts import denoiser_name, in_strips, networks, without_tactics
-from fastdiff.compiler.slot import slot_of
+from fastdiff.compiler.slot import Slot, slot_of
 from fastdiff.errors import UserError
 from fastdiff.families import Taken
+from fastdiff.recipes import Recipe, recipe_of
 
 
 def configured(target: Any, parts: Taken, options: Options) -> Taken:
@@ -15,7 +18,37 @@ def configured(target: Any, parts: Taken, options: Options) -> Taken:
     Raises UserError if one of them is already compiled with other options, or if the chosen backend
     cannot run.
     """
-    return _with_engine(target, _with_tiling(_with_tactics(parts, options), options), options)
+    parts = _with_offload(target, _with_tiling(_with_tactics(parts, options), options), options)
+    return _with_engine(target, parts, options)
+
+
+def _with_offload(target: Any, parts: Taken, options: Options) -> Taken:
+    """`parts` with networks whose weights wait in host memory, if `options` choose that: those that
+    the target's plans repeat."""
+    asked = options.offload_hoisted
+    planned = {plan.network for plan in (recipe_of(target) or Recipe()).plans} & parts.keys()
+    if asked and (not planned or LOOP in options.ignore):
+        raise UserError(
+            "Options.offload_hoisted needs a pipeline whose loop runs as a plan; the loop of"
+            f" {type(target).__name__} would copy the weights in every step"
+        )
+    for name in planned:
+        slot = slot_of(parts[name][0])
+        if slot is not None and slot.kind.offload != asked:
+            raise UserError(
+                f"{name} is compiled with another offload_hoisted already; restore it first"
+            )
+    moved = {n: (parts[n][0], replace(parts[n][1], offload=True)) for n in planned if asked}
+    return parts | moved
+
+
+def without_waiting(slots: Sequence[Slot], options: Options) -> str | None:
+    """Why `options.offload_hoisted` cannot be honoured, if no network of `slots` has weights that
+    only the start of a picture needs."""
+    loans = [slot.loan for slot in slots if slot.kind.offload and slot.loan is not None]
+    if not options.offload_hoisted or not loans or any(loan.hoisted for loan in loans):
+        return None
+    return "Options.offload_hoisted: every step needs all weights of this pipeline's networks"
 
 
 def _with_tiling(parts: Taken, options: Options) -> Taken:

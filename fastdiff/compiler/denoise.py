@@ -137,7 +137,8 @@ class Denoising:
         """Write what diffusers continues from into the tensors that its local variables hold."""
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
-        call.held.data = torch.cat([latents] * (len(call.held) // len(latents)))
+        halves = len(call.held) // len(latents)
+        call.held.data = latents if halves == 1 else torch.cat([latents] * halves)
         for name, value in self.handed.items():
             call.handed[name].data = value
         for field in call.plan.replaced.values():

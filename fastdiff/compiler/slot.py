@@ -78,6 +78,9 @@ class Slot:
         if reason not in self.eager:
             logger.warning("fastdiff: %s runs eagerly: %s", self.name, reason)
         self.eager[reason] += 1
+        with self._taking:
+            if self.loan is not None and self.loan.waiting:
+                self.release()  # the module's own layers need all weights on its device
         return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __bool__(self) -> bool:
@@ -118,7 +121,7 @@ class Slot:
         module, version = copy.deepcopy(self.module).float(), self.version
         scaled_alike(self.module, module)
         with torch.inference_mode(False), torch.no_grad():
-            loan = Loan(module)
+            loan = Loan(module, offload=self.kind.offload)
             network = (self.kind.exact or self.kind.borrow)(module, loan)
             loan.refresh(scale)
         unwritten = Unwritten(self.module.parameters())
@@ -163,7 +166,8 @@ class Slot:
                 self.refused = str(unsupported)
                 return
             self.refused = None
-            self.loan = Loan(self.module, homes=self._homes, rehearsed=rehearsed)
+            own, offload = self._homes, self.kind.offload
+            self.loan = Loan(self.module, homes=own, rehearsed=rehearsed, offload=offload)
             if self.kind.frozen:
                 self._unwritten = Unwritten(self.module.parameters())
             try:
@@ -240,3 +244,14 @@ def kept_slot(module: Any) -> Slot | None:
     is none, or it has ended."""
     slot = getattr(module, "__dict__", {}).get(_KEPT)
     return slot if isinstance(slot, Slot) and slot.module is module else None
+
+
+def waiting_notes(slot: Slot) -> list[str]:
+    """What the report says of weights that wait in host memory."""
+    loan = slot.loan
+    if loan is None or not slot.kind.offload:
+        return []
+    if not loan.offloads:
+        return ["offload_hoisted moves nothing: its weights are in host memory already"]
+    adapted = "" if loan.waiting else ", those with adapters stay on the device"
+    return [f"{loan.waiting / 1e9:.3g} GB of its weights wait in host memory{adapted}"]

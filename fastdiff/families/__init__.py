@@ -61,6 +61,8 @@ class Kind:
     cuts: bool | None = None
     """Whether large pictures are computed in strips; None if it cannot. If it can, `borrow` takes
     `exact=True`."""
+    offload: bool = False
+    """Whether weights that only `hoist` reads wait in host memory."""
     notes: Callable[[Any], list[str]] = lambda network: []
     """(network) -> notes for the report on how it runs."""
     scale: Callable[..., float] = lambda *args, **kwargs: 1.0

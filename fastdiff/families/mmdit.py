@@ -66,7 +66,7 @@ def _scale(*_: Any, joint_attention_kwargs: Any = None, **__: Any) -> float:
 
 
 def _example(net: MMDiT, texts: int, tokens: int) -> Conditions:
-    weight, context = net.modulation.weight, net.context
+    weight, context = net.like, net.context
     assert context is not None
     pooled = net.time_text.text.first.weight.shape[1]
     text = empty(weight, texts, tokens, context.weight.shape[1])

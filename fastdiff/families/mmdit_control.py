@@ -57,7 +57,7 @@ def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
     """One step, for which diffusers repeats the latents for guidance."""
     network: Any = net.network
     bare: MMDiTControl = without_memory(network)
-    texts, weight, side = 2 if sizes.guided else 1, bare.modulation.weight, sizes.side
+    texts, weight, side = 2 if sizes.guided else 1, bare.like, sizes.side
     picture = empty(weight, texts, bare.picture.channels, side, side)
     text = None
     if bare.context is not None:

@@ -5,7 +5,6 @@ in-place edits work as before (see `state`), and the kernels see those edits.
 """
 
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,32 +15,15 @@ from fastdiff.kernels.dispatch import NATIVE, NATIVE_DTYPES
 from fastdiff.kernels.where import on_gpu
 from fastdiff.models.lora import Merges, added_by, base_of
 from fastdiff.models.reads import EPOCHS, Reads, check_conv
-from fastdiff.models.state import Gate, Homes, Lent
+from fastdiff.models.state import Gate, Homes, Lent, bring_home
 from fastdiff.models.watch import Unsupported, kind
+from fastdiff.models.weights import Norm, Weights, host_memory, may_wait
 
 __all__ = ["Loan", "Norm", "Unsupported", "Weights", "kind"]
 
 _LARGE = 32 << 20
 """From this many bytes on, a buffer's sources wait on the host while it is made: SDXL's text
 projections are an eighth of its weights, and must not be on a GPU twice."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Linear layers [N, D] stacked along N, or a convolution [N, C, k, k]; and their bias [N]."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The affine parameters of a GroupNorm, or of a LayerNorm if `groups` is 0."""
-
-    weight: Tensor
-    bias: Tensor
-    groups: int
-    eps: float
 
 
 class Loan(Reads):
@@ -58,10 +40,13 @@ class Loan(Reads):
         rehearsal: bool = False,
         homes: Homes | None = None,
         rehearsed: Reads | None = None,
+        offload: bool = False,
     ) -> None:
-        """`homes`: memory that state dicts hold from former loans; `rehearsed`: see Reads."""
+        """`homes`: memory that state dicts hold from former loans; `rehearsed`: see Reads;
+        `offload`: whether weights that only `hoist` reads wait in host memory."""
         super().__init__(root, rehearsed)
         self._rehearsal, self._homes = rehearsal, {} if homes is None else homes
+        self.hoisted = self.waiting = 0
         self._lent: dict[int, Lent] = {}
         self._gate: Gate | None = None
         self._moving = threading.RLock()
@@ -78,6 +63,7 @@ class Loan(Reads):
             raise Unsupported("a module in training mode")
         first = next(root.parameters())
         self.dtype, self.device = first.dtype, first.device
+        self.offloads = offload and may_wait(self.device)
         self._mode = first.is_inference()
         """Whether the weights were made in inference mode: new memory must be made so, too."""
         if self.device.type == "cuda" and self.dtype not in FLOATS:
@@ -86,8 +72,12 @@ class Loan(Reads):
         on_cpu = self.device.type in ("cpu", "meta") and not on_gpu(first)
         self._input_major = on_cpu and NATIVE is not None and self.dtype in NATIVE_DTYPES
 
-    def linear(self, *layers: nn.Module) -> Weights:
-        """Borrow linear layers (or 1×1 convolutions) of equal input width, stacked along N."""
+    def linear(self, *layers: nn.Module, hoisted: bool = False, apart: bool = False) -> Weights:
+        """Borrow linear layers (or 1×1 convolutions) of equal input width, stacked along N.
+
+        hoisted: only `hoist` reads them, by `project`; they may wait, unless adapters are on them.
+        apart: layers of equal N stay apart, as [layers, N, D], with biases [layers, N].
+        """
         bases = [self._base(layer, nn.Linear, nn.Conv2d) for layer in layers]
         for base, layer in zip(bases, layers, strict=True):
             if type(base_of(layer)) is nn.Conv2d:
@@ -101,18 +91,25 @@ class Loan(Reads):
             raise Unsupported("layers of which only some have a bias")
         self._check(*weights, *(bias for bias in biases if bias is not None))
         lent = [layer.weight for layer in layers if base_of(layer) is layer]
+        waits = hoisted and len(lent) == len(layers) and self._may_wait(*lent, *biases)
+        if apart and len({*rows}) != 1:
+            raise Unsupported("layers of different widths where all blocks have the same")
+        many, wide = ((len(rows),), rows[0]) if apart else ((), sum(rows))
         if self._input_major:
-            stacked = self._place(lent, inner, sum(rows)).t()
+            stacked = self._place(lent, *many, inner, wide, waits=waits).mT
         else:
-            stacked = self._place(lent, sum(rows), inner)
-        for layer, weight, view in zip(layers, weights, stacked.split(rows), strict=True):
-            self._fill(layer, view.view(*view.shape, *weight.shape[2:]))
+            stacked = self._place(lent, *many, wide, inner, waits=waits)
+        views = stacked.unbind() if apart else stacked.split(rows)
+        for layer, weight, view in zip(layers, weights, views, strict=True):
+            self._fill(layer, view.view(*view.shape, *weight.shape[2:]), waits)
         if biases[0] is None:
-            return Weights(stacked, None)
-        joined = self._place(biases, sum(rows))
-        for parameter, view in zip(biases, joined.split(rows), strict=True):
-            self._lend(parameter, view)
-        return Weights(stacked, joined)
+            return Weights(stacked, None, waits)
+        joined = self._place(biases, *many, wide, waits=waits)
+        for bias, view in zip(
+            biases, joined.unbind() if apart else joined.split(rows), strict=True
+        ):
+            self._lend(bias, view, waits)
+        return Weights(stacked, joined, waits)
 
     def conv(self, layer: nn.Module, kernel: int = 3, stride: int = 1, padding: int = 1) -> Weights:
         """Borrow a square, zero-padded convolution without groups or dilation."""
@@ -177,12 +174,13 @@ class Loan(Reads):
         if self._held:
             self._gate = Gate(self.modules, self._found, self._go_home)
 
-    def _go_home(self) -> None:
-        """Move parameters to memory of their own before somebody reads them."""
+    def _go_home(self, copied: bool = False) -> None:
+        """Move parameters to memory of their own before somebody reads them, or copies them with
+        their modules."""
         with self._moving, torch.inference_mode(self._mode), torch.no_grad():
             self._looked_at = True
             for lent in self._lent.values():
-                if lent.strays:
+                if lent.strays or (copied and lent.waits):
                     lent.go_home()
 
     def refresh(self, scale: float = 1.0) -> None:
@@ -205,6 +203,7 @@ class Loan(Reads):
         if self._gate is not None:
             self._gate.leave()
         with self._moving, torch.inference_mode(self._mode), torch.no_grad():
+            bring_home(self._root, self._lent.values())
             for lent in self._lent.values():
                 lent.go_home()
             self._lent.clear()
@@ -221,10 +220,19 @@ class Loan(Reads):
             self.open(layer, type(layer))
         return self.open(base, *known)
 
-    def _place(self, sources: list[Any], *shape: int) -> Tensor:
+    def _may_wait(self, *weights: Tensor | None) -> bool:
+        """Whether weights that only `hoist` reads wait in host memory; counts their bytes."""
+        size = sum(weight.nbytes for weight in weights if weight is not None)
+        self.hoisted, self.waiting = self.hoisted + size, self.waiting + size * self.offloads
+        return self.offloads
+
+    def _place(self, sources: list[Any], *shape: int, waits: bool = False) -> Tensor:
         """Memory for `sources`; large ones leave the GPU before it is allocated, not after."""
         if self._rehearsal:
             return torch.empty(shape, dtype=self.dtype, device="meta")
+        if waits:
+            with torch.inference_mode(self._mode):
+                return host_memory(shape, self.dtype)
         large = sum(source.nbytes for source in sources) > _LARGE and self.device.type != "cpu"
         try:
             for source in sources if large else ():
@@ -237,21 +245,21 @@ class Loan(Reads):
             raise
         return memory
 
-    def _fill(self, layer: Any, view: Tensor) -> None:
+    def _fill(self, layer: Any, view: Tensor, waits: bool = False) -> None:
         """Make `view` a layer's weight: lend it, or under LoRA keep the effective weight there."""
         if base_of(layer) is layer:
-            self._lend(layer.weight, view)
+            self._lend(layer.weight, view, waits)
         elif self._rehearsal:
             added_by(layer)
         else:
             self._merges.add(layer, view)
 
-    def _lend(self, parameter: Tensor, view: Tensor) -> None:
+    def _lend(self, parameter: Tensor, view: Tensor, waits: bool = False) -> None:
         if self._rehearsal:
             return
         homes = self._homes.setdefault(id(parameter), [])
         with torch.inference_mode() if self._mode else torch.no_grad():
-            self._lent[id(parameter)] = Lent(parameter, view, homes)
+            self._lent[id(parameter)] = Lent(parameter, view, homes, waits)
 
     def _found(self, parameter: Tensor) -> Lent | None:
         """The lent parameter's record, if it is still where the loan put it."""

@@ -19,12 +19,19 @@ from fastdiff.models.blocks import open_attention, require, split_heads
 from fastdiff.models.borrow import Loan, Unsupported, Weights
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.class_embeddings import INDICES
-from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.embeddings import (
+    Embedding,
+    Sinusoid,
+    borrow_embedding,
+    borrow_sinusoid,
+    embedded_times,
+)
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import MLP, borrow_mlp
 from fastdiff.models.patch_trunk import PatchTrunk
 from fastdiff.models.patches import borrow_patches
 from fastdiff.models.stream import Stream
+from fastdiff.models.weights import project
 
 
 class Conditions(NamedTuple):
@@ -53,10 +60,8 @@ class ClassEmbedding:
     def __call__(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """[steps, n] and [N] -> [steps, N, D]; n is 1 or divides N."""
         classes = F.embedding(labels, self.table)
-        times = self.time(self.sinusoid(timesteps.to(labels.device)).to(self.table.dtype))
-        if times.shape[1] > 1:
-            times = times.repeat(1, labels.shape[0] // times.shape[1], 1)
-        return times + classes
+        told = timesteps.to(labels.device), self.table.dtype, len(labels)
+        return embedded_times(self.sinusoid, self.time, *told) + classes
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class DiT(PatchTrunk):
             embedded = [F.silu(block.embedding(timesteps, labels)) for block in self.blocks]
             told = [(x, block.modulation) for x, block in zip(embedded, self.blocks, strict=True)]
             told.append((embedded[0], self.modulation))
-            vectors = [linear(x, layer.weight, layer.bias) for x, layer in told]
+            vectors = [project(x, layer) for x, layer in told]
         position = self.positions(self.patches.counts(sides)).to(self.dtype)
         return Hoisted(torch.cat(vectors, dim=-1), Constants(position, labels))
 
@@ -153,7 +158,7 @@ def borrow_dit(module: Any, loan: Loan) -> DiT:
         positions=positions,
         blocks=blocks,
         eps=loan.bare_norm(net.norm_out, width),
-        modulation=loan.linear(net.proj_out_1),
+        modulation=loan.linear(net.proj_out_1, hoisted=True),
         proj_out=loan.linear(net.proj_out_2),
     )
     dit.check_out(net.out_channels, net.patch_size)
@@ -178,7 +183,7 @@ def _borrow_block(module: Any, loan: Loan, width: int) -> Block:
     require(not (training and rate > 0), "a module in training mode")
     own, out = open_attention(block.attn1, loan, residual=False)
     require(own.group_norm is None, "a group norm inside a transformer block's attention")
-    modulation = loan.linear(norm.linear)
+    modulation = loan.linear(norm.linear, hoisted=True)
     require(modulation.weight.shape[0] == 6 * width, "a norm whose width differs from its block's")
     return Block(
         heads=own.heads,

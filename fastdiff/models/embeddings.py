@@ -67,6 +67,15 @@ def borrow_embedding(module: Any, loan: Loan) -> Embedding:
     )
 
 
+def embedded_times(
+    sinusoid: Sinusoid, time: Embedding, timesteps: Tensor, dtype: torch.dtype, count: int
+) -> Tensor:
+    """[steps, n] -> [steps, 1, D] if n is 1, else [steps, count, D]; n divides `count`."""
+    times = time(sinusoid(timesteps).to(dtype))
+    many = times.shape[1]
+    return times if many == 1 else times.repeat(1, count // many, 1)
+
+
 @dataclass(frozen=True)
 class TimeText:
     """The sum of a timestep's and a pooled text's embeddings."""
@@ -77,10 +86,8 @@ class TimeText:
 
     def __call__(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """[steps, n] and [B, D'] -> [steps, B, D]; n is 1 or divides B (k texts per timestep)."""
-        times = self.time(self.sinusoid(timesteps.to(pooled.device)).to(pooled.dtype))
-        if times.shape[1] > 1:
-            times = times.repeat(1, pooled.shape[0] // times.shape[1], 1)
-        return times + self.text(pooled)
+        told = timesteps.to(pooled.device), pooled.dtype, len(pooled)
+        return embedded_times(self.sinusoid, self.time, *told) + self.text(pooled)
 
 
 def borrow_time_text(module: Any, loan: Loan) -> TimeText:

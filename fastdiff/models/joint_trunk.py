@@ -18,6 +18,7 @@ from fastdiff.models.joint import JointBlock
 from fastdiff.models.patches import Patches, Positions, borrow_patches
 from fastdiff.models.reads import Reader
 from fastdiff.models.stream import Stream
+from fastdiff.models.weights import project
 from fastdiff.tables import plural
 
 
@@ -52,6 +53,11 @@ class JointTrunk:
         return self.modulation.weight.dtype
 
     @property
+    def like(self) -> Tensor:
+        """A weight on the device and of the dtype that inputs must have."""
+        return self.time_text.text.first.weight
+
+    @property
     def width(self) -> int:
         """Channels D of every token."""
         return self.modulation.weight.shape[1]
@@ -60,7 +66,7 @@ class JointTrunk:
         self, latents: Tensor, text: Tensor | None, pooled: Tensor | None, copies: int
     ) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it."""
-        weight = self.modulation.weight
+        weight = self.like
         if self.patches is None:
             checked("hidden_states", latents, weight, self.width, 3)
         else:
@@ -93,7 +99,7 @@ class JointTrunk:
                 many, f"{plural(timesteps.shape[1], 'timestep')} for {plural(len(pooled), 'text')}"
             )
             embedded = F.silu(self.time_text(timesteps, pooled))
-            return linear(embedded, self.modulation.weight, self.modulation.bias)
+            return project(embedded, self.modulation)
 
     def texts(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """[G·B, T, D'] -> [G·B, T - n + 1, D] and the bias of the scores, for n equal tokens."""
@@ -128,7 +134,7 @@ def borrow_joint_trunk(
         "patches": patches,
         "positions": positions,
         "time_text": borrow_time_text(net.time_text_embed, loan),
-        "modulation": loan.linear(*rows.layers),
+        "modulation": loan.linear(*rows.layers, hoisted=True),
         "context": None if context is None else loan.linear(context),
         "blocks": blocks,
     }

@@ -90,7 +90,7 @@ class MMDiT(JointTrunk):
         """
         text, pooled, controls, _, image, *_ = conditions
         self.check_trunk(latents, text, pooled, copies)
-        weight = self.modulation.weight
+        weight = self.like
         if controls is not None:
             require(len(controls) > 0, "block_controlnet_hidden_states is empty")
             assert self.patches is not None

@@ -70,7 +70,7 @@ class MMDiTControl(JointTrunk):
         """
         text, pooled, picture = conditions
         self.check_trunk(latents, text, pooled, copies)
-        weight = self.modulation.weight
+        weight = self.like
         picture = checked("controlnet_cond", picture, weight, self.picture.channels, 4)
         check_count("controlnet_cond", picture, latents, copies)
         rows, columns = self.picture.counts(picture.shape[2:])

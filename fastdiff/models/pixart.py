@@ -12,20 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdiff.kernels.attention import attention
-from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
-from fastdiff.models.blocks import open_attention, require, split_heads
+from fastdiff.models.blocks import require
 from fastdiff.models.borrow import Loan, Unsupported, Weights
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.hoisted import Hoisted
-from fastdiff.models.joint import MLP, borrow_mlp
 from fastdiff.models.patch_trunk import PatchTrunk
 from fastdiff.models.patches import SizedPositions, borrow_patches
-from fastdiff.models.reads import Reader
-from fastdiff.models.stream import Stream
+from fastdiff.models.pixart_block import Block, Folding, borrow_blocks
 from fastdiff.models.transformer import CrossColumns
+from fastdiff.models.weights import project
 
 SIZES = ("resolution", "aspect_ratio")
 KEPT = 16
@@ -81,35 +78,6 @@ class TimeSize:
 
 
 @dataclass(frozen=True)
-class Block:
-    heads: int
-    eps: float
-    table: Tensor
-    """[6, D]: shift, scale and gate of the self-attention, then of the MLP."""
-    qkv: Weights
-    out: Weights
-    q: Weights
-    text: slice
-    """This block's columns (K, then V) in the projected text of all blocks."""
-    text_out: Weights
-    mlp: MLP
-
-    def __call__(
-        self, picture: Stream, vectors: Tensor, text: Tensor, mask: Tensor | None
-    ) -> Stream:
-        """`vectors`: [n, 6·D], n is 1 or that of the texts."""
-        shift, scale, gate, *mlp = vectors.expand(text.shape[0], -1).chunk(6, 1)
-        h = picture.normed(self.eps, shift, scale)
-        q, k, v = split_heads(linear(h, self.qkv.weight, self.qkv.bias), 3, self.heads)
-        seen = linear(attention(q, k, v).flatten(2), self.out.weight, self.out.bias)
-        x = Stream(seen, gate, picture.closed()).closed()
-        (q,) = split_heads(linear(x, self.q.weight, self.q.bias), 1, self.heads)
-        k, v = split_heads(text[..., self.text], 2, self.heads)
-        told = attention(q, k, v, mask).flatten(2)
-        return self.mlp(Stream.product(told, self.text_out, x), *mlp)
-
-
-@dataclass(frozen=True)
 class PixArt(PatchTrunk):
     """PixArtTransformer2DModel."""
 
@@ -118,6 +86,7 @@ class PixArt(PatchTrunk):
     modulation: Weights
     """Of the embedding, for all blocks."""
     blocks: tuple[Block, ...]
+    folding: Folding
     table: Tensor
     """[2, D]: shift and scale of the last norm."""
     caption: Embedding | None
@@ -171,13 +140,17 @@ class PixArt(PatchTrunk):
         if times > 1:
             timesteps = timesteps.repeat(1, many // times)
         with scope("modulation"):
-            told = added or {}
-            embedded = self.embedding(timesteps.to(text.device), told, self.dtype, many)
-            shared = linear(F.silu(embedded), self.modulation.weight, self.modulation.bias)
+            told, count = added or {}, many
+            if times == 1 and all(v is None or alike(v) for v in told.values()):
+                told, count = {n: None if v is None else v[:1] for n, v in told.items()}, 1
+            embedded = self.embedding(timesteps.to(text.device), told, self.dtype, count)
+            shared = project(F.silu(embedded), self.modulation)
             vectors = [shared + block.table.flatten() for block in self.blocks]
+            folded = self.folding.biases(vectors)
             vectors.append(torch.cat([embedded, embedded], -1) + self.table.flatten())
         position = self.positions(self.patches.counts(sides)).to(self.dtype)
-        return Hoisted(torch.cat(vectors, dim=-1), Constants(position, *self._told(text, mask)))
+        rows = torch.cat([*vectors, *folded], dim=-1)
+        return Hoisted(rows, Constants(position, *self._told(text, mask)))
 
     def _told(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The text's keys and values without the tokens that nobody attends to, and the mask."""
@@ -193,17 +166,24 @@ class PixArt(PatchTrunk):
             h = text.contiguous()
             if self.caption is not None:
                 h = self.caption(h)
-            return linear(h, self.text.weight, self.text.bias), bias
+            return project(h, self.text), bias
 
     def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
         """The part that every step repeats: [B, L, p·p, C] -> [G·B, L, p·p, C or 2·C]."""
         width, count = self.table.shape[1], constants.text.shape[0]
-        vectors = row.split([6 * width] * len(self.blocks) + [2 * width], dim=1)
+        every = 6 * width * len(self.blocks)
+        vectors, folded = row[:, :every].split(6 * width, dim=1), self.folding.at(row)
         picture = self.embed(x, count, constants.position)
         for i, block in enumerate(self.blocks):
             with scope(f"block {i}"):
-                picture = block(picture, vectors[i], constants.text, constants.mask)
-        return self.out(picture, vectors[-1].expand(count, -1))
+                told = constants.text, constants.mask, folded[i]
+                picture = block(picture, vectors[i], *told)
+        return self.out(picture, row[:, every : every + 2 * width].expand(count, -1))
+
+
+def alike(rows: Tensor) -> bool:
+    """Whether all rows of [n, …] are equal; waits for the device."""
+    return rows.is_meta or bool((rows == rows[:1]).all())
 
 
 def borrow_pixart(module: Any, loan: Loan) -> PixArt:
@@ -217,9 +197,7 @@ def borrow_pixart(module: Any, loan: Loan) -> PixArt:
     width, text = patches.embed.weight.shape[0], CrossColumns(loan)
     single = loan.open(net.adaln_single, "AdaLayerNormSingle")
     loan.silu(single.silu)
-    blocks = tuple(
-        _borrow_block(block, loan, text, width) for block in loan.each(net.transformer_blocks)
-    )
+    blocks, folding = borrow_blocks(loan.each(net.transformer_blocks), loan, text, width)
     embedding = _borrow_embedding(single.emb, loan)
     told = embedding.size_sinusoid is not None
     require(bool(net.use_additional_conditions) == told, "sizes that are only half told")
@@ -229,11 +207,12 @@ def borrow_pixart(module: Any, loan: Loan) -> PixArt:
         eps=loan.bare_norm(net.norm_out, width),
         proj_out=loan.linear(net.proj_out),
         embedding=embedding,
-        modulation=loan.linear(single.linear),
+        modulation=loan.linear(single.linear, hoisted=True),
         blocks=blocks,
+        folding=folding,
         table=loan.parameter(net.scale_shift_table),
         caption=_borrow_caption(net.caption_projection, loan),
-        text=loan.linear(*text.layers),
+        text=loan.linear(*text.layers, hoisted=True),
     )
     pixart.check_out(net.out_channels, config.patch_size)
     wide = pixart.modulation.weight.shape[0]
@@ -264,30 +243,3 @@ def _borrow_caption(module: Any, loan: Loan) -> Embedding | None:
     require(by == "tanh", f"a GELU of kind {by!r}")
     first, second = loan.linear(caption.linear_1), loan.linear(caption.linear_2)
     return Embedding(first, second, None, "gelu_tanh")
-
-
-def _borrow_block(module: Any, loan: Loan, text: CrossColumns, width: int) -> Block:
-    """From a BasicTransformerBlock of the norms "ada_norm_single"."""
-    block: Reader = loan.open(module, "BasicTransformerBlock")
-    require(block.norm_type == "ada_norm_single", f"transformer norms of type {block.norm_type}")
-    require(block.attn2 is not None, "a transformer block without cross-attention")
-    require(not block.only_cross_attention, "cross-attention in place of self-attention")
-    require(block.pos_embed is None, "positional embeddings in a transformer block")
-    require(getattr(block, "fuser", None) is None, "a gated (GLIGEN) transformer block")
-    require(block._chunk_size is None, "a feed-forward layer in chunks")
-    own, out = open_attention(block.attn1, loan, residual=False)
-    cross, text_out = open_attention(block.attn2, loan, residual=False)
-    for part in (own, cross):
-        require(part.group_norm is None, "a group norm inside a transformer block's attention")
-    require(own.heads == cross.heads, "self- and cross-attention with different heads")
-    return Block(
-        heads=own.heads,
-        eps=loan.bare_norm(block.norm1, width),
-        table=loan.parameter(block.scale_shift_table),
-        qkv=loan.linear(own.to_q, own.to_k, own.to_v),
-        out=loan.linear(out),
-        q=loan.linear(cross.to_q),
-        text=text.take_cross(cross),
-        text_out=loan.linear(text_out),
-        mlp=borrow_mlp(block.norm2, block.ff, loan, width),
-    )

@@ -10,12 +10,14 @@ recording at each use, and PEFT reads state dicts to swap adapters.
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastdiff.models.lora import base_of, is_lora
 
 _KEY, _GETSTATE = "fastdiff", "__getstate__"
 
@@ -63,10 +65,15 @@ class Lent:
     """
 
     def __init__(
-        self, parameter: Tensor, view: Tensor | None = None, homes: list[Home] | None = None
+        self,
+        parameter: Tensor,
+        view: Tensor | None = None,
+        homes: list[Home] | None = None,
+        waits: bool = False,
     ) -> None:
         self.parameter, self._view = parameter, view
         self._stride, self._at_home = _home_strides(parameter), True
+        self._device, self.waits = parameter.device, waits
         self._homes = [] if homes is None else homes
         self._homes[:] = [home for home in self._homes if home.is_of(parameter)]
         self.address = parameter.data_ptr()
@@ -74,17 +81,20 @@ class Lent:
         self.come_back()
         self.strays = parameter.stride() != self._stride
 
-    def go_home(self) -> None:
-        """Move it to memory in its former layout: the same memory, if somebody still holds that."""
+    def go_home(self, device: torch.device | None = None) -> None:
+        """Move it to memory in its former layout: the same memory, if somebody still holds that.
+
+        device: where the memory of one that waits must be; None: where it was.
+        """
         if self._view is None or self._at_home or self.parameter.data_ptr() != self.address:
             return
         self.collect()
-        home = next((held for home in self._homes if (held := home.held) is not None), None)
+        where = (device or self._device) if self.waits else self.parameter.device
+        held = (home.held for home in self._homes)
+        home = next((h for h in held if h is not None and not self.waits), None)
         if home is None:
             like = self.parameter
-            home = torch.empty_strided(
-                like.shape, self._stride, dtype=like.dtype, device=like.device
-            )
+            home = torch.empty_strided(like.shape, self._stride, dtype=like.dtype, device=where)
         self._move(home)
         self._at_home = True
 
@@ -119,6 +129,20 @@ class Lent:
         self.address = memory.data_ptr()
 
 
+def bring_home(root: nn.Module, lent: Collection[Lent]) -> None:
+    """Move the parameters that wait, and adapters that were put on them since, to where the others
+    of `root` are now."""
+    waiting = {id(one.parameter): one for one in lent if one.waits}
+    device = next((one.parameter.device for one in lent if not one.waits), None)
+    for one in waiting.values():
+        one.go_home(device)
+        if device is not None and one.parameter.device != device:  # somebody else has moved it
+            one.parameter.data = one.parameter.detach().to(device)
+    for module in root.modules() if waiting else ():
+        if is_lora(module) and id(base_of(module).weight) in waiting:
+            module.to(device)
+
+
 def _home_strides(parameter: Tensor) -> tuple[int, ...]:
     """The strides at home: the parameter's, or contiguous ones if those leave gaps."""
     former = torch.empty_strided(parameter.shape, parameter.stride(), device="meta")
@@ -129,13 +153,14 @@ def _home_strides(parameter: Tensor) -> tuple[int, ...]:
 
 
 class Gate:
-    """Calls `go_home` before the state of lent parameters' modules is read."""
+    """Calls `go_home` before the state of lent parameters' modules is read; with True before the
+    modules are copied or pickled."""
 
     def __init__(
         self,
         modules: Iterable[nn.Module],
         lent: Callable[[Tensor], Lent | None],
-        go_home: Callable[[], None],
+        go_home: Callable[[bool], None],
     ) -> None:
         self._modules: list[Any] = list(modules)
         self._lent, self._go_home = lent, go_home
@@ -155,7 +180,7 @@ class Gate:
         self._modules = []
 
     def _before_reading(self, *_: Any) -> None:
-        self._go_home()
+        self._go_home(False)
 
     def _hand_out(self, module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
         """Give a state dict tensors of its own, whose versions count only writes through it."""
@@ -171,7 +196,7 @@ class Gate:
 
     def _state_of(self, module: Any) -> dict[str, Any]:
         """The state for a deepcopy or pickle of a module, without our hooks."""
-        self._go_home()
+        self._go_home(True)
         state: dict[str, Any] = getattr(type(module), _GETSTATE)(module)
         state.pop(_GETSTATE, None)
         for name in ("_state_dict_pre_hooks", "_state_dict_hooks"):

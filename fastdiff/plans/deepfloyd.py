@@ -5,7 +5,7 @@ from dataclasses import replace
 from fastdiff.plans import Plan
 
 _ASKED = ("guidance_scale", "do_classifier_free_guidance", "cross_attention_kwargs")
-IF_PLAN = Plan(
+IF = Plan(
     conditions={"encoder_hidden_states": "prompt_embeds"},
     required=("prompt_embeds",),
     returned=(),
@@ -16,23 +16,21 @@ IF_PLAN = Plan(
     settings={name: name for name in _ASKED},
     variance=True,
 )
-IF_ENLARGED_PLAN = replace(
-    IF_PLAN,
+IF_ENLARGED = replace(
+    IF,
     conditions={"encoder_hidden_states": "prompt_embeds", "class_labels": "noise_level"},
     required=("prompt_embeds", "noise_level"),
     repeated=("class_labels",),
     constant_channels=("upscaled",),
     scaled="input",
 )
-_INPAINTING, _INPAINTING_ENLARGED = (
-    replace(plan, kept="mask_image") for plan in (IF_PLAN, IF_ENLARGED_PLAN)
-)
+_INPAINTING, _INPAINTING_ENLARGED = (replace(plan, kept="mask_image") for plan in (IF, IF_ENLARGED))
 PLANS = {
-    "IFPipeline": IF_PLAN,
-    "IFImg2ImgPipeline": IF_PLAN,
+    "IFPipeline": IF,
+    "IFImg2ImgPipeline": IF,
     "IFInpaintingPipeline": _INPAINTING,
-    "IFSuperResolutionPipeline": IF_ENLARGED_PLAN,
-    "IFImg2ImgSuperResolutionPipeline": IF_ENLARGED_PLAN,
+    "IFSuperResolutionPipeline": IF_ENLARGED,
+    "IFImg2ImgSuperResolutionPipeline": IF_ENLARGED,
     "IFInpaintingSuperResolutionPipeline": _INPAINTING_ENLARGED,
 }
 """By pipeline class."""

@@ -32,6 +32,11 @@ WRONG = {
     "vae_tiling is 'blended'; choose auto, exact": {"vae_tiling": "blended"},
     "text_cache is -1; give how many": {"text_cache": -1},
     "text_cache is True; give how many": {"text_cache": True},
+    "offload_hoisted is 1; give True or False": {"offload_hoisted": 1},
+    'offload_hoisted goes with the backend "fastdiff"; got': {
+        "offload_hoisted": True,
+        "backend": "ort",
+    },
     "ort_graphs is 1; give True or False": {"ort_graphs": 1, "backend": "ort"},
     "ort_graphs goes with the backend \"ort\"; got 'tensorrt'": {
         "ort_graphs": True,

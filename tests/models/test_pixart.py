@@ -7,7 +7,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from small import PIXART, noisy
 
-from fastdiff.models import Loan, Unsupported
+from fastdiff.models import Loan, Unsupported, borrow, pixart_block, stream
 from fastdiff.models.pixart import Conditions, borrow_pixart
 from fastdiff.runtime.denoiser import denoiser
 
@@ -76,6 +76,39 @@ def test_other_dtypes(dtype, budget):
     network = network_of(copy.deepcopy(eager))
     x, mask = torch.randn(2, 4, 8, 8, dtype=dtype), torch.ones(2, 21, dtype=dtype)
     budget(run_of(network), Flat(eager), x, mask, **given(eager, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bias"),
+    [
+        ("sigma", torch.float32, False),
+        ("alpha, told sizes", torch.float32, True),
+        ("sigma", torch.bfloat16, True),
+        ("sigma", torch.float16, True),
+    ],
+    ids=str,
+)
+def test_as_on_a_gpu_the_gate_is_folded_into_weights(kind, dtype, bias, budget, monkeypatch):
+    """Two pictures at one timestep have one gate; of timesteps that differ, none is folded."""
+    for module in (pixart_block, stream):
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(borrow, "NATIVE", None)  # weights as GPU libraries want them
+    config = PIXART | KINDS[kind] | {"attention_bias": bias}
+    eager = noisy(PixArtTransformer2DModel(**config)).to(dtype)
+    network = network_of(copy.deepcopy(eager))
+    products, add = [], torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *a: products.append(1) or add(*a))
+    x, told = torch.randn(2, 4, 6, 10, dtype=dtype), given(eager, 2, dtype=dtype)
+    mask = (torch.arange(21)[None] < torch.tensor([[3], [17]])).to(dtype)
+    run = run_of(network)
+
+    def at_once(x, mask, timestep, **told):
+        return run(x, mask, timestep[:1], **told)
+
+    budget(at_once, Flat(eager), x, mask, **told | {"timestep": torch.tensor([301, 301])})
+    assert len(products) == 3
+    budget(run, Flat(eager), x, mask, **told)
+    assert len(products) == 3
 
 
 @pytest.mark.parametrize(
