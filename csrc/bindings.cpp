@@ -244,12 +244,24 @@ void run_ada_norm(int dtype, uintptr_t x, uintptr_t weight, uintptr_t bias, cons
 }
 
 void run_qk_norm(int dtype, const Ints<4>& q, const Ints<4>& k, uintptr_t q_weight,
-                 uintptr_t k_weight, const Ints<4>& sizes, float eps, uintptr_t q_out,
-                 uintptr_t k_out) {
-  const QkNorm p{dtype,        in(q[0]),           in(k[0]),           in(q_weight),
-                 in(k_weight), {q[1], q[2], q[3]}, {k[1], k[2], k[3]}, sizes[0],
-                 sizes[1],     sizes[2],           sizes[3],           eps,
-                 out(q_out),   out(k_out)};
+                 uintptr_t k_weight, uintptr_t cos, uintptr_t sin, const Ints<4>& sizes,
+                 float eps, uintptr_t q_out, uintptr_t k_out) {
+  const QkNorm p{dtype,
+                 in(q[0]),
+                 in(k[0]),
+                 in(q_weight),
+                 in(k_weight),
+                 static_cast<const float*>(in(cos)),
+                 static_cast<const float*>(in(sin)),
+                 {q[1], q[2], q[3]},
+                 {k[1], k[2], k[3]},
+                 sizes[0],
+                 sizes[1],
+                 sizes[2],
+                 sizes[3],
+                 eps,
+                 out(q_out),
+                 out(k_out)};
   run(p);
 }
 

@@ -84,10 +84,12 @@ struct AdaNorm {
   void *y, *total;  // total receives t if there is a residual, else null
 };
 
-// y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, of q and of k
+// y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, of q and of k; then each pair is
+// turned: y' = y * cos + (-y[1], y[0]) * sin
 struct QkNorm {
   int dtype;
   const void *q, *k, *q_weight, *k_weight;  // a weight may be null
+  const float *cos, *sin;                   // [tokens, width], or null
   int64_t q_stride[3], k_stride[3];         // batch, token, head
   int64_t batch, tokens, heads, width;
   float eps;

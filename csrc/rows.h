@@ -139,6 +139,8 @@ static void qk_norm(const QkNorm& p) {
     const T* x = static_cast<const T*>(from) + token / p.tokens * stride[0] +
                  token % p.tokens * stride[1];
     T* y = static_cast<T*>(to) + token * p.heads * K;
+    const float* cos = p.cos ? p.cos + token % p.tokens * K : nullptr;
+    const float* sin = p.cos ? p.sin + token % p.tokens * K : nullptr;
     for (int64_t h = 0; h < p.heads; ++h, x += stride[2], y += K) {
       float squares[1];
       sum_row(K, squares, [&](int64_t c, int n, vf* parts) {
@@ -149,6 +151,7 @@ static void qk_norm(const QkNorm& p) {
       each_vector(K, [&](int64_t c, int n) {
         vf v = load_n(x + c, n) * rrms;
         if (weight) v *= load_n(static_cast<const T*>(weight) + c, n);
+        if (cos) v = v * load_n(cos + c, n) + turned(v) * load_n(sin + c, n);
         store_n(y + c, v, n);
       });
     }

@@ -158,6 +158,20 @@ static inline float sum(vf v) {
 #endif
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
+// The elements of each pair exchanged, the first then negated.
+static inline vf turned(vf v) {
+#if defined(__AVX512F__)
+  const vf other =
+      __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif defined(__AVX2__)
+  const vf other = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+  const vf other = __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#endif
+  vf sign;
+  for (int i = 0; i < W; ++i) sign[i] = i % 2 ? 1.0f : -1.0f;
+  return other * sign;
+}
 // a > b ? a : b (a < b ? a : b), lane by lane: b if either is NaN
 static inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)

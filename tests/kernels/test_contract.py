@@ -34,7 +34,8 @@ REFUSED = {
     "conv2d": lambda c: not c.get("packed", True),
     "geglu": lambda c: c.D > 1,  # their weights are stored by rows
     "group_norm_silu": lambda c: c.get("shift") or (c.get("beside") and c.get("residual")),
-    "qk_norm": lambda c: c.get("rotary"),
+    "ada_norm": lambda c: c.get("limit"),
+    "residual": lambda c: c.get("limit"),
 }
 """Cases that a kernel in C++ does not compute in any dtype."""
 ISAS = NATIVE.isas() if NATIVE else [None]

@@ -19,6 +19,7 @@ def ada_norm(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     rms: bool = False,
+    limit: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """y = (norm(t) · weight + bias) · (1 + scale) + shift with t = residual + gate · x.
 
@@ -35,6 +36,7 @@ def ada_norm(
         residual: [B, L, D], or [B / k, L, D] if k parts of the batch share it: sample b uses
             residual b % (B / k). Contiguous.
         rms: RMSNorm instead of LayerNorm.
+        limit: t beyond ±limit becomes ±limit, if there is a residual; 0: no limit.
 
     Returns:
         y [B, L, D] and t of the same shape, both contiguous; t is empty ([0]) without a residual.
@@ -46,5 +48,5 @@ def ada_norm(
     Ba et al., Layer Normalization (2016); Zhang & Sennrich, Root Mean Square Layer Normalization
     (2019); Peebles & Xie, Scalable Diffusion Models with Transformers (2022) for the modulation.
     """
-    y, total = _op(x, eps, weight, bias, scale, shift, gate, residual, rms)
+    y, total = _op(x, eps, weight, bias, scale, shift, gate, residual, rms, limit)
     return y, total

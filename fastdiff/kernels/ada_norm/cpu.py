@@ -3,12 +3,14 @@
 from torch import Tensor
 
 from fastdiff.kernels.ada_norm.spec import Arguments, check
-from fastdiff.kernels.dispatch import NATIVE, address, native_dtype, rows
+from fastdiff.kernels.dispatch import NATIVE, NotNative, address, native_dtype, rows
 
 
 def run(a: Arguments) -> tuple[Tensor, Tensor]:
     check(a)
     dtype = native_dtype("ada_norm", a.x)
+    if a.limit:
+        raise NotNative(f"ada_norm: got the limit {a.limit:g}; the C++ kernel takes none")
     x = a.x.contiguous()
     y = x.new_empty(x.shape)
     total = x.new_empty(0 if a.residual is None else x.shape)

@@ -51,6 +51,15 @@ def _with(tiles, tile):
 
 
 @triton.jit
+def _limited(tile, LIMIT: tl.constexpr):
+    """The tile with numbers beyond ±LIMIT as ±LIMIT, unless that is 0; NaN stays NaN."""
+    if LIMIT > 0:
+        tile = tl.where(tile > LIMIT, LIMIT, tile)
+        tile = tl.where(tile < -LIMIT, -LIMIT, tile)
+    return tile
+
+
+@triton.jit
 def _mean(tiles, N: tl.constexpr, D: tl.constexpr):
     """The mean of each row: [ROWS, 1]."""
     total = tiles[0]
@@ -75,7 +84,7 @@ ANY = ["L", "scale_stride", "shift_stride", "gate_stride", "residuals", "added",
 def _ada_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr,
     L, scale_stride, shift_stride, gate_stride, residuals, added, eps, total_ptr, out_ptr,
-    ALIGN: tl.constexpr, RMS: tl.constexpr, D: tl.constexpr,
+    ALIGN: tl.constexpr, RMS: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Each program does ROWS rows of one sample, in N chunks. A residual is added to a sample's
@@ -101,7 +110,7 @@ def _ada_norm_kernel(
         others = _with(others, _load(residual_ptr + first, offsets, inside, c))
     sums = ()
     for c in tl.static_range(N):
-        sums = _with(sums, tiles[c] + others[c])
+        sums = _with(sums, _limited(tiles[c] + others[c], LIMIT))
     for c in tl.static_range(N):
         _store(total_ptr + base, sums[c], offsets, _inside(added - start, c, D, ROWS, CHUNK), c)
     tiles = sums
@@ -194,7 +203,12 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     arguments |= {"residuals": B if a.residual is None else a.residual.shape[0]}
     arguments |= {"added": 0 if a.residual is None else L, "eps": float_bits(a.eps)}
     arguments |= {"total_ptr": a.x if a.residual is None else total, "out_ptr": out}
-    constants = {"ALIGN": gcd(vector // size, *strides.values()), "RMS": a.rms, "D": D}
+    constants: dict[str, Any] = {
+        "ALIGN": gcd(vector // size, *strides.values()),
+        "RMS": a.rms,
+        "D": D,
+    }
+    constants |= {"LIMIT": 0.0 if a.residual is None else a.limit}
     constants |= {"N": triton.cdiv(D, chunk), "ROWS": config.rows, "CHUNK": chunk}
     grid = (triton.cdiv(L, config.rows), B)
     launch = Launch(_ada_norm_kernel, arguments, constants, grid, config.num_warps, vector=vector)

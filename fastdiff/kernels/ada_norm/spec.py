@@ -24,6 +24,7 @@ class Arguments:
     gate: Tensor | None = None
     residual: Tensor | None = None
     rms: bool = False
+    limit: float = 0.0
 
 
 def check(a: Arguments) -> None:
@@ -55,6 +56,8 @@ def summed(x: Tensor, gate: Tensor | None, residual: Tensor | None) -> Tensor:
 
 def formula(a: Arguments) -> tuple[Tensor, Tensor]:
     total = summed(a.x, a.gate, a.residual)
+    if a.limit and a.residual is not None:
+        total = total.clamp(-a.limit, a.limit)
     width = total.shape[-1:]
     y = (
         F.rms_norm(total, width, a.weight, a.eps)
@@ -90,6 +93,7 @@ def inputs(
         "gate": gate if case.get("gated") else None,
         "residual": normal(samples, L, D).to(dtype) if samples else None,
         "rms": rms,
+        "limit": case.get("limit", 0.0),
     }
 
 
@@ -136,6 +140,7 @@ CASES = (
     Case("one-token", B=3, L=1, D=70, modulated=True, gated=True, residual=3),
     Case("rms", B=2, L=77, D=1536, eps=1e-6, rms=True, affine=True),
     Case("rms-modulated", B=2, L=19, D=96, eps=1e-6, rms=True, modulated=True, residual=2),
+    Case("limited", B=2, L=9, D=40, modulated=True, gated=True, residual=2, limit=0.5),
     Case("far-mean", B=1, L=64, D=96, affine=True, mean=1000.0, deviation=0.01),
 )
 

@@ -16,6 +16,7 @@ def residual(
     enlarge: int = 1,
     gate: Tensor | None = None,
     scale: float = 1.0,
+    limit: float = 0.0,
 ) -> Tensor:
     """scale · (x + shift + gate · other), each pixel repeated `enlarge` times in both directions.
 
@@ -27,6 +28,7 @@ def residual(
         enlarge: at least 1; 2 in the upsampling of U-Nets and autoencoders.
         gate: [B, C] in x's dtype, one row per sample, of any batch stride; None: 1.
         scale: of the whole sum (a resnet divides its own by its output_scale_factor).
+        limit: a result beyond ±limit becomes ±limit; 0: no limit.
 
     Returns:
         Like x, or [B, enlarge·Y, enlarge·X, C]; contiguous, sums are float32.
@@ -51,5 +53,5 @@ def residual(
         raise ValueError(
             f"residual: gate has {got}; expected {[x.shape[0], x.shape[-1]]} and an other to scale"
         )
-    y: Tensor = _op(x, other, shift, enlarge, gate, scale)
+    y: Tensor = _op(x, other, shift, enlarge, gate, scale, limit)
     return y

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from fastdiff.kernels.dispatch import NATIVE, address, expects, native_dtype, rows
+from fastdiff.kernels.dispatch import NATIVE, NotNative, address, expects, native_dtype, rows
 from fastdiff.kernels.residual.spec import Arguments
 
 
 def run(a: Arguments) -> Tensor:
     dtype = native_dtype("residual", a.x)
+    if a.limit:
+        raise NotNative(f"residual: got the limit {a.limit:g}; the C++ kernel takes none")
     x = a.x.contiguous()
     samples, width = (x.shape[0] if x.ndim > 1 else 1), x.shape[-1]
     expects("residual: other", a.other, x, x.shape)

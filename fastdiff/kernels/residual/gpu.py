@@ -19,7 +19,7 @@ from fastdiff.kernels.tuned import tunable
 def _residual_kernel(
     x_ptr, other_ptr, shift_ptr, gate_ptr, pixels, X, C, others, shifts, L, gate_stride, scale,
     out_ptr,
-    ALIGN: tl.constexpr, ENLARGE: tl.constexpr, SCALED: tl.constexpr,
+    ALIGN: tl.constexpr, ENLARGE: tl.constexpr, SCALED: tl.constexpr, LIMIT: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Each program does ROWS pixels of all pictures together, and P channels; adjacent programs do
@@ -45,6 +45,9 @@ def _residual_kernel(
     total += other
     if SCALED:
         total *= scale.to(tl.float32, bitcast=True)
+    if LIMIT > 0:  # NaN stays NaN
+        total = tl.where(total > LIMIT, LIMIT, total)
+        total = tl.where(total < -LIMIT, -LIMIT, total)
     # the pictures' rows are numbered through, so a pixel has one row and one column
     row, column = rows // X, rows % X
     for down in tl.static_range(ENLARGE):
@@ -115,6 +118,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
         "ALIGN": math.gcd(vector // a.x.element_size(), stride),
         "ENLARGE": a.enlarge,
         "SCALED": a.scale != 1.0,
+        "LIMIT": a.limit,
         "ROWS": config.rows,
         "P": config.channels,
     }

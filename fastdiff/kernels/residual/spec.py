@@ -19,6 +19,7 @@ class Arguments:
     enlarge: int = 1
     gate: Tensor | None = None
     scale: float = 1.0
+    limit: float = 0.0
 
 
 def formula(a: Arguments) -> Tensor:
@@ -27,6 +28,8 @@ def formula(a: Arguments) -> Tensor:
         total = total + (a.other if a.gate is None else a.gate.reshape(_of_samples(a.x)) * a.other)
     if a.scale != 1.0:
         total = total * a.scale
+    if a.limit:
+        total = total.clamp(-a.limit, a.limit)
     if a.enlarge > 1:
         total = total.repeat_interleave(a.enlarge, 1).repeat_interleave(a.enlarge, 2)
     return total.clone() if total is a.x else total
@@ -52,6 +55,7 @@ def inputs(
         "enlarge": case.get("enlarge", 1),
         "gate": normal(case.B, 3 * case.C)[:, case.C : 2 * case.C] if case.get("gated") else None,
         "scale": case.get("scale", 1.0),
+        "limit": case.get("limit", 0.0),
     }
 
 
@@ -89,6 +93,7 @@ CASES = (
     Case("no-bias", B=1, Y=7, X=3, C=40, shift=False),
     Case("no-residual", B=1, Y=5, X=4, C=72, other=False, enlarge=2),
     Case("odd-scaled", B=3, Y=5, X=3, C=37, enlarge=2, scale=0.7071),
+    Case("odd-limited", B=2, Y=1, X=5, C=37, shift=False, tokens=True, gated=True, limit=0.5),
     Case("alone", B=1, Y=1, X=1, C=8, other=False, shift=False),
 )
 
