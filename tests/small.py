@@ -5,6 +5,7 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DiTTransformer2DModel,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     PriorTransformer,
     SD3ControlNetModel,
@@ -156,6 +157,17 @@ PIXART = {
     "cross_attention_dim": 24,
     "caption_channels": 20,
 }
+FLUX = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 20,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (2, 4, 2),
+}
+"""FLUX.1-schnell's architecture; dev's and others are told a guidance."""
 
 
 def inputs_for(unet, shape, dtype=torch.float32):
@@ -301,6 +313,19 @@ def pixart():
     return net, net, (torch.randn(2, 4, 8, 8),), given | more
 
 
+def flux():
+    net = noisy(FluxTransformer2DModel(**FLUX, guidance_embeds=True))
+    ids = torch.tensor([[0.0, i // 3, i % 3] for i in range(6)])
+    given = {"encoder_hidden_states": torch.randn(2, 5, 20), "timestep": torch.tensor([0.5, 0.5])}
+    given |= {"pooled_projections": torch.randn(2, 32), "guidance": torch.full((2,), 2.0)}
+    return (
+        net,
+        net,
+        (torch.randn(2, 6, 16),),
+        given | {"img_ids": ids, "txt_ids": torch.zeros(5, 3)},
+    )
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "upscaler, classic attention": lambda: upscaler("sd21"),
@@ -315,6 +340,7 @@ NETS = {
     "prior": lambda: prior("karlo"),
     "dit": dit,
     "pixart": pixart,
+    "flux": flux,
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

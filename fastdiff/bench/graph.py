@@ -135,15 +135,16 @@ def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
 
 
 def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int | None = None) -> Run:
-    """A plan's step of one picture with guidance; arguments as for `rows`. tokens: of a text; by
-    default as in published pipelines."""
+    """A plan's step of one picture, with guidance if published pipelines have it; arguments as for
+    `rows`. tokens: of a text; by default as in published pipelines."""
     known = named(model)
     denoised = None if known is None else known[1].denoised
     if known is None or denoised is None:
         raise UserError(f"fastdiff has no denoising loop for a {type(model).__name__}")
     ((module, kind),) = known[1].taken("", nn.Module.to(model, dtype=dtype)).values()
     network = kind.borrow(module, Loan(module, rehearsal=True)).network
-    return step(network, *denoised.picture(network, side, 2, tokens))
+    texts = 2 if denoised.guided else 1
+    return step(network, *denoised.picture(network, side, texts, tokens))
 
 
 def rows(model: nn.Module, gpu: Gpu, dtype: torch.dtype, side: int) -> list[Launches]:

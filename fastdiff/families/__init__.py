@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff.families.part import Part
 from fastdiff.models.borrow import Loan, Unsupported
+from fastdiff.models.checks import channel_axis
 from fastdiff.models.watch import class_name
 from fastdiff.recipes import RECIPES
 from fastdiff.runtime.planned import Run, guided_steps, step
@@ -97,6 +98,10 @@ class Denoised:
     """Components of a pipeline that give it residuals, which an exported file does not take."""
     shape: Callable[[Any, int], tuple[int, ...]] | None = None
     """(network, side) -> the shape of a picture's latents. None: [1, C, side, side]."""
+    placed: Callable[[Any, Tensor], Any] = lambda given, latents: given
+    """(conditions, latents) -> the conditions with the positions of the latents' tokens."""
+    guided: bool = True
+    """Whether published pipelines use classifier-free guidance."""
 
     def picture(
         self, network: Any, side: int, texts: int, tokens: int | None = None
@@ -109,13 +114,15 @@ class Denoised:
             shape = self.shape(network, side)
         channels = torch.empty(shape, dtype=network.dtype, device="meta")
         given = self.example(network, texts, tokens or self.tokens)
+        axis = channel_axis(channels)
+        latents, others = channels.tensor_split((own,), axis)
         if constant:
-            given = given._replace(constant_channels=channels[:, own:])
-        return given, channels[:, :own].contiguous()
+            given = given._replace(constant_channels=others)
+        return self.placed(given, latents), latents.contiguous()
 
     def loop(self, network: Any, sizes: Sizes) -> list[Run]:
         """The functions that a picture's loop runs, for any scheduler; `network`: see `picture`."""
-        texts = 2 if sizes.guided else 1
+        texts = 2 if sizes.guided and self.guided else 1
         given, latents = self.picture(network, sizes.side, texts)
         return [step(network, given, latents), *guided_steps(network, given, latents, texts)]
 

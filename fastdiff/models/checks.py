@@ -14,6 +14,11 @@ def refuse(**given: Any) -> None:
             raise Unsupported(f"it was given {name}")
 
 
+def channel_axis(latents: Tensor) -> int:
+    """The axis of the channels: 1 of pictures [B, C, Y, X], the last of tokens [B, L, C]."""
+    return 1 if latents.ndim == 4 else latents.ndim - 1
+
+
 def checked(name: str, tensor: Tensor | None, weight: Tensor, channels: int, dim: int) -> Tensor:
     """`tensor`; Unsupported unless it has these channels and dimensions, and `weight`'s dtype and
     device.
@@ -22,8 +27,7 @@ def checked(name: str, tensor: Tensor | None, weight: Tensor, channels: int, dim
     """
     if tensor is None:
         raise Unsupported(f"{name} is missing")
-    at = 1 if dim == 4 else -1
-    if tensor.ndim != dim or tensor.shape[at] != channels:
+    if tensor.ndim != dim or tensor.shape[channel_axis(tensor)] != channels:
         raise Unsupported(
             f"{name} has the shape {list(tensor.shape)}; expected {channels} channels in {dim}"
             " dimensions"

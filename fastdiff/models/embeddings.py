@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastdiff.kernels.linear import linear
 from fastdiff.models.blocks import require
-from fastdiff.models.borrow import Loan, Weights
+from fastdiff.models.borrow import Loan, Weights, kind
 
 
 @dataclass(frozen=True)
@@ -78,28 +78,36 @@ def embedded_times(
 
 @dataclass(frozen=True)
 class TimeText:
-    """The sum of a timestep's and a pooled text's embeddings."""
+    """The sum of a timestep's and a pooled text's embeddings, and of a distilled guidance's."""
 
     sinusoid: Sinusoid
     time: Embedding
     text: Embedding
+    guidance: Embedding | None = None
 
-    def __call__(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
-        """[steps, n] and [B, D'] -> [steps, B, D]; n is 1 or divides B (k texts per timestep)."""
-        told = timesteps.to(pooled.device), pooled.dtype, len(pooled)
-        return embedded_times(self.sinusoid, self.time, *told) + self.text(pooled)
+    def __call__(self, timesteps: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """[steps, n], [B, D'] and [m] -> [steps, B, D]; n and m are 1 or divide B (k texts per
+        timestep)."""
+        device, told = pooled.device, (pooled.dtype, len(pooled))
+        times = embedded_times(self.sinusoid, self.time, timesteps.to(device), *told)
+        if self.guidance is not None and guidance is not None:
+            scales = guidance.to(device)[None]
+            times = times + embedded_times(self.sinusoid, self.guidance, scales, *told)
+        return times + self.text(pooled)
 
 
 def borrow_time_text(module: Any, loan: Loan) -> TimeText:
-    """From a CombinedTimestepTextProjEmbeddings."""
-    both = loan.open(module, "CombinedTimestepTextProjEmbeddings")
+    """From a CombinedTimestepTextProjEmbeddings, or the one with guidance."""
+    name = "CombinedTimestepGuidanceTextProjEmbeddings"
+    both = loan.open(module, "CombinedTimestepTextProjEmbeddings", name)
     text = loan.open(both.text_embedder, "PixArtAlphaTextProjection")
     loan.silu(text.act_1, "an activation in the text embedding")
     sinusoid, time = (
         borrow_sinusoid(both.time_proj, loan),
         borrow_embedding(both.timestep_embedder, loan),
     )
-    require(time.condition is None, "a time embedding with a condition")
-    return TimeText(
-        sinusoid, time, Embedding(loan.linear(text.linear_1), loan.linear(text.linear_2), None)
-    )
+    guidance = borrow_embedding(both.guidance_embedder, loan) if kind(module) == name else None
+    for told in (time, guidance):
+        require(told is None or told.condition is None, "a time embedding with a condition")
+    pooled = Embedding(loan.linear(text.linear_1), loan.linear(text.linear_2), None)
+    return TimeText(sinusoid, time, pooled, guidance)

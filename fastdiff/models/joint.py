@@ -14,10 +14,14 @@ from fastdiff.kernels.residual import residual
 from fastdiff.models.blocks import Columns, require
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.joint_attention import Image, JointAttention, borrow_joint_attention
+from fastdiff.models.rotary import Turns
 from fastdiff.models.stream import Stream
 from fastdiff.models.switches import Switch
 
-_VECTORS = {"AdaLayerNormZero": 6, "SD35AdaLayerNormZeroX": 9, "AdaLayerNormContinuous": 2}
+_VECTORS = {
+    **{"AdaLayerNormZero": 6, "AdaLayerNormZeroSingle": 3},
+    **{"SD35AdaLayerNormZeroX": 9, "AdaLayerNormContinuous": 2},
+}
 """The number of vectors that a norm of each class takes."""
 
 
@@ -67,9 +71,10 @@ class JointBlock:
         text_bias: Tensor | None = None,
         images: tuple[Image | None, ...] = (None, None),
         perturbed: int = 0,
+        turns: tuple[Turns | None, Turns | None] = (None, None),
     ) -> tuple[Stream, Stream | None]:
-        """`row`: [B, all vectors]. `images`: for `attention` and `own`. `perturbed`: for
-        `attention`. The returned text is None if its result is not used."""
+        """`row`: [B, all vectors]. `images`: for `attention` and `own`. `perturbed` and `turns`:
+        for `attention`. The returned text is None if its result is not used."""
         shift, scale, gate, *vectors = self.norm.vectors(row)
         h = picture.normed(self.norm.eps, shift, scale)
         h_text, text_vectors = None, list[Tensor]()
@@ -77,7 +82,7 @@ class JointBlock:
             first, second, *text_vectors = self.text_norm.vectors(row)
             shift, scale = (first, second) if text_vectors else (second, first)
             h_text = text.normed(self.text_norm.eps, shift, scale)
-        seen, told = self.attention(h, h_text, text_bias, images[0], perturbed)
+        seen, told = self.attention(h, h_text, text_bias, images[0], perturbed, turns)
         x = picture.closed()
         if self.own is not None:
             own_shift, own_scale, own_gate = vectors[3:]

@@ -14,6 +14,7 @@ from fastdiff.models.blocks import require, split_heads
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.perturbed import appended, attention_to_text
 from fastdiff.models.reads import Reader
+from fastdiff.models.rotary import Turns
 from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
@@ -26,14 +27,14 @@ IP_PROCESSOR = "SD3IPAdapterJointAttnProcessor2_0"
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMSNorms of queries and keys, per head."""
+    """RMSNorms of queries and keys, per head, and their rotary embedding."""
 
     q: Tensor | None
     k: Tensor | None
     eps: float
 
-    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return qk_norm(q, k, self.q, self.k, self.eps)
+    def __call__(self, q: Tensor, k: Tensor, turns: Turns | None = None) -> tuple[Tensor, Tensor]:
+        return qk_norm(q, k, self.q, self.k, self.eps, *(turns or (None, None)))
 
 
 class Image(NamedTuple):
@@ -75,18 +76,20 @@ class JointAttention:
         text_bias: Tensor | None = None,
         image: Image | None = None,
         perturbed: int = 0,
+        turns: tuple[Turns | None, Turns | None] = (None, None),
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, L, D], text [B, T, D] -> the same shapes; None for an unused result.
+        """x [B, L, D], text [B, T, D] -> the same shapes; None for an unused result. `turns`: of
+        the picture's tokens and of the text's.
 
         In the last `perturbed` samples, a token of the picture attends to itself and to the text
         only. If there are any, nothing is normalised in the others either, as in diffusers.
         """
         q, k, v = split_heads(linear(x, self.qkv.weight, self.qkv.bias), 3, self.heads)
-        normed = (q, k) if self.norms is None or perturbed else self.norms(q, k)
+        normed = (q, k) if self.norms is None or perturbed else self.norms(q, k, turns[0])
         if text is None or self.text is None:
             seen, told = attention(*normed, v), None
         else:
-            text_q, text_k, text_v = self._of_text(text, normed=not perturbed)
+            text_q, text_k, text_v = self._of_text(text, not perturbed, turns[1])
             seen, told = joint_attention(*normed, v, text_q, text_k, text_v, text_bias=text_bias)
             if perturbed:
                 q, k, v, text_k, text_v = (t[-perturbed:] for t in (q, k, v, text_k, text_v))
@@ -102,14 +105,16 @@ class JointAttention:
             return seen, None
         return seen, linear(told.flatten(2), self.text.out.weight, self.text.out.bias)
 
-    def _of_text(self, text: Tensor, normed: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _of_text(
+        self, text: Tensor, normed: bool, turns: Turns | None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         assert self.text is not None
         packed = linear(text, self.text.qkv.weight, self.text.qkv.bias)
         asked = self.text.out is not None
         *queries, k, v = split_heads(packed, 3 if asked else 2, self.heads)
         q = queries[0] if asked else k
         if self.text.norms is not None and normed:
-            q, k = self.text.norms(q, k)
+            q, k = self.text.norms(q, k, turns)
         return q if asked else None, k, v
 
 

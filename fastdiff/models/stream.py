@@ -16,13 +16,18 @@ from fastdiff.models.perturbed import appended
 class Stream:
     """total + gate · branch, [B, L, D]; computed once, at the first read.
 
-    branch: [B, L, D]; gate: [B, D], None: 1; total: [B, L, D], or [1, L, D] for all samples.
+    branch: [B, L, D]; gate: [B, D], None: 1; total: [B, L, D], or [1, L, D] for all samples. A sum
+    beyond ±limit becomes ±limit; 0: no limit.
     """
 
     def __init__(
-        self, branch: Tensor, gate: Tensor | None = None, total: Tensor | None = None
+        self,
+        branch: Tensor,
+        gate: Tensor | None = None,
+        total: Tensor | None = None,
+        limit: float = 0.0,
     ) -> None:
-        self._branch, self._gate, self._total = branch, gate, total
+        self._branch, self._gate, self._total, self._limit = branch, gate, total, limit
 
     @property
     def batch(self) -> int:
@@ -38,7 +43,12 @@ class Stream:
     def normed(self, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
         """LayerNorm · (1 + scale) + shift, with vectors [B, D]."""
         y, total = ada_norm(
-            self._branch, eps, scale=scale, shift=shift, gate=self._gate, residual=self._total
+            *(self._branch, eps),
+            scale=scale,
+            shift=shift,
+            gate=self._gate,
+            residual=self._total,
+            limit=self._limit,
         )
         if self._total is not None:
             self._close(total)
@@ -48,13 +58,17 @@ class Stream:
         """The sum as a tensor [B, L, D]."""
         if self._total is not None:
             total = self._total.expand_as(self._branch).contiguous()
-            self._close(residual(total, self._branch, gate=self._gate))
+            self._close(residual(total, self._branch, gate=self._gate, limit=self._limit))
         return self._branch
+
+    def limited(self, limit: float) -> "Stream":
+        """The same sum with this limit; not read yet."""
+        return Stream(self._branch, self._gate, self._total, limit)
 
     def plus(self, other: Tensor) -> "Stream":
         """This stream plus a tensor [B, L, D]."""
-        if self._total is None:
-            return Stream(residual(self._branch, other))
+        if self._total is None or self._limit:
+            return Stream(residual(self.closed(), other))
         total = self._total.expand_as(self._branch).contiguous()
         return Stream(self._branch, self._gate, residual(total, other))
 

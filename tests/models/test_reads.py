@@ -54,6 +54,8 @@ OTHERS = {
     "JointTransformerBlock": {"attn2"},  # where use_dual_attention says that it has none
     "RMSNorm": {"dim"},
     "SD3ControlNetModel": {"_internal_dict"},
+    "FluxAttention": {"dropout"},
+    "FluxTransformer2DModel": {"_internal_dict"},
     "PriorTransformer": {"num_attention_heads"},  # read of its config
     "DiTTransformer2DModel": {"height", "width", "_internal_dict"},
     "PixArtTransformer2DModel": {"height", "width"},

@@ -1,0 +1,178 @@
+"""FLUX's transformer against diffusers in float64, at reduced widths."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from covered import covered
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers import transformer_flux
+from small import FLUX, noisy
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastdiff.bench.graph import launched
+from fastdiff.kernels.contract import judge
+from fastdiff.models import Loan, Unsupported
+from fastdiff.models.flux import Conditions, borrow_flux
+from fastdiff.runtime.denoiser import denoiser
+from fastdiff.runtime.planned import step
+
+KINDS = {"dev": {"guidance_embeds": True}, "schnell": {}}
+COUNTS = ((1, 15, 7), (2, 6, 1), (3, 1, 5))
+"""Pictures, and the tokens of a picture and of a text."""
+
+
+def transformer(kind="dev", dtype=torch.float32, **more):
+    return noisy(FluxTransformer2DModel(**FLUX | KINDS[kind] | more)).to(dtype)
+
+
+def positions(tokens, columns=3):
+    return torch.tensor([[0, i // columns, i % columns] for i in range(tokens)])
+
+
+def conditions(kind="dev", count=1, picture=15, text=7, dtype=torch.float32, **more):
+    """Guidance and positions are exact in every dtype."""
+    return Conditions(
+        torch.randn(count, text, 20).to(dtype),
+        torch.randn(count, 32).to(dtype),
+        positions(picture).to(dtype),
+        torch.zeros(text, 3, dtype=dtype),
+        torch.tensor([2.0, 1.0, 4.0])[:count] if kind == "dev" else None,
+        **more,
+    )
+
+
+@contextmanager
+def turned_in_float64():
+    """diffusers turns heads in float32, whatever their dtype."""
+    own = transformer_flux.apply_rotary_emb
+
+    def turn(x, tables, sequence_dim):
+        cos, sin = (table.double()[None, :, None, :] for table in tables)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * cos + torch.stack((-odd, even), -1).flatten(-2) * sin
+
+    transformer_flux.apply_rotary_emb = turn
+    try:
+        yield
+    finally:
+        transformer_flux.apply_rotary_emb = own
+
+
+def doubled(tree):
+    return tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def by_diffusers(module, latents, times, given):
+    names = given._asdict()
+    channels, tokens = names.pop("constant_channels"), names.pop("constant_tokens")
+    if channels is not None:
+        latents = torch.cat([latents, channels], -1)
+    whole = latents if tokens is None else torch.cat([latents, tokens], 1)
+    made = module(whole, timestep=times, **names, return_dict=False)[0]
+    return made[:, : latents.shape[1]]
+
+
+def hold(module, latents, given, times=None):
+    """Our prediction within the error budget of diffusers' own."""
+    times = torch.tensor([0.5, 0.125, 1.0])[: len(latents)] if times is None else times
+    with torch.no_grad():
+        eager = by_diffusers(copy.deepcopy(module), latents, times.to(latents.dtype), given)
+        with turned_in_float64():
+            exact = copy.deepcopy(module).double()
+            truth = by_diffusers(exact, latents.double(), times.double(), doubled(given))
+        network = denoiser(borrow_flux(module, Loan(module)))
+        made = network(latents, times.to(latents.dtype), given)
+    verdict = judge("prediction", made, eager, truth)
+    assert verdict.passed, verdict
+    return made
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(("kind", "counts", "dtype"), covered([*KINDS], COUNTS, DTYPES))
+def test_predictions(kind, counts, dtype):
+    count, picture, text = counts
+    latents = torch.randn(count, picture, 16).to(dtype)
+    hold(transformer(kind, dtype), latents, conditions(kind, *counts, dtype))
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_controlnets_residuals(repeat):
+    """Three blocks of each kind share two residuals, in groups or in turn."""
+    net, given = transformer(num_layers=3), conditions(count=2)
+    for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+        given = given._replace(**{name: [torch.randn(2, 15, 24) for _ in range(2)]})
+    hold(net, torch.randn(2, 15, 16), given._replace(controlnet_blocks_repeat=repeat))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_channels_that_stay_the_same(count):
+    net = transformer(in_channels=24, out_channels=16)
+    given = conditions(count=count, constant_channels=torch.randn(count, 15, 8))
+    hold(net, torch.randn(count, 15, 16), given)
+
+
+def test_tokens_that_stay_the_same():
+    given = conditions(count=2, picture=15 + 4, constant_tokens=torch.randn(2, 4, 16))
+    hold(transformer(), torch.randn(2, 15, 16), given)
+
+
+def test_float16_is_clipped_where_diffusers_clips_it():
+    """A text's and the single blocks' sums beyond float16 become its largest number."""
+    net = transformer()
+    with torch.no_grad():
+        net.transformer_blocks[-1].ff_context.net[2].weight.mul_(1e5)
+        net.single_transformer_blocks[0].proj_out.weight.mul_(1e3)
+    net = net.half()
+    latents, given = torch.randn(1, 15, 16).half(), conditions(dtype=torch.float16)
+    made = denoiser(borrow_flux(net, Loan(net)))(latents, torch.tensor([0.5]), given)
+    with torch.no_grad():
+        eager = by_diffusers(net, latents, torch.tensor([0.5]).half(), given)
+    assert eager.isfinite().all()
+    torch.testing.assert_close(made, eager, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"guidance": None}, "guidance is missing"),
+        ({"guidance": torch.ones(2)}, "guidance has the shape"),
+        ({"img_ids": positions(14)}, r"img_ids has the shape \[14, 3\]; expected \[15, 3\]"),
+        ({"txt_ids": torch.zeros(1, 7, 3)}, "txt_ids has the shape"),
+        ({"pooled_projections": torch.zeros(2, 32)}, "pooled_projections is for 2 pictures"),
+        ({"controlnet_block_samples": []}, "controlnet_block_samples is empty"),
+        ({"constant_channels": torch.zeros(1, 15, 8)}, "expected 8 channels"),
+    ],
+)
+def test_what_it_is_not_given(given, what):
+    network = borrow_flux(net := transformer(), Loan(net))
+    network.check(torch.zeros(1, 15, 16), conditions())
+    with pytest.raises(Unsupported, match=what):
+        network.check(torch.zeros(1, 15, 16), conditions()._replace(**given))
+
+
+def test_what_it_is_not():
+    net = transformer()
+    net.fuse_qkv_projections()
+    with pytest.raises(Unsupported, match="fused projections"):
+        borrow_flux(net, Loan(net))
+    net = transformer()
+    net.transformer_blocks[1].attn.processor._attention_backend = "flash"
+    with pytest.raises(Unsupported, match="an attention backend that was set"):
+        borrow_flux(net, Loan(net))
+
+
+def test_launches():
+    """15 of a block with two streams, 7 of one with one; beside them the embedding, three to join
+    the streams, the last norm and the last product."""
+    with torch.device("meta"):
+        net = FluxTransformer2DModel(**FLUX).to(torch.float16).eval()
+    network = borrow_flux(net, Loan(net, rehearsal=True))
+    with torch.device("meta"):
+        given = conditions("schnell", dtype=torch.float16)
+        run = step(network, given, torch.zeros(1, 15, 16, dtype=torch.float16))
+    assert len(launched(run, 90)) == 2 * 15 + 3 * 7 + 1 + 3 + 2 + 1
