@@ -16,6 +16,7 @@ UNET2D: Mapping[str, str] = {"unet": "unet2d"}
 MOVQ: Mapping[str, str] = {"unet": "unet", "movq": "vae"}
 PIXART: Mapping[str, str] = {"transformer": "pixart", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
+FLUX: Mapping[str, str] = {"transformer": "flux", "vae": "vae"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def _rows() -> dict[str, Recipe]:
     blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
+    flux = "FluxPipeline"
     return {
         sd: Recipe(plan=unets.SD, from_text=sd, exported=True),
         "StableDiffusionImg2ImgPipeline": Recipe(plan=unets.SD, from_text=sd),
@@ -114,6 +116,18 @@ def _rows() -> dict[str, Recipe]:
         "PixArtSigmaPipeline": Recipe(PIXART, plan=transformers.PIXART_SIGMA),
         "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=transformers.DIT),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
+        flux: Recipe(FLUX, plan=transformers.FLUX, from_text=flux),
+        "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE, from_text=flux),
+        "FluxInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_INPAINT, from_text=flux),
+        "FluxFillPipeline": Recipe(FLUX, plan=transformers.FLUX_FILL),
+        "FluxControlPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
+        "FluxControlImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
+        "FluxControlInpaintPipeline": Recipe(FLUX, loop="the picture that it keeps is packed anew"),
+        "FluxKontextPipeline": Recipe(FLUX, plan=transformers.FLUX_KONTEXT, from_text=flux),
+        "FluxKontextInpaintPipeline": Recipe(FLUX),
+        "FluxControlNetPipeline": Recipe(FLUX),
+        "FluxControlNetImg2ImgPipeline": Recipe(FLUX),
+        "FluxControlNetInpaintPipeline": Recipe(FLUX),
         "StableDiffusionUpscalePipeline": Recipe(plan=unets.UPSCALE, upcasts=True),
         "LDMTextToImagePipeline": Recipe({"unet": "unet", "vqvae": "vae"}, plan=unets.LDM),
         "LDMSuperResolutionPipeline": Recipe(

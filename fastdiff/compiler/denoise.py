@@ -15,6 +15,7 @@ from fastdiff.compiler.promotion import first_overflow, overflowed
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.models import Unsupported
+from fastdiff.models.checks import channel_axis
 from fastdiff.runtime.contents import Standing
 from fastdiff.runtime.loop import Mark, Run
 from fastdiff.runtime.schedulers import NotLinear, probe, refuse_foreign
@@ -38,7 +39,8 @@ class Denoising:
         table = probe(self.scheduler, call.step_options, call.timesteps)
         self.table = replace(table, scales=check_scales(call.plan, self.given, table.scales))
         guided, reads = self.predictor.predictions.guided, self.table.variance
-        channels, module = call.latents.shape[1], self.predictor.slot.module
+        channels = call.latents.shape[channel_axis(call.latents)]
+        module = self.predictor.slot.module
         check_variance(call.plan, module, self.scheduler, channels, guided, reads)
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]

@@ -44,7 +44,7 @@ def inpainting_of(
     for name, value in zip(_NAMES, parts, strict=True):
         _check_kind(name, value, latents)
     count = predictions_of(setting).count
-    if count > 1:
+    if count > 1 and len(mask) == count * len(latents):
         mask = mask.chunk(count)[0]
     elif hasattr(type(pipe), "do_perturbed_attention_guidance"):
         mask = mask[:1]  # diffusers takes the first of them for all pictures

@@ -126,18 +126,22 @@ def call_of(
         )
     if callback is not None and not asks:
         raise Unsupported("after callback_on_step_end it could not resume in mid-loop")
-    if callback is not None and not pipe.do_classifier_free_guidance and not own("encode_prompt"):
+    settings = settings_of(plan, local)
+    name = "do_classifier_free_guidance"
+    guided = bool(settings[name] if name in settings else getattr(pipe, name, False))
+    if callback is not None and not guided and not own("encode_prompt"):
         raise Unsupported("its encode_prompt was replaced and may keep the embeddings it returns")
+    if callback is not None and guided and plan.unconditional:
+        raise Unsupported("a callback may replace one half of what the network is told")
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
     denoised = family(recipe.networks[plan.network]).denoised
     assert denoised is not None
-    settings, network = settings_of(plan, local), getattr(pipe, plan.network)
-    given = conditions_of(pipe, network, plan, local, settings)
+    given = conditions_of(pipe, getattr(pipe, plan.network), plan, local, guided)
     steps = local["timesteps"] if timesteps is None else timesteps
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:
         told["prev_timestep"] = following(steps)
-    doubled = plan.doubled and settings["do_classifier_free_guidance"]
+    doubled = plan.doubled and guided
     call = Call(
         latents=held.chunk(2)[0] if doubled else held,
         held=held,
@@ -156,5 +160,5 @@ def call_of(
         call,
         skips=skip_layers_of(setting, local, plan),
         inpainting=inpainting_of(pipe, setting, local, plan),
-        handed={name: local[name] for name in handed if plan.entrance == "interrupt"},
+        handed={name: local[name] for name in handed if asks and not plan.only_read},
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdiff.models import Unsupported
 from fastdiff.models.blocks import require
+from fastdiff.models.checks import channel_axis
 from fastdiff.plans import Plan
 
 
@@ -22,30 +23,34 @@ def settings_of(plan: Plan, local: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conditions_of(
-    pipe: Any, network: Any, plan: Plan, local: Mapping[str, Any], settings: Mapping[str, Any]
+    pipe: Any, network: Any, plan: Plan, local: Mapping[str, Any], guided: bool
 ) -> dict[str, Any]:
     """The network's conditions by field.
 
     Args:
         network: diffusers' own.
         local: the loop's variables.
-        settings: of `settings_of`.
+        guided: whether there is classifier-free guidance.
 
     It compares the entries of conditions that loops repeat, so it waits for a GPU once.
     """
-    name = "do_classifier_free_guidance"
-    guided = bool(settings[name] if name in settings else getattr(pipe, name, False))
     given: dict[str, Any] = {field: local.get(name) for field, name in plan.conditions.items()}
     for field, name in plan.unconditional.items() if guided else ():
         if name not in local:
             raise Unsupported(f"this version of diffusers has no {name} in its loop")
-        given[field] = torch.cat([local[name], given[field]])
+        first, second = local[name], given[field]
+        require(first.shape == second.shape, f"{name} of another shape than the other half's")
+        given[field] = torch.cat([first, second])
+    for field, name in plan.alike.items() if guided else ():
+        told = local.get(name)
+        require(told is not None and torch.equal(told, given[field]), f"{name} of its own")
     for field in plan.repeated:
         given[field] = _once(given[field])
     latents = local[plan.latents]
-    if plan.constant_channels and network.config.in_channels > latents.shape[1]:
+    axis = channel_axis(latents)
+    if plan.constant_channels and network.config.in_channels > latents.shape[axis]:
         parts = [local[name] for name in plan.constant_channels]
-        given["constant_channels"] = _shared(torch.cat(parts, dim=1), guided, len(latents))
+        given["constant_channels"] = _shared(torch.cat(parts, dim=axis), guided, len(latents))
     return given | carried(pipe, plan)
 
 

@@ -72,12 +72,17 @@ class Plan:
     unconditional: Mapping[str, str] = field(default_factory=dict)
     """By field of the conditions, the variable that holds the unconditional half, if the loop
     itself puts it before the other in every step."""
+    alike: Mapping[str, str] = field(default_factory=dict)
+    """By field of the conditions that both halves share, the variable of the unconditional one,
+    which must be equal."""
     repeated: tuple[str, ...] = ()
     """Fields of the conditions that are the same for all pictures in most calls; then the network
     is given one."""
     constant_channels: tuple[str, ...] = ()
     """The variables whose channels the loop puts behind the latents in every step, if the network
     takes more channels than the latents have."""
+    only_read: bool = False
+    """Whether the loop ignores a callback that returns them, or its mask."""
     scaled: str = "latents"
     """What `scale_model_input` is given: "latents"; "input", with the constant channels; "sample",
     if the scheduler also steps what it gives; "" if the loop does not call it."""

@@ -1,4 +1,4 @@
-"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT and PixArt."""
+"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT, PixArt and FLUX."""
 
 from dataclasses import replace
 
@@ -53,3 +53,39 @@ PIXART_SIGMA = Plan(
     drops_variance=True,
 )
 PIXART_ALPHA = replace(PIXART_SIGMA, many_steps=True)
+_FLUX = Plan(
+    conditions={
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+        "img_ids": "latent_image_ids",
+        "txt_ids": "text_ids",
+        "guidance": "guidance",
+    },
+    required=("prompt_embeds", "pooled_prompt_embeds", "latent_image_ids", "text_ids", "guidance"),
+    returned=("prompt_embeds",),
+    attention_kwargs="joint_attention_kwargs",
+    only_read=True,
+    scaled="",
+    told=lambda timesteps, dtype: timesteps.to(dtype) / 1000,
+)
+FLUX_PICTURE = replace(
+    _FLUX,
+    settings={"guidance_scale": "true_cfg_scale", "do_classifier_free_guidance": "do_true_cfg"},
+    unconditional={
+        "encoder_hidden_states": "negative_prompt_embeds",
+        "pooled_projections": "negative_pooled_prompt_embeds",
+    },
+)
+FLUX = replace(FLUX_PICTURE, alike={"txt_ids": "negative_text_ids"})
+FLUX_INPAINT = replace(FLUX_PICTURE, noises="scale_noise")
+FLUX_FILL = replace(_FLUX, constant_channels=("masked_image_latents",))
+FLUX_CONTROL = replace(_FLUX, constant_channels=("control_image",))
+FLUX_KONTEXT = replace(
+    FLUX,
+    conditions={
+        **FLUX.conditions,
+        "img_ids": "latent_ids",
+        "constant_tokens": "image_latents",
+    },
+    required=("prompt_embeds", "pooled_prompt_embeds", "latent_ids", "text_ids", "guidance"),
+)
