@@ -67,7 +67,7 @@ def _planned(flux: Denoiser, sizes: Sizes) -> list[Run]:
 
 
 def _example(net: Flux, texts: int, tokens: int) -> Conditions:
-    weight, axes = net.modulation.weight, len(net.rotary.axes)
+    weight, axes = net.proj_out.weight, len(net.rotary.axes)
     told = None if net.time_text.guidance is None else empty(weight, 1).float()
     return Conditions(
         empty(weight, texts, tokens, net.context.weight.shape[1]),

@@ -144,13 +144,11 @@ class Loan(Reads):
         return Norm(weight, bias, groups, parts.eps)
 
     def rms_norm(self, layer: nn.Module) -> tuple[Tensor | None, float]:
-        """Use torch's or diffusers' RMSNorm in place: returns its weight, if it has one, and its
-        eps."""
+        """Use an RMSNorm of torch or diffusers in place: returns its weight, if any, and its eps."""
         parts = self.open(layer, "RMSNorm")
         if type(layer) is nn.RMSNorm:
-            weight, over = parts.weight, parts.normalized_shape
-            if weight is None or parts.eps is None or tuple(weight.shape) != over or len(over) != 1:
-                raise Unsupported(f"an RMSNorm over {over} without weight or eps, or of others")
+            if parts.eps is None or parts.normalized_shape != getattr(parts.weight, "shape", None):
+                raise Unsupported(f"an RMSNorm over {parts.normalized_shape}, or without an eps")
         elif parts.bias is not None:
             raise Unsupported("an RMSNorm with a bias")
         return None if parts.weight is None else self._keep(parts.weight), parts.eps

@@ -28,6 +28,7 @@ from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import JointBlock, Modulated, borrow_modulated
 from fastdiff.models.rotary import Rotary, Turns, borrow_rotary, check_positions
 from fastdiff.models.stream import Stream
+from fastdiff.models.weights import project
 from fastdiff.tables import plural
 
 LIMIT = 65504.0
@@ -109,7 +110,7 @@ class Flux:
             latents: [B, L, C].
             copies: G, the number of texts for each of the latents.
         """
-        weight, more = self.modulation.weight, given.constant_tokens
+        weight, more = self.proj_out.weight, given.constant_tokens
         channels = given.constant_channels
         constant = 0 if channels is None else channels.shape[-1]
         checked("hidden_states", latents, weight, self.channels - constant, 3)
@@ -142,7 +143,7 @@ class Flux:
             controls = getattr(given, name)
             require(controls is None or len(controls) > 0, f"{name} is empty")
             for control in controls or ():
-                checked(f"one of {name}", control, weight, weight.shape[1], 3)
+                checked(f"one of {name}", control, weight, self.embed.weight.shape[0], 3)
                 check_count(f"one of {name}", control, latents, copies)
                 require(control.shape[1] == own and more is None, f"{name} of other tokens")
 
@@ -168,7 +169,7 @@ class Flux:
             if given.guidance is not None:
                 guidance = given.guidance.to(self.dtype) * 1000
             embedded = F.silu(self.time_text(timesteps, pooled, guidance))
-            rows = linear(embedded, self.modulation.weight, self.modulation.bias)
+            rows = project(embedded, self.modulation)
         with scope("text"):
             told = linear(text.contiguous(), self.context.weight, self.context.bias)
         made, more = given.constant_channels, given.constant_tokens
@@ -270,7 +271,7 @@ def borrow_flux(module: Any, loan: Loan) -> Flux:
         embed=loan.linear(net.x_embedder),
         rotary=borrow_rotary(net.pos_embed, loan, head),
         time_text=borrow_time_text(net.time_text_embed, loan),
-        modulation=loan.linear(*rows.layers),
+        modulation=loan.linear(*rows.layers, hoisted=True),
         context=loan.linear(net.context_embedder),
         blocks=blocks,
         singles=singles,
