@@ -25,6 +25,8 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     PixArtSigmaPipeline,
     UnCLIPImageVariationPipeline,
     UnCLIPScheduler,
@@ -38,6 +40,7 @@ from fastdiff.bench.machine import commit, machine, versions
 from fastdiff.bench.pixels import noise_as
 from fastdiff.bench.preset_added import UNCLIP
 from fastdiff.bench.preset_dit import DIT_256, PIXART_SIGMA
+from fastdiff.bench.preset_flux import FLUX
 from fastdiff.bench.preset_parts import Text, clip, clip_tokenizer, made, random
 from fastdiff.bench.preset_prior import PRIOR, prior_alone
 from fastdiff.bench.receipt import PICTURE_FACTOR, PICTURE_FLOOR, Receipt
@@ -192,11 +195,37 @@ def call_pixart(pipe: Any, steps: int) -> Any:
     ).images
 
 
+def make_flux(scale: float, dtype: torch.dtype) -> Any:
+    cls, config = FLUX.network(scale)
+    return made(
+        FluxPipeline,
+        scheduler=made(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
+        vae=vae(dtype),
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+        transformer=random(cls, config, dtype, "cpu", 0),
+    )
+
+
+def call_flux(pipe: Any, steps: int) -> Any:
+    """Its guidance is distilled; the latents are those of a tenth of its width."""
+    dtype, config, side = pipe.transformer.dtype, pipe.transformer.config, FLUX.side(0.1)
+    return pipe(
+        prompt_embeds=noise(1, TOKENS, config.joint_attention_dim, seed=1).to(dtype),
+        pooled_prompt_embeds=noise(1, config.pooled_projection_dim, seed=2).to(dtype),
+        height=side,
+        width=side,
+        num_inference_steps=steps,
+        latents=noise(1, side**2 // 4, config.in_channels).to(dtype),
+        output_type="latent",
+    ).images
+
+
 LOOPS = {
     "prior": Loop(make_prior, "prior", call_prior),
     "unclip-decoder": Loop(make_decoder, "decoder", call_decoder, plans=2),
     "dit": Loop(make_dit, "transformer", call_dit),
     "pixart": Loop(make_pixart, "transformer", call_pixart),
+    "flux": Loop(make_flux, "transformer", call_flux),
 }
 
 

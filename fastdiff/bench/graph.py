@@ -106,8 +106,8 @@ class _Recorder(Planning):
             seen, flops = seen | tensors.keys(), 0
 
 
-class _Attention(TorchFunctionMode):
-    """Notes torch's own attention, which differs by device, as one library launch."""
+class _Whole(TorchFunctionMode):
+    """Notes torch's own attention and RMSNorm, which differ by device, as one launch each."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -116,9 +116,16 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if function is F.rms_norm:
+            x, weight = args[0], args[2] if len(args) > 2 else None
+            made = torch.empty_like(x)
+            traffic = sum(bytes_of(t) for t in (x, weight, made) if t is not None)
+            self._recorder.note("torch rms_norm", traffic)
+            return made
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        q, k, v = args[:3]
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        q, k, v = named["query"], named["key"], named["value"]
         B, H, L, K = q.shape
         out = torch.empty((B, L, H, K), dtype=q.dtype, device=q.device).transpose(1, 2)
         work = sum(map(bytes_of, (q, k, v, out)))
@@ -129,9 +136,15 @@ class _Attention(TorchFunctionMode):
 def launched(run: Callable[[], object], arch: int) -> list[tuple[str, Tally]]:
     """The launches of `run` on an architecture, in order; its tensors are on the meta device."""
     recorder = _Recorder(arch)
-    with torch.no_grad(), recorder, _Attention(recorder):
+    with torch.no_grad(), recorder, _Whole(recorder):
         run()
     return recorder.launched
+
+
+def uses_guidance(model: nn.Module) -> bool:
+    """Whether published pipelines with this network use classifier-free guidance."""
+    known = named(model)
+    return known is None or known[1].denoised is None or known[1].denoised.guided
 
 
 def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int | None = None) -> Run:

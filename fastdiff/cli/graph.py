@@ -37,7 +37,7 @@ def graph(
     """
     from fastdiff.bench.blueprints import named
     from fastdiff.bench.gpus import gpu_named
-    from fastdiff.bench.graph import rows
+    from fastdiff.bench.graph import rows, uses_guidance
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.source import Source
@@ -50,7 +50,9 @@ def graph(
     plan = named(source, "graph")
     found = rows(plan.denoiser, priced, check_dtype(dtype, "cuda"), plan.side)
     case = f"latents {plan.side}×{plan.side}, classifier-free guidance"
-    if not plan.side:
+    if not uses_guidance(plan.denoiser):
+        case = f"latents {plan.side}×{plan.side}"
+    elif not plan.side:
         case = "an embedding, classifier-free guidance"
     elif plan.vae is None:
         case = f"{plan.side}×{plan.side} pixels"

@@ -144,7 +144,7 @@ class Loan(Reads):
         return Norm(weight, bias, groups, parts.eps)
 
     def rms_norm(self, layer: nn.Module) -> tuple[Tensor | None, float]:
-        """Use an RMSNorm of torch or diffusers in place; returns its weight, if any, and eps."""
+        """Use an RMSNorm of torch or diffusers in place: its weight, if any, and its eps."""
         parts = self.open(layer, "RMSNorm")
         if type(layer) is nn.RMSNorm:
             if parts.eps is None or parts.normalized_shape != getattr(parts.weight, "shape", None):
