@@ -65,6 +65,8 @@ for _ in range(2):
 """
 
 
+# the same with a folder that has none of them is below
+@pytest.mark.product
 def test_the_first_call_waits_for_all_kernels_and_the_next_process_finds_them(python, tmp_path):
     first, second = (line.split("|") for line in python(PICTURE, tmp_path))
     assert first == ["3 kernels: 0 in Triton's cache, 3 compiled ahead", "[]"]

@@ -288,7 +288,21 @@ def test_fake_tensors_and_proxies(networks):
     assert slot.fast == 1
 
 
-def test_the_loop_is_diffusers_own_under_a_transform(components):
+def vmapped(f, x):
+    return torch.func.vmap(f)(torch.stack([x, x * 0.5]))
+
+
+def compiled_eagerly(f, x):
+    torch._dynamo.reset()
+    return torch.compile(f, backend="eager")(x)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    # 10 s in dynamo, which sees the loop ask what a network asks above
+    [jvp, vmapped, pytest.param(compiled_eagerly, marks=pytest.mark.product)],
+)
+def test_the_loop_is_diffusers_own_under_a_transform(components, transform):
     from diffusers import StableDiffusionPipeline
 
     parts = components(dtype=torch.float32)
@@ -306,12 +320,11 @@ def test_the_loop_is_diffusers_own_under_a_transform(components):
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for f in (jvp, lambda f, x: torch.func.vmap(f)(torch.stack([x, x * 0.5]))):
-            want, got = f(lambda x: drawn(plain, x), latents), f(lambda x: drawn(pipe, x), latents)
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-        want = drawn(plain, latents)
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda x: drawn(pipe, x), backend="eager")
-        torch.testing.assert_close(compiled(latents), want, rtol=1e-3, atol=1e-4)
-    assert fastdiff.report(pipe).parts[0].runs == "fastdiff"
-    torch.testing.assert_close(drawn(pipe, latents), want, rtol=1e-3, atol=1e-4)
+        eager = (lambda f, x: f(x)) if transform is compiled_eagerly else transform
+        want = eager(lambda x: drawn(plain, x), latents)
+        got = transform(lambda x: drawn(pipe, x), latents)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        assert fastdiff.report(pipe).parts[0].runs == "fastdiff"
+        torch.testing.assert_close(
+            drawn(pipe, latents), drawn(plain, latents), rtol=1e-3, atol=1e-4
+        )

@@ -5,12 +5,10 @@ The tests' own process has the kernels for Triton's interpreter, so others compi
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command import environment
+from command import copied
 
 from fastdiff.errors import UserError
 from fastdiff.kernels.shipped import MANIFEST, read
@@ -18,12 +16,14 @@ from fastdiff.kernels.shipped import MANIFEST, read
 HERE = Path(__file__).parent
 ARCH = 90
 
-LAUNCHES = """
-import sys, torch
-sys.path.insert(0, {here!r})
+BEGIN = f"""
+import functools, sys, torch
+sys.path.insert(0, {str(HERE)!r})
 from stub import Stub
 from pathlib import Path
-from fastdiff.bench.blueprints import of_preset
+from fastdiff.bench.blueprints import named
+from fastdiff.bench.source import Source
+from fastdiff.cli import main
 from fastdiff.compiler.parts import parts
 from fastdiff.families import Sizes
 from fastdiff.kernels import shipped
@@ -31,9 +31,10 @@ from fastdiff.kernels.jobs import job_of, kernel_of
 from fastdiff.models import Loan
 from fastdiff.runtime.planned import kernels_of
 
-def launches(preset, arch=90):
-    "Those of a picture, planned anew: not by way of a job."
-    plan, runs = of_preset(preset), []
+@functools.cache
+def launches(preset="", arch={ARCH}):
+    "Those of a picture, the demo's without a preset, planned anew: not by way of a job."
+    plan, runs = named(Source(None, preset or None), "warm"), []
     for module, kind in (parts(plan.denoiser) | parts(plan.vae)).values():
         cast = torch.nn.Module.to(module, dtype=torch.float16)
         network = kind.borrow(cast, Loan(cast, rehearsal=True))
@@ -43,27 +44,36 @@ def launches(preset, arch=90):
 """
 
 
-def python(code, cache, *arguments):
-    """Standard output of a process that has fastdiff's kernels for GPUs, and a cache of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES.format(here=str(HERE)) + code, *map(str, arguments)],
-        env=environment() | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    with copied(BEGIN, tmp_path_factory.mktemp("begun")) as run:
+        yield run
 
 
-def warm(out, *options):
-    done = subprocess.run(
-        [sys.executable, "-m", "fastdiff", "warm", "--out", str(out), *options],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return out
+@pytest.fixture(scope="module")
+def python(begun):
+    """python(code, cache, *arguments): what a process prints that has fastdiff's kernels for GPUs,
+    and a cache of its own."""
+
+    def printed(code, cache, *arguments):
+        status, out, err = begun(code, *map(str, arguments), TRITON_CACHE_DIR=str(cache))
+        assert status == 0, err
+        return out
+
+    return printed
+
+
+@pytest.fixture(scope="module")
+def warm(python, tmp_path_factory):
+    """warm(*options): the folder that `fastdiff warm` writes."""
+
+    def written(*options):
+        place = tmp_path_factory.mktemp("warm")
+        words = ["warm", "--out", place / "out", "--arch", ARCH, *options]
+        python("main(sys.argv[1:])", place / "cache", *words)
+        return place / "out"
+
+    return written
 
 
 START = """
@@ -79,19 +89,24 @@ print(len(asked), *stub.compiled)
 
 
 @pytest.fixture(scope="module")
-def sd15(tmp_path_factory):
-    return warm(tmp_path_factory.mktemp("warm") / "sd15", "--preset", "sd15", "--arch", str(ARCH))
+def demo_kernels(warm):
+    return warm()
 
 
-@pytest.fixture(scope="module")
-def sdxl(tmp_path_factory):
-    return warm(tmp_path_factory.mktemp("warm") / "sdxl", "--preset", "sdxl", "--arch", str(ARCH))
-
-
-@pytest.mark.parametrize("preset", ["sd15", pytest.param("sdxl", marks=pytest.mark.product)])
-def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(preset, tmp_path, request):
+# the demo's are of every kind; the presets' have more sizes
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param("", id="demo"),
+        pytest.param("sd15", marks=pytest.mark.product),
+        pytest.param("sdxl", marks=pytest.mark.product),
+    ],
+)
+def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(
+    preset, tmp_path, python, warm, request
+):
     """Triton's own launcher starts every planned launch, on a driver that starts nothing."""
-    folder = request.getfixturevalue(preset)
+    folder = warm("--preset", preset) if preset else request.getfixturevalue("demo_kernels")
     count, *compiled = python(START, tmp_path / "cache", folder, preset, ARCH).split()
     assert int(count) > 10
     assert compiled == []
@@ -100,61 +115,66 @@ def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(preset, tmp_path, 
 DIFFERENCES = """
 from fastdiff.kernels import cached
 if sys.argv[3]:
-    kernel = kernel_of(job_of(launches("sd15")[0], 90))
+    kernel = kernel_of(job_of(launches()[0], 90))
     kernel._unsafe_update_src(kernel.src + "\\n    # " + sys.argv[3])
 folder = shipped.read(Path(sys.argv[1]))
 arch = int(sys.argv[2])
-jobs = [job_of(launch, arch) for launch in launches("sd15", arch)]
+jobs = [job_of(launch, arch) for launch in launches("", arch)]
 shipped.install(folder, arch)
 print("; ".join(shipped.differences(folder, jobs, arch)), sum(map(cached.holds, jobs)), len(jobs))
 """
 
 
-def copied(folder, tmp_path, **changed):
-    """A copy of a shipped folder, its manifest changed."""
+def changed(folder, tmp_path, **entries):
+    """A copy of a shipped folder, entries of its manifest changed."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     manifest = copy / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changed))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | entries))
     return copy
 
 
-def test_what_differs_is_named_and_nothing_else_is_found(sd15, tmp_path):
-    told = python(DIFFERENCES, tmp_path / "same", sd15, ARCH, "")
+def test_what_differs_is_named_and_nothing_else_is_found(python, demo_kernels, tmp_path):
+    told = python(DIFFERENCES, tmp_path / "same", demo_kernels, ARCH, "")
     *said, held, asked = told.split()
     assert (said, held) == ([], asked)
 
-    told = python(DIFFERENCES, tmp_path / "source", sd15, ARCH, "another line")
+    told = python(DIFFERENCES, tmp_path / "source", demo_kernels, ARCH, "another line")
     *said, held, asked = told.split()
     assert " ".join(said).startswith("the source of _")
     assert " ".join(said).endswith("_kernel differs")
     assert 0 < int(held) < int(asked)
 
-    told = python(DIFFERENCES, tmp_path / "arch", sd15, 89, "")
+    told = python(DIFFERENCES, tmp_path / "arch", demo_kernels, 89, "")
     assert told.startswith("it has kernels for sm_90, and this GPU is sm_89 0 ")
 
 
-def test_another_version_of_triton_is_named(sd15, tmp_path):
-    compilers = json.loads((sd15 / MANIFEST).read_text())["compilers"]
+def test_another_version_of_triton_is_named(python, demo_kernels, tmp_path):
+    compilers = json.loads((demo_kernels / MANIFEST).read_text())["compilers"]
     here = compilers["90"]["Triton"]
-    copy = copied(sd15, tmp_path, compilers={"90": compilers["90"] | {"Triton": "3.4.0"}})
+    copy = changed(demo_kernels, tmp_path, compilers={"90": compilers["90"] | {"Triton": "3.4.0"}})
     told = python(DIFFERENCES, tmp_path / "cache", copy, ARCH, "")
     assert told.startswith(f"Triton is 3.4.0 there and {here} here ")
 
 
-def test_two_processes_and_a_filled_cache_are_no_matter(sd15, tmp_path):
+def test_two_processes_and_a_filled_cache_are_no_matter(python, demo_kernels, tmp_path):
     """What is there already stays, whoever put it there."""
-    code = "for _ in range(2): shipped.install(shipped.read(Path(sys.argv[1])), 90)"
-    command = [sys.executable, "-c", LAUNCHES.format(here=str(HERE)) + code, str(sd15)]
-    variables = environment() | {"TRITON_CACHE_DIR": str(tmp_path)}
-    both = [subprocess.Popen(command, env=variables) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    *said, held, asked = python(DIFFERENCES, tmp_path, sd15, ARCH, "").split()
+    code = """
+import os
+child = os.fork()
+for _ in range(2):
+    shipped.install(shipped.read(Path(sys.argv[1])), 90)
+if not child:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    python(code, tmp_path, demo_kernels)
+    *said, held, asked = python(DIFFERENCES, tmp_path, demo_kernels, ARCH, "").split()
     assert (said, held) == ([], asked)
     left = [path for path in tmp_path.rglob("*") if path.name.startswith(".fastdiff")]
     assert left == []
 
 
-def test_a_cache_that_cannot_be_written_is_told(sd15, tmp_path):
+def test_a_cache_that_cannot_be_written_is_told(python, demo_kernels, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     code = """
 try:
@@ -162,13 +182,13 @@ try:
 except shipped.UserError as error:
     print(error)
 """
-    told = python(code, tmp_path / "cache", sd15)
+    told = python(code, tmp_path / "cache", demo_kernels)
     assert "cannot be made: Not a directory" in told
 
 
 @pytest.mark.parametrize("suffix", [".cubin", ".json"])
-def test_a_damaged_file_is_refused(suffix, sd15, tmp_path):
-    copy = copied(sd15, tmp_path)
+def test_a_damaged_file_is_refused(suffix, demo_kernels, tmp_path):
+    copy = changed(demo_kernels, tmp_path)
     file = next(
         path for path in sorted(copy.iterdir()) if path.suffix == suffix and path.stem[0] == "s"
     )
@@ -182,10 +202,10 @@ def test_a_damaged_file_is_refused(suffix, sd15, tmp_path):
         read(copy)
 
 
-def test_a_manifest_that_leads_elsewhere_or_is_none_is_refused(sd15, tmp_path):
-    kernels = json.loads((sd15 / MANIFEST).read_text())["kernels"]
+def test_a_manifest_that_leads_elsewhere_or_is_none_is_refused(demo_kernels, tmp_path):
+    kernels = json.loads((demo_kernels / MANIFEST).read_text())["kernels"]
     outside = kernels[0] | {"cubin": {"file": "../cubin", "sha256": ""}}
-    copy = copied(sd15, tmp_path, kernels=[outside])
+    copy = changed(demo_kernels, tmp_path, kernels=[outside])
     with pytest.raises(UserError, match=r"is damaged \(ValueError: the file '../cubin'\)"):
         read(copy)
     (copy / MANIFEST).write_text(json.dumps({"schema": "fastdiff.warm/0"}))
@@ -212,7 +232,7 @@ for name, kernel in all_kernels().items():
 """
 
 
-def test_a_kernels_hash_is_the_same_whatever_was_hashed_before(tmp_path):
+def test_a_kernels_hash_is_the_same_whatever_was_hashed_before(python, tmp_path):
     """Triton up to 3.7 takes a called function's constants in only once that one was hashed."""
     assert len(python(HASHED, tmp_path).splitlines()) > 10
 
@@ -220,14 +240,14 @@ def test_a_kernels_hash_is_the_same_whatever_was_hashed_before(tmp_path):
 FAILING = """
 from dataclasses import replace
 from fastdiff.kernels.pool import compile_jobs
-jobs = [job_of(launch, 90) for launch in launches("sd15")][:3]
+jobs = [job_of(launch, 90) for launch in launches()][:3]
 jobs[1] = replace(jobs[1], num_warps=3)
 for answer in sorted(compile_jobs(jobs), key=lambda answer: answer.at):
     print(answer.at, answer.key is not None, answer.error)
 """
 
 
-def test_a_job_that_fails_leaves_the_others(tmp_path):
+def test_a_job_that_fails_leaves_the_others(python, tmp_path):
     first, second, third = python(FAILING, tmp_path).splitlines()
     assert (first, third) == ("0 True None", "2 True None")
     assert second == "1 False AssertionError: num_warps must be a power of 2"
