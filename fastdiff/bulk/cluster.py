@@ -59,8 +59,11 @@ def joined(cluster: Cluster, setup: Setup) -> Iterator["Joined"]:
 
     Raises UserError if ray is missing, nothing answers at the address, or it has too few GPUs.
     """
+    # Ray reads these when it is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         import ray
         import ray.data

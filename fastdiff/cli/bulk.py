@@ -37,7 +37,7 @@ def draw_file(prompts: Path, out: Path, setup: "Setup", own: "Row", parallel: st
     painter.pipe.set_progress_bar_config(disable=True)
     divided = ranks if shared == DATA else None
     if ranks is not None and ranks.rank:
-        numbers = set(ranks.told(None)[0] or ())
+        numbers: set[int] = set(ranks.told(None)[0] or ())
         for _ in attempts(painter, [row for row in rows if row.number in numbers], divided):
             pass  # the first rank writes
         return

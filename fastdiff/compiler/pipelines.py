@@ -31,7 +31,8 @@ from torch.utils import _contextlib
 
 from fastdiff.compiler.denoise import Denoising
 from fastdiff.compiler.loop_call import call_of
-from fastdiff.compiler.loop_state import PLACE, Loop, loop_of
+from fastdiff.compiler.loop_state import PLACE, Loop
+from fastdiff.compiler.loop_state import loop_of as loop_of
 from fastdiff.compiler.sharing import Sharing
 from fastdiff.compiler.slot import slot_of
 from fastdiff.models import Unsupported

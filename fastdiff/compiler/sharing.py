@@ -1,5 +1,6 @@
 """Loops that several ranks run together: what each of them computes."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +16,7 @@ from fastdiff.compiler.options import GUIDANCE
 from fastdiff.runtime.ranks import Ranks
 from fastdiff.tables import plural
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -42,6 +44,8 @@ class Sharing:
         predictions = predictions_of(partial(call.setting, pipe)).count
         reason = self._obstacle(call, predictions)
         if reason is not None:
+            if reason not in self.whole:
+                logger.warning("fastdiff: each rank draws whole pictures: %s", reason)
             self.whole[reason] += 1
             return None
         self.ranks.begin()
