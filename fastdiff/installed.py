@@ -22,6 +22,8 @@ EXTRAS = {
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
     "tritonclient": "triton-server",
+    "pyarrow": "bulk",
+    "ray": "ray",
     "jinja2": "report",
     "matplotlib": "report",
 }
@@ -31,6 +33,8 @@ BRINGS = {
     "gpu": "the kernels for NVIDIA GPUs; inspect, graph, warm",
     "lora": "LoRA adapters",
     "report": "report --html",
+    "bulk": "generate --prompts with a .parquet file",
+    "ray": "generate --ray",
     "onnx": "export --onnx, bench --backends ort on a CPU",
     "onnx-gpu": "bench --backends ort on an NVIDIA GPU",
     "openvino": "bench --backends openvino",

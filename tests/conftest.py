@@ -12,6 +12,7 @@ import pytest
 import torch
 from browsers import browser  # noqa: F401  a fixture
 from exports import demo_export, demo_onnx, export_onnx  # noqa: F401  fixtures
+from forked import forked  # noqa: F401  a fixture
 from interpreter import mend
 from logged import as_warnings
 from torch import Tensor, nn

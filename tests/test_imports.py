@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "demo": set(),
     "batching": {"models", "runtime", "families", "compiler"},
     "bench": {"kernels", "models", "runtime", "families", "compiler", "demo"},
+    "bulk": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
     "regression": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
 }
 # optional package -> the only files that may import it
@@ -46,6 +47,8 @@ OPTIONAL = {
     "onnxruntime": ("engines/ort.py",),
     "openvino": ("engines/openvino.py",),
     "matplotlib": ("regression/reports/plots.py", "regression/reports/svg.py"),
+    "pyarrow": ("bulk/prompts.py",),
+    "ray": ("bulk/cluster.py",),
     "jinja2": ("regression/reports/page.py",),
 }
 

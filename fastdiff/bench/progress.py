@@ -94,5 +94,55 @@ def step_bar(iterable: None = None, total: int | None = None) -> Iterator[Any]:
         yield SimpleNamespace(update=lambda steps=1: progress.advance(task, steps))
 
 
+SECONDS = 30
+"""Between two lines of `pictures` where there is no terminal."""
+
+
+@contextmanager
+def pictures(total: int, done: int) -> Iterator[Any]:
+    """`advance()` after each picture: how many there are of `total`, how many a second, and the
+    time left. `done`: those that were there before.
+
+    A bar on a terminal, else a line at times.
+    """
+    import time
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        *(TextColumn("drawing"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn(elapsed_when_finished=True)),
+    )
+    begun = shown = time.monotonic()
+    first = done
+
+    def rate() -> str:
+        return f"{(done - first) / max(time.monotonic() - begun, 1e-9):.2g} a second"
+
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, completed=done, rate="")
+
+        def advance() -> None:
+            nonlocal done, shown
+            done += 1
+            progress.update(task, completed=done, rate=rate())
+            now = time.monotonic()
+            if not console.is_terminal and (now - shown > SECONDS or done == total):
+                left = (total - done) * (now - begun) / (done - first)
+                minutes = f"{left / 60:.0f} minutes" if left >= 100 else f"{left:.0f} s"
+                console.print(f"{done} of {total} drawn, {rate()}, {minutes} left")
+                shown = now
+
+        yield advance
+
+
 def _nothing(*_: object) -> None:
     pass

@@ -1,11 +1,11 @@
-"""generate: a picture for each prompt."""
+"""generate: a picture for each prompt, or for each row of a file of prompts."""
 
-import inspect
 import math
 import re
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,24 +23,39 @@ from fastdiff.cli.options import (
     app,
     at_least,
     source_of,
+    was_given,
 )
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser
+
+if TYPE_CHECKING:
+    from fastdiff.bulk.painter import Painter
+    from fastdiff.bulk.prompts import Row
+    from fastdiff.runtime.ranks import Ranks
 
 
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[
-        list[str], typer.Option(help="What to draw. Repeat it for a picture of each.")
-    ],
     out: Annotated[
         Path,
         typer.Option(
             help="The picture's file, a .png or another format of Pillow's. Several prompts make"
-            " NAME-1.png, NAME-2.png and so on, counted on from those that are there already."
+            " NAME-1.png, NAME-2.png and so on, counted on from those that are there already. With"
+            " --prompts: the folder of the pictures and of manifest.jsonl."
         ),
     ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw. Repeat it for a picture of each.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A .txt, .csv, .jsonl or .parquet file with a row for each picture; its columns:"
+            " prompt, seed, steps, guidance, negative, size. Run it again after a kill, and it"
+            " draws what is missing.",
+        ),
+    ] = None,
     pipeline: Pipeline = None,
     steps: Steps = 25,
     seed: Seed = 0,
@@ -62,61 +77,109 @@ def generate(
     eager: Annotated[
         bool, typer.Option("--eager", help="Draw with diffusers alone, without fastdiff.")
     ] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun: guidance, each of two ranks computes one half of guidance; data,"
+            " the ranks draw different pictures. Default: data with --prompts, else guidance."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="With --prompts: draw by Ray. local starts a cluster on this machine, auto joins"
+            " the one that runs here, ray://HOST:PORT another one.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="With --ray: processes that draw. Default: as many as the GPUs hold, or one for"
+            " each CPU.",
+            min=1,
+        ),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            help="With --ray: GPUs of a worker; 0.5 lets two share one. Default: 1, or 0 where"
+            " there are none.",
+            min=0.0,
+        ),
+    ] = None,
 ) -> None:
-    """Draw a picture of each prompt, all from the same seed."""
+    """Draw a picture of each prompt, all from the same seed; or of each row of a file."""
     at_least("--steps", steps, 1)
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
-    from fastdiff.bench.enlarged import enlarges
-    from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+    if (prompts is None) == (not prompt):
+        raise UserError("give --prompt, once or several times, or --prompts with a file")
+    for name in ("ray", "workers", "gpus_per_worker"):
+        needed = "prompts" if name == "ray" else "ray"
+        if was_given(context, name) and context.params[needed] is None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --{needed}")
+    if ray is not None and parallel is not None:
+        raise UserError("--parallel goes with torchrun, --ray without; give one of them")
+    from fastdiff.bulk.painter import Setup
+    from fastdiff.bulk.prompts import Row
+
+    setup = Setup(source_of(context), dtype, device, eager)
+    own = Row(0, 0, "", seed, steps, guidance_scale, negative_prompt, width, height)
+    if prompts is not None:
+        from fastdiff.cli.bulk import draw_file, draw_file_by_ray
+
+        if ray is not None:
+            draw_file_by_ray(prompts, out, setup, own, ray, workers, gpus_per_worker)
+        else:
+            draw_file(prompts, out, setup, own, parallel)
+    else:
+        _draw(prompt or [], out, setup, own, parallel)
+
+
+def _draw(prompts: list[str], out: Path, setup: Any, own: "Row", parallel: str | None) -> None:
+    """Draw each prompt as `own` says, into files named after `out`."""
+    from dataclasses import replace
+
     from fastdiff.bench.progress import step_bar
-    from fastdiff.bench.room import room
-    from fastdiff.bench.source import opened, placed
+    from fastdiff.bulk.painter import Painter
+    from fastdiff.bulk.together import joined
+    from fastdiff.compiler.options import GUIDANCE
     from fastdiff.written import check_writable, write_file
 
     check_writable(out, "--out")
     kind = _format(out)
-    device = check_device(device)
-    painter = opened(source_of(context), check_dtype(dtype, device), device).to(device)
-    check_steps(painter, steps)
-    if enlarges(painter):
-        raise UserError(
-            f"a {type(painter).__name__} enlarges a picture, and draw gives it none; call it from"
-            " Python"
-        )
-    height, width = check_size(painter, height, width)
-    known = inspect.signature(painter.__call__).parameters
-    if negative_prompt is not None and "negative_prompt" not in known:
-        raise UserError(f"--negative-prompt: a {type(painter).__name__} takes none; leave it out")
-    if guidance_scale is None:
-        is_demo = placed(pipeline) is None
-        guidance_scale = 4.0 if is_demo else known["guidance_scale"].default
-    wanted = {
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-        "output_type": "np",
-    }
-    if not eager:
-        import fastdiff
+    setup, ranks, shared = joined(setup, parallel, GUIDANCE)
+    painter = Painter(setup)
+    own = painter.complete(own)
+    painter.compile(shared if ranks is not None and shared == GUIDANCE else None)
+    first = ranks is None or ranks.rank == 0
+    if first:
+        painter.pipe.progress_bar = step_bar
+    else:
+        painter.pipe.set_progress_bar_config(disable=True)
+    rows = [replace(own, prompt=text) for text in prompts]
+    divided = ranks if shared != GUIDANCE else None
+    for image, place in zip(_images(painter, rows, divided), _places(out, len(rows)), strict=True):
+        if first:
+            encoded = _encoded(image, place, kind)
+            write_file(place, lambda path, encoded=encoded: path.write_bytes(encoded))  # type: ignore[misc]
+            print(place)
 
-        fastdiff.compile(painter)
-    painter.progress_bar = step_bar
-    import torch
 
-    for text, place in zip(prompt, _places(out, len(prompt)), strict=True):
-        with room(painter, height, width, device):
-            drawn = painter(
-                text,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                **{name: value for name, value in wanted.items() if value is not None},
-            ).images
-            image = _picture(painter, drawn, guidance_scale)
-        encoded = _encoded(image, place, kind)
-        write_file(place, lambda path, encoded=encoded: path.write_bytes(encoded))  # type: ignore[misc]
-        print(place)
+def _images(painter: "Painter", rows: list["Row"], ranks: "Ranks | None") -> Iterator[Any]:
+    """The rows' pictures. ranks: those that divide them among them."""
+    if ranks is None:
+        yield from map(painter.draw, rows)
+        return
+    from PIL import Image
+
+    from fastdiff.bulk.painter import attempts
+
+    for drawn in attempts(painter, rows, ranks):
+        if drawn.picture is None:
+            raise UserError(str(drawn.error))
+        yield Image.open(BytesIO(drawn.picture))
 
 
 def _places(out: Path, count: int) -> list[Path]:
@@ -143,19 +206,6 @@ def _format(out: Path) -> str:
             f"--out {out}: Pillow writes no {suffix or 'suffix-less'} file of colours; use .png"
         ) from None
     return kind
-
-
-def _picture(painter: Any, drawn: Any, guidance_scale: float) -> Any:
-    """The one picture of [1, H, W, 3] in [0, 1], as the pipeline itself makes it of them."""
-    import numpy as np
-
-    if not np.isfinite(drawn).all():
-        dtype = denoiser(painter).dtype
-        raise UserError(
-            f"the picture holds numbers that are not finite, in {dtype} with guidance"
-            f" {guidance_scale:g}; give a smaller --guidance-scale, or --dtype fp32"
-        )
-    return painter.image_processor.numpy_to_pil(drawn)[0]
 
 
 def _encoded(image: Any, out: Path, kind: str) -> bytes:

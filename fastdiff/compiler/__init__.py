@@ -46,10 +46,12 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
     _refuse_compiled(parts)
     from fastdiff.compiler.ahead import kernels
     from fastdiff.compiler.configured import configured, without_waiting
-    from fastdiff.compiler.pipelines import take_loop
+    from fastdiff.compiler.loop_state import sharing
+    from fastdiff.compiler.pipelines import plannable, take_loop
     from fastdiff.compiler.text_cache import keep_texts, text_encoders
 
     parts = configured(target, parts, options)
+    shared = sharing(target, options, plannable(target, parts))
     encoders = text_encoders(target, options.ignore) if options.text_cache else {}
 
     if not parts and not options.ignore:
@@ -78,7 +80,7 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
             slot.kernels = made
             slot.put()
         if LOOP not in options.ignore:
-            take_loop(target, parts)
+            take_loop(target, parts, shared)
     except BaseException:
         _end(slots)
         raise
@@ -151,8 +153,9 @@ def report(target: Any) -> Report:
     Components that are None have no row.
     """
     parts = _parts(target)
+    from fastdiff.compiler.loop_state import Loop, loop_of
     from fastdiff.compiler.parts import schedulers_of
-    from fastdiff.compiler.pipelines import Loop, loop_of, why_not_planned
+    from fastdiff.compiler.pipelines import why_not_planned
     from fastdiff.compiler.text_cache import text_caches
 
     def loop_part(loop: Loop | None) -> Part:

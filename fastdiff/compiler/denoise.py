@@ -12,6 +12,7 @@ from fastdiff.compiler.loop_call import Call, Callback
 from fastdiff.compiler.loop_conditions import carried, check_scales, check_variance
 from fastdiff.compiler.predictor import Predictor
 from fastdiff.compiler.promotion import first_overflow, overflowed
+from fastdiff.compiler.sharing import Sharing
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.models import Unsupported
@@ -27,10 +28,12 @@ class Denoising:
     Raises Unsupported or NotLinear, before anything is drawn, if it cannot.
     """
 
-    def __init__(self, pipe: Any, call: Call) -> None:
-        self.pipe, self.call, self.given = pipe, call, call.conditions
+    def __init__(self, pipe: Any, call: Call, sharing: Sharing | None = None) -> None:
+        share = None if sharing is None else sharing.share(pipe, call)
+        call = call if share is None else share.call(call)
+        self.pipe, self.call, self.given, self._share = pipe, call, call.conditions, share
         self.scheduler = getattr(pipe, call.plan.scheduler)
-        self.predictor = Predictor(pipe, call)
+        self.predictor = Predictor(pipe, call, share)
         network, sides = self.predictor.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
         if back.shape != call.latents.shape:
@@ -85,7 +88,7 @@ class Denoising:
         for it. Return the mark to go on from, which is an earlier one if float16 overflows."""
         call, predictor = self.call, self.predictor
         guided = predictor.guidance()
-        with predictor.denoiser.plans.start(
+        with predictor.plans.start(
             call.latents, self.table, guided, self.hoisted, self.inpainting
         ) as run:
             if mark is not None:
@@ -139,6 +142,8 @@ class Denoising:
         """Write what diffusers continues from into the tensors that its local variables hold."""
         call = self.call
         latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
+        if self._share is not None:
+            latents = self._share.latents(latents)
         halves = len(call.held) // len(latents)
         call.held.data = latents if halves == 1 else torch.cat([latents] * halves)
         for name, value in self.handed.items():
@@ -163,7 +168,9 @@ class Denoising:
             device=self.call.latents.device,
             dtype=self.table.noise_dtype or self.call.latents.dtype,
         )
-        return noise[: len(self.call.latents)]
+        if self._share is None:
+            return noise[: len(self.call.latents)]
+        return self._share.noise(noise[: self._share.pictures])
 
     def _show(self, i: int) -> None:
         """Advance the progress bar as diffusers does."""

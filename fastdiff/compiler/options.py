@@ -11,6 +11,8 @@ FASTDIFF = "fastdiff"
 """The backend that computes with kernels of our own."""
 BACKENDS = (FASTDIFF, "ort", "openvino", "tensorrt")
 TILINGS = ("auto", "exact")
+GUIDANCE, DATA = "guidance", "data"
+PARALLELS = (GUIDANCE, DATA)
 LOOP = "loop"
 """The denoising loop's name beside the components'."""
 
@@ -74,6 +76,14 @@ class Options:
             runs the loop; as much host memory, rounded up to a power of two; the parameters are on
             the CPU, so restore before you call their layers yourself or torch.compile the network.
             Weights with LoRA adapters stay on the GPU.
+        parallel: how the ranks of torch.distributed draw together; every rank makes the same calls.
+            "guidance": each of two ranks computes one half of guidance in every step, and both do
+            the same step. "data": each rank draws a part of a batch. Every rank ends with all
+            pictures.
+            Gain: two GPUs, or two processors, for one picture; N for a batch.
+            Cost: each rank holds the whole pipeline, encodes the text and decodes all pictures.
+            Layers before the first text, which both halves share on one rank, are computed on
+            both. What cannot be shared is drawn whole by each rank, and the report says why.
 
     Raises:
         ValueError: a value is not one of those offered, or two contradict each other.
@@ -88,6 +98,7 @@ class Options:
     vae_tiling: str = "auto"
     text_cache: int = 0
     offload_hoisted: bool = False
+    parallel: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore, list | tuple | set | frozenset) or not all(
@@ -128,6 +139,10 @@ class Options:
             raise UserError(
                 f'Options.offload_hoisted goes with the backend "{FASTDIFF}"; got {self.backend!r}'
             )
+        if self.parallel not in (None, *PARALLELS):
+            raise UserError(
+                f"Options.parallel is {self.parallel!r}; choose {', '.join(PARALLELS)} or None"
+            )
         if self.backend == FASTDIFF and self.engines is not None:
             raise UserError(f"Options.engines is {self.engines}, which needs a backend to run it")
         if self.ort_graphs and self.backend != "ort":
@@ -146,6 +161,7 @@ class Keywords(TypedDict, total=False):
     vae_tiling: str
     text_cache: int
     offload_hoisted: bool
+    parallel: str | None
 
 
 def chosen(options: Options | None, keywords: Mapping[str, Any]) -> Options:

@@ -20,8 +20,6 @@ import ctypes
 import functools
 import inspect
 import sys
-import threading
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -33,15 +31,15 @@ from torch.utils import _contextlib
 
 from fastdiff.compiler.denoise import Denoising
 from fastdiff.compiler.loop_call import call_of
+from fastdiff.compiler.loop_state import PLACE, Loop
+from fastdiff.compiler.loop_state import loop_of as loop_of
+from fastdiff.compiler.sharing import Sharing
 from fastdiff.compiler.slot import slot_of
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original
 from fastdiff.plans import Plan
 from fastdiff.recipes import Recipe, packages_of, recipe_of, recipe_of_class
 from fastdiff.runtime.schedulers import NotLinear
-from fastdiff.tables import plural
-
-_LOOP = "_fastdiff_loop"
 
 
 class _Carried(Exception):
@@ -50,29 +48,6 @@ class _Carried(Exception):
     def __init__(self, error: AttributeError) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-@dataclass
-class Loop:
-    """Counters and the lock of a pipeline whose loops run as plans."""
-
-    ran: Counter[str] = field(default_factory=Counter)
-    """Loops that ran as a plan since compile, by the network that they repeat."""
-    own: Counter[str] = field(default_factory=Counter)
-    """Loops that diffusers ran, whole or in part, by reason."""
-    running: int = 0
-    """Calls in progress."""
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-
-    @property
-    def planned(self) -> int:
-        """Loops that ran as a plan since compile."""
-        return sum(self.ran.values())
-
-    def __str__(self) -> str:
-        count = plural(self.planned, "loop")
-        several = ", ".join(f"{times} of the {name}" for name, times in self.ran.items())
-        return f"{count} ({several})" if len(self.ran) > 1 else count
 
 
 @dataclass
@@ -88,19 +63,18 @@ class _Entered:
     """Steps of the last one that its plan ran, which diffusers must skip."""
 
 
-def loop_of(pipe: Any) -> Loop | None:
-    """The loop state of `pipe`; None if diffusers runs its loops."""
-    loop: Loop | None = vars(pipe).get(_LOOP)
-    return loop
-
-
-def take_loop(pipe: Any, compiled: Container[str]) -> None:
+def take_loop(pipe: Any, compiled: Container[str], sharing: Sharing | None = None) -> None:
     """Run the loops of `pipe` that repeat a compiled component as plans from now on; the object and
-    its class name stay the same."""
-    plans = (recipe_of(pipe) or Recipe()).plans
-    if any(plan.network in compiled for plan in plans) and _theirs(pipe) and loop_of(pipe) is None:
-        vars(pipe)[_LOOP] = Loop()
+    its class name stay the same. sharing: with other ranks."""
+    if plannable(pipe, compiled) and loop_of(pipe) is None:
+        vars(pipe)[PLACE] = Loop(sharing=sharing)
         pipe.__class__ = _planned(_own_class(type(pipe)))
+
+
+def plannable(pipe: Any, compiled: Container[str]) -> bool:
+    """Whether `pipe` has a loop that repeats a compiled component and may run as a plan."""
+    plans = (recipe_of(pipe) or Recipe()).plans
+    return any(plan.network in compiled for plan in plans) and _theirs(pipe)
 
 
 def _theirs(pipe: Any) -> bool:
@@ -121,14 +95,14 @@ def why_not_planned(pipe: Any) -> str:
 
 def release_loop(pipe: Any) -> None:
     """Undo `take_loop`; a call in progress keeps the planned class until it ends."""
-    loop = vars(pipe).pop(_LOOP, None)
+    loop = vars(pipe).pop(PLACE, None)
     if loop is not None and not loop.running:
         pipe.__class__ = _own_class(type(pipe))
 
 
 def _own_class(cls: Any) -> Any:
     """The pipeline class that a planned class is made from."""
-    return vars(cls).get(_LOOP, cls)
+    return vars(cls).get(PLACE, cls)
 
 
 @functools.cache
@@ -205,7 +179,7 @@ def _planned(own: Any) -> Any:
 
     def reduce(self: Any, protocol: int) -> Any:
         """Copies and pickles are plain diffusers pipelines."""
-        state = {name: value for name, value in vars(self).items() if name != _LOOP}
+        state = {name: value for name, value in vars(self).items() if name != PLACE}
         return object.__new__, (own,), state
 
     members = {
@@ -214,7 +188,7 @@ def _planned(own: Any) -> Any:
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
         "__doc__": own.__doc__,
-        _LOOP: own,
+        PLACE: own,
     }
     entrances = {"interrupt": property(interrupt), "progress_bar": progress_bar}
     members |= {plan.entrance: entrances[plan.entrance] for plan in plans}
@@ -275,11 +249,13 @@ def _run(
         told = (*call.conditions, *call.handed.values())
         if call.callback is not None and _includes_any(told, entered.given):
             raise Unsupported("a callback may change the embeddings that were passed to the call")
-        denoising = Denoising(pipe, call)
+        denoising = Denoising(pipe, call, loop.sharing)
     except (Unsupported, NotLinear) as reason:
+        loop.finished(ran=False)
         loop.own[_told(pipe, plan, str(reason))] += 1
         return 0
     done = denoising.run()
+    loop.finished(ran=True)
     if denoising.left is None:
         loop.ran[plan.network] += 1
     else:

@@ -8,12 +8,14 @@ import torch
 from fastdiff.compiler import guidance
 from fastdiff.compiler.loop_call import Call
 from fastdiff.compiler.promotion import as_type
+from fastdiff.compiler.sharing import Share
 from fastdiff.compiler.slot import slot_of
 from fastdiff.kernels.observe import entered
 from fastdiff.models import Unsupported
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.guidance import Guidance
+from fastdiff.runtime.loop import Plans
 
 
 class Predictor:
@@ -22,9 +24,10 @@ class Predictor:
     Raises Unsupported if a network of the loop is not compiled or cannot be given the conditions.
     """
 
-    def __init__(self, pipe: Any, call: Call) -> None:
+    def __init__(self, pipe: Any, call: Call, share: Share | None = None) -> None:
         self.pipe, self.call, self._setting = pipe, call, partial(call.setting, pipe)
         self.predictions = guidance.predictions_of(self._setting)
+        self._share = share
         for at in (len(call.timesteps) - 1, 0):
             self.take(at, call.conditions)
 
@@ -37,6 +40,13 @@ class Predictor:
             raise Unsupported(f"the {name} is not compiled")
         self.slot = slot
         self.denoiser = self.offer(given)
+
+    @property
+    def plans(self) -> Plans:
+        """The loops of the present network."""
+        if self._share is not None and self._share.halves:
+            return self.denoiser.shared(self._share.ranks.gathered)
+        return self.denoiser.plans
 
     def _network_at(self, at: int) -> str:
         plan = self.call.plan
@@ -83,6 +93,8 @@ class Predictor:
             given = guidance.with_repeats(given, count, latents.shape[0])
         if self.slot.promotion is not None:
             given = as_type(given, torch.float16, network.dtype)
+        if self._share is not None:
+            given = self._share.told(given)
         timesteps = self.call.plan.told(self.call.timesteps, latents.dtype)
         timesteps = timesteps.to(latents.device)[:, None]
         sides = tuple(latents.shape[2:])

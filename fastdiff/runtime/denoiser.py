@@ -1,7 +1,7 @@
 """A network as its slot keeps it: for single calls, and for whole denoising loops."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,15 @@ class Denoiser:
     plans: Plans
     once: Callable[..., Tensor]
     """Same arguments and result as `network.predict`."""
+    _shared: dict[Callable[[Tensor], Tensor], Plans] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def shared(self, gather: Callable[[Tensor], Tensor]) -> Plans:
+        """Its loops where other processes make some of a step's predictions; see `Plans`."""
+        if gather not in self._shared:
+            self._shared[gather] = self.plans.gathering(gather)
+        return self._shared[gather]
 
     def __call__(self, latents: Tensor, timestep: Tensor | float | int, given: Any) -> Any:
         """The network's prediction for latents [B, …] at a timestep [] or [B].

@@ -58,12 +58,23 @@ class Plans:
     recorded.
     """
 
-    def __init__(self, network: Network, searches: bool = True) -> None:
-        self.network, self._searches = network, searches
+    def __init__(
+        self,
+        network: Network,
+        searches: bool = True,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """gather: makes the predictions of a step, [G·B, ...], of those that `network` makes here;
+        None if these are all."""
+        self.network, self._searches, self._gather = network, searches, gather
         self._steps: Kept[Step] = Kept(
             lambda step: 0 if step.recording is None else step.recording.nbytes
         )
         self._lock = threading.Lock()
+
+    def gathering(self, gather: Callable[[Tensor], Tensor]) -> "Plans":
+        """Loops of the same network, of whose predictions `gather` makes those of a step."""
+        return Plans(self.network, self._searches, gather)
 
     @contextmanager
     def start(
@@ -117,6 +128,8 @@ class Plans:
     ) -> Tensor:
         """Run a step; it writes the network's next input into `x`."""
         output = self.network.predict(x, row, constants)
+        if self._gather is not None:
+            output = self._gather(output)
         mask, original, original_noise = (*kept, None, None, None)[:3]
         guided_step(
             *(output, sample, history, x, table, step, noise),

@@ -7,7 +7,9 @@ a third of each step on finding the same calls again.
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +34,8 @@ class _NotTapeable(Exception):
 class Tape:
     """A `Recording` on a CPU."""
 
-    calls: Any
+    sections: Sequence[Any]
+    """Lists of kernel calls, and what stands `between` them; each has a `run`."""
     output: Tensor
     buffers: Sequence[Any]
     memory: list[NDArray[np.uint8]]
@@ -43,8 +46,61 @@ class Tape:
         return sum(block.nbytes for block in self.memory)
 
     def run(self) -> Tensor:
-        self.calls.run()
+        for section in self.sections:
+            section.run()
         return self.output
+
+
+@dataclass(frozen=True)
+class _Between:
+    """A call that is no kernel's."""
+
+    run: Callable[[], object]
+
+
+class _Sections:
+    """A tape in the making: a new list of kernel calls begins after each call `between` them."""
+
+    def __init__(self) -> None:
+        self.sections: list[Any] = []
+        self._open = ExitStack()
+
+    def begin(self) -> None:
+        self.sections.append(self._open.enter_context(recording()))
+
+    def add(self, call: Callable[[], object]) -> None:
+        self._open.close()
+        self.sections.append(_Between(call))
+        self.begin()
+
+    def end(self) -> None:
+        self._open.close()
+
+
+_SECTIONS: ContextVar[_Sections | None] = ContextVar("sections", default=None)
+
+
+def between(call: Callable[[], object]) -> None:
+    """`call()`. While this thread records a tape, it does not run; it runs in its place whenever
+    the tape does. What it reads and writes must be the tape's own memory."""
+    sections = _SECTIONS.get()
+    if sections is None:
+        call()
+    else:
+        sections.add(call)
+
+
+@contextmanager
+def _sections() -> Iterator[list[Any]]:
+    """Note the kernels that this thread calls in the block, and what stands between them."""
+    sections = _Sections()
+    sections.begin()
+    token = _SECTIONS.set(sections)
+    try:
+        yield sections.sections
+    finally:
+        _SECTIONS.reset(token)
+        sections.end()
 
 
 def record(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Tape | None:
@@ -54,13 +110,13 @@ def record(function: Callable[..., Tensor], buffers: Sequence[Any]) -> Tape | No
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            recording() as calls,
+            _sections() as sections,
             _Memory() as memory,
         ):
             output = function(*buffers)
     except _NotTapeable:
         return None
-    return Tape(calls, output, buffers, memory.blocks)
+    return Tape(sections, output, buffers, memory.blocks)
 
 
 class _Memory(TorchDispatchMode):

@@ -1,0 +1,1 @@
+"""Many pictures from a file of prompts, on one machine or by Ray; resumed after a kill."""

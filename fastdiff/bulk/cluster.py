@@ -1,0 +1,147 @@
+"""Draws rows by Ray Data: actors that each hold a compiled pipeline, on one machine or a cluster.
+
+Pictures come back to the process that asked, which alone writes: no folder need be shared.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastdiff import installed
+from fastdiff.bulk.painter import Drawn, Painter, Setup
+from fastdiff.bulk.prompts import Row
+from fastdiff.errors import UserError, first_line
+
+LOCAL = "local"
+"""The address of a cluster that this process starts, and ends with itself."""
+BLOCKS = 10_000
+"""The most pieces that the rows are cut into. What a piece has drawn comes back at its end, and is
+drawn again after a kill before that."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where to draw, and by how many actors."""
+
+    address: str = LOCAL
+    """"local", "auto" for the cluster of this machine, or "ray://HOST:PORT"."""
+    workers: int | None = None
+    """Actors; None: as many as the GPUs hold, or one for each CPU without GPUs."""
+    gpus: float | None = None
+    """Of each actor, 0.5 for half of one; None: 1 where there are any."""
+
+
+class _Actor:
+    """A compiled pipeline; Ray calls it with a batch of one row."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._painter = Painter(setup)
+        self._painter.compile()
+        self._painter.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        drawn = [self._painter.attempt(Row(**json.loads(row))) for row in batch["row"]]
+        return {
+            "number": [one.row.number for one in drawn],
+            "picture": [one.picture or b"" for one in drawn],
+            "error": [one.error or "" for one in drawn],
+        }
+
+
+@contextmanager
+def joined(cluster: Cluster, setup: Setup) -> Iterator["Joined"]:
+    """Start or join the cluster, and leave it after the block.
+
+    Raises UserError if ray is missing, nothing answers at the address, or it has too few GPUs.
+    """
+    # Ray reads these when it is imported
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"--ray needs ray ({first_line(error)}); {installed.pip('ray')}") from error
+    given: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if cluster.address == LOCAL:
+        given["include_dashboard"] = False
+    try:
+        ray.init(address=cluster.address, **given)
+    except Exception as error:  # of the network, of the address
+        raise UserError(
+            f"--ray {cluster.address}: no Ray answers there ({first_line(error)}); give {LOCAL},"
+            " auto, or the address of one that runs"
+        ) from error
+    try:
+        yield Joined(ray, cluster, setup)
+    finally:
+        ray.shutdown()
+
+
+class Joined:
+    """A cluster in use."""
+
+    def __init__(self, ray: Any, cluster: Cluster, setup: Setup) -> None:
+        self._ray = ray
+        has = ray.cluster_resources()
+        on_cpu = setup.device == "cpu" or not has.get("GPU")
+        self._gpus = (0.0 if on_cpu else 1.0) if cluster.gpus is None else cluster.gpus
+        device = "cuda" if self._gpus else "cpu"
+        if setup.device not in (None, device):
+            raise UserError(f"--device is {setup.device}; with --ray give cpu or cuda")
+        room = int(has.get("GPU", 0) / self._gpus) if self._gpus else int(has.get("CPU", 1))
+        self._workers = room if cluster.workers is None else cluster.workers
+        if not 0 < self._workers <= room:
+            each = f"{self._gpus:g} GPUs" if self._gpus else "a CPU"
+            raise UserError(
+                f"--workers is {self._workers}, each with {each}, and the cluster has room for"
+                f" {room}; give fewer workers, or other --gpus-per-worker"
+            )
+        self.setup = replace(setup, device=device)
+
+    def completed(self, rows: Sequence[Row], path: Path) -> list[Row]:
+        """`Painter.completed`, in the cluster: this process may have no room for the pipeline."""
+
+        def check(setup: Setup) -> tuple[list[Row], str | None]:
+            try:
+                return Painter(replace(setup, device="cpu")).completed(rows, path), None
+            except UserError as error:
+                return [], str(error)
+
+        made, error = self._ray.get(self._ray.remote(num_cpus=1)(check).remote(self.setup))
+        if error is not None:
+            raise UserError(error)
+        done: list[Row] = made
+        return done
+
+    def attempts(self, rows: Sequence[Row]) -> Iterator[Drawn]:
+        """Draw the rows, in any order."""
+        if not rows:
+            return
+        by_number = {row.number: row for row in rows}
+        data = self._ray.data
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        given = data.from_items(
+            [{"row": json.dumps(asdict(row))} for row in rows],
+            override_num_blocks=min(len(rows), BLOCKS),
+        )
+        made = given.map_batches(
+            _Actor,
+            fn_constructor_args=(self.setup,),
+            batch_size=1,
+            compute=data.ActorPoolStrategy(size=self._workers),
+            num_gpus=self._gpus or None,
+            num_cpus=None if self._gpus else 1,
+        )
+        for one in made.iter_rows():
+            row = by_number[one["number"]]
+            yield Drawn(row, one["picture"] or None, one["error"] or None)

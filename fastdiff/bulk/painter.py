@@ -1,0 +1,136 @@
+"""A pipeline that draws rows."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdiff.bench.enlarged import enlarges
+from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+from fastdiff.bench.room import room
+from fastdiff.bench.source import Source, opened, placed
+from fastdiff.bulk.prompts import Row, bad
+from fastdiff.compiler import compile
+from fastdiff.errors import UserError, first_line
+from fastdiff.recipes import denoiser
+from fastdiff.runtime.ranks import Lost, Ranks
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What opens a pipeline, on this machine or another."""
+
+    source: Source
+    dtype: str | None = None
+    device: str | None = None
+    eager: bool = False
+    """Whether diffusers draws alone, without fastdiff."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A row's picture, or why there is none."""
+
+    row: Row
+    picture: bytes | None
+    """PNG."""
+    error: str | None
+
+
+class Painter:
+    """The pipeline of a setup. UserError if it cannot be opened, or draws from more than a text."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.device = setup, check_device(setup.device)
+        dtype = check_dtype(setup.dtype, self.device)
+        self.pipe: Any = opened(setup.source, dtype, self.device).to(self.device)
+        self._known = inspect.signature(self.pipe.__call__).parameters
+
+    def complete(self, row: Row) -> Row:
+        """The row with the pipeline's own size and guidance where it says none; UserError for what
+        the pipeline does not take."""
+        pipe = self.pipe
+        assert row.steps is not None
+        check_steps(pipe, row.steps)
+        if enlarges(pipe):
+            raise UserError(
+                f"a {type(pipe).__name__} enlarges a picture, and draw gives it none; call it from"
+                " Python"
+            )
+        height, width = check_size(pipe, row.height, row.width)
+        if row.negative is not None and "negative_prompt" not in self._known:
+            raise UserError(f"--negative-prompt: a {type(pipe).__name__} takes none; leave it out")
+        guidance = row.guidance
+        if guidance is None:
+            is_demo = placed(self.setup.source.pipeline) is None
+            guidance = 4.0 if is_demo else self._known["guidance_scale"].default
+        return replace(row, height=height, width=width, guidance=guidance)
+
+    def completed(self, rows: Iterable[Row], path: Path) -> list[Row]:
+        """`complete` for the rows of a file."""
+        made = []
+        for row in rows:
+            try:
+                made.append(self.complete(row))
+            except UserError as error:
+                raise bad(path, row.line, str(error).removeprefix("--")) from error
+        return made
+
+    def compile(self, parallel: str | None = None) -> None:
+        """Make it fast, unless it is to be eager. parallel: see `Options`."""
+        if not self.setup.eager:
+            compile(self.pipe, parallel=parallel)
+
+    def draw(self, row: Row) -> Any:
+        """The picture of a complete row, as Pillow holds it."""
+        assert row.height is not None
+        assert row.width is not None
+        wanted = {
+            "negative_prompt": row.negative,
+            "num_inference_steps": row.steps,
+            "guidance_scale": row.guidance,
+            "height": row.height,
+            "width": row.width,
+            "output_type": "np",
+        }
+        with room(self.pipe, row.height, row.width, self.device):
+            drawn = self.pipe(
+                row.prompt,
+                generator=torch.Generator("cpu").manual_seed(row.seed),
+                **{name: value for name, value in wanted.items() if value is not None},
+            ).images
+            if not np.isfinite(drawn).all():
+                raise UserError(
+                    "the picture holds numbers that are not finite, in"
+                    f" {denoiser(self.pipe).dtype} with guidance {row.guidance:g}; give a smaller"
+                    " --guidance-scale, or --dtype fp32"
+                )
+            return self.pipe.image_processor.numpy_to_pil(drawn)[0]
+
+    def attempt(self, row: Row) -> Drawn:
+        """Draw a row; what goes wrong with it is told, and ends nothing."""
+        try:
+            file = BytesIO()
+            self.draw(row).save(file, "PNG")
+        except Lost:  # no row can be drawn any more
+            raise
+        except Exception as error:
+            return Drawn(row, None, f"{type(error).__name__}: {first_line(error)}")
+        return Drawn(row, file.getvalue(), None)
+
+
+def attempts(painter: Painter, rows: Sequence[Row], ranks: Ranks | None = None) -> Iterator[Drawn]:
+    """Draw the rows in their order. ranks: those that divide the rows among them; each yields
+    all."""
+    if ranks is None:
+        yield from map(painter.attempt, rows)
+        return
+    for at in range(0, len(rows), ranks.count):
+        mine = rows[at : at + ranks.count][ranks.rank : ranks.rank + 1]  # empty past the end
+        every = ranks.told([painter.attempt(row) for row in mine])
+        yield from (drawn for one in every for drawn in one)

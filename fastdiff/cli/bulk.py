@@ -1,0 +1,133 @@
+"""generate --prompts: a job of many pictures."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fastdiff.tables import plural
+
+if TYPE_CHECKING:
+    from fastdiff.bulk.job import Job
+    from fastdiff.bulk.painter import Drawn, Setup
+    from fastdiff.bulk.prompts import Row
+
+
+def draw_file(prompts: Path, out: Path, setup: "Setup", own: "Row", parallel: str | None) -> None:
+    """Draw the rows of a file that are missing in a folder, here or as one of torchrun's ranks.
+
+    own: what rows say nothing of. Exits with 1 if a row failed.
+    """
+    from fastdiff.bulk import job as jobs
+    from fastdiff.bulk.painter import Painter, attempts
+    from fastdiff.bulk.prompts import read
+    from fastdiff.bulk.together import joined
+    from fastdiff.compiler.options import DATA, GUIDANCE
+
+    given = read(prompts, own.seed)
+    asked = _asked(setup, own)
+    jobs.check(out, given, asked)
+    setup, ranks, shared = joined(setup, parallel, DATA)
+    painter = Painter(setup)
+    rows = painter.completed(_filled(given, own), prompts)
+    painter.compile(GUIDANCE if ranks is not None and shared == GUIDANCE else None)
+    painter.pipe.set_progress_bar_config(disable=True)
+    divided = ranks if shared == DATA else None
+    if ranks is not None and ranks.rank:
+        numbers: set[int] = set(ranks.told(None)[0] or ())
+        for _ in attempts(painter, [row for row in rows if row.number in numbers], divided):
+            pass  # the first rank writes
+        return
+    with jobs.opened(out, given, rows, asked) as job:
+        missing = job.missing
+        if ranks is not None:
+            ranks.told([row.number for row in missing])
+        _fill(job, attempts(painter, missing, divided))
+    _end(job)
+
+
+def draw_file_by_ray(
+    prompts: Path,
+    out: Path,
+    setup: "Setup",
+    own: "Row",
+    address: str,
+    workers: int | None,
+    gpus: float | None,
+) -> None:
+    """`draw_file` by the actors of a Ray cluster."""
+    from fastdiff.bulk import job as jobs
+    from fastdiff.bulk.cluster import Cluster, joined
+    from fastdiff.bulk.prompts import read
+
+    given = read(prompts, own.seed)
+    with joined(Cluster(address, workers, gpus), setup) as cluster:
+        asked = _asked(cluster.setup, own)
+        jobs.check(out, given, asked)
+        rows = cluster.completed(_filled(given, own), prompts)
+        with jobs.opened(out, given, rows, asked) as job:
+            _fill(job, cluster.attempts(job.missing))
+    _end(job)
+
+
+def _asked(setup: "Setup", own: "Row") -> dict[str, Any]:
+    """All that decides what is drawn, besides the rows."""
+    from fastdiff.bench.pipelines import check_device
+
+    device = check_device(setup.device).partition(":")[0]
+    source = setup.source
+    return {
+        "pipeline": source.pipeline or source.name,
+        "variant": source.variant,
+        "config": source.config,
+        "lora": list(source.lora),
+        "scheduler": source.scheduler,
+        "dtype": setup.dtype or ("fp16" if device == "cuda" else "fp32"),
+        "device": device,
+        "eager": setup.eager,
+        **{name: value for name, value in asdict(own).items() if name in OPTIONS},
+    }
+
+
+OPTIONS = ("seed", "steps", "guidance", "negative", "width", "height")
+"""What the command line gives where a row says nothing."""
+
+
+def _filled(rows: Iterable["Row"], own: "Row") -> list["Row"]:
+    """The rows with `own` where they say nothing."""
+    told = {name: getattr(own, name) for name in OPTIONS if name != "seed"}
+    return [
+        replace(row, **{n: v for n, v in told.items() if getattr(row, n) is None}) for row in rows
+    ]
+
+
+def _fill(job: "Job", drawn: Iterable["Drawn"]) -> None:
+    """Keep what is drawn, and show how far it is."""
+    from fastdiff.bench.progress import pictures
+
+    with pictures(len(job.rows), len(job.rows) - len(job.missing)) as advance:
+        for one in drawn:
+            if one.picture is None:
+                job.fail(one.row, str(one.error))
+            else:
+                job.keep(one.row, one.picture)
+            advance()
+
+
+def _end(job: "Job") -> None:
+    """Print where the manifest is; exit with 1 if a row failed."""
+    from fastdiff.bulk.job import MANIFEST
+
+    print(job.folder / MANIFEST)
+    failed = [line for line in job.lines.values() if "error" in line]
+    if failed:
+        first = min(failed, key=lambda line: int(line["row"]))
+        print(
+            f"{len(failed)} of {plural(len(job.rows), 'row')} failed, the first of them row"
+            f" {first['row']}: {first['error']}; run it again to try them again",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
