@@ -115,6 +115,9 @@ def _rows() -> dict[str, Recipe]:
         "PixArtAlphaPipeline": Recipe(PIXART, plan=transformers.PIXART_ALPHA),
         "PixArtSigmaPipeline": Recipe(PIXART, plan=transformers.PIXART_SIGMA),
         "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=transformers.DIT),
+        "AuraFlowPipeline": Recipe(
+            {"transformer": "auraflow", "vae": "vae"}, plan=transformers.AURAFLOW, upcasts=True
+        ),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         flux: Recipe(FLUX, plan=transformers.FLUX, from_text=flux),
         "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE, from_text=flux),

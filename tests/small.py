@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     ControlNetModel,
     DiTTransformer2DModel,
@@ -168,6 +169,18 @@ FLUX = {
     "axes_dims_rope": (2, 4, 2),
 }
 """FLUX.1-schnell's architecture; dev's and others are told a guidance."""
+AURAFLOW = {
+    "sample_size": 8,
+    "num_mmdit_layers": 2,
+    "num_single_dit_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "in_channels": 4,
+    "out_channels": 4,
+    "joint_attention_dim": 20,
+    "caption_projection_dim": 24,
+    "pos_embed_max_size": 81,
+}
 
 
 def inputs_for(unet, shape, dtype=torch.float32):
@@ -326,6 +339,12 @@ def flux():
     )
 
 
+def auraflow():
+    net = noisy(AuraFlowTransformer2DModel(**AURAFLOW))
+    given = {"encoder_hidden_states": torch.randn(2, 7, 20), "timestep": torch.tensor([0.5, 0.5])}
+    return net, net, (torch.randn(2, 4, 8, 8),), given
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "upscaler, classic attention": lambda: upscaler("sd21"),
@@ -341,6 +360,7 @@ NETS = {
     "dit": dit,
     "pixart": pixart,
     "flux": flux,
+    "auraflow": auraflow,
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

@@ -2,7 +2,7 @@
 Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5, `preset_unet2d` for what draws without a
 text, `preset_latent` for latent diffusion and the upscaler, `preset_prior` for UnCLIP's prior,
 `preset_added` for UnCLIP, Kandinsky and DeepFloyd IF, `preset_dit` for DiT, `preset_flux` for
-FLUX."""
+FLUX, `preset_aura` for AuraFlow."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
+from fastdiff.bench.preset_aura import AURAFLOW
 from fastdiff.bench.preset_dit import DIT_256, DIT_512, PIXART_SIGMA
 from fastdiff.bench.preset_flux import FLUX
 from fastdiff.bench.preset_latent import LDM, X4
@@ -31,7 +32,7 @@ PRESETS: Mapping[str, Preset] = {
     "prior": PRIOR,
     **{"unclip": UNCLIP, "kandinsky22": KANDINSKY22, "if": IF},
     **{"ldm": LDM, "x4": X4, "dit-256": DIT_256, "dit-512": DIT_512},
-    **{"pixart-sigma": PIXART_SIGMA, "flux": FLUX},
+    **{"pixart-sigma": PIXART_SIGMA, "flux": FLUX, "auraflow": AURAFLOW},
 }
 
 

@@ -20,12 +20,14 @@ class Sinusoid:
     width: int
     cosine_first: bool
     shift: float
+    scale: float = 1.0
+    """Of the angles."""
 
     def __call__(self, timesteps: Tensor) -> Tensor:
         half = self.width // 2
         steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         frequencies = torch.exp(-math.log(10000.0) * steps / (half - self.shift))
-        angles = timesteps[..., None].float() * frequencies
+        angles = self.scale * (timesteps[..., None].float() * frequencies)
         parts = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
         return F.pad(torch.cat(parts, dim=-1), (0, self.width % 2))
 
@@ -49,8 +51,8 @@ class Embedding:
 def borrow_sinusoid(module: Any, loan: Loan) -> Sinusoid:
     """From a Timesteps module."""
     time = loan.open(module, "Timesteps")
-    require(time.scale == 1, "scaled sinusoids")
-    return Sinusoid(time.num_channels, time.flip_sin_to_cos, time.downscale_freq_shift)
+    told = time.num_channels, time.flip_sin_to_cos, time.downscale_freq_shift
+    return Sinusoid(*told, time.scale)
 
 
 def borrow_embedding(module: Any, loan: Loan) -> Embedding:

@@ -104,8 +104,8 @@ class Reads:
         return Reader(self, module.config)
 
     def each(self, modules: Any, count: int | None = None) -> list[Any]:
-        """The modules of a ModuleList; there must be `count` of them, if given."""
-        self.open(modules, nn.ModuleList)
+        """The modules of a ModuleList or Sequential; there must be `count` of them, if given."""
+        self.open(modules, nn.ModuleList, nn.Sequential)
         if count is not None and len(modules) != count:
             raise Unsupported(f"{plural(len(modules), 'module')} where {count} were expected")
         return list(modules)
@@ -141,8 +141,9 @@ class Reads:
         return "gelu"
 
     def bare_norm(self, module: Any, width: int) -> float:
-        """The eps of a LayerNorm without weight and bias, over `width` channels."""
-        norm = self.open(module, nn.LayerNorm)
+        """The eps of a LayerNorm without weight and bias, over `width` channels; ours are always
+        computed in float32, as diffusers' FP32LayerNorm is."""
+        norm = self.open(module, nn.LayerNorm, "FP32LayerNorm")
         if norm.weight is not None or norm.bias is not None:
             raise Unsupported("a LayerNorm with weight and bias in a block that modulates it")
         if norm.normalized_shape != (width,):

@@ -1,4 +1,5 @@
-"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT, PixArt and FLUX."""
+"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT, PixArt, FLUX and
+AuraFlow."""
 
 from dataclasses import replace
 
@@ -53,6 +54,19 @@ PIXART_SIGMA = Plan(
     drops_variance=True,
 )
 PIXART_ALPHA = replace(PIXART_SIGMA, many_steps=True)
+AURAFLOW = Plan(
+    conditions={"encoder_hidden_states": "prompt_embeds"},
+    required=("prompt_embeds",),
+    returned=("prompt_embeds",),
+    settings={
+        "guidance_scale": "guidance_scale",
+        "do_classifier_free_guidance": "do_classifier_free_guidance",
+    },
+    attention_kwargs="attention_kwargs",
+    told=lambda timesteps, dtype: (timesteps / 1000).to(dtype),
+    entrance="progress_bar",
+    scaled="",
+)
 _FLUX = Plan(
     conditions={
         "encoder_hidden_states": "prompt_embeds",

@@ -1,0 +1,114 @@
+"""AuraFlow's pipeline compiled, beside itself eager."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+)
+from peft import LoraConfig
+from small import AURAFLOW, noisy
+
+import fastdiff
+from fastdiff.bench.pixels import noise_as
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.contract import judge
+from fastdiff.runtime.recordings import made
+
+VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+
+
+def pipeline():
+    transformer = noisy(AuraFlowTransformer2DModel(**AURAFLOW))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    pipe = AuraFlowPipeline(None, None, noisy(AutoencoderKL(**VAE)), transformer, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, scale=3.5, used=9, images=1, **options):
+    """A picture of 8 x 12; `used` tokens of the text are not zero."""
+    generator, told = torch.Generator().manual_seed(3), {}
+    for name, count in (("prompt", used), ("negative_prompt", 2)):
+        embeds = torch.randn(1, 40, 20, generator=generator)
+        embeds[:, count:] = 0
+        told[f"{name}_embeds"] = embeds.to(pipe.transformer.dtype)
+        told[f"{name}_attention_mask"] = torch.ones(1, 40)
+    result = pipe(
+        guidance_scale=scale,
+        num_inference_steps=3,
+        num_images_per_prompt=images,
+        height=8,
+        width=12,
+        generator=generator,
+        output_type="np",
+        **told,
+        **options,
+    ).images
+    return torch.from_numpy(result)
+
+
+def exact(pipe, **call):
+    """The picture in float64, from the noise that float32 draws."""
+    double = copy.deepcopy(pipe).to(torch.float64)
+    with noise_as(double, torch.float32):
+        return drawn(double, **call)
+
+
+@pytest.mark.parametrize("call", [{}, {"scale": 1.0}, {"used": 40, "images": 3}], ids=str)
+def test_the_picture_report_and_restore(call):
+    pipe = pipeline()
+    eager, truth = drawn(pipe, **call), exact(pipe, **call)
+    fastdiff.compile(pipe)
+    ours = drawn(pipe, **call)
+    assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
+    assert (slot_of(pipe.transformer).fast, dict(slot_of(pipe.transformer).eager)) == (3, {})
+    verdict = judge("picture", ours, eager, truth)
+    assert verdict.passed, verdict
+    fastdiff.restore(pipe)
+    assert torch.equal(drawn(pipe, **call), eager)
+
+
+def test_a_callback_leaves_the_loop_to_diffusers():
+    """Which has no `interrupt`, by which it could go on after one."""
+    pipe, seen = pipeline(), []
+    options = {"callback_on_step_end": lambda _, i, t, told: seen.append(i) or told}
+    eager = drawn(pipe, **options)
+    fastdiff.compile(pipe)
+    torch.testing.assert_close(drawn(pipe, **options), eager, atol=1e-5, rtol=0)
+    assert seen == [0, 1, 2] * 2
+    assert slot_of(pipe.transformer).fast == 3
+    (why,) = loop_of(pipe).own
+    assert "callback_on_step_end" in why
+
+
+def test_adapters_and_edits_are_followed_without_a_recording():
+    pipe = pipeline()
+    net = pipe.transformer
+    layers = ["to_q", "add_v_proj", "linear_1", "norm1.linear", "pos_embed.proj"]
+    net.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False), "one")
+    twin = copy.deepcopy(pipe)
+    fastdiff.compile(pipe)
+    for _ in range(2):  # the autoencoder is recorded when it meets a size again
+        drawn(pipe)
+    before = made()
+    for change in (
+        lambda net: net.set_adapters("one", 0.5),
+        lambda net: net.disable_lora(),
+        lambda net: net.register_tokens.data.mul_(2),
+        lambda net: net.pos_embed.proj.base_layer.weight.data.mul_(2),
+    ):
+        for one in (pipe, twin):
+            change(one.transformer)
+        torch.testing.assert_close(drawn(pipe), drawn(twin), atol=1e-5, rtol=0)
+    scaled = {"attention_kwargs": {"scale": 0.3}}
+    for one in (pipe, twin):
+        one.transformer.enable_lora()
+    torch.testing.assert_close(drawn(pipe, **scaled), drawn(twin, **scaled), atol=1e-5, rtol=0)
+    assert loop_of(pipe).planned == 7
+    assert made() == before
