@@ -35,6 +35,8 @@ class AuraFlowPreset:
     """An architecture at scale 1. `side`: of its latents."""
 
     side: int = 128
+    blocks: tuple[int, int] = (4, 32)
+    """Of a picture beside a text, and of both together."""
     base_scale: float = 1.0
 
     upcasts = (False, True)
@@ -46,8 +48,8 @@ class AuraFlowPreset:
             "patch_size": PATCH,
             "in_channels": CHANNELS,
             "out_channels": CHANNELS,
-            "num_mmdit_layers": 4,
-            "num_single_dit_layers": 32,
+            "num_mmdit_layers": self.blocks[0],
+            "num_single_dit_layers": self.blocks[1],
             "attention_head_dim": WIDE,
             "num_attention_heads": heads,
             "joint_attention_dim": HEAD * heads_of(TEXT * scale),

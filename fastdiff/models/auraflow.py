@@ -24,12 +24,19 @@ from fastdiff.models.auraflow_block import Branch, borrow_joint, borrow_single
 from fastdiff.models.blocks import Columns, repeated, require
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.checks import check_count, checked
-from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
+from fastdiff.models.embeddings import (
+    Embedding,
+    Sinusoid,
+    borrow_embedding,
+    borrow_sinusoid,
+    embedded_times,
+)
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint_trunk import alike
 from fastdiff.models.patches import Patches, Positions
 from fastdiff.models.sequences import cut, joined
 from fastdiff.models.stream import Stream
+from fastdiff.models.weights import project
 
 KEPT = 16
 """A text is cut to a multiple of so many tokens, so that few lengths need a recording."""
@@ -132,12 +139,11 @@ class AuraFlow:
         times, many = timesteps.shape[1], text.shape[0]
         require(times > 0 and many % times == 0, f"{times} timesteps for {many} texts")
         with scope("modulation"):
-            embedded = self.time(self.sinusoid(timesteps.to(text.device)).to(self.dtype))
-            rows = linear(F.silu(embedded), self.modulation.weight, self.modulation.bias)
+            timesteps = timesteps.to(text.device)
+            told = embedded_times(self.sinusoid, self.time, timesteps, self.dtype, many)
+            rows = project(F.silu(told), self.modulation)
             shift = rows[..., self.last].chunk(2, -1)[1]
             shift = linear(shift.contiguous(), self.proj_out.weight)
-            if times > 1:
-                rows, shift = (t.repeat(1, many // times, 1) for t in (rows, shift))
         position = self.positions(self.patches.counts(sides))
         ones = shift.new_ones(many, position.shape[1], shift.shape[-1])
         return Hoisted(
@@ -155,7 +161,7 @@ class AuraFlow:
             length = text.shape[1] - count + 1
             length = min(text.shape[1], -(-length // KEPT) * KEPT)
             count = text.shape[1] - length + 1
-            told = linear(text[:, :length].contiguous(), self.context.weight, self.context.bias)
+            told = project(text[:, :length].contiguous(), self.context)
             told = torch.cat([self.registers.expand(len(told), -1, -1), told], dim=1)
             if count == 1:
                 return told, None
@@ -181,8 +187,9 @@ class AuraFlow:
             picture, text = Stream(x, total=constants.position), Stream(constants.text)
         for i, (own, other) in enumerate(self.joint):
             with scope(f"block {i}"):
-                both = own.heads_of(picture, vectors), other.heads_of(text, vectors)
-                seen, told = joint_attention(*both[0], *both[1], text_bias=bias)
+                q, k, v = own.heads_of(picture, vectors)
+                heads = q, k, v, *other.heads_of(text, vectors)
+                seen, told = joint_attention(*heads, text_bias=bias)
                 picture, text = (
                     own.after(seen, picture, vectors),
                     other.after(told, text, vectors),
@@ -208,13 +215,9 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, length: int, bias: Tensor | None)
     """Attention of one sequence [B, S, H, K] whose first `length` tokens are text."""
     if bias is None:
         return attention(q, k, v)
-    picture, text = (tuple(t[:, part] for t in (q, k, v)) for part in _parts(length))
-    seen, told = joint_attention(*picture, *text, text_bias=bias)
+    (text_q, q), (text_k, k), (text_v, v) = (t.tensor_split((length,), 1) for t in (q, k, v))
+    seen, told = joint_attention(q, k, v, text_q, text_k, text_v, text_bias=bias)
     return joined(told.flatten(2), seen.flatten(2)).view(seen.shape[0], -1, *seen.shape[2:])
-
-
-def _parts(length: int) -> tuple[slice, slice]:
-    return slice(length, None), slice(length)
 
 
 def borrow_auraflow(module: Any, loan: Loan) -> AuraFlow:
@@ -253,8 +256,8 @@ def borrow_auraflow(module: Any, loan: Loan) -> AuraFlow:
         positions=CentredPositions(table, side),
         sinusoid=borrow_sinusoid(net.time_step_embed, loan),
         time=borrow_embedding(net.time_step_proj, loan),
-        modulation=loan.linear(*rows.layers),
-        context=loan.linear(net.context_embedder),
+        modulation=loan.linear(*rows.layers, hoisted=True),
+        context=loan.linear(net.context_embedder, hoisted=True),
         registers=registers,
         joint=joint,
         single=single,

@@ -12,7 +12,6 @@ from fastdiff.kernels.linear import linear
 from fastdiff.models.blocks import Columns, require, split_heads
 from fastdiff.models.borrow import Loan, Weights
 from fastdiff.models.joint import Modulated, borrow_modulated
-from fastdiff.models.reads import Reader
 from fastdiff.models.stream import Stream
 from fastdiff.models.watch import kind
 
@@ -64,8 +63,10 @@ def borrow_joint(module: Any, loan: Loan, rows: Columns, width: int) -> tuple[Br
     out, dropout = loan.each(held.to_out, 2)
     loan.inert(dropout)
     picture = (held.to_q, held.to_k, held.to_v, held.norm_q, held.norm_k, out)
-    text = (held.add_q_proj, held.add_k_proj, held.add_v_proj)
-    text += (held.norm_added_q, held.norm_added_k, held.to_add_out)
+    text = (
+        *(held.add_q_proj, held.add_k_proj, held.add_v_proj),
+        *(held.norm_added_q, held.norm_added_k, held.to_add_out),
+    )
     context = block.norm1_context, block.norm2_context, block.ff_context
     return (
         _borrow(held.heads, (block.norm1, block.norm2, block.ff), picture, loan, rows, width),
@@ -83,7 +84,7 @@ def borrow_single(module: Any, loan: Loan, rows: Columns, width: int) -> Branch:
     return _borrow(held.heads, (block.norm1, block.norm2, block.ff), layers, loan, rows, width)
 
 
-def _open_attention(module: Any, loan: Loan) -> Reader:
+def _open_attention(module: Any, loan: Loan) -> Any:
     held = loan.open(module, "Attention")
     processor = kind(held.processor)
     require(processor == PROCESSOR, f"the attention processor {processor}")

@@ -1,0 +1,53 @@
+"""AuraFlow: its published sizes, its launches beside diffusers' own, a picture of a small one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff.bench.gpus import gpu_named
+from fastdiff.bench.graph import launched, rows
+from fastdiff.bench.preset_aura import AURAFLOW
+from fastdiff.bench.presets import blueprint
+
+STATIC = Path(__file__).parents[2] / "benchmarks/static"
+# parameters, the latents' side
+SIZES = {"auraflow": (6_858_605_568, 128)}
+# launches of diffusers' own step, and the most that ours may be
+LAUNCHES = {"auraflow": (1410, 407)}
+
+
+def told(name, half):
+    """The arguments of diffusers' own guided step."""
+    latents, timestep = torch.empty(2, 4, 128, 128, **half), torch.empty(2, **half)
+    return (latents, torch.empty(2, 256, 2048, **half), timestep), {}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_scale_one_has_the_published_sizes(name):
+    net, side = blueprint(name)
+    assert (sum(weight.numel() for weight in net.parameters()), side) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name):
+    """The committed graph is what the network does now; `fastdiff graph` writes it again."""
+    (net, side), (theirs, most) = blueprint(name), LAUNCHES[name]
+    kept = json.loads((STATIC / f"graph-{name}.json").read_text())
+    assert kept["rows"] == [vars(row) for row in rows(net, gpu_named("h200"), torch.float16, side)]
+    assert kept["launches"] <= most
+    net = torch.nn.Module.to(net, dtype=torch.float16)
+    given, more = told(name, {"dtype": torch.float16, "device": "meta"})
+    assert len(launched(lambda: net(*given, **more, return_dict=False), 90)) == theirs
+
+
+def test_a_small_one_draws():
+    pipe = replace(AURAFLOW, blocks=(1, 1)).pipeline(0.06, torch.float32, "cpu", seed=0)
+    pipe.set_progress_bar_config(disable=True)
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    size = {"height": side, "width": side, "num_inference_steps": 1}
+    latents = pipe("red heart", **size, output_type="latent").images
+    assert latents.shape == (1, 4, side // 8, side // 8)
+    assert latents.isfinite().all()
