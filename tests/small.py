@@ -340,7 +340,8 @@ def flux():
 
 
 def auraflow():
-    net = noisy(AuraFlowTransformer2DModel(**AURAFLOW))
+    one = {"num_mmdit_layers": 1, "num_single_dit_layers": 1}
+    net = noisy(AuraFlowTransformer2DModel(**AURAFLOW | one))
     given = {"encoder_hidden_states": torch.randn(2, 7, 20), "timestep": torch.tensor([0.5, 0.5])}
     return net, net, (torch.randn(2, 4, 8, 8),), given
 

@@ -59,6 +59,7 @@ OTHERS = {
     "PriorTransformer": {"num_attention_heads"},  # read of its config
     "DiTTransformer2DModel": {"height", "width", "_internal_dict"},
     "PixArtTransformer2DModel": {"height", "width"},
+    "AuraFlowTransformer2DModel": {"out_channels"},  # read of its config
     "LabelEmbedding": {"num_classes"},  # of labels that are dropped in training
     # what they made their attentions with, or read of the first weight
     "SimpleCrossAttnDownBlock2D": {"num_heads"},
