@@ -43,8 +43,13 @@ def halved(forward):
     def half(*given, **options):
         out = forward(*given, **options)
         if isinstance(out, tuple):
-            return tuple(part * 0.5 if torch.is_tensor(part) else part for part in out)
-        return out * 0.5 if torch.is_tensor(out) else out
+            return tuple(map(half_of, out))
+        return half_of(out)
+
+    def half_of(value):
+        if not torch.is_tensor(value):
+            return value
+        return value * 0.5 if value.is_floating_point() else value // 2  # indices
 
     return half
 
