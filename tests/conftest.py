@@ -13,7 +13,7 @@ import torch
 from browsers import browser  # noqa: F401  a fixture
 from exports import demo_export, demo_onnx, export_onnx  # noqa: F401  fixtures
 from forked import forked  # noqa: F401  a fixture
-from interpreter import mend
+from interpreter import hasten, mend
 from logged import as_warnings
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from fastdiff.kernels.contract import Verdict, judge
 from fastdiff.kernels.dispatch import NATIVE
 
 mend()
+hasten()
 as_warnings()
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):

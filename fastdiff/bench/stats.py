@@ -17,7 +17,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, false_discovery_control, t
+from scipy.special import stdtr, stdtrit
+from scipy.stats import bootstrap, false_discovery_control
 from scipy.stats.mstats import mjci
 
 CONFIDENCE = 0.95
@@ -51,7 +52,8 @@ class Estimate:
         """The ends, as logarithms, of an interval that misses the truth with rate `alpha`."""
         if self.samples < 2:
             return -inf, inf
-        half = float(t.isf(alpha / 2, self.freedom)) * self.error
+        # what scipy.stats.t computes, without its checks, which take forty times as long
+        half = -float(stdtrit(self.freedom, alpha / 2)) * self.error
         return self.log - half, self.log + half
 
     @property
@@ -181,7 +183,7 @@ def _p_value(estimate: Estimate, edge: float) -> float:
     beyond = abs(estimate.log) - edge
     if estimate.error == 0:
         return 0.0 if beyond > 0 else 1.0
-    return min(1.0, 2 * float(t.sf(beyond / estimate.error, estimate.freedom)))
+    return min(1.0, 2 * float(stdtr(estimate.freedom, -beyond / estimate.error)))
 
 
 def _judge(estimate: Estimate, edge: float, alpha: float) -> Judged:

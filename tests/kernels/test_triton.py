@@ -7,7 +7,6 @@ import torch
 from covered import covered, first_of_each
 from held import cost, small
 from traffic import Counting
-from triton.runtime import interpreter
 
 from fastdiff.kernels.attention.spec import SPEC as ATTENTION
 from fastdiff.kernels.contract import FLOATS, judge, power_parts, verify
@@ -50,25 +49,6 @@ CASES = first_of_each(
     kind=launched,
     always=lambda name, case, dtype: small(TRITON[name], case),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _patched_once():
-    """The interpreter patches triton.language again at each call of a device function, which is
-    nine tenths of its time; here once for each set of modules that a kernel's file sees."""
-    patch, patched = interpreter._patch_lang, set()
-
-    def once(function):
-        modules = {getattr(value, "__name__", "") for value in function.__globals__.values()}
-        key = frozenset(modules & {"triton.language", "triton.language.core"})
-        if key not in patched:
-            patched.add(key)
-            patch(function)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = once
-    yield
-    interpreter._patch_lang = patch
 
 
 @pytest.mark.parametrize(("name", "case", "dtype"), CASES)

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from covered import covered
 from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel
 from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
 from small import NETWORKS, PRIOR, SD15, inputs_for, noisy, shallow
@@ -143,8 +144,9 @@ def test_autoencoder(in_triton, budget):
     budget(encoder, eager.encoder, torch.randn(1, 3, 19, 16))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("share", [0.24, 0.05])
+@pytest.mark.parametrize(
+    ("share", "dtype"), covered([0.24, 0.05], [torch.float32, torch.float16], together=1)
+)
 def test_decoder_in_strips(share, dtype, in_triton, budget):
     vae = autoencoder().to(dtype)
     eager = copy.deepcopy(vae)
