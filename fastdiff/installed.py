@@ -24,6 +24,10 @@ EXTRAS = {
     "tritonclient": "triton-server",
     "jinja2": "report",
     "matplotlib": "report",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "ray": "ray",
 }
 """The extra of pyproject.toml that installs each module, by module name."""
 BRINGS = {
@@ -37,6 +41,8 @@ BRINGS = {
     "trt-rtx": "export --trt for GeForce and RTX GPUs",
     "trt": "export --trt for every GPU from sm_75 on",
     "triton-server": "export --triton-repo",
+    "serve": "serve",
+    "ray": "serve --ray",
 }
 """By extra, of those that users want: what it is for."""
 

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "batching": {"models", "runtime", "families", "compiler"},
     "bench": {"kernels", "models", "runtime", "families", "compiler", "demo"},
     "regression": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
+    "serve": {"batching", "bench"},
 }
 # optional package -> the only files that may import it
 OPTIONAL = {
@@ -47,6 +48,11 @@ OPTIONAL = {
     "openvino": ("engines/openvino.py",),
     "matplotlib": ("regression/reports/plots.py", "regression/reports/svg.py"),
     "jinja2": ("regression/reports/page.py",),
+    "fastapi": ("serve/app.py", "serve/run.py"),
+    "starlette": ("serve/app.py", "serve/answers.py"),
+    "uvicorn": ("serve/run.py",),
+    "prometheus_client": ("serve/metrics.py",),
+    "ray": ("serve/replicas.py",),
 }
 
 
