@@ -26,6 +26,10 @@ EXTRAS = {
     "ray": "ray",
     "jinja2": "report",
     "matplotlib": "report",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "ray": "ray",
 }
 """The extra of pyproject.toml that installs each module, by module name."""
 BRINGS = {
@@ -41,6 +45,8 @@ BRINGS = {
     "trt-rtx": "export --trt for GeForce and RTX GPUs",
     "trt": "export --trt for every GPU from sm_75 on",
     "triton-server": "export --triton-repo",
+    "serve": "serve",
+    "ray": "serve --ray",
 }
 """By extra, of those that users want: what it is for."""
 
