@@ -29,7 +29,6 @@ EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
-    "ray": "ray",
 }
 """The extra of pyproject.toml that installs each module, by module name."""
 BRINGS = {
@@ -38,7 +37,7 @@ BRINGS = {
     "lora": "LoRA adapters",
     "report": "report --html",
     "bulk": "generate --prompts with a .parquet file",
-    "ray": "generate --ray",
+    "ray": "generate --ray, serve --ray",
     "onnx": "export --onnx, bench --backends ort on a CPU",
     "onnx-gpu": "bench --backends ort on an NVIDIA GPU",
     "openvino": "bench --backends openvino",
@@ -46,7 +45,6 @@ BRINGS = {
     "trt": "export --trt for every GPU from sm_75 on",
     "triton-server": "export --triton-repo",
     "serve": "serve",
-    "ray": "serve --ray",
 }
 """By extra, of those that users want: what it is for."""
 

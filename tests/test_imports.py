@@ -49,13 +49,12 @@ OPTIONAL = {
     "openvino": ("engines/openvino.py",),
     "matplotlib": ("regression/reports/plots.py", "regression/reports/svg.py"),
     "pyarrow": ("bulk/prompts.py",),
-    "ray": ("bulk/cluster.py",),
+    "ray": ("bulk/cluster.py", "serve/replicas.py"),
     "jinja2": ("regression/reports/page.py",),
     "fastapi": ("serve/app.py", "serve/run.py"),
     "starlette": ("serve/app.py", "serve/answers.py"),
     "uvicorn": ("serve/run.py",),
     "prometheus_client": ("serve/metrics.py",),
-    "ray": ("serve/replicas.py",),
 }
 
 
