@@ -18,6 +18,7 @@ from fastdiff.models import Loan, Unsupported
 from fastdiff.models.flux import Conditions, borrow_flux
 from fastdiff.runtime.denoiser import denoiser
 from fastdiff.runtime.planned import step
+from fastdiff.runtime.tape import record
 
 KINDS = {"dev": {"guidance_embeds": True}, "schnell": {}}
 COUNTS = ((1, 15, 7), (2, 6, 1), (3, 1, 5))
@@ -164,6 +165,17 @@ def test_what_it_is_not():
     net.transformer_blocks[1].attn.processor._attention_backend = "flash"
     with pytest.raises(Unsupported, match="an attention backend that was set"):
         borrow_flux(net, Loan(net))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_goes_onto_a_tape(dtype):
+    """Of several pictures, whose tokens lie apart at the end, too."""
+    network = borrow_flux(net := transformer(dtype=dtype), Loan(net))
+    hoisted = network.hoist(conditions(count=2, dtype=dtype), torch.tensor([[0.5]]), ())
+    given = torch.randn(2, 15, 16).to(dtype), hoisted.rows[0], hoisted.constants
+    tape = record(network.predict, given)
+    assert tape is not None
+    assert torch.equal(tape.run(), network.predict(*given))
 
 
 def test_launches():
