@@ -158,13 +158,13 @@ void run_conv(int dtype, uintptr_t x, const Ints<4>& shape, const Ints<2>& enlar
   if (algorithm < kDirect || algorithm > kWinograd2x4)
     throw std::invalid_argument("conv: there is no algorithm " + std::to_string(algorithm));
   const bool same = window == Ints<3>{3, 1, 1} && out_shape == enlarged;
-  if (algorithm != kDirect && (!same || act == kGeglu))
+  if (algorithm != kDirect && (!same || is_gated(act)))
     throw std::invalid_argument(
         "conv: Winograd's algorithms take a 3x3 window at stride 1, one zero around the picture and "
         "no gate; got a " + std::to_string(window[0]) + "x" + std::to_string(window[0]) +
         " window at stride " + std::to_string(window[1]) + ", " + std::to_string(window[2]) +
         " zeros before it and an output of " + std::to_string(out_shape[0]) + "x" +
-        std::to_string(out_shape[1]) + (act == kGeglu ? ", gated" : ""));
+        std::to_string(out_shape[1]) + (is_gated(act) ? ", gated" : ""));
   const Conv p{dtype,        in(x),        shape[0],      shape[1],   shape[2],
                shape[3],     enlarged[0],  enlarged[1],   window[0],  window[1],
                window[2],    out_shape[0], out_shape[1],  in(weight[0]), weight[1],

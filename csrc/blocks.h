@@ -43,7 +43,7 @@ struct Epilogue {
   // inlined, as in Window.
   __attribute__((always_inline)) void ahead(const Panel<T>& panel, int64_t pixel) const {
     constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t wide = p.act == fastdiff::kGeglu ? p.n / 2 : p.n;
+    const int64_t wide = fastdiff::is_gated(p.act) ? p.n / 2 : p.n;
     const T* to = static_cast<const T*>(p.out) + pixel * wide + panel.begin;
     for (int64_t c = 0; c < panel.columns; c += kLine) __builtin_prefetch(to + c, 1, 3);
     if (!p.residual) return;
@@ -84,7 +84,7 @@ struct Epilogue {
   }
 
   void operator()(const Panel<T>& panel, int64_t pixel, const float* sums) const {
-    const bool gated = p.act == fastdiff::kGeglu;
+    const bool gated = fastdiff::is_gated(p.act), silus = p.act == fastdiff::kSwiglu;
     const int64_t wide = gated ? p.n / 2 : p.n, at = pixel * wide + panel.begin;
     const auto* bias = static_cast<const T*>(p.bias);
     const T* residual = nullptr;
@@ -99,7 +99,7 @@ struct Epilogue {
       if (gated) {
         vf gate = load(sums + panel.vectors / 2 * W + c);
         if (bias) gate += load_n(bias + p.n / 2 + column, n);
-        value *= gelu(gate);
+        value *= silus ? silu(gate) : gelu(gate);
       } else if (p.act == fastdiff::kSilu) {
         value = silu(value);
       } else if (p.act == fastdiff::kGelu) {

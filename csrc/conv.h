@@ -12,7 +12,7 @@ constexpr int64_t kSerialBelow = 1 << 15;  // multiply-adds; waking a thread cos
 template <typename T>
 static std::vector<Panel<T>> split_columns(const Conv& p, int64_t inner, std::vector<T>& padded) {
   const auto* w = static_cast<const T*>(p.w);
-  const int halves = p.act == fastdiff::kGeglu ? 2 : 1;
+  const int halves = fastdiff::is_gated(p.act) ? 2 : 1;
   const int64_t width = p.n / halves;
   std::vector<Panel<T>> panels;
   int64_t begin = 0;

@@ -29,7 +29,7 @@ class FromFew {
 
   static bool takes(const Conv& p) {
     return p.kernel > 1 && p.up_height == p.height && p.up_width == p.width &&
-           p.act != fastdiff::kGeglu && p.channels < kFewChannels &&
+           !fastdiff::is_gated(p.act) && p.channels < kFewChannels &&
            p.kernel * p.channels <= kSlice<T>;
   }
 
@@ -172,7 +172,7 @@ class ToFew {
 
   static bool takes(const Conv& p) {
     return p.kernel > 1 && p.n <= kMost && p.channels >= kLanes && p.up_height == p.height &&
-           p.up_width == p.width && p.act != fastdiff::kGeglu;
+           p.up_width == p.width && !fastdiff::is_gated(p.act);
   }
 
   explicit ToFew(const Conv& p)

@@ -9,7 +9,11 @@ namespace fastdiff {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 // The algorithm of a convolution: direct products, or Winograd's F(2x2, 3x3) or F(2x4, 3x3).
 enum Algorithm : int { kDirect = 0, kWinograd2x2 = 1, kWinograd2x4 = 2 };
-enum Activation : int { kNone = 0, kSilu = 1, kGeglu = 2, kGelu = 3, kGeluTanh = 4 };
+// A gated one halves the columns: value * act(gate), the gate's columns last.
+enum Activation : int {
+  kNone = 0, kSilu = 1, kGelu = 3, kGeluTanh = 4, kGeglu = 2, kSwiglu = 5
+};
+constexpr bool is_gated(int act) { return act == kGeglu || act == kSwiglu; }
 
 // out[b, y, x, n] = act(sum over taps and channels of x * w + bias) + residual
 // A linear layer is the case kernel = 1, height = 1, width = rows.
@@ -22,12 +26,12 @@ struct Conv {
   int64_t out_height, out_width;
   const void* w;         // [kernel, kernel, channels, n] with n contiguous
   int64_t ld_w;          // elements from one input channel to the next
-  int64_t n;             // columns of w; with kGeglu the output has n / 2
+  int64_t n;             // columns of w; if gated, the output has n / 2
   const void* bias;      // [n] or null
   const void* residual;  // like out, or null
   int64_t residual_pixels;  // after this many pixels the residual repeats
   int act;
-  int algorithm;         // all but kDirect need kernel 3, stride 1, pad 1, no kGeglu
+  int algorithm;         // all but kDirect need kernel 3, stride 1, pad 1, no gate
   void* out;             // contiguous
 };
 

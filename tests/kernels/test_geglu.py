@@ -55,10 +55,10 @@ def test_gate_is_closer_to_the_truth_than_torch():
 def test_borrowed_weights_run_our_own_loop(case, monkeypatch):
     """Their columns lie side by side, which the kernel for GPUs, and so the cases, do not have."""
 
-    def borrowed(x, weight, bias):
+    def borrowed(x, weight, bias, act):
         monkeypatch.setattr(F, "linear", None)  # the reference runs before and after
         try:
-            return geglu(x, weight.t().contiguous().t(), bias)
+            return geglu(x, weight.t().contiguous().t(), bias, act)
         finally:
             monkeypatch.undo()
 
@@ -95,6 +95,7 @@ def test_empty_input():
         ({"weight": torch.ones(7, 4)}, r"weight \[7, 4\]; expected \[..., D\], \[2N, D\]"),
         ({"bias": torch.ones(4)}, r"bias is \[4\]; expected \[8\]"),
         ({"bias": torch.ones(8).half()}, "all must be of one dtype"),
+        ({"act": "relu"}, "geglu: act is 'relu'; it must be gelu or silu"),
     ],
 )
 def test_what_does_not_fit_is_named(arguments, message):
@@ -108,6 +109,7 @@ def test_what_does_not_fit_is_named(arguments, message):
         ({"h": torch.ones(2, 3)}, r"h is \[2, 3\]; expected \[..., 2N\]"),
         ({"bias": torch.ones(2)}, r"bias is torch.float32 \[2\]; expected torch.float32 \[4\]"),
         ({"impl": "split"}, "'split'.*reference, cpu, triton"),
+        ({"act": "relu"}, "gelu_gate: act is 'relu'; it must be gelu or silu"),
     ],
 )
 def test_what_the_gate_does_not_take_is_named(arguments, message):

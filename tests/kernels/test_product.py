@@ -49,8 +49,8 @@ def test_every_border_is_inside_the_budget(spec, case, dtype, isa, chosen):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gate_over_its_borders(dtype, isa, chosen):
-    def borrowed(x, weight, bias):
-        return implementation("geglu", "cpu")(x, weight.t().contiguous().t(), bias)
+    def borrowed(x, weight, bias, act):
+        return implementation("geglu", "cpu")(x, weight.t().contiguous().t(), bias, act)
 
     chosen(isa)
     verdicts = hold(GEGLU, borrowed, GATED, dtype)

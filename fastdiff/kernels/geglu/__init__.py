@@ -7,19 +7,20 @@ from fastdiff.kernels.dispatch import register
 from fastdiff.kernels.geglu import cpu
 from fastdiff.kernels.geglu.spec import SPEC, Arguments
 from fastdiff.kernels.gelu_gate import gelu_gate
+from fastdiff.kernels.gelu_gate.spec import ACTIVATIONS
 
 
 def library(a: Arguments) -> Tensor:
     """cuBLAS, then the gate. One kernel for both would save 8 bytes per output in float16, but only
     pays off from 77% of cuBLAS's rate on (D = 1280, counted at 790 TFLOP/s)."""
-    return gelu_gate(F.linear(a.x, a.weight, a.bias))
+    return gelu_gate(F.linear(a.x, a.weight, a.bias), act=a.act)
 
 
 _op = register(SPEC, cpu=cpu.run, library=library, otherwise=cpu.plain)
 
 
-def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """value · gelu(gate) of (value, gate) = x weightᵀ + bias, with gelu(g) = g · Φ(g), exact (erf).
+def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gelu") -> Tensor:
+    """value · act(gate) of (value, gate) = x weightᵀ + bias.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
@@ -27,12 +28,13 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             our own kernel runs (float32 and bfloat16) if its columns are adjacent in memory
             (`weight.stride(0) == 1`, see `models.borrow`).
         bias: [2N].
+        act: "gelu": gelu(g) = g · Φ(g), exact (erf); "silu" (SwiGLU): g / (1 + exp(-g)).
 
     Returns:
         [..., N], contiguous, in x's dtype; sums are float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes that do not fit together; `act` is neither of these.
 
     Shazeer, GLU Variants Improve Transformer (2020); Hendrycks & Gimpel, GELUs (2016).
     """
@@ -46,5 +48,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"geglu: x is {x.dtype}, weight {weight.dtype}; all must be of one dtype, the bias too"
         )
-    y: Tensor = _op(x, weight, bias)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"geglu: act is {act!r}; it must be gelu or silu")
+    y: Tensor = _op(x, weight, bias, act)
     return y

@@ -18,6 +18,7 @@ class Arguments:
     x: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    act: str = "gelu"
 
 
 def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
@@ -26,7 +27,7 @@ def work(a: Arguments) -> tuple[str, tuple[int, ...]]:
 
 
 def formula(a: Arguments) -> Tensor:
-    y: Tensor = GATE.reference(F.linear(a.x, a.weight, a.bias))
+    y: Tensor = GATE.reference(F.linear(a.x, a.weight, a.bias), act=a.act)
     return y
 
 
@@ -42,6 +43,7 @@ def inputs(
         "x": x.to(dtype),
         "weight": (normal(2 * N, D) / D**0.5).to(dtype),
         "bias": normal(2 * N).to(dtype) if case.get("bias", True) else None,
+        "act": case.get("act", "gelu"),
     }
 
 
@@ -54,6 +56,7 @@ CASES = (
     # nasty
     Case("eights", B=2, L=9, D=40, N=56, beside=24),
     Case("odd", B=1, L=5, D=31, N=41, bias=False),
+    Case("odd-silu", B=2, L=5, D=31, N=41, bias=False, act="silu", spread=3.0),
     Case("one", B=1, L=1, D=1, N=1),
 )
 

@@ -4,19 +4,22 @@ from torch import Tensor
 
 from fastdiff.kernels.dispatch import implementation, register
 from fastdiff.kernels.gelu_gate import cpu
-from fastdiff.kernels.gelu_gate.spec import SPEC
+from fastdiff.kernels.gelu_gate.spec import ACTIVATIONS, SPEC
 from fastdiff.kernels.where import on_gpu
 
 _op = register(SPEC, cpu=cpu.run, gpu="fastdiff.kernels.gelu_gate.gpu")
 
 
-def gelu_gate(h: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tensor:
-    """value · gelu(gate) of (value, gate) = h + bias, with gelu(g) = g · Φ(g), exact (erf).
+def gelu_gate(
+    h: Tensor, bias: Tensor | None = None, impl: str = "auto", act: str = "gelu"
+) -> Tensor:
+    """value · act(gate) of (value, gate) = h + bias.
 
     Args:
         h: [..., 2N], float32, bfloat16 or float16: the first N columns are the value, the others
             the gate, as in diffusers' GEGLU. On a GPU its rows may have any one stride.
         bias: [2N], contiguous, in h's dtype.
+        act: "gelu": gelu(g) = g · Φ(g), exact (erf); "silu": g / (1 + exp(-g)).
         impl: "auto" (by h's device), "cpu", "triton" or "reference". An implementation given by
             name runs or raises.
 
@@ -25,7 +28,7 @@ def gelu_gate(h: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
 
     Raises:
         ValueError: h has an odd width, the bias does not fit, the Triton implementation does not
-            take h's strides, or `impl` is unknown.
+            take h's strides, or `act` or `impl` is unknown.
 
     Shazeer, GLU Variants Improve Transformer (2020); Hendrycks & Gimpel, GELUs (2016).
     """
@@ -36,8 +39,10 @@ def gelu_gate(h: Tensor, bias: Tensor | None = None, impl: str = "auto") -> Tens
             f"gelu_gate: bias is {bias.dtype} {list(bias.shape)}; expected {h.dtype}"
             f" [{h.shape[-1]}]"
         )
+    if act not in ACTIVATIONS:
+        raise ValueError(f"gelu_gate: act is {act!r}; it must be gelu or silu")
     if impl == "auto" or (impl == "triton" and on_gpu(h)):
-        out: Tensor = _op(h, bias)
+        out: Tensor = _op(h, bias, act)
         return out
-    named: Tensor = implementation("gelu_gate", impl)(h, bias)
+    named: Tensor = implementation("gelu_gate", impl)(h, bias, act)
     return named

@@ -43,7 +43,7 @@ def gelu(gate):
 @triton.jit(do_not_specialize=["M", "N", "h_sm"])
 def _gelu_gate_kernel(
     h_ptr, bias_ptr, M, N, h_sm, out_ptr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """N and the row stride are multiples of ALIGN; dividing and multiplying by it lets the compiler
     know."""
@@ -60,7 +60,11 @@ def _gelu_gate_kernel(
         bias_at = bias_ptr + columns
         value += tl.load(bias_at, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias_at + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + first * N + rows * N + columns[None, :], value * gelu(gate), mask=inside)
+    if SILU:
+        value *= gate * tl.sigmoid(gate)
+    else:
+        value *= gelu(gate)
+    tl.store(out_ptr + first * N + rows * N + columns[None, :], value, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     out = a.h.new_empty((*a.h.shape[:-1], N))
     arguments: dict[str, Any] = {"h_ptr": a.h, "bias_ptr": a.bias, "M": M, "N": N}
     arguments |= {"h_sm": flat.stride(0), "out_ptr": out}
-    constants = {"ALIGN": align, "ROWS": config.rows, "COLUMNS": config.columns}
+    constants = {"ALIGN": align, "SILU": a.act == "silu"}
+    constants |= {"ROWS": config.rows, "COLUMNS": config.columns}
     grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),)
     launch = Launch(
         _gelu_gate_kernel, arguments, constants, grid, config.num_warps, vector=align * size

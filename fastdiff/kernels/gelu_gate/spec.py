@@ -1,5 +1,6 @@
 """Contract of `gelu_gate`; imports only torch."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,16 @@ class Arguments:
 
     h: Tensor
     bias: Tensor | None = None
+    act: str = "gelu"
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+"""Of the gate."""
 
 
 def formula(a: Arguments) -> Tensor:
     value, gate = (a.h if a.bias is None else a.h + a.bias).chunk(2, dim=-1)
-    return (value * F.gelu(gate)).contiguous()
+    return (value * ACTIVATIONS[a.act](gate)).contiguous()
 
 
 def inputs(
@@ -34,6 +40,7 @@ def inputs(
     return {
         "h": h[..., : 2 * case.N],
         "bias": normal(2 * case.N).to(dtype) if case.get("bias") else None,
+        "act": case.get("act", "gelu"),
     }
 
 
@@ -44,14 +51,18 @@ CASES = (
     Case("sd15-32-part", B=2, L=128, N=2560),
     Case("sdxl-32-part", B=2, L=64, N=5120, bias=True),
     Case("demo-16", B=2, L=256, N=256, spread=3.0),
+    Case("auraflow-part", B=2, L=16, N=8192, act="silu"),
     # nasty
     Case("wide-gates", B=1, L=64, N=256, spread=20.0),
     Case("small-gates", B=1, L=64, N=256, spread=1e-3),
     Case("columns", B=2, L=9, N=40, beside=16, bias=True),
     Case("odd", B=3, L=7, N=41, bias=True),
+    Case("odd-silu", B=3, L=7, N=41, act="silu", spread=20.0),
     Case("one", B=1, L=1, N=1),
 )
 
+_EACH = {"gelu": 22, "silu": 10}
+"""FLOPs of an output."""
 SPEC = KernelSpec(
     name="gelu_gate",
     arguments=Arguments,
@@ -59,5 +70,5 @@ SPEC = KernelSpec(
     inputs=inputs,
     cases=CASES,
     bytes=lambda c, size: size * (3 * c.B * c.L * c.N + 2 * c.N * bool(c.get("bias"))),
-    flops=lambda c: (22 + 2 * bool(c.get("bias"))) * c.B * c.L * c.N,
+    flops=lambda c: (_EACH[c.get("act", "gelu")] + 2 * bool(c.get("bias"))) * c.B * c.L * c.N,
 )

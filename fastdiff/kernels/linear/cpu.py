@@ -7,8 +7,8 @@ from fastdiff.kernels.linear.spec import Arguments
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3, "gelu_tanh": 4}
 """The C++ kernel's numbers of the activations, `Activation` in csrc."""
-GEGLU = 2
-"""The activation that halves the columns."""
+GATED = {"gelu": 2, "silu": 5}
+"""Those of gates, which halve the columns."""
 
 
 def run(a: Arguments) -> Tensor:
@@ -36,7 +36,7 @@ def native(
     x = x.contiguous()
     columns, inner = weight.shape
     rows = x.numel() // inner
-    wide = columns // 2 if activation == GEGLU else columns
+    wide = columns // 2 if activation in GATED.values() else columns
     expects(f"{what}: x", x, weight, (*x.shape[:-1], inner))
     expects(f"{what}: bias", bias, x, (columns,))
     residual_rows = rows
