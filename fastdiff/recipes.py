@@ -17,6 +17,7 @@ MOVQ: Mapping[str, str] = {"unet": "unet", "movq": "vae"}
 PIXART: Mapping[str, str] = {"transformer": "pixart", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 FLUX: Mapping[str, str] = {"transformer": "flux", "vae": "vae"}
+FLUX2: Mapping[str, str] = {"transformer": "flux2", "vae": "vae"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def _rows() -> dict[str, Recipe]:
         "FluxControlInpaintPipeline": Recipe(FLUX, loop="the picture that it keeps is packed anew"),
         "FluxKontextPipeline": Recipe(FLUX, plan=transformers.FLUX_KONTEXT, from_text=flux),
         "FluxKontextInpaintPipeline": Recipe(FLUX),
+        "Flux2Pipeline": Recipe(FLUX2, plan=transformers.FLUX2),
+        "Flux2KleinPipeline": Recipe(FLUX2, plan=transformers.FLUX2_KLEIN),
         "FluxControlNetPipeline": Recipe(FLUX),
         "FluxControlNetImg2ImgPipeline": Recipe(FLUX),
         "FluxControlNetInpaintPipeline": Recipe(FLUX),

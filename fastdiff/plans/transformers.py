@@ -1,4 +1,5 @@
-"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT, PixArt and FLUX."""
+"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT, PixArt, FLUX.1
+and FLUX.2."""
 
 from dataclasses import replace
 
@@ -88,4 +89,23 @@ FLUX_KONTEXT = replace(
         "constant_tokens": "image_latents",
     },
     required=("prompt_embeds", "pooled_prompt_embeds", "latent_ids", "text_ids", "guidance"),
+)
+FLUX2 = replace(
+    _FLUX,
+    conditions={
+        "encoder_hidden_states": "prompt_embeds",
+        "img_ids": "latent_ids",
+        "txt_ids": "text_ids",
+        "guidance": "guidance",
+        "constant_tokens": "image_latents",
+        "constant_ids": "image_latent_ids",
+    },
+    required=("prompt_embeds", "latent_ids", "text_ids", "image_latents", "image_latent_ids"),
+    attention_kwargs="attention_kwargs",
+)
+FLUX2_KLEIN = replace(
+    FLUX2,
+    conditions={name: held for name, held in FLUX2.conditions.items() if name != "guidance"},
+    unconditional={"encoder_hidden_states": "negative_prompt_embeds"},
+    alike={"txt_ids": "negative_text_ids"},
 )

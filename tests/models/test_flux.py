@@ -1,7 +1,6 @@
 """FLUX's transformer against diffusers in float64, at reduced widths."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from diffusers.models.transformers import transformer_flux
 from small import FLUX, noisy
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from turning import turned_in_float64
 
 from fastdiff.bench.graph import launched
 from fastdiff.kernels.contract import judge
@@ -45,23 +45,6 @@ def conditions(kind="dev", count=1, picture=15, text=7, dtype=torch.float32, **m
     )
 
 
-@contextmanager
-def turned_in_float64():
-    """diffusers turns heads in float32, whatever their dtype."""
-    own = transformer_flux.apply_rotary_emb
-
-    def turn(x, tables, sequence_dim):
-        cos, sin = (table.double()[None, :, None, :] for table in tables)
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return x * cos + torch.stack((-odd, even), -1).flatten(-2) * sin
-
-    transformer_flux.apply_rotary_emb = turn
-    try:
-        yield
-    finally:
-        transformer_flux.apply_rotary_emb = own
-
-
 def doubled(tree):
     return tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) else leaf, tree)
 
@@ -81,7 +64,7 @@ def hold(module, latents, given, times=None):
     times = torch.tensor([0.5, 0.125, 1.0])[: len(latents)] if times is None else times
     with torch.no_grad():
         eager = by_diffusers(copy.deepcopy(module), latents, times.to(latents.dtype), given)
-        with turned_in_float64():
+        with turned_in_float64(transformer_flux):
             exact = copy.deepcopy(module).double()
             truth = by_diffusers(exact, latents.double(), times.double(), doubled(given))
         network = denoiser(borrow_flux(module, Loan(module)))
