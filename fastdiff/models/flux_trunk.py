@@ -1,11 +1,11 @@
-"""What the transformers of FLUX.1 and FLUX.2 share: two streams, then one.
+"""What the transformers of FLUX.1 and FLUX.2 share with their ControlNets: two streams, then one.
 
 Latents come packed as tokens [B, L, C]. In the first blocks picture and text are two streams that
 attend to each other; then they are one, the text first, in blocks whose attention and MLP run side
 by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar, NamedTuple
@@ -46,8 +46,8 @@ class Constants(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FluxTrunk:
-    """What both have in common."""
+class FluxBlocks:
+    """All but the end of the networks."""
 
     recordable: ClassVar[bool] = True
     embed: Weights
@@ -57,12 +57,10 @@ class FluxTrunk:
     context: Weights
     blocks: tuple[JointBlock, ...]
     singles: tuple[Single, ...]
-    norm_out: Modulated
-    proj_out: Weights
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.proj_out.weight.dtype
+        return self.embed.weight.dtype
 
     @property
     def channels(self) -> int:
@@ -88,7 +86,7 @@ class FluxTrunk:
         Returns:
             How many tokens the picture and the text have.
         """
-        weight, constant = self.proj_out.weight, 0 if channels is None else channels.shape[-1]
+        weight, constant = self.embed.weight, 0 if channels is None else channels.shape[-1]
         checked("hidden_states", latents, weight, self.channels - constant, 3)
         count = own = latents.shape[1]
         if channels is not None:
@@ -136,12 +134,13 @@ class FluxTrunk:
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
         return x
 
-    def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
-        """The part that every step repeats: [B, L, C] -> [G·B, L, C']."""
+    def streams(self, x: Tensor, row: Tensor, constants: Constants) -> Iterator[Stream]:
+        """The picture [G·B, L, D] after each of the first blocks, then text and picture
+        [G·B, T + L, D] after each of the others."""
         told, limit = constants.text, LIMIT if x.dtype == torch.float16 else 0.0
-        tokens, own, row = told.shape[1], x.shape[1], row.expand(len(told), -1)
-        picture, text = self._embed(repeated(x, told.shape[0]), constants), Stream(told)
-        text_turns, turns = constants.turns.cut(tokens)
+        row = row.expand(len(told), -1)
+        picture, text = self._embed(repeated(x, len(told)), constants), Stream(told)
+        text_turns, turns = constants.turns.cut(told.shape[1])
         for i, block in enumerate(self.blocks):
             with scope(f"block {i}"):
                 picture, last = block(picture, text, row, turns=(turns, text_turns))
@@ -149,6 +148,7 @@ class FluxTrunk:
                 text = last.limited(limit)
                 if constants.controls:
                     picture = picture.plus(constants.controls[i])
+            yield picture
         with scope("join"):
             whole = Stream(_joined(text.closed(), picture.closed()))
         for i, single in enumerate(self.singles):
@@ -156,10 +156,7 @@ class FluxTrunk:
                 whole = single(whole, row, constants.turns).limited(limit)
                 if constants.single_controls:
                     whole = whole.plus(constants.single_controls[i])
-        with scope("out"):
-            scale, shift = self.norm_out.vectors(row)
-            h = _cut(whole.normed(self.norm_out.eps, shift, scale), tokens, tokens + own)
-            return linear(h, self.proj_out.weight, self.proj_out.bias)
+            yield whole
 
     def _embed(self, x: Tensor, constants: Constants) -> Stream:
         with scope("patches"):
@@ -170,13 +167,31 @@ class FluxTrunk:
             return Stream(x if constants.tokens is None else _joined(x, constants.tokens))
 
 
+@dataclass(frozen=True)
+class FluxTrunk(FluxBlocks):
+    """What the transformers have in common."""
+
+    norm_out: Modulated
+    proj_out: Weights
+
+    def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
+        """The part that every step repeats: [B, L, C] -> [G·B, L, C']."""
+        *_, whole = self.streams(x, row, constants)
+        count, tokens, _ = constants.text.shape
+        with scope("out"):
+            scale, shift = self.norm_out.vectors(row.expand(count, -1))
+            h = whole.normed(self.norm_out.eps, shift, scale)
+            h = cut(h, tokens, tokens + x.shape[1])
+            return linear(h, self.proj_out.weight, self.proj_out.bias)
+
+
 def _joined(text: Tensor, picture: Tensor) -> Tensor:
     """[B, T, D] and [B, L, D] -> [B, T + L, D]."""
     joined: Tensor = concat(text.flatten(1), picture.flatten(1))
     return joined.view(len(text), -1, text.shape[-1])
 
 
-def _cut(x: Tensor, start: int, end: int) -> Tensor:
+def cut(x: Tensor, start: int, end: int) -> Tensor:
     """Tokens of x [B, L, D], contiguous; on a CPU by our own kernels alone."""
     if len(x) == 1 or on_gpu(x):
         return x[:, start:end].contiguous()

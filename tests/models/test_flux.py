@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from covered import covered
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from diffusers.models.transformers import transformer_flux
 from small import FLUX, noisy
 from torch import Tensor
@@ -16,6 +16,7 @@ from fastdiff.bench.graph import launched
 from fastdiff.kernels.contract import judge
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.flux import Conditions, borrow_flux
+from fastdiff.models.flux_control import ControlConditions, borrow_flux_control
 from fastdiff.runtime.denoiser import denoiser
 from fastdiff.runtime.planned import step
 from fastdiff.runtime.tape import record
@@ -91,6 +92,30 @@ def test_a_controlnets_residuals(repeat):
     for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
         given = given._replace(**{name: [torch.randn(2, 15, 24) for _ in range(2)]})
     hold(net, torch.randn(2, 15, 16), given._replace(controlnet_blocks_repeat=repeat))
+
+
+@pytest.mark.parametrize("modes", [None, 4], ids=["one kind", "union"])
+def test_a_controlnet(modes):
+    """What it adds to each block, within the budget."""
+    config = FLUX | {"num_single_layers": 1, "guidance_embeds": True, "num_mode": modes}
+    net = noisy(FluxControlNetModel(**config))
+    latents, told, times = torch.randn(2, 15, 16), conditions(count=2), torch.tensor([0.5, 0.125])
+    mode = None if modes is None else torch.tensor([[3], [1]])
+    given = ControlConditions(*told[:5], torch.randn(2, 15, 16), mode)
+
+    def by_diffusers(net, latents, times, given):
+        return sum(net(latents, timestep=times, **given._asdict(), return_dict=False), [])
+
+    with torch.no_grad():
+        eager = by_diffusers(copy.deepcopy(net), latents, times, given)
+        exact, whole = copy.deepcopy(net).double(), doubled(given)._replace(controlnet_mode=mode)
+        with turned_in_float64(transformer_flux):
+            truth = by_diffusers(exact, latents.double(), times.double(), whole)
+        made = denoiser(borrow_flux_control(net, Loan(net)))(latents, times, given)
+    assert len(made) == len(eager) == 3
+    for ours, theirs, right in zip(made, eager, truth, strict=True):
+        verdict = judge("residual", ours, theirs, right)
+        assert verdict.passed, verdict
 
 
 @pytest.mark.parametrize("count", [1, 2])
