@@ -84,7 +84,7 @@ struct Epilogue {
   }
 
   void operator()(const Panel<T>& panel, int64_t pixel, const float* sums) const {
-    const bool gated = fastdiff::is_gated(p.act), silus = p.act == fastdiff::kSwiglu;
+    const bool gated = fastdiff::is_gated(p.act), first = p.act == fastdiff::kSwigluFirst;
     const int64_t wide = gated ? p.n / 2 : p.n, at = pixel * wide + panel.begin;
     const auto* bias = static_cast<const T*>(p.bias);
     const T* residual = nullptr;
@@ -99,7 +99,8 @@ struct Epilogue {
       if (gated) {
         vf gate = load(sums + panel.vectors / 2 * W + c);
         if (bias) gate += load_n(bias + p.n / 2 + column, n);
-        value *= silus ? silu(gate) : gelu(gate);
+        if (first) value = silu(value) * gate;
+        else value *= p.act == fastdiff::kSwiglu ? silu(gate) : gelu(gate);
       } else if (p.act == fastdiff::kSilu) {
         value = silu(value);
       } else if (p.act == fastdiff::kGelu) {

@@ -9,11 +9,12 @@ namespace fastdiff {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 // The algorithm of a convolution: direct products, or Winograd's F(2x2, 3x3) or F(2x4, 3x3).
 enum Algorithm : int { kDirect = 0, kWinograd2x2 = 1, kWinograd2x4 = 2 };
-// A gated one halves the columns: value * act(gate), the gate's columns last.
+// A gated one halves the columns: value * act(gate), the gate's columns last; with kSwigluFirst they
+// come first.
 enum Activation : int {
-  kNone = 0, kSilu = 1, kGelu = 3, kGeluTanh = 4, kGeglu = 2, kSwiglu = 5
+  kNone = 0, kSilu = 1, kGelu = 3, kGeluTanh = 4, kGeglu = 2, kSwiglu = 5, kSwigluFirst = 6
 };
-constexpr bool is_gated(int act) { return act == kGeglu || act == kSwiglu; }
+constexpr bool is_gated(int act) { return act == kGeglu || act >= kSwiglu; }
 
 // out[b, y, x, n] = act(sum over taps and channels of x * w + bias) + residual
 // A linear layer is the case kernel = 1, height = 1, width = rows.

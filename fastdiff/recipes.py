@@ -17,6 +17,7 @@ MOVQ: Mapping[str, str] = {"unet": "unet", "movq": "vae"}
 PIXART: Mapping[str, str] = {"transformer": "pixart", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 FLUX: Mapping[str, str] = {"transformer": "flux", "vae": "vae"}
+FLUX2: Mapping[str, str] = {"transformer": "flux2", "vae": "vae"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Recipe:
 def _rows() -> dict[str, Recipe]:
     controlled = {"unet": "unet", "controlnet": "controlnet", "vae": "vae"}
     joint = {"transformer": "mmdit", "controlnet": "mmdit_control", "vae": "vae"}
+    flowing = {"transformer": "flux", "controlnet": "flux_control", "vae": "vae"}
     enlarged = {"super_res_first": "unet2d", "super_res_last": "unet2d"}
     prior, pixels = {"prior": "prior"}, {"decoder": "unet"} | enlarged
     blocks = "its blocks run one by one in every step, which no plan follows"
@@ -128,9 +130,11 @@ def _rows() -> dict[str, Recipe]:
         "FluxControlInpaintPipeline": Recipe(FLUX, loop="the picture that it keeps is packed anew"),
         "FluxKontextPipeline": Recipe(FLUX, plan=transformers.FLUX_KONTEXT, from_text=flux),
         "FluxKontextInpaintPipeline": Recipe(FLUX),
-        "FluxControlNetPipeline": Recipe(FLUX),
-        "FluxControlNetImg2ImgPipeline": Recipe(FLUX),
-        "FluxControlNetInpaintPipeline": Recipe(FLUX),
+        "Flux2Pipeline": Recipe(FLUX2, plan=transformers.FLUX2),
+        "Flux2KleinPipeline": Recipe(FLUX2, plan=transformers.FLUX2_KLEIN),
+        "FluxControlNetPipeline": Recipe(flowing),
+        "FluxControlNetImg2ImgPipeline": Recipe(flowing),
+        "FluxControlNetInpaintPipeline": Recipe(flowing),
         "StableDiffusionUpscalePipeline": Recipe(plan=unets.UPSCALE, upcasts=True),
         "LDMTextToImagePipeline": Recipe({"unet": "unet", "vqvae": "vae"}, plan=unets.LDM),
         "LDMSuperResolutionPipeline": Recipe(

@@ -6,6 +6,7 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     PriorTransformer,
@@ -183,6 +184,19 @@ AURAFLOW = {
 }
 
 
+FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "timestep_guidance_channels": 8,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+"""FLUX.2's architecture."""
+
+
 def inputs_for(unet, shape, dtype=torch.float32):
     batch, rows, columns = shape
     sample = torch.randn(batch, 4, rows, columns, dtype=dtype)
@@ -346,6 +360,14 @@ def auraflow():
     return net, net, (torch.randn(2, 4, 8, 8),), given
 
 
+def flux2():
+    net = noisy(Flux2Transformer2DModel(**FLUX2))
+    ids = torch.tensor([[0.0, i // 3, i % 3, 0] for i in range(6)])
+    given = {"encoder_hidden_states": torch.randn(2, 5, 24), "timestep": torch.tensor([0.5, 0.5])}
+    given |= {"guidance": torch.full((2,), 2.0), "img_ids": ids, "txt_ids": torch.zeros(5, 4)}
+    return net, net, (torch.randn(2, 6, 16),), given
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "upscaler, classic attention": lambda: upscaler("sd21"),
@@ -362,6 +384,7 @@ NETS = {
     "pixart": pixart,
     "flux": flux,
     "auraflow": auraflow,
+    "flux2": flux2,
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

@@ -1,4 +1,5 @@
-"""FLUX.1-dev with its published sizes: 19 blocks of two streams and 38 of one, 24 heads.
+"""FLUX.1-dev and FLUX.2-dev with their published sizes: 19 blocks of two streams and 38 of one, 24
+heads; 8 and 48, 48 heads.
 
 Scaling keeps the blocks and the heads' width of 128, and removes heads; the picture shrinks, too.
 """
@@ -7,20 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 
 from fastdiff.bench.preset_parts import side_of, vae_config
 from fastdiff.errors import UserError
 
-HEADS, HEAD, AXES, PACKED, CHANNELS = 24, 128, (16, 56, 56), 4, 16
+HEADS, HEADS_2, HEAD, AXES, PACKED, CHANNELS = 24, 48, 128, (16, 56, 56), 4, 16
 """`PACKED`: latents of a token."""
 
 
 @dataclass(frozen=True)
 class FluxPreset:
-    """The architecture at scale 1. `latents`: their side."""
+    """An architecture at scale 1. `latents`: their side; `second`: whether it is FLUX.2's."""
 
     latents: int
+    second: bool = False
     base_scale: float = 1.0
 
     upcasts = (False,)
@@ -29,6 +31,9 @@ class FluxPreset:
         return side_of(self.latents, scale)
 
     def network(self, scale: float) -> tuple[Any, dict[str, Any]]:
+        if self.second:
+            heads = max(1, round(HEADS_2 * scale))
+            return Flux2Transformer2DModel, {"num_attention_heads": heads}
         return FluxTransformer2DModel, {
             "in_channels": CHANNELS * PACKED,
             "num_layers": 19,
@@ -41,7 +46,9 @@ class FluxPreset:
             "axes_dims_rope": AXES,
         }
 
-    def autoencoder(self, scale: float) -> dict[str, Any]:
+    def autoencoder(self, scale: float) -> dict[str, Any] | None:
+        if self.second:  # of a class of its own
+            return None
         return vae_config(scale, scaling_factor=0.3611) | {
             "latent_channels": CHANNELS,
             "shift_factor": 0.1159,
@@ -50,7 +57,7 @@ class FluxPreset:
         }
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-        raise UserError("the preset of FLUX is only counted: give it to graph")
+        raise UserError("the presets of FLUX are only counted: give them to graph")
 
 
-FLUX = FluxPreset(128)
+FLUX, FLUX2 = FluxPreset(128), FluxPreset(128, second=True)

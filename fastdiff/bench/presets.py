@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
 from fastdiff.bench.preset_aura import AURAFLOW
 from fastdiff.bench.preset_dit import DIT_256, DIT_512, PIXART_SIGMA
-from fastdiff.bench.preset_flux import FLUX
+from fastdiff.bench.preset_flux import FLUX, FLUX2, FluxPreset
 from fastdiff.bench.preset_latent import LDM, X4
 from fastdiff.bench.preset_parts import Preset, without_memory
 from fastdiff.bench.preset_prior import PRIOR
@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Preset] = {
     "prior": PRIOR,
     **{"unclip": UNCLIP, "kandinsky22": KANDINSKY22, "if": IF},
     **{"ldm": LDM, "x4": X4, "dit-256": DIT_256, "dit-512": DIT_512},
-    **{"pixart-sigma": PIXART_SIGMA, "flux": FLUX, "auraflow": AURAFLOW},
+    **{"pixart-sigma": PIXART_SIGMA, "flux": FLUX, "flux2": FLUX2, "auraflow": AURAFLOW},
 }
 
 
@@ -61,7 +61,9 @@ def blueprint(name: str) -> tuple[torch.nn.Module, int]:
     side, 0 if they are no picture. UserError for an unknown name."""
     preset = preset_named(name)
     cls, config = preset.network(preset.base_scale)
-    side = FLUX.side(preset.base_scale) if preset is FLUX else config.get("sample_size", 0)
+    side = config.get("sample_size", 0)
+    if isinstance(preset, FluxPreset):
+        side = preset.side(preset.base_scale)
     return without_memory(cls, config), side
 
 

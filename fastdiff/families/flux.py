@@ -13,6 +13,7 @@ from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.flux import Conditions, Flux, borrow_flux
+from fastdiff.models.flux_trunk import FluxTrunk
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
 
@@ -78,33 +79,37 @@ def _example(net: Flux, texts: int, tokens: int) -> Conditions:
     )
 
 
-def _placed(given: Conditions, latents: Tensor) -> Conditions:
-    assert given.txt_ids is not None
+def placed(given: Any, latents: Tensor) -> Any:
+    """Conditions with positions of the latents' tokens, not initialised."""
     return given._replace(img_ids=empty(given.txt_ids, latents.shape[1], given.txt_ids.shape[1]))
 
 
-def _shape(net: Flux, side: int) -> tuple[int, ...]:
+def shape(net: FluxTrunk, side: int) -> tuple[int, ...]:
+    """Of a picture's latents."""
     return 1, (side // PATCH) ** 2, net.channels
 
 
-def _channels(net: Flux) -> int:
+def channels(net: FluxTrunk) -> int:
+    """Those of its latents."""
     return net.proj_out.weight.shape[0]
 
 
-def _constant_channels(net: Flux) -> int:
+def _constant_channels(net: FluxTrunk) -> int:
     """Those of FLUX.1 Fill and Control: a picture, and perhaps a mask."""
-    return net.channels - _channels(net)
+    return net.channels - channels(net)
 
 
-def _part(folder: str, net: nn.Module, *_: object) -> Part:
+def part(folder: str, net: nn.Module, *_: object) -> Part:
+    """There is none."""
     raise UserError(f"{folder} is a {type(net).__name__}, which fastdiff does not export")
 
 
-def _exported(network: Flux) -> None:
-    """No FLUX is exported; `_part` says so."""
+def exported(network: FluxTrunk) -> None:
+    """No FLUX is exported; `part` says so."""
 
 
-def _multiple(net: Any) -> int:
+def multiple(net: Any) -> int:
+    """The rows and columns of a token."""
     return PATCH
 
 
@@ -113,10 +118,10 @@ def _taken(name: str, net: Any) -> Taken:
 
 
 DENOISED = Denoised(
-    *(Conditions, _example, _channels, _part, _exported, _multiple, TOKENS),
+    *(Conditions, _example, channels, part, exported, multiple, TOKENS),
     constant_channels=_constant_channels,
-    shape=_shape,
-    placed=_placed,
+    shape=shape,
+    placed=placed,
     guided=False,
 )
 FLUX = Kind(_borrow, _call, _planned, scale=_scale)

@@ -216,11 +216,12 @@ def _asked(vae: Any) -> dict[str, str]:
 
 
 FAMILY = Family(
-    models=("AutoencoderKL", "VQModel"),
+    models=("AutoencoderKL", "VQModel", "AutoencoderKLFlux2"),
     taken=_taken,
     left={
         "quant_conv": "a 1×1 convolution of a few channels",
         "post_quant_conv": "a 1×1 convolution of a few channels",
+        "bn": "mean and deviation of the latents, once per picture",
         "quantize": "the nearest code of every latent, once per picture",
     },
     asked=_asked,

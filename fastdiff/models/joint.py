@@ -4,6 +4,7 @@ A block's norms are modulated by vectors that depend only on the timestep and th
 vectors of all norms are side by side in `row`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ _VECTORS = {
     **{"SD35AdaLayerNormZeroX": 9, "AdaLayerNormContinuous": 2},
 }
 """The number of vectors that a norm of each class takes."""
+
+
+Branch = Callable[[Stream, Tensor, Tensor, Tensor], Stream]
+"""A stream and [B, D] shift, scale and gate -> the stream after the branch."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class JointBlock:
     attention: JointAttention
     own: JointAttention | None
     """SD3.5-medium's second attention: the picture attends only to itself."""
-    mlp: MLP
+    mlp: Branch
     text_norm: Modulated | None
-    text_mlp: MLP | None
+    text_mlp: Branch | None
     """None if the text's result is not used."""
 
     def __call__(

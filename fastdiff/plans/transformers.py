@@ -1,5 +1,4 @@
-"""The plans of pipelines with a transformer: Stable Diffusion 3, DiT, PixArt, FLUX and
-AuraFlow."""
+"""The plans of pipelines with a transformer."""
 
 from dataclasses import replace
 
@@ -102,4 +101,23 @@ FLUX_KONTEXT = replace(
         "constant_tokens": "image_latents",
     },
     required=("prompt_embeds", "pooled_prompt_embeds", "latent_ids", "text_ids", "guidance"),
+)
+FLUX2 = replace(
+    _FLUX,
+    conditions={
+        "encoder_hidden_states": "prompt_embeds",
+        "img_ids": "latent_ids",
+        "txt_ids": "text_ids",
+        "guidance": "guidance",
+        "constant_tokens": "image_latents",
+        "constant_ids": "image_latent_ids",
+    },
+    required=("prompt_embeds", "latent_ids", "text_ids", "image_latents", "image_latent_ids"),
+    attention_kwargs="attention_kwargs",
+)
+FLUX2_KLEIN = replace(
+    FLUX2,
+    conditions={name: held for name, held in FLUX2.conditions.items() if name != "guidance"},
+    unconditional={"encoder_hidden_states": "negative_prompt_embeds"},
+    alike={"txt_ids": "negative_text_ids"},
 )

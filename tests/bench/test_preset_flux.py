@@ -1,4 +1,4 @@
-"""FLUX.1-dev: its size, and its launches beside diffusers' own."""
+"""FLUX.1-dev and FLUX.2-dev: their sizes, and their launches beside diffusers' own."""
 
 import json
 from pathlib import Path
@@ -11,28 +11,35 @@ from fastdiff.bench.graph import launched, rows
 from fastdiff.bench.presets import blueprint, build
 from fastdiff.errors import UserError
 
-KEPT = Path(__file__).parents[2] / "benchmarks/static/graph-flux.json"
+STATIC = Path(__file__).parents[2] / "benchmarks/static"
+# parameters, launches of diffusers' own step, and of ours
+COUNTS = {"flux": (11_901_408_320, 2732, 558), "flux2": (32_223_281_152, 2171, 479)}
 
 
-def test_launches():
+@pytest.mark.parametrize("name", COUNTS)
+def test_launches(name):
     """The committed graph is what the network does now; `fastdiff graph` writes it again."""
-    net, side = blueprint("flux")
-    assert (sum(weight.numel() for weight in net.parameters()), side) == (11_901_408_320, 128)
-    kept = json.loads(KEPT.read_text())
-    assert kept["case"] == "flux, fp16, latents 128×128"
+    (net, side), (weights, theirs, ours) = blueprint(name), COUNTS[name]
+    assert (sum(weight.numel() for weight in net.parameters()), side) == (weights, 128)
+    kept = json.loads((STATIC / f"graph-{name}.json").read_text())
+    assert kept["case"] == f"{name}, fp16, latents 128×128"
     assert kept["rows"] == [vars(row) for row in rows(net, gpu_named("h200"), torch.float16, side)]
-    assert kept["launches"] <= 600
+    assert kept["launches"] == ours
     net = torch.nn.Module.to(net, dtype=torch.float16)
-    half = {"dtype": torch.float16, "device": "meta"}
-    told = {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)}
-    given = {name: torch.empty(1, *shape, **half) for name, shape in told.items()}
-    given |= {"img_ids": torch.empty(4096, 3, **half), "txt_ids": torch.empty(512, 3, **half)}
-    time = torch.empty(1, device="meta")
-    latents = torch.empty(1, 4096, 64, **half)
-    run = lambda: net(latents, timestep=time, guidance=time, **given)  # noqa: E731
-    assert len(launched(run, 90)) == 2732
+    config, half = net.config, {"dtype": torch.float16, "device": "meta"}
+    axes, time = len(config.axes_dims_rope), torch.empty(1, device="meta")
+    given = {
+        "encoder_hidden_states": torch.empty(1, 512, config.joint_attention_dim, **half),
+        "img_ids": torch.empty(4096, axes, **half),
+        "txt_ids": torch.empty(512, axes, **half),
+        "guidance": time,
+    }
+    if name == "flux":
+        given["pooled_projections"] = torch.empty(1, 768, **half)
+    latents = torch.empty(1, 4096, config.in_channels, **half)
+    assert len(launched(lambda: net(latents, timestep=time, **given), 90)) == theirs
 
 
-def test_it_is_only_counted():
-    with pytest.raises(UserError, match="give it to graph"):
+def test_they_are_only_counted():
+    with pytest.raises(UserError, match="give them to graph"):
         build("flux", 0.1, torch.float32, "cpu")

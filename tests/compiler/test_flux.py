@@ -20,6 +20,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from small import FLUX, noisy
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -167,9 +168,22 @@ def test_kontext(components_flux, hold, picture):
 
 def test_controlnet(components_flux, hold, picture, shaken):
     config = FLUX | {"num_layers": 1, "num_single_layers": 1}
-    net = shaken(FluxControlNetModel(**config))
-    pipe = FluxControlNetPipeline(**components_flux(), controlnet=net)
-    hold(pipe, "diffusers", STEP, **SIZE | {"width": 16}, control_image=picture())
+    pipe = FluxControlNetPipeline(
+        **components_flux(), controlnet=shaken(FluxControlNetModel(**config, num_mode=2))
+    )
+    call = SIZE | {"width": 16, "control_image": picture()}
+    first = hold(pipe, "diffusers", STEP, **call, control_mode=1)
+    assert ("controlnet", "fastdiff") in {(p.name, p.runs) for p in fastdiff.report(pipe).parts}
+    assert not np.allclose(first, hold(pipe, "diffusers", STEP, **call, control_mode=0))
+
+
+def test_an_ip_adapter_is_left_to_diffusers(components_flux):
+    pipe = fastdiff.compile(FluxPipeline(**components_flux()))
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(24, 8).double())
+    with pytest.warns(RuntimeWarning, match="it was given ip_hidden_states"):
+        draw(pipe, joint_attention_kwargs={"ip_hidden_states": [torch.ones(1, 4, 8).double()]})
+    assert not loop_of(pipe).planned
 
 
 # Callbacks

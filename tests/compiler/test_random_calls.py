@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from peft import LoraConfig
-from small import SD3, SD3_KINDS, TINY, noisy
+from small import FLUX, SD3, SD3_KINDS, TINY, noisy
 from unclip import kandinsky_parts, scheduler
 
 import fastdiff
@@ -456,3 +456,102 @@ def test_random_calls_of_the_prior(tokenizer, calls):
         assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
     parts = {part.name: part.why for part in fastdiff.report(plan).parts}
     assert parts["loop"] == f"{calls} loops"
+
+
+FLUX_SCHEDULERS = {
+    name: FLOW_SCHEDULERS[name] for name in ("Euler", "Euler, shifted", "Euler a", "LCM")
+}
+"""Schedulers that take sigmas."""
+FLUX_CLASSES = {
+    "text": (diffusers.FluxPipeline, {}),
+    "picture": (diffusers.FluxImg2ImgPipeline, {}),
+    "mask": (diffusers.FluxInpaintPipeline, {}),
+    "control": (diffusers.FluxControlPipeline, {"in_channels": 32, "out_channels": 16}),
+}
+
+
+def make_flux(name, told):
+    """A pipeline with two LoRA adapters; the same weights every time."""
+    cls, config = FLUX_CLASSES[name]
+    net = noisy(diffusers.FluxTransformer2DModel(**FLUX | config, guidance_embeds=told))
+    add_adapters(net, ["to_q", "add_v_proj", "proj_mlp", "proj_out", "norm1.linear"])
+    vae = noisy(diffusers.AutoencoderKL(block_out_channels=(32,), shift_factor=0.1))
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = cls(transformer=net, vae=vae, scheduler=scheduler, **dict.fromkeys(names))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_call_flux(dice):
+    return {
+        "pipeline": dice.choice(list(FLUX_CLASSES)),
+        "told": dice.choice([True, False]),
+        "seed": dice.randrange(2**31),
+        "scheduler": dice.choice(list(FLUX_SCHEDULERS)),
+        "steps": dice.randint(2, 5),
+        "size": dice.choice([(8, 8), (16, 8), (6, 14)]),
+        "images": dice.choice([1, 1, 3]),
+        "tokens": dice.choice([1, 7]),
+        "guidance_scale": dice.choice([1.0, 3.5]),
+        "true": dice.choice([None, None, 2.5]),
+        "adapters": dice.choice([{}, {"one": 1.0}, {"two": 0.5}, {"one": 0.7, "two": -0.4}]),
+        "scale": dice.choice([None, None, 0.5]),
+    }
+
+
+def draw_flux(pipe, call):
+    """The latents of a call."""
+    kind, options = FLUX_SCHEDULERS[call["scheduler"]]
+    pipe.scheduler = kind(**options)
+    adapt(pipe.transformer, call["adapters"])
+    torch.manual_seed(call["seed"])  # of which its schedulers draw
+    generator, dtype = torch.Generator().manual_seed(call["seed"]), pipe.transformer.dtype
+    count, (height, width) = call["images"], call["size"]
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    given = {"joint_attention_kwargs": {"scale": call["scale"]} if call["scale"] else None}
+    for negative in ("", "negative_") if call["true"] and call["pipeline"] != "control" else ("",):
+        given[f"{negative}prompt_embeds"] = noise(count, call["tokens"], 20)
+        given[f"{negative}pooled_prompt_embeds"] = noise(count, 32)
+    if len(given) > 3:
+        given["true_cfg_scale"] = call["true"]
+    picture = noise(count, 3, height, width).sigmoid()
+    if call["pipeline"] in ("picture", "mask"):
+        given |= {"image": picture, "strength": 0.7}
+    if call["pipeline"] == "mask":
+        given["mask_image"] = (noise(count, 1, height, width) > 0).to(dtype)
+    if call["pipeline"] == "control":
+        given["control_image"] = picture
+    with patch.object(torch, "randn", single_draws):
+        return pipe(
+            **given,
+            height=height,
+            width=width,
+            num_inference_steps=call["steps"],
+            guidance_scale=call["guidance_scale"],
+            generator=generator,
+            output_type="latent",
+        ).images.double()
+
+
+@pytest.mark.parametrize("calls", [6, pytest.param(50, marks=pytest.mark.product)])
+def test_random_calls_of_flux(calls):
+    """Each inside the error budget, and a plan."""
+    seed = 20261129
+    dice = random.Random(seed)
+    pipes = {}
+    for at in range(calls):
+        call = random_call_flux(dice)
+        key = call["pipeline"], call["told"]
+        if key not in pipes:
+            plan, eager, exact = (make_flux(*key) for _ in range(3))
+            pipes[key] = fastdiff.compile(plan), eager, exact.to(torch.float64)
+        got, single, truth = (draw_flux(pipe, call) for pipe in pipes[key])
+        verdict = judge("latents", got.float(), single, truth)
+        assert verdict.passed, f"seed {seed}, call {at}: {call}: {verdict}"
+    loops = [part for plan, *_ in pipes.values() for part in fastdiff.report(plan).parts]
+    planned = [int(part.why.split()[0]) for part in loops if part.name == "loop"]
+    assert sum(planned) == calls

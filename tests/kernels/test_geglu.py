@@ -95,7 +95,7 @@ def test_empty_input():
         ({"weight": torch.ones(7, 4)}, r"weight \[7, 4\]; expected \[..., D\], \[2N, D\]"),
         ({"bias": torch.ones(4)}, r"bias is \[4\]; expected \[8\]"),
         ({"bias": torch.ones(8).half()}, "all must be of one dtype"),
-        ({"act": "relu"}, "geglu: act is 'relu'; it must be gelu or silu"),
+        ({"act": "relu"}, "geglu: act is 'relu'; it must be gelu, silu or silu_first"),
     ],
 )
 def test_what_does_not_fit_is_named(arguments, message):
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_named(arguments, message):
         ({"h": torch.ones(2, 3)}, r"h is \[2, 3\]; expected \[..., 2N\]"),
         ({"bias": torch.ones(2)}, r"bias is torch.float32 \[2\]; expected torch.float32 \[4\]"),
         ({"impl": "split"}, "'split'.*reference, cpu, triton"),
-        ({"act": "relu"}, "gelu_gate: act is 'relu'; it must be gelu or silu"),
+        ({"act": "relu"}, "gelu_gate: act is 'relu'; it must be gelu, silu or silu_first"),
     ],
 )
 def test_what_the_gate_does_not_take_is_named(arguments, message):

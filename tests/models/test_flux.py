@@ -1,23 +1,25 @@
 """FLUX's transformer against diffusers in float64, at reduced widths."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
 from covered import covered
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from diffusers.models.transformers import transformer_flux
 from small import FLUX, noisy
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from turning import turned_in_float64
 
 from fastdiff.bench.graph import launched
 from fastdiff.kernels.contract import judge
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.flux import Conditions, borrow_flux
+from fastdiff.models.flux_control import ControlConditions, borrow_flux_control
 from fastdiff.runtime.denoiser import denoiser
 from fastdiff.runtime.planned import step
+from fastdiff.runtime.tape import record
 
 KINDS = {"dev": {"guidance_embeds": True}, "schnell": {}}
 COUNTS = ((1, 15, 7), (2, 6, 1), (3, 1, 5))
@@ -44,23 +46,6 @@ def conditions(kind="dev", count=1, picture=15, text=7, dtype=torch.float32, **m
     )
 
 
-@contextmanager
-def turned_in_float64():
-    """diffusers turns heads in float32, whatever their dtype."""
-    own = transformer_flux.apply_rotary_emb
-
-    def turn(x, tables, sequence_dim):
-        cos, sin = (table.double()[None, :, None, :] for table in tables)
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return x * cos + torch.stack((-odd, even), -1).flatten(-2) * sin
-
-    transformer_flux.apply_rotary_emb = turn
-    try:
-        yield
-    finally:
-        transformer_flux.apply_rotary_emb = own
-
-
 def doubled(tree):
     return tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) else leaf, tree)
 
@@ -80,7 +65,7 @@ def hold(module, latents, given, times=None):
     times = torch.tensor([0.5, 0.125, 1.0])[: len(latents)] if times is None else times
     with torch.no_grad():
         eager = by_diffusers(copy.deepcopy(module), latents, times.to(latents.dtype), given)
-        with turned_in_float64():
+        with turned_in_float64(transformer_flux):
             exact = copy.deepcopy(module).double()
             truth = by_diffusers(exact, latents.double(), times.double(), doubled(given))
         network = denoiser(borrow_flux(module, Loan(module)))
@@ -107,6 +92,30 @@ def test_a_controlnets_residuals(repeat):
     for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
         given = given._replace(**{name: [torch.randn(2, 15, 24) for _ in range(2)]})
     hold(net, torch.randn(2, 15, 16), given._replace(controlnet_blocks_repeat=repeat))
+
+
+@pytest.mark.parametrize("modes", [None, 4], ids=["one kind", "union"])
+def test_a_controlnet(modes):
+    """What it adds to each block, within the budget."""
+    config = FLUX | {"num_single_layers": 1, "guidance_embeds": True, "num_mode": modes}
+    net = noisy(FluxControlNetModel(**config))
+    latents, told, times = torch.randn(2, 15, 16), conditions(count=2), torch.tensor([0.5, 0.125])
+    mode = None if modes is None else torch.tensor([[3], [1]])
+    given = ControlConditions(*told[:5], torch.randn(2, 15, 16), mode)
+
+    def by_diffusers(net, latents, times, given):
+        return sum(net(latents, timestep=times, **given._asdict(), return_dict=False), [])
+
+    with torch.no_grad():
+        eager = by_diffusers(copy.deepcopy(net), latents, times, given)
+        exact, whole = copy.deepcopy(net).double(), doubled(given)._replace(controlnet_mode=mode)
+        with turned_in_float64(transformer_flux):
+            truth = by_diffusers(exact, latents.double(), times.double(), whole)
+        made = denoiser(borrow_flux_control(net, Loan(net)))(latents, times, given)
+    assert len(made) == len(eager) == 3
+    for ours, theirs, right in zip(made, eager, truth, strict=True):
+        verdict = judge("residual", ours, theirs, right)
+        assert verdict.passed, verdict
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -164,6 +173,17 @@ def test_what_it_is_not():
     net.transformer_blocks[1].attn.processor._attention_backend = "flash"
     with pytest.raises(Unsupported, match="an attention backend that was set"):
         borrow_flux(net, Loan(net))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_goes_onto_a_tape(dtype):
+    """Of several pictures, whose tokens lie apart at the end, too."""
+    network = borrow_flux(net := transformer(dtype=dtype), Loan(net))
+    hoisted = network.hoist(conditions(count=2, dtype=dtype), torch.tensor([[0.5]]), ())
+    given = torch.randn(2, 15, 16).to(dtype), hoisted.rows[0], hoisted.constants
+    tape = record(network.predict, given)
+    assert tape is not None
+    assert torch.equal(tape.run(), network.predict(*given))
 
 
 def test_launches():

@@ -56,6 +56,10 @@ OTHERS = {
     "SD3ControlNetModel": {"_internal_dict"},
     "FluxAttention": {"dropout"},
     "FluxTransformer2DModel": {"_internal_dict"},
+    "Flux2Attention": {"dropout", "inner_dim"},
+    "Flux2ParallelSelfAttention": {"dropout"},
+    "Flux2TransformerBlock": {"mlp_hidden_dim"},
+    "Flux2Transformer2DModel": {"_internal_dict"},
     "PriorTransformer": {"num_attention_heads"},  # read of its config
     "DiTTransformer2DModel": {"height", "width", "_internal_dict"},
     "PixArtTransformer2DModel": {"height", "width"},

@@ -28,7 +28,8 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gel
             our own kernel runs (float32 and bfloat16) if its columns are adjacent in memory
             (`weight.stride(0) == 1`, see `models.borrow`).
         bias: [2N].
-        act: "gelu": gelu(g) = g · Φ(g), exact (erf); "silu" (SwiGLU): g / (1 + exp(-g)).
+        act: "gelu": gelu(g) = g · Φ(g), exact (erf); "silu" (SwiGLU): g / (1 + exp(-g));
+            "silu_first": the same, and the gate is the first half.
 
     Returns:
         [..., N], contiguous, in x's dtype; sums are float32.
@@ -49,6 +50,6 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gel
             f"geglu: x is {x.dtype}, weight {weight.dtype}; all must be of one dtype, the bias too"
         )
     if act not in ACTIVATIONS:
-        raise ValueError(f"geglu: act is {act!r}; it must be gelu or silu")
+        raise ValueError(f"geglu: act is {act!r}; it must be gelu, silu or silu_first")
     y: Tensor = _op(x, weight, bias, act)
     return y

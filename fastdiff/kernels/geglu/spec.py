@@ -56,6 +56,7 @@ CASES = (
     # nasty
     Case("eights", B=2, L=9, D=40, N=56, beside=24),
     Case("odd", B=1, L=5, D=31, N=41, bias=False),
+    Case("odd-silu-first", B=1, L=5, D=31, N=41, act="silu_first", spread=3.0),
     Case("odd-silu", B=2, L=5, D=31, N=41, bias=False, act="silu", spread=3.0),
     Case("one", B=1, L=1, D=1, N=1),
 )

@@ -19,7 +19,8 @@ def gelu_gate(
         h: [..., 2N], float32, bfloat16 or float16: the first N columns are the value, the others
             the gate, as in diffusers' GEGLU. On a GPU its rows may have any one stride.
         bias: [2N], contiguous, in h's dtype.
-        act: "gelu": gelu(g) = g · Φ(g), exact (erf); "silu": g / (1 + exp(-g)).
+        act: "gelu": gelu(g) = g · Φ(g), exact (erf); "silu": g / (1 + exp(-g)); "silu_first": the
+            same, and the gate is the first half.
         impl: "auto" (by h's device), "cpu", "triton" or "reference". An implementation given by
             name runs or raises.
 
@@ -40,7 +41,7 @@ def gelu_gate(
             f" [{h.shape[-1]}]"
         )
     if act not in ACTIVATIONS:
-        raise ValueError(f"gelu_gate: act is {act!r}; it must be gelu or silu")
+        raise ValueError(f"gelu_gate: act is {act!r}; it must be gelu, silu or silu_first")
     if impl == "auto" or (impl == "triton" and on_gpu(h)):
         out: Tensor = _op(h, bias, act)
         return out

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from fastdiff.kernels.gelu_gate.spec import ACTIVATIONS, Arguments
+from fastdiff.kernels.gelu_gate.spec import ACTIVATIONS, Arguments, halves
 
 
 def run(a: Arguments) -> Tensor:
-    value, gate = (a.h if a.bias is None else a.h + a.bias).chunk(2, dim=-1)
+    value, gate = halves(a)
     return ACTIVATIONS[a.act](gate).mul_(value).contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.kernels.contract import Launch, Launcher
 from fastdiff.kernels.dispatch import expects
-from fastdiff.kernels.gelu_gate.spec import Arguments
+from fastdiff.kernels.gelu_gate.spec import ACTIVATIONS, Arguments
 from fastdiff.kernels.tuned import tunable
 
 
@@ -60,7 +60,9 @@ def _gelu_gate_kernel(
         bias_at = bias_ptr + columns
         value += tl.load(bias_at, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias_at + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if SILU:
+    if SILU == 2:  # the first half is the gate
+        value *= gate * tl.sigmoid(value)
+    elif SILU == 1:
         value *= gate * tl.sigmoid(gate)
     else:
         value *= gelu(gate)
@@ -123,7 +125,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     out = a.h.new_empty((*a.h.shape[:-1], N))
     arguments: dict[str, Any] = {"h_ptr": a.h, "bias_ptr": a.bias, "M": M, "N": N}
     arguments |= {"h_sm": flat.stride(0), "out_ptr": out}
-    constants = {"ALIGN": align, "SILU": a.act == "silu"}
+    constants = {"ALIGN": align, "SILU": [*ACTIVATIONS].index(a.act)}
     constants |= {"ROWS": config.rows, "COLUMNS": config.columns}
     grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.columns),)
     launch = Launch(

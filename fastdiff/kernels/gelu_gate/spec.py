@@ -20,12 +20,20 @@ class Arguments:
     act: str = "gelu"
 
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    **{"gelu": F.gelu, "silu": F.silu, "silu_first": F.silu}
+}
 """Of the gate."""
 
 
+def halves(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Value and gate."""
+    first, second = (a.h if a.bias is None else a.h + a.bias).chunk(2, dim=-1)
+    return (second, first) if a.act == "silu_first" else (first, second)
+
+
 def formula(a: Arguments) -> Tensor:
-    value, gate = (a.h if a.bias is None else a.h + a.bias).chunk(2, dim=-1)
+    value, gate = halves(a)
     return (value * ACTIVATIONS[a.act](gate)).contiguous()
 
 
@@ -58,10 +66,11 @@ CASES = (
     Case("columns", B=2, L=9, N=40, beside=16, bias=True),
     Case("odd", B=3, L=7, N=41, bias=True),
     Case("odd-silu", B=3, L=7, N=41, act="silu", spread=20.0),
+    Case("odd-silu-first", B=2, L=3, N=21, act="silu_first", beside=10, bias=True),
     Case("one", B=1, L=1, N=1),
 )
 
-_EACH = {"gelu": 22, "silu": 10}
+_EACH = {"gelu": 22, "silu": 10, "silu_first": 10}
 """FLOPs of an output."""
 SPEC = KernelSpec(
     name="gelu_gate",

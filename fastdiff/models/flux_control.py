@@ -1,0 +1,150 @@
+"""FLUX.1's ControlNets on borrowed weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdiff.kernels.linear import linear
+from fastdiff.kernels.observe import scope
+from fastdiff.models.blocks import Columns, require
+from fastdiff.models.borrow import Loan, Weights
+from fastdiff.models.checks import check_count, checked
+from fastdiff.models.embeddings import TimeText, borrow_time_text
+from fastdiff.models.flux_blocks import borrow_flux_block, borrow_single_block
+from fastdiff.models.flux_trunk import Constants, FluxBlocks, cut
+from fastdiff.models.hoisted import Hoisted
+from fastdiff.models.rotary import borrow_rotary, check_positions
+from fastdiff.models.weights import project
+
+
+class ControlConditions(NamedTuple):
+    """A ControlNet's inputs besides latents and timesteps."""
+
+    encoder_hidden_states: Tensor | None
+    """[B, T, D'] text."""
+    pooled_projections: Tensor | None
+    """[B, D''] pooled text."""
+    img_ids: Tensor | None
+    """[L, axes] positions of the picture's tokens."""
+    txt_ids: Tensor | None
+    """[T, axes] positions of the text's tokens."""
+    guidance: Tensor | None
+    """[B] the distilled guidance, if the network is told one."""
+    controlnet_cond: Tensor | None
+    """[B, L, C] the control picture, packed as the latents."""
+    controlnet_mode: Tensor | None
+    """[B, 1] what the control picture is, for a network of several kinds."""
+
+
+@dataclass(frozen=True)
+class FluxControl(FluxBlocks):
+    """FluxControlNetModel."""
+
+    time_text: TimeText
+    cond: Weights
+    """The control picture's embedding."""
+    outs: tuple[Weights, ...]
+    """A linear layer for each block's result."""
+    modes: Tensor | None
+    """[kinds, D] what stands before the text for each kind of control picture."""
+
+    def check(self, latents: Tensor, given: ControlConditions, copies: int = 1) -> None:
+        """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
+
+        Args:
+            latents: [B, L, C].
+            copies: 1.
+        """
+        own, count = self.check_trunk(latents, given.encoder_hidden_states, copies)
+        weight, wide = self.embed.weight, self.time_text.text.first.weight.shape[1]
+        pooled = checked("pooled_projections", given.pooled_projections, weight, wide, 2)
+        cond = checked(
+            "controlnet_cond", given.controlnet_cond, weight, self.cond.weight.shape[1], 3
+        )
+        for name, told in (("pooled_projections", pooled), ("controlnet_cond", cond)):
+            check_count(name, told, latents, copies)
+        require(cond.shape[1] == own, f"controlnet_cond of {cond.shape[1]} tokens, not {own}")
+        check_positions("img_ids", given.img_ids, weight, own, self.rotary)
+        check_positions("txt_ids", given.txt_ids, weight, count, self.rotary)
+        takes = self.time_text.guidance is not None
+        require(takes == (given.guidance is not None), "guidance is missing, or not taken")
+        mode = given.controlnet_mode
+        if self.modes is not None:
+            fits = mode is not None and list(mode.shape) == [len(latents), 1]
+            require(fits, "controlnet_mode is missing, or not of one number for each picture")
+
+    def hoist(self, given: ControlConditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
+        """Compute everything that does not depend on the latents; arguments as for
+        `Flux.hoist`."""
+        text, pooled, cond = given[0], given.pooled_projections, given.controlnet_cond
+        ids, guidance = given.txt_ids, None
+        assert text is not None
+        assert pooled is not None
+        assert cond is not None
+        assert ids is not None
+        assert given.img_ids is not None
+        with scope("modulation"):
+            if given.guidance is not None:
+                guidance = given.guidance.to(self.dtype) * 1000
+            times = self.in_thousands(timesteps, text)
+            rows = project(F.silu(self.time_text(times, pooled, guidance)), self.modulation)
+        if self.modes is not None:
+            ids = torch.cat((ids[:1], ids))
+        turns = self.rotary(torch.cat((ids, given.img_ids)))
+        made: Constants = self.constants(text, turns, None, None)
+        if self.modes is not None:
+            assert given.controlnet_mode is not None
+            kind = F.embedding(given.controlnet_mode, self.modes)
+            made = made._replace(text=torch.cat((kind, made.text), dim=1))
+        with scope("picture"):
+            picture = linear(cond.contiguous(), self.cond.weight, self.cond.bias)
+            if self.embed.bias is not None:
+                picture = picture + self.embed.bias
+        return Hoisted(rows, made._replace(made=picture))
+
+    def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
+        """The part that every step repeats: [B, L, C] -> [blocks, B, L, D].
+
+        What to add to the transformer's blocks, without any conditioning scale: of the first
+        blocks, then of the others.
+        """
+        found, tokens = list(self.streams(x, row, constants)), constants.text.shape[1]
+        with scope("out"):
+            made = []
+            for i, (stream, out) in enumerate(zip(found, self.outs, strict=True)):
+                h = stream.closed()
+                if i >= len(self.blocks):
+                    h = cut(h, tokens, tokens + x.shape[1])
+                made.append(linear(h, out.weight, out.bias))
+            return torch.stack(made)
+
+
+def borrow_flux_control(module: Any, loan: Loan) -> FluxControl:
+    """Borrow a FluxControlNetModel's weights; raises Unsupported for other structures."""
+    net, rows = loan.open(module, "FluxControlNetModel"), Columns(loan)
+    require(net.input_hint_block is None, "convolutions of the control picture")
+    width, layers = net.inner_dim, loan.each(net.transformer_blocks)
+    alone = loan.each(net.single_transformer_blocks)
+    blocks = tuple(borrow_flux_block(layer, loan, rows, width) for layer in layers)
+    singles = tuple(borrow_single_block(layer, loan, rows, width) for layer in alone)
+    require(len(blocks) > 0, "a ControlNet without blocks of two streams")
+    outs = loan.each(net.controlnet_blocks, len(blocks))
+    outs += loan.each(net.controlnet_single_blocks, len(singles))
+    control = FluxControl(
+        embed=loan.linear(net.x_embedder),
+        rotary=borrow_rotary(net.pos_embed, loan, width // blocks[0].attention.heads),
+        modulation=loan.linear(*rows.layers, hoisted=True),
+        context=loan.linear(net.context_embedder),
+        blocks=blocks,
+        singles=singles,
+        time_text=borrow_time_text(net.time_text_embed, loan),
+        cond=loan.linear(net.controlnet_x_embedder),
+        outs=tuple(map(loan.linear, outs)),
+        modes=loan.table(net.controlnet_mode_embedder) if net.union else None,
+    )
+    loan.seal()
+    return control
