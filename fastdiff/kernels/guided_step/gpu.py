@@ -41,8 +41,10 @@ def _limits_kernel(
     copy = all if WIDE == 0 else 2 * all
     output_ptr += picture * E if WIDE == 0 else 2 * picture * E
     sample_ptr += picture * E
-    step = tl.load(step_ptr + (picture if EACH else 0)).to(tl.int64)
     if EACH:
+        step_ptr += picture
+    step = tl.load(step_ptr).to(tl.int64)
+    if EACH:  # noqa: SIM102 (the kernel language knows no other way)
         if step < 0:  # an empty place
             return
     row = table_ptr + step * columns
@@ -109,8 +111,10 @@ def _guided_step_kernel(
     all = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
     copy = all if WIDE == 0 else 2 * all
     output_ptr += first if WIDE == 0 else 2 * first
-    step = tl.load(step_ptr + (tl.program_id(1) if EACH else 0)).to(tl.int64)
     if EACH:
+        step_ptr += tl.program_id(1)
+    step = tl.load(step_ptr).to(tl.int64)
+    if EACH:  # noqa: SIM102 (the kernel language knows no other way)
         if step < 0:  # an empty place
             return
     row = table_ptr + step * columns
