@@ -108,10 +108,18 @@ class Batch:
         self.close(drain=kind is None)
 
     def _work(self) -> None:
-        # greenlets share this thread's grad mode, so it must be the same around all of them
-        with torch.no_grad():
-            while self._admit():
-                self._round()
+        try:
+            # greenlets share this thread's grad mode, so it must be the same around all of them
+            with torch.no_grad():
+                while self._admit():
+                    self._round()
+        except BaseException as error:  # nobody may wait for ever for a thread that has ended
+            with self._changed:
+                self._closed = True
+                for ticket in self._tickets():
+                    if not ticket.done():
+                        ticket.fail(error)
+            raise
 
     def _admit(self) -> bool:
         """Begin drawing what waits for a place, if there is one; wait if there is nothing to do.
@@ -163,10 +171,11 @@ class Batch:
         done."""
         going = drawing.resume(error)
         group = next((group for group in self._groups if drawing in group.drawings), None)
-        if group is not None and drawing.seat is None:
+        if group is not None and drawing.seat is not group.drawings[drawing]:
             group.leave(drawing)
             if not group.drawings:
                 self._groups.remove(group)
+            group = None
         if group is None and drawing.seat is not None:
             self._join(drawing)
         if not going:

@@ -44,25 +44,27 @@ class Group:
         """fixed: always run with `capacity` places, so that every picture has the same bits."""
         self.plans, self.kind, self.capacity = plans, kind, capacity
         self._find, self._fixed = find, fixed
-        self.drawings: list[Drawing] = []
+        self.drawings: dict[Drawing, Seat] = {}
+        """With the picture with which each joined."""
         self._places: Places | None = None
 
     def takes(self, drawing: Drawing) -> bool:
         """Whether the drawing can join: there is room, and all have the rest in common."""
         if len(self.drawings) == self.capacity or drawing.plans is not self.plans:
             return False
-        seat, first = drawing.seat, self.drawings[0].seat if self.drawings else None
+        seat = drawing.seat
         assert seat is not None
-        return seat.kind == self.kind and (first is None or first.shares(seat))
+        others = self.drawings.values()
+        return seat.kind == self.kind and all(other.shares(seat) for other in others)
 
     def join(self, drawing: Drawing) -> None:
         """Take a drawing that `takes` accepts."""
         assert drawing.seat is not None
-        self.drawings.append(drawing)
+        self.drawings[drawing] = drawing.seat
 
     def leave(self, drawing: Drawing) -> None:
         """Let a drawing go that has ended, or whose steps have."""
-        self.drawings.remove(drawing)
+        del self.drawings[drawing]
         if drawing.places is not None:
             drawing.places.leave(drawing.place)
             drawing.places = None
@@ -75,8 +77,7 @@ class Group:
 
     def _settled(self) -> Places:
         """The places, with every drawing in one."""
-        first = self.drawings[0].seat
-        assert first is not None
+        first = next(iter(self.drawings.values()))
         count = self._count(first.x.device)
         places = self._places
         if places is None or places.count != count:
@@ -85,10 +86,9 @@ class Group:
                     drawing.places.leave(drawing.place)
                     drawing.places = None
             places = self._places = self._find(self.plans, first, count)
-        for drawing in self.drawings:
+        for drawing, seat in self.drawings.items():
             if drawing.places is None:
-                assert drawing.seat is not None
-                drawing.places, drawing.place = places, places.seat(drawing.seat)
+                drawing.places, drawing.place = places, places.seat(seat)
         return places
 
     def _count(self, device: torch.device) -> int:
