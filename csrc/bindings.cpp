@@ -291,7 +291,7 @@ void run_line_silu(int dtype, uintptr_t x, uintptr_t line, const Ints<2>& sizes,
 
 // extra: noise, mask, original, original_noise
 void run_guided_step(int dtype, uintptr_t output, uintptr_t table, uintptr_t step,
-                     const std::array<uintptr_t, 4>& extra, const Ints<6>& sizes, uintptr_t sample,
+                     const std::array<uintptr_t, 4>& extra, const Ints<7>& sizes, uintptr_t sample,
                      uintptr_t history, uintptr_t next, uintptr_t limits) {
   const auto floats = [](uintptr_t address) { return reinterpret_cast<float*>(address); };
   const GuidedStep p{dtype,
@@ -299,7 +299,7 @@ void run_guided_step(int dtype, uintptr_t output, uintptr_t table, uintptr_t ste
                      floats(table),
                      static_cast<const int64_t*>(in(step)),
                      floats(extra[0]), floats(extra[1]), floats(extra[2]), floats(extra[3]),
-                     sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                     sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                      floats(sample),
                      floats(history),
                      out(next),

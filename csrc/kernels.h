@@ -143,9 +143,9 @@ struct GuidedStep {
   int dtype;            // of output and next
   const void* output;   // [copies, batch, elements], or twice the elements if wide
   const float* table;   // [steps, columns]
-  const int64_t* step;  // [1]
+  const int64_t* step;  // [steps], steps = 1 or batch; one below 0: a place that is empty
   const float *noise, *mask, *original, *original_noise;  // [batch, elements] or null
-  int64_t copies, batch, elements, columns, depth;
+  int64_t copies, batch, elements, columns, depth, steps;
   int64_t wide;  // the sample's channels if the output has as many more for the variance, else 0
   float *sample, *history;  // [batch, elements], [2, depth, batch, elements]: overwritten
   void* next;               // [batch, elements]

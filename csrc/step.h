@@ -101,79 +101,97 @@ static double threshold(const GuidedStep& p, const float* row, int64_t picture, 
   return std::min(std::max(quantile, double(row[kLimit])), double(row[kCeiling]));
 }
 
-template <typename T>
-static void guided_step(const GuidedStep& p) {
-  const int64_t all = p.batch * p.elements, step = *p.step, depth = p.depth;
-  const float* row = p.table + step * p.columns;
-  const double rescale = row[kRescale], own = row[kSample], next = row[kNextScale];
-  const double of_sample = row[kClipSample], of_output = row[kClipOutput], limit = row[kLimit];
-  const double fresh = row[kNoise], learned = p.wide ? row[kLearned] : 0;
-  const double of_original = row[kKeptOriginal], of_noise = row[kKeptNoise];
-  const float *b = row + kHistory, *c = row + kHistory + depth;  // c[h] for h >= 1
-
+// What the steps of one picture share; `factor` and `limit` are of guidance rescale and of the clip.
+struct Picture {
+  const float* row;
+  int64_t slot;  // of the history, where this step's output and sample go
+  double factor, limit;
   struct Term {
     double factor;
     const float* values;
   };
-  // leaves out terms with a zero factor, whose history may not be written yet
-  std::vector<Term> terms;
+  std::vector<Term> terms;  // past outputs and samples, and noise
+};
+
+// The picture's row, history and factors. Leaves out terms with a zero factor, whose history may not
+// be written yet.
+template <typename T>
+static Picture picture_of(const GuidedStep& p, int64_t picture, int64_t step) {
+  const int64_t all = p.batch * p.elements, depth = p.depth;
+  Picture made{p.table + step * p.columns, depth ? step % depth : 0, 1.0, 0.0, {}};
+  const float *row = made.row, *b = row + kHistory, *c = row + kHistory + depth;  // c[h], h >= 1
   for (int64_t h = 1; h <= depth; ++h) {
     const int64_t slot = ((step - h) % depth + depth) % depth;
-    if (b[h] != 0) terms.push_back({b[h], p.history + slot * all});
-    if (c[h] != 0) terms.push_back({c[h], p.history + (depth + slot) * all});
+    if (b[h] != 0) made.terms.push_back({b[h], p.history + slot * all});
+    if (c[h] != 0) made.terms.push_back({c[h], p.history + (depth + slot) * all});
   }
-  if (p.noise && learned == 0) terms.push_back({fresh, p.noise});
-
-  std::vector<double> factors(p.batch, 1.0);
+  if (p.noise && !(p.wide && row[kLearned] != 0)) made.terms.push_back({row[kNoise], p.noise});
+  const double rescale = row[kRescale];
   if (p.copies > 1 && rescale != 0)
-    for (int64_t picture = 0; picture < p.batch; ++picture)
-      factors[picture] = rescale * deviation_ratio<T>(p, row, picture) + (1 - rescale);
+    made.factor = rescale * deviation_ratio<T>(p, row, picture) + (1 - rescale);
+  made.limit = row[kLimit];
+  if (p.limits && made.limit != 0) {
+    made.limit = threshold<T>(p, row, picture, made.factor);
+    p.limits[picture] = static_cast<float>(made.limit);
+  }
+  return made;
+}
 
-  std::vector<double> limits(p.batch, limit);
-  if (p.limits && limit != 0)
-    for (int64_t picture = 0; picture < p.batch; ++picture) {
-      limits[picture] = threshold<T>(p, row, picture, factors[picture]);
-      p.limits[picture] = static_cast<float>(limits[picture]);
-    }
+template <typename T>
+static void guided_step(const GuidedStep& p) {
+  const int64_t all = p.batch * p.elements, depth = p.depth;
+  std::vector<Picture> pictures(p.batch);
+  for (int64_t picture = 0; picture < p.batch; ++picture) {
+    const int64_t step = p.step[p.steps == 1 ? 0 : picture];
+    if (step >= 0) pictures[picture] = picture_of<T>(p, picture, step);  // else its place is empty
+  }
 
   const int64_t blocks = (p.elements + kStepBlock - 1) / kStepBlock;
   const auto run = [&](int64_t first, int64_t last) {
     double output[kStepBlock], text[kStepBlock], result[kStepBlock];
     for (int64_t task = first; task < last; ++task) {
-      const int64_t picture = task / blocks, begin = task % blocks * kStepBlock;
+      const Picture& now = pictures[task / blocks];
+      if (!now.row) continue;
+      const float* row = now.row;
+      const int64_t begin = task % blocks * kStepBlock;
       const int64_t n = std::min(kStepBlock, p.elements - begin);
-      const int64_t at = picture * p.elements + begin;
+      const int64_t at = task / blocks * p.elements + begin;
       guided<T>(p, row, at, n, output, text);
-      for (int64_t i = 0; i < n; ++i) output[i] *= factors[picture];
-      for (int64_t i = 0; i < n; ++i) result[i] = own * p.sample[at + i] + b[0] * output[i];
-      if (limit != 0) {
-        const double most = limits[picture], shrink = limit / most;
+      const double own = row[kSample], of_output = row[kHistory], factor = now.factor;
+      for (int64_t i = 0; i < n; ++i) output[i] *= factor;
+      for (int64_t i = 0; i < n; ++i) result[i] = own * p.sample[at + i] + of_output * output[i];
+      if (row[kLimit] != 0) {
+        const double most = now.limit, shrink = row[kLimit] / most;
+        const double clean_sample = row[kClipSample], clean_output = row[kClipOutput];
         for (int64_t i = 0; i < n; ++i) {
-          const double clean = of_sample * p.sample[at + i] + of_output * output[i];
+          const double clean = clean_sample * p.sample[at + i] + clean_output * output[i];
           result[i] += (clean > most ? most : clean < -most ? -most : clean) * shrink;  // NaN stays
         }
       }
-      for (const Term& term : terms)
+      for (const Picture::Term& term : now.terms)
         for (int64_t i = 0; i < n; ++i) result[i] += term.factor * term.values[at + i];
-      if (p.noise && learned != 0) {
+      if (p.noise && p.wide && row[kLearned] != 0) {
         T space[kStepBlock];
+        const double fresh = row[kNoise], learned = row[kLearned];
         const T* variance = part(p, p.copies > 1, at, n, true, space);
         for (int64_t i = 0; i < n; ++i)
           result[i] += fresh * std::exp(learned * load1(variance + i)) * p.noise[at + i];
       }
-      if (p.mask)
+      if (p.mask) {
+        const double of_original = row[kKeptOriginal], of_noise = row[kKeptNoise];
         for (int64_t i = at, end = at + n; i < end; ++i) {
           double kept = p.sample[i];
           if (p.original) kept = of_original * p.original[i] + of_noise * p.original_noise[i];
           result[i - at] = p.mask[i] * result[i - at] + (1.0 - p.mask[i]) * kept;
         }
+      }
       if (depth) {
-        const int64_t slot = step % depth;
-        float* outputs = p.history + slot * all + at;
+        float* outputs = p.history + now.slot * all + at;
         for (int64_t i = 0; i < n; ++i) outputs[i] = static_cast<float>(output[i]);
-        std::copy_n(p.sample + at, n, p.history + (depth + slot) * all + at);
+        std::copy_n(p.sample + at, n, p.history + (depth + now.slot) * all + at);
       }
       T* following = static_cast<T*>(p.next) + at;
+      const double next = row[kNextScale];
       for (int64_t i = 0; i < n; ++i) {
         p.sample[at + i] = static_cast<float>(result[i]);
         store1(following + i, static_cast<float>(next * result[i]));

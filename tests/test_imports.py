@@ -47,6 +47,7 @@ OPTIONAL = {
     "google": ("export/triton.py",),
     "onnxruntime": ("engines/ort.py",),
     "openvino": ("engines/openvino.py",),
+    "greenlet": ("batching/drawing.py",),
     "matplotlib": ("regression/reports/plots.py", "regression/reports/svg.py"),
     "pyarrow": ("bulk/prompts.py",),
     "ray": ("bulk/cluster.py", "serve/replicas.py"),

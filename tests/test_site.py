@@ -194,7 +194,7 @@ def test_zensical_refuses_a_link_to_nothing(tmp_path, monkeypatch):
 
 
 def test_python_of_the_pages_runs():
-    for page in ("index.md", "faq.md", "textbook.md"):
+    for page in ("index.md", "faq.md", "textbook.md", "batching.md"):
         names = {}
         for block in blocks("python", page):
             exec(compile(block, page, "exec"), names)  # one after another, as a reader runs them

@@ -6,7 +6,14 @@
 ...     pictures = [ticket.result() for ticket in tickets]
 """
 
-from fastdiff.batching.batch import Batch, Stats
+from fastdiff import installed
 from fastdiff.batching.requests import Cancelled, Request, Ticket
+
+try:
+    from fastdiff.batching.batch import Batch, Stats
+except ModuleNotFoundError as missing:
+    raise ImportError(
+        f"fastdiff.batching needs {missing.name}; {installed.pip('batching')}"
+    ) from missing
 
 __all__ = ["Batch", "Cancelled", "Request", "Stats", "Ticket"]

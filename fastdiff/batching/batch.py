@@ -1,7 +1,6 @@
 """The batch: a thread that owns a pipeline and draws what it is asked for."""
 
 import atexit
-import copy
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -9,10 +8,12 @@ from typing import Any
 
 import torch
 
+from fastdiff.batching.drawing import Drawing
+from fastdiff.batching.groups import Group, finder
 from fastdiff.batching.requests import Request, Ticket
-from fastdiff.compiler.pipelines import loop_of, take_loop
+from fastdiff.compiler.loop_state import loop_of
 from fastdiff.errors import UserError
-from fastdiff.recipes import recipe_of
+from fastdiff.runtime.fixed import PLACES
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,29 @@ class Batch:
         ValueError: the pipeline is not compiled, or the capacity is not at least 1.
     """
 
+    group = Group
+
     def __init__(self, pipe: Any, capacity: int = 4) -> None:
-        if loop_of(pipe) is None:
+        loop = loop_of(pipe)
+        if loop is None:
             raise UserError(
                 f"Batch was given a {type(pipe).__name__} whose loop is diffusers' own; give a"
                 " pipeline that fastdiff.compile has made fast"
+            )
+        if loop.sharing is not None:
+            raise UserError(
+                "Batch was given a pipeline whose loops several ranks share; give another"
             )
         if type(capacity) is not int or capacity < 1:
             raise UserError(f"Batch's capacity is {capacity!r}; give how many pictures, as 4")
         self.pipe, self.capacity = pipe, capacity
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
-        self._active = self._steps = self._filled = 0
-        self._closed = False
+        self._drawings: list[Drawing] = []
+        self._groups: list[Group] = []
+        self._find, self._fixed = finder(), loop.invariant
+        self._steps = self._filled = 0
+        self._closed, self._draining = False, True
         self._thread = threading.Thread(target=self._work, name="fastdiff batch", daemon=True)
         self._thread.start()
         atexit.register(self.close, drain=False)
@@ -75,7 +86,7 @@ class Batch:
     def stats(self) -> Stats:
         """What the batch does now, and did so far."""
         with self._changed:
-            return Stats(self._active, len(self._waiting), self._steps, self._filled)
+            return Stats(len(self._drawings), len(self._waiting), self._steps, self._filled)
 
     def close(self, drain: bool = True) -> None:
         """Accept nothing more; return when every accepted request is done.
@@ -97,55 +108,88 @@ class Batch:
         self.close(drain=kind is None)
 
     def _work(self) -> None:
-        while True:
+        try:
+            # greenlets share this thread's grad mode, so it must be the same around all of them
+            with torch.no_grad():
+                while self._admit():
+                    self._round()
+        except BaseException as error:  # nobody may wait for ever for a thread that has ended
             with self._changed:
-                while not self._waiting and not self._closed:
-                    self._changed.wait()
-                if not self._waiting:
-                    return
-                ticket, self._active = self._waiting.popleft(), 1
-                if self._closed and not self._draining:
-                    ticket.cancel()
-            try:
-                picture = self._draw(ticket)
-            except BaseException as error:
-                ticket.fail(error)
-            else:
-                ticket.finish(picture)
-            with self._changed:
-                self._active = 0
+                self._closed = True
+                for ticket in self._tickets():
+                    if not ticket.done():
+                        ticket.fail(error)
+            raise
 
-    def _draw(self, ticket: Ticket) -> Any:
-        ticket.check()
-        request, pipe = ticket.request, copy.copy(self.pipe)
-        # of the copy's class, which is diffusers'
-        recipe = recipe_of(pipe)
-        take_loop(pipe, recipe.networks if recipe else ())
-        chosen = pipe.scheduler if request.scheduler is None else request.scheduler
-        vars(pipe)["scheduler"] = copy.deepcopy(chosen)
-        pipe.set_progress_bar_config(disable=True)
-
-        def after(pipe: Any, step: int, timestep: Any, told: dict[str, Any]) -> dict[str, Any]:
-            self._steps += 1
-            self._filled += 1
-            ticket.check()
+    def _admit(self) -> bool:
+        """Begin drawing what waits for a place, if there is one; wait if there is nothing to do.
+        Returns whether there is anything."""
+        with self._changed:
+            while not self._waiting and not self._drawings and not self._closed:
+                self._changed.wait()
             if self._closed and not self._draining:
-                ticket.cancel()
-            if request.on_step is not None:
-                request.on_step(step + 1, len(pipe.scheduler.timesteps), told["latents"].clone())
-            return {}
+                for ticket in self._tickets():
+                    ticket.cancel()
+            begun: list[Drawing] = []
+            for ticket in list(self._waiting):
+                if ticket.cancelled or self._room(len(begun)):
+                    self._waiting.remove(ticket)
+                    begun.append(Drawing(ticket, self.pipe))
+            self._drawings += begun
+        for drawing in begun:
+            self._resume(drawing)
+        return bool(self._drawings)
 
-        seed = torch.seed() if request.seed is None else request.seed
-        asked = {
-            "negative_prompt": request.negative_prompt,
-            "guidance_scale": request.guidance_scale,
-            "height": request.height,
-            "width": request.width,
-        }
-        return pipe(
-            request.prompt,
-            num_inference_steps=request.num_inference_steps,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=after,
-            **{name: value for name, value in asked.items() if value is not None},
-        ).images[0]
+    def _room(self, begun: int) -> bool:
+        """Whether one more may begin beside the `begun` that begin now."""
+        return len(self._drawings) + begun < self.capacity
+
+    def _tickets(self) -> list[Ticket]:
+        return [*self._waiting, *(drawing.ticket for drawing in self._drawings)]
+
+    def _round(self) -> None:
+        """Let every drawing go one step on."""
+        for drawing in list(self._drawings):
+            if drawing.ticket.cancelled:
+                self._resume(drawing)
+        for group in list(self._groups):
+            drawings, error = list(group.drawings), None
+            try:
+                group.advance()
+            except Exception as raised:  # theirs alone: the others go on
+                error = raised
+            else:
+                self._steps += 1
+                self._filled += len(drawings)
+            for drawing in drawings:
+                self._resume(drawing, error)
+        for drawing in [drawing for drawing in self._drawings if drawing.seat is None]:
+            self._resume(drawing)
+
+    def _resume(self, drawing: Drawing, error: BaseException | None = None) -> None:
+        """Let a drawing go on by itself until its next step; then it is in a group, alone or
+        done."""
+        going = drawing.resume(error)
+        group = next((group for group in self._groups if drawing in group.drawings), None)
+        if group is not None and drawing.seat is not group.drawings[drawing]:
+            group.leave(drawing)
+            if not group.drawings:
+                self._groups.remove(group)
+            group = None
+        if group is None and drawing.seat is not None:
+            self._join(drawing)
+        if not going:
+            with self._changed:
+                self._drawings.remove(drawing)
+
+    def _join(self, drawing: Drawing) -> None:
+        assert drawing.seat is not None
+        assert drawing.plans is not None
+        for group in self._groups:
+            if group.takes(drawing):
+                break
+        else:
+            capacity = PLACES if self._fixed else self.capacity
+            group = self.group(self._find, drawing.plans, drawing.seat.kind, capacity, self._fixed)
+            self._groups.append(group)
+        group.join(drawing)

@@ -116,9 +116,14 @@ class Ticket:
         """Call function(ticket) once it is done, in the batch's thread; at once if it is done."""
         self._future.add_done_callback(lambda _: function(self))
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
     def check(self) -> None:
         """Raise Cancelled if the request was cancelled. For the batch."""
-        if self._cancelled.is_set():
+        if self.cancelled:
             raise Cancelled("the request was cancelled")
 
     def finish(self, picture: Any) -> None:

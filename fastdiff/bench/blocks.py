@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastdiff.bench.tally import Counter, Tally
-from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.loop_state import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.kernels.observe import counting, entering, scope, watching

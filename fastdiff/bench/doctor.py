@@ -179,8 +179,8 @@ def of_pipeline(pipe: Any, height: int, width: int) -> list[Finding]:
 
 def _slow_parts(pipe: Any) -> Iterator[Finding]:
     """Each part that did not run as it could since it was compiled."""
+    from fastdiff.compiler.loop_state import loop_of
     from fastdiff.compiler.parts import EAGER_PARTS, eager_parts, parts
-    from fastdiff.compiler.pipelines import loop_of
     from fastdiff.compiler.slot import slot_of
     from fastdiff.families import plain
 

@@ -23,8 +23,8 @@ from fastdiff.bench.stopwatch import time_blocks
 from fastdiff.bench.tally import Tally
 from fastdiff.bench.timing import picture
 from fastdiff.compiler import compile, restore
+from fastdiff.compiler.loop_state import loop_of
 from fastdiff.compiler.options import FASTDIFF
-from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.recipes import denoiser, exported

@@ -46,7 +46,7 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
     _refuse_compiled(parts)
     from fastdiff.compiler.ahead import kernels
     from fastdiff.compiler.configured import configured, without_waiting
-    from fastdiff.compiler.loop_state import sharing
+    from fastdiff.compiler.loop_state import check_invariant, sharing
     from fastdiff.compiler.pipelines import plannable, take_loop
     from fastdiff.compiler.text_cache import keep_texts, text_encoders
 
@@ -80,7 +80,8 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
             slot.kernels = made
             slot.put()
         if LOOP not in options.ignore:
-            take_loop(target, parts, shared)
+            take_loop(target, parts, shared, options.batch_invariant)
+        check_invariant(target, options)
     except BaseException:
         _end(slots)
         raise

@@ -28,12 +28,15 @@ class Denoising:
     Raises Unsupported or NotLinear, before anything is drawn, if it cannot.
     """
 
-    def __init__(self, pipe: Any, call: Call, sharing: Sharing | None = None) -> None:
+    def __init__(
+        self, pipe: Any, call: Call, sharing: Sharing | None = None, invariant: bool = False
+    ) -> None:
+        """invariant: as for `Predictor`."""
         share = None if sharing is None else sharing.share(pipe, call)
         call = call if share is None else share.call(call)
         self.pipe, self.call, self.given, self._share = pipe, call, call.conditions, share
         self.scheduler = getattr(pipe, call.plan.scheduler)
-        self.predictor = Predictor(pipe, call, share)
+        self.predictor = Predictor(pipe, call, share, invariant)
         network, sides = self.predictor.denoiser.network, call.latents.shape[2:]
         back = network.unpack(network.pack(call.latents), sides)
         if back.shape != call.latents.shape:
@@ -98,7 +101,8 @@ class Denoising:
             if right is None and run.at == last < len(call.timesteps) and self._goes_on:
                 return run.mark()
             if right is None:
-                self._hand_over(run)
+                latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
+                self.hand_over(latents)
                 return None
             where = "the engine"
             if not predictor.slot.kind.frozen:
@@ -123,7 +127,7 @@ class Denoising:
                 self.noises.clear()
             noise = self.noises.get(i)
             if run.draws and noise is None:
-                noise = self._draw_noise()
+                noise = self.draw_noise()
                 if guarded:
                     self.noises[i] = noise
             run.advance(noise)
@@ -138,10 +142,9 @@ class Denoising:
             self._show(i)
         return None
 
-    def _hand_over(self, run: Run) -> None:
+    def hand_over(self, latents: Tensor) -> None:
         """Write what diffusers continues from into the tensors that its local variables hold."""
         call = self.call
-        latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
         if self._share is not None:
             latents = self._share.latents(latents)
         halves = len(call.held) // len(latents)
@@ -160,7 +163,7 @@ class Denoising:
         while run.at < last:
             run.advance(self.noises.get(run.at))
 
-    def _draw_noise(self) -> Tensor:
+    def draw_noise(self) -> Tensor:
         """The noise that the scheduler would draw: same generator, same dtype, same order."""
         noise: Tensor = randn_tensor(
             self.call.held.shape,

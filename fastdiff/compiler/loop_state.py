@@ -3,8 +3,9 @@
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from fastdiff.compiler.denoise import Denoising
 from fastdiff.compiler.options import FASTDIFF, GUIDANCE, LOOP, Options
 from fastdiff.compiler.sharing import Sharing
 from fastdiff.errors import UserError
@@ -13,6 +14,18 @@ from fastdiff.tables import plural
 
 PLACE = "_fastdiff_loop"
 """The attribute of a pipeline that holds it."""
+
+
+class Driver(Protocol):
+    """Runs the steps of a pipeline's loops among those of others."""
+
+    def run(self, denoising: Denoising) -> int:
+        """As `Denoising.run`."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """Told why a loop cannot run as a plan; what it raises ends the call."""
+        ...
 
 
 @dataclass
@@ -28,6 +41,10 @@ class Loop:
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     sharing: Sharing | None = None
     """How other ranks share them."""
+    invariant: bool = False
+    """`Options.batch_invariant`."""
+    driver: Driver | None = None
+    """What runs the steps in place of `Denoising.run`, if anything does."""
 
     @property
     def planned(self) -> int:
@@ -51,6 +68,18 @@ def loop_of(pipe: Any) -> Loop | None:
     """The loop state of `pipe`; None if diffusers runs its loops."""
     loop: Loop | None = vars(pipe).get(PLACE)
     return loop
+
+
+def check_invariant(target: Any, options: Options) -> None:
+    """Raise UserError unless the loop of a compiled target is as invariant as `options` say."""
+    loop = loop_of(target)
+    if loop is None and options.batch_invariant:
+        raise UserError(
+            f"Options.batch_invariant needs a loop that runs as a plan; this"
+            f" {type(target).__name__} has none"
+        )
+    if loop is not None and loop.invariant != options.batch_invariant:
+        raise UserError("this is compiled with another batch_invariant already; restore it first")
 
 
 def sharing(target: Any, options: Options, plans: bool) -> Sharing | None:

@@ -84,6 +84,15 @@ class Options:
             Cost: each rank holds the whole pipeline, encodes the text and decodes all pictures.
             Layers before the first text, which both halves share on one rank, are computed on
             both. What cannot be shared is drawn whole by each rank, and the report says why.
+        batch_invariant: whether a picture has the same bits however many are drawn with it, in one
+            call or by `fastdiff.batching`: the loop then always computes four pictures, some of
+            which may be empty, and a call draws at most four.
+            Gain: a picture can be drawn again, bit by bit, whatever else was asked for beside it.
+            Cost: a picture alone takes the steps of four; on a CPU up to four times as long. Text
+            encoders and the autoencoder compute the pictures of a call at once, and a library
+            that computes them (torch's convolutions and products, transformers) may round
+            otherwise for another number of them; so may a library in the loop, of a picture in
+            another place. `fastdiff.batching` calls both for one picture at a time.
 
     Raises:
         ValueError: a value is not one of those offered, or two contradict each other.
@@ -99,6 +108,7 @@ class Options:
     text_cache: int = 0
     offload_hoisted: bool = False
     parallel: str | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.ignore, list | tuple | set | frozenset) or not all(
@@ -143,6 +153,17 @@ class Options:
             raise UserError(
                 f"Options.parallel is {self.parallel!r}; choose {', '.join(PARALLELS)} or None"
             )
+        if not isinstance(self.batch_invariant, bool):
+            raise UserError(
+                f"Options.batch_invariant is {self.batch_invariant!r}; give True or False"
+            )
+        if self.batch_invariant and (self.backend != FASTDIFF or LOOP in self.ignore):
+            raise UserError(
+                f'Options.batch_invariant goes with the backend "{FASTDIFF}" and its own loop; got'
+                f" {self.backend!r}, ignore {self.ignore}"
+            )
+        if self.batch_invariant and self.parallel is not None:
+            raise UserError("Options.batch_invariant and parallel do not go together; give one")
         if self.backend == FASTDIFF and self.engines is not None:
             raise UserError(f"Options.engines is {self.engines}, which needs a backend to run it")
         if self.ort_graphs and self.backend != "ort":
@@ -162,6 +183,7 @@ class Keywords(TypedDict, total=False):
     text_cache: int
     offload_hoisted: bool
     parallel: str | None
+    batch_invariant: bool
 
 
 def chosen(options: Options | None, keywords: Mapping[str, Any]) -> Options:

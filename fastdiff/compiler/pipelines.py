@@ -35,6 +35,7 @@ from fastdiff.compiler.loop_state import PLACE, Loop
 from fastdiff.compiler.loop_state import loop_of as loop_of
 from fastdiff.compiler.sharing import Sharing
 from fastdiff.compiler.slot import slot_of
+from fastdiff.errors import UserError
 from fastdiff.models import Unsupported
 from fastdiff.models.originals import original
 from fastdiff.plans import Plan
@@ -63,11 +64,16 @@ class _Entered:
     """Steps of the last one that its plan ran, which diffusers must skip."""
 
 
-def take_loop(pipe: Any, compiled: Container[str], sharing: Sharing | None = None) -> None:
+def take_loop(
+    pipe: Any, compiled: Container[str], sharing: Sharing | None = None, invariant: bool = False
+) -> None:
     """Run the loops of `pipe` that repeat a compiled component as plans from now on; the object and
-    its class name stay the same. sharing: with other ranks."""
+    its class name stay the same.
+
+    sharing: with other ranks. invariant: `Options.batch_invariant`.
+    """
     if plannable(pipe, compiled) and loop_of(pipe) is None:
-        vars(pipe)[PLACE] = Loop(sharing=sharing)
+        vars(pipe)[PLACE] = Loop(sharing=sharing, invariant=invariant)
         pipe.__class__ = _planned(_own_class(type(pipe)))
 
 
@@ -249,12 +255,17 @@ def _run(
         told = (*call.conditions, *call.handed.values())
         if call.callback is not None and _includes_any(told, entered.given):
             raise Unsupported("a callback may change the embeddings that were passed to the call")
-        denoising = Denoising(pipe, call, loop.sharing)
+        denoising = Denoising(pipe, call, loop.sharing, loop.invariant)
     except (Unsupported, NotLinear) as reason:
         loop.finished(ran=False)
-        loop.own[_told(pipe, plan, str(reason))] += 1
+        why = _told(pipe, plan, str(reason))
+        if loop.invariant:
+            raise UserError(f"Options.batch_invariant cannot draw this call: {why}") from reason
+        if loop.driver is not None:
+            loop.driver.refuse(why)
+        loop.own[why] += 1
         return 0
-    done = denoising.run()
+    done = denoising.run() if loop.driver is None else loop.driver.run(denoising)
     loop.finished(ran=True)
     if denoising.left is None:
         loop.ran[plan.network] += 1

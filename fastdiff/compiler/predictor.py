@@ -4,16 +4,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.compiler import guidance
 from fastdiff.compiler.loop_call import Call
 from fastdiff.compiler.promotion import as_type
 from fastdiff.compiler.sharing import Share
 from fastdiff.compiler.slot import slot_of
+from fastdiff.errors import UserError
 from fastdiff.kernels.observe import entered
 from fastdiff.models import Unsupported
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime.denoiser import Denoiser
+from fastdiff.runtime.fixed import PLACES, fixed
 from fastdiff.runtime.guidance import Guidance
 from fastdiff.runtime.loop import Plans
 
@@ -24,12 +27,29 @@ class Predictor:
     Raises Unsupported if a network of the loop is not compiled or cannot be given the conditions.
     """
 
-    def __init__(self, pipe: Any, call: Call, share: Share | None = None) -> None:
+    def __init__(
+        self, pipe: Any, call: Call, share: Share | None = None, invariant: bool = False
+    ) -> None:
+        """invariant: whether a picture must have the same bits however many are drawn with it."""
         self.pipe, self.call, self._setting = pipe, call, partial(call.setting, pipe)
         self.predictions = guidance.predictions_of(self._setting)
-        self._share = share
+        self._share, self._invariant = share, invariant
         for at in (len(call.timesteps) - 1, 0):
             self.take(at, call.conditions)
+        if invariant:
+            count, reason = len(call.latents), self.shared_steps()
+            if count > PLACES:
+                reason = f"it draws {count} pictures; at most {PLACES} go together"
+            if reason is not None:
+                raise UserError(f"Options.batch_invariant cannot draw this call: {reason}")
+
+    def shared_steps(self) -> str | None:
+        """Why all pictures of this loop must be at the same step, if so."""
+        if self.call.skips is not None or self.predictions.perturbed:
+            return "its guidance perturbs the network"
+        if self.call.plan.last or not getattr(self.denoiser.network, "own_steps", False):
+            return "its network takes one timestep for all pictures"
+        return None
 
     def take(self, at: int, given: Any) -> None:
         """Let the component that predicts step `at` predict from now on, under the conditions
@@ -80,11 +100,18 @@ class Predictor:
             denoiser.network.check(latents, given, self.predictions.count)
             if skips is not None:
                 denoiser.network.check(latents, skips.conditions(given), 3)
+        if self._invariant and len(self.call.latents) <= PLACES:
+            return fixed(denoiser, len(self.call.latents))
         return denoiser
 
     def hoist(self, at: int, given: Any) -> Hoisted:
         """Compute once what all steps like step `at` share; in the network's dtype if it was
         promoted."""
+        told = self.told(at, given)
+        return entered("hoist", lambda: self.denoiser.network.hoist(*told))
+
+    def told(self, at: int, given: Any) -> tuple[Any, Tensor, tuple[int, ...]]:
+        """What `Network.hoist` is told for steps like step `at`."""
         network, latents = self.denoiser.network, self.call.latents
         skips, count = self.call.skips, self.predictions.count
         if skips is not None and at in skips.steps:
@@ -96,6 +123,4 @@ class Predictor:
         if self._share is not None:
             given = self._share.told(given)
         timesteps = self.call.plan.told(self.call.timesteps, latents.dtype)
-        timesteps = timesteps.to(latents.device)[:, None]
-        sides = tuple(latents.shape[2:])
-        return entered("hoist", lambda: network.hoist(given, timesteps, sides))
+        return given, timesteps.to(latents.device)[:, None], tuple(latents.shape[2:])

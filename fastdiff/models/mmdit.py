@@ -75,6 +75,7 @@ class MMDiT(JointTrunk):
     """SD3Transformer2DModel."""
 
     recordable: ClassVar[bool] = True
+    own_steps: ClassVar[bool] = True
     norm_out: Modulated
     proj_out: Weights
     ip_adapter: JointIPAdapter | None

@@ -150,6 +150,7 @@ class Trunk:
         inner: Sequence[Tensor] = (),
         constant: Constant | None = None,
         perturbed: Perturbed | None = None,
+        distinct: int = 0,
     ) -> tuple[Sum, list[Sum]]:
         """The down half and the middle, channels last; arguments as for `UNet.predict`.
 
@@ -158,6 +159,7 @@ class Trunk:
             perturbed: what differs in the last part of the batch.
             inner: residuals of a T2I-Adapter.
             constant: takes the place of conv_in if x lacks the constant channels.
+            distinct: after how many the rows repeat; 0: they do not.
 
         Returns:
             The middle's output, and the skips: every layer's output for the up half.
@@ -165,7 +167,8 @@ class Trunk:
         inner = list(inner)
         with scope("conv in"):
             h = convolved(x, self.conv_in, condition) if constant is None else constant(x)
-            batch = h.batch if rows.shape[0] == 1 else rows.shape[0]
+            distinct = distinct or rows.shape[0]
+            batch = h.batch if distinct == 1 else distinct
             texts = batch if text is None else text.shape[0]
             if perturbed is not None:
                 batch = perturbed.first(h.batch, batch, texts)

@@ -12,7 +12,14 @@ from torch import Tensor
 from fastdiff.kernels.conv2d import conv2d
 from fastdiff.kernels.observe import scope
 from fastdiff.models.added_kv import AddedKV
-from fastdiff.models.blocks import PERTURBING, channels_first, channels_last, require, shared
+from fastdiff.models.blocks import (
+    PERTURBING,
+    channels_first,
+    channels_last,
+    repeated,
+    require,
+    shared,
+)
 from fastdiff.models.borrow import Loan, Norm, Weights
 from fastdiff.models.checks import checked
 from fastdiff.models.constant_channels import Constant, hoist_constant
@@ -50,6 +57,7 @@ class UNet(Trunk):
     with what it says of the variance; any Y, X."""
 
     recordable: ClassVar[bool] = True
+    own_steps: ClassVar[bool] = True
     ip_adapters: IPAdapters | None
     ups: tuple[Stage, ...]
     norm_out: Norm
@@ -160,7 +168,7 @@ class UNet(Trunk):
 
         Args:
             x: [B, Y, X, C] noisy latents.
-            row: [n, …] of `Hoisted.rows`.
+            row: [n, …] of `Hoisted.rows`, n = 1, G·B, or B for pictures at steps of their own.
             constants: with guidance, its text and IP-Adapters may have 2B or 3B entries, as may
                 `row` if these differ in it; everything before the first difference is computed
                 once.
@@ -169,8 +177,12 @@ class UNet(Trunk):
             [B, Y, X, C], or as many as the text has entries.
         """
         text, images, controls, inners, mask, constant, perturbed = constants
+        distinct = row.shape[0]
+        if text is not None and 1 < distinct == x.shape[0]:
+            row = repeated(row, text.shape[0])
         h, skips = self.down(
-            *(x, row, text, images, mask), inner=inners, constant=constant, perturbed=perturbed
+            *(x, row, text, images, mask),
+            *(None, inners, constant, perturbed, distinct),
         )
         if controls:
             skips = [Sum(s.closed() + r) for s, r in zip(skips, controls[:-1], strict=True)]

@@ -28,7 +28,7 @@ class Buffers(NamedTuple):
     table: Tensor
     """[capacity, columns] S."""
     step: Tensor
-    """[1] int64."""
+    """[1] int64, or [B] if every picture is at a step of its own."""
     noise: Tensor | None
     """[B, …] S, if the scheduler adds noise."""
     kept: tuple[Tensor, ...]
@@ -52,6 +52,7 @@ def buffers_of(
     noisy: bool,
     kept: int = 0,
     thresholds: bool = False,
+    steps: int = 1,
 ) -> Buffers:
     """The buffers of a step, all zeros: even noise that a step does not draw is read.
 
@@ -62,6 +63,7 @@ def buffers_of(
         noisy: whether it draws noise.
         kept: the number of tensors in `Buffers.kept`.
         thresholds: whether it clips each sample by a quantile of its own.
+        steps: the number of step indices, 1 or B.
     """
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -75,7 +77,7 @@ def buffers_of(
         sample=make(*x.shape),
         history=make(2, depth, *x.shape),
         table=make(capacity, HISTORY + 1 + 2 * depth),
-        step=make(1, dtype=torch.int64),
+        step=make(steps, dtype=torch.int64),
         noise=make(*x.shape) if noisy else None,
         kept=tuple(make(*x.shape) for _ in range(kept)),
         limits=make(x.shape[0]) if thresholds else None,

@@ -66,7 +66,11 @@ class Plans:
     ) -> None:
         """gather: makes the predictions of a step, [G·B, ...], of those that `network` makes here;
         None if these are all."""
-        self.network, self._searches, self._gather = network, searches, gather
+        self.network, self.searches, self._gather = network, searches, gather
+        self.fixed: dict[int, Any] = {}
+        """Denoisers of `runtime.fixed`, by their number of pictures."""
+        self.own: dict[Hashable, Any] = {}
+        """What `places.of_each` found for this network."""
         self._steps: Kept[Step] = Kept(
             lambda step: 0 if step.recording is None else step.recording.nbytes
         )
@@ -74,7 +78,7 @@ class Plans:
 
     def gathering(self, gather: Callable[[Tensor], Tensor]) -> "Plans":
         """Loops of the same network, of whose predictions `gather` makes those of a step."""
-        return Plans(self.network, self._searches, gather)
+        return Plans(self.network, self.searches, gather)
 
     @contextmanager
     def start(
@@ -139,18 +143,22 @@ class Plans:
 
     def run(self, buffers: Buffers) -> None:
         """Run a step on buffers, unrecorded."""
-        runner(buffers.x.device, self._searches)(self.advance, *buffers)
+        runner(buffers.x.device, self.searches)(self.advance, *buffers)
+
+    def recorded(self, buffers: Buffers) -> Recording | None:
+        """A step on buffers, recorded if possible; what is in them is lost."""
+        if not self.network.recordable:
+            return None
+        return record(self.advance, buffers, self.searches)
 
     def _kept(self, key: Hashable, make: Callable[[], Buffers]) -> Step:
-        with suppress(torch.OutOfMemoryError):  # an unrecorded step needs less
-            return self._steps.get(key, lambda: self._recorded(make()))
-        return Step(make(), None)
+        def made() -> Step:
+            buffers = make()
+            return Step(buffers, self.recorded(buffers))
 
-    def _recorded(self, buffers: Buffers) -> Step:
-        recording: Recording | None = None
-        if self.network.recordable:
-            recording = record(self.advance, buffers, self._searches)
-        return Step(buffers, recording)
+        with suppress(torch.OutOfMemoryError):  # an unrecorded step needs less
+            return self._steps.get(key, made)
+        return Step(make(), None)
 
 
 class Mark(NamedTuple):

@@ -15,6 +15,9 @@ class Network(Protocol):
 
     `given` are the network's conditions, a named tuple with the argument names of diffusers'
     `forward`. G: predictions per latent, 2 with guidance (the unconditional one first), else 1.
+
+    If a network has a true attribute `own_steps`, each picture may be at a step of its own: its
+    `predict` takes rows of [n·B, …], where `hoist` makes n of them for one picture.
     """
 
     @property

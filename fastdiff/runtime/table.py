@@ -76,10 +76,18 @@ class Table:
         """Whether steps clip each sample by a quantile of its own."""
         return bool(self.clips[:, -1].any())
 
-    def rows(self, guidance: Guidance = UNGUIDED, factors: Tensor | None = None) -> Tensor:
-        """[n, 16 + 2M] float64: the table that `kernels.guided_step` reads. `factors`: of
-        `Inpainting`."""
-        count, depth = len(self.timesteps), self.depth
+    def rows(
+        self,
+        guidance: Guidance = UNGUIDED,
+        factors: Tensor | None = None,
+        depth: int | None = None,
+    ) -> Tensor:
+        """[n, 15 + 2M + 1] float64: the table that `kernels.guided_step` reads.
+
+        factors: of `Inpainting`. depth: M, if more past steps are kept than these rows use.
+        """
+        count, own = len(self.timesteps), self.depth
+        depth = own if depth is None else depth
         rows = torch.zeros(count, HISTORY + 1 + 2 * depth, dtype=torch.float64)
         for column, value in zip((GUIDANCE, RESCALE, PERTURBED), guidance, strict=True):
             rows[:, column] = torch.as_tensor(value, dtype=torch.float64, device="cpu")
@@ -91,6 +99,7 @@ class Table:
         rows[:, CLIP_SAMPLE : QUANTILE + 1] = self.clips
         rows[:-1, NEXT_SCALE] = self.scales[1:]
         rows[-1, NEXT_SCALE] = 1.0
-        rows[:, HISTORY : HISTORY + depth + 1] = self.outputs
-        rows[:, HISTORY + depth + 1 :] = self.past_samples
+        rows[:, HISTORY : HISTORY + own + 1] = self.outputs
+        past = HISTORY + depth + 1
+        rows[:, past : past + own] = self.past_samples
         return rows

@@ -1,14 +1,17 @@
 """A batch draws what the compiled pipeline draws alone."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import fastdiff
+from benchmarks.batching import called, check
 from fastdiff.batching import Batch, Cancelled, Request
+from fastdiff.demo import PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,41 @@ def test_pictures_errors_and_cancelled_requests(pipe):
 def test_a_wrong_request_is_refused_at_once(wrong, told):
     with pytest.raises(ValueError, match=told):
         Request(**{"prompt": "dog face"} | wrong)
+
+
+def test_random_requests_at_their_own_steps_are_within_the_budget():
+    """A small version of `python -m benchmarks.batching check`: schedulers with and without noise
+    and history, guidance and none, and pictures that move to other places as others leave."""
+    assert check(count=7, seed=5, capacity=3, least=3, most=6) == []
+
+
+def test_a_batch_invariant_picture_has_the_same_bits_alone_and_in_any_place():
+    pipe = fastdiff.compile(fastdiff.load_demo(), batch_invariant=True)
+    pipe.set_progress_bar_config(disable=True)
+    kinds = (None, EulerDiscreteScheduler, DPMSolverMultistepScheduler)
+    schedulers = [kind and kind.from_config(pipe.scheduler.config) for kind in kinds]
+    asked = [
+        Request(prompt, num_inference_steps=1 + i % 3, seed=i, guidance_scale=2.0 + i, scheduler=s)
+        for i, (prompt, s) in enumerate(zip(PROMPTS + PROMPTS[:2], schedulers * 2, strict=True))
+    ]
+    with Batch(pipe, capacity=6) as batch:
+        last = [[] for _ in asked]
+        tickets = [
+            batch.submit(replace(request, on_step=lambda *told, to=to: to.append(told[2])))
+            for request, to in zip(asked, last, strict=True)
+        ]
+        for ticket in tickets:
+            ticket.result(600)
+    for request, got in zip(asked, last, strict=True):
+        assert torch.equal(got[-1], called(pipe, request))
+    three = pipe(list(PROMPTS[:3]), num_inference_steps=2, output_type="latent", **seeds(3))
+    one = pipe(PROMPTS[0], num_inference_steps=2, output_type="latent", **seeds(1))
+    assert torch.equal(three.images[:1], one.images)
+    with pytest.raises(ValueError, match="it draws 5 pictures; at most 4 go together"):
+        pipe(["a"] * 5, num_inference_steps=1)
+    with pytest.raises(ValueError, match="another batch_invariant already; restore it first"):
+        fastdiff.compile(pipe)
+
+
+def seeds(count):
+    return {"generator": [torch.Generator().manual_seed(i) for i in range(count)]}

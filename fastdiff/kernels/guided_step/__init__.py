@@ -1,5 +1,6 @@
 """Everything after the network in one launch: guidance, scheduler step, the next input."""
 
+import torch
 from torch import Tensor
 
 from fastdiff.kernels.dispatch import register
@@ -25,7 +26,8 @@ def guided_step(
     """One step of any scheduler that is linear in the samples, outputs and noise, or that clips its
     estimate of the clean picture.
 
-    With g, φ, w, a, d, k, s, p, q, r, t, h, u, v, b_0..b_M, c_1..c_M from the row `table[step]`:
+    With g, φ, w, a, d, k, s, p, q, r, t, h, u, v, b_0..b_M, c_1..c_M from the row `table[step]`, or
+    from a row for each sample:
 
         ε  = ε_1 + g (ε_2 - ε_1)                                (with two or three outputs)
         ε ← ε + w (ε_2 - ε_3)                                   (with three)
@@ -47,11 +49,13 @@ def guided_step(
             y; they are not read where k is 0.
         sample: [B, ..., C] float32 (float64 with the reference), overwritten by x'.
         history: [2, M, B, ..., C] like sample: past outputs and past samples, each in a ring
-            (step % M), into which this step's are written. Entries with a zero coefficient are not
-            read.
+            (step % M, by sample), into which this step's are written. Entries with a zero
+            coefficient are not read.
         following: [B, ..., C] in model_output's dtype, overwritten by the network's next input.
         table: [steps, 16 + 2M] like sample; see `spec` for its columns.
-        step: [1] int64 on the same device: the row's index, so that the host reads nothing back.
+        step: [1] or [B] int64 on the same device: the row's index, or that of each sample, so that
+            the host reads nothing back. Of several, one below 0 marks an empty place: nothing of
+            its sample is read or written.
         noise: like sample.
         mask: like sample; 1 where the step's result is taken (inpainting).
         original, original_noise: like sample, both or none; without them, x is kept where the mask
@@ -61,8 +65,9 @@ def guided_step(
 
     Raises:
         ValueError: the table's width does not match the history's depth, there are not one to three
-            outputs per sample, their channels are not C or 2C, or one of `original` and
-            `original_noise` is given without the other or without a mask.
+            outputs per sample, their channels are not C or 2C, `step` is neither one index nor one
+            for each sample, or one of `original` and `original_noise` is given without the other or
+            without a mask.
 
     Ho & Salimans, Classifier-Free Diffusion Guidance (2022); Lin et al. (2023) for φ; Ahn et al.
     (2024) for w; Nichol & Dhariwal (2021) for k; Saharia et al. (2022) for the thresholding.
@@ -81,6 +86,11 @@ def guided_step(
         raise ValueError(
             f"guided_step: model outputs of {model_output.shape[-1]} channels for samples of"
             f" {channels}; expected as many, or twice as many"
+        )
+    if step.shape not in ((1,), sample.shape[:1]) or step.dtype != torch.int64:
+        raise ValueError(
+            f"guided_step: step is {step.dtype} {list(step.shape)}; expected int64, [1] or"
+            f" [{sample.shape[0]}]"
         )
     if (original is None) != (original_noise is None) or (mask is None and original is not None):
         raise ValueError(

@@ -27,20 +27,21 @@ def run(a: Arguments) -> None:
     expects("guided_step: history", a.history, a.sample, (2, depth, *a.sample.shape))
     expects("guided_step: following", a.following, a.model_output, tuple(a.sample.shape))
     expects("guided_step: table", a.table, a.sample, tuple(a.table.shape))
-    expects("guided_step: step", a.step, a.step, (1,))
+    expects("guided_step: step", a.step, a.step, (a.step.numel(),))
     extra = (a.noise, a.mask, a.original, a.original_noise)
     for tensor in extra:
         expects(EXTRA, tensor, a.sample, tuple(a.sample.shape))
     expects("guided_step: limits", a.limits, a.sample, (batch,))
     if not all(given.is_contiguous() for given in (a.model_output, a.sample, a.following, a.table)):
         raise ValueError("guided_step: all tensors must be contiguous")
+    sizes = (copies, batch, a.sample.numel() // batch, a.table.shape[1])
     NATIVE.guided_step(
         dtype,
         a.model_output.data_ptr(),
         a.table.data_ptr(),
         a.step.data_ptr(),
         tuple(map(address, extra)),
-        (copies, batch, a.sample.numel() // batch, a.table.shape[1], depth, width * wide),
+        (*sizes, depth, a.step.numel(), width * wide),
         a.sample.data_ptr(),
         a.history.data_ptr(),
         a.following.data_ptr(),

@@ -32,7 +32,7 @@ KEPT_ORIGINAL, KEPT_NOISE = tl.constexpr(spec.KEPT_ORIGINAL), tl.constexpr(spec.
 @triton.jit
 def _limits_kernel(
     output_ptr, table_ptr, step_ptr, E, columns, sample_ptr, limits_ptr,
-    COPIES: tl.constexpr, WIDE: tl.constexpr, REDUCE: tl.constexpr,
+    COPIES: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Each program finds a quantile of one sample, bit by bit: it counts what is at most a bound,
     and halves the range of the bounds."""
@@ -41,7 +41,13 @@ def _limits_kernel(
     copy = all if WIDE == 0 else 2 * all
     output_ptr += picture * E if WIDE == 0 else 2 * picture * E
     sample_ptr += picture * E
-    row = table_ptr + tl.load(step_ptr).to(tl.int64) * columns
+    if EACH:
+        step_ptr += picture
+    step = tl.load(step_ptr).to(tl.int64)
+    if EACH:  # noqa: SIM102 (the kernel language knows no other way)
+        if step < 0:  # an empty place
+            return
+    row = table_ptr + step * columns
     guidance = tl.load(row + GUIDANCE)
     perturbed = 0.0
     if COPIES == 3:
@@ -96,15 +102,21 @@ def _limits_kernel(
 def _guided_step_kernel(
     output_ptr, table_ptr, step_ptr, noise_ptr, mask_ptr, original_ptr, original_noise_ptr,
     limits_ptr, E, columns, sample_ptr, history_ptr, next_ptr,
-    COPIES: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    REDUCE: tl.constexpr,
+    COPIES: tl.constexpr, DEPTH: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Each program updates BLOCK of the E elements of one sample. WIDE as in `placed`."""
+    """Each program updates BLOCK of the E elements of one sample. EACH: whether every sample has a
+    step of its own. WIDE as in `placed`."""
     first = tl.program_id(1).to(tl.int64) * E
     all = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
     copy = all if WIDE == 0 else 2 * all
     output_ptr += first if WIDE == 0 else 2 * first
+    if EACH:
+        step_ptr += tl.program_id(1)
     step = tl.load(step_ptr).to(tl.int64)
+    if EACH:  # noqa: SIM102 (the kernel language knows no other way)
+        if step < 0:  # an empty place
+            return
     row = table_ptr + step * columns
     guidance = tl.load(row + GUIDANCE)
     perturbed = 0.0
@@ -244,6 +256,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     constants = {
         "COPIES": copies,
         "DEPTH": depth,
+        "EACH": a.step.numel() > 1,
         "WIDE": width if a.model_output.shape[-1] == 2 * width else 0,
         "BLOCK": config.block,
         "REDUCE": config.reduce,
@@ -256,7 +269,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], None]:
     if a.limits is None:
         return (launch,), None
     names = ("output_ptr", "table_ptr", "step_ptr", "E", "columns", "sample_ptr", "limits_ptr")
-    shared = {name: constants[name] for name in ("COPIES", "WIDE")}
+    shared = {name: constants[name] for name in ("COPIES", "EACH", "WIDE")}
     block = min(MOST, triton.next_power_of_2(elements))
     limits = Launch(
         _limits_kernel,

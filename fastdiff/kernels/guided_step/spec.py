@@ -33,6 +33,27 @@ class Arguments:
 
 
 def formula(a: Arguments) -> None:
+    if len(a.step) == 1:
+        _step(a)
+        return
+    for picture, step in enumerate(a.step):
+        if step >= 0:
+            _step(_alone(a, picture))
+
+
+def _alone(a: Arguments, picture: int) -> Arguments:
+    """The arguments of one sample, in the same memory."""
+    part, output = slice(picture, picture + 1), a.model_output
+    of_each = output.view(-1, a.sample.shape[0], *output.shape[1:])
+    values = (getattr(a, name) for name in ("noise", "mask", "original", "original_noise"))
+    return Arguments(
+        of_each[:, picture],
+        *(a.sample[part], a.history[:, :, part], a.following[part], a.table, a.step[part]),
+        *(None if value is None else value[part] for value in (*values, a.limits)),
+    )
+
+
+def _step(a: Arguments) -> None:
     depth, batch = a.history.shape[1], a.sample.shape[0]
     index = int(a.step)
     row = a.table[index]
@@ -120,7 +141,7 @@ def inputs(
         "history": history.to(state),
         "following": torch.full(shape, float("nan"), dtype=dtype, device=device),
         "table": table.to(state),
-        "step": torch.tensor([case.get("step", 3)], device=device),
+        "step": torch.tensor(case.get("steps", [case.get("step", 3)]), device=device),
         "noise": picture(case.get("noise", False)),
         "mask": torch.rand(shape, generator=generator, device=device).to(state) if kept else None,
         "original": picture(kept == "original"),
@@ -131,12 +152,17 @@ def inputs(
     }
 
 
+def _pictures(case: Case) -> int:
+    """Those that are stepped."""
+    return sum(step >= 0 for step in case.get("steps", range(case.B)))
+
+
 def _elements(case: Case) -> int:
-    return int(case.B * case.Y * case.X * case.C)
+    return int(_pictures(case) * case.Y * case.X * case.C)
 
 
 def moved(case: Case, size: int) -> int:
-    """State and table are float32; of the row, only the columns that the case uses are read."""
+    """State and table are float32; of a row, only the columns that the case uses are read."""
     past, kept = 0 if case.get("fresh") else 2 * case.depth, case.get("kept", "")
     noise, learns = bool(case.get("noise")), bool(case.get("wide"))
     reads = case.copies - (case.copies == 3 and not case.get("perturbed"))
@@ -146,8 +172,11 @@ def moved(case: Case, size: int) -> int:
     columns = 5 + min(case.copies - 1, 1) + (case.copies == 3) + 2 * case.depth
     columns += 2 * bool(case.get("quantile"))
     columns += noise * (1 + learns) + 2 * bool(case.get("limit")) + 2 * (kept == "original")
-    limits = 2 * case.B * bool(case.get("quantile"))  # written, then read
-    return int(_elements(case) * (size * (reads + 1) + 4 * state) + 4 * (columns + limits) + 8)
+    limits = 2 * _pictures(case) * bool(case.get("quantile"))  # written, then read
+    steps = case.get("steps", (0,))
+    columns *= len({step for step in steps if step >= 0})
+    each = _elements(case) * (size * (reads + 1) + 4 * state)
+    return int(each + 4 * (columns + limits) + 8 * len(steps))
 
 
 def operations(case: Case) -> int:
@@ -164,6 +193,8 @@ def operations(case: Case) -> int:
 LEARNED_NOISE = {"wide": True, "learned": -1.7, "noise": True, "limit": 0.7}
 EVERYTHING = {"perturbed": -1.5, "rescale": 0.3, "kept": "original", "repeats": True}
 THRESHOLD = {"quantile": 0.77, "ceiling": 1.4, "repeats": True}
+ALONE = {**LEARNED_NOISE, "steps": (-1, 4, 4)}
+APART = {"steps": (-3, 4), "limit": 0.9}
 CASES = (
     Case("sd15-cfg", B=1, Y=64, X=64, C=4, copies=2, depth=0),
     Case("sdxl-cfg-multistep", B=1, Y=128, X=128, C=4, copies=2, depth=3),
@@ -181,6 +212,9 @@ CASES = (
     Case("odd", B=3, Y=33, X=17, C=5, copies=2, depth=2, rescale=0.3, noise=True, repeats=True),
     Case("odd-learned", B=2, Y=3, X=5, C=3, copies=3, depth=1, **LEARNED_NOISE, **EVERYTHING),
     Case("odd-threshold", B=2, Y=3, X=5, C=3, copies=1, depth=1, limit=0.9, **THRESHOLD),
+    Case("places", B=4, Y=16, X=16, C=4, copies=2, depth=3, noise=True, steps=(3, -1, 0, 2)),
+    Case("odd-places", B=3, Y=3, X=5, C=3, copies=3, depth=2, **ALONE, **EVERYTHING),
+    Case("threshold-places", B=2, Y=3, X=5, C=3, copies=1, depth=0, **APART, **THRESHOLD),
     Case("tiny", B=1, Y=1, X=3, C=4, copies=1, depth=1, step=4),
 )
 

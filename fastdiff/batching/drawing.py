@@ -1,0 +1,168 @@
+"""One request's call of the pipeline, paused between its steps.
+
+The pipeline's own `__call__` runs in a greenlet: it encodes the prompt, draws the latents and
+enters its loop. There it pauses until the batch has run a step for it, and after the last it goes
+on to the autoencoder. So one thread draws all requests, each with diffusers' own code before and
+after the loop.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from greenlet import greenlet
+from torch import Tensor
+
+from fastdiff.batching.requests import Ticket
+from fastdiff.compiler.denoise import Denoising
+from fastdiff.compiler.loop_state import loop_of
+from fastdiff.compiler.pipelines import take_loop
+from fastdiff.recipes import recipe_of
+from fastdiff.runtime.loop import Plans
+from fastdiff.runtime.places import Places, Seat, of_each, seat_of
+
+
+class _Alone(Exception):
+    """The batch cannot run this request's steps; the message says why."""
+
+
+class Drawing:
+    """A request that is being drawn: the `Driver` of its own pipeline's loop."""
+
+    def __init__(self, ticket: Ticket, pipe: Any) -> None:
+        """pipe: the compiled pipeline, of which this draws with a copy that shares its networks."""
+        self.ticket, self._pipe = ticket, pipe
+        self.seat: Seat | None = None
+        """The picture, while its next step is the batch's to run."""
+        self.plans: Plans | None = None
+        """The loops of the network that predicts its steps."""
+        self.noise: Tensor | None = None
+        """What the scheduler draws for the next step, as the network packs it."""
+        self.places: Places | None = None
+        """Where the batch has put the picture."""
+        self.place = 0
+        self._greenlet = greenlet(self._draw)
+
+    def resume(self, error: BaseException | None = None) -> bool:
+        """Go on until the next step is the batch's to run or was run alone. Returns whether the
+        request is still being drawn; `error` ends it."""
+        if error is None:
+            self._greenlet.switch()
+        else:
+            self._greenlet.throw(error)
+        return not self._greenlet.dead
+
+    def _draw(self) -> None:
+        try:
+            try:
+                picture = self._call()
+            except _Alone as reason:
+                self.ticket.alone = str(reason)
+                picture = self._call(driven=False)
+        except BaseException as error:
+            self.ticket.fail(error)
+        else:
+            self.ticket.finish(picture)
+
+    def _call(self, driven: bool = True) -> Any:
+        self.ticket.check()
+        request, pipe = self.ticket.request, copy.copy(self._pipe)
+        chosen = pipe.scheduler if request.scheduler is None else request.scheduler
+        vars(pipe)["scheduler"] = copy.deepcopy(chosen)
+        pipe.set_progress_bar_config(disable=True)
+        recipe = recipe_of(pipe)
+        take_loop(pipe, recipe.networks if recipe else ())
+        loop, whole = loop_of(pipe), loop_of(self._pipe)
+        assert loop is not None
+        if whole is not None:
+            loop.ran, loop.own = whole.ran, whole.own
+        told: dict[str, Any] = {}
+        if driven:
+            loop.driver = self
+        elif "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+            told["callback_on_step_end"] = self._after_step
+        for name in ("negative_prompt", "guidance_scale", "height", "width"):
+            if (value := getattr(request, name)) is not None:
+                told[name] = value
+        generator = torch.Generator()
+        generator.seed() if request.seed is None else generator.manual_seed(request.seed)
+        return pipe(
+            request.prompt,
+            num_inference_steps=request.num_inference_steps,
+            generator=generator,
+            **told,
+        ).images[0]
+
+    def run(self, denoising: Denoising) -> int:
+        """Have the batch run the loop's steps. Returns their number."""
+        call, network = denoising.call, denoising.predictor.denoiser.network
+        if reason := _obstacle(denoising):
+            raise _Alone(reason)
+        table, steps = denoising.table, len(call.timesteps)
+        given, timesteps, sides = denoising.predictor.told(0, denoising.given)
+        plans = self.plans = denoising.predictor.denoiser.plans
+        own = of_each(network, given, timesteps, sides, denoising.hoisted, plans.own)
+        if own is None:
+            raise _Alone("which of its conditions are each picture's own does not show")
+        guidance = denoising.predictor.guidance()
+        seat = seat_of(network, call.latents, table, guidance, denoising.hoisted, own)
+        denoising.predictor.slot.fast += steps
+
+        def latents() -> Tensor:
+            assert self.places is not None
+            unpacked: Tensor = network.unpack(self.places.sample(self.place), sides)
+            return unpacked.to(call.latents.dtype, copy=True)
+
+        try:
+            while seat.at < steps:
+                self.noise = None
+                if table.draws[seat.at]:
+                    self.noise = network.pack(denoising.draw_noise())
+                self.seat = seat
+                self._pause()
+                self._report(seat.at, steps, latents)
+            result = latents()
+        finally:
+            self.seat = None
+        if not result.isfinite().all():
+            if network.dtype == torch.float16:
+                raise _Alone("float16 overflowed")
+            raise ArithmeticError(
+                f"the latents are not finite after {steps} steps of"
+                f" {type(denoising.scheduler).__name__}"
+            )
+        vars(denoising.scheduler).update(table.states[-1])
+        denoising.hand_over(result)
+        return steps
+
+    def refuse(self, reason: str) -> None:
+        """The loop is not a plan: draw alone."""
+        raise _Alone(reason)
+
+    def _pause(self) -> None:
+        """Return when it is this request's turn again; raises Cancelled if it was cancelled."""
+        parent = self._greenlet.parent
+        assert parent is not None
+        parent.switch()
+        self.ticket.check()
+
+    def _report(self, done: int, steps: int, latents: Any) -> None:
+        if self.ticket.request.on_step is not None:
+            self.ticket.request.on_step(done, steps, latents())
+
+    def _after_step(self, pipe: Any, i: int, _: Any, told: dict[str, Any]) -> dict[str, Any]:
+        """The callback of a call that is drawn alone."""
+        self._report(i + 1, pipe.num_timesteps, told["latents"].clone)
+        self._pause()
+        return {}
+
+
+def _obstacle(denoising: Denoising) -> str | None:
+    """Why a batch cannot run the steps of a plan, if so."""
+    call, predictor = denoising.call, denoising.predictor
+    if len(call.latents) != 1:
+        return "it draws several pictures at once"
+    if denoising.inpainting is not None:
+        return "it keeps a part of a picture"
+    return predictor.shared_steps()

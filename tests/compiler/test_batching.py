@@ -1,0 +1,126 @@
+"""Pipelines of several kinds in a batch whose requests are at different steps, beside diffusers
+itself, in float64."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+
+import fastdiff
+from fastdiff.batching import Batch, Cancelled, Request
+from fastdiff.compiler.loop_state import loop_of
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SCHEDULERS = {
+    "sd": (None, DPMSolverMultistepScheduler(), EulerAncestralDiscreteScheduler(), PNDMScheduler()),
+    "xl": (None, DPMSolverMultistepScheduler(solver_order=3), UniPCMultistepScheduler()),
+    "sd3": (None, FlowMatchHeunDiscreteScheduler(shift=3.0), UniPCMultistepScheduler(**FLOW)),
+}
+ALONE = "its steps are not a linear recurrence of depth 3"
+
+
+@pytest.fixture
+def pipeline(components, components_sd3):
+    def make(kind):
+        if kind == "sd3":
+            return StableDiffusion3Pipeline(**components_sd3())
+        if kind == "xl":
+            return StableDiffusionXLPipeline(**components(xl=True))
+        return StableDiffusionPipeline(**components())
+
+    def quiet(kind):
+        pipe = make(kind)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return quiet
+
+
+def eager(pipe, request):
+    pipe = copy.copy(pipe)
+    pipe.scheduler = copy.deepcopy(request.scheduler or pipe.scheduler)
+    return pipe(
+        request.prompt,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        height=request.height,
+        width=request.width,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_each_request_is_drawn_as_diffusers_draws_it(pipeline, kind):
+    pipe, plain = fastdiff.compile(pipeline(kind)), pipeline(kind)
+    asked = [
+        Request(prompt, None, 4 + i % 2, scale, i, size, size, scheduler)
+        for i, (prompt, scale, size, scheduler) in enumerate(
+            zip(
+                ("red heart", "dog face", "sunflower", "purple car"),
+                (4.0, 2.5, 4.0, 1.0),
+                (16, 16, 24, 16),  # the third has a recording of its own, as has the last
+                SCHEDULERS[kind] + (None,) * 3,
+                strict=False,
+            )
+        )
+    ]
+    last = [[] for _ in asked]
+    with Batch(pipe, capacity=3) as batch:  # so that the last one joins when another leaves
+        tickets = [
+            batch.submit(replace(request, on_step=lambda *told, to=to: to.append(told)))
+            for request, to in zip(asked, last, strict=True)
+        ]
+        for ticket in tickets:
+            assert ticket.result().size == (ticket.request.width,) * 2
+    for request, ticket, told in zip(asked, tickets, last, strict=True):
+        want, (done, steps, got) = eager(plain, request), told[-1]
+        assert done == steps == len(told)
+        assert torch.linalg.norm(got - want) <= 5e-6 * torch.linalg.norm(want), request
+        assert ALONE in (ticket.alone or ALONE)
+        assert (ticket.alone is not None) == isinstance(request.scheduler, PNDMScheduler)
+    stats, loop = batch.stats(), loop_of(pipe)
+    assert stats.filled > stats.steps
+    assert sum(loop.ran.values()) == sum(ticket.alone is None for ticket in tickets)
+    assert loop.driver is None
+
+
+def test_a_request_that_fails_ends_by_itself(pipeline):
+    pipe, plain = fastdiff.compile(pipeline("sd")), pipeline("sd")
+    last = []
+    right = Request("red heart", None, 4, 4.0, 1, on_step=lambda *told: last.append(told[2]))
+
+    def stumble(step, steps, latents):
+        latents.fill_(torch.nan)  # a copy
+        if step == 2:
+            raise RuntimeError("my preview failed")
+
+    with Batch(pipe, capacity=5) as batch:
+        ticket = batch.submit(right)
+        stumbles = batch.submit(replace(right, on_step=stumble))
+        many = batch.submit(replace(right, num_inference_steps=5000, on_step=None))
+        endless = batch.submit(replace(right, guidance_scale=1e308, on_step=None))
+        ends = batch.submit(replace(right, num_inference_steps=500, on_step=None))
+        assert ticket.result() is not None
+        ends.cancel()
+        with pytest.raises(RuntimeError, match="my preview failed"):
+            stumbles.result()
+        with pytest.raises(ArithmeticError, match="not finite after 4 steps of DDIMScheduler"):
+            endless.result()
+        with pytest.raises(ValueError, match="5000"):
+            many.result()
+        with pytest.raises(Cancelled):
+            ends.result()
+    assert torch.allclose(last[-1], eager(plain, replace(right, on_step=None)), rtol=1e-9)
+    assert batch.stats().active == 0
