@@ -84,7 +84,8 @@ def _planned(zimage: Denoiser, sizes: Sizes) -> list[Run]:
 
 def _example(net: ZImage, texts: int, tokens: int) -> Conditions:
     wide = net.caption.weight.shape[1]
-    return Conditions(tuple(empty(net.caption.weight, tokens, wide) for _ in range(texts)))
+    captions = tuple(empty(net.caption.weight, tokens, wide) for _ in range(texts))
+    return Conditions(captions, negated=True)  # as in its pipeline
 
 
 def _channels(net: ZImage) -> int:
