@@ -85,8 +85,10 @@ def borrow_places(module: Any, loan: Loan, head: int) -> Places:
     """From diffusers' QwenEmbedRope, for heads of `head` columns."""
     rope = loan.open(module, "QwenEmbedRope")
     require(bool(rope.scale_rope), "pictures that do not stand around 0")
-    widths = tuple(rope.axes_dim)
-    for table in (rope.pos_freqs, rope.neg_freqs):
-        fits = table.is_complex() and table.shape[1] * 2 == head == sum(widths)
-        require(len(widths) == 3 and fits, f"positions that turn {widths} columns of {head}")
-    return Places(rope.pos_freqs, rope.neg_freqs, widths)
+    widths, tables = rope.axes_dim, (rope.pos_freqs, rope.neg_freqs)
+    known = isinstance(widths, list | tuple) and len(widths) == 3 and sum(widths) == head
+    for table in tables:
+        known = known and isinstance(table, Tensor) and table.is_complex()
+        known = known and table.ndim == 2 and 2 * table.shape[1] == head
+    require(known, f"positions that turn {widths} columns of {head}")
+    return Places(*tables, tuple(widths))

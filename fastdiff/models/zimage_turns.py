@@ -1,6 +1,5 @@
 """Where Z-Image's tokens stand, as tables of cosines and sines."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,13 @@ Table = tuple[Tensor, Tensor]
 class Axes:
     """A token has a position on each axis; axis i turns the next `widths[i]` columns of a head."""
 
-    theta: float
-    widths: Sequence[int]
-    lengths: Sequence[int]
-    """Positions on each axis that diffusers has a row for."""
+    tables: tuple[Tensor, ...]
+    """[positions, width / 2] complex, as diffusers keeps them."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions on each axis that there is a row for."""
+        return tuple(len(table) for table in self.tables)
 
     def picture(
         self, first: int, counts: tuple[int, int], missing: int, device: torch.device
@@ -39,21 +41,28 @@ class Axes:
         return self._table(ids, device)
 
     def _table(self, ids: Tensor, device: torch.device) -> Table:
-        """Angles are rounded to float32 before their cosines, as in diffusers' own tables."""
-        angles = []
-        for axis, width in enumerate(self.widths):
-            steps = torch.arange(0, width, 2, dtype=torch.float64)
-            angles.append(torch.outer(ids[:, axis].double(), 1.0 / self.theta ** (steps / width)))
-        turned = torch.cat(angles, 1).float().repeat_interleave(2, 1)
-        return turned.cos().to(device), turned.sin().to(device)
+        columns = zip(self.tables, ids.unbind(1), strict=True)
+        turned = torch.cat([table[at.to(table.device)] for table, at in columns], 1)
+        parts = (part.repeat_interleave(2, 1).contiguous() for part in (turned.real, turned.imag))
+        cos, sin = (part.to(device) for part in parts)
+        return cos, sin
 
 
 def borrow_axes(module: Any, loan: Loan, head: int) -> Axes:
     """From diffusers' RopeEmbedder, for heads of `head` columns."""
     rope = loan.open(module, "RopeEmbedder")
-    widths, lengths = rope.axes_dims, rope.axes_lens
-    require(
-        len(widths) == len(lengths) == 3 and sum(widths) == head,
-        f"positions that turn {list(widths)} columns of heads of {head}",
-    )
-    return Axes(rope.theta, tuple(widths), tuple(lengths))
+    theta, widths, lengths, tables = rope.theta, rope.axes_dims, rope.axes_lens, rope.freqs_cis
+    known = all(isinstance(each, list | tuple) and len(each) == 3 for each in (widths, lengths))
+    require(known and sum(widths) == head, f"positions that turn {widths} columns of {head}")
+    if tables is None:  # until its first call
+        tables = [_turned(theta, *axis) for axis in zip(widths, lengths, strict=True)]
+    right = [(n, width // 2) for n, width in zip(lengths, widths, strict=True)]
+    require([tuple(table.shape) for table in tables] == right, "positions of other axes")
+    return Axes(tuple(tables))
+
+
+def _turned(theta: float, width: int, length: int) -> Tensor:
+    """[length, width / 2] complex; angles are rounded to float32 first, as in diffusers."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies).float()
+    return torch.polar(torch.ones_like(angles), angles)
