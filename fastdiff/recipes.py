@@ -120,6 +120,8 @@ def _rows() -> dict[str, Recipe]:
         "AuraFlowPipeline": Recipe(
             {"transformer": "auraflow", "vae": "vae"}, plan=transformers.AURAFLOW, upcasts=True
         ),
+        "ZImagePipeline": Recipe({"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE),
+        "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         flux: Recipe(FLUX, plan=transformers.FLUX, from_text=flux),
         "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE, from_text=flux),

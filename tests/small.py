@@ -10,9 +10,11 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     PriorTransformer,
+    QwenImageTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.models.attention_processor import (
     AttnProcessor,
@@ -181,6 +183,27 @@ AURAFLOW = {
     "joint_attention_dim": 20,
     "caption_projection_dim": 24,
     "pos_embed_max_size": 81,
+}
+
+ZIMAGE = {
+    "in_channels": 4,
+    "dim": 24,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 3,
+    "n_kv_heads": 3,
+    "cap_feat_dim": 20,
+    "axes_dims": [4, 2, 2],
+    "axes_lens": [96, 16, 16],
+}
+QWEN = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 20,
+    "axes_dims_rope": (4, 2, 2),
 }
 
 
@@ -368,6 +391,20 @@ def flux2():
     return net, net, (torch.randn(2, 6, 16),), given
 
 
+def zimage():
+    net = noisy(ZImageTransformer2DModel(**ZIMAGE | {"n_layers": 1}))
+    latents, captions = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 7, 20)
+    return net, net, ([*latents], torch.tensor([0.5, 0.5]), [*captions]), {"return_dict": False}
+
+
+def qwen():
+    net = noisy(QwenImageTransformer2DModel(**QWEN | {"num_layers": 1}))
+    mask = torch.arange(7)[None] < torch.tensor([[3], [7]])
+    given = {"encoder_hidden_states": torch.randn(2, 7, 20), "timestep": torch.tensor([0.5, 0.5])}
+    given |= {"encoder_hidden_states_mask": mask, "img_shapes": [[(1, 2, 3)]] * 2}
+    return net, net, (torch.randn(2, 6, 16),), given
+
+
 NETS = {
     "sd15 of LCM": lambda: unet("sd15", time_cond_proj_dim=16),
     "upscaler, classic attention": lambda: upscaler("sd21"),
@@ -385,6 +422,8 @@ NETS = {
     "flux": flux,
     "auraflow": auraflow,
     "flux2": flux2,
+    "zimage": zimage,
+    "qwen": qwen,
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }

@@ -147,6 +147,14 @@ def uses_guidance(model: nn.Module) -> bool:
     return known is None or known[1].denoised is None or known[1].denoised.guided
 
 
+def packed(model: nn.Module) -> bool:
+    """Whether a network's latents are tokens, each of several of a picture's."""
+    known = named(model)
+    return (
+        known is not None and known[1].denoised is not None and known[1].denoised.shape is not None
+    )
+
+
 def guided(model: nn.Module, dtype: torch.dtype, side: int, tokens: int | None = None) -> Run:
     """A plan's step of one picture, with guidance if published pipelines have it; arguments as for
     `rows`. tokens: of a text; by default as in published pipelines."""

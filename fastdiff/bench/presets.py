@@ -2,7 +2,7 @@
 Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5, `preset_unet2d` for what draws without a
 text, `preset_latent` for latent diffusion and the upscaler, `preset_prior` for UnCLIP's prior,
 `preset_added` for UnCLIP, Kandinsky and DeepFloyd IF, `preset_dit` for DiT, `preset_flux` for
-FLUX, `preset_aura` for AuraFlow."""
+FLUX, `preset_aura` for AuraFlow; those of `preset_counted` are only counted."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL
 
 from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
 from fastdiff.bench.preset_aura import AURAFLOW
+from fastdiff.bench.preset_counted import QWEN_IMAGE, Z_IMAGE
 from fastdiff.bench.preset_dit import DIT_256, DIT_512, PIXART_SIGMA
-from fastdiff.bench.preset_flux import FLUX, FLUX2, FluxPreset
+from fastdiff.bench.preset_flux import FLUX, FLUX2
 from fastdiff.bench.preset_latent import LDM, X4
 from fastdiff.bench.preset_parts import Preset, without_memory
 from fastdiff.bench.preset_prior import PRIOR
@@ -33,6 +34,7 @@ PRESETS: Mapping[str, Preset] = {
     **{"unclip": UNCLIP, "kandinsky22": KANDINSKY22, "if": IF},
     **{"ldm": LDM, "x4": X4, "dit-256": DIT_256, "dit-512": DIT_512},
     **{"pixart-sigma": PIXART_SIGMA, "flux": FLUX, "flux2": FLUX2, "auraflow": AURAFLOW},
+    **{"z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE},
 }
 
 
@@ -62,8 +64,8 @@ def blueprint(name: str) -> tuple[torch.nn.Module, int]:
     preset = preset_named(name)
     cls, config = preset.network(preset.base_scale)
     side = config.get("sample_size", 0)
-    if isinstance(preset, FluxPreset):
-        side = preset.side(preset.base_scale)
+    if not side and callable(sized := getattr(preset, "side", None)):
+        side = sized(preset.base_scale)
     return without_memory(cls, config), side
 
 

@@ -37,7 +37,7 @@ def graph(
     """
     from fastdiff.bench.blueprints import named
     from fastdiff.bench.gpus import gpu_named
-    from fastdiff.bench.graph import rows, uses_guidance
+    from fastdiff.bench.graph import packed, rows, uses_guidance
     from fastdiff.bench.machine import commit, versions
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.source import Source
@@ -54,7 +54,7 @@ def graph(
         case = f"latents {plan.side}×{plan.side}"
     elif not plan.side:
         case = "an embedding, classifier-free guidance"
-    elif plan.vae is None:
+    elif plan.vae is None and not packed(plan.denoiser):
         case = f"{plan.side}×{plan.side} pixels"
     document: dict[str, Any] = {
         "schema": SCHEMA,

@@ -46,7 +46,9 @@ class Denoising:
         self.table = replace(table, scales=check_scales(call.plan, self.given, table.scales))
         guided, reads = self.predictor.predictions.guided, self.table.variance
         channels = call.latents.shape[channel_axis(call.latents)]
-        module = self.predictor.slot.module
+        module: Any = self.predictor.slot.module
+        if call.latents.ndim == 3:  # tokens, of patches of so many channels
+            channels //= module.config.patch_size**2
         check_variance(call.plan, module, self.scheduler, channels, guided, reads)
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]

@@ -52,7 +52,8 @@ def guidance_of(setting: Setting, timesteps: Tensor) -> Guidance:
     timesteps: [n], on which the scale of perturbed-attention guidance may depend.
     """
     now = predictions_of(setting)
-    scale = float(setting("guidance_scale", 1.0))
+    scale = setting("guidance_scale", 1.0)
+    scale = 1.0 if scale is None else float(scale)
     rescale = max(0.0, float(setting("guidance_rescale", 0.0)))
     if not now.perturbed:
         return Guidance(scale, rescale, float(setting("_skip_layer_guidance_scale", 0.0)))

@@ -134,9 +134,14 @@ def call_of(
     if callback is not None and guided and plan.unconditional:
         raise Unsupported("a callback may replace one half of what the network is told")
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
+    for name, asks_more in plan.refused.items():
+        if asks_more(local.get(name)):
+            raise Unsupported(f"it was given {name} of {local.get(name)}")
     denoised = family(recipe.networks[plan.network]).denoised
     assert denoised is not None
     given = conditions_of(pipe, getattr(pipe, plan.network), plan, local, guided)
+    if callback is not None and any(isinstance(given[f], list) for f in plan.replaced.values()):
+        raise Unsupported("a callback may replace a list of what the network is told")
     steps = local["timesteps"] if timesteps is None else timesteps
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:

@@ -38,9 +38,8 @@ def conditions_of(
     for field, name in plan.unconditional.items() if guided else ():
         if name not in local:
             raise Unsupported(f"this version of diffusers has no {name} in its loop")
-        first, second = local[name], given[field]
-        require(first.shape == second.shape, f"{name} of another shape than the other half's")
-        given[field] = torch.cat([first, second])
+        halves = local[name], given[field]
+        given[field] = _both(name, *(reversed(halves) if plan.conditional_first else halves))
     for field, name in plan.alike.items() if guided else ():
         told = local.get(name)
         require(told is not None and torch.equal(told, given[field]), f"{name} of its own")
@@ -51,7 +50,15 @@ def conditions_of(
     if plan.constant_channels and network.config.in_channels > latents.shape[axis]:
         parts = [local[name] for name in plan.constant_channels]
         given["constant_channels"] = _shared(torch.cat(parts, dim=axis), guided, len(latents))
-    return given | carried(pipe, plan)
+    return given | carried(pipe, plan) | dict(plan.fixed)
+
+
+def _both(name: str, first: Any, second: Any) -> Any:
+    """Both halves of what the network is told, tensors [B, …] or lists."""
+    if isinstance(first, list) and isinstance(second, list):
+        return first + second
+    require(first.shape == second.shape, f"{name} of another shape than the other half's")
+    return torch.cat([first, second])
 
 
 def carried(pipe: Any, plan: Plan) -> dict[str, Any]:

@@ -81,7 +81,8 @@ class Predictor:
     def guidance(self) -> Guidance:
         """How the pipeline now asks for predictions to be combined."""
         now = guidance.guidance_of(self._setting, self.call.timesteps)
-        return now._replace(scale=1 - now.scale) if self.call.plan.conditional_first else now
+        plan, scale = self.call.plan, now.scale + self.call.plan.beyond
+        return now._replace(scale=1 - scale if plan.conditional_first else scale)
 
     def switched(self) -> bool:
         """Whether the pipeline now asks for more or fewer predictions."""

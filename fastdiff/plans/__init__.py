@@ -58,6 +58,13 @@ class Plan:
     """Variables, beside `latents`, that hold the last step's sample after the loop."""
     schedulers: tuple[str, ...] = ()
     """The scheduler classes for which `results` are that sample; (): all."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the conditions that are the same in every call."""
+    refused: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    """By variable, whether its value asks for what a plan does not do."""
+    beyond: bool = False
+    """Whether guidance adds its scale times the difference to the prediction with the condition,
+    not to the other."""
     absent: tuple[str, ...] = ()
     """Variables that must be None: a plan does not do what they ask for."""
     skips: Mapping[str, str] = field(default_factory=dict)

@@ -121,3 +121,33 @@ FLUX2_KLEIN = replace(
     unconditional={"encoder_hidden_states": "negative_prompt_embeds"},
     alike={"txt_ids": "negative_text_ids"},
 )
+ZIMAGE = Plan(
+    conditions={"cap_feats": "prompt_embeds"},
+    required=("prompt_embeds",),
+    returned=("prompt_embeds",),
+    unconditional={"cap_feats": "negative_prompt_embeds"},
+    conditional_first=True,
+    beyond=True,
+    fixed={"negated": True},
+    refused={"cfg_normalization": bool, "cfg_truncation": lambda at: at is not None and at < 1},
+    attention_kwargs="joint_attention_kwargs",
+    told=lambda timesteps, dtype: (1000 - timesteps) / 1000,
+    scaled="",
+)
+QWEN = Plan(
+    conditions={
+        "encoder_hidden_states": "prompt_embeds",
+        "encoder_hidden_states_mask": "prompt_embeds_mask",
+        "img_shapes": "img_shapes",
+        "negative": "negative_prompt_embeds",
+        "negative_mask": "negative_prompt_embeds_mask",
+        "true_cfg_scale": "true_cfg_scale",
+        "do_true_cfg": "do_true_cfg",
+    },
+    required=("prompt_embeds", "prompt_embeds_mask", "img_shapes", "do_true_cfg"),
+    returned=("prompt_embeds",),
+    absent=("guidance",),
+    attention_kwargs="attention_kwargs",
+    told=lambda timesteps, dtype: timesteps.to(dtype) / 1000,
+    scaled="",
+)

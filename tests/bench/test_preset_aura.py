@@ -1,4 +1,4 @@
-"""AuraFlow: its published sizes, its launches beside diffusers' own, a picture of a small one."""
+"""AuraFlow, Z-Image, Qwen-Image: published sizes, and launches beside diffusers' own."""
 
 import json
 from dataclasses import replace
@@ -14,15 +14,40 @@ from fastdiff.bench.presets import blueprint
 
 STATIC = Path(__file__).parents[2] / "benchmarks/static"
 # parameters, the latents' side
-SIZES = {"auraflow": (6_858_605_568, 128)}
+SIZES = {
+    "auraflow": (6_858_605_568, 128),
+    "z-image": (6_154_908_736, 128),
+    "qwen-image": (20_430_401_088, 128),
+}
 # launches of diffusers' own step, and the most that ours may be
-LAUNCHES = {"auraflow": (1410, 407)}
+LAUNCHES = {"auraflow": (1410, 407), "z-image": (2659, 361), "qwen-image": (11_117, 912)}
 
 
-def told(name, half):
-    """The arguments of diffusers' own guided step."""
-    latents, timestep = torch.empty(2, 4, 128, 128, **half), torch.empty(2, **half)
-    return (latents, torch.empty(2, 256, 2048, **half), timestep), {}
+def step(name, net):
+    """diffusers' own guided step, without memory."""
+    half = {"dtype": torch.float16, "device": "meta"}
+    times = torch.empty(2, **half)
+    if name == "auraflow":
+        latents, text = torch.empty(2, 4, 128, 128, **half), torch.empty(2, 256, 2048, **half)
+        return lambda: net(latents, text, times, return_dict=False)
+    if name == "z-image":
+        latents, captions = (
+            torch.empty(2, 16, 1, 128, 128, **half),
+            torch.empty(2, 64, 2560, **half),
+        )
+        return lambda: net([*latents], times.float(), [*captions], return_dict=False)
+    latents, text = torch.empty(1, 4096, 64, **half), torch.empty(1, 64, 3584, **half)
+
+    def both():
+        shapes = [[(1, 64, 64)]]
+        own, other = (
+            net(latents, text, None, times[:1], shapes, return_dict=False)[0] for _ in range(2)
+        )
+        made = other + 4.0 * (own - other)
+        norms = (torch.norm(part, dim=-1, keepdim=True) for part in (own, made))
+        return made * torch.div(*norms)
+
+    return both
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -31,7 +56,9 @@ def test_scale_one_has_the_published_sizes(name):
     assert (sum(weight.numel() for weight in net.parameters()), side) == SIZES[name]
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize(
+    "name", ["auraflow", "z-image", pytest.param("qwen-image", marks=pytest.mark.product)]
+)
 def test_launches(name):
     """The committed graph is what the network does now; `fastdiff graph` writes it again."""
     (net, side), (theirs, most) = blueprint(name), LAUNCHES[name]
@@ -39,8 +66,7 @@ def test_launches(name):
     assert kept["rows"] == [vars(row) for row in rows(net, gpu_named("h200"), torch.float16, side)]
     assert kept["launches"] <= most
     net = torch.nn.Module.to(net, dtype=torch.float16)
-    given, more = told(name, {"dtype": torch.float16, "device": "meta"})
-    assert len(launched(lambda: net(*given, **more, return_dict=False), 90)) == theirs
+    assert len(launched(step(name, net), 90)) == theirs
 
 
 def test_a_small_one_draws():

@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from peft import LoraConfig
+from random_calls import adapt, add_adapters, callback_of, single_draws
 from small import FLUX, SD3, SD3_KINDS, TINY, noisy
 from unclip import kandinsky_parts, scheduler
 
@@ -43,13 +43,6 @@ XL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 16,
 }
-
-
-def add_adapters(net, targets):
-    """LoRA adapters "one" and "two"."""
-    for name, rank in (("one", 4), ("two", 16)):
-        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
-        net.add_adapter(config, name)
 
 
 def make(xl):
@@ -83,30 +76,6 @@ def random_call(dice):
         "adapters": dice.choice([{}, {"one": 1.0}, {"two": 0.5}, {"one": 0.7, "two": -0.4}]),
         "callback": dice.choice([None, None, "looks", "changes"]),
     }
-
-
-_RANDN = torch.randn
-
-
-def single_draws(*args, **kwargs):
-    """Noise drawn as float32 whatever is asked for: the same numbers in every precision."""
-    wanted = kwargs.get("dtype") or torch.get_default_dtype()
-    return _RANDN(*args, **{**kwargs, "dtype": torch.float32}).to(wanted)
-
-
-def adapt(net, adapters):
-    """Switch a network's LoRA adapters on, each with its weight, and the others off."""
-    net.enable_adapters() if adapters else net.disable_adapters()
-    if adapters:
-        net.set_adapters(list(adapters), weights=list(adapters.values()))
-
-
-def callback_of(call):
-    """What a pipeline is given for the callback of a call; nothing where it has none."""
-    if not call["callback"]:
-        return {}
-    factor = 1.0 if call["callback"] == "looks" else 0.9
-    return {"callback_on_step_end": lambda _, i, t, kwargs: {"latents": kwargs["latents"] * factor}}
 
 
 def latents_of(pipe, call, generator, given):

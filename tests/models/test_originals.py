@@ -49,7 +49,9 @@ def halved(forward):
     def half_of(value):
         if not torch.is_tensor(value):
             return value
-        return value * 0.5 if value.is_floating_point() else value // 2  # indices
+        if value.is_floating_point() or value.is_complex():
+            return value * 0.5
+        return (value // 2).to(value.dtype)  # indices and masks
 
     return half
 

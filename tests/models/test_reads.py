@@ -64,6 +64,13 @@ OTHERS = {
     "DiTTransformer2DModel": {"height", "width", "_internal_dict"},
     "PixArtTransformer2DModel": {"height", "width"},
     "AuraFlowTransformer2DModel": {"out_channels"},  # read of its config
+    # of a network that is told pictures, or read of its positions
+    "ZImageTransformer2DModel": {
+        *("siglip_pad_token", "siglip_refiner", "_internal_dict", "axes_dims", "axes_lens"),
+    },
+    "ZImageTransformerBlock": {"dim"},
+    "QwenImageTransformer2DModel": {"_internal_dict"},
+    "QwenImageTransformerBlock": {"dim"},
     "LabelEmbedding": {"num_classes"},  # of labels that are dropped in training
     # what they made their attentions with, or read of the first weight
     "SimpleCrossAttnDownBlock2D": {"num_heads"},

@@ -1,0 +1,68 @@
+"""Where Z-Image's tokens stand, as tables of cosines and sines."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.models.blocks import require
+from fastdiff.models.borrow import Loan
+
+Table = tuple[Tensor, Tensor]
+"""Cosines and sines [S, K] float32, as `qk_norm` takes them."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A token has a position on each axis; axis i turns the next `widths[i]` columns of a head."""
+
+    tables: tuple[Tensor, ...]
+    """[positions, width / 2] complex, as diffusers keeps them."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions on each axis that there is a row for."""
+        return tuple(len(table) for table in self.tables)
+
+    def picture(
+        self, first: int, counts: tuple[int, int], missing: int, device: torch.device
+    ) -> Table:
+        """Of rows · columns patches at `first` on the first axis, then of `missing` more at 0."""
+        rows, columns = (torch.arange(count) for count in counts)
+        down, right = torch.meshgrid(rows, columns, indexing="ij")
+        ids = torch.stack((torch.full_like(down, first), down, right), -1).flatten(0, 1)
+        return self._table(torch.cat((ids, ids.new_zeros(missing, 3))), device)
+
+    def caption(self, length: int, device: torch.device) -> Table:
+        """Of a caption's tokens, which stand on the first axis from 1 on."""
+        ids = torch.zeros(length, 3, dtype=torch.long)
+        ids[:, 0] = torch.arange(1, length + 1)
+        return self._table(ids, device)
+
+    def _table(self, ids: Tensor, device: torch.device) -> Table:
+        columns = zip(self.tables, ids.unbind(1), strict=True)
+        turned = torch.cat([table[at.to(table.device)] for table, at in columns], 1)
+        parts = (part.repeat_interleave(2, 1).contiguous() for part in (turned.real, turned.imag))
+        cos, sin = (part.to(device) for part in parts)
+        return cos, sin
+
+
+def borrow_axes(module: Any, loan: Loan, head: int) -> Axes:
+    """From diffusers' RopeEmbedder, for heads of `head` columns."""
+    rope = loan.open(module, "RopeEmbedder")
+    theta, widths, lengths, tables = rope.theta, rope.axes_dims, rope.axes_lens, rope.freqs_cis
+    known = all(isinstance(each, list | tuple) and len(each) == 3 for each in (widths, lengths))
+    require(known and sum(widths) == head, f"positions that turn {widths} columns of {head}")
+    if tables is None:  # until its first call
+        tables = [_turned(theta, *axis) for axis in zip(widths, lengths, strict=True)]
+    right = [(n, width // 2) for n, width in zip(lengths, widths, strict=True)]
+    require([tuple(table.shape) for table in tables] == right, "positions of other axes")
+    return Axes(tuple(tables))
+
+
+def _turned(theta: float, width: int, length: int) -> Tensor:
+    """[length, width / 2] complex; angles are rounded to float32 first, as in diffusers."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies).float()
+    return torch.polar(torch.ones_like(angles), angles)

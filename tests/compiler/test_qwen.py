@@ -1,0 +1,83 @@
+"""Qwen-Image's pipeline compiled, beside itself eager."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from small import QWEN, noisy
+
+import fastdiff
+from fastdiff.bench.pixels import noise_as
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.contract import judge
+
+
+def pipeline():
+    transformer = noisy(QwenImageTransformer2DModel(**QWEN))
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = QwenImagePipeline(scheduler, vae, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, scale=4.0, images=1, lengths=(7, 4), **options):
+    """Latents; of 9 tokens each text uses `lengths`, the negative one last."""
+    generator, told, dtype = torch.Generator().manual_seed(3), {}, pipe.transformer.dtype
+    for name, used in zip(("prompt", "negative_prompt"), lengths, strict=True):
+        told[f"{name}_embeds"] = torch.randn(1, 9, 20, generator=generator).to(dtype)
+        told[f"{name}_embeds_mask"] = torch.arange(9)[None] < used
+    size = 4 * pipe.vae_scale_factor
+    return pipe(
+        true_cfg_scale=scale,
+        num_inference_steps=3,
+        num_images_per_prompt=images,
+        height=size,
+        width=size + 2 * pipe.vae_scale_factor,
+        generator=generator,
+        output_type="latent",
+        **told,
+        **options,
+    ).images
+
+
+def exact(pipe, **call):
+    """In float64, from the noise that float32 draws."""
+    double = copy.deepcopy(pipe).to(torch.float64)
+    with noise_as(double, torch.float32):
+        return drawn(double, **call)
+
+
+@pytest.mark.parametrize("call", [{}, {"scale": 1.0}, {"images": 2, "lengths": (9, 9)}], ids=str)
+def test_the_latents_report_and_restore(call):
+    """True guidance makes every token as long as in the prediction with the text."""
+    pipe = pipeline()
+    eager, truth = drawn(pipe, **call), exact(pipe, **call)
+    fastdiff.compile(pipe)
+    ours = drawn(pipe, **call)
+    assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
+    assert (slot_of(pipe.transformer).fast, dict(slot_of(pipe.transformer).eager)) == (3, {})
+    verdict = judge("latents", ours, eager, truth)
+    assert verdict.passed, verdict
+    fastdiff.restore(pipe)
+    assert torch.equal(drawn(pipe, **call), eager)
+
+
+def test_a_callback_changes_latents_and_text():
+    pipe = pipeline()
+
+    def change(pipe, i, t, told):
+        return {"latents": told["latents"] * 0.9, "prompt_embeds": torch.ones(1, 9, 20)}
+
+    eager = drawn(pipe, callback_on_step_end=change)
+    fastdiff.compile(pipe)
+    ours = drawn(pipe, callback_on_step_end=change)
+    torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
+    assert loop_of(pipe).planned == 1

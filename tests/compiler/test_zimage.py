@@ -1,0 +1,100 @@
+"""Z-Image's pipeline compiled, beside itself eager."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from small import ZIMAGE, noisy
+
+import fastdiff
+from fastdiff.bench.pixels import noise_as
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.contract import judge
+
+VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+
+
+def pipeline(dtype=torch.float32):
+    transformer = noisy(ZImageTransformer2DModel(**ZIMAGE)).to(dtype)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    vae = noisy(AutoencoderKL(**VAE, shift_factor=0.1)).to(dtype)
+    pipe = ZImagePipeline(scheduler, vae, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, scale=5.0, images=1, lengths=(40, 5), **options):
+    """Latents of 8 x 12; captions of `lengths` tokens, the negative one last."""
+    generator, dtype = torch.Generator().manual_seed(3), pipe.transformer.dtype
+    own, other = (torch.randn(n, 20, generator=generator).to(dtype) for n in lengths)
+    return pipe(
+        prompt_embeds=[own],
+        negative_prompt_embeds=[other],
+        guidance_scale=scale,
+        num_inference_steps=3,
+        num_images_per_prompt=images,
+        height=8,
+        width=12,
+        generator=generator,
+        output_type="latent",
+        **options,
+    ).images
+
+
+def exact(pipe, **call):
+    """In float64, from the noise that float32 draws; its loop asks for float32's latents."""
+    double = copy.deepcopy(pipe).to(torch.float64)
+    with noise_as(double, torch.float32):
+        return drawn(double, **call)
+
+
+@pytest.mark.parametrize("call", [{}, {"scale": 0.0}, {"images": 2, "lengths": (9, 5)}], ids=str)
+def test_the_latents_report_and_restore(call):
+    """Latents are float32 beside a network of any dtype."""
+    pipe = pipeline()
+    eager, truth = drawn(pipe, **call), exact(pipe, **call)
+    fastdiff.compile(pipe)
+    ours = drawn(pipe, **call)
+    assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
+    assert (slot_of(pipe.transformer).fast, dict(slot_of(pipe.transformer).eager)) == (3, {})
+    verdict = judge("latents", ours, eager, truth)
+    assert verdict.passed, verdict
+    fastdiff.restore(pipe)
+    assert torch.equal(drawn(pipe, **call), eager)
+
+
+def test_a_network_in_bfloat16():
+    pipe = pipeline(torch.bfloat16)
+    eager = drawn(pipe)
+    truth = drawn(copy.deepcopy(pipe).to(torch.float32))
+    fastdiff.compile(pipe)
+    ours = drawn(pipe)
+    assert loop_of(pipe).planned == 1
+    assert ours.dtype == torch.float32
+    assert (ours - truth).abs().max() <= 2 * (eager - truth).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"cfg_normalization": 0.5}, "it was given cfg_normalization of 0.5"),
+        ({"cfg_truncation": 0.3}, "it was given cfg_truncation of 0.3"),
+        ({"callback_on_step_end": lambda *told: told[-1]}, "a callback may replace one half"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_plan_does_not_do(options, why):
+    """The loop is diffusers', our network inside."""
+    pipe = pipeline()
+    eager = drawn(pipe, **options)
+    fastdiff.compile(pipe)
+    torch.testing.assert_close(drawn(pipe, **options), eager, atol=1e-5, rtol=1e-5)
+    assert slot_of(pipe.transformer).fast == 3
+    assert any(why in reason for reason in loop_of(pipe).own)
