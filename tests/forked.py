@@ -10,7 +10,7 @@ from command import copied
 DOCS = Path(__file__).parent.parent / "docs"
 
 BEGIN = '''
-import signal, socket, time
+import contextlib, io, signal, socket, tempfile, time
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -57,6 +57,13 @@ def in_ranks(program, count=2, seconds=20, joins=True):
 pipe = fastdiff.demo.load_demo()
 pipe.set_progress_bar_config(disable=True)
 fastdiff.bulk.painter.opened = lambda *_: pipe  # loaded once for all copies
+with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with open(f"{folder}/x.txt", "w") as file:
+        file.write("sun")
+    told = ["generate", "--prompts", file.name, "--out", f"{folder}/x", "--steps", "1"]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        main(told)  # what it imports is imported for all copies
+fastdiff.restore(pipe)
 '''
 
 

@@ -63,7 +63,6 @@ def joined(cluster: Cluster, setup: Setup) -> Iterator["Joined"]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         import ray
         import ray.data
@@ -72,6 +71,7 @@ def joined(cluster: Cluster, setup: Setup) -> Iterator["Joined"]:
     given: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.address == LOCAL:
         given["include_dashboard"] = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         ray.init(address=cluster.address, **given)
     except Exception as error:  # of the network, of the address
@@ -93,6 +93,8 @@ class Joined:
         has = ray.cluster_resources()
         on_cpu = setup.device == "cpu" or not has.get("GPU")
         self._gpus = (0.0 if on_cpu else 1.0) if cluster.gpus is None else cluster.gpus
+        if self._gpus > 1 and self._gpus != int(self._gpus):
+            raise UserError(f"--gpus-per-worker is {self._gpus:g}; give a whole number above 1")
         device = "cuda" if self._gpus else "cpu"
         if setup.device not in (None, device):
             raise UserError(f"--device is {setup.device}; with --ray give cpu or cuda")
@@ -115,7 +117,8 @@ class Joined:
             except UserError as error:
                 return [], str(error)
 
-        made, error = self._ray.get(self._ray.remote(num_cpus=1)(check).remote(self.setup))
+        with self._told():
+            made, error = self._ray.get(self._ray.remote(num_cpus=1)(check).remote(self.setup))
         if error is not None:
             raise UserError(error)
         done: list[Row] = made
@@ -142,6 +145,19 @@ class Joined:
             num_gpus=self._gpus or None,
             num_cpus=None if self._gpus else 1,
         )
-        for one in made.iter_rows():
-            row = by_number[one["number"]]
-            yield Drawn(row, one["picture"] or None, one["error"] or None)
+        with self._told():
+            for one in made.iter_rows():
+                row = by_number[one["number"]]
+                yield Drawn(row, one["picture"] or None, one["error"] or None)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what Ray gives up on into a UserError: a worker that cannot open the pipeline, a
+        cluster that is gone."""
+        try:
+            yield
+        except self._ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise UserError(
+                f"Ray gave up: {first_line(cause)}. What is drawn stays; run it again to go on"
+            ) from error

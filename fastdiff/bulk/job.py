@@ -147,7 +147,7 @@ def check(folder: Path, given: Sequence[Row], asked: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged; give a new folder") from error
-    for name in asked.keys() | before.keys() - job.keys():
+    for name in sorted(asked.keys() | before.keys() - job.keys()):
         if before.get(name) != job.get(name):
             raise UserError(
                 f"--out {folder} was begun with {name} {before.get(name)}; got {job.get(name)}."

@@ -21,6 +21,7 @@ def draw_file(prompts: Path, out: Path, setup: "Setup", own: "Row", parallel: st
 
     own: what rows say nothing of. Exits with 1 if a row failed.
     """
+    from fastdiff.bench.pipelines import check_device
     from fastdiff.bulk import job as jobs
     from fastdiff.bulk.painter import Painter, attempts
     from fastdiff.bulk.prompts import read
@@ -28,7 +29,7 @@ def draw_file(prompts: Path, out: Path, setup: "Setup", own: "Row", parallel: st
     from fastdiff.compiler.options import DATA, GUIDANCE
 
     given = read(prompts, own.seed)
-    asked = _asked(setup, own)
+    asked = _asked(setup, own, check_device(setup.device))
     jobs.check(out, given, asked)
     setup, ranks, shared = joined(setup, parallel, DATA)
     painter = Painter(setup)
@@ -65,7 +66,7 @@ def draw_file_by_ray(
 
     given = read(prompts, own.seed)
     with joined(Cluster(address, workers, gpus), setup) as cluster:
-        asked = _asked(cluster.setup, own)
+        asked = _asked(cluster.setup, own, str(cluster.setup.device))
         jobs.check(out, given, asked)
         rows = cluster.completed(_filled(given, own), prompts)
         with jobs.opened(out, given, rows, asked) as job:
@@ -73,12 +74,9 @@ def draw_file_by_ray(
     _end(job)
 
 
-def _asked(setup: "Setup", own: "Row") -> dict[str, Any]:
+def _asked(setup: "Setup", own: "Row", device: str) -> dict[str, Any]:
     """All that decides what is drawn, besides the rows."""
-    from fastdiff.bench.pipelines import check_device
-
-    device = check_device(setup.device).partition(":")[0]
-    source = setup.source
+    source, device = setup.source, device.partition(":")[0]
     return {
         "pipeline": source.pipeline or source.name,
         "variant": source.variant,

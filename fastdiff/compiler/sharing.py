@@ -2,13 +2,14 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdiff.compiler.guidance import predictions_of
 from fastdiff.compiler.loop_call import Call
@@ -60,17 +61,29 @@ class Sharing:
             }
         )
         self.ranks.first(call.held)
-        return Share(self.ranks, self.parallel == GUIDANCE, len(call.latents), predictions)
+        pictures, others = len(call.latents), call.plan.unbatched
+        return Share(self.ranks, self.parallel == GUIDANCE, pictures, predictions, others)
 
     def _obstacle(self, call: Call, predictions: int) -> str | None:
         if call.callback is not None:
             return "a callback on one rank may change what the others do not see"
+        pictures, told = len(call.latents), call.conditions
+        whole = predictions * pictures
+        listed = [len(value) for value in told if isinstance(value, list | tuple)]
+        if any(count == whole or 1 < count == pictures for count in listed):
+            return "the network may be told of each picture apart"
         if self.parallel == GUIDANCE:
-            known = {1: "there is no guidance", 3: "a step predicts three times"}
-            return "a step may predict three times" if call.skips else known.get(predictions)
+            if call.skips is not None:
+                return "a step may predict three times"
+            if predictions != 2:
+                few = predictions < 2
+                return "there is no guidance" if few else "a step predicts three times"
+            batched = [v for v in tree_leaves(told) if isinstance(v, Tensor) and v.ndim]
+            halves = any(len(value) == whole for value in batched)
+            return None if halves else "both halves of guidance are told the same"
         if call.skips is not None:
             return "skip-layer guidance predicts three times in some steps"
-        return "there is one picture" if len(call.latents) == 1 else None
+        return "there is one picture" if pictures == 1 else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,8 @@ class Share:
     """Whether it predicts one half of guidance, instead of drawing some of the pictures."""
     pictures: int
     predictions: int
+    unbatched: tuple[str, ...] = ()
+    """`Plan.unbatched`."""
 
     @property
     def mine(self) -> list[int]:
@@ -95,13 +110,12 @@ class Share:
         """The loop with this rank's pictures alone."""
         if self.halves:
             return call
-        inpainting = call.inpainting and call.inpainting._replace(
-            **{name: self._of_pictures(value) for name, value in call.inpainting._asdict().items()}
-        )
+        kept = call.inpainting
+        inpainting = None if kept is None else self._batched(self._part, kept)
         return replace(
             call,
             latents=call.latents[self.mine],
-            conditions=self._of_pictures(call.conditions),
+            conditions=self._batched(self._part, call.conditions),
             inpainting=inpainting,
         )
 
@@ -115,8 +129,7 @@ class Share:
             both = isinstance(value, Tensor) and value.ndim and len(value) == whole
             return value.chunk(2)[rank] if both else value
 
-        made: T = tree_map(half, conditions)
-        return made
+        return self._batched(half, conditions)
 
     def noise(self, noise: Tensor) -> Tensor:
         """This rank's part of a step's noise, which is the first rank's."""
@@ -127,17 +140,18 @@ class Share:
         """The latents of all pictures, on every rank."""
         return latents if self.halves else self.ranks.gathered(latents)[: self.pictures]
 
-    def _of_pictures(self, tree: T) -> T:
-        """This rank's part of values that are given for every picture, or every prediction."""
-        mine, count = torch.tensor(self.mine), self.pictures
+    def _part(self, value: Any) -> Any:
+        """This rank's part of what is given for every picture, or every prediction."""
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        if len(value) not in (self.pictures, self.predictions * self.pictures):
+            return value
+        return torch.cat([some[self.mine] for some in value.split(self.pictures)])
 
-        def part(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.ndim:
-                return value
-            times = len(value) / count
-            if times not in (1, self.predictions):
-                return value
-            return torch.cat([some[mine] for some in value.split(count)])
-
-        made: T = tree_map(part, tree)
-        return made
+    def _batched(self, change: Callable[[Any], Any], given: T) -> T:
+        """A named tuple with every value changed but those that have no batch."""
+        fields: Any = given
+        told = fields._asdict().items()
+        made = {n: tree_map(change, v) for n, v in told if n not in self.unbatched}
+        changed: T = fields._replace(**made)
+        return changed

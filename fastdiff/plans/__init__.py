@@ -85,6 +85,8 @@ class Plan:
     repeated: tuple[str, ...] = ()
     """Fields of the conditions that are the same for all pictures in most calls; then the network
     is given one."""
+    unbatched: tuple[str, ...] = ()
+    """Fields of the conditions that have no dimension of the pictures."""
     constant_channels: tuple[str, ...] = ()
     """The variables whose channels the loop puts behind the latents in every step, if the network
     takes more channels than the latents have."""

@@ -75,6 +75,7 @@ _FLUX = Plan(
         "guidance": "guidance",
     },
     required=("prompt_embeds", "pooled_prompt_embeds", "latent_image_ids", "text_ids", "guidance"),
+    unbatched=("img_ids", "txt_ids"),
     returned=("prompt_embeds",),
     attention_kwargs="joint_attention_kwargs",
     only_read=True,

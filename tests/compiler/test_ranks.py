@@ -2,13 +2,24 @@
 batch."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
+
+import fastdiff
+from fastdiff.compiler.denoise import Denoising
+from fastdiff.compiler.loop_call import Call
+from fastdiff.compiler.sharing import Share
+from fastdiff.models import flux
+from fastdiff.plans.transformers import FLUX
+from fastdiff.runtime.recordings import first_of
 
 DRAW = """
 def draw(pipe, prompts, seed=0, **more):
     torch.manual_seed(seed)
-    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"} | more
+    given = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"} | more
     return pipe(prompts, **given).images
 
 """
@@ -30,7 +41,7 @@ def program(rank):
     made = {}
     for mode, count in MODES.items():
         fastdiff.compile(pipe, parallel=mode)
-        for time in range(3):  # as it is, recorded, and replayed
+        for time in range(2):  # recorded, and replayed
             for at, picture in enumerate(pictures(pipe, count, rank)):
                 made[f"{mode} {at} {time}"] = picture
         if mode == "data":
@@ -65,9 +76,59 @@ def test_two_ranks_draw_what_one_draws(forked, tmp_path):
     code, out, err = forked(DRAW + ALIKE, str(tmp_path))
     assert code == 0, err
     guidance, data = out.splitlines()
-    assert guidance == "6 loops; guidance of 6 loops shared by 2 ranks"
+    assert guidance == "4 loops; guidance of 4 loops shared by 2 ranks"
     alone = "1 drawn whole by each rank: there is one picture"
-    assert data == f"7 loops; batch of 6 loops shared by 2 ranks; {alone}"
+    assert data == f"5 loops; batch of 4 loops shared by 2 ranks; {alone}"
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_each_half_is_told_its_part(kind, components, components_sd3, monkeypatch):
+    """Texts, pooled texts and sizes of two pictures, in float64: both halves are the whole."""
+    sdxl = kind == "sdxl"
+    pipe = (
+        StableDiffusionXLPipeline(**components(True))
+        if sdxl
+        else StableDiffusion3Pipeline(**components_sd3())
+    )
+    seen = []
+
+    def look(self):
+        predictor, pictures = self.predictor, len(self.call.latents)
+        network = predictor.denoiser.network
+        x = network.pack(self.call.latents).contiguous()
+
+        def predict(share):
+            predictor._share = share
+            rows, constants = predictor.hoist(0, self.given)
+            return network.predict(x, first_of(rows), constants).clone()
+
+        ranks = [Share(SimpleNamespace(rank=rank), True, pictures, 2) for rank in (0, 1)]
+        seen.append((torch.cat([predict(share) for share in ranks]), predict(None)))
+        return own(self)
+
+    own = Denoising.run
+    monkeypatch.setattr(Denoising, "run", look)
+    pipe.set_progress_bar_config(disable=True)
+    fastdiff.compile(pipe)
+    prompts = {"prompt": ["red heart", "sun"], "negative_prompt": ["blue", "dog"]}
+    pipe(**prompts, num_inference_steps=1, guidance_scale=4.0, output_type="latent")
+    ((halves, whole),) = seen
+    torch.testing.assert_close(halves, whole, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(*halves.chunk(2), rtol=1e-3, atol=1e-3)
+
+
+def test_positions_are_not_of_pictures():
+    """FLUX's four tokens are not two texts of two pictures."""
+    text, ids = torch.randn(4, 4, 8), torch.randn(4, 3)
+    given = flux.Conditions(text, text[:, 0], ids, ids, guidance=text[:2, 0, 0])
+    for halves, mine in ((True, [2, 3]), (False, [1, 3])):
+        share = Share(SimpleNamespace(rank=1, count=2), halves, 2, 2, FLUX.unbatched)
+        call = Call(text[:2], text[:2], given, *[None] * 7)
+        made = share.told(share.call(call).conditions)
+        assert torch.equal(made.encoder_hidden_states, text[mine])
+        assert made.img_ids is ids
+        assert made.txt_ids is ids
+        assert torch.equal(made.guidance, given.guidance[[0, 1] if halves else [1]])
 
 
 REFUSED = """
@@ -76,7 +137,7 @@ import atexit
 def unlike(rank):
     fastdiff.compile(pipe, parallel="guidance")
     try:
-        draw(pipe, "sun", num_inference_steps=3 + rank)
+        draw(pipe, "sun", num_inference_steps=2 + rank)
     except UserError as error:
         print(json.dumps([rank, str(error)]), flush=True)
     draw(pipe, "sun")
@@ -135,8 +196,6 @@ def test_ranks_that_differ_or_die_end_with_a_sentence(forked):
 
 
 def test_without_a_process_group():
-    import fastdiff
-
     pipe = fastdiff.load_demo()
     with pytest.raises(ValueError, match="has no process group; start the program with torchrun"):
         fastdiff.compile(pipe, parallel="data")
