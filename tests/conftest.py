@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from browsers import browser  # noqa: F401  a fixture
-from exports import demo_export, demo_onnx, export_onnx  # noqa: F401  fixtures
+from exports import demo_export, demo_onnx, export_onnx, premade_onnx  # noqa: F401  fixtures
 from forked import forked  # noqa: F401  a fixture
 from interpreter import hasten, mend
 from logged import as_warnings

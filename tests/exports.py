@@ -10,11 +10,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from command import run_json
 from filelock import FileLock
+
+from fastdiff.export import onnx as exporter
 
 
 def once(
@@ -74,3 +77,20 @@ def demo_export(demo, export_onnx):
 def demo_onnx(demo_export):
     """The demo pipeline as `fastdiff export --onnx` writes it; to be read alone."""
     return demo_export.folder
+
+
+@pytest.fixture
+def premade_onnx(demo_onnx, monkeypatch):
+    """torch exports none of the demo's networks again, for tests of what comes after."""
+    monkeypatch.setattr(exporter, "to_program", read_from(demo_onnx))
+
+
+def read_from(folder):
+    """What stands in for `to_program` of the networks that were exported to `folder`."""
+
+    def program(part, opset):
+        from onnxscript import ir
+
+        return SimpleNamespace(model=ir.load(folder / part.file))
+
+    return program

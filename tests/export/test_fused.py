@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from command import run, run_json
+from exports import read_from
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnxscript import ir
@@ -127,12 +128,8 @@ def test_what_fits_the_kernel_is_fused_and_the_rest_left(tmp_path, dtype):
 def demo_fused(demo, demo_onnx, tmp_path_factory):
     """The demo exported with --ort-fused --verify, torch's own part of it done before."""
     out = tmp_path_factory.mktemp("fused") / "out"
-
-    def premade(part, opset):
-        return SimpleNamespace(model=ir.load(demo_onnx / part.file))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "to_program", premade)
+        patch.setattr(exporter, "to_program", read_from(demo_onnx))
         code, told, err = run_json("export", "--onnx", "--out", out, "--ort-fused", "--verify")
     assert code in (0, 1), err
     return out, told, code
@@ -197,7 +194,7 @@ def test_a_cpu_says_that_it_cannot_run_it(demo_fused):
         Session(demo_fused[0] / "unet/model.onnx", CPU)
 
 
-def test_what_cannot_be_fused_is_one_sentence(tmp_path, monkeypatch):
+def test_what_cannot_be_fused_is_one_sentence(premade_onnx, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def refused(*arguments):

@@ -12,9 +12,10 @@ import onnx
 import pytest
 import torch
 from command import run
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from onnx import helper, numpy_helper
 from onnxscript import ir
+from small import ONE_LEVEL
 
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
@@ -45,18 +46,17 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def small(demo):
-    """The demo with a U-Net of two levels, quick to export, with all that a larger one has."""
+    """The demo with the smallest U-Net and autoencoder, quick to export, with all that larger ones
+    have."""
     pipe = copy.copy(demo)
     torch.manual_seed(0)
-    pipe.unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
+    pipe.unet = UNet2DConditionModel(**ONE_LEVEL).eval()
+    pipe.vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=8,
-        attention_head_dim=4,
+        mid_block_add_attention=False,
     ).eval()
     return pipe
 

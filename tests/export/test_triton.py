@@ -85,7 +85,7 @@ def test_only_models_whose_tensors_all_have_the_batch_are_batched(repository):
         assert {port.shape[0] for port in ports} == {"batch_size"}
 
 
-def test_a_pipeline_is_exported_first(repository, tmp_path, monkeypatch):
+def test_a_pipeline_is_exported_first(repository, premade_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of, **how: parts(*of, **how)[:1])
     out = tmp_path / "models"
     code, _, err = run("export", "--triton-repo", "--out", out)
