@@ -354,7 +354,7 @@ def test_options_mean_the_same_in_every_command():
                 positional = parameter.param_type_name == "argument"
                 assert positional == (option == "pipeline"), (name, option)
     compared = {"bench", "compare", "count", "export", "graph", "roofline"}
-    assert takes["pipeline"] == compared | {"doctor", "generate", "warm"}
+    assert takes["pipeline"] == compared | {"doctor", "generate", "serve", "warm"}
     assert takes["--json"] == compared | {"doctor", "env", "inspect", "report"}
     assert takes["--out"] == {"export", "generate", "warm"}
 
