@@ -27,6 +27,9 @@ EXTRAS = {
     "ray": "ray",
     "jinja2": "report",
     "matplotlib": "report",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 """The extra of pyproject.toml that installs each module, by module name."""
 BRINGS = {
@@ -36,13 +39,14 @@ BRINGS = {
     "batching": "fastdiff.batching",
     "report": "report --html",
     "bulk": "generate --prompts with a .parquet file",
-    "ray": "generate --ray",
+    "ray": "generate --ray, serve --ray",
     "onnx": "export --onnx, bench --backends ort on a CPU",
     "onnx-gpu": "bench --backends ort on an NVIDIA GPU",
     "openvino": "bench --backends openvino",
     "trt-rtx": "export --trt for GeForce and RTX GPUs",
     "trt": "export --trt for every GPU from sm_75 on",
     "triton-server": "export --triton-repo",
+    "serve": "serve",
 }
 """By extra, of those that users want: what it is for."""
 

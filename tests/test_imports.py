@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "bench": {"kernels", "models", "runtime", "families", "compiler", "demo"},
     "bulk": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
     "regression": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
+    "serve": {"batching", "bench"},
 }
 # optional package -> the only files that may import it
 OPTIONAL = {
@@ -49,8 +50,12 @@ OPTIONAL = {
     "greenlet": ("batching/drawing.py",),
     "matplotlib": ("regression/reports/plots.py", "regression/reports/svg.py"),
     "pyarrow": ("bulk/prompts.py",),
-    "ray": ("bulk/cluster.py",),
+    "ray": ("bulk/cluster.py", "serve/replicas.py"),
     "jinja2": ("regression/reports/page.py",),
+    "fastapi": ("serve/app.py", "serve/run.py"),
+    "starlette": ("serve/app.py", "serve/answers.py"),
+    "uvicorn": ("serve/run.py",),
+    "prometheus_client": ("serve/metrics.py",),
 }
 
 

@@ -134,8 +134,13 @@ def folder_of(pipeline: str | None, command: str) -> Path | None:
 
 
 def reschedule(pipe: Any, name: str) -> None:
-    """Give the pipeline another scheduler, made from the config of the one it has. UserError for
-    one that does not go with its network."""
+    """Give the pipeline another scheduler. UserError for one that does not go with its network."""
+    pipe.scheduler = rescheduled(pipe, name)
+
+
+def rescheduled(pipe: Any, name: str) -> Any:
+    """A scheduler of this name, made from the config of the pipeline's. UserError for one that
+    does not go with its network."""
     from fastdiff.bench import pipelines
 
     takes = pipelines.schedulers(pipe)
@@ -146,7 +151,7 @@ def reschedule(pipe: Any, name: str) -> None:
         )
     config = dict(pipe.scheduler.config)
     # PNDM's first steps by Runge-Kutta, which Stable Diffusion was published without
-    pipe.scheduler = takes[name].from_config({"skip_prk_steps": True} | config)
+    return takes[name].from_config({"skip_prk_steps": True} | config)
 
 
 def adapter(text: str) -> tuple[str, float]:

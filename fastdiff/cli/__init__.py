@@ -20,6 +20,7 @@ from fastdiff.cli import (  # noqa: F401  each adds its commands
     measure,
     report,
     roofline,
+    serve,
     warm,
 )
 from fastdiff.cli.options import app

@@ -1,0 +1,123 @@
+"""serve: a server that draws."""
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastdiff.cli.options import (
+    Config,
+    Device,
+    Dtype,
+    Lora,
+    Pipeline,
+    Scheduler,
+    Steps,
+    Variant,
+    app,
+    at_least,
+    source_of,
+)
+from fastdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from fastdiff.serve.drawing import Engine
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    pipeline: Pipeline = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for one that is free.")] = 8000,
+    capacity: Annotated[int, typer.Option(help="Pictures drawn at the same time.")] = 4,
+    queue: Annotated[int, typer.Option(help="Pictures that may wait; above it 429.")] = 32,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FASTDIFF_API_KEY",
+            show_envvar=True,
+            help="What clients must send as a bearer token. Others can read a command line, so"
+            " rather set the variable.",
+        ),
+    ] = None,
+    steps: Steps = 25,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Of requests that give none. Default: the pipeline's own, 4 for the demo."
+        ),
+    ] = None,
+    max_steps: Annotated[int, typer.Option(help="The most that a request may ask for.")] = 100,
+    max_pictures: Annotated[int, typer.Option(help="The most that one request may ask for.")] = 4,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a picture. Default: half as many again as the pipeline's own size has."
+        ),
+    ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Draw in replicas on Ray, in a cluster of this machine, or the one that"
+            " RAY_ADDRESS names.",
+        ),
+    ] = False,
+    replicas: Annotated[
+        int, typer.Option(help="With --ray: as many as this when there is much to draw.")
+    ] = 1,
+    scheduler: Scheduler = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    config: Config = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Serve OpenAI's images API and a page to draw with, until Ctrl+C or SIGTERM."""
+    for option, value in (("--capacity", capacity), ("--max-steps", max_steps)):
+        at_least(option, value, 1)
+    for option, value in (("--max-pictures", max_pictures), ("--replicas", replicas)):
+        at_least(option, value, 1)
+    at_least("--steps", steps, 1)
+    at_least("--queue", queue, 0)
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}; give a number from 0 to 65535")
+    if steps > max_steps:
+        raise UserError(f"--steps is {steps}, but --max-steps is {max_steps}; give fewer, or more")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
+    if max_pictures > replicas * capacity + queue:
+        raise UserError(
+            f"--max-pictures is {max_pictures}, but only {replicas * capacity + queue} may be drawn"
+            " or wait; give a larger --queue"
+        )
+    if replicas > 1 and not ray:
+        raise UserError(f"--replicas is {replicas}; it goes with --ray")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
+        raise UserError("--api-key is empty or has characters that HTTP has not; give another")
+    from fastdiff.serve.app import make
+    from fastdiff.serve.limits import Limits
+    from fastdiff.serve.opening import Opening
+    from fastdiff.serve.run import listening, run, url_of
+
+    bound = listening(host, port)
+    source = source_of(context)
+    opening = Opening(source, dtype, device, capacity, steps, guidance_scale, max_pixels)
+    engine: Engine
+    if ray:
+        from fastdiff.serve.replicas import Replicas
+
+        engine = Replicas(opening, replicas, queue)
+    else:
+        engine = opening.painter()
+    limits = Limits(queue=queue, steps=max_steps, pictures=max_pictures)
+    web = make(engine, source.name, limits, api_key)
+    bound.listen()  # who reads the next line may connect
+    typer.echo(f"fastdiff: {source.name} at {url_of(bound)}", err=True)
+    try:
+        run(web, bound, limits.patience)
+    finally:
+        engine.close()

@@ -1,0 +1,41 @@
+"""How a painter comes to its pipeline: here, or in a replica on another machine."""
+
+from dataclasses import dataclass
+
+from fastdiff.bench.source import Source
+from fastdiff.serve.painter import Painter
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What opens and compiles a pipeline. It pickles.
+
+    dtype, device: names as on the command line; None: what suits the machine that it is opened on.
+    The other fields are the painter's.
+    """
+
+    source: Source
+    dtype: str | None
+    device: str | None
+    capacity: int
+    steps: int
+    guidance_scale: float | None
+    pixels: int | None
+
+    def painter(self) -> Painter:
+        """The painter. UserError where the pipeline cannot be opened or drawn with so."""
+        import fastdiff
+        from fastdiff.bench.pipelines import check_device, check_dtype, check_steps
+        from fastdiff.bench.source import opened, placed
+
+        device = check_device(self.device)
+        pipe = opened(self.source, check_dtype(self.dtype, device), device).to(device)
+        check_steps(pipe, self.steps)
+        guidance = self.guidance_scale
+        if guidance is None and placed(self.source.pipeline) is None:
+            guidance = 4.0
+        pipe.set_progress_bar_config(disable=True)
+        fastdiff.compile(pipe)
+        return Painter(
+            pipe, self.capacity, steps=self.steps, guidance_scale=guidance, pixels=self.pixels
+        )

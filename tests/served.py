@@ -1,0 +1,61 @@
+"""Servers on this machine, for tests: of what is given, in a thread."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import openai
+
+from fastdiff.serve.app import make
+from fastdiff.serve.drawing import Accepted, Picture, Step
+from fastdiff.serve.limits import Limits
+from fastdiff.serve.run import Server, configured, listening
+
+PNG = b"a picture"
+
+
+class Held:
+    """An engine that draws one step, and the other when it may."""
+
+    places = 1
+
+    def __init__(self):
+        self.go = threading.Event()
+        self.begun: list[str] = []
+        self.ended: list[str] = []
+
+    async def draw(self, drawing):
+        yield Accepted()
+        self.begun.append(drawing.prompt)
+        try:
+            yield Step(1, 2, None)
+            while not self.go.is_set():
+                await asyncio.sleep(0.005)
+            yield Step(2, 2, None)
+            yield Picture(PNG)
+        finally:
+            self.ended.append(drawing.prompt)
+
+    def close(self):
+        pass
+
+
+@contextmanager
+def served(engine, key: str | None = None, **limits) -> Iterator[int]:
+    """A server with this engine; its port."""
+    limits = Limits(**{"patience": 60} | limits)
+    app, bound = make(engine, "demo", limits, key), listening("127.0.0.1", 0)
+    server = Server(configured(app, limits.patience), app.state.jobs)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def client_of(port: int, key: str = "none") -> openai.OpenAI:
+    """OpenAI's client, which tries once."""
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
