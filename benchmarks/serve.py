@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -250,19 +251,21 @@ def settled(port: int) -> dict[str, float]:
 
 
 @contextmanager
-def server(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def server(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A server of the demo in a process of its own, and its port."""
     command = [sys.executable, "-m", "fastdiff", "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        assert found, line + process.stderr.read()
-        yield process, int(found[1])
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "stderr.txt")
+        with told.open("wb") as file:
+            process = subprocess.Popen(command, stderr=file)
+        try:
+            while not (found := re.search(r"http://127\.0\.0\.1:(\d+)", told.read_text())):
+                assert process.poll() is None, told.read_text()
+                time.sleep(0.05)
+            yield process, int(found[1])
+        finally:
+            process.kill()
+            process.wait()
 
 
 class Ended(NamedTuple):
@@ -274,7 +277,7 @@ class Ended(NamedTuple):
     """The process's exit code."""
 
 
-def ended_amid(process: subprocess.Popen[str], port: int, requests: int, steps: int) -> Ended:
+def ended_amid(process: subprocess.Popen[bytes], port: int, requests: int, steps: int) -> Ended:
     """SIGTERM while `requests` are being drawn."""
     body = {"prompt": "dog face", "steps": steps}
     with ThreadPoolExecutor(requests) as pool:

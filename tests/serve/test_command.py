@@ -32,6 +32,12 @@ def test_bad_input(tmp_path, message, arguments):
     assert message.replace("{tmp}", str(tmp_path)) in err
 
 
+def test_a_variable_that_is_empty_is_no_key(monkeypatch):
+    monkeypatch.setenv("FASTDIFF_API_KEY", "")  # as compose.yaml sets it where there is none
+    code, _, err = run("serve", "/nowhere", "--port", "0")
+    assert (code, "/nowhere is not a folder" in err) == (2, True)
+
+
 def test_a_port_that_is_taken_is_named():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
