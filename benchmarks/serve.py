@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,25 +273,27 @@ class Ended(NamedTuple):
     """Statuses of the requests that were accepted before the signal."""
     later: Answer
     """What a request got after it."""
-    code: int
-    """The process's exit code."""
 
 
-def ended_amid(process: subprocess.Popen[bytes], port: int, requests: int, steps: int) -> Ended:
-    """SIGTERM while `requests` are being drawn."""
+def ended_amid(port: int, requests: int, steps: int, end: Callable[[], None]) -> Ended:
+    """`end()`, which sends SIGTERM, once `requests` are accepted."""
     body = {"prompt": "dog face", "steps": steps}
+    before = answered(measured(port))[200]
+
+    def accepted() -> float:
+        metrics = measured(port)
+        here = metrics["fastdiff_drawing"] + metrics["fastdiff_queue_length"]
+        return here + answered(metrics)[200] - before
+
     with ThreadPoolExecutor(requests) as pool:
         running = [pool.submit(ask, port, body) for _ in range(requests)]
-        while measured(port)["fastdiff_drawing"] < 1:
+        while accepted() < requests:
             time.sleep(0.02)
-        while sum(measured(port)[f"fastdiff_{x}"] for x in ("drawing", "queue_length")) < requests:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        end()
         while ask(port, path="/readyz").status != 503:
             time.sleep(0.02)
         later = ask(port, body)
-        accepted = [one.result().status for one in running]
-    return Ended(accepted, later, process.wait(60))
+        return Ended([one.result().status for one in running], later)
 
 
 def main() -> None:
@@ -331,11 +333,12 @@ def main() -> None:
         assert counted.total() == seen.answers.total()
         assert abs(growth) <= 0.02
     with server("--queue", "12") as (process, port):
-        ended = ended_amid(process, port, 8, 50)
+        ended = ended_amid(port, 8, 100, lambda: process.send_signal(signal.SIGTERM))
+        code = process.wait(60)
         document["term"] = {"accepted": ended.accepted, "later": ended.later.status}
-        print(f"SIGTERM: accepted {ended.accepted}, later {ended.later.status}, exit {ended.code}")
+        print(f"SIGTERM: accepted {ended.accepted}, later {ended.later.status}, exit {code}")
         assert ended.accepted == [200] * 8
-        assert (ended.later.status, ended.code) == (503, 0)
+        assert (ended.later.status, code) == (503, 0)
     if given.json:
         given.json.write_text(json.dumps(document, indent=1) + "\n")
 

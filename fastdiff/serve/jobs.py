@@ -7,11 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from fastdiff.batching import Cancelled
 from fastdiff.errors import UserError, first_line
 from fastdiff.serve.drawing import Accepted, Drawing, Engine, Event, Picture, Step
 from fastdiff.serve.metrics import Metrics
-from fastdiff.serve.refused import Refused
+from fastdiff.serve.refused import Refused, cancelled
 
 LOG = logging.getLogger("fastdiff")
 
@@ -104,7 +103,7 @@ class Jobs:
         del self._by_id[name]
         self._accepted -= n
         if job.task is not None and job.task.cancelled():
-            job.happened.put_nowait(Refused(410, "the request was cancelled", "cancelled"))
+            job.happened.put_nowait(cancelled())
         if not self._by_id:
             self._idle.set()
 
@@ -144,7 +143,5 @@ def _refusal(error: BaseException) -> Refused:
         return error
     if isinstance(error, UserError):
         return Refused(400, str(error).splitlines()[0])
-    if isinstance(error, Cancelled):
-        return Refused(410, "the request was cancelled", "cancelled")
     LOG.error("a request failed", exc_info=error)
     return Refused(500, f"drawing failed: {first_line(error)}"[:300])

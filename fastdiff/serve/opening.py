@@ -1,9 +1,12 @@
 """How a painter comes to its pipeline: here, or in a replica on another machine."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastdiff.bench.source import Source
-from fastdiff.serve.painter import Painter
+
+if TYPE_CHECKING:
+    from fastdiff.serve.painter import Painter
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,12 @@ class Opening:
     guidance_scale: float | None
     pixels: int | None
 
-    def painter(self) -> Painter:
+    def painter(self) -> "Painter":
         """The painter. UserError where the pipeline cannot be opened or drawn with so."""
         import fastdiff
         from fastdiff.bench.pipelines import check_device, check_dtype, check_steps
         from fastdiff.bench.source import opened, placed
+        from fastdiff.serve.painter import Painter
 
         device = check_device(self.device)
         pipe = opened(self.source, check_dtype(self.dtype, device), device).to(device)

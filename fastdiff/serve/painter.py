@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.batching import Batch, Request
+from fastdiff.batching import Batch, Cancelled, Request
 from fastdiff.bench.pipelines import check_size, check_steps
 from fastdiff.bench.source import rescheduled
 from fastdiff.errors import UserError
 from fastdiff.serve.drawing import Accepted, Drawing, Event, Picture, Step
+from fastdiff.serve.refused import cancelled
 
 
 class Painter:
@@ -69,6 +70,8 @@ class Painter:
             while (event := await events.get()) is not ticket:
                 yield event
             yield Picture(await asyncio.to_thread(_png, ticket.result()))
+        except Cancelled:  # the batch is closed
+            raise cancelled() from None
         finally:
             ticket.cancel()
 

@@ -40,3 +40,8 @@ class Refused(Exception):
 
 def _kind(status: int) -> str:
     return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def cancelled() -> Refused:
+    """That somebody who may has cancelled the request."""
+    return Refused(410, "the request was cancelled", "cancelled")

@@ -1,9 +1,16 @@
-"""`fastdiff serve` refuses in one sentence what it cannot serve, before it loads anything."""
+"""`fastdiff serve` refuses in one sentence what it cannot serve, and ends as it is told to."""
 
+import os
+import signal
 import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from command import run
+
+from benchmarks.serve import ask, ended_amid
 
 BAD = {
     "--capacity is 0": ("--capacity", "0"),
@@ -46,3 +53,30 @@ def test_a_port_that_is_taken_is_named():
         code, _, err = run("serve", "--port", port)
     assert code == 2
     assert f"--port {port} cannot be listened on: Address already in use; give another" in err
+
+
+def test_sigterm_finishes_what_was_accepted():
+    """A real signal to this very process, whose handler is the server's meanwhile."""
+    assert threading.current_thread() is threading.main_thread()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def client():
+        while True:
+            try:
+                assert ask(port, path="/readyz").status == 200
+                break
+            except OSError:  # it loads
+                time.sleep(0.05)
+        return ended_amid(port, 5, 40, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(client)
+        code, out, err = run("serve", "--port", port, "--queue", "5", "--capacity", "2")
+    ended = seen.result()
+    assert ended.accepted == [200] * 5
+    assert (ended.later.status, ended.later.told["error"]["code"]) == (503, "draining")
+    assert int(ended.later.headers["retry-after"]) >= 1
+    said = [f"fastdiff: demo at http://127.0.0.1:{port}", "fastdiff: finishing what was accepted"]
+    assert (code, out, err.splitlines()) == (0, "", said)
