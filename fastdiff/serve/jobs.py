@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from fastdiff.errors import UserError, first_line
-from fastdiff.serve.drawing import Accepted, Drawing, Engine, Event, Picture, Step
+from fastdiff.serve.drawing import Drawing, Engine, Event, Picture, Step
 from fastdiff.serve.metrics import Metrics
 from fastdiff.serve.refused import Refused, cancelled
 
@@ -130,8 +130,7 @@ class Jobs:
                     self._metrics.pictures.inc()
                     seconds = time.monotonic() - begun
                     self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
-                if not isinstance(event, Accepted) or index == 0:
-                    job.happened.put_nowait(Happened(index, event))
+                job.happened.put_nowait(Happened(index, event))
         finally:
             self._drawing -= drawing_now
             await events.aclose()  # type: ignore[attr-defined]  # at once, not when it is collected

@@ -1,0 +1,109 @@
+"""Replicas on a local Ray: minutes and gigabytes, so these run with -m slow."""
+
+import base64
+import copy
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from served import client_of
+
+from benchmarks import serve as clients
+from benchmarks.serve import ask, settled
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The command's process, and its port."""
+    options = ("--ray", "--replicas", "2", "--capacity", "2", "--queue", "20")
+    with clients.server(*options) as (process, port):
+        yield process, port
+
+
+def replicas(process):
+    """The processes that draw."""
+    own = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in own if "ServeReplica:fastdiff" in " ".join(one.cmdline())]
+
+
+def test_a_replica_draws_the_same(cluster, demo):
+    _, port = cluster
+    answer = client_of(port).images.generate(prompt="sun", n=2, extra_body={"seed": 8, "steps": 4})
+    for one in answer.data:
+        got = Image.open(io.BytesIO(base64.b64decode(one.b64_json)))
+        generator = torch.Generator().manual_seed(one.seed)
+        options = {"num_inference_steps": 4, "guidance_scale": 4.0, "generator": generator}
+        want = copy.deepcopy(demo)("sun", **options).images[0]
+        assert np.abs(np.asarray(got, int) - np.asarray(want, int)).max() <= 1
+
+
+def test_bad_requests_get_their_sentence(cluster):
+    _, port = cluster
+    for asked, sentence in (
+        ({"size": "70x64"}, "width is 70; this pipeline needs a positive multiple of 8"),
+        ({"scheduler": "../x"}, "scheduler is '../x'; a StableDiffusionPipeline"),
+    ):
+        for stream in (False, True):
+            answer = ask(port, {"prompt": "a", "stream": stream} | asked)
+            assert answer.status == 400
+            assert answer.sentence.startswith(sentence)
+
+
+def worked(process):
+    """Seconds that the replicas have computed once they rest."""
+    before, now = -1.0, 0.0
+    while now - before > 0.1:
+        time.sleep(2)
+        before, now = now, sum(sum(one.cpu_times()[:2]) for one in replicas(process))
+    return now
+
+
+def test_a_client_that_goes_is_drawn_no_more(cluster):
+    """The replica draws no further, either."""
+    process, port = cluster
+    body = {"prompt": "a", "steps": 100, "n": 4}
+    begun = worked(process)
+    assert ask(port, body).status == 200
+    whole = worked(process)
+    with pytest.raises(TimeoutError):
+        ask(port, body, timeout=0.3)
+    assert worked(process) - whole < 0.5 * (whole - begun)
+    assert clients.answered(settled(port))[499] == 1
+
+
+def test_a_replica_that_is_killed_loses_nothing(cluster):
+    """kill -9 amid twelve requests: each is answered, by a picture or by 503; then all is well."""
+    process, port = cluster
+    body = {"prompt": "dog face", "seed": 4, "steps": 60}
+    alone = ask(port, body).told["data"]
+    with ThreadPoolExecutor(12) as pool:
+        running = [pool.submit(ask, port, body) for _ in range(12)]
+        while clients.measured(port)["fastdiff_drawing"] < 1:
+            time.sleep(0.02)
+        killed = replicas(process)[0]
+        killed.kill()
+        answers = [one.result(timeout=300) for one in running]
+    assert {one.status for one in answers} <= {200, 503}
+    assert [one.told["data"] for one in answers if one.status == 200], "another draws them"
+    assert all(one.told["data"] == alone for one in answers if one.status == 200)
+    assert ask(port, body).told["data"] == alone
+    assert killed.pid not in {one.pid for one in replicas(process)}
+
+
+def test_sigterm_finishes_what_was_accepted(cluster):
+    """The last test: the server ends, and its cluster with it."""
+    process, port = cluster
+    left = psutil.Process(process.pid).children(recursive=True)
+    ended = clients.ended_amid(port, 5, 100, process.terminate)
+    assert (ended.accepted, ended.later.status) == ([200] * 5, 503)
+    assert process.wait(60) == 0
+    _, alive = psutil.wait_procs(left, timeout=60)
+    assert alive == []
