@@ -114,9 +114,11 @@ def _rows() -> dict[str, Recipe]:
             MMDIT, plan=transformers.SD3_PICTURE, from_text=sd3
         ),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
-        "PixArtAlphaPipeline": Recipe(PIXART, plan=transformers.PIXART_ALPHA),
-        "PixArtSigmaPipeline": Recipe(PIXART, plan=transformers.PIXART_SIGMA),
-        "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=transformers.DIT),
+        "PixArtAlphaPipeline": Recipe(PIXART, plan=transformers.PIXART_ALPHA, exported=True),
+        "PixArtSigmaPipeline": Recipe(PIXART, plan=transformers.PIXART_SIGMA, exported=True),
+        "DiTPipeline": Recipe(
+            {"transformer": "dit", "vae": "vae"}, plan=transformers.DIT, exported=True
+        ),
         "AuraFlowPipeline": Recipe(
             {"transformer": "auraflow", "vae": "vae"}, plan=transformers.AURAFLOW, upcasts=True
         ),
