@@ -60,8 +60,8 @@ def _channels(net: PixArt) -> int:
 
 
 class _Out(nn.Module):
-    """The last layer: [B, L, D] -> [B, 1, L, p·p·C]. diffusers squeezes the second axis, which torch
-    ignores where it is not 1, but ONNX refuses."""
+    """The last layer: [B, L, D] -> [B, 1, L, p·p·C]. diffusers squeezes the second axis. If it is
+    not 1, torch does nothing, but ONNX refuses."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
