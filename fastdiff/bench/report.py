@@ -139,7 +139,7 @@ def _ratio(ratio: Ratio | None) -> str:
 
 
 def _number(value: float | None, spec: str) -> str:
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     return "same" if value == math.inf else format(value, spec)
 
