@@ -15,6 +15,7 @@ from small import DIT, PIXART, noisy
 from transformers import T5Config, T5EncoderModel
 
 import fastdiff
+from fastdiff.bench.pipelines import load
 from fastdiff.bench.preset_parts import clip_tokenizer
 from fastdiff.bench.preset_sd3 import t5_tokenizer
 from fastdiff.compiler.pipelines import loop_of
@@ -109,6 +110,15 @@ def test_ort_draws_the_same_picture_on_the_plan(files):
     assert abs(drawn() - eager).max() < 1e-4
     assert (slot_of(pipe.transformer).fast, loop_of(pipe).planned) == (3, 1), loop_of(pipe).own
     assert "ort" in str(fastdiff.report(pipe))
+
+
+def test_a_folder_of_pixarts_is_read(tmp_path):
+    """By every command that takes a folder, since it draws from a text."""
+    pipe, _ = pixart()
+    pipe.save_pretrained(tmp_path / "pipe")
+    read = load(tmp_path / "pipe", torch.float32, "cpu")
+    assert type(read) is PixArtAlphaPipeline
+    assert all(map(torch.equal, read.transformer.parameters(), pipe.transformer.parameters()))
 
 
 def test_pixarts_file_is_told_sizes():
