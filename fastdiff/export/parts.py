@@ -70,9 +70,7 @@ def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> t
 def _masked(pipe: Any) -> bool:
     """Whether the network is told which tokens count, as its text encoder is."""
     recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
-    denoised = family(recipe.networks[recipe.denoiser]).denoised
-    conditions: Any = None if denoised is None else denoised.conditions
-    return "encoder_attention_mask" in getattr(conditions, "_fields", ())
+    return any("encoder_attention_mask" in plan.conditions for plan in recipe.plans)
 
 
 def _texts(pipe: Any) -> dict[str, nn.Module]:
