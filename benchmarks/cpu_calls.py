@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.bench.graph import guided
 from fastdiff.bench.preset_parts import without_memory
-from fastdiff.bench.presets import preset_named
+from fastdiff.bench.presets import blueprint, preset_named
 from fastdiff.demo import DEMO_FOLDER
 from fastdiff.families import Sizes, named
 from fastdiff.kernels.choices import Work, work_of
@@ -23,6 +23,9 @@ from fastdiff.runtime.planned import Run
 
 SCALES = {"sd15": (1.0, 0.5), "sdxl": (1.0, 0.2), "sd3": (1.0, 0.1), "sd35-medium": (1.0,)}
 """Presets, and the scales of their widths to look at; other presets' sizes are close to these."""
+ASKED = {"flux": (1.0,)}
+"""Those that are looked at only by name (`--models "flux 1"`): 4,096 tokens beside a text's 512, in
+heads of 128, of which a call takes seconds."""
 
 TAPED = 1.0
 """Models at a smaller scale may run as tapes. Activations of a full one's step take at least 111
@@ -53,14 +56,15 @@ class Model:
     denoiser: Any
     coder: Any
     taped: bool
+    side: int
+    """The latents'."""
     tokens: int | None = None
     """Tokens of a text; None: as in published pipelines."""
 
     def runs(self, dtype: torch.dtype) -> list[Run]:
         """A step with guidance, and the autoencoder's encoder and decoder."""
-        side = self.denoiser.config.sample_size
         factor = 2 ** (len(self.coder.config.block_out_channels) - 1)
-        sizes = Sizes(min(side, CODED), factor)
+        sizes = Sizes(min(self.side, CODED), factor)
         known = named(self.coder)
         assert known is not None
         halves = known[1].taken("", nn.Module.to(self.coder, dtype=dtype)).values()
@@ -69,29 +73,32 @@ class Model:
             for half, kind in halves
             for run in kind.planned(kind.borrow(half, Loan(half, rehearsal=True)), sizes)
         ]
-        return [guided(self.denoiser, dtype, side, self.tokens), *coding]
+        return [guided(self.denoiser, dtype, self.side, self.tokens), *coding]
 
 
-def models() -> Iterator[Model]:
-    """The demo and the presets in `SCALES`."""
+def models(only: Sequence[str] = ()) -> Iterator[Model]:
+    """The demo and the presets in `SCALES`; those in `ASKED`, if they are in `only`."""
     parts: list[Any] = []
     for cls, folder in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
         parts.append(without_memory(cls, cls.load_config(DEMO_FOLDER / folder)))
-    yield Model("demo", *parts, taped=True, tokens=24)
-    for name, scales in SCALES.items():
+    yield Model("demo", *parts, taped=True, side=parts[0].config.sample_size, tokens=24)
+    for name, scales in (SCALES | ASKED).items():
         preset = preset_named(name)
         for scale in scales:
+            if name in ASKED and f"{name} {scale:g}" not in only:
+                continue
             cls, config = preset.network(scale * preset.base_scale)
             coder = without_memory(AutoencoderKL, preset.autoencoder(scale * preset.base_scale))
             denoiser = without_memory(cls, config)
-            yield Model(f"{name} {scale:g}", denoiser, coder, taped=scale < TAPED)
+            side = config.get("sample_size") or blueprint(name)[1]
+            yield Model(f"{name} {scale:g}", denoiser, coder, scale < TAPED, side)
 
 
 def calls(dtype: torch.dtype, only: Sequence[str] = ()) -> list[Call]:
     """One call for each distinct work in the models' pictures: in the denoising network with
     guidance, and in the autoencoder. `only`: names of models; all if empty."""
     found: dict[Work, Call] = {}
-    for model in models():
+    for model in models(only):
         if only and model.name not in only:
             continue
         with planned_on_cpu(), torch.no_grad(), _Calls() as made:

@@ -62,6 +62,7 @@ def _rows() -> dict[str, Recipe]:
     prior, pixels = {"prior": "prior"}, {"decoder": "unet"} | enlarged
     blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+    alpha, sigma = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
     flux = "FluxPipeline"
     return {
@@ -114,9 +115,11 @@ def _rows() -> dict[str, Recipe]:
             MMDIT, plan=transformers.SD3_PICTURE, from_text=sd3
         ),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
-        "PixArtAlphaPipeline": Recipe(PIXART, plan=transformers.PIXART_ALPHA),
-        "PixArtSigmaPipeline": Recipe(PIXART, plan=transformers.PIXART_SIGMA),
-        "DiTPipeline": Recipe({"transformer": "dit", "vae": "vae"}, plan=transformers.DIT),
+        alpha: Recipe(PIXART, plan=transformers.PIXART_ALPHA, from_text=alpha, exported=True),
+        sigma: Recipe(PIXART, plan=transformers.PIXART_SIGMA, from_text=sigma, exported=True),
+        "DiTPipeline": Recipe(
+            {"transformer": "dit", "vae": "vae"}, plan=transformers.DIT, exported=True
+        ),
         "AuraFlowPipeline": Recipe(
             {"transformer": "auraflow", "vae": "vae"}, plan=transformers.AURAFLOW, upcasts=True
         ),

@@ -9,9 +9,10 @@ from fastdiff.recipes import denoiser
 
 
 def enlarges(pipe: Any) -> bool:
-    """Whether its call takes a picture but no height and width."""
+    """Whether its call takes a picture to encode but no height and width."""
     takes = inspect.signature(pipe.__call__).parameters
-    return "image" in takes and "height" not in takes
+    encodes = getattr(pipe, "vae", None) is not None
+    return encodes and "image" in takes and "height" not in takes
 
 
 def size_of(pipe: Any, height: int, width: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Loads a pipeline's folder or file, and checks requests against the pipeline."""
 
+import inspect
 import math
 import re
 from collections.abc import Collection
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.pixels import draws_pixels, factor_of
+from fastdiff.bench.enlarged import enlarges
+from fastdiff.bench.pixels import factor_of
 from fastdiff.bench.saved import Saved, check_folder, check_whole, drawn_from_text
 from fastdiff.devices import refusal
 from fastdiff.errors import UserError, first_line
@@ -175,18 +177,20 @@ def schedulers(pipe: Any) -> dict[str, Any]:
 def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width in pixels, by default the pipeline's own; UserError unless they fit.
 
-    Both must be multiples of the VAE's factor and of 8, as in every diffusers pipeline. For a
-    transformer they must be whole patches, and at most as many as it has positions.
+    An embedding has none: 0. Both must be multiples of the VAE's factor and of 8, as in every
+    diffusers pipeline. For a transformer they must be whole patches, and at most as many as it has
+    positions.
     """
     config, factor = denoiser(pipe).config, factor_of(pipe)
-    if draws_pixels(pipe):
-        own = config.sample_size
+    if "height" not in inspect.signature(pipe.__call__).parameters and not enlarges(pipe):
+        own = config.get("sample_size", 0) * factor
         for name, side in (("height", height), ("width", width)):
             if side not in (None, own):
                 raise UserError(f"--{name} is {side}; this pipeline draws {own}×{own} pixels only")
         return own, own
     patch = config.get("patch_size") or 1
-    own, multiple = config.sample_size * factor, max(8, factor) * patch
+    latents = getattr(pipe, "default_sample_size", None) or config.sample_size
+    own, multiple = latents * factor, max(8, factor) * patch
     most = (config.get("pos_embed_max_size") or math.inf) * factor * patch
     height, width = (own if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):
@@ -201,7 +205,10 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
 
 def check_steps(pipe: Any, steps: int) -> None:
     """UserError if `steps` exceeds the scheduler's number of training steps."""
-    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
+    recipe = recipe_of(pipe)
+    plans = recipe.plans if recipe is not None else ()
+    scheduler = getattr(pipe, plans[0].scheduler if plans else "scheduler")
+    most = getattr(scheduler.config, "num_train_timesteps", None)
     if most is not None and steps > most:
         raise UserError(f"--steps is {steps}; this scheduler has {most} steps at most")
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser
+from fastdiff.recipes import autoencoder, denoiser
 
 PARTS = {"unet", "scheduler"}
 
@@ -21,7 +21,11 @@ def draws_pixels(pipe: Any) -> bool:
 
 def factor_of(pipe: Any) -> int:
     """Pixels per side of a latent; 1 if the network draws pixels."""
-    return int(getattr(pipe, "vae_scale_factor", 1))
+    vae = autoencoder(pipe)
+    if vae is None:
+        return 1
+    told = getattr(pipe, "vae_scale_factor", None)  # of which some pipelines know nothing
+    return int(told or 2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def drawn(pipe: Any, steps: int, seed: int) -> torch.Tensor:

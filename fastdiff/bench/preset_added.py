@@ -6,22 +6,52 @@ Scaling keeps the block structure and the heads' width of 64, and removes heads:
 a fifth has 1 head in the first block instead of 5.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+import torch
+from diffusers import (
+    DDPMScheduler,
+    IFPipeline,
+    KandinskyV22Pipeline,
+    UnCLIPImageVariationPipeline,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-from fastdiff.bench.preset_parts import HEAD, heads_of, side_of
-from fastdiff.errors import UserError
+from fastdiff.bench.preset_parts import (
+    HEAD,
+    Text,
+    clip,
+    clip_tokenizer,
+    heads_of,
+    made,
+    random,
+    side_of,
+)
 
 LEVELS = 4
+ENLARGING = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
+    "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+    "in_channels": 6,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "add_attention": False,
+}
 
 
 @dataclass(frozen=True)
 class AddedPreset:
     """An architecture at scale 1. Widths that depend on the scale are multiples of a head's."""
 
-    name: str
+    make: Callable[[Any, float, torch.dtype, str, int], Any]
+    """(its network, scale, dtype, device, seed) -> the pipeline."""
     heads: int
     """In the first block; the others have two, three and four times as many."""
     channels: int
@@ -69,15 +99,88 @@ class AddedPreset:
     def autoencoder(self, scale: float) -> None:
         """It has none: Kandinsky's is a VQModel, the others draw pixels."""
 
-    def pipeline(self, scale: float, dtype: Any, device: str, seed: int) -> Any:
-        raise UserError(f"the preset {self.name} is a network alone: count it with fastdiff graph")
+    def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
+        net = random(*self.network(scale), dtype, device, seed)
+        return self.make(net, scale, dtype, device, seed)
 
 
-UNCLIP = AddedPreset(
-    "unclip", heads=5, channels=3, text=1536, more={"class_embed_type": "identity"}
-)
+def _unclip(net: Any, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
+    """Variations of a picture, whose embedding is given. What enlarges is tiny and leaves the size,
+    since the decoder's loop is what counts."""
+    config, tokenizer = net.config, clip_tokenizer()
+    encoder = clip(Text(HEAD, 1, "gelu"), tokenizer, projection=True).to(device, dtype)
+    sizes = {
+        "clip_embeddings_dim": HEAD,
+        "time_embed_dim": 4 * config.block_out_channels[0],
+        "cross_attention_dim": config.cross_attention_dim,
+    }
+    small = ENLARGING | {"sample_size": config.sample_size}
+    return made(
+        UnCLIPImageVariationPipeline,
+        decoder=net,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_proj=random(UnCLIPTextProjModel, sizes, dtype, device, seed + 1),
+        feature_extractor=None,
+        image_encoder=encoder,  # its dtype is looked at
+        super_res_first=random(UNet2DModel, small, dtype, device, seed + 2),
+        super_res_last=random(UNet2DModel, small, dtype, device, seed + 3),
+        decoder_scheduler=made(
+            UnCLIPScheduler, variance_type="learned_range", clip_sample_range=1.0
+        ),
+        super_res_scheduler=made(UnCLIPScheduler, clip_sample_range=1.0),
+    )
+
+
+def _kandinsky(net: Any, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
+    """MOVQ has its published shape; it stays with diffusers."""
+    width = HEAD * max(1, round(2 * scale))
+    movq = {
+        "block_out_channels": [width, 2 * width, 2 * width, 4 * width],
+        "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
+        "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "num_vq_embeddings": 16384,
+        "vq_embed_dim": 4,
+        "norm_type": "spatial",
+    }
+    return made(
+        KandinskyV22Pipeline,
+        unet=net,
+        movq=random(VQModel, movq, dtype, device, seed + 1),
+        scheduler=made(
+            DDPMScheduler,
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            variance_type="learned_range",
+        ),
+    )
+
+
+def _if(net: Any, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
+    """The first stage without T5: it is given embeddings of its width."""
+    absent = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
+    return made(
+        IFPipeline,
+        unet=net,
+        scheduler=made(
+            DDPMScheduler,
+            beta_schedule="squaredcos_cap_v2",
+            variance_type="learned_range",
+            thresholding=True,
+            dynamic_thresholding_ratio=0.95,
+            sample_max_value=1.5,
+        ),
+        requires_safety_checker=False,
+        **dict.fromkeys(absent),
+    )
+
+
+UNCLIP = AddedPreset(_unclip, heads=5, channels=3, text=1536, more={"class_embed_type": "identity"})
 KANDINSKY22 = AddedPreset(
-    "kandinsky22",
+    _kandinsky,
     heads=6,
     channels=4,
     text=768,
@@ -85,7 +188,7 @@ KANDINSKY22 = AddedPreset(
     more={"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
 )
 IF = AddedPreset(
-    "if",
+    _if,
     heads=11,
     channels=3,
     text=2816,

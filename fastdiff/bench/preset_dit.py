@@ -1,35 +1,49 @@
-"""DiT-XL/2 and PixArt-Σ-XL/2 with their published sizes: 28 layers of 16 heads.
+"""DiT-XL/2, PixArt-α-XL/2 and PixArt-Σ-XL/2 with their published sizes: 28 layers of 16 heads.
 
 Scaling keeps the layers and the heads' width of 72, and removes heads; the picture shrinks as well.
+PixArt's pipelines have no T5: they are given embeddings of its width.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
 
-from fastdiff.bench.preset_parts import side_of, vae_config
-from fastdiff.errors import UserError
+from fastdiff.bench.preset_parts import made, random, side_of, vae_config
 
 HEADS, HEAD, PATCH, CHANNELS, T5_WIDTH = 16, 72, 2, 4, 4096
 
 
 @dataclass(frozen=True)
 class DiTPreset:
-    """An architecture at scale 1. `side`: of its latents; `pixart`: whether it attends to a text of
-    T5-XXL."""
+    """An architecture at scale 1."""
 
     side: int
+    """Of its latents."""
+    pipe: Any = DiTPipeline
+    """The class that draws with it."""
     pixart: bool = False
+    """Whether it attends to a text of T5-XXL."""
+    sized: bool = False
+    """Whether it is told the picture's size, as PixArt-α's largest is."""
     base_scale: float = 1.0
 
     upcasts = (False,)
 
     def network(self, scale: float) -> tuple[Any, dict[str, Any]]:
-        heads = max(1, round(HEADS * scale))
+        heads, side = max(1, round(HEADS * scale)), side_of(self.side, scale)
         config = {
-            "sample_size": side_of(self.side, scale),
+            "sample_size": side,
             "num_layers": 28,
             "num_attention_heads": heads,
             "attention_head_dim": HEAD,
@@ -43,15 +57,32 @@ class DiTPreset:
             "cross_attention_dim": HEAD * heads,
             "caption_channels": T5_WIDTH,
             "interpolation_scale": 2,
-            "use_additional_conditions": False,
+            # the pipeline tells the size of no other
+            "use_additional_conditions": self.sized and side == self.side,
         }
 
     def autoencoder(self, scale: float) -> dict[str, Any]:
-        return vae_config(scale, scaling_factor=0.13025 if self.pixart else 0.18215)
+        sigma = self.pixart and not self.sized
+        return vae_config(scale, scaling_factor=0.13025 if sigma else 0.18215)
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-        raise UserError("the presets of DiT and PixArt are only counted: give them to graph")
+        cls, config = self.network(scale)
+        net = random(cls, config, dtype, device, seed)
+        positions = made(cls, **config | {"num_layers": 1}).pos_embed.pos_embed
+        net.pos_embed.pos_embed.copy_(positions)
+        texts = {"tokenizer": None, "text_encoder": None} if self.pixart else {}
+        scheduler = made(DDIMScheduler, clip_sample=False)
+        if self.pixart:
+            scheduler = made(DPMSolverMultistepScheduler)
+        return made(
+            self.pipe,
+            transformer=net,
+            vae=random(AutoencoderKL, self.autoencoder(scale), dtype, device, seed + 1),
+            scheduler=scheduler,
+            **texts,
+        )
 
 
 DIT_256, DIT_512 = DiTPreset(32), DiTPreset(64)
-PIXART_SIGMA = DiTPreset(128, pixart=True)
+PIXART_ALPHA = DiTPreset(128, PixArtAlphaPipeline, pixart=True, sized=True)
+PIXART_SIGMA = DiTPreset(128, PixArtSigmaPipeline, pixart=True)

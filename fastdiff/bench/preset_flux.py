@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    Flux2Transformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 
-from fastdiff.bench.preset_parts import side_of, vae_config
+from fastdiff.bench.preset_parts import made, random, side_of, vae_config
 from fastdiff.errors import UserError
 
 HEADS, HEADS_2, HEAD, AXES, PACKED, CHANNELS = 24, 48, 128, (16, 56, 56), 4, 16
@@ -57,7 +63,19 @@ class FluxPreset:
         }
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-        raise UserError("the presets of FLUX are only counted: give them to graph")
+        """Without text encoders: it is given embeddings of their widths."""
+        if self.second:
+            raise UserError("the preset flux2 is only counted: give it to graph")
+        absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        pipe = made(
+            FluxPipeline,
+            scheduler=made(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
+            vae=random(AutoencoderKL, self.autoencoder(scale), dtype, device, seed + 1),
+            transformer=random(*self.network(scale), dtype, device, seed),
+            **dict.fromkeys(absent),
+        )
+        pipe.default_sample_size = self.side(scale)
+        return pipe
 
 
 FLUX, FLUX2 = FluxPreset(128), FluxPreset(128, second=True)

@@ -20,7 +20,6 @@ from fastdiff.bench.preset_parts import (
     made,
     random,
 )
-from fastdiff.errors import UserError
 
 TOKENS, PIXELS = 77, 32
 CLIPPED = 5.0
@@ -52,45 +51,36 @@ class PriorPreset:
         """A prior has none."""
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-        raise UserError(
-            "the preset prior draws no picture: count it with fastdiff graph, and time it with"
-            " python -m benchmarks.loops prior"
+        """It makes an image embedding of a text."""
+        cls, config = self.network(scale)
+        prior = random(cls, config, dtype, device, seed)
+        prior.causal_attention_mask.fill_(-10000.0).triu_(1)
+        prior.clip_std.data.fill_(1.0)
+        tokenizer, wide = clip_tokenizer(), config["embedding_dim"]
+        vision = CLIPVisionConfig(
+            hidden_size=HEAD,
+            intermediate_size=HEAD,
+            projection_dim=wide,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=PIXELS,
+            patch_size=PIXELS,
         )
-
-
-def prior_alone(
-    preset: PriorPreset, scale: float, dtype: torch.dtype, device: str, seed: int
-) -> Any:
-    """A pipeline that makes an image embedding of a text, with random weights."""
-    cls, config = preset.network(scale)
-    prior = random(cls, config, dtype, device, seed)
-    prior.causal_attention_mask.fill_(-10000.0).triu_(1)
-    prior.clip_std.data.fill_(1.0)
-    tokenizer, wide = clip_tokenizer(), config["embedding_dim"]
-    vision = CLIPVisionConfig(
-        hidden_size=HEAD,
-        intermediate_size=HEAD,
-        projection_dim=wide,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        image_size=PIXELS,
-        patch_size=PIXELS,
-    )
-    eyes: Any = made(CLIPVisionModelWithProjection, config=vision)
-    return made(
-        KandinskyV22PriorPipeline,
-        prior=prior,
-        image_encoder=eyes.eval().to(device, dtype),
-        text_encoder=clip(replace(CLIP_L, width=wide), tokenizer, True).to(device, dtype),
-        tokenizer=tokenizer,
-        scheduler=made(
-            UnCLIPScheduler,
-            variance_type="fixed_small_log",
-            prediction_type="sample",
-            clip_sample_range=CLIPPED,
-        ),
-        image_processor=made(CLIPImageProcessor, size=PIXELS, crop_size=PIXELS),
-    )
+        eyes: Any = made(CLIPVisionModelWithProjection, config=vision)
+        return made(
+            KandinskyV22PriorPipeline,
+            prior=prior,
+            image_encoder=eyes.eval().to(device, dtype),
+            text_encoder=clip(replace(CLIP_L, width=wide), tokenizer, True).to(device, dtype),
+            tokenizer=tokenizer,
+            scheduler=made(
+                UnCLIPScheduler,
+                variance_type="fixed_small_log",
+                prediction_type="sample",
+                clip_sample_range=CLIPPED,
+            ),
+            image_processor=made(CLIPImageProcessor, size=PIXELS, crop_size=PIXELS),
+        )
 
 
 PRIOR = PriorPreset()

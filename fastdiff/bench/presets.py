@@ -1,8 +1,8 @@
 """Real architectures with random weights at any scale, without a download: `preset_unet` for Stable
 Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5, `preset_unet2d` for what draws without a
 text, `preset_latent` for latent diffusion and the upscaler, `preset_prior` for UnCLIP's prior,
-`preset_added` for UnCLIP, Kandinsky and DeepFloyd IF, `preset_dit` for DiT, `preset_flux` for
-FLUX, `preset_aura` for AuraFlow; those of `preset_counted` are only counted."""
+`preset_added` for UnCLIP, Kandinsky and DeepFloyd IF, `preset_dit` for DiT and PixArt,
+`preset_flux` for FLUX, `preset_aura` for AuraFlow; those of `preset_counted` are only counted."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
 from fastdiff.bench.preset_aura import AURAFLOW
 from fastdiff.bench.preset_counted import QWEN_IMAGE, Z_IMAGE
-from fastdiff.bench.preset_dit import DIT_256, DIT_512, PIXART_SIGMA
+from fastdiff.bench.preset_dit import DIT_256, DIT_512, PIXART_ALPHA, PIXART_SIGMA
 from fastdiff.bench.preset_flux import FLUX, FLUX2
 from fastdiff.bench.preset_latent import LDM, X4
 from fastdiff.bench.preset_parts import Preset, without_memory
@@ -33,8 +33,8 @@ PRESETS: Mapping[str, Preset] = {
     "prior": PRIOR,
     **{"unclip": UNCLIP, "kandinsky22": KANDINSKY22, "if": IF},
     **{"ldm": LDM, "x4": X4, "dit-256": DIT_256, "dit-512": DIT_512},
-    **{"pixart-sigma": PIXART_SIGMA, "flux": FLUX, "flux2": FLUX2, "auraflow": AURAFLOW},
-    **{"z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE},
+    **{"pixart-alpha": PIXART_ALPHA, "pixart-sigma": PIXART_SIGMA, "flux": FLUX, "flux2": FLUX2},
+    **{"auraflow": AURAFLOW, "z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE},
 }
 
 

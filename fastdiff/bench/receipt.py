@@ -12,7 +12,7 @@ eager rounds, too:
 """
 
 import copy
-from contextlib import nullcontext
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 
 from fastdiff.bench.contenders import sharing
-from fastdiff.bench.pixels import draws_pixels, noise_as
+from fastdiff.bench.pixels import noise_as
 from fastdiff.bench.timing import Request, draw
 from fastdiff.recipes import denoiser
 
@@ -34,7 +34,8 @@ STEP_FACTOR, PICTURE_FACTOR, PICTURE_FLOOR = 2.0, 4.0, 1e-3
 class Receipt:
     """How a backend's picture and step compare; passed only if both gates are.
 
-    psnr_db (inf if equal), ssim, max_abs: picture in [0, 1] against eager's from the same noise.
+    psnr_db (inf if equal), ssim, max_abs: picture in [0, 1] against eager's from the same noise;
+    of an embedding only the last, the others are NaN.
     err_*: largest error of one step's network against float64, eager's in the worse of its memory
     formats; budget: the limit of err_vs_fp64. picture_rms_*: the picture against float64.
     """
@@ -90,7 +91,7 @@ def find_truth(pipe: Any, request: Request) -> Truth:
     outputs_eager = run_step(net, step), run_step(nhwc, step)
     del nhwc
     exact = sharing(pipe).to(torch.float64)
-    with noise_as(pipe, net.dtype) if draws_pixels(pipe) else nullcontext():
+    with noise_as(pipe, net.dtype):
         picture = draw(exact, request).image
     return Truth(
         step=step,
@@ -119,9 +120,10 @@ def check(picture: torch.Tensor, output: torch.Tensor, truth: Truth) -> Receipt:
     budget = STEP_FACTOR * (err_eager + truth.eps * float(truth.output.abs().max()))
     rms, rms_eager = _rms(picture, truth.picture), _rms(truth.picture_eager, truth.picture)
     ours, eager = picture.numpy(), truth.picture_eager.numpy()
+    drawn = ours.ndim == 3
     return Receipt(
-        psnr_db=psnr(ours, eager),
-        ssim=float(_ssim(ours, eager, channel_axis=-1, data_range=1.0)),
+        psnr_db=psnr(ours, eager) if drawn else math.nan,
+        ssim=float(_ssim(ours, eager, channel_axis=-1, data_range=1.0)) if drawn else math.nan,
         max_abs=_max_abs(picture, truth.picture_eager),
         err_vs_fp64=err,
         err_eager_vs_fp64=err_eager,

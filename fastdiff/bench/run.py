@@ -21,10 +21,9 @@ from fastdiff.bench.backends import (
     check_ran,
     prepare,
 )
+from fastdiff.bench.calls import latents_of
 from fastdiff.bench.contenders import files, sharing
-from fastdiff.bench.enlarged import channels_of
 from fastdiff.bench.memory import Baseline, baseline, engine_peak_bytes, peak_bytes
-from fastdiff.bench.pixels import factor_of
 from fastdiff.bench.receipt import Truth, check, find_truth, run_step
 from fastdiff.bench.results import Timed
 from fastdiff.bench.room import wants_memory
@@ -156,14 +155,12 @@ def _unavailable(row: Timed, reason: str, settings: Settings) -> Timed:
 
 
 def _request(pipe: Any, settings: Settings) -> Request:
-    factor = factor_of(pipe)
-    shape = (1, channels_of(pipe), settings.height // factor, settings.width // factor)
     return Request(
         prompt=settings.prompt,
         steps=settings.steps,
         height=settings.height,
         width=settings.width,
-        latents=torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed)),
+        latents=latents_of(pipe, settings.height, settings.width, settings.seed),
         seed=settings.seed,
     )
 

@@ -11,24 +11,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastdiff.bench.enlarged import size_of
+from fastdiff.bench.calls import (
+    GUIDANCE_SCALE,
+    Request,
+    arguments,
+    gives_latents,
+    latents_of,
+    whole,
+)
 from fastdiff.bench.pixels import drawn, draws_pixels
-from fastdiff.recipes import denoiser
+from fastdiff.recipes import autoencoder
+
+__all__ = ["GUIDANCE_SCALE", "Drawing", "Request", "clock", "draw", "interleave", "picture"]
 
 T = TypeVar("T")
-GUIDANCE_SCALE = 4.0  # above 1, so that every step has a batch of two, as for most users
-
-
-@dataclass(frozen=True)
-class Request:
-    """What every backend draws. `latents` [1, C, H/f, W/f] float32: the same noise for all."""
-
-    prompt: str
-    steps: int
-    height: int
-    width: int
-    latents: torch.Tensor
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -50,24 +46,16 @@ class Drawing:
 def draw(pipe: Any, request: Request) -> Drawing:
     """Draw and time one picture, the same one that the receipt checks."""
     device = pipe.device
-    if getattr(pipe, "vae", None) is None:  # it returns no latents
-        start = clock(device)
-        picture = _whole(pipe, request)
-        ms = 1e3 * (clock(device) - start)
-        return Drawing(picture, ms / request.steps, ms, text_ms=0.0, decode_ms=0.0)
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents = request.latents.to(device, denoiser(pipe).dtype)
+    if not gives_latents(pipe):
+        with _encoded(pipe, device) as text_ms, _decoded(pipe, device) as decode_ms:
+            start = clock(device)
+            picture = _whole(pipe, request)
+            ms = 1e3 * (clock(device) - start)
+            text, decoding = text_ms(), sum(decode_ms)
+        return Drawing(picture, (ms - decoding) / request.steps, ms, text, decoding)
     start = clock(device)
     with _encoded(pipe, device) as text_ms:
-        latents = pipe(
-            request.prompt,
-            **size_of(pipe, request.height, request.width),
-            num_inference_steps=request.steps,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=generator,
-            latents=latents,
-            output_type="latent",
-        ).images
+        latents = pipe(**arguments(pipe, request, "latent")).images
     denoised = clock(device)
     vae = pipe.vae
     with torch.no_grad():
@@ -86,19 +74,32 @@ def draw(pipe: Any, request: Request) -> Drawing:
 
 
 def _whole(pipe: Any, request: Request) -> Tensor:
-    """The picture of a pipeline that decodes it itself, [H, W, 3] float64 in [0, 1]."""
-    if draws_pixels(pipe):
-        return drawn(pipe, request.steps, request.seed)
-    images = pipe(
-        request.prompt,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.steps,
-        guidance_scale=GUIDANCE_SCALE,
-        latents=request.latents.to(pipe.device, denoiser(pipe).dtype),
-        output_type="np",
-    ).images
-    return torch.from_numpy(images[0]).double()
+    """The picture of a pipeline that decodes it itself, or its embedding; see `calls.whole`."""
+    return drawn(pipe, request.steps, request.seed) if draws_pixels(pipe) else whole(pipe, request)
+
+
+@contextmanager
+def _decoded(pipe: Any, device: torch.device) -> Iterator[list[float]]:
+    """The ms of each decoding that the pipeline itself asks of its autoencoder in this block."""
+    vae, spent = autoencoder(pipe), list[float]()
+    if vae is None:
+        yield spent
+        return
+    own, decode = vars(vae).get("decode"), vae.decode
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = clock(device)
+        made = decode(*args, **kwargs)
+        spent.append(1e3 * (clock(device) - start))
+        return made
+
+    vae.decode = timed
+    try:
+        yield spent
+    finally:
+        vars(vae).pop("decode")
+        if own is not None:
+            vae.decode = own
 
 
 @contextmanager
@@ -141,14 +142,9 @@ def picture(pipe: Any, height: int, width: int, steps: int, output_type: str = "
     if draws_pixels(pipe):
         drawn(pipe, steps, seed=0)
         return
-    pipe(
-        "red heart",
-        **size_of(pipe, height, width),
-        num_inference_steps=steps,
-        guidance_scale=GUIDANCE_SCALE,
-        generator=torch.Generator("cpu").manual_seed(0),
-        output_type=output_type,
-    )
+    request = Request("red heart", steps, height, width, latents_of(pipe, height, width, 0), 0)
+    kind = output_type if gives_latents(pipe) else "np"
+    pipe(**arguments(pipe, request, kind))
 
 
 def clock(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """A network in another runtime's file, with the interface of our own networks."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class EngineNetwork:
         self._multiple, self._most = multiple, most
         self._latents, self._timestep, *self._conditions = inputs
         ((self._output, (_, _, self._channels, *_)),) = outputs.items()
+        self._last = self._channels != inputs[self._latents][2]
+        """Whether channels come last in a loop: its step splits what is said of the variance off
+        there."""
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
         self._lock = threading.Lock()
 
@@ -51,13 +54,14 @@ class EngineNetwork:
     def check(self, latents: Tensor, given: Any, copies: int = 1) -> None:
         """Raise Unsupported unless the engine takes exactly these tensors."""
         tensors = {self._latents: latents}
-        for name, value in given._asdict().items():
-            if value is not None and name not in self._conditions:
+        told = _told(given)
+        for name in told:
+            if name not in self._conditions:
                 raise Unsupported(f"it was given {name}, which is not an input of the engine")
-            if value is None and name in self._conditions:
+        for name in self._conditions:
+            if name not in told:
                 raise Unsupported(f"{name}, an input of the engine, is missing")
-            if value is not None:
-                tensors[name] = value
+        tensors |= told
         for name, tensor in tensors.items():
             self._check(name, tensor)
         if not all(tensor.numel() for tensor in tensors.values()):
@@ -100,15 +104,19 @@ class EngineNetwork:
         first = timesteps[:, :1]
         if timesteps.shape[1] > 1 and not bool((timesteps == first).all()):  # SD3 repeats one
             raise Unsupported("the pictures have different timesteps")
-        constants = tuple(getattr(given, name) for name in self._conditions)
+        told = _told(given)
+        constants = tuple(told[name] for name in self._conditions)
         return Hoisted(first.float(), constants)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X], unchanged."""
-        return latents
+        """[B, C, Y, X], unchanged, or as [B, Y, X, C] if the engine says something of the
+        variance."""
+        return latents.permute(0, 2, 3, 1).contiguous() if self._last else latents
 
     def predict(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
-        """[B, C, Y, X] latents -> [G·B, C, Y, X]; `row`: [1]; constants for G·B pictures."""
+        """Latents [B, …] as `pack` gives them -> [G·B, …]; `row`: [1]; constants for G·B
+        pictures."""
+        x = x.permute(0, 3, 1, 2) if self._last else x
         batch, texts = x.shape[0], _texts(x, constants)
         bound = self._bind(x, constants)
         with self._lock:  # threads share the engine's memory
@@ -118,7 +126,8 @@ class EngineNetwork:
             for name, tensor in zip(self._conditions, constants, strict=True):
                 given[name].copy_(tensor)
             bound.run()
-            return bound.outputs[self._output].clone()  # the next run overwrites it
+            made = bound.outputs[self._output].clone()  # the next run overwrites it
+        return made.permute(0, 2, 3, 1).contiguous() if self._last else made
 
     def predict_in_turn(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
         """`predict` for single calls, which do not run within a plan's turn."""
@@ -126,8 +135,8 @@ class EngineNetwork:
             return self.predict(x, row, constants)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
-        """[B, C, Y, X], unchanged."""
-        return x.contiguous()
+        """Undo `pack`: [B, C, Y, X]."""
+        return (x.permute(0, 3, 1, 2) if self._last else x).contiguous()
 
     def _bind(self, x: Tensor, constants: tuple[Tensor, ...]) -> Bound:
         # a plan gives each picture once, a call repeats it for guidance; the engine gets the same
@@ -143,6 +152,15 @@ class EngineNetwork:
             outputs = {self._output: (texts, self._channels, height, width)}
             self._bound[key] = self.engine.bind(inputs, outputs)
         return self._bound[key]
+
+
+def _told(given: Any) -> dict[str, Tensor]:
+    """The conditions that are there, by the names of a file's inputs."""
+    told: dict[str, Tensor] = {}
+    for name, value in given._asdict().items():
+        more = value if isinstance(value, Mapping) else {name: value}
+        told |= {own: tensor for own, tensor in more.items() if tensor is not None}
+    return told
 
 
 def _texts(x: Tensor, constants: tuple[Tensor, ...]) -> int:

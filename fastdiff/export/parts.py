@@ -20,14 +20,16 @@ T5, T5_TOKENS = "T5EncoderModel", 256
 
 
 class Text(nn.Module):
-    """input_ids [B, L] -> the encoder's outputs and, if `states`, every hidden state [B, L, D]."""
+    """input_ids [B, L], perhaps attention_mask [B, L] -> the encoder's outputs and, if `states`,
+    every hidden state [B, L, D]."""
 
     def __init__(self, net: nn.Module, first: tuple[str, ...], states: bool) -> None:
         super().__init__()
         self.net, self.first, self.states = net, first, states
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        out = self.net(input_ids, output_hidden_states=self.states, return_dict=True)
+    def forward(self, input_ids: Tensor, *mask: Tensor) -> tuple[Tensor, ...]:
+        told = {"attention_mask": mask[0]} if mask else {}
+        out = self.net(input_ids, output_hidden_states=self.states, return_dict=True, **told)
         more = out.hidden_states if self.states else ()
         return (*(getattr(out, name) for name in self.first), *more)
 
@@ -41,8 +43,9 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
     pipelines read), its part is float32, too. UserError for a network whose forward needs more than
     these inputs.
     """
+    masked = _masked(pipe)
     return (
-        *(_text(key, module, dtype) for key, module in _texts(pipe).items()),
+        *(_text(key, module, dtype, masked) for key, module in _texts(pipe).items()),
         *networks(pipe, dtype, timestep),
     )
 
@@ -64,6 +67,12 @@ def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> t
     return tuple(found)
 
 
+def _masked(pipe: Any) -> bool:
+    """Whether the network is told which tokens count, as its text encoder is."""
+    recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
+    return any("encoder_attention_mask" in plan.conditions for plan in recipe.plans)
+
+
 def _texts(pipe: Any) -> dict[str, nn.Module]:
     return {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
 
@@ -78,7 +87,7 @@ def left_out(pipe: Any) -> tuple[str, ...]:
     )
 
 
-def _text(folder: str, net: nn.Module, dtype: torch.dtype) -> Part:
+def _text(folder: str, net: nn.Module, dtype: torch.dtype, masked: bool = False) -> Part:
     kind = type(net).__name__
     config: Any = net.config
     if kind not in (known := (*CLIPS, T5)):
@@ -92,6 +101,7 @@ def _text(folder: str, net: nn.Module, dtype: torch.dtype) -> Part:
         pool = (CLIPS[kind], ("batch_size", width))
         first = (pool, *first) if projected else (*first, pool)
         states = [(f"hidden_states.{i}", whole) for i in range(config.num_hidden_layers + 1)]
+    names = ("input_ids", "attention_mask") if masked else ("input_ids",)
     length = _length(net) or T5_TOKENS
     sizes = ((2, length - 1), (1, length), (3, 5), (2, length // 2))
     example, *cases = ({"batch_size": b, "sequence_length": tokens} for b, tokens in sizes)
@@ -100,7 +110,7 @@ def _text(folder: str, net: nn.Module, dtype: torch.dtype) -> Part:
         source=net,
         module=Text(net, tuple(name for name, _ in first), states=bool(states)).eval(),
         dtype=dtype,
-        inputs=(Port("input_ids", "int64", ("batch_size", "sequence_length")),),
+        inputs=tuple(Port(name, "int64", ("batch_size", "sequence_length")) for name in names),
         outputs=tuple(Port(name, dtype_name(dtype), shape) for name, shape in (*first, *states)),
         example=example,
         cases=tuple(cases),

@@ -73,8 +73,6 @@ def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
     """Called as by diffusers' pipelines; with guidance they repeat one timestep."""
     timestep = part.inputs[1]
     names = inspect.signature(type(part.net).forward)
-    make: Any = namedtuple
-    output = make("output", ["sample"])  # DDPM's pipelines read it by name, others by index
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         given = names.bind(part.net, *args, **kwargs).arguments
@@ -83,14 +81,20 @@ def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
         given["timestep"] = first.reshape(timestep.at({}))
         dtypes = {port.name: getattr(torch, port.dtype) for port in part.inputs}
         inputs = {name: given[name].to(dtype).contiguous() for name, dtype in dtypes.items()}
-        found: tuple[Tensor, ...] = output(*run(inputs))
-        return found
+        return _sample(run(inputs))
 
     return forward
 
 
 def _decode(run: Run) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda latents, **_: run({"latent_sample": latents.contiguous()})
+    return lambda latents, **_: _sample(run({"latent_sample": latents.contiguous()}))
+
+
+def _sample(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An output that some pipelines read by name, others by index."""
+    make: Any = namedtuple
+    named: tuple[Tensor, ...] = make("output", ["sample"])(*found)
+    return named
 
 
 def _text(part: Part, run: Run) -> Callable[..., Any]:
@@ -99,8 +103,9 @@ def _text(part: Part, run: Run) -> Callable[..., Any]:
     make: Any = namedtuple  # diffusers reads it by index and by name
     output = make("output", [*first, "hidden_states"])
 
-    def forward(input_ids: Tensor, **_: Any) -> Any:
-        tensors = run({"input_ids": input_ids.contiguous()})
+    def forward(input_ids: Tensor, **told: Any) -> Any:
+        given = {"input_ids": input_ids} | told
+        tensors = run({port.name: given[port.name].contiguous() for port in part.inputs})
         return output(*tensors[: len(first)], tensors[len(first) :])
 
     return forward
@@ -120,8 +125,13 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
             "generator": generator,
             "output_type": "pt",
         }
-        if "prompt" in inspect.signature(type(pipe).__call__).parameters:
+        takes = inspect.signature(type(pipe).__call__).parameters
+        if "use_resolution_binning" in takes:  # the file has one size
+            options["use_resolution_binning"] = False
+        if "prompt" in takes:
             options["prompt"] = PROMPT
+        elif "class_labels" in takes and takes["class_labels"].default is inspect.Parameter.empty:
+            options["class_labels"] = [0]
         elif getattr(denoiser(pipe).config, "num_class_embeds", None) is not None:
             options["class_labels"] = 0
         # DDPM's pipelines return numpy whatever is asked for

@@ -6,9 +6,8 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken
-from fastdiff.families.part import Part
+from fastdiff.families.part import Part, Port, exportable, latents_of, patch_size
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.dit import Conditions, DiT, borrow_dit
@@ -49,24 +48,49 @@ def _channels(net: DiT) -> int:
     return net.patches.channels
 
 
-def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}, which fastdiff does not export")
+class _Exported(nn.Module):
+    """hidden_states [B, C, Y, X], timestep [] or [1], class_labels [B] -> out_sample."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = exportable(net)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
+    ) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        timesteps = timestep.reshape(-1).expand(hidden_states.shape[0])
+        return (net(hidden_states, timesteps, class_labels, return_dict=False)[0],)
 
 
-def _exported(network: DiT) -> None:
-    """No DiT is exported; `_part` says so."""
+def _part(
+    folder: str, net: nn.Module, dtype: torch.dtype, _: int = 0, timestep: tuple[int, ...] = ()
+) -> Part:
+    latents, outputs = latents_of(folder, net, dtype)
+    return Part(
+        folder=folder,
+        source=net,
+        module=_Exported(net).eval(),
+        dtype=dtype,
+        inputs=(
+            latents,
+            Port("timestep", "float32", timestep),
+            Port("class_labels", "int64", ("batch_size",)),
+        ),
+        outputs=(outputs,),
+        example={"batch_size": 2},
+        cases=({"batch_size": 1}, {"batch_size": 3}),
+    )
 
 
-def _multiple(net: Any) -> int:
-    """The patch size."""
-    patch: int = net.config.patch_size
-    return patch
+def _unexported(network: DiT) -> None:
+    """A file holds all of a DiT."""
 
 
 def _taken(name: str, net: Any) -> Taken:
     return {name: (net, DIT)}
 
 
-DENOISED = Denoised(Conditions, _example, _channels, _part, _exported, _multiple)
+DENOISED = Denoised(Conditions, _example, _channels, _part, _unexported, patch_size)
 DIT = Kind(_borrow, _call, _planned)
 FAMILY = Family(models=("DiTTransformer2DModel",), taken=_taken, denoised=DENOISED)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part, Port, dtype_name, exportable, sides, unsupported
+from fastdiff.families.part import (
+    Part,
+    Port,
+    dtype_name,
+    exportable,
+    patch_size,
+    sides,
+    unsupported,
+)
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, MMDiT, Unsupported, borrow_mmdit
 from fastdiff.models.checks import refuse
@@ -163,12 +171,6 @@ def _part(
     )
 
 
-def _multiple(net: Any) -> int:
-    """The patch size."""
-    patch: int = net.config.patch_size
-    return patch
-
-
 def _most(net: Any) -> int:
     """A picture uses as many positions as it has patches, so there is a largest one."""
     most: int = net.config.pos_embed_max_size * net.config.patch_size
@@ -179,7 +181,7 @@ def _taken(name: str, net: Any) -> Taken:
     return {name: (net, MMDIT)}
 
 
-DENOISED = Denoised(Conditions, _example, _channels, _part, _unexported, _multiple, TOKENS, _most)
+DENOISED = Denoised(Conditions, _example, _channels, _part, _unexported, patch_size, TOKENS, _most)
 MMDIT = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(
     models=("SD3Transformer2DModel",),

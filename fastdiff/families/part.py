@@ -119,7 +119,16 @@ class Patches(nn.Module):
         return self.most // 2 - (side + 1 - self.most % 2) // 2
 
 
-EXPORTED: dict[str, Callable[[Any], nn.Module]] = {"Timesteps": Frequencies, "PatchEmbed": Patches}
+def _patches(source: Any) -> nn.Module:
+    """A network of one size needs no other: there diffusers' own is right."""
+    own: nn.Module = source
+    return Patches(source) if source.pos_embed_max_size else own
+
+
+EXPORTED: dict[str, Callable[[Any], nn.Module]] = {
+    "Timesteps": Frequencies,
+    "PatchEmbed": _patches,
+}
 """The exported replacements of diffusers' modules, by class name."""
 
 
@@ -149,12 +158,35 @@ def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Genera
         return ids
     dtype = getattr(torch, port.dtype)
     if port.name == "class_labels" and not dtype.is_floating_point:
-        return torch.randint(0, config.num_class_embeds, shape, generator=generator)
+        classes = config.get("num_class_embeds") or config.num_embeds_ada_norm
+        return torch.randint(0, classes, shape, generator=generator)
+    if port.name.endswith("attention_mask"):  # the last tokens are padding, of each text other ones
+        lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+        return (torch.arange(shape[1]) < lengths).to(dtype)
     if port.name == "timestep":
         return torch.full(shape, 500.0, dtype=dtype)
     if port.name == "time_ids":  # height, width, top, left, height, width in pixels
         return torch.randint(0, 1024, shape, generator=generator).to(dtype)
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def latents_of(folder: str, net: Any, dtype: torch.dtype) -> tuple[Port, Port]:
+    """The latents and the prediction of a network on patches that has positions for one size."""
+    config: Any = net.config
+    if not isinstance(config.sample_size, int):
+        raise unsupported(folder, "sample_size", config)
+    side, kind = config.sample_size, dtype_name(dtype)
+    wide = config.out_channels or config.in_channels
+    return (
+        Port("hidden_states", kind, ("batch_size", config.in_channels, side, side)),
+        Port("out_sample", kind, ("batch_size", wide, side, side)),
+    )
+
+
+def patch_size(net: Any) -> int:
+    """What divides the latents' sides of a network on patches."""
+    patch: int = net.config.patch_size
+    return patch
 
 
 def sides(batch: int, height: int, width: int) -> dict[str, int]:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part
+from fastdiff.families.part import Part, Port, exportable, latents_of, patch_size
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.pixart import SIZES, Conditions, PixArt, borrow_pixart
@@ -59,24 +59,86 @@ def _channels(net: PixArt) -> int:
     return net.patches.channels
 
 
-def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}, which fastdiff does not export")
+class _Out(nn.Module):
+    """The last layer: [B, L, D] -> [B, 1, L, p·p·C]. diffusers squeezes the second axis. If it is
+    not 1, torch does nothing, but ONNX refuses."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.layer(x)
+        return made.unsqueeze(1)
 
 
-def _exported(network: PixArt) -> None:
-    """No PixArt is exported; `_part` says so."""
+class _Exported(nn.Module):
+    """hidden_states [B, C, Y, X], timestep [] or [1], text [B, L, D], mask [B, L] of 0 and 1,
+    perhaps resolution [B, 2] and aspect_ratio [B, 1] -> out_sample."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = exportable(net)
+        self.net._modules["proj_out"] = _Out(net.get_submodule("proj_out"))
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, text: Tensor, mask: Tensor, *sizes: Tensor
+    ) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        many = hidden_states.shape[0]
+        # as many rows as pictures, which torch's exporter does not see by itself
+        told = [size.expand(many, -1) for size in sizes] or (None, None)
+        return (
+            net(
+                hidden_states,
+                text,
+                timestep.reshape(-1).expand(many),
+                dict(zip(SIZES, told, strict=True)),
+                encoder_attention_mask=mask.expand(many, -1),
+                return_dict=False,
+            )[0],
+        )
 
 
-def _multiple(net: Any) -> int:
-    """The patch size."""
-    patch: int = net.config.patch_size
-    return patch
+def _part(
+    folder: str, net: nn.Module, dtype: torch.dtype, _: int = 0, timestep: tuple[int, ...] = ()
+) -> Part:
+    config: Any = net.config
+    latents, outputs = latents_of(folder, net, dtype)
+    kind, free = latents.dtype, ("batch_size", "sequence_length")
+    wide = config.caption_channels or config.cross_attention_dim
+    told = zip(SIZES, (2, 1), strict=True) if net.use_additional_conditions else ()
+    lengths = (TOKENS - 1, TOKENS, 17)
+    example, *cases = (
+        {"batch_size": texts, "sequence_length": tokens}
+        for texts, tokens in zip((2, 1, 3), lengths, strict=True)
+    )
+    return Part(
+        folder=folder,
+        source=net,
+        module=_Exported(net).eval(),
+        dtype=dtype,
+        inputs=(
+            latents,
+            Port("timestep", "float32", timestep),
+            Port("encoder_hidden_states", kind, (*free, wide)),
+            Port("encoder_attention_mask", "int64", free),
+            *(Port(name, kind, ("batch_size", columns)) for name, columns in told),
+        ),
+        outputs=(outputs,),
+        example=example,
+        cases=tuple(cases),
+    )
+
+
+def _unexported(network: PixArt) -> None:
+    """A file holds all of a PixArt."""
 
 
 def _taken(name: str, net: Any) -> Taken:
     return {name: (net, PIXART)}
 
 
-DENOISED = Denoised(Conditions, _example, _channels, _part, _exported, _multiple, TOKENS)
+DENOISED = Denoised(Conditions, _example, _channels, _part, _unexported, patch_size, TOKENS)
 PIXART = Kind(_borrow, _call, _planned)
 FAMILY = Family(models=("PixArtTransformer2DModel",), taken=_taken, denoised=DENOISED)

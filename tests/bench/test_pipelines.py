@@ -28,8 +28,8 @@ DAMAGE = {
     "it has no model_index.json": lambda f: (f / "model_index.json").unlink(),
     "is not readable JSON": lambda f: (f / "model_index.json").write_text("{"),
     "holds a JSON list, not an object": lambda f: (f / "model_index.json").write_text("[]"),
-    "holds a FluxPipeline; supported are Stable": lambda f: edit_index(
-        f, _class_name="FluxPipeline"
+    "holds a SanaPipeline; supported are Stable": lambda f: edit_index(
+        f, _class_name="SanaPipeline"
     ),
     "unet comes from my_code": lambda f: edit_index(f, unet=["my_code", "Net"]),
     "unet/config.json is missing": lambda f: shutil.rmtree(f / "unet"),

@@ -4,10 +4,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from fastdiff.bench.preset_prior import prior_alone
+import fastdiff
+from fastdiff.bench.calls import latents_of
+from fastdiff.bench.pipelines import check_size
 from fastdiff.bench.presets import PRESETS, autoencoder, blueprint, build
+from fastdiff.bench.receipt import PICTURE_FLOOR
 from fastdiff.bench.timing import Request, draw
+from fastdiff.compiler.pipelines import loop_of
 from fastdiff.errors import UserError
+from fastdiff.recipes import autoencoder as autoencoder_of
 
 # Parameters of the published checkpoints' U-Nets; ldm's and x4's are counted from their sizes.
 PUBLISHED = {
@@ -66,30 +71,55 @@ def test_scaled_down_it_still_draws_with_the_real_head_widths(name, scale, width
     assert drawing.image.std() > 0.01
 
 
-def test_the_prior_has_the_published_billion_and_makes_an_embedding():
-    """Karlo's; it draws no picture, so it has a pipeline of its own."""
+def test_the_prior_has_the_published_billion():
+    """Karlo's."""
     net, side = blueprint("prior")
     assert (count(net), side) == (1_022_030_080, 0)
     assert autoencoder(PRESETS["prior"]) is None
-    with pytest.raises(UserError, match="draws no picture"):
-        build("prior", 0.1, torch.float32, "cpu")
-    pipe = prior_alone(PRESETS["prior"], 0.05, torch.float32, "cpu", seed=0)
+
+
+# the picture that each draws at its least size; the prior makes an embedding
+LEAST = {
+    "dit-256": (64, 64, 3),
+    "pixart-alpha": (64, 64, 3),
+    "unclip": (8, 8, 3),
+    "kandinsky22": (64, 64, 3),
+    "if": (8, 8, 3),
+    "prior": (64,),
+    "flux": (64, 64, 3),
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_all_that_was_only_counted_draws(name):
+    """Each is asked as its call wants it, and as a compiled one can answer; a VAE's time is its
+    own."""
+    pipe = build(name, 0.03, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
-    made = pipe("red heart", num_inference_steps=2).image_embeds
-    assert made.shape == (1, pipe.prior.config.embedding_dim)
-    assert torch.isfinite(made).all()
-    assert 0.1 < made.std() < 5
+    height, width = check_size(pipe, None, None)
+    latents = latents_of(pipe, height, width, seed=0)
+    request = Request("red heart", 2, height, width, latents, seed=0)
+    drawing = draw(pipe, request)
+    assert drawing.image.shape == LEAST[name]
+    assert torch.isfinite(drawing.image).all()
+    assert 0.01 < drawing.image.std() < 5
+    assert (drawing.decode_ms > 0) == (autoencoder_of(pipe) is not None)
+    assert 2 * drawing.step_ms == pytest.approx(drawing.image_ms - drawing.decode_ms)
+    fastdiff.compile(pipe)
+    apart = draw(pipe, request).image - drawing.image
+    assert apart.square().mean().sqrt() < PICTURE_FLOOR
+    assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (2 if name == "unclip" else 1, {})
 
 
 def test_latent_diffusion_scaled_down_draws():
-    """It returns no latents, so it is timed as a whole."""
+    """It returns no latents, and decodes by itself."""
     pipe = build("ldm", 1 / 8, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     drawing = draw(pipe, Request("red heart", 1, 64, 64, latents, seed=0))
     assert drawing.image.shape == (64, 64, 3)
     assert drawing.image.std() > 0.01
-    assert (drawing.decode_ms, drawing.step_ms) == (0, drawing.image_ms)
+    assert 0 < drawing.decode_ms < drawing.image_ms
 
 
 def test_the_same_seed_builds_the_same_weights():
