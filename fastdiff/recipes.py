@@ -64,7 +64,6 @@ def _rows() -> dict[str, Recipe]:
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     alpha, sigma = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
-    flux = "FluxPipeline"
     return {
         sd: Recipe(plan=unets.SD, from_text=sd, exported=True),
         "StableDiffusionImg2ImgPipeline": Recipe(plan=unets.SD, from_text=sd),
@@ -126,14 +125,14 @@ def _rows() -> dict[str, Recipe]:
         "ZImagePipeline": Recipe({"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE),
         "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
-        flux: Recipe(FLUX, plan=transformers.FLUX, from_text=flux),
-        "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE, from_text=flux),
-        "FluxInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_INPAINT, from_text=flux),
+        "FluxPipeline": Recipe(FLUX, plan=transformers.FLUX),
+        "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE),
+        "FluxInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_INPAINT),
         "FluxFillPipeline": Recipe(FLUX, plan=transformers.FLUX_FILL),
         "FluxControlPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
         "FluxControlImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
         "FluxControlInpaintPipeline": Recipe(FLUX, loop="the picture that it keeps is packed anew"),
-        "FluxKontextPipeline": Recipe(FLUX, plan=transformers.FLUX_KONTEXT, from_text=flux),
+        "FluxKontextPipeline": Recipe(FLUX, plan=transformers.FLUX_KONTEXT),
         "FluxKontextInpaintPipeline": Recipe(FLUX),
         "Flux2Pipeline": Recipe(FLUX2, plan=transformers.FLUX2),
         "Flux2KleinPipeline": Recipe(FLUX2, plan=transformers.FLUX2_KLEIN),

@@ -47,7 +47,8 @@ def conditions_of(
         given[field] = _once(given[field])
     latents = local[plan.latents]
     axis = channel_axis(latents)
-    if plan.constant_channels and network.config.in_channels > latents.shape[axis]:
+    own = latents.shape[axis]
+    if plan.constant_channels and (plan.always or network.config.in_channels > own):
         parts = [local[name] for name in plan.constant_channels]
         given["constant_channels"] = _shared(torch.cat(parts, dim=axis), guided, len(latents))
     return given | carried(pipe, plan) | dict(plan.fixed)

@@ -90,6 +90,8 @@ class Plan:
     constant_channels: tuple[str, ...] = ()
     """The variables whose channels the loop puts behind the latents in every step, if the network
     takes more channels than the latents have."""
+    always: bool = False
+    """Whether the loop puts them there for any network."""
     only_read: bool = False
     """Whether the loop ignores a callback that returns them, or its mask."""
     scaled: str = "latents"

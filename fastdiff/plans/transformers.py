@@ -78,6 +78,7 @@ _FLUX = Plan(
     unbatched=("img_ids", "txt_ids"),
     returned=("prompt_embeds",),
     attention_kwargs="joint_attention_kwargs",
+    absent=("image_embeds", "negative_image_embeds"),
     only_read=True,
     scaled="",
     told=lambda timesteps, dtype: timesteps.to(dtype) / 1000,
@@ -92,8 +93,8 @@ FLUX_PICTURE = replace(
 )
 FLUX = replace(FLUX_PICTURE, alike={"txt_ids": "negative_text_ids"})
 FLUX_INPAINT = replace(FLUX_PICTURE, noises="scale_noise")
-FLUX_FILL = replace(_FLUX, constant_channels=("masked_image_latents",))
-FLUX_CONTROL = replace(_FLUX, constant_channels=("control_image",))
+FLUX_FILL = replace(_FLUX, constant_channels=("masked_image_latents",), always=True)
+FLUX_CONTROL = replace(_FLUX, constant_channels=("control_image",), always=True)
 FLUX_KONTEXT = replace(
     FLUX,
     conditions={

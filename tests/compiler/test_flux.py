@@ -149,6 +149,18 @@ def test_filling(components_flux, hold, picture, mask):
     hold(pipe, "plan", STEP, **SIZE | {"width": 16} | call)
 
 
+def test_a_network_that_takes_no_further_channels_fails_as_diffusers(components_flux, picture):
+    pipe = FluxControlPipeline(**components_flux(in_channels=32, out_channels=16))
+    pipe.transformer.x_embedder = torch.nn.Linear(16, 24).double()
+    pipe.transformer.register_to_config(in_channels=16)
+    given, found = {"control_image": torch.randn(1, 12, 16).double(), "height": 16}, []
+    for which in (pipe, fastdiff.compile(copy.deepcopy(pipe))):
+        with pytest.raises(RuntimeError) as error:
+            draw(which, **given)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+
+
 def test_a_picture_that_controls(components_flux, hold, picture, mask):
     parts = components_flux(in_channels=32, out_channels=16)
     call = SIZE | {"width": 16, "control_image": picture()}
