@@ -17,6 +17,7 @@ from fastdiff.cli.options import (
     app,
     at_least,
     source_of,
+    was_given,
 )
 from fastdiff.errors import UserError
 
@@ -59,16 +60,29 @@ def serve(
         ),
     ] = None,
     ray: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            "--ray",
-            help="Draw in replicas on Ray, in a cluster of this machine, or the one that"
-            " RAY_ADDRESS names.",
+            metavar="ADDRESS",
+            help="Draw by Ray. local starts a cluster on this machine, auto joins the one that"
+            " runs here, HOST:PORT another one that this machine belongs to.",
         ),
-    ] = False,
-    replicas: Annotated[
-        int, typer.Option(help="With --ray: as many as this when there is much to draw.")
-    ] = 1,
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="With --ray: processes that draw, at most. Default: as many as the GPUs hold, or"
+            " one for each CPU.",
+            min=1,
+        ),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            help="With --ray: GPUs of a worker; 0.5 lets two share one. Default: 1, or 0 where"
+            " there are none.",
+            min=0.0,
+        ),
+    ] = None,
     scheduler: Scheduler = None,
     lora: Lora = None,
     variant: Variant = None,
@@ -79,9 +93,8 @@ def serve(
     """Serve OpenAI's images API and a page to draw with, until Ctrl+C or SIGTERM."""
     for option, value in (("--capacity", capacity), ("--max-steps", max_steps)):
         at_least(option, value, 1)
-    for option, value in (("--max-pictures", max_pictures), ("--replicas", replicas)):
+    for option, value in (("--max-pictures", max_pictures), ("--steps", steps)):
         at_least(option, value, 1)
-    at_least("--steps", steps, 1)
     at_least("--queue", queue, 0)
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}; give a number from 0 to 65535")
@@ -89,13 +102,14 @@ def serve(
         raise UserError(f"--steps is {steps}, but --max-steps is {max_steps}; give fewer, or more")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
-    if max_pictures > replicas * capacity + queue:
+    if max_pictures > capacity + queue:
         raise UserError(
-            f"--max-pictures is {max_pictures}, but only {replicas * capacity + queue} may be drawn"
-            " or wait; give a larger --queue"
+            f"--max-pictures is {max_pictures}, but only {capacity + queue} may be drawn or wait;"
+            " give a larger --queue"
         )
-    if replicas > 1 and not ray:
-        raise UserError(f"--replicas is {replicas}; it goes with --ray")
+    for name in ("workers", "gpus_per_worker"):
+        if was_given(context, name) and ray is None:
+            raise UserError(f"--{name.replace('_', '-')} goes with --ray")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
         raise UserError("--api-key is empty or has characters that HTTP has not; give another")
     from fastdiff.serve.app import make
@@ -107,10 +121,10 @@ def serve(
     source = source_of(context)
     opening = Opening(source, dtype, device, capacity, steps, guidance_scale, max_pixels)
     engine: Engine
-    if ray:
+    if ray is not None:
         from fastdiff.serve.replicas import Replicas
 
-        engine = Replicas(opening, replicas, queue)
+        engine = Replicas(opening, ray, workers, gpus_per_worker, queue)
     else:
         engine = opening.painter()
     limits = Limits(queue=queue, steps=max_steps, pictures=max_pictures)

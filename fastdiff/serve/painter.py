@@ -28,7 +28,7 @@ class Painter:
             size.
 
     Raises:
-        ValueError: `Batch` does not draw with such a pipeline.
+        ValueError: the pipeline does not draw from a text alone, or `Batch` not with it.
     """
 
     def __init__(
@@ -40,11 +40,16 @@ class Painter:
         guidance_scale: float | None = None,
         pixels: int | None = None,
     ) -> None:
+        self._takes = inspect.signature(pipe.__call__).parameters
+        if not {"prompt", "height"} <= self._takes.keys():
+            raise UserError(
+                f"a {type(pipe).__name__} draws from more than a text, or from none; serve one that"
+                " draws from a text"
+            )
         self.pipe, self.places = pipe, capacity
         self._steps, self._guidance = steps, guidance_scale
         height, width = check_size(pipe, None, None)
         self._pixels = height * width * 3 // 2 if pixels is None else pixels
-        self._takes = inspect.signature(pipe.__call__).parameters
         self._batch = Batch(pipe, capacity)
 
     async def draw(self, drawing: Drawing) -> AsyncIterator[Event]:

@@ -2,9 +2,15 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+# Ray reads these when it is imported
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -16,6 +22,7 @@ from fastdiff.serve.opening import Opening
 from fastdiff.serve.refused import Refused
 
 APPLICATION = "fastdiff"
+LOCAL = "local"
 TRIES = 3
 """Replicas that a picture is begun on, where each dies with it."""
 PATIENCE = 60.0
@@ -36,41 +43,79 @@ class Replica:
 
 
 class Replicas:
-    """An `Engine`: 1 to `most` replicas, more as more is drawn, on a cluster that is there (named
-    by RAY_ADDRESS) or on one that is started here and ends with this process.
+    """An `Engine`: 1 to `workers` replicas, more as more is drawn.
 
-    queue: pictures that may wait.
+    Args:
+        opening: of each replica.
+        address: "local" for a cluster that this process starts, and ends with itself; "auto" for
+            the one that this machine belongs to, or its HOST:PORT.
+        workers: replicas at most; None: as many as there is room for.
+        gpus: of each replica, 0.5 for half of one; None: 1 where there are any.
+        queue: pictures that may wait.
 
     Raises:
-        UserError: the replicas do not start.
+        UserError: no Ray answers, it has no room, or the replicas do not start.
     """
 
-    def __init__(self, opening: Opening, most: int, queue: int) -> None:
+    def __init__(
+        self,
+        opening: Opening,
+        address: str = LOCAL,
+        workers: int | None = None,
+        gpus: float | None = None,
+        queue: int = 0,
+    ) -> None:
         opening.source.check()
-        self.places = most * opening.capacity
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        if opening.device not in (None, "cpu", "cuda"):
+            raise UserError(f"--device is {opening.device}; with --ray give cpu or cuda")
+        given: Any = {"include_dashboard": False} if address == LOCAL else {}
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **given)
+        except Exception as error:  # of the network, of the address
+            raise UserError(
+                f"--ray {address}: no Ray answers there ({first_line(error)}); give {LOCAL}, auto,"
+                " or HOST:PORT of one that runs"
+            ) from error
+        try:
+            self._handle: Any = self._started(opening, workers, gpus, queue)
+        except (RuntimeError, RayError) as error:
+            self.close()
+            raise UserError(f"the replicas do not start: {first_line(error)}") from error
+        except UserError:
+            self.close()
+            raise
+
+    def _started(
+        self, opening: Opening, workers: int | None, gpus: float | None, queue: int
+    ) -> Any:
+        """What replicas that run are asked by."""
+        has = ray.cluster_resources()
+        if gpus is None:
+            gpus = 0.0 if opening.device == "cpu" or not has.get("GPU") else 1.0
+        room = int(has.get("GPU", 0) / gpus) if gpus else int(has.get("CPU", 1))
+        workers = room if workers is None else workers
+        if not 0 < workers <= room:
+            raise UserError(
+                f"--workers is {workers}, and the cluster has room for {room}; give fewer, or"
+                " other --gpus-per-worker"
+            )
+        self.places = workers * opening.capacity
         serve.start(proxy_location="Disabled")
-        device = opening.device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
-        takes: dict[str, Any] = {"num_cpus": 1} if device == "cpu" else {"num_gpus": 1}
-        deployed = serve.deployment(
+        replica = serve.deployment(
             name="Replica",
             # all that is accepted may come to one replica, whose batch takes it in turn
             max_ongoing_requests=self.places + queue,
             autoscaling_config={
                 "min_replicas": 1,
-                "max_replicas": most,
+                "max_replicas": workers,
                 "target_ongoing_requests": opening.capacity,
             },
-            ray_actor_options=takes,
+            ray_actor_options={"num_gpus": gpus} if gpus else {"num_cpus": 1},
             health_check_period_s=2,
         )(Replica)
-        try:
-            self._handle: Any = serve.run(
-                deployed.bind(opening), name=APPLICATION, route_prefix=None
-            )
-        except (RuntimeError, RayError) as error:
-            self.close()
-            raise UserError(f"the replicas do not start: {first_line(error)}") from error
+        device = opening.device or ("cuda" if gpus else "cpu")
+        opening = replace(opening, device=device)
+        return serve.run(replica.bind(opening), name=APPLICATION, route_prefix=None)
 
     async def draw(self, drawing: Drawing) -> AsyncIterator[Event]:
         """See `Engine.draw`. A replica that dies loses nothing: seeds are the request's, so another

@@ -11,6 +11,7 @@ import pytest
 from command import run
 
 from benchmarks.serve import ask, ended_amid
+from fastdiff.demo import UNCONDITIONAL_FOLDER
 
 BAD = {
     "--capacity is 0": ("--capacity", "0"),
@@ -21,13 +22,15 @@ BAD = {
     "--max-pictures is 9, but only 2 may be drawn or wait": (
         *("--max-pictures", "9", "--capacity", "1", "--queue", "1"),
     ),
-    "--replicas is 2; it goes with --ray": ("--replicas", "2"),
+    "--workers goes with --ray": ("--workers", "2"),
+    "--gpus-per-worker goes with --ray": ("--gpus-per-worker", "0.5"),
     "--api-key is empty or has characters": ("--api-key", ""),
     "--host 203.0.113.1 --port 0 cannot be listened on": ("--host", "203.0.113.1"),
     "--port is 70000": ("--port", "70000"),
     "{tmp}/nothing is not a folder": ("{tmp}/nothing",),
     "--device is 'toaster'": ("--device", "toaster"),
     "--scheduler is 'No'": ("--scheduler", "No"),
+    "a DDPMPipeline draws from more than a text, or from none": (str(UNCONDITIONAL_FOLDER),),
 }
 
 

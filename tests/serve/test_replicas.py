@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster():
     """The command's process, and its port."""
-    options = ("--ray", "--replicas", "2", "--capacity", "2", "--queue", "20")
+    options = ("--ray", "local", "--workers", "2", "--capacity", "2", "--queue", "20")
     with clients.server(*options) as (process, port):
         yield process, port
 
