@@ -288,6 +288,9 @@ def ended_amid(port: int, requests: int, steps: int, end: Callable[[], None]) ->
     with ThreadPoolExecutor(requests) as pool:
         running = [pool.submit(ask, port, body) for _ in range(requests)]
         while accepted() < requests:
+            assert not [
+                one.result() for one in running if one.done() and one.result().status != 200
+            ]
             time.sleep(0.02)
         end()
         while ask(port, path="/readyz").status != 503:

@@ -1,11 +1,16 @@
 """Servers on this machine, for tests: of what is given, in a thread."""
 
 import asyncio
+import base64
+import io
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import openai
+from PIL import Image
 
 from fastdiff.serve.app import make
 from fastdiff.serve.drawing import Accepted, Picture, Step
@@ -13,6 +18,16 @@ from fastdiff.serve.limits import Limits
 from fastdiff.serve.run import Server, configured, listening
 
 PNG = b"a picture"
+
+
+def shown(encoded: str) -> np.ndarray:
+    """[H, W, 3] of a picture in an answer."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))), dtype=int)
+
+
+def close(encoded: str, want: Any) -> bool:
+    """Whether it is `want`, up to rounding: others in its batch may change last bits."""
+    return np.abs(shown(encoded) - np.asarray(want, dtype=int)).max() <= 1
 
 
 class Held:
@@ -46,6 +61,7 @@ def served(engine, key: str | None = None, **limits) -> Iterator[int]:
     """A server with this engine; its port."""
     limits = Limits(**{"patience": 60} | limits)
     app, bound = make(engine, "demo", limits, key), listening("127.0.0.1", 0)
+    bound.listen()  # as the command: the thread may come to it later than a client
     server = Server(configured(app, limits.patience), app.state.jobs)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
