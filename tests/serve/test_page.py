@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 
 import pytest
 from served import Held, served
@@ -69,8 +70,10 @@ def test_it_can_be_cancelled_and_asks_for_the_key(opened):
         tab.get_by_role("button", name="Cancel").click()
         tab.get_by_text("cancelled").wait_for()
         draw.wait_for()
-        while not engine.ended:
+        end = time.monotonic() + 60
+        while not engine.ended and time.monotonic() < end:
             tab.wait_for_timeout(10)
+        assert engine.ended
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
