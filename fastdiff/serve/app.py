@@ -49,7 +49,7 @@ def make(engine: Engine, name: str, limits: Limits, api_key: str | None = None) 
     page = page.replace("{{model}}", escape(name))
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "fastdiff"}
 
-    def authorised(request: Request) -> None:
+    async def authorised(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if api_key is not None and not _same(given, f"Bearer {api_key}"):
             sentence = "the API key is missing or wrong; send Authorization: Bearer KEY"

@@ -79,7 +79,7 @@ class Jobs:
                 f"{self._accepted} pictures are drawn or wait, and {self._most} may;"
                 f" try again in {wait} s"
             )
-            raise Refused(429, sentence, "queue_full", max(1, wait))
+            raise Refused(429, sentence, "queue_full", wait)
         job = Job()
         self._by_id[name] = job
         self._accepted += n

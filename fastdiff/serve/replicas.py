@@ -124,7 +124,8 @@ class Replicas:
             answers = self._handle.options(stream=True).draw.remote(drawing)
             try:
                 async with asyncio.timeout(PATIENCE):
-                    yield await anext(answers)
+                    first = await anext(answers)
+                yield first
                 async for event in answers:
                     yield event
                 return
