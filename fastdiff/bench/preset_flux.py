@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    Flux2Transformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
 )
