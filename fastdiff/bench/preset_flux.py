@@ -64,13 +64,14 @@ class FluxPreset:
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
         """Without text encoders: it is given embeddings of their widths."""
-        if self.second:
+        vae = self.autoencoder(scale)
+        if vae is None:
             raise UserError("the preset flux2 is only counted: give it to graph")
         absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
         pipe = made(
             FluxPipeline,
             scheduler=made(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
-            vae=random(AutoencoderKL, self.autoencoder(scale), dtype, device, seed + 1),
+            vae=random(AutoencoderKL, vae, dtype, device, seed + 1),
             transformer=random(*self.network(scale), dtype, device, seed),
             **dict.fromkeys(absent),
         )
