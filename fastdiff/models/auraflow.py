@@ -224,10 +224,8 @@ def _both(
 ) -> tuple[Tensor, Tensor]:
     """Attention of a picture and a text to both."""
     if bias is None and on_gpu(q) and q.shape[3] > WIDEST:
-        pairs = ((text_q, q), (text_k, k), (text_v, v))
-        told, seen = attention(*(torch.cat(pair, dim=1) for pair in pairs)).tensor_split(
-            (text_q.shape[1],), dim=1
-        )
+        q, k, v = (torch.cat(pair, dim=1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
+        told, seen = attention(q, k, v).tensor_split((text_q.shape[1],), dim=1)
         return seen, told
     return joint_attention(q, k, v, text_q, text_k, text_v, text_bias=bias)
 
