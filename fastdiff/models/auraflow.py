@@ -38,6 +38,9 @@ from fastdiff.models.sequences import cut, joined
 from fastdiff.models.stream import Stream
 from fastdiff.models.weights import project
 
+WIDEST = 128
+"""Heads beyond this width spill registers in our joint kernel (7 KiB a thread at 256 on sm_80), so
+that a concatenation and the library's attention cost less."""
 KEPT = 16
 """A text is cut to a multiple of so many tokens, so that few lengths need a recording."""
 
@@ -188,8 +191,7 @@ class AuraFlow:
         for i, (own, other) in enumerate(self.joint):
             with scope(f"block {i}"):
                 q, k, v = own.heads_of(picture, vectors)
-                heads = q, k, v, *other.heads_of(text, vectors)
-                seen, told = joint_attention(*heads, text_bias=bias)
+                seen, told = _both(q, k, v, *other.heads_of(text, vectors), bias)
                 picture, text = (
                     own.after(seen, picture, vectors),
                     other.after(told, text, vectors),
@@ -209,6 +211,23 @@ class AuraFlow:
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
         """[B, L, p·p·C] -> [B, C, Y, X]."""
         return self.patches.unpack(x, sides)
+
+
+def _both(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a picture and a text to both."""
+    if bias is None and on_gpu(q) and q.shape[3] > WIDEST:
+        q, k, v = (torch.cat(pair, dim=1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
+        told, seen = attention(q, k, v).tensor_split((text_q.shape[1],), dim=1)
+        return seen, told
+    return joint_attention(q, k, v, text_q, text_k, text_v, text_bias=bias)
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, length: int, bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from diffusers import AuraFlowTransformer2DModel
 from small import AURAFLOW, noisy
 
-from fastdiff.models import Loan, Unsupported
+from fastdiff.models import Loan, Unsupported, auraflow
 from fastdiff.models.auraflow import KEPT, Conditions, borrow_auraflow
 from fastdiff.runtime.denoiser import denoiser
 
@@ -94,3 +94,11 @@ def test_what_it_is_not_given(shape, tokens, what):
 def test_what_it_is_not(config, what):
     with pytest.raises(Unsupported, match=what):
         pair(**config)
+
+
+def test_wide_heads_on_a_gpu_attend_as_one_sequence(monkeypatch, budget):
+    """Our kernel for both would spill; equal tokens stay, as the library takes no bias for them."""
+    monkeypatch.setattr(auraflow, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(auraflow, "WIDEST", 4)
+    eager, _, run = pair()
+    budget(run, eager, torch.randn(2, 4, 6, 10), text(2, used=5), torch.tensor([0.5, 0.2]))
