@@ -206,9 +206,8 @@ def speed(rounds: int, count: int, seed: int, least: int = 5, most: int = 50) ->
     short: dict[str, list[float]] = {name: [] for name in ("waiting", "continuous")}
     for number in range(rounds):
         mixed = []
-        for (request, _), many in zip(
-            requests(pipe, count, seed - number - 1), itertools.cycle((least, most)), strict=False
-        ):
+        asked = requests(pipe, count, seed + 1000 + number)
+        for (request, _), many in zip(asked, itertools.cycle((least, most)), strict=False):
             wait = order.expovariate(1 / (1.25 * each))  # a load of 0.8
             mixed.append((replace(request, num_inference_steps=many), wait))
         for name in order.sample(list(short), 2):
