@@ -132,9 +132,21 @@ class Kept(Group):
 
 
 class Waiting(Batch):
-    """Takes requests only when all those before are done."""
+    """Takes requests only when all those before are done, and hands none over before."""
 
     group = Kept
+
+    def __init__(self, pipe: Any, capacity: int) -> None:
+        self.notes: list[Callable[[], None]] = []
+        """To be called when all are done."""
+        super().__init__(pipe, capacity)
+
+    def _admit(self) -> bool:
+        if not self._drawings:
+            for note in self.notes:
+                note()
+            self.notes.clear()
+        return super()._admit()
 
     def _room(self, begun: int) -> bool:
         if begun == 0:
@@ -171,10 +183,13 @@ def batched(kind: type[Batch]) -> Callable[[Any, list[tuple[Request, float]]], l
                 time.sleep(max(0.0, start + due - time.perf_counter()))
                 ticket, begun = batch.submit(request), due
 
-                def note(_: Ticket, number: int = number, begun: float = begun) -> None:
+                def note(number: int = number, begun: float = begun) -> None:
                     ends[number] = time.perf_counter() - start - begun
 
-                ticket.add_done_callback(note)
+                def drawn(_: Ticket, note: Callable[[], None] = note) -> None:
+                    batch.notes.append(note) if isinstance(batch, Waiting) else note()
+
+                ticket.add_done_callback(drawn)
                 tickets.append(ticket)
             for ticket in tickets:
                 ticket.result()
