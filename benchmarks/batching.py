@@ -46,9 +46,9 @@ CAPACITY = 4
 
 
 def requests(
-    pipe: Any, count: int, seed: int, least: int = 5, most: int = 50
+    pipe: Any, count: int, seed: int, least: int = 5, most: int = 50, unguided: float = 0.0
 ) -> Iterator[tuple[Request, float]]:
-    """Random requests, each with the seconds to wait before it."""
+    """Random requests, each with the seconds to wait before it; a share of them `unguided`."""
     chosen = random.Random(seed)
     for number in range(count):
         name = chosen.choice(SCHEDULERS)
@@ -58,7 +58,7 @@ def requests(
             negative_prompt=chosen.choice([None, None, "dark"]),
             num_inference_steps=chosen.randint(least, most),
             # at 1 and below there is no guidance: another recording
-            guidance_scale=chosen.choice([1.0, chosen.uniform(1.5, 6), chosen.uniform(1.5, 6)]),
+            guidance_scale=1.0 if chosen.random() < unguided else chosen.uniform(1.5, 6),
             seed=seed * 1_000_000 + number,
             scheduler=kind.from_config(pipe.scheduler.config, skip_prk_steps=True),
         )
@@ -94,7 +94,7 @@ def check(count: int, seed: int, capacity: int, least: int = 5, most: int = 50) 
         one.set_progress_bar_config(disable=True)
     drawn: list[tuple[Request, Ticket, list[Any]]] = []
     with Batch(pipe, capacity) as batch:
-        for request, wait in requests(pipe, count, seed, least, most):
+        for request, wait in requests(pipe, count, seed, least, most, unguided=0.3):
             time.sleep(wait)
             last: list[Any] = []
 
@@ -132,9 +132,21 @@ class Kept(Group):
 
 
 class Waiting(Batch):
-    """Takes requests only when all those before are done."""
+    """Takes requests only when all those before are done, and hands none over before."""
 
     group = Kept
+
+    def __init__(self, pipe: Any, capacity: int) -> None:
+        self.notes: list[Callable[[], None]] = []
+        """To be called when all are done."""
+        super().__init__(pipe, capacity)
+
+    def _admit(self) -> bool:
+        if not self._drawings:
+            for note in self.notes:
+                note()
+            self.notes.clear()
+        return super()._admit()
 
     def _room(self, begun: int) -> bool:
         if begun == 0:
@@ -171,10 +183,13 @@ def batched(kind: type[Batch]) -> Callable[[Any, list[tuple[Request, float]]], l
                 time.sleep(max(0.0, start + due - time.perf_counter()))
                 ticket, begun = batch.submit(request), due
 
-                def note(_: Ticket, number: int = number, begun: float = begun) -> None:
+                def note(number: int = number, begun: float = begun) -> None:
                     ends[number] = time.perf_counter() - start - begun
 
-                ticket.add_done_callback(note)
+                def drawn(_: Ticket, note: Callable[[], None] = note) -> None:
+                    batch.notes.append(note) if isinstance(batch, Waiting) else note()
+
+                ticket.add_done_callback(drawn)
                 tickets.append(ticket)
             for ticket in tickets:
                 ticket.result()
@@ -186,36 +201,33 @@ def batched(kind: type[Batch]) -> Callable[[Any, list[tuple[Request, float]]], l
 WAYS = {"alone": in_turn, "waiting": batched(Waiting), "continuous": batched(Batch)}
 
 
-def speed(rounds: int, count: int, seed: int) -> dict[str, Any]:
+def speed(rounds: int, count: int, seed: int, least: int = 5, most: int = 50) -> dict[str, Any]:
     """Seconds of each way for the same requests by rounds, all there at once; then the seconds
-    until requests of 5 steps are drawn that come beside others of 50."""
+    until requests of the least steps are drawn that come beside others of the most."""
     pipe = fastdiff.compile(fastdiff.load_demo())
     pipe.set_progress_bar_config(disable=True)
     order = random.Random(seed)
-    warm = [(request, 0.0) for request, _ in requests(pipe, 12, seed, 5, 8)]
+    warm = [(request, 0.0) for request, _ in requests(pipe, count, seed, least, least)]
     for draw in WAYS.values():
         draw(pipe, warm)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(rounds):
-        asked = [(request, 0.0) for request, _ in requests(pipe, count, seed + number)]
+        asked = [(request, 0.0) for request, _ in requests(pipe, count, seed + number, least, most)]
         for name in order.sample(list(WAYS), len(WAYS)):
             start = time.perf_counter()
             WAYS[name](pipe, asked)
             seconds[name].append(time.perf_counter() - start)
-    steps = 27.5 * median(seconds["alone"]) / count  # of a picture, in units that fill the machine
+    each = median(seconds["alone"]) / count
     short: dict[str, list[float]] = {name: [] for name in ("waiting", "continuous")}
     for number in range(rounds):
         mixed = []
-        for (request, _), many in zip(
-            requests(pipe, count, seed - number - 1), itertools.cycle((5, 50)), strict=False
-        ):
-            wait = order.expovariate(1 / (1.25 * steps))
+        asked = requests(pipe, count, seed + 1000 + number)
+        for (request, _), many in zip(asked, itertools.cycle((least, most)), strict=False):
+            wait = order.expovariate(1 / (1.25 * each))  # a load of 0.8
             mixed.append((replace(request, num_inference_steps=many), wait))
         for name in order.sample(list(short), 2):
             taken = WAYS[name](pipe, mixed)
-            short[name] += [
-                t for t, (r, _) in zip(taken, mixed, strict=True) if r.num_inference_steps == 5
-            ]
+            short[name] += taken[::2]
     return {"seconds": seconds, "short": short, "requests": count}
 
 

@@ -123,10 +123,12 @@ class Batch:
 
     def _admit(self) -> bool:
         """Begin drawing what waits for a place, if there is one; wait if there is nothing to do.
-        Returns whether there is anything."""
+        Returns False once the batch is closed and everything is done."""
         with self._changed:
             while not self._waiting and not self._drawings and not self._closed:
                 self._changed.wait()
+            if not self._waiting and not self._drawings:
+                return False
             if self._closed and not self._draining:
                 for ticket in self._tickets():
                     ticket.cancel()
@@ -138,7 +140,7 @@ class Batch:
             self._drawings += begun
         for drawing in begun:
             self._resume(drawing)
-        return bool(self._drawings)
+        return True
 
     def _room(self, begun: int) -> bool:
         """Whether one more may begin beside the `begun` that begin now."""

@@ -72,11 +72,13 @@ class Drawing:
         vars(pipe)["scheduler"] = copy.deepcopy(chosen)
         pipe.set_progress_bar_config(disable=True)
         recipe = recipe_of(pipe)
-        take_loop(pipe, recipe.networks if recipe else ())
-        loop, whole = loop_of(pipe), loop_of(self._pipe)
+        whole = loop_of(self._pipe)
+        assert whole is not None
+        # the batch sees to that itself
+        take_loop(pipe, recipe.networks if recipe else (), None, whole.invariant and not driven)
+        loop = loop_of(pipe)
         assert loop is not None
-        if whole is not None:
-            loop.ran, loop.own = whole.ran, whole.own
+        loop.ran, loop.own = whole.ran, whole.own
         told: dict[str, Any] = {}
         if driven:
             loop.driver = self

@@ -9,7 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import fastdiff
-from benchmarks.batching import called, check
+from benchmarks.batching import called, check, speed
 from fastdiff.batching import Batch, Cancelled, Request
 from fastdiff.demo import PROMPTS
 
@@ -116,3 +116,11 @@ def test_a_batch_invariant_picture_has_the_same_bits_alone_and_in_any_place():
 
 def seeds(count):
     return {"generator": [torch.Generator().manual_seed(i) for i in range(count)]}
+
+
+def test_every_way_of_the_benchmark_draws():
+    """`python -m benchmarks.batching speed`, with few steps."""
+    found = speed(rounds=2, count=2, seed=1, least=2, most=3)
+    assert {len(values) for values in found["seconds"].values()} == {2}
+    assert {len(values) for values in found["short"].values()} == {2}
+    assert min(min(values) for values in found["short"].values()) > 0

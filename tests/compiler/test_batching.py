@@ -2,6 +2,7 @@
 itself, in float64."""
 
 import copy
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -107,6 +108,13 @@ def test_a_request_that_fails_ends_by_itself(pipeline):
             raise RuntimeError("my preview failed")
 
     with Batch(pipe, capacity=5) as batch:
+        with pytest.raises(ValueError, match="5000"):
+            batch.submit(replace(right, num_inference_steps=5000, on_step=None)).result()
+        ended = batch.submit(right)  # with nothing beside it: the batch goes on
+        ended.cancel()
+        with suppress(Cancelled):
+            ended.result()
+        last.clear()
         ticket = batch.submit(right)
         stumbles = batch.submit(replace(right, on_step=stumble))
         many = batch.submit(replace(right, num_inference_steps=5000, on_step=None))
