@@ -31,21 +31,28 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 LONGEST = (
     "test_readme.py",
-    "test_random_edits.py",
     "test_onnx.py",
     "test_workflows.py",
-    "test_trt.py",
-    "test_triton.py",
     "test_contract.py",
+    "test_site.py",
+    "test_trt.py",
+    "test_shipped.py",
+    "test_sd3.py",
+    "test_random_edits.py",
+    "test_parity.py",
+    "test_engines.py",
+    "test_triton.py",
     "test_bench.py",
-    "test_transforms.py",
     "test_states.py",
     "test_reads.py",
-    "test_parity.py",
-    "test_shipped.py",
+    "test_originals.py",
+    "test_random_calls.py",
+    "test_graphs.py",
     "test_inspect.py",
+    "test_ahead.py",
 )
-"""Files of a minute and more, the longest first: begun last, one worker would wait for another."""
+"""Files of a quarter of a minute and more, the longest first: begun last, one worker would wait for
+another. test_onnx.py makes what others of them read."""
 BEGUN = {name: place for place, name in enumerate(LONGEST)}
 
 

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from _pytest.mark import KeywordMatcher
+from _pytest.mark.expression import Expression
 
 from fastdiff.errors import UserError
 from tools import mutants
@@ -58,6 +60,20 @@ def test_each_fault_can_be_planted_and_its_tests_are_there():
             file, _, function = test.partition("::")
             found = (mutants.ROOT / file).read_text(encoding="utf-8")
             assert not function or f"def {function}(" in found, (mutant.name, test)
+
+
+def test_each_fault_names_tests_that_run(request):
+    """Of a whole suite: a -k that fits none of its tests would find nothing."""
+    asked = request.config
+    if asked.option.keyword or any("::" in argument for argument in asked.args):
+        return
+    items, none = request.session.items, []
+    for mutant in MUTANTS:
+        own = [item for item in items if item.nodeid.startswith(mutant.tests)]
+        fits = Expression.compile(mutant.k or "not none").evaluate
+        if own and not any(fits(KeywordMatcher.from_item(item)) for item in own):
+            none.append(mutant.name)
+    assert none == []
 
 
 def test_there_are_forty_of_every_part_of_the_tree():
