@@ -198,7 +198,7 @@ class UNet(Trunk):
                     _, rows_next, columns_next, _ = skips[-1].closed().shape
                     h = stage.enlarged(h, row, (rows_next, columns_next))
         with scope("out"):
-            x = h.group_normed(self.norm_out, self.act_out)
+            x = h.group_normed(self.norm_out, self.act_out, last=True)
             return conv2d(x, self.conv_out.weight, self.conv_out.bias)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
