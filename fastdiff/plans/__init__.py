@@ -76,6 +76,9 @@ class Plan:
     kept: str = ""
     """The variable of a mask outside of which every step leaves its sample as it was. "" if there
     is none."""
+    inverted: tuple[str, ...] = ()
+    """Of a loop with `noises`: the variables of a mask that is 1 where the picture is kept, and of
+    that picture; the first entry of both is for all pictures. (): `mask` and `image_latents`."""
     unconditional: Mapping[str, str] = field(default_factory=dict)
     """By field of the conditions, the variable that holds the unconditional half, if the loop
     itself puts it before the other in every step."""

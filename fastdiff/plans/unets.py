@@ -106,3 +106,9 @@ KANDINSKY = Plan(
     scaled="",
     variance=True,
 )
+KANDINSKY_INPAINT = replace(
+    KANDINSKY,
+    noises="add_noise",
+    inverted=("mask_image", "image"),
+    constant_channels=("masked_image", "mask_image"),
+)
