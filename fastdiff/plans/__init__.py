@@ -109,9 +109,11 @@ class Plan:
     """Whether a loop of a single step takes another of its results, so that no plan runs it."""
     drops_variance: bool = False
     """Whether the loop drops what the network says of the variance."""
-    variance: bool = False
-    """Whether the loop guides without what the network says of the variance, takes that from the
-    half with the text, and drops it if the scheduler does not read it."""
+    variance: str = ""
+    """Of a loop that guides without what the network says of the variance, and takes that from the
+    half with the text: whether it is "kept" for the scheduler, or dropped unless the scheduler's
+    config says a learned `variance_type`, where it must say one ("asked") or may ("found"). "" for
+    other loops."""
 
     @property
     def replaced(self) -> dict[str, str]:

@@ -104,7 +104,7 @@ KANDINSKY = Plan(
     iterates=True,
     timesteps="timesteps",
     scaled="",
-    variance=True,
+    variance="found",
 )
 KANDINSKY_INPAINT = replace(
     KANDINSKY,
