@@ -26,10 +26,10 @@ def run(
     rows = max(1, SCORES // max(1, len(q) * keys))
     for start in range(0, length, rows):
         block = slice(start, start + rows)
-        scores = _scores(q[:, block], k)
+        scores, left = _scores(q[:, block], k), scale
         if mask is not None:
-            scores, scale = scores.mul_(scale).add_(mask[:, block]), 1.0
-        y = torch.bmm(softmax(scores, v, scale), v)
+            scores, left = scores.mul_(scale).add_(mask[:, block]), 1.0
+        y = torch.bmm(softmax(scores, v, left), v)
         if heads == 1 and rows >= length:
             return y.unsqueeze(2)
         out[:, block] = y.unflatten(0, (batch, heads)).transpose(1, 2)

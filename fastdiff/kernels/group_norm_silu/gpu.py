@@ -176,7 +176,8 @@ class LaunchConfig:
     num_warps: int
 
 
-SEGMENT = 128  # least bytes of a row per program: a line of L1, four sectors
+# least bytes of a row per program: a line of L1, or a sector of it where only that fits on chip
+SEGMENT, SECTOR = 128, 32
 # warps by the most elements of a tile that stays on chip: 32 to 80 per thread. 16 warps have too
 # few registers each for 20480, and 40960 do not fit at all
 ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
@@ -189,12 +190,12 @@ SLAB_ROWS = 32  # least rows of a slab
 GROUPS = {True: 4, False: 16}
 
 
-def _groups_of_a_program(W: int, G: int, size: int) -> int:
-    """The fewest groups whose segments have SEGMENT bytes and begin at a multiple of 16 bytes."""
+def _groups_of_a_program(W: int, G: int, size: int, least: int = SEGMENT) -> int:
+    """The fewest groups whose segments have `least` bytes and begin at a multiple of 16 bytes."""
 
     def key(groups: int) -> tuple[int, bool, int]:
         width = groups * W * size
-        short = width < SEGMENT
+        short = width < least
         return -math.gcd(width, 16), short, -groups if short else groups
 
     return min((n for n in range(1, G + 1) if G % n == 0), key=key)
@@ -203,12 +204,13 @@ def _groups_of_a_program(W: int, G: int, size: int) -> int:
 @tunable("group_norm_silu")
 def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
     """The launch for B samples of L pixels in G groups of W channels of `size` bytes."""
-    groups = _groups_of_a_program(W, G, size)
-    parts = [part for part in power_parts(groups * W, 16 // size) if part]
-    width, rows = sum(parts), triton.next_power_of_2(L)
-    for most, num_warps in ONE_PASS.items():
-        if rows * width <= most:
-            return LaunchConfig(groups, rows, 0, num_warps)
+    rows = triton.next_power_of_2(L)
+    for least in (SEGMENT, SECTOR):
+        groups = _groups_of_a_program(W, G, size, least)
+        width = sum(power_parts(groups * W, 16 // size))
+        for most, num_warps in ONE_PASS.items():
+            if rows * width <= most:
+                return LaunchConfig(groups, rows, 0, num_warps)
     return _in_slabs(B, L, W, G, size, arch)
 
 
@@ -261,14 +263,13 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     align = math.gcd(16 // size, segment, C, C2, row_stride)
     compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
     compiled["P0"], compiled["P1"] = power_parts(segment, 16 // size)
-    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.summed}
-    groups = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
-    compiled |= {"GELU": a.act == "gelu", "GROUPS": groups}
+    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.summed, "GELU": a.act == "gelu"}
+    compiled["GROUPS"] = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
     out = a.x.new_empty((B, Y, X, C + C2))
     total = a.x.new_empty(out.shape if a.summed else 0)
-    has = {ROW: a.row is not None, SHIFT: a.shift is not None, RESIDUAL: a.residual is not None}
-    has |= {SILU: a.act == "silu", KEPT: a.summed}
-    flags = sum(flag.value for flag, is_so in has.items() if is_so)
+    terms = {ROW: a.row, SHIFT: a.shift, RESIDUAL: a.residual}
+    flags = sum(flag.value for flag, term in terms.items() if term is not None)
+    flags += SILU.value * (a.act == "silu") + KEPT.value * a.summed
     given = {"row": a.row, "residual": a.residual, "beside": a.beside, "shift": a.shift}
     values: dict[str, Any] = {
         f"{name}_ptr": a.x if tensor is None else tensor for name, tensor in given.items()
