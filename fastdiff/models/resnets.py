@@ -51,8 +51,8 @@ class Resnet:
         h = x.group_normed(self.norm1, self.act, beside=beside)  # x has both from here on
         h = mean_pool(h) if self.resample == "down" else h
         size = x.twice if self.resample == "up" else None
-        h = convolved(h, self.conv1, size=size)
-        h = h.group_normed(self.norm2, self.act, **told, last=True)
+        between = convolved(h, self.conv1, size=size)
+        h = between.group_normed(self.norm2, self.act, **told, last=True)
         around = self._resampled(x.closed())
         if self.scale == 1.0:
             return convolved(h, self.conv2, around)
