@@ -77,20 +77,19 @@ def _mean_square(tiles, N: tl.constexpr, D: tl.constexpr):
 
 
 # arguments that need no new compilation; ALIGN states which number divides the strides
-ANY = ["L", "scale_stride", "shift_stride", "gate_stride", "residuals", "added", "laters", "eps"]
+ANY = ["L", "scale_stride", "shift_stride", "gate_stride", "residuals", "added", "eps"]
 
 
 @triton.jit(do_not_specialize=ANY)
 def _ada_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr,
-    later_ptr, L, scale_stride, shift_stride, gate_stride, residuals, added, laters, eps,
-    total_ptr, out_ptr,
+    later_ptr, L, scale_stride, shift_stride, gate_stride, residuals, added, eps, total_ptr,
+    out_ptr,
     ALIGN: tl.constexpr, RMS: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Each program does ROWS rows of one sample, in N chunks. A residual is added to a sample's
-    first `added` rows, and `later` to its first `laters` channels: all or none. eps: the bits of a
-    float32."""
+    first `added` rows: all or none. eps: the bits of a float32."""
     start = tl.program_id(0) * ROWS
     sample = tl.program_id(1).to(tl.int64)
     base = (sample * L + start) * D
@@ -115,8 +114,10 @@ def _ada_norm_kernel(
         sums = _with(sums, _limited(tiles[c] + others[c], LIMIT))
     for c in tl.static_range(N):
         inside = _inside(added - start, c, D, ROWS, CHUNK)
-        later = _load(later_ptr, lane, inside & (lane < laters - c * CHUNK), c)
-        _store(total_ptr + base, sums[c] + later, offsets, inside, c)
+        kept = sums[c]
+        if later_ptr is not None:
+            kept += _load(later_ptr, lane, inside, c)
+        _store(total_ptr + base, kept, offsets, inside, c)
     tiles = sums
 
     if not RMS:
@@ -203,11 +204,10 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     arguments: dict[str, Any] = {"x_ptr": a.x, "weight_ptr": a.weight, "bias_ptr": a.bias}
     arguments |= {f"{name}_ptr": rows for name, rows in modulation.items()}
     arguments |= {"residual_ptr": a.x if a.residual is None else a.residual}
-    arguments |= {"later_ptr": a.x if a.later is None else a.later, "L": L}
+    arguments |= {"later_ptr": a.later, "L": L}
     arguments |= {f"{name}_stride": stride for name, stride in strides.items()}
     arguments |= {"residuals": B if a.residual is None else a.residual.shape[0]}
-    arguments |= {"added": 0 if a.residual is None else L}
-    arguments |= {"laters": 0 if a.later is None else D, "eps": float_bits(a.eps)}
+    arguments |= {"added": 0 if a.residual is None else L, "eps": float_bits(a.eps)}
     arguments |= {"total_ptr": a.x if a.residual is None else total, "out_ptr": out}
     constants: dict[str, Any] = {
         "ALIGN": gcd(vector // size, *strides.values()),
