@@ -156,7 +156,7 @@ def _rows() -> dict[str, Recipe]:
         "KandinskyV22PriorEmb2EmbPipeline": Recipe(prior, plan=priors.KANDINSKY_EMB2EMB),
         "KandinskyV22Pipeline": Recipe(MOVQ, plan=unets.KANDINSKY),
         "KandinskyV22Img2ImgPipeline": Recipe(MOVQ, plan=unets.KANDINSKY),
-        "KandinskyV22InpaintPipeline": Recipe(MOVQ),
+        "KandinskyV22InpaintPipeline": Recipe(MOVQ, plan=unets.KANDINSKY_INPAINT),
         "CLIPGuidedStableDiffusion": Recipe(
             community="clip_guided_stable_diffusion",
             loop="a few numbers per step, and CLIP's gradients if they are asked for",

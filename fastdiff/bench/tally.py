@@ -31,7 +31,7 @@ FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table lacks the CPU's at
 _KIND_OF = {
     name: kind
     for kind, names in {
-        "attention": "_softmax",
+        "attention": "_softmax softmax",
         "conv": "convolution conv2d",
         "linear": "mm addmm addmm_ _addmm_activation bmm baddbmm linear geglu",
         "norm": "native_group_norm native_layer_norm group_norm_silu ada_norm qk_norm moments"

@@ -49,7 +49,12 @@ class Denoising:
         module: Any = self.predictor.slot.module
         if call.latents.ndim == 3:  # tokens, of patches of so many channels
             channels //= module.config.patch_size**2
-        check_variance(call.plan, module, self.scheduler, channels, guided, reads)
+        for name in filter(None, (call.plan.network, call.plan.last)):
+            slot = slot_of(getattr(pipe, name))
+            assert slot is not None  # the predictor has taken it
+            check_variance(call.plan, slot.module, self.scheduler, channels, guided, reads)
+        if self.table.thresholds and call.latents.ndim == 2:
+            raise Unsupported("its scheduler thresholds embeddings, for which diffusers raises")
         if call.callback is not None and self.table.keeps:
             name, kept = type(self.scheduler).__name__, self.table.keeps[0]
             raise Unsupported(f"a callback might read {name}'s {kept}, which a plan does not keep")

@@ -33,22 +33,25 @@ def inpainting_of(
         _check_kind(plan.kept, mask, latents)
         _check_shape(plan.kept, mask, latents)
         return Inpainting(mask)
-    if not plan.noises or (plan.constant_channels and "image_latents" not in local):
+    names = (*plan.inverted, "noise") if plan.inverted else _NAMES
+    if not plan.noises or (plan.constant_channels and names[1] not in local):
         return None
-    if local.get("image_latents") is None:
+    if local.get(names[1]) is None:
         raise Unsupported("its network is told mask and picture in further channels")
-    missing = [name for name in _NAMES if name not in local]
+    missing = [name for name in names if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
-    mask, original, noise = parts = [local[name] for name in _NAMES]
-    for name, value in zip(_NAMES, parts, strict=True):
+    mask, original, noise = parts = [local[name] for name in names]
+    for name, value in zip(names, parts, strict=True):
         _check_kind(name, value, latents)
     count = predictions_of(setting).count
-    if count > 1 and len(mask) == count * len(latents):
+    if plan.inverted:
+        mask, original = 1 - mask[:1], original[:1]
+    elif count > 1 and len(mask) == count * len(latents):
         mask = mask.chunk(count)[0]
     elif hasattr(type(pipe), "do_perturbed_attention_guidance"):
         mask = mask[:1]  # diffusers takes the first of them for all pictures
-    for name, value in zip(_NAMES, (mask, original, noise), strict=True):
+    for name, value in zip(names, (mask, original, noise), strict=True):
         _check_shape(name, value, latents)
     return Inpainting(mask, original.expand_as(latents), noise.expand_as(latents))
 

@@ -102,8 +102,10 @@ def check_variance(
     elif plan.drops_variance:
         require(not reads, "the scheduler reads a variance that the loop drops")
     elif plan.variance:
-        config = getattr(scheduler, "config", None)
-        named = getattr(config, "variance_type", None) in ("learned", "learned_range")
+        said = getattr(getattr(scheduler, "config", None), "variance_type", None)
+        what = "the loop reads a variance_type of the scheduler's config, which has none"
+        require(said is not None or plan.variance != "asked", what)
+        named = plan.variance == "kept" or said in ("learned", "learned_range")
         require(reads or not named, "the scheduler is given a variance and does not read it")
     else:
         what = "the loop guides what the network says of the variance, or the scheduler ignores it"

@@ -115,6 +115,9 @@ class Prior:
         require(text.shape[1] == tokens, f"a text of {text.shape[1]} tokens, not of {tokens}")
         own = tuple(mask.shape) == tuple(text.shape[:2]) and mask.device == weight.device
         require(own, f"attention_mask {list(mask.shape)} on {mask.device} for this text")
+        if len(latents) > 1 and not latents.is_meta:  # hidden tokens count 0 times what they are
+            whole = torch.stack([t.isfinite().all() for t in (latents, embedding, text)]).all()
+            require(bool(whole), "values that are not finite, which would reach other pictures")
 
     def hoist(self, given: Conditions, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """Compute everything that does not depend on the latents.
@@ -150,9 +153,13 @@ class Prior:
         """Raise Unsupported if a constant token sees one that changes; mask [G·B, L, L]."""
         if mask.device.type == "meta":
             return
-        own, later = mask[:, : self.constant].split([self.constant, self.changing], dim=2)
-        clear = (own.amax(2) - later.amax(2)).amin()  # one read by the host a picture
-        require(float(clear) >= _CLEAR, "an attention_mask that hides the first token of a text")
+        first = mask[:, : self.constant]
+        own, later = first.split([self.constant, self.changing], dim=2)
+        clear = (own.amax(2) - later.amax(2)).amin()
+        others = mask[:, self.constant :].amax(2).amin() - HIDDEN
+        clear, others = torch.stack([clear, others]).tolist()  # one read by the host a picture
+        require(clear >= _CLEAR, "an attention_mask that hides the first token of a text")
+        require(others >= _CLEAR, "a causal mask that hides all tokens from one of them")
 
     def _between(self, mask: Tensor) -> Tensor:
         """`Constants.mask` from each picture's own, [G·B, L, L]."""

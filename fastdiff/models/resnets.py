@@ -48,33 +48,28 @@ class Resnet:
         if beside is not None and not on_gpu(beside):  # our CPU kernels take one tensor
             x, beside = Sum(concat(x.closed(), beside)), None
         told = {"scale_shift" if self.modulates else "row": row}
-        h = x.group_normed(self.norm1, self.act, beside=beside)
+        h = x.group_normed(self.norm1, self.act, beside=beside)  # x has both from here on
         h = mean_pool(h) if self.resample == "down" else h
         size = x.twice if self.resample == "up" else None
-        h = convolved(h, self.conv1, size=size).group_normed(self.norm2, self.act, **told)
-        around = self._resampled(x.closed(), beside)
+        between = convolved(h, self.conv1, size=size)
+        h = between.group_normed(self.norm2, self.act, **told, last=True)
+        around = self._resampled(x.closed())
         if self.scale == 1.0:
             return convolved(h, self.conv2, around)
         h = conv2d(h, self.conv2.weight)
         return Sum(residual(h, around, self.conv2.bias, scale=self.scale))
 
-    def _resampled(self, x: Tensor, beside: Tensor | None) -> Tensor:
+    def _resampled(self, x: Tensor) -> Tensor:
         """The residual at the result's size. The shortcut sees the smaller of the two pictures: it
         commutes with pooling and with enlarging."""
-        around = self.around(mean_pool(x) if self.resample == "down" else x, beside)
+        around = self.around(mean_pool(x) if self.resample == "down" else x)
         return residual(around, enlarge=2) if self.resample == "up" else around
 
-    def around(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
-        """The channels of x and `beside`, or their shortcut."""
+    def around(self, x: Tensor) -> Tensor:
+        """x or its shortcut."""
         if self.shortcut is None:
             return x
-        weight, channels = self.shortcut.weight, x.shape[-1]
-        y = linear(x, weight[:, :channels], self.shortcut.bias)
-        if beside is not None:  # a sum of two products, so no concatenation is needed
-            pixels = beside.numel() // beside.shape[-1]
-            for part in y.view(-1, pixels, y.shape[-1]):
-                part.addmm_(beside.view(pixels, -1), weight[:, channels:].t())
-        return y
+        return linear(x, self.shortcut.weight, self.shortcut.bias)
 
     def side(self, side: int) -> int:
         """The rows (or columns) of the result for a picture of `side` rows (or columns)."""

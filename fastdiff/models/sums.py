@@ -5,6 +5,7 @@ written its result and before a norm reads it again. A `Sum` keeps the terms apa
 kernel adds them. On a CPU our own kernels add them as they write, so nothing is deferred.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -58,18 +59,19 @@ class Sum:
         row: Tensor | None = None,
         beside: Tensor | None = None,
         scale_shift: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
-        """The GroupNorm of [x + row, beside], modulated and activated: see `group_norm_silu`. `row`
-        is not part of the sum."""
+        """The GroupNorm of [x + row, beside], modulated and activated: see `group_norm_silu`. The
+        sum then has the channels of `beside`, too, but not `row`. last: it is not read again."""
         if row is not None and self._other is not None:
             self.closed()
-        added = (row, self._other, beside, self._shift)
+        keep = (self.waits or beside is not None) and row is None and not last
         y, total = group_norm_silu(
-            self._x, norm.weight, norm.bias, norm.groups, norm.eps, act, *added, scale_shift
+            *(self._x, norm.weight, norm.bias, norm.groups, norm.eps, act),
+            *(row, self._other, beside, self._shift, scale_shift, keep),
         )
-        if self._other is None:
-            return y
-        self._close(total)
+        if keep:
+            self._close(total)
         return y
 
     def layer_normed(self, norm: Norm) -> Tensor:
@@ -89,6 +91,17 @@ def convolved(x: Tensor, weights: Weights, other: Tensor | None = None, **window
     if on_gpu(x):
         return Sum(conv2d(x, weights.weight, **window), weights.bias, other)
     return Sum(conv2d(x, weights.weight, weights.bias, residual=other, **window))
+
+
+def closing(x: Sum, norm: Norm, branch: Callable[[Tensor], Tensor], weights: Weights) -> Sum:
+    """x + branch(norm(x)) weightᵀ + bias, where no norm follows that would add. On a GPU the norm
+    adds the bias to x, and the product adds itself in x's memory."""
+    if x._other is None or x._shift is not None or not on_gpu(x._x):
+        return projected(branch(x.layer_normed(norm)), weights, x.closed())
+    given = (norm.eps, norm.weight, norm.bias)
+    y, total = ada_norm(x._x, *given, residual=x._other, later=weights.bias)
+    total.flatten(0, -2).addmm_(branch(y).flatten(0, -2), weights.weight.t())
+    return Sum(total)
 
 
 def projected(x: Tensor, weights: Weights, other: Tensor) -> Sum:

@@ -22,7 +22,7 @@ from fastdiff.models.ip_adapter import PROCESSOR
 from fastdiff.models.lora import base_of
 from fastdiff.models.perturbed import Perturbed, appended
 from fastdiff.models.reads import Reader
-from fastdiff.models.sums import Sum, projected
+from fastdiff.models.sums import Sum, closing, projected
 from fastdiff.models.switches import Switch
 from fastdiff.models.watch import kind
 
@@ -80,9 +80,10 @@ class Block:
         images: Sequence[Tensor],
         mask: Tensor | None,
         perturbed: Perturbed | None = None,
+        last: bool = False,
     ) -> Sum:
         """x [B, L, C], text [B, 2B or 3B, T, …]; x is repeated where the texts, or the perturbed
-        attentions, begin to differ.
+        attentions, begin to differ. last: no norm follows.
 
         `images` [B, 2B or 3B like the text, tokens, …]: what IP-Adapters add to the text's
         attention.
@@ -111,8 +112,12 @@ class Block:
                 k, v = self._heads(image[..., self.text], 2)
                 unbiased = Weights(self.out2.weight, None)
                 x = projected(attention(q, k, v).flatten(2), unbiased, x.closed())
-        h = geglu(x.layer_normed(self.norm3), self.geglu.weight, self.geglu.bias)
-        return projected(h, self.ff, x.closed())
+        if last:
+            return closing(x, self.norm3, self._gated, self.ff)
+        return projected(self._gated(x.layer_normed(self.norm3)), self.ff, x.closed())
+
+    def _gated(self, h: Tensor) -> Tensor:
+        return geglu(h, self.geglu.weight, self.geglu.bias)
 
     def _attend_to_itself(self, h: Tensor, identical: int) -> Tensor:
         """Before the output's layer; in the last `identical` pictures the values themselves."""
@@ -191,7 +196,8 @@ class Transformer:
         h = x.group_normed(self.norm, "none").flatten(1, 2)
         tokens = Sum(linear(h, self.proj_in.weight, self.proj_in.bias))
         for block in self.blocks:
-            tokens = block(tokens, text, images, mask, perturbed)
+            last = block is self.blocks[-1]
+            tokens = block(tokens, text, images, mask, perturbed, last)
         around = x.closed()
         h = tokens.closed().unflatten(1, around.shape[1:3])
         return projected(h, self.proj_out, shared(around, tokens.batch))

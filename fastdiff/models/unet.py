@@ -155,8 +155,10 @@ class UNet(Trunk):
         stages = (*self.downs, *([] if self.mid is None else [self.mid]), *self.ups)
         joined = (a for s in stages for a in s.attentions if isinstance(a, AddedKV))
         require(all(a.own for a in joined), "a text mask where pixels attend to the text alone")
-        levels = range(1 + sum(stage.down is not None for stage in self.downs))
-        pixels = [math.prod(side >> level for side in sides) for level in levels]
+        levels = [tuple(sides)]
+        for down in (stage.down for stage in self.downs if stage.down is not None):
+            levels.append(tuple(map(down.side, levels[-1])))
+        pixels = [*map(math.prod, levels)]
         require(
             mask.shape == text.shape[:2] and mask.shape[1] not in pixels,
             f"a text mask of {list(mask.shape)} for {text.shape[1]} tokens beside {pixels} pixels",
@@ -196,7 +198,7 @@ class UNet(Trunk):
                     _, rows_next, columns_next, _ = skips[-1].closed().shape
                     h = stage.enlarged(h, row, (rows_next, columns_next))
         with scope("out"):
-            x = h.group_normed(self.norm_out, self.act_out)
+            x = h.group_normed(self.norm_out, self.act_out, last=True)
             return conv2d(x, self.conv_out.weight, self.conv_out.bias)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:

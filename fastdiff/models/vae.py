@@ -199,7 +199,7 @@ def borrow_encoder(module: Any, loan: Loan) -> Encoder:
 
 
 def _finish(x: Sum, norm: Norm, conv: Weights) -> Tensor:
-    return conv2d(x.group_normed(norm, "silu"), conv.weight, conv.bias)
+    return conv2d(x.group_normed(norm, "silu", last=True), conv.weight, conv.bias)
 
 
 def _stage(module: Any, expected: str, loan: Loan) -> Stage:

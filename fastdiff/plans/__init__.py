@@ -76,6 +76,9 @@ class Plan:
     kept: str = ""
     """The variable of a mask outside of which every step leaves its sample as it was. "" if there
     is none."""
+    inverted: tuple[str, ...] = ()
+    """Of a loop with `noises`: the variables of a mask that is 1 where the picture is kept, and of
+    that picture; the first entry of both is for all pictures. (): `mask` and `image_latents`."""
     unconditional: Mapping[str, str] = field(default_factory=dict)
     """By field of the conditions, the variable that holds the unconditional half, if the loop
     itself puts it before the other in every step."""
@@ -108,9 +111,11 @@ class Plan:
     """Whether a loop of a single step takes another of its results, so that no plan runs it."""
     drops_variance: bool = False
     """Whether the loop drops what the network says of the variance."""
-    variance: bool = False
-    """Whether the loop guides without what the network says of the variance, takes that from the
-    half with the text, and drops it if the scheduler does not read it."""
+    variance: str = ""
+    """Of a loop that guides without what the network says of the variance, and takes that from the
+    half with the text: whether it is "kept" for the scheduler, or dropped unless the scheduler's
+    config says a learned `variance_type`, where it must say one ("asked") or may ("found"). "" for
+    other loops."""
 
     @property
     def replaced(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ IF = Plan(
     latents="intermediate_images",
     entrance="progress_bar",
     settings={name: name for name in _ASKED},
-    variance=True,
+    variance="asked",
 )
 IF_ENLARGED = replace(
     IF,

@@ -64,7 +64,7 @@ def _decoder(text: str) -> Plan:
         settings=_settings("decoder_guidance_scale"),
         step_arguments=("generator",),
         prev_timestep=True,
-        variance=True,
+        variance="kept",
         latents="decoder_latents",
         entrance="progress_bar",
         iterates=True,

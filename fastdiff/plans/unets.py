@@ -104,5 +104,11 @@ KANDINSKY = Plan(
     iterates=True,
     timesteps="timesteps",
     scaled="",
-    variance=True,
+    variance="found",
+)
+KANDINSKY_INPAINT = replace(
+    KANDINSKY,
+    noises="add_noise",
+    inverted=("mask_image", "image"),
+    constant_channels=("masked_image", "mask_image"),
 )

@@ -15,6 +15,7 @@ it, `recurrence` fits the coefficients.
 import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
+from inspect import signature
 from math import prod
 from typing import Any
 
@@ -56,7 +57,10 @@ def probe(
             estimate of the clean picture, uses more than three past steps, or cannot be run.
     """
     refuse_foreign(scheduler)
-    options = {k: v for k, v in (step_options or {}).items() if k != "generator"}
+    given = step_options or {}
+    if "generator" in given and "generator" not in signature(scheduler.step).parameters:
+        raise NotLinear(f"{type(scheduler).__name__}: its step takes no generator")
+    options = {k: v for k, v in given.items() if k != "generator"}
     if timesteps is None:
         timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or not len(timesteps):

@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 from small import noisy
 
@@ -145,9 +146,10 @@ def test_a_loop_that_no_plan_follows_stays_diffusers():
         (3, DDPMScheduler(variance_type="learned_range"), "that the network does not give"),
         (6, DDPMScheduler(), "the scheduler ignores it"),
         (4, DDPMScheduler(), "4 channels are predicted for 3"),
+        (3, UniPCMultistepScheduler(), "its step takes no generator"),
     ],
 )
-def test_channels_that_the_scheduler_does_not_take_are_left_to_diffusers(channels, scheduler, why):
+def test_what_the_scheduler_does_not_take_is_left_to_diffusers(channels, scheduler, why):
     """Which raises."""
     pipe = DDPMPipeline(noisy(UNet2DModel(**NET, out_channels=channels)), scheduler)
     pipe.set_progress_bar_config(disable=True)

@@ -79,12 +79,15 @@ def test_from_a_picture(hold):
     assert slot_of(pipe.movq.encoder).fast == 1
 
 
-def test_inpainting_is_diffusers_loop(hold):
-    pipe = made(KandinskyV22InpaintPipeline, "DDPM", in_channels=9)
-    picture, mask = torch.rand(1, 3, 128, 192), torch.zeros(1, 1, 128, 192)
-    mask[..., :64] = 1
-    hold(pipe, "diffusers", **told(), image=picture, mask_image=mask)
-    assert slot_of(pipe.unet).fast == 4
+@pytest.mark.parametrize("scheduler", ["DDPM", "its own"])
+def test_inpainting(scheduler, hold):
+    """Its mask is 1 where the picture is kept; all pictures keep the first one."""
+    pipe = made(KandinskyV22InpaintPipeline, scheduler, in_channels=9)
+    call = {"image": torch.rand(1, 3, 64, 128), "mask_image": torch.zeros(1, 1, 64, 128)}
+    call["mask_image"][..., :64] = 1
+    call |= told() | {"height": 64, "width": 128, "num_inference_steps": 2}
+    hold(pipe, "plan", **call, num_images_per_prompt=2)
+    hold(pipe, "plan", **call, guidance_scale=1.0)
 
 
 def test_what_a_plan_does_not_follow(hold):

@@ -6,14 +6,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from diffusers import (
+    DDPMScheduler,
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
     StableUnCLIPPipeline,
     UnCLIPImageVariationPipeline,
     UnCLIPPipeline,
+    UNet2DModel,
 )
 from small import noisy
-from unclip import drawn, kandinsky_parts, stable_parts, unclip_parts, variation_parts
+from unclip import SUPER_RES, drawn, kandinsky_parts, stable_parts, unclip_parts, variation_parts
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
@@ -195,6 +197,22 @@ def test_stable_unclip(tokenizer, components):
     assert alike(drawn(pipe, **call), eager)
     assert (loop_of(pipe).ran, loop_of(pipe).own) == ({"prior": 1, "unet": 1}, {})
     assert loop_of(pipe).planned == 2
+
+
+@pytest.mark.parametrize("kind", ["thresholds embeddings", "8 channels are predicted for 3"])
+def test_what_diffusers_raises_for(kind, tokenizer, components, unclip):
+    """So does the compiled pipeline."""
+    if kind.startswith("thresholds"):
+        call = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "output_type": "latent"}
+        pipe = made(StableUnCLIPPipeline, stable_parts(tokenizer, components))
+        pipe.prior_scheduler = DDPMScheduler(prediction_type="sample", thresholding=True)
+    else:
+        call, pipe = CALL, made(UnCLIPPipeline, unclip)
+        pipe.super_res_last = noisy(UNet2DModel(**SUPER_RES | {"out_channels": 8})).double()
+    fastdiff.compile(pipe)
+    with pytest.raises((TypeError, RuntimeError)):
+        drawn(pipe, **call)
+    assert [why for why in loop_of(pipe).own if kind in why]
 
 
 def test_a_lora_of_the_prior_is_merged(kandinsky):

@@ -27,14 +27,16 @@ ALL = [
 ]
 CHEAPEST_FIRST = sorted(ALL, key=lambda known: cost(known.values[0].spec, known.values[1]))
 LIBRARIES = [known for known in ALL if "triton" not in known.values[0].implementations]
-PLAIN = ("gelu_gate",)
+PLAIN = ("gelu_gate", "softmax")
 """Plain torch on a CPU."""
 REFUSED = {
     "linear": lambda c: not c.get("packed", True),
     "conv2d": lambda c: not c.get("packed", True),
     "geglu": lambda c: c.D > 1,  # their weights are stored by rows
-    "group_norm_silu": lambda c: c.get("shift") or (c.get("beside") and c.get("residual")),
-    "ada_norm": lambda c: c.get("limit"),
+    "group_norm_silu": lambda c: (
+        c.get("shift") or c.get("keep") or (c.get("C2") and c.get("residual"))
+    ),
+    "ada_norm": lambda c: c.get("limit") or c.get("later"),
     "residual": lambda c: c.get("limit"),
 }
 """Cases that a kernel in C++ does not compute in any dtype."""

@@ -29,12 +29,13 @@ _module.loader.exec_module(cuda_code)
 needs_nvcc = pytest.mark.skipif(cuda_code.nvcc() is None, reason="there is no nvcc")
 TOO_LARGE = {"vae-top"}
 REFUSED = {c.name for c in SPEC.cases if c.get("scaled") or c.get("act") == "gelu"}
+KEPT = {c.name for c in SPEC.cases if c.get("keep") or (c.get("C2") and c.get("residual"))}
 LARGE = 1 << 20  # elements; more are run in one dtype only, for their time
 RUN = [
     pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
     for case in SPEC.cases
     for dtype in SPEC.dtypes
-    if case.name not in TOO_LARGE | REFUSED
+    if case.name not in TOO_LARGE | REFUSED | KEPT
     if dtype == torch.float16 or case.B * case.Y * case.X * case.C < LARGE
 ]
 
@@ -194,6 +195,9 @@ def test_what_the_kernel_does_not_take_is_said():
     assert cuda.start(call, 90, nothing)[0].numel() == 0
     for name in REFUSED:
         with pytest.raises(ValueError, match="takes none or silu, and no scale_shift"):
+            cuda.start(call, 90, inputs(name))
+    for name in KEPT - REFUSED:
+        with pytest.raises(ValueError, match="returns the sum of x and residual alone"):
             cuda.start(call, 90, inputs(name))
 
 

@@ -122,6 +122,26 @@ def test_odd_sizes(name, budget):
     hold(budget, made(name), name, (2, 7, 5))
 
 
+def test_odd_sizes_of_two_levels(budget):
+    """A convolution halves the picture and rounds up; a text is as long as it has pixels then."""
+    levels = {
+        "block_out_channels": (32, 32),
+        "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    }
+    eager, mask = noisy(UNet2DConditionModel(**SIMPLE | levels)), {"attention_mask": MASK}
+    network, given = network_of(eager), told("no more", 3)
+
+    def run(sample, count):
+        return UNET.call(network, sample, 301, given["encoder_hidden_states"], **mask).sample
+
+    budget(run, Eager(eager, given, **mask), torch.randn(3, 4, 7, 5), 3)
+    with pytest.raises(Unsupported, match=r"for 5 tokens beside \[9, 5\] pixels"):
+        run(torch.randn(3, 4, 9, 1), 3)
+    with pytest.raises(RuntimeError):
+        Eager(eager, given, **mask)(torch.randn(3, 4, 9, 1), 3)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_guided_pairs(name, budget):
     hold(budget, made(name), name, (2, 6, 10), copies=2)

@@ -122,6 +122,12 @@ def test_what_diffusers_would_refuse_or_mix():
     hidden[1, 0] = False  # the first token then sees, among all that is hidden, the latents as well
     with pytest.raises(Unsupported, match="hides the first token"):
         network.hoist(given._replace(attention_mask=hidden), TIMES, ())
+    with pytest.raises(Unsupported, match="reach other pictures"):
+        network.check(x * torch.tensor([[1.0], [float("nan")]]), given)
+    network.check(x[:1] * float("nan"), conditions(module, 1))  # reaches nobody
+    module.causal_attention_mask -= 3e4  # the same for a softmax, but as low as other pictures
+    with pytest.raises(Unsupported, match="hides all tokens from one of them"):
+        network.hoist(given, TIMES, ())
     module.causal_attention_mask.zero_()  # as its buffer: every token sees all
     with pytest.raises(Unsupported, match="hides the first token"):
         network.hoist(given, TIMES, ())

@@ -20,6 +20,7 @@ def ada_norm(
     residual: Tensor | None = None,
     rms: bool = False,
     limit: float = 0.0,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = (norm(t) · weight + bias) · (1 + scale) + shift with t = residual + gate · x.
 
@@ -37,16 +38,18 @@ def ada_norm(
             residual b % (B / k). Contiguous.
         rms: RMSNorm instead of LayerNorm.
         limit: t beyond ±limit becomes ±limit, if there is a residual; 0: no limit.
+        later: [D], added to t where it is returned, not to what is normalised: the bias of a layer
+            whose product is then added to t in its memory.
 
     Returns:
         y [B, L, D] and t of the same shape, both contiguous; t is empty ([0]) without a residual.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides other than these; a gate without a residual;
-            a bias with `rms`.
+        ValueError: shapes, dtypes, devices or strides other than these; a gate, or `later`, without
+            a residual; a bias with `rms`.
 
     Ba et al., Layer Normalization (2016); Zhang & Sennrich, Root Mean Square Layer Normalization
     (2019); Peebles & Xie, Scalable Diffusion Models with Transformers (2022) for the modulation.
     """
-    y, total = _op(x, eps, weight, bias, scale, shift, gate, residual, rms, limit)
+    y, total = _op(x, eps, weight, bias, scale, shift, gate, residual, rms, limit, later)
     return y, total

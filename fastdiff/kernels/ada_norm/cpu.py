@@ -8,6 +8,8 @@ from fastdiff.kernels.dispatch import NATIVE, NotNative, address, native_dtype, 
 
 def run(a: Arguments) -> tuple[Tensor, Tensor]:
     check(a)
+    if a.later is not None:
+        raise NotNative("ada_norm: got later; the C++ kernel takes none")
     dtype = native_dtype("ada_norm", a.x)
     if a.limit:
         raise NotNative(f"ada_norm: got the limit {a.limit:g}; the C++ kernel takes none")

@@ -83,7 +83,8 @@ ANY = ["L", "scale_stride", "shift_stride", "gate_stride", "residuals", "added",
 @triton.jit(do_not_specialize=ANY)
 def _ada_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, gate_ptr, residual_ptr,
-    L, scale_stride, shift_stride, gate_stride, residuals, added, eps, total_ptr, out_ptr,
+    later_ptr, L, scale_stride, shift_stride, gate_stride, residuals, added, eps, total_ptr,
+    out_ptr,
     ALIGN: tl.constexpr, RMS: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +113,11 @@ def _ada_norm_kernel(
     for c in tl.static_range(N):
         sums = _with(sums, _limited(tiles[c] + others[c], LIMIT))
     for c in tl.static_range(N):
-        _store(total_ptr + base, sums[c], offsets, _inside(added - start, c, D, ROWS, CHUNK), c)
+        inside = _inside(added - start, c, D, ROWS, CHUNK)
+        kept = sums[c]
+        if later_ptr is not None:
+            kept += _load(later_ptr, lane, inside, c)
+        _store(total_ptr + base, kept, offsets, inside, c)
     tiles = sums
 
     if not RMS:
@@ -198,7 +203,8 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     strides = {n: 0 if rows is None else rows.stride(0) for n, rows in modulation.items()}
     arguments: dict[str, Any] = {"x_ptr": a.x, "weight_ptr": a.weight, "bias_ptr": a.bias}
     arguments |= {f"{name}_ptr": rows for name, rows in modulation.items()}
-    arguments |= {"residual_ptr": a.x if a.residual is None else a.residual, "L": L}
+    arguments |= {"residual_ptr": a.x if a.residual is None else a.residual}
+    arguments |= {"later_ptr": a.later, "L": L}
     arguments |= {f"{name}_stride": stride for name, stride in strides.items()}
     arguments |= {"residuals": B if a.residual is None else a.residual.shape[0]}
     arguments |= {"added": 0 if a.residual is None else L, "eps": float_bits(a.eps)}

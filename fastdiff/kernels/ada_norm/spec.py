@@ -25,6 +25,7 @@ class Arguments:
     residual: Tensor | None = None
     rms: bool = False
     limit: float = 0.0
+    later: Tensor | None = None
 
 
 def check(a: Arguments) -> None:
@@ -40,8 +41,10 @@ def check(a: Arguments) -> None:
     if a.residual is not None:
         samples = a.residual.shape[0] if a.residual.shape[0] and B % a.residual.shape[0] == 0 else B
         expects("ada_norm: residual", a.residual, a.x, (samples, L, D))
-    elif a.gate is not None:
-        raise ValueError("ada_norm: gate needs a residual, but there is none")
+    for name in ("gate", "later"):
+        if a.residual is None and getattr(a, name) is not None:
+            raise ValueError(f"ada_norm: {name} needs a residual, but there is none")
+    expects("ada_norm: later", a.later, a.x, (D,))
     if a.rms and a.bias is not None:
         raise ValueError("ada_norm: RMSNorm has no bias")
 
@@ -68,7 +71,9 @@ def formula(a: Arguments) -> tuple[Tensor, Tensor]:
         y = y * (1 + a.scale[:, None, :])
     if a.shift is not None:
         y = y + a.shift[:, None, :]
-    return y.contiguous(), total.contiguous() if a.residual is not None else a.x.new_empty(0)
+    if a.residual is None:
+        return y.contiguous(), a.x.new_empty(0)
+    return y.contiguous(), (total if a.later is None else total + a.later).contiguous()
 
 
 def inputs(
@@ -94,14 +99,15 @@ def inputs(
         "residual": normal(samples, L, D).to(dtype) if samples else None,
         "rms": rms,
         "limit": case.get("limit", 0.0),
+        "later": normal(D).to(dtype) if case.get("later") else None,
     }
 
 
 def _parameters(case: Case) -> int:
-    """Elements of weight, bias, scale, shift and gate."""
+    """Elements of weight, bias, scale, shift, gate and later."""
     affine = case.get("affine", False) * (1 if case.get("rms") else 2)
     rows = 2 * bool(case.get("modulated")) + bool(case.get("gated"))
-    return int((affine + case.B * rows) * case.D)
+    return int((affine + case.B * rows + bool(case.get("later"))) * case.D)
 
 
 def _bytes(case: Case, size: int) -> int:
@@ -116,7 +122,8 @@ def _flops(case: Case) -> int:
     counted, too."""
     each = 3 if case.get("rms") else 7
     each += case.get("affine", False) * (1 if case.get("rms") else 2)
-    each += 3 * bool(case.get("modulated")) + bool(case.get("gated")) + bool(case.get("residual"))
+    each += 3 * bool(case.get("modulated"))
+    each += sum(bool(case.get(term)) for term in ("gated", "residual", "later"))
     return int(each * case.B * case.L * case.D)
 
 
@@ -124,7 +131,7 @@ CASES = (
     # the transformers of U-Nets, batch 2 (guidance): LayerNorm with weight and bias
     Case("demo", B=2, L=256, D=64, affine=True),
     Case("sd15-64", B=2, L=4096, D=320, affine=True),
-    Case("sd15-32-residual", B=2, L=1024, D=640, affine=True, residual=2),
+    Case("sd15-32-residual", B=2, L=1024, D=640, affine=True, residual=2, later=True),
     Case("sdxl-32", B=2, L=1024, D=1280, affine=True),
     # SD3-medium (1536) and SD3.5-large (2432): a block's first norm, the norm after attention, and
     # with 78 tokens a text without T5
@@ -136,6 +143,7 @@ CASES = (
     Case("shared", B=4, L=80, D=640, affine=True, residual=2),
     Case("odd", B=3, L=77, D=1001, affine=True),
     Case("odd-everything", B=3, L=7, D=1001, affine=True, modulated=True, gated=True, residual=1),
+    Case("odd-later", B=2, L=9, D=77, affine=True, residual=2, later=True),
     Case("narrow", B=1, L=5, D=3, affine=True),
     Case("one-token", B=3, L=1, D=70, modulated=True, gated=True, residual=3),
     Case("rms", B=2, L=77, D=1536, eps=1e-6, rms=True, affine=True),

@@ -8,6 +8,8 @@ as in fused kernels.
 import torch
 from torch import Tensor
 
+from fastdiff.kernels.softmax import softmax
+
 SCORES = 2**23
 """Scores per block: 32 MiB, less than the L2 of any GPU for which the products pay off."""
 
@@ -24,20 +26,20 @@ def run(
     rows = max(1, SCORES // max(1, len(q) * keys))
     for start in range(0, length, rows):
         block = slice(start, start + rows)
-        scores = _scores(q[:, block], k, scale)
+        scores, left = _scores(q[:, block], k), scale
         if mask is not None:
-            scores = scores + mask[:, block]
-        y = torch.bmm(scores.softmax(2).to(v.dtype), v)
+            scores, left = scores.mul_(scale).add_(mask[:, block]), 1.0
+        y = torch.bmm(softmax(scores, v, left), v)
         if heads == 1 and rows >= length:
             return y.unsqueeze(2)
         out[:, block] = y.unflatten(0, (batch, heads)).transpose(1, 2)
     return out
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale · q kᵀ in float32, or float64; q: [B·H, L, K], k: [B·H, Lk, K]."""
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q kᵀ in float32, or float64; q: [B·H, L, K], k: [B·H, Lk, K]."""
     if q.dtype in (torch.float32, torch.float64):
-        return torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scale)
+        return torch.bmm(q, k.mT)
     if q.device.type == "cpu":
-        return torch.baddbmm(k.new_empty(1).float(), q.float(), k.float().mT, beta=0, alpha=scale)
-    return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
+        return torch.bmm(q.float(), k.float().mT)
+    return torch.bmm(q, k.mT, out_dtype=torch.float32)

@@ -26,6 +26,7 @@ def group_norm_silu(
     beside: Tensor | None = None,
     shift: Tensor | None = None,
     scale_shift: Tensor | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = act(n · (1 + scale) + offset), n = (t - mean) / sqrt(var + eps) · weight + bias, where t
     is x + shift + row + residual, followed by the channels of `beside`.
@@ -49,10 +50,11 @@ def group_norm_silu(
         shift: [C], added to every pixel of x (the bias of the convolution that made x).
         scale_shift: [B, 2 (C + C2)] of any batch stride: each picture's scale, then its offset.
             None: no modulation.
+        keep: return t without a residual, too.
 
     Returns:
-        y [B, Y, X, C + C2] and the sum x + shift + row + residual [B, Y, X, C], both contiguous;
-        the sum is empty ([0]) without a residual.
+        y and t, [B, Y, X, C + C2] each, contiguous; t is empty ([0]) without a residual, unless
+        `keep`.
 
     Raises:
         ValueError: the channels are not a multiple of groups, the activation is unknown, or a
@@ -87,6 +89,6 @@ def group_norm_silu(
             raise ValueError(
                 f"group_norm_silu: {name} is {list(part.shape)}; expected {list(shape)}"
             )
-    given = (row, residual, beside, shift, scale_shift)
+    given = (row, residual, beside, shift, scale_shift, keep)
     y, total = _op(x, weight, bias, groups, eps, act, *given)
     return y, total

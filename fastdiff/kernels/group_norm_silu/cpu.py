@@ -14,10 +14,10 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3}
 def run(a: Arguments) -> tuple[Tensor, Tensor]:
     x, row, residual = a.x, a.row, a.residual
     dtype = native_dtype("group_norm_silu", x)
-    if a.shift is not None or (a.beside is not None and residual is not None):
+    if a.shift is not None or a.keep or (a.beside is not None and residual is not None):
         raise NotNative(
-            "group_norm_silu: got shift, or beside with residual; the C++ kernel takes row, and"
-            " residual or beside"
+            "group_norm_silu: got shift, keep, or beside with residual; the C++ kernel takes row,"
+            " and residual or beside"
         )
     if a.beside is not None:
         x = concat.cpu.run(concat.spec.Arguments(x, a.beside))

@@ -84,6 +84,11 @@ def start(call: Callable[..., None], arch: int, a: Arguments) -> tuple[Tensor, T
             f"group_norm_silu: got act {a.act!r}{'' if a.scale_shift is None else ', scale_shift'};"
             " the CUDA kernel takes none or silu, and no scale_shift; use 'triton'"
         )
+    if a.summed and (a.beside is not None or a.residual is None):
+        raise ValueError(
+            "group_norm_silu: got keep, or beside with residual; the CUDA kernel returns the sum"
+            " of x and residual alone; use 'triton'"
+        )
     B, Y, X, C = a.x.shape
     C2 = 0 if a.beside is None else a.beside.shape[-1]
     if a.x.dtype not in DTYPES or not a.x.is_contiguous():

@@ -17,6 +17,7 @@ from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_
 from fastdiff.kernels.dispatch import expects
 from fastdiff.kernels.group_norm_silu.spec import Arguments
 from fastdiff.kernels.group_norm_silu.tiles import (
+    KEPT,
     RESIDUAL,
     ROW,
     SHIFT,
@@ -55,14 +56,14 @@ def _one_pass_kernel(
         beside_batch, row_stride, flags, ALIGN, SEGMENT, BORDER, P0, P1,
     )  # fmt: skip
     rows = tl.arange(0, ROWS)
-    tile0, tile1 = load_tiles(source, None, parts, rows, L, P1)
+    tile0, tile1 = load_tiles(source, None, parts, rows, L, flags, P1)
     tile0, tile1 = tile0.to(tl.float32), tile1.to(tl.float32)
     missing0, missing1 = added_of(vectors, parts, P1)
-    if flags & RESIDUAL != 0:
-        tile0 = sum_tile(tile0, source, missing0, parts[0], rows, L)
+    if flags & KEPT != 0:
+        tile0 = sum_tile(tile0, source, missing0, parts[0], rows, L, flags)
         missing0 = tl.zeros_like(missing0)
         if P1 > 0:
-            tile1 = sum_tile(tile1, source, missing1, parts[1], rows, L)
+            tile1 = sum_tile(tile1, source, missing1, parts[1], rows, L, flags)
             missing1 = tl.zeros_like(missing1)
     count = (rows < L).to(tl.float32)[:, None]
     length = 1.0 * L
@@ -101,7 +102,7 @@ def _statistics_kernel(
     if SUMMED:
         added = added_of(vectors, parts, P1)
     rows = tl.arange(0, ROWS)
-    next0, next1 = load_tiles(source, added, parts, rows, end, P1)
+    next0, next1 = load_tiles(source, added, parts, rows, end, flags, P1)
     mean0 = tl.zeros((ROWS, P0), tl.float32)
     mean1 = tl.zeros((ROWS, P1 if P1 > 0 else P0), tl.float32)
     square0, square1 = mean0, mean1
@@ -110,7 +111,7 @@ def _statistics_kernel(
         count = 1.0 * (start // ROWS)
         share = tl.where(start + rows < end, 1.0 / (count + 1.0), 0.0)[:, None]
         # load the next pixels while these are processed
-        next0, next1 = load_tiles(source, added, parts, start + ROWS + rows, end, P1)
+        next0, next1 = load_tiles(source, added, parts, start + ROWS + rows, end, flags, P1)
         mean0, square0 = merge(mean0, square0, count, tile0.to(tl.float32), None, share)
         if P1 > 0:
             mean1, square1 = merge(mean1, square1, count, tile1.to(tl.float32), None, share)
@@ -128,9 +129,8 @@ def _apply_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, scale_ptr,
     statistics_ptr, L, C, C2, beside_batch, row_stride, scale_stride, flags, W, eps, slab_rows,
     sum_ptr, out_ptr,
-    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, SUMMED: tl.constexpr,
-    GROUPS: tl.constexpr, GELU: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
+    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, GROUPS: tl.constexpr,
+    GELU: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalise a slab's rows, the last first, by the statistics of all slabs."""
     slabs = tl.num_programs(0)
@@ -141,14 +141,11 @@ def _apply_kernel(
         x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, sum_ptr, sample, start, L, C, C2,
         beside_batch, row_stride, flags, ALIGN, SEGMENT, BORDER, P0, P1,
     )  # fmt: skip
-    added = None
-    if SUMMED:
-        added = added_of(vectors, parts, P1)
     rows = (end - 1) // ROWS * ROWS + tl.arange(0, ROWS)
     # issued before the statistics are read
-    next0, next1 = load_tiles(source, added, parts, rows, end, P1)
+    next0, next1 = load_tiles(source, None, parts, rows, end, flags, P1)
     statistics_ptr += sample * slabs * 2 * C
-    missing = missing_of(vectors, parts, SUMMED, P1)
+    missing = added_of(vectors, parts, P1)
     moments0 = recall(statistics_ptr, slabs, slab_rows, L, C, missing[0], parts[0], P0)
     moments1 = moments0
     if P1 > 0:
@@ -163,7 +160,7 @@ def _apply_kernel(
     for _ in range(0, end, ROWS):
         tile0, tile1, here = next0, next1, rows
         rows -= ROWS
-        next0, next1 = load_tiles(source, added, parts, rows, end, P1)
+        next0, next1 = load_tiles(source, None, parts, rows, end, flags, P1)
         store_tile(out_ptr, tile0, line0, parts[0], here, end, C, flags, GELU)
         if P1 > 0:
             store_tile(out_ptr, tile1, line1, parts[1], here, end, C, flags, GELU)
@@ -179,7 +176,8 @@ class LaunchConfig:
     num_warps: int
 
 
-SEGMENT = 128  # least bytes of a row per program: a line of L1, four sectors
+# least bytes of a row per program: a line of L1, or a sector of it where only that fits on chip
+SEGMENT, SECTOR = 128, 32
 # warps by the most elements of a tile that stays on chip: 32 to 80 per thread. 16 warps have too
 # few registers each for 20480, and 40960 do not fit at all
 ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
@@ -192,12 +190,12 @@ SLAB_ROWS = 32  # least rows of a slab
 GROUPS = {True: 4, False: 16}
 
 
-def _groups_of_a_program(W: int, G: int, size: int) -> int:
-    """The fewest groups whose segments have SEGMENT bytes and begin at a multiple of 16 bytes."""
+def _groups_of_a_program(W: int, G: int, size: int, least: int = SEGMENT) -> int:
+    """The fewest groups whose segments have `least` bytes and begin at a multiple of 16 bytes."""
 
     def key(groups: int) -> tuple[int, bool, int]:
         width = groups * W * size
-        short = width < SEGMENT
+        short = width < least
         return -math.gcd(width, 16), short, -groups if short else groups
 
     return min((n for n in range(1, G + 1) if G % n == 0), key=key)
@@ -206,12 +204,13 @@ def _groups_of_a_program(W: int, G: int, size: int) -> int:
 @tunable("group_norm_silu")
 def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
     """The launch for B samples of L pixels in G groups of W channels of `size` bytes."""
-    groups = _groups_of_a_program(W, G, size)
-    parts = [part for part in power_parts(groups * W, 16 // size) if part]
-    width, rows = sum(parts), triton.next_power_of_2(L)
-    for most, num_warps in ONE_PASS.items():
-        if rows * width <= most:
-            return LaunchConfig(groups, rows, 0, num_warps)
+    rows = triton.next_power_of_2(L)
+    for least in (SEGMENT, SECTOR):
+        groups = _groups_of_a_program(W, G, size, least)
+        width = sum(power_parts(groups * W, 16 // size))
+        for most, num_warps in ONE_PASS.items():
+            if rows * width <= most:
+                return LaunchConfig(groups, rows, 0, num_warps)
     return _in_slabs(B, L, W, G, size, arch)
 
 
@@ -264,19 +263,19 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
     align = math.gcd(16 // size, segment, C, C2, row_stride)
     compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
     compiled["P0"], compiled["P1"] = power_parts(segment, 16 // size)
-    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.residual is not None}
-    groups = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
-    compiled |= {"GELU": a.act == "gelu", "GROUPS": groups}
+    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.summed, "GELU": a.act == "gelu"}
+    compiled["GROUPS"] = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
     out = a.x.new_empty((B, Y, X, C + C2))
-    total = a.x.new_empty(0 if a.residual is None else a.x.shape)
-    has = {ROW: a.row is not None, SHIFT: a.shift is not None, RESIDUAL: a.residual is not None}
-    flags = sum(flag.value for flag, is_so in (has | {SILU: a.act == "silu"}).items() if is_so)
+    total = a.x.new_empty(out.shape if a.summed else 0)
+    terms = {ROW: a.row, SHIFT: a.shift, RESIDUAL: a.residual}
+    flags = sum(flag.value for flag, term in terms.items() if term is not None)
+    flags += SILU.value * (a.act == "silu") + KEPT.value * a.summed
     given = {"row": a.row, "residual": a.residual, "beside": a.beside, "shift": a.shift}
     values: dict[str, Any] = {
         f"{name}_ptr": a.x if tensor is None else tensor for name, tensor in given.items()
     }
     values |= {"x_ptr": a.x, "weight_ptr": a.weight, "bias_ptr": a.bias, "out_ptr": out}
-    values |= {"sum_ptr": a.x if a.residual is None else total, "L": L, "C": C, "C2": C2, "W": W}
+    values |= {"sum_ptr": total if a.summed else a.x, "L": L, "C": C, "C2": C2, "W": W}
     values |= {"beside_batch": beside_batch, "row_stride": row_stride, "flags": flags}
     values["eps"] = float_bits(a.eps)
     slab_rows = triton.cdiv(L, max(1, config.slabs))
@@ -291,9 +290,10 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
         return (launch(_one_pass_kernel),), (out, total)
     values["statistics_ptr"] = a.x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
     first = launch(_statistics_kernel)
-    if a.residual is not None:  # the sum includes all that is added
-        values |= dict.fromkeys(("x_ptr", "row_ptr", "shift_ptr", "residual_ptr"), total)
-        values["flags"], compiled["SUMMED"] = flags & SILU.value, False
+    if a.summed:  # the sum has all that is added, and all channels
+        values |= dict.fromkeys([*(f"{name}_ptr" for name in given), "x_ptr"], total)
+        values |= {"flags": flags & SILU.value, "C": C + C2, "C2": 0, "beside_batch": 1}
+        compiled["BORDER"] = False
     return (first, launch(_apply_kernel)), (out, total)
 
 

@@ -33,6 +33,12 @@ class Arguments:
     beside: Tensor | None = None
     shift: Tensor | None = None
     scale_shift: Tensor | None = None
+    keep: bool = False
+
+    @property
+    def summed(self) -> bool:
+        """Whether t is returned."""
+        return self.keep or self.residual is not None
 
 
 def summed(
@@ -41,8 +47,8 @@ def summed(
     residual: Tensor | None = None,
     beside: Tensor | None = None,
     shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The normalised tensor [B, Y, X, C + C2], and x's part of it [B, Y, X, C]."""
+) -> Tensor:
+    """The normalised tensor [B, Y, X, C + C2]."""
     total = x
     if shift is not None:
         total = total + shift
@@ -50,17 +56,17 @@ def summed(
         total = total + row[:, None, None, :]
     if residual is not None:
         total = total + residual
-    return total if beside is None else CONCAT.reference(total, beside), total
+    return total if beside is None else CONCAT.reference(total, beside)
 
 
 def formula(a: Arguments) -> tuple[Tensor, Tensor]:
-    t, total = summed(a.x, a.row, a.residual, a.beside, a.shift)
+    t = summed(a.x, a.row, a.residual, a.beside, a.shift)
     y = F.group_norm(t.permute(0, 3, 1, 2), a.groups, a.weight, a.bias, a.eps).permute(0, 2, 3, 1)
     if a.scale_shift is not None:
         scale, offset = a.scale_shift[:, None, None, :].chunk(2, -1)
         y = y * (1 + scale) + offset
     y = ACTIVATIONS[a.act](y).contiguous()
-    return y, total.contiguous() if a.residual is not None else a.x.new_empty(0)
+    return y, t.clone() if a.summed else a.x.new_empty(0)
 
 
 def inputs(
@@ -87,16 +93,18 @@ def inputs(
         "beside": normal(B // case.get("parts", 1), Y, X, C2) * 2 if C2 else None,
         "shift": normal(C) if case.get("shift") else None,
         "scale_shift": normal(B, 2 * (C + C2) + 8)[:, 8:] if case.get("scaled") else None,
+        "keep": case.get("keep", False),
     }
 
 
 def _bytes(case: Case, size: int) -> int:
     pixels, C, C2 = case.B * case.Y * case.X, case.C, case.get("C2", 0)
-    x = pixels * C * (3 if case.get("residual") else 1)  # the residual is read, the sum is written
+    x = pixels * C * (2 if case.get("residual") else 1)
     beside = pixels // case.get("parts", 1) * C2
     channels = 2 * (C + C2) + bool(case.get("row")) * case.B * C + bool(case.get("shift")) * C
     channels += bool(case.get("scaled")) * 2 * case.B * (C + C2)
-    return int(size * (x + beside + pixels * (C + C2) + channels))
+    made = 2 if case.get("residual") or case.get("keep") else 1  # with the sum
+    return int(size * (x + beside + pixels * (C + C2) * made + channels))
 
 
 def _flops(case: Case) -> int:
@@ -110,16 +118,18 @@ def _flops(case: Case) -> int:
 CASES = (
     # the resnets and transformers of SD1.5 at 512², batch 2 (guidance)
     Case("sd15-64", B=2, Y=64, X=64, C=320, G=32, row=True),
-    Case("sd15-64-cat", B=1, Y=64, X=64, C=640, C2=320, G=32),
+    Case("sd15-64-cat", B=1, Y=64, X=64, C=640, C2=320, G=32, residual=True),
     Case("sd15-32-attn", B=2, Y=32, X=32, C=640, G=32, act="none", eps=1e-6),
-    Case("sd15-32-cat", B=2, Y=32, X=32, C=1280, C2=640, G=32, shift=True),
+    Case("sd15-32-cat", B=2, Y=32, X=32, C=1280, C2=640, G=32, shift=True, keep=True),
     Case("sd15-16", B=2, Y=16, X=16, C=1280, G=32, row=True, shift=True),
-    Case("sd15-16-cat-shared", B=2, Y=16, X=16, C=1280, C2=640, G=32, parts=2),
+    Case("sd15-16-cat-shared", B=2, Y=16, X=16, C=1280, C2=640, G=32, parts=2, keep=True),
     Case("sd15-8-cat", B=2, Y=8, X=8, C=1280, C2=1280, G=32),
     Case("sdxl-64", B=1, Y=64, X=64, C=640, G=32, row=True, shift=True),
     Case("sdxl-32-residual", B=1, Y=32, X=32, C=1280, G=32, residual=True),
     Case("vae-mid", B=1, Y=64, X=64, C=512, G=32, eps=1e-6),
     Case("vae-top", B=1, Y=256, X=256, C=128, G=32, eps=1e-6),
+    # DDPM at 256²: a program takes 16 channels of all pixels
+    Case("ddpm-32-cat", B=1, Y=32, X=32, C=256, C2=256, G=32, residual=True),
     # ADM at 64²: scale and shift from the timestep; DeepFloyd IF's GELU
     Case("adm-16-scaled", B=2, Y=16, X=16, C=576, G=32, scaled=True, shift=True),
     Case("if-8-gelu", B=2, Y=8, X=8, C=768, G=32, act="gelu", scaled=True),
@@ -136,7 +146,8 @@ CASES = (
     Case("odd-scaled", B=3, Y=9, X=5, C=42, G=6, act="gelu", row=True, scaled=True),
     # a group across an odd border, with all optional terms
     Case("odd-cat", B=4, Y=9, X=5, C=31, C2=14, G=5, parts=2, row=True, shift=True, residual=True),
-    Case("odd-cat-scaled", B=2, Y=47, X=31, C=31, C2=14, G=5, act="none", scaled=True),
+    Case("odd-kept", B=2, Y=5, X=3, C=35, G=5, shift=True, keep=True),
+    Case("odd-cat-scaled", B=2, Y=47, X=31, C=31, C2=14, G=5, act="none", scaled=True, keep=True),
 )
 
 SPEC = KernelSpec(

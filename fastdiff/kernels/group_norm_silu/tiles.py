@@ -22,8 +22,9 @@ from fastdiff.kernels.gelu_gate.gpu import gelu
 
 TABLE = tl.constexpr(16)
 """Slabs whose statistics are combined at a time."""
-ROW, SHIFT, RESIDUAL, SILU = (tl.constexpr(1 << bit) for bit in range(4))
-"""Bits of `flags`: the added terms, and SiLU at the end. GELU and modulation are compiled for."""
+ROW, SHIFT, RESIDUAL, SILU, KEPT = (tl.constexpr(1 << bit) for bit in range(5))
+"""Bits of `flags`: the added terms, SiLU at the end, and whether the sum is written. GELU and
+modulation are compiled for."""
 
 
 @triton.jit
@@ -55,7 +56,8 @@ def opened(
             x_ptr = beside_ptr
             stride = C2
         stride = stride // ALIGN * ALIGN
-    source = x_ptr, residual_ptr + first, beside_ptr, sum_ptr + first, stride, C, C2, BORDER
+    sum_ptr += (sample * L + start) * (C + C2)
+    source = x_ptr, residual_ptr + first, beside_ptr, sum_ptr, stride, C, C2, BORDER
     part0 = _part(0, P0, SEGMENT)
     part1 = part0
     if P1 > 0:
@@ -110,30 +112,32 @@ def _tile(source, part, rows, end):
 
 
 @triton.jit
-def sum_tile(tile, source, added, part, rows, end):
-    """The pixels of x + added + residual, which are also written, and those of `beside`."""
-    _, residual_ptr, _, sum_ptr, stride, C, _, _ = source
+def sum_tile(tile, source, added, part, rows, end, flags):
+    """The pixels of x + added + residual, and those of `beside`; both are also written."""
+    _, residual_ptr, _, sum_ptr, stride, C, C2, _ = source
     channels, exists = part
-    own = ((rows >= 0) & (rows < end))[:, None] & (exists & (channels < C))[None, :]
-    offsets = rows[:, None] * stride + channels[None, :]
+    inside = ((rows >= 0) & (rows < end))[:, None]
+    own = inside & (exists & (channels < C) & (channels < (flags & RESIDUAL) * C))[None, :]
     total = tile.to(tl.float32) + added[None, :]
+    offsets = rows[:, None] * stride + channels[None, :]
     total += tl.load(residual_ptr + offsets, mask=own, other=0.0).to(tl.float32)
-    total = tl.where(own, total, tile.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + offsets, total, mask=own)
+    inside = inside & exists[None, :]
+    total = tl.where(inside, total, 0.0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + (rows[:, None] * (C + C2) + channels[None, :]), total, mask=inside)
     return total.to(tile.dtype)
 
 
 @triton.jit
-def load_tiles(source, added, parts, rows, end, P1: tl.constexpr):
+def load_tiles(source, added, parts, rows, end, flags, P1: tl.constexpr):
     """Both tiles; with `added`, those of the sums."""
     tile0 = _tile(source, parts[0], rows, end)
     if added is not None:
-        tile0 = sum_tile(tile0, source, added[0], parts[0], rows, end)
+        tile0 = sum_tile(tile0, source, added[0], parts[0], rows, end, flags)
     tile1 = tile0
     if P1 > 0:
         tile1 = _tile(source, parts[1], rows, end)
         if added is not None:
-            tile1 = sum_tile(tile1, source, added[1], parts[1], rows, end)
+            tile1 = sum_tile(tile1, source, added[1], parts[1], rows, end, flags)
     return tile0, tile1
 
 
