@@ -114,10 +114,11 @@ def _ada_norm_kernel(
         sums = _with(sums, _limited(tiles[c] + others[c], LIMIT))
     for c in tl.static_range(N):
         inside = _inside(added - start, c, D, ROWS, CHUNK)
-        kept = sums[c]
-        if later_ptr is not None:
-            kept += _load(later_ptr, lane, inside, c)
-        _store(total_ptr + base, kept, offsets, inside, c)
+        if later_ptr is None:
+            _store(total_ptr + base, sums[c], offsets, inside, c)
+        else:
+            later = _load(later_ptr, lane, inside, c)
+            _store(total_ptr + base, sums[c] + later, offsets, inside, c)
     tiles = sums
 
     if not RMS:
