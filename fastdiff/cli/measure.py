@@ -104,8 +104,9 @@ def bench(
     check_steps(pipe, steps)
     height, width = check_size(pipe, height, width)
     kind = str(torch_dtype).removeprefix("torch.")
+    size = f"{width}×{height}" if height else "an embedding"
     settings = Settings(
-        case=f"{source.name}, {kind}, {device}, {width}×{height}, {steps} steps",
+        case=f"{source.name}, {kind}, {device}, {size}, {steps} steps",
         backends=names,
         asked=asked,
         device=device,
