@@ -115,12 +115,18 @@ def asked(place, code="import pupil; print(pupil.YEAR)"):
 
 @pytest.mark.parametrize(
     "repository",
-    [{"pyproject.toml": SETUPTOOLS.format(version=1)}],
+    [
+        pytest.param({}, id="zips"),
+        # it builds in an isolated environment of pip's, and has needs of its own
+        pytest.param(
+            {"pyproject.toml": SETUPTOOLS.format(version=1)},
+            id="setuptools",
+            marks=pytest.mark.product,
+        ),
+    ],
     indirect=True,
-    ids=["setuptools"],
 )
 def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypatch):
-    """setuptools builds it, in an isolated environment of pip's, and it has needs of its own."""
     monkeypatch.chdir(repository)
     monkeypatch.setenv("PYTHONPATH", f"{repository}{os.pathsep}/elsewhere")
     said = []
