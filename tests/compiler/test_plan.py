@@ -128,11 +128,11 @@ def planned(pipe):
 def test_float64_latents_follow_every_scheduler(pipe, name, options, allowed, prediction):
     config = {**BETAS, **options, "prediction_type": prediction}
     torch.manual_seed(4)
-    pipe.unet = UNet2DConditionModel(**ONE_LEVEL).eval()  # as few layers as can be: 6,000 steps
+    pipe.unet = UNet2DConditionModel(**ONE_LEVEL).eval()  # as few layers as can be: 2,000 steps
     pipe.to(torch.float64)
     pipe.scheduler = getattr(diffusers, name).from_config(config)
     plan = fastdiff.compile(copy.deepcopy(pipe))
-    for steps in (4, 25, 50):
+    for steps in (4, 25):  # 50, too, in runtime/test_schedulers.py
         assert relative_error(draw(plan, steps), draw(pipe, steps)) <= allowed, steps
     assert planned(plan), loops(plan)
 
