@@ -41,7 +41,6 @@ WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "maske
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "geglu"}
 """Ops that cuBLAS computes, in a workspace of its own."""
 WORKSPACE = 1 << 10
-UNLIMITED = 1 << 62
 
 Clock = dict[int, int]
 """By stream, how many of its launches have happened before."""
@@ -300,7 +299,7 @@ class Gpu:
         """By thread and stream."""
         self.loaded: set[Any] = set()
         self.hosted: list[StorageWeakRef] = []
-        self.capacity = UNLIMITED
+        self.capacity = 1 << 62
         self.warns = "default"
         self.searches: list[Any] = []
         """Convolutions that cuDNN was searched for, in order."""
@@ -429,8 +428,6 @@ class Gpu:
         self._remember(tensor, stream, former)
 
     def make_room(self, need: int) -> None:
-        if self.capacity == UNLIMITED:
-            return
         if self.reserved() + need > self.capacity and self.capturing is None:
             self.empty_cache()
         if self.reserved() + need > self.capacity:

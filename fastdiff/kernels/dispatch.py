@@ -230,10 +230,13 @@ def _check_request(spec: KernelSpec, which: str, arguments: Iterable[Any]) -> No
             f"{spec.name}: got tensors on {_list(sorted(devices))}; {which!r} takes those on"
             f" {_list(taken)}"
         )
-    if which == "triton" and tensors[0].dtype not in spec.dtypes:
-        raise ValueError(
-            f"{spec.name}: got {tensors[0].dtype}; {which!r} takes {_list(spec.dtypes)}"
-        )
+    if which != "triton":
+        return
+    first, *others = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    wrong = [first] if first not in spec.dtypes else []
+    wrong += [dtype for dtype in others if dtype not in (*spec.dtypes, torch.float32)]
+    if wrong:
+        raise ValueError(f"{spec.name}: got {wrong[0]}; {which!r} takes {_list(spec.dtypes)}")
 
 
 def interpreted() -> bool:

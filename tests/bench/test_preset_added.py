@@ -9,8 +9,7 @@ import torch
 
 from fastdiff.bench.gpus import gpu_named
 from fastdiff.bench.graph import launched, rows
-from fastdiff.bench.presets import PRESETS, blueprint, build
-from fastdiff.errors import UserError
+from fastdiff.bench.presets import PRESETS, blueprint
 from fastdiff.families.unet import example
 from fastdiff.models import Loan, borrow_unet
 
@@ -59,8 +58,3 @@ def test_any_scale_has_sizes_that_fit_together(name, scale):
     network = borrow_unet(net, Loan(net, rehearsal=True))
     assert all(a.heads * 64 == a.out.weight.shape[0] for a in network.mid.attentions)
     assert network.conv_out.weight.shape[0] == 2 * network.conv_in.weight.shape[1]
-
-
-def test_a_network_alone_draws_nothing():
-    with pytest.raises(UserError, match="the preset if is a network alone"):
-        build("if", 0.1, torch.float32, "cpu")

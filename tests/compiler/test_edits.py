@@ -202,11 +202,11 @@ def test_a_loan_that_fails_is_given_back(unet, monkeypatch):
     before = call(unet)
     place, calls = Loan._place, []
 
-    def no_memory(self, sources, *shape):
+    def no_memory(self, sources, *shape, **options):
         calls.append(shape)
         if not self._rehearsal and len(calls) > 60:
             raise MemoryError
-        return place(self, sources, *shape)
+        return place(self, sources, *shape, **options)
 
     monkeypatch.setattr(Loan, "_place", no_memory)
     with pytest.raises(MemoryError):

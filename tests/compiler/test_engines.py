@@ -117,21 +117,13 @@ def test_pictures_are_drawn_by_the_plan(on_engine, backend):
     assert loop_of(pipe).planned == 5
 
 
-ONE = {
-    "block_out_channels": (32,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
-"""Of the levels of a U-Net, for it is exported."""
-
-
 @pytest.mark.parametrize(
     "backend",
     # either is exported by the same lines, and reads that file in the tests above
     ["ort", pytest.param("openvino", marks=pytest.mark.product)],
 )
 def test_xl_exports_itself(components, backend):
-    pipe = StableDiffusionXLPipeline(**components(xl=True, dtype=torch.float32, unet=ONE))
+    pipe = StableDiffusionXLPipeline(**components(xl=True, dtype=torch.float32))
     fastdiff.compile(pipe, Options(backend=backend))
     hold(pipe)
     hold(pipe, height=48, width=32, original_size=(32, 32))
@@ -139,8 +131,7 @@ def test_xl_exports_itself(components, backend):
 
 
 def test_float16_that_overflows_goes_on_in_float32(components):
-    parts = components(dtype=torch.float32, unet=ONE)
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**components(dtype=torch.float32), requires_safety_checker=False)
     with torch.no_grad():
         pipe.unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
     exact = draw(copy.deepcopy(pipe))

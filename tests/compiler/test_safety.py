@@ -123,10 +123,10 @@ def test_memory_that_runs_out_leaves_no_half_loan(pipe, monkeypatch):
     before = draw(pipe)
     place = Loan._place
 
-    def no_memory(self, sources, *shape):
+    def no_memory(self, sources, *shape, **options):
         if not self._rehearsal and len(self._lent) > 40:
             raise MemoryError
-        return place(self, sources, *shape)
+        return place(self, sources, *shape, **options)
 
     pipe.unet.to(torch.float64).to(torch.float32)  # so that the next picture borrows anew
     with monkeypatch.context() as patch:

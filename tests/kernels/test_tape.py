@@ -14,7 +14,8 @@ NAMES = ("ada_norm", "attention", "joint_attention", "linear", "qk_norm", "resid
 TAKEN = {  # the others are the library's, which no tape holds
     "linear": lambda case: case.get("packed", True),
     "residual": lambda case: case.get("enlarge", 1) == 1 and not case.get("limit"),
-    "ada_norm": lambda case: not case.get("limit"),  # float16's, which has no C++ kernels
+    # no CPU limits sums, which is for float16, or keeps a bias for later
+    "ada_norm": lambda case: not case.get("limit") and not case.get("later"),
 }
 PARTS = {"joint_attention": lambda case: case.B if case.get("masked") else 1}
 """Calls of an op that takes more than one: a mask of each text is one for each sample."""

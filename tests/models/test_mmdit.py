@@ -437,7 +437,6 @@ def test_what_is_not_computed_is_refused():
     assert "PAGJointAttnProcessor2_0" in refused(processor(PAGJointAttnProcessor2_0))
     assert "in chunks" in refused(EDITS["chunks"])
     assert "a GELU" in refused(EDITS["gelu"])
-    assert "sinusoids" in refused(EDITS["sinusoid"])
     assert "unpatched at another size" in refused(EDITS["config"])
     assert "channels" in refused(EDITS["channels"])
     assert "positions" in refused(EDITS["size of positions"])

@@ -8,8 +8,6 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from small import ONE_LEVEL
 from torch.nn import functional as F
 
 import fastdiff
@@ -358,7 +356,7 @@ def test_nothing_is_searched_where_it_is_not_wanted(gpu, monkeypatch, how):
 # --- a pipeline ---
 
 
-def draw(pipe, prompt="red heart", steps=2, size=16, **options):
+def draw(pipe, prompt="red heart", steps=2, size=32, **options):
     generator = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "np"}
     return torch.as_tensor(
@@ -366,33 +364,15 @@ def draw(pipe, prompt="red heart", steps=2, size=16, **options):
     )
 
 
-@pytest.fixture(scope="module")
-def tiny(demo):
-    """The demo with the smallest U-Net and autoencoder: the stand-in looks at every op."""
-    torch.manual_seed(0)
-    with torch.inference_mode(False):
-        unet = UNet2DConditionModel(**ONE_LEVEL | {"cross_attention_dim": 128}).eval()
-        vae = AutoencoderKL(
-            block_out_channels=(16, 32),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=8,
-        ).eval()
-        parts = demo.components | {"unet": unet, "vae": vae}
-        pipe = type(demo)(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture
-def pipe(gpu, tiny):
+def pipe(gpu, demo):
     with torch.inference_mode(False):
-        return fastdiff.compile(copy.deepcopy(tiny))
+        return fastdiff.compile(copy.deepcopy(demo))
 
 
-def test_pictures_are_drawn_by_graphs(gpu, pipe, tiny):
+def test_pictures_are_drawn_by_graphs(gpu, pipe, demo):
     first = draw(pipe)
-    assert (first - draw(tiny)).abs().max() < 1e-3  # each plan has other last bits
+    assert (first - draw(demo)).abs().max() < 1e-3  # each plan has other last bits
     before = recordings.made()
     other = draw(pipe, "blue star", steps=5)
     assert recordings.made() == before + 1  # the decoder, at its second picture
@@ -407,7 +387,7 @@ def test_pictures_are_drawn_by_graphs(gpu, pipe, tiny):
 
 def test_sizes_come_and_go(gpu, pipe, monkeypatch):
     monkeypatch.setattr(recordings, "SHAPES", 2)
-    sizes = (16, 8, 12)
+    sizes = (32, 16, 24)
     first = {size: draw(pipe, size=size) for size in sizes}
     for size in (*sizes, *sizes):
         assert torch.equal(draw(pipe, size=size), first[size])
@@ -431,19 +411,19 @@ def test_a_lora_is_changed_and_taken_back(gpu, pipe):
     assert recordings.made() == made  # rewritten in place
 
 
-def test_restored_it_is_eager_again(gpu, pipe, tiny):
-    eager = draw(tiny)
+def test_restored_it_is_eager_again(gpu, pipe, demo):
+    eager = draw(demo)
     draw(pipe)
     draw(pipe)
     fastdiff.restore(pipe)
     assert torch.equal(draw(pipe), eager)
     del pipe
-    fastdiff.compile(again := copy.deepcopy(tiny))
+    fastdiff.compile(again := copy.deepcopy(demo))
     assert torch.equal(draw(again), draw(again))
 
 
-def test_without_tactics(gpu, tiny):
-    pipe = fastdiff.compile(copy.deepcopy(tiny), tactics=False)
+def test_without_tactics(gpu, demo):
+    pipe = fastdiff.compile(copy.deepcopy(demo), tactics=False)
     draw(pipe)
     draw(pipe)
     assert not gpu.searches
