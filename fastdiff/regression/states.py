@@ -21,6 +21,8 @@ from typing import IO
 from fastdiff.errors import UserError
 from fastdiff.regression.environments import beneath, install, lay_beneath, packages_of
 
+UNSET = ("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE")
+"""Environment variables that no state's processes have."""
 KEPT = 8
 """Environments in the cache; the least recently used are removed."""
 
@@ -36,8 +38,8 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         """The environment variables of its processes; PYTHONPATH without the other state's
-        folder."""
-        variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        folder. Both states keep bytecode: pip has written one's, and a first picture imports."""
+        variables = {k: v for k, v in os.environ.items() if k not in UNSET}
         if self.python != here_python() and "PYTHONPATH" in variables:
             paths = variables["PYTHONPATH"].split(os.pathsep)
             kept = [p for p in paths if not Path(p).resolve().is_relative_to(Path.cwd())]

@@ -249,6 +249,12 @@ def test_the_working_tree_is_what_runs_here(repository):
     assert states.here(repository).commit.endswith("-dirty")
 
 
+def test_no_state_imports_from_source_for_want_of_bytecode(repository, monkeypatch):
+    """pip has written the other state's, so its first picture would be the faster one."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in states.here(repository).environment()
+
+
 def test_requirements_alone_and_the_packages_they_change(tmp_path, repository):
     """A user's repository: a pipeline and the versions that it runs on."""
     wheel = tmp_path / "wheels"
