@@ -1,6 +1,5 @@
 """generate: a picture for each prompt, or for each row of a file of prompts."""
 
-import math
 import re
 from collections.abc import Iterator
 from io import BytesIO
@@ -22,6 +21,7 @@ from fastdiff.cli.options import (
     Variant,
     app,
     at_least,
+    finite_guidance,
     source_of,
     was_given,
 )
@@ -111,8 +111,7 @@ def generate(
 ) -> None:
     """Draw a picture of each prompt, all from the same seed; or of each row of a file."""
     at_least("--steps", steps, 1)
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
+    finite_guidance(guidance_scale)
     if (prompts is None) == (not prompt):
         raise UserError("give --prompt, once or several times, or --prompts with a file")
     for name in ("ray", "workers", "gpus_per_worker"):

@@ -4,6 +4,7 @@ Every command spells these the same way: the pipeline is the positional argument
 is made, `--json FILE` is where the machine-readable document goes.
 """
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -115,6 +116,12 @@ def at_least(option: str, value: int, least: int) -> None:
     """UserError unless the option's value is at least `least`."""
     if value < least:
         raise UserError(f"{option} is {value}; give at least {least}")
+
+
+def finite_guidance(scale: float | None) -> None:
+    """UserError unless --guidance-scale is a number, or absent."""
+    if scale is not None and not math.isfinite(scale):
+        raise UserError(f"--guidance-scale is {scale}; give a number, such as 4")
 
 
 def was_given(context: typer.Context, parameter: str) -> bool:

@@ -1,6 +1,5 @@
 """serve: a server that draws."""
 
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +15,7 @@ from fastdiff.cli.options import (
     Variant,
     app,
     at_least,
+    finite_guidance,
     source_of,
     was_given,
 )
@@ -100,8 +100,7 @@ def serve(
         raise UserError(f"--port is {port}; give a number from 0 to 65535")
     if steps > max_steps:
         raise UserError(f"--steps is {steps}, but --max-steps is {max_steps}; give fewer, or more")
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise UserError(f"--guidance-scale is {guidance_scale}; give a number, such as 4")
+    finite_guidance(guidance_scale)
     if max_pictures > capacity + queue:
         raise UserError(
             f"--max-pictures is {max_pictures}, but only {capacity + queue} may be drawn or wait;"

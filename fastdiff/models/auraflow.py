@@ -23,7 +23,7 @@ from fastdiff.kernels.where import on_gpu
 from fastdiff.models.auraflow_block import Branch, borrow_joint, borrow_single
 from fastdiff.models.blocks import Columns, repeated, require
 from fastdiff.models.borrow import Loan, Weights
-from fastdiff.models.checks import check_count, checked
+from fastdiff.models.checks import check_count, check_times, checked
 from fastdiff.models.embeddings import (
     Embedding,
     Sinusoid,
@@ -139,8 +139,8 @@ class AuraFlow:
         """
         text = conditions.encoder_hidden_states
         assert text is not None
-        times, many = timesteps.shape[1], text.shape[0]
-        require(times > 0 and many % times == 0, f"{times} timesteps for {many} texts")
+        many = text.shape[0]
+        check_times(timesteps, many)
         with scope("modulation"):
             timesteps = timesteps.to(text.device)
             told = embedded_times(self.sinusoid, self.time, timesteps, self.dtype, many)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.models.watch import Unsupported
+from fastdiff.tables import plural
 
 
 def refuse(**given: Any) -> None:
@@ -49,3 +50,11 @@ def check_count(name: str, tensor: Tensor, latents: Tensor, copies: int) -> None
             f"{name} is for {tensor.shape[0]} pictures; there are {latents.shape[0]} latents"
             + (f" in {copies} copies" if copies > 1 else "")
         )
+
+
+def check_times(timesteps: Tensor, count: int, what: str = "text") -> None:
+    """Raise Unsupported unless the n of timesteps [steps, n] divides `count`, how many of `what`
+    there are."""
+    times = timesteps.shape[1]
+    if times == 0 or count % times != 0:
+        raise Unsupported(f"{plural(times, 'timestep')} for {plural(count, what)}")

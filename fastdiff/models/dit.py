@@ -17,7 +17,7 @@ from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import open_attention, require, split_heads
 from fastdiff.models.borrow import Loan, Unsupported, Weights
-from fastdiff.models.checks import check_count, checked
+from fastdiff.models.checks import check_count, check_times, checked
 from fastdiff.models.class_embeddings import INDICES
 from fastdiff.models.embeddings import (
     Embedding,
@@ -123,8 +123,7 @@ class DiT(PatchTrunk):
         """
         labels = conditions.class_labels
         assert labels is not None
-        times, many = timesteps.shape[1], labels.shape[0]
-        require(times > 0 and many % times == 0, f"{times} timesteps for {many} labels")
+        check_times(timesteps, labels.shape[0], "label")
         with scope("modulation"):
             embedded = [F.silu(block.embedding(timesteps, labels)) for block in self.blocks]
             told = [(x, block.modulation) for x, block in zip(embedded, self.blocks, strict=True)]

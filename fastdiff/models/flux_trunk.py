@@ -19,12 +19,11 @@ from fastdiff.kernels.observe import scope
 from fastdiff.kernels.where import on_gpu
 from fastdiff.models.blocks import repeated, require
 from fastdiff.models.borrow import Weights
-from fastdiff.models.checks import check_count, checked
+from fastdiff.models.checks import check_count, check_times, checked
 from fastdiff.models.flux_blocks import Single
 from fastdiff.models.joint import JointBlock, Modulated
 from fastdiff.models.rotary import Rotary, Turns
 from fastdiff.models.stream import Stream
-from fastdiff.tables import plural
 
 LIMIT = 65504.0
 """The largest number of float16, at which diffusers clips the streams in that dtype."""
@@ -109,9 +108,7 @@ class FluxBlocks:
 
         diffusers rounds them to its own dtype before it embeds them.
         """
-        count, times = len(text), timesteps.shape[1]
-        many = times > 0 and count % times == 0
-        require(many, f"{plural(times, 'timestep')} for {plural(count, 'text')}")
+        check_times(timesteps, len(text))
         return timesteps.to(text.device).to(self.dtype) * 1000
 
     def constants(

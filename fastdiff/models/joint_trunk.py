@@ -12,14 +12,13 @@ from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import Columns, repeated, require
 from fastdiff.models.borrow import Loan, Weights
-from fastdiff.models.checks import check_count, checked
+from fastdiff.models.checks import check_count, check_times, checked
 from fastdiff.models.embeddings import TimeText, borrow_time_text
 from fastdiff.models.joint import JointBlock
 from fastdiff.models.patches import Patches, Positions, borrow_patches
 from fastdiff.models.reads import Reader
 from fastdiff.models.stream import Stream
 from fastdiff.models.weights import project
-from fastdiff.tables import plural
 
 
 def alike(text: Tensor) -> int:
@@ -94,10 +93,7 @@ class JointTrunk:
     def modulations(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """[steps, n] and [G·B, D''] -> [steps, G·B, all vectors]: one product for all steps."""
         with scope("modulation"):
-            many = timesteps.shape[1] > 0 and pooled.shape[0] % timesteps.shape[1] == 0
-            require(
-                many, f"{plural(timesteps.shape[1], 'timestep')} for {plural(len(pooled), 'text')}"
-            )
+            check_times(timesteps, len(pooled))
             embedded = F.silu(self.time_text(timesteps, pooled))
             return project(embedded, self.modulation)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import require
 from fastdiff.models.borrow import Loan, Unsupported, Weights
-from fastdiff.models.checks import check_count, checked
+from fastdiff.models.checks import check_count, check_times, checked
 from fastdiff.models.embeddings import Embedding, Sinusoid, borrow_embedding, borrow_sinusoid
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.patch_trunk import PatchTrunk
@@ -136,7 +136,7 @@ class PixArt(PatchTrunk):
         text, mask, added = conditions
         assert text is not None
         times, many = timesteps.shape[1], text.shape[0]
-        require(times > 0 and many % times == 0, f"{times} timesteps for {many} texts")
+        check_times(timesteps, many)
         if times > 1:
             timesteps = timesteps.repeat(1, many // times)
         with scope("modulation"):

@@ -17,7 +17,7 @@ from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import scope
 from fastdiff.models.blocks import Columns, repeated, require
 from fastdiff.models.borrow import Loan, Weights
-from fastdiff.models.checks import check_count, checked
+from fastdiff.models.checks import check_count, check_times, checked
 from fastdiff.models.embeddings import (
     Embedding,
     Sinusoid,
@@ -138,8 +138,8 @@ class Qwen:
                 states, bias = _trimmed([*both, (given.negative, given.negative_mask)])
             told, _ = self.text_norm(states.contiguous())
             told = project(told, self.context)
-        times, many = timesteps.shape[1], len(told)
-        require(times > 0 and many % times == 0, f"{times} timesteps for {many} texts")
+        many = len(told)
+        check_times(timesteps, many)
         with scope("modulation"):
             # diffusers rounds timesteps to its dtype before it embeds them
             timesteps = timesteps.to(text.device).to(self.dtype)

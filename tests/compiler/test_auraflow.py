@@ -10,11 +10,11 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
 )
+from exact import exact
 from peft import LoraConfig
 from small import AURAFLOW, noisy
 
 import fastdiff
-from fastdiff.bench.pixels import noise_as
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.kernels.contract import judge
@@ -53,17 +53,10 @@ def drawn(pipe, scale=3.5, used=9, images=1, **options):
     return torch.from_numpy(result)
 
 
-def exact(pipe, **call):
-    """The picture in float64, from the noise that float32 draws."""
-    double = copy.deepcopy(pipe).to(torch.float64)
-    with noise_as(double, torch.float32):
-        return drawn(double, **call)
-
-
 @pytest.mark.parametrize("call", [{}, {"scale": 1.0}, {"used": 40, "images": 3}], ids=str)
 def test_the_picture_report_and_restore(call):
     pipe = pipeline()
-    eager, truth = drawn(pipe, **call), exact(pipe, **call)
+    eager, truth = drawn(pipe, **call), exact(pipe, drawn, **call)
     fastdiff.compile(pipe)
     ours = drawn(pipe, **call)
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})

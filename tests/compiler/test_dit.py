@@ -1,7 +1,5 @@
 """DiT's pipeline compiled, beside itself eager."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import (
@@ -13,10 +11,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
+from exact import exact
 from small import DIT, noisy
 
 import fastdiff
-from fastdiff.bench.pixels import noise_as
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.kernels.contract import judge
@@ -48,19 +46,11 @@ def drawn(pipe, labels=(207, 3), scale=4.0):
     return torch.from_numpy(pipe(list(labels), generator=generator, **options).images)
 
 
-def exact(pipe, **call):
-    """The picture in float64, from the noise that float32 draws."""
-    double = copy.deepcopy(pipe).to(torch.float64)
-
-    with noise_as(double, torch.float32):
-        return drawn(double, **call)
-
-
 @pytest.mark.parametrize("scale", [4.0, 1.0, 0.5])  # at 1 and below it draws without guidance
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_picture_report_and_restore(scheduler, scale):
     pipe = pipeline(SCHEDULERS[scheduler]())
-    eager, truth = drawn(pipe, scale=scale), exact(pipe, scale=scale)
+    eager, truth = drawn(pipe, scale=scale), exact(pipe, drawn, scale=scale)
     fastdiff.compile(pipe)
     ours = drawn(pipe, scale=scale)
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
@@ -74,7 +64,7 @@ def test_the_picture_report_and_restore(scheduler, scale):
 
 def test_a_transformer_without_a_variance():
     pipe = pipeline(DDIMScheduler(clip_sample=False), out_channels=4)
-    eager, truth = drawn(pipe, (7,)), exact(pipe, labels=(7,))
+    eager, truth = drawn(pipe, (7,)), exact(pipe, drawn, labels=(7,))
     verdict = judge("picture", drawn(fastdiff.compile(pipe), (7,)), eager, truth)
     assert verdict.passed, verdict
     assert loop_of(pipe).planned == 1

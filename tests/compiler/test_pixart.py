@@ -1,7 +1,5 @@
 """PixArt's pipelines compiled, beside themselves eager."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import (
@@ -12,10 +10,10 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
+from exact import exact
 from small import PIXART, noisy
 
 import fastdiff
-from fastdiff.bench.pixels import noise_as
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.kernels.contract import judge
@@ -66,19 +64,11 @@ def drawn(pipe, scale=4.0, steps=4):
     return torch.from_numpy(images)
 
 
-def exact(pipe, **call):
-    """The picture in float64, from the noise that float32 draws."""
-    double = copy.deepcopy(pipe).to(torch.float64)
-
-    with noise_as(double, torch.float32):
-        return drawn(double, **call)
-
-
 @pytest.mark.parametrize("scale", [4.0, 1.0])
 @pytest.mark.parametrize("kind", PIPES)
 def test_the_picture_report_and_restore(kind, scale):
     pipe = pipeline(kind)
-    eager, truth = drawn(pipe, scale), exact(pipe, scale=scale)
+    eager, truth = drawn(pipe, scale), exact(pipe, drawn, scale=scale)
     fastdiff.compile(pipe)
     ours = drawn(pipe, scale)
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})

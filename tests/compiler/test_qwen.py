@@ -1,7 +1,5 @@
 """Qwen-Image's pipeline compiled, beside itself eager."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import (
@@ -10,10 +8,10 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from exact import exact
 from small import QWEN, noisy
 
 import fastdiff
-from fastdiff.bench.pixels import noise_as
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.kernels.contract import judge
@@ -48,18 +46,11 @@ def drawn(pipe, scale=4.0, images=1, lengths=(7, 4), **options):
     ).images
 
 
-def exact(pipe, **call):
-    """In float64, from the noise that float32 draws."""
-    double = copy.deepcopy(pipe).to(torch.float64)
-    with noise_as(double, torch.float32):
-        return drawn(double, **call)
-
-
 @pytest.mark.parametrize("call", [{}, {"scale": 1.0}, {"images": 2, "lengths": (9, 9)}], ids=str)
 def test_the_latents_report_and_restore(call):
     """True guidance makes every token as long as in the prediction with the text."""
     pipe = pipeline()
-    eager, truth = drawn(pipe, **call), exact(pipe, **call)
+    eager, truth = drawn(pipe, **call), exact(pipe, drawn, **call)
     fastdiff.compile(pipe)
     ours = drawn(pipe, **call)
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})

@@ -10,10 +10,10 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from exact import exact
 from small import ZIMAGE, noisy
 
 import fastdiff
-from fastdiff.bench.pixels import noise_as
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.kernels.contract import judge
@@ -48,18 +48,11 @@ def drawn(pipe, scale=5.0, images=1, lengths=(40, 5), **options):
     ).images
 
 
-def exact(pipe, **call):
-    """In float64, from the noise that float32 draws; its loop asks for float32's latents."""
-    double = copy.deepcopy(pipe).to(torch.float64)
-    with noise_as(double, torch.float32):
-        return drawn(double, **call)
-
-
 @pytest.mark.parametrize("call", [{}, {"scale": 0.0}, {"images": 2, "lengths": (9, 5)}], ids=str)
 def test_the_latents_report_and_restore(call):
     """Latents are float32 beside a network of any dtype."""
     pipe = pipeline()
-    eager, truth = drawn(pipe, **call), exact(pipe, **call)
+    eager, truth = drawn(pipe, **call), exact(pipe, drawn, **call)
     fastdiff.compile(pipe)
     ours = drawn(pipe, **call)
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
