@@ -8,6 +8,7 @@ import copy
 import gc
 import warnings
 
+import copying
 import pytest
 import torch
 from browsers import browser  # noqa: F401  a fixture
@@ -22,6 +23,7 @@ from fastdiff.kernels.dispatch import NATIVE
 
 mend()
 hasten()
+copying.hasten()
 as_warnings()
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):

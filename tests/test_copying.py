@@ -1,0 +1,25 @@
+"""The quicker copies of conftest.py are those that `copy` makes."""
+
+import copy
+from collections import OrderedDict
+
+import torch
+
+
+def test_ordered_dicts_and_sets_are_copied_as_ever():
+    shared = [1]
+    first = OrderedDict(b=shared, a={(1, 2)}, empty=OrderedDict(), none=set())
+    first["own"] = first
+    second = OrderedDict(a=shared)
+    second._metadata = {"version": shared}  # as of a state_dict
+    copied, other = copy.deepcopy([first, second])
+    assert [*copied] == [*first]
+    assert copied["own"] is copied is not first
+    assert copied["a"] == {(1, 2)}
+    assert copied["a"] is not first["a"]
+    assert copied["empty"] == OrderedDict()
+    assert type(copied["empty"]) is type(other) is OrderedDict
+    assert copied["empty"] is not first["empty"]
+    assert copied["b"] is other["a"] is other._metadata["version"] is not shared
+    state = copy.deepcopy(torch.nn.Linear(2, 2).state_dict())
+    assert state._metadata == torch.nn.Linear(2, 2).state_dict()._metadata
