@@ -30,6 +30,8 @@ SD_INPAINT, XL_INPAINT, PAG_INPAINT, XL_PAG_INPAINT = (
     replace(plan, noises="add_noise", constant_channels=("mask", "masked_image_latents"))
     for plan in (SD, XL, PAG, XL_PAG)
 )
+# diffusers' own loop raises where it would rescale perturbed guidance
+PAG_INPAINT = replace(PAG_INPAINT, refused={"guidance_rescale": lambda rescale: rescale > 0})
 LCM = replace(
     SD,
     conditions=_TEXT | {"timestep_cond": "w_embedding"},

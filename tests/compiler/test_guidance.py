@@ -77,6 +77,9 @@ def test_pipelines_that_start_from_a_picture(pag, hold, picture, mask):
         scales = {"guidance_scale": guidance_scale, "pag_scale": pag_scale}
         hold(pag(StableDiffusionPAGInpaintPipeline), "plan", **masked, **scales)
     hold(pag(StableDiffusionXLPAGInpaintPipeline), "plan", **masked)
+    pipe = fastdiff.compile(pag(StableDiffusionPAGInpaintPipeline))
+    with pytest.raises(UnboundLocalError):  # as in diffusers
+        pipe("red heart", **masked, guidance_rescale=0.7)
 
 
 def test_with_a_controlnet(components, hold, controlnet, picture):
