@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from fastdiff.compiler.guidance import ASKED, SkipLayers, skip_layers_of
+from fastdiff.compiler.guidance import ASKED, SkipLayers, predictions_of, skip_layers_of
 from fastdiff.compiler.inpainting import inpainting_of
 from fastdiff.compiler.loop_conditions import conditions_of, settings_of
 from fastdiff.families import family
@@ -127,8 +127,8 @@ def call_of(
     if callback is not None and not asks:
         raise Unsupported("after callback_on_step_end it could not resume in mid-loop")
     settings = settings_of(plan, local)
-    name = "do_classifier_free_guidance"
-    guided = bool(settings[name] if name in settings else getattr(pipe, name, False))
+    predictions = predictions_of(lambda name, other: settings.get(name, getattr(pipe, name, other)))
+    guided = predictions.guided
     if callback is not None and not guided and not own("encode_prompt"):
         raise Unsupported("its encode_prompt was replaced and may keep the embeddings it returns")
     if callback is not None and guided and plan.unconditional:
@@ -139,7 +139,7 @@ def call_of(
             raise Unsupported(f"it was given {name} of {local.get(name)}")
     denoised = family(recipe.networks[plan.network]).denoised
     assert denoised is not None
-    given = conditions_of(pipe, getattr(pipe, plan.network), plan, local, guided)
+    given = conditions_of(pipe, getattr(pipe, plan.network), plan, local, predictions)
     if callback is not None and any(isinstance(given[f], list) for f in plan.replaced.values()):
         raise Unsupported("a callback may replace a list of what the network is told")
     steps = local["timesteps"] if timesteps is None else timesteps

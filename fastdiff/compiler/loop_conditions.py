@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.compiler.guidance import Predictions
 from fastdiff.models import Unsupported
 from fastdiff.models.blocks import require
 from fastdiff.models.checks import channel_axis
@@ -23,18 +24,19 @@ def settings_of(plan: Plan, local: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conditions_of(
-    pipe: Any, network: Any, plan: Plan, local: Mapping[str, Any], guided: bool
+    pipe: Any, network: Any, plan: Plan, local: Mapping[str, Any], predictions: Predictions
 ) -> dict[str, Any]:
     """The network's conditions by field.
 
     Args:
         network: diffusers' own.
         local: the loop's variables.
-        guided: whether there is classifier-free guidance.
+        predictions: those of a step.
 
     It compares the entries of conditions that loops repeat, so it waits for a GPU once.
     """
     given: dict[str, Any] = {field: local.get(name) for field, name in plan.conditions.items()}
+    guided = predictions.guided
     for field, name in plan.unconditional.items() if guided else ():
         if name not in local:
             raise Unsupported(f"this version of diffusers has no {name} in its loop")
@@ -49,8 +51,11 @@ def conditions_of(
     axis = channel_axis(latents)
     own = latents.shape[axis]
     if plan.constant_channels and (plan.always or network.config.in_channels > own):
-        parts = [local[name] for name in plan.constant_channels]
-        given["constant_channels"] = _shared(torch.cat(parts, dim=axis), guided, len(latents))
+        constant = torch.cat([local[name] for name in plan.constant_channels], dim=axis)
+        # channels that are scaled with the latents are repeated with them
+        whole = len(latents) * (1 if plan.scaled == "input" else predictions.count)
+        require(len(constant) == whole, f"constant channels of {len(constant)} for {whole} inputs")
+        given["constant_channels"] = _shared(constant, guided, len(latents))
     return given | carried(pipe, plan) | dict(plan.fixed)
 
 

@@ -90,6 +90,15 @@ def test_inpainting(scheduler, hold):
     hold(pipe, "plan", **call, guidance_scale=1.0)
 
 
+def test_one_picture_for_two_embeddings_is_refused_as_by_diffusers():
+    """Its channels are not repeated for as many as there are latents."""
+    pipe = fastdiff.compile(made(KandinskyV22InpaintPipeline, in_channels=9))
+    call = told(2) | {"image": torch.rand(1, 3, 128, 192), "mask_image": torch.ones(1, 1, 128, 192)}
+    del call["prompt"]
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        pipe(**call, num_inference_steps=2)
+
+
 def test_what_a_plan_does_not_follow(hold):
     pipe = made(KandinskyV22Pipeline)
     quiet = lambda *call: call[-1]  # noqa: E731
