@@ -1,19 +1,20 @@
 """Requests that share a recorded step beside requests drawn otherwise, on the demo.
 
-    python -m benchmarks.batching check --requests 200
-    python -m benchmarks.batching speed --rounds 7 --json batching.json
+    python -m benchmarks.batching check --requests 200 --minutes 30 --json check.json
+    python -m benchmarks.batching speed --rounds 7 --json speed.json
 
 `check` draws random requests (5 to 50 steps, guidance, scheduler, arrival) in a batch and holds the
-latents of each to float64, within the error budget of the same request drawn alone. `speed` times,
-in random order, one picture after the other, batches that wait for their slowest picture, and a
-batch that is joined and left between steps.
+latents of each to float64, within the error budget of the same request drawn alone; what does not
+fit into the minutes is reported, and the exit is 1. `speed` times, in random order, one picture
+after the other, batches that wait for their slowest picture, a batch that is joined and left
+between steps, and one such batch for each core, with as many places in all.
 """
 
 import argparse
 import copy
 import itertools
 import json
-import os
+import math
 import random
 import sys
 import time
@@ -27,8 +28,10 @@ import diffusers
 import torch
 
 import fastdiff
+from benchmarks.clock import Budget
 from fastdiff.batching import Batch, Request, Ticket
 from fastdiff.batching.groups import Group
+from fastdiff.batching.worker import Worker
 from fastdiff.bench.machine import commit, machine, versions
 from fastdiff.bench.pixels import noise_as
 from fastdiff.bench.stats import speedup
@@ -42,7 +45,7 @@ SCHEDULERS = (
     *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
     *("LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
 )
-CAPACITY = 4
+CAPACITY, WORKERS = 4, "workers"
 
 
 def requests(
@@ -82,18 +85,29 @@ def called(pipe: Any, request: Request) -> Any:
         pipe.scheduler = before
 
 
-def check(count: int, seed: int, capacity: int, least: int = 5, most: int = 50) -> list[str]:
-    """Draw random requests in a batch; returns a sentence for each that is outside of its budget.
+def check(
+    count: int,
+    seed: int,
+    capacity: int,
+    least: int = 5,
+    most: int = 50,
+    *,
+    workers: int = 1,
+    minutes: float = math.inf,
+) -> list[dict[str, Any]]:
+    """Draw random requests in a batch; returns what was found of each that was compared within the
+    minutes, with `wrong`: why it is outside of its budget, if it is.
 
     The budget is the house's, with the same request drawn alone in place of eager: the error
     against float64 may be twice that of the picture drawn alone, plus one rounding.
     """
+    budget = Budget(minutes)
     pipe = fastdiff.compile(fastdiff.load_demo())
     exact = fastdiff.load_demo().to(torch.float64)
     for one in (pipe, exact):
         one.set_progress_bar_config(disable=True)
     drawn: list[tuple[Request, Ticket, list[Any]]] = []
-    with Batch(pipe, capacity) as batch:
+    with Batch(pipe, capacity, workers) as batch:
         for request, wait in requests(pipe, count, seed, least, most, unguided=0.3):
             time.sleep(wait)
             last: list[Any] = []
@@ -105,20 +119,22 @@ def check(count: int, seed: int, capacity: int, least: int = 5, most: int = 50) 
         for _, ticket, _ in drawn:
             ticket.result()
         stats = batch.stats()
-    wrong = []
+    print(f"{count} requests in {stats.steps} steps, {stats.filled / stats.steps:.2f} at a time")
+    found = []
     for request, ticket, (latents,) in drawn:
+        if not budget.left_s > 0:
+            break
         alone = called(pipe, request)
         with noise_as(exact, torch.float32):
             true = called(exact, request)
         verdict = judge("latents", latents, alone, true)
-        what = f"{type(request.scheduler).__name__}, {request.num_inference_steps} steps"
-        if ticket.alone:
-            wrong.append(f"{what}: drawn alone: {ticket.alone}")
+        why = f"drawn alone: {ticket.alone}" if ticket.alone else None
         if not verdict.passed:
-            told = f"error {verdict.error:.2e}, allowed {verdict.allowed:.2e}"
-            wrong.append(f"{what}, guidance {request.guidance_scale:.2f}: {told}")
-    print(f"{count} requests in {stats.steps} steps, {stats.filled / stats.steps:.2f} at a time")
-    return wrong
+            why = f"error {verdict.error:.2e}, allowed {verdict.allowed:.2e}"
+        told = {"scheduler": type(request.scheduler).__name__, "guidance": request.guidance_scale}
+        told |= {"steps": request.num_inference_steps, "seed": request.seed, "wrong": why}
+        found.append(told | {"error": verdict.error, "allowed": verdict.allowed})
+    return found
 
 
 class Kept(Group):
@@ -131,18 +147,18 @@ class Kept(Group):
         return self.most
 
 
-class Waiting(Batch):
+class Patient(Worker):
     """Takes requests only when all those before are done, and hands none over before."""
 
     group = Kept
 
-    def __init__(self, pipe: Any, capacity: int) -> None:
+    def __init__(self, *given: Any) -> None:
         self.notes: list[Callable[[], None]] = []
         """To be called when all are done."""
-        super().__init__(pipe, capacity)
+        super().__init__(*given)
 
     def _admit(self) -> bool:
-        if not self._drawings:
+        if not self.drawings:
             for note in self.notes:
                 note()
             self.notes.clear()
@@ -150,8 +166,20 @@ class Waiting(Batch):
 
     def _room(self, begun: int) -> bool:
         if begun == 0:
-            self._empty = not self._drawings
+            self._empty = not self.drawings
         return self._empty and begun < self.capacity
+
+
+class Waiting(Batch):
+    """A batch of pictures that wait for the slowest of them."""
+
+    worker = Patient
+
+    @property
+    def notes(self) -> list[Callable[[], None]]:
+        (worker,) = self._queue.workers
+        assert isinstance(worker, Patient)
+        return worker.notes
 
 
 def in_turn(pipe: Any, asked: list[tuple[Request, float]]) -> list[float]:
@@ -173,10 +201,14 @@ def in_turn(pipe: Any, asked: list[tuple[Request, float]]) -> list[float]:
     return taken
 
 
-def batched(kind: type[Batch]) -> Callable[[Any, list[tuple[Request, float]]], list[float]]:
+def batched(
+    kind: type[Batch], workers: int = 1
+) -> Callable[[Any, list[tuple[Request, float]]], list[float]]:
+    """A way to draw in a batch whose workers have `CAPACITY` places in all."""
+
     def draw(pipe: Any, asked: list[tuple[Request, float]]) -> list[float]:
         ends: dict[int, float] = {}
-        with kind(pipe, CAPACITY) as batch:
+        with kind(pipe, max(1, CAPACITY // workers), workers) as batch:
             start, due, tickets = time.perf_counter(), 0.0, []
             for number, (request, wait) in enumerate(asked):
                 due += wait
@@ -198,7 +230,12 @@ def batched(kind: type[Batch]) -> Callable[[Any, list[tuple[Request, float]]], l
     return draw
 
 
-WAYS = {"alone": in_turn, "waiting": batched(Waiting), "continuous": batched(Batch)}
+def ways() -> dict[str, Any]:
+    """The ways to draw, by their names. A worker for each of torch's threads, if it has several."""
+    found = {"alone": in_turn, "waiting": batched(Waiting), "continuous": batched(Batch)}
+    if (threads := torch.get_num_threads()) > 1:
+        found[WORKERS] = batched(Batch, threads)
+    return found
 
 
 def speed(rounds: int, count: int, seed: int, least: int = 5, most: int = 50) -> dict[str, Any]:
@@ -206,27 +243,27 @@ def speed(rounds: int, count: int, seed: int, least: int = 5, most: int = 50) ->
     until requests of the least steps are drawn that come beside others of the most."""
     pipe = fastdiff.compile(fastdiff.load_demo())
     pipe.set_progress_bar_config(disable=True)
-    order = random.Random(seed)
+    order, by_name = random.Random(seed), ways()
     warm = [(request, 0.0) for request, _ in requests(pipe, count, seed, least, least)]
-    for draw in WAYS.values():
+    for draw in by_name.values():
         draw(pipe, warm)
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    seconds: dict[str, list[float]] = {name: [] for name in by_name}
     for number in range(rounds):
         asked = [(request, 0.0) for request, _ in requests(pipe, count, seed + number, least, most)]
-        for name in order.sample(list(WAYS), len(WAYS)):
+        for name in order.sample(list(by_name), len(by_name)):
             start = time.perf_counter()
-            WAYS[name](pipe, asked)
+            by_name[name](pipe, asked)
             seconds[name].append(time.perf_counter() - start)
     each = median(seconds["alone"]) / count
-    short: dict[str, list[float]] = {name: [] for name in ("waiting", "continuous")}
+    short: dict[str, list[float]] = {name: [] for name in by_name if name != "alone"}
     for number in range(rounds):
         mixed = []
         asked = requests(pipe, count, seed + 1000 + number)
         for (request, _), many in zip(asked, itertools.cycle((least, most)), strict=False):
             wait = order.expovariate(1 / (1.25 * each))  # a load of 0.8
             mixed.append((replace(request, num_inference_steps=many), wait))
-        for name in order.sample(list(short), 2):
-            taken = WAYS[name](pipe, mixed)
+        for name in order.sample(list(short), len(short)):
+            taken = by_name[name](pipe, mixed)
             short[name] += taken[::2]
     return {"seconds": seconds, "short": short, "requests": count}
 
@@ -241,28 +278,55 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="with check: of the batch")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="with check: at most")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    found: dict[str, Any]
     if given.what == "check":
-        wrong = check(given.requests or 200, given.seed, CAPACITY)
-        print(*wrong, "every picture is within its budget" if not wrong else "", sep="\n")
-        return bool(wrong)
-    found = speed(given.rounds, given.requests or 24, given.seed)
+        count = given.requests or 200
+        more = {"workers": given.workers, "minutes": given.minutes}
+        compared = check(count, given.seed, max(1, CAPACITY // given.workers), **more)
+        found = {"requests": count, "compared": compared}
+        failed = tell_check(count, compared)
+    else:
+        found = speed(given.rounds, given.requests or 24, given.seed)
+        tell_speed(found)
+        failed = False
+    if given.json:
+        facts = {"command": sys.argv, "threads": torch.get_num_threads()}
+        facts |= {"machine": machine(), "versions": versions(), "commit": commit()}
+        write_text(given.json, json.dumps(finite(facts | found), indent=1) + "\n")
+    return failed
+
+
+def tell_check(count: int, compared: list[dict[str, Any]]) -> bool:
+    """Print what `check` found; whether a picture is outside of its budget, or was left out."""
+    wrong = [one for one in compared if one["wrong"]]
+    for one in wrong:
+        of = f"{one['scheduler']}, {one['steps']} steps, guidance {one['guidance']:.2f}"
+        print(f"{of}: {one['wrong']}")
+    if len(compared) < count:
+        print(f"the minutes are over: {count - len(compared)} of {count} were not compared")
+    elif not wrong:
+        print("every picture is within its budget")
+    return bool(wrong) or len(compared) < count
+
+
+def tell_speed(found: dict[str, Any]) -> None:
+    """Print what `speed` found."""
     seconds, short = found["seconds"], found["short"]
     for name, taken in seconds.items():
         print(f"{name:<10} {found['requests'] / median(taken):6.2f} pictures/s")
-    for name in ("alone", "waiting"):
-        print(f"continuous beside {name}: {speedup(seconds[name], seconds['continuous'])}")
+    for name in (one for one in ("continuous", WORKERS) if one in seconds):
+        for other in ("alone", "waiting"):
+            print(f"{name} beside {other}: {speedup(seconds[other], seconds[name])}")
     for name, taken in short.items():
+        times = p95(short["waiting"]) / p95(taken)
         print(
-            f"5 steps beside 50, {name:<10}: p95 {p95(taken):.2f} s, median {median(taken):.2f} s"
+            f"5 steps beside 50, {name:<10}: p95 {p95(taken):.2f} s, median {median(taken):.2f} s;"
+            f" waiting's p95 is {times:.2f} times as long"
         )
-    print(f"p95 {p95(short['waiting']) / p95(short['continuous']):.2f} times lower")
-    if given.json:
-        facts = {"command": sys.argv, "threads": os.environ.get("OMP_NUM_THREADS")}
-        facts |= {"machine": machine(), "versions": versions(), "commit": commit()}
-        write_text(given.json, json.dumps(finite(facts | found), indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

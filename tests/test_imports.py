@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "demo": set(),
     "batching": {"models", "runtime", "families", "compiler"},
     "bench": {"kernels", "models", "runtime", "families", "compiler", "demo"},
-    "bulk": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
+    "bulk": {"kernels", "models", "runtime", "compiler", "demo", "batching", "bench"},
     "regression": {"kernels", "models", "runtime", "compiler", "demo", "bench"},
     "serve": {"batching", "bench"},
 }

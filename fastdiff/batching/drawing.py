@@ -8,6 +8,7 @@ after the loop.
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ class _Alone(Exception):
 class Drawing:
     """A request that is being drawn: the `Driver` of its own pipeline's loop."""
 
-    def __init__(self, ticket: Ticket, pipe: Any) -> None:
-        """pipe: the compiled pipeline, of which this draws with a copy that shares its networks."""
-        self.ticket, self._pipe = ticket, pipe
+    def __init__(self, ticket: Ticket, pipe: Any, own: Mapping[str, Any]) -> None:
+        """pipe: the compiled pipeline, of which this draws with a copy that shares its networks.
+        own: components of this thread, in place of the pipeline's."""
+        self.ticket, self._pipe, self._own = ticket, pipe, own
         self.seat: Seat | None = None
         """The picture, while its next step is the batch's to run."""
         self.plans: Plans | None = None
@@ -69,7 +71,7 @@ class Drawing:
         self.ticket.check()
         request, pipe = self.ticket.request, copy.copy(self._pipe)
         chosen = pipe.scheduler if request.scheduler is None else request.scheduler
-        vars(pipe)["scheduler"] = copy.deepcopy(chosen)
+        vars(pipe).update({**self._own, "scheduler": copy.deepcopy(chosen)})
         pipe.set_progress_bar_config(disable=True)
         recipe = recipe_of(pipe)
         whole = loop_of(self._pipe)
@@ -93,6 +95,7 @@ class Drawing:
             request.prompt,
             num_inference_steps=request.num_inference_steps,
             generator=generator,
+            output_type=request.output_type,
             **told,
         ).images[0]
 

@@ -30,6 +30,7 @@ class Request:
             None: another picture each time.
         height, width: in pixels, both or neither; None: the pipeline's own size.
         scheduler: a diffusers scheduler, of which a copy is used; None: the pipeline's.
+        output_type: "pil", or "np" for float32 [H, W, 3] from 0 to 1.
         on_step: called after each step as on_step(step, steps, latents), in the batch's thread,
             which waits for it: the steps done, all steps, and a copy of the latents [1, C, Y, X] in
             the pipeline's dtype. What it raises ends this request. Steps are calls of the network,
@@ -47,6 +48,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     scheduler: Any = None
+    output_type: str = "pil"
     on_step: OnStep | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class Request:
         methods = hasattr(self.scheduler, "set_timesteps") and hasattr(self.scheduler, "step")
         usable = self.scheduler is None or (methods and not isinstance(self.scheduler, type))
         _check("scheduler", self.scheduler, usable, "a diffusers scheduler or None")
+        kind = self.output_type
+        _check("output_type", kind, kind in ("pil", "np"), '"pil" or "np"')
         called = self.on_step is None or callable(self.on_step)
         _check("on_step", self.on_step, called, "a function or None")
 
@@ -93,7 +97,7 @@ class Ticket:
         self._cancelled = threading.Event()
 
     def result(self, timeout: float | None = None) -> Any:
-        """The PIL picture; waits for it.
+        """The picture, as the request's `output_type` says; waits for it.
 
         timeout: in seconds; None: no limit.
 

@@ -83,9 +83,16 @@ def available() -> int | None:
 
 
 @contextmanager
+def limited(device: str) -> Iterator[None]:
+    """In this block an allocation that does not fit fails, where Linux would grant it and kill the
+    process when the memory is used. Blocks of several threads must not overlap."""
+    with _limit(None if device.startswith("cuda") else available()):
+        yield
+
+
+@contextmanager
 def _limit(free: int | None) -> Iterator[None]:
-    """Limit this process to `free` more bytes: an allocation then fails, where Linux would grant it
-    and kill the process when it is used."""
+    """Limit this process to `free` more bytes; None: no limit."""
     if free is None:
         yield
         return

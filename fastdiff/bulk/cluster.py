@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import installed
-from fastdiff.bulk.painter import Drawn, Painter, Setup
+from fastdiff.bulk.painter import ON_A_GPU, Drawn, Painter, Setup, attempts
 from fastdiff.bulk.prompts import Row
 from fastdiff.errors import UserError, first_line
 
@@ -30,6 +30,8 @@ class Cluster:
 
     address: str = LOCAL
     """"local", "auto" for the cluster of this machine, or "ray://HOST:PORT"."""
+    capacity: int | None = None
+    """Rows that an actor draws at the same time; None: what suits its device."""
     workers: int | None = None
     """Actors; None: as many as the GPUs hold, or one for each CPU without GPUs."""
     gpus: float | None = None
@@ -37,15 +39,16 @@ class Cluster:
 
 
 class _Actor:
-    """A compiled pipeline; Ray calls it with a batch of one row."""
+    """A compiled pipeline; Ray calls it with as many rows as it draws at the same time."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._painter = Painter(setup)
+    def __init__(self, setup: Setup, capacity: int | None) -> None:
+        self._painter, self._capacity = Painter(setup), capacity
         self._painter.compile()
         self._painter.pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        drawn = [self._painter.attempt(Row(**json.loads(row))) for row in batch["row"]]
+        rows = [Row(**json.loads(row)) for row in batch["row"]]
+        drawn = list(attempts(self._painter, rows, None, self._capacity))
         return {
             "number": [one.row.number for one in drawn],
             "picture": [one.picture or b"" for one in drawn],
@@ -89,7 +92,7 @@ class Joined:
     """A cluster in use."""
 
     def __init__(self, ray: Any, cluster: Cluster, setup: Setup) -> None:
-        self._ray = ray
+        self._ray, self._capacity = ray, cluster.capacity
         has = ray.cluster_resources()
         on_cpu = setup.device == "cpu" or not has.get("GPU")
         self._gpus = (0.0 if on_cpu else 1.0) if cluster.gpus is None else cluster.gpus
@@ -139,8 +142,8 @@ class Joined:
         )
         made = given.map_batches(
             _Actor,
-            fn_constructor_args=(self.setup,),
-            batch_size=1,
+            fn_constructor_args=(self.setup, self._capacity),
+            batch_size=self._capacity or (ON_A_GPU if self._gpus else 1),
             compute=data.ActorPoolStrategy(size=self._workers),
             num_gpus=self._gpus or None,
             num_cpus=None if self._gpus else 1,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fastdiff.errors import UserError
 from fastdiff.tables import plural
 
 if TYPE_CHECKING:
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from fastdiff.bulk.prompts import Row
 
 
-def draw_file(prompts: Path, out: Path, setup: "Setup", own: "Row", parallel: str | None) -> None:
+def draw_file(
+    prompts: Path,
+    out: Path,
+    setup: "Setup",
+    own: "Row",
+    parallel: str | None,
+    capacity: int | None,
+    workers: int | None,
+) -> None:
     """Draw the rows of a file that are missing in a folder, here or as one of torchrun's ranks.
 
     own: what rows say nothing of. Exits with 1 if a row failed.
@@ -32,6 +41,10 @@ def draw_file(prompts: Path, out: Path, setup: "Setup", own: "Row", parallel: st
     asked = _asked(setup, own, check_device(setup.device))
     jobs.check(out, given, asked)
     setup, ranks, shared = joined(setup, parallel, DATA)
+    for name, value in (("--capacity", capacity), ("--workers", workers)):
+        if value is not None and (setup.eager or ranks is not None):
+            what = "--eager" if setup.eager else "torchrun"
+            raise UserError(f"{name} goes without {what}, which draws one picture at a time")
     painter = Painter(setup)
     rows = painter.completed(_filled(given, own), prompts)
     painter.compile(GUIDANCE if ranks is not None and shared == GUIDANCE else None)
@@ -39,14 +52,17 @@ def draw_file(prompts: Path, out: Path, setup: "Setup", own: "Row", parallel: st
     divided = ranks if shared == DATA else None
     if ranks is not None and ranks.rank:
         numbers: set[int] = set(ranks.told(None)[0] or ())
-        for _ in attempts(painter, [row for row in rows if row.number in numbers], divided):
+        for _ in attempts(painter, [row for row in rows if row.number in numbers], divided, 1):
             pass  # the first rank writes
         return
     with jobs.opened(out, given, rows, asked) as job:
         missing = job.missing
-        if ranks is not None:
+        if ranks is None:
+            drawn = attempts(painter, missing, None, capacity, workers or 1)
+        else:
             ranks.told([row.number for row in missing])
-        _fill(job, attempts(painter, missing, divided))
+            drawn = attempts(painter, missing, divided, 1)
+        _fill(job, drawn)
     _end(job)
 
 
@@ -56,6 +72,7 @@ def draw_file_by_ray(
     setup: "Setup",
     own: "Row",
     address: str,
+    capacity: int | None,
     workers: int | None,
     gpus: float | None,
 ) -> None:
@@ -65,7 +82,7 @@ def draw_file_by_ray(
     from fastdiff.bulk.prompts import read
 
     given = read(prompts, own.seed)
-    with joined(Cluster(address, workers, gpus), setup) as cluster:
+    with joined(Cluster(address, capacity, workers, gpus), setup) as cluster:
         asked = _asked(cluster.setup, own, str(cluster.setup.device))
         jobs.check(out, given, asked)
         rows = cluster.completed(_filled(given, own), prompts)

@@ -12,13 +12,16 @@ from fastdiff.cli.options import (
     Config,
     Device,
     Dtype,
+    GpusPerWorker,
     Lora,
     Pipeline,
+    RayAddress,
     Scheduler,
     Seed,
     Side,
     Steps,
     Variant,
+    Workers,
     app,
     at_least,
     finite_guidance,
@@ -84,38 +87,25 @@ def generate(
             " the ranks draw different pictures. Default: data with --prompts, else guidance."
         ),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="With --prompts: draw by Ray. local starts a cluster on this machine, auto joins"
-            " the one that runs here, ray://HOST:PORT another one.",
-        ),
-    ] = None,
-    workers: Annotated[
+    capacity: Annotated[
         int | None,
         typer.Option(
-            help="With --ray: processes that draw. Default: as many as the GPUs hold, or one for"
-            " each CPU.",
+            help="With --prompts: pictures that a worker draws at the same time. Default: 4 on a"
+            " GPU, 1 on a CPU.",
             min=1,
         ),
     ] = None,
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(
-            help="With --ray: GPUs of a worker; 0.5 lets two share one. Default: 1, or 0 where"
-            " there are none.",
-            min=0.0,
-        ),
-    ] = None,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
 ) -> None:
     """Draw a picture of each prompt, all from the same seed; or of each row of a file."""
     at_least("--steps", steps, 1)
     finite_guidance(guidance_scale)
     if (prompts is None) == (not prompt):
         raise UserError("give --prompt, once or several times, or --prompts with a file")
-    for name in ("ray", "workers", "gpus_per_worker"):
-        needed = "prompts" if name == "ray" else "ray"
+    for name in ("ray", "workers", "capacity", "gpus_per_worker"):
+        needed = "ray" if name == "gpus_per_worker" else "prompts"
         if was_given(context, name) and context.params[needed] is None:
             raise UserError(f"--{name.replace('_', '-')} goes with --{needed}")
     if ray is not None and parallel is not None:
@@ -129,9 +119,9 @@ def generate(
         from fastdiff.cli.bulk import draw_file, draw_file_by_ray
 
         if ray is not None:
-            draw_file_by_ray(prompts, out, setup, own, ray, workers, gpus_per_worker)
+            draw_file_by_ray(prompts, out, setup, own, ray, capacity, workers, gpus_per_worker)
         else:
-            draw_file(prompts, out, setup, own, parallel)
+            draw_file(prompts, out, setup, own, parallel, capacity, workers)
     else:
         _draw(prompt or [], out, setup, own, parallel)
 

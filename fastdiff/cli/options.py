@@ -82,6 +82,31 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU.")
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Draw by Ray. local starts a cluster on this machine, auto joins the one that runs"
+        " here; or the address of another one.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="How many draw at the same time: threads that divide the cores of a CPU, 1 by default;"
+        " with --ray processes, by default as many as the GPUs hold, or one for each CPU.",
+        min=1,
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        help="With --ray: GPUs of a worker; 0.5 lets two share one. Default: 1, or 0 where there"
+        " are none.",
+        min=0.0,
+    ),
+]
 PRESETS = (
     "sd15, sd21, sdxl, tiny, ldm, x4, ddpm-cifar, ddpm-256, consistency-64, dit-256, dit-512,"
     " pixart-sigma, flux, flux2, auraflow, z-image, qwen-image, prior, unclip, kandinsky22, if,"

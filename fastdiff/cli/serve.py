@@ -8,11 +8,14 @@ from fastdiff.cli.options import (
     Config,
     Device,
     Dtype,
+    GpusPerWorker,
     Lora,
     Pipeline,
+    RayAddress,
     Scheduler,
     Steps,
     Variant,
+    Workers,
     app,
     at_least,
     finite_guidance,
@@ -33,7 +36,9 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for one that is free.")] = 8000,
-    capacity: Annotated[int, typer.Option(help="Pictures drawn at the same time.")] = 4,
+    capacity: Annotated[
+        int, typer.Option(help="Pictures that a worker draws at the same time.")
+    ] = 4,
     queue: Annotated[int, typer.Option(help="Pictures that may wait; above it 429.")] = 32,
     api_key: Annotated[
         str | None,
@@ -59,30 +64,9 @@ def serve(
             help="Of a picture. Default: half as many again as the pipeline's own size has."
         ),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Draw by Ray. local starts a cluster on this machine, auto joins the one that"
-            " runs here, HOST:PORT another one that this machine belongs to.",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="With --ray: processes that draw, at most. Default: as many as the GPUs hold, or"
-            " one for each CPU.",
-            min=1,
-        ),
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(
-            help="With --ray: GPUs of a worker; 0.5 lets two share one. Default: 1, or 0 where"
-            " there are none.",
-            min=0.0,
-        ),
-    ] = None,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
     scheduler: Scheduler = None,
     lora: Lora = None,
     variant: Variant = None,
@@ -101,14 +85,10 @@ def serve(
     if steps > max_steps:
         raise UserError(f"--steps is {steps}, but --max-steps is {max_steps}; give fewer, or more")
     finite_guidance(guidance_scale)
-    if max_pictures > capacity + queue:
-        raise UserError(
-            f"--max-pictures is {max_pictures}, but only {capacity + queue} may be drawn or wait;"
-            " give a larger --queue"
-        )
-    for name in ("workers", "gpus_per_worker"):
-        if was_given(context, name) and ray is None:
-            raise UserError(f"--{name.replace('_', '-')} goes with --ray")
+    if ray is None or workers is not None:  # else the cluster says how many there are
+        _check_room(max_pictures, capacity * (workers or 1) + queue)
+    if was_given(context, "gpus_per_worker") and ray is None:
+        raise UserError("--gpus-per-worker goes with --ray")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
         raise UserError("--api-key is empty or has characters that HTTP has not; give another")
     from fastdiff.serve.app import make
@@ -118,7 +98,8 @@ def serve(
 
     bound = listening(host, port)
     source = source_of(context)
-    opening = Opening(source, dtype, device, capacity, steps, guidance_scale, max_pixels)
+    here = 1 if ray is not None else workers or 1
+    opening = Opening(source, dtype, device, capacity, here, steps, guidance_scale, max_pixels)
     engine: Engine
     if ray is not None:
         from fastdiff.serve.replicas import Replicas
@@ -127,10 +108,20 @@ def serve(
     else:
         engine = opening.painter()
     limits = Limits(queue=queue, steps=max_steps, pictures=max_pictures)
-    web = make(engine, source.name, limits, api_key)
-    bound.listen()  # who reads the next line may connect
-    typer.echo(f"fastdiff: {source.name} at {url_of(bound)}", err=True)
     try:
+        _check_room(max_pictures, engine.places + queue)
+        web = make(engine, source.name, limits, api_key)
+        bound.listen()  # who reads the next line may connect
+        typer.echo(f"fastdiff: {source.name} at {url_of(bound)}", err=True)
         run(web, bound, limits.patience)
     finally:
         engine.close()
+
+
+def _check_room(pictures: int, room: int) -> None:
+    """UserError unless a request of so many pictures can be drawn, or wait."""
+    if pictures > room:
+        raise UserError(
+            f"--max-pictures is {pictures}, but only {room} may be drawn or wait; give a larger"
+            " --queue"
+        )

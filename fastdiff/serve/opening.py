@@ -21,6 +21,7 @@ class Opening:
     dtype: str | None
     device: str | None
     capacity: int
+    workers: int
     steps: int
     guidance_scale: float | None
     pixels: int | None
@@ -41,5 +42,8 @@ class Opening:
         pipe.set_progress_bar_config(disable=True)
         fastdiff.compile(pipe)
         return Painter(
-            pipe, self.capacity, steps=self.steps, guidance_scale=guidance, pixels=self.pixels
+            *(pipe, self.capacity, self.workers),
+            steps=self.steps,
+            guidance_scale=guidance,
+            pixels=self.pixels,
         )

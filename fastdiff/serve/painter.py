@@ -22,7 +22,7 @@ class Painter:
 
     Args:
         pipe: a pipeline after `fastdiff.compile`.
-        capacity: how many pictures are drawn at the same time.
+        capacity, workers: as of `Batch`.
         steps, guidance_scale: of a picture that does not say; None: the pipeline's own.
         pixels: the most that a picture may have; None: half as many again as the pipeline's own
             size.
@@ -35,6 +35,7 @@ class Painter:
         self,
         pipe: Any,
         capacity: int = 4,
+        workers: int = 1,
         *,
         steps: int = 25,
         guidance_scale: float | None = None,
@@ -46,11 +47,11 @@ class Painter:
                 f"a {type(pipe).__name__} draws from more than a text, or from none; serve one that"
                 " draws from a text"
             )
-        self.pipe, self.places = pipe, capacity
+        self.pipe, self.places = pipe, capacity * workers
         self._steps, self._guidance = steps, guidance_scale
         height, width = check_size(pipe, None, None)
         self._pixels = height * width * 3 // 2 if pixels is None else pixels
-        self._batch = Batch(pipe, capacity)
+        self._batch = Batch(pipe, capacity, workers)
 
     async def draw(self, drawing: Drawing) -> AsyncIterator[Event]:
         """See `Engine.draw`."""

@@ -1,6 +1,7 @@
 """A batch draws what the compiled pipeline draws alone."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -83,7 +84,8 @@ def test_a_wrong_request_is_refused_at_once(wrong, told):
 def test_random_requests_at_their_own_steps_are_within_the_budget():
     """A small version of `python -m benchmarks.batching check`: schedulers with and without noise
     and history, guidance and none, and pictures that move to other places as others leave."""
-    assert check(count=7, seed=5, capacity=3, least=3, most=6) == []
+    found = check(count=7, seed=5, capacity=3, least=3, most=6)
+    assert [one["wrong"] for one in found] == [None] * 7
 
 
 def test_a_batch_invariant_picture_has_the_same_bits_alone_and_in_any_place():
@@ -112,6 +114,39 @@ def test_a_batch_invariant_picture_has_the_same_bits_alone_and_in_any_place():
         pipe(["a"] * 5, num_inference_steps=1)
     with pytest.raises(ValueError, match="another batch_invariant already; restore it first"):
         fastdiff.compile(pipe)
+
+
+def test_workers_draw_side_by_side_the_bits_of_one_alone(pipe):
+    """Two threads with one place each: a picture has the bits that it has alone with as many
+    threads, whatever the other draws; the other threads of the process keep their number."""
+    threads = torch.get_num_threads()
+    asked = [
+        Request(PROMPTS[i % 3], num_inference_steps=2 + i % 2, seed=i, guidance_scale=3.0)
+        for i in range(6)
+    ]
+    last, both = [[] for _ in asked], threading.Barrier(2)
+
+    def meet(step, steps, latents, to):
+        if step == 1 and len(to) == 0:
+            both.wait(60)  # passes only if the other worker draws meanwhile
+        to.append(latents)
+
+    with Batch(pipe, capacity=1, workers=2) as batch:
+        tickets = [
+            batch.submit(replace(request, on_step=lambda *told, to=to: meet(*told, to)))
+            for request, to in zip(asked, last, strict=True)
+        ]
+        for ticket in tickets:
+            assert ticket.result(600).size == (64, 64)
+    assert batch.stats().filled == batch.stats().steps == sum(len(got) for got in last)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == threads
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        for request, got in zip(asked, last, strict=True):
+            assert torch.equal(got[-1], called(pipe, request))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def seeds(count):

@@ -38,7 +38,10 @@ def killing(owner, name, half=None):
     setattr(owner, name, call)
 
 job = fastdiff.bulk.job
-if place == "step":
+if place == "batch":
+    from fastdiff.runtime.places import Places
+    killing(Places, "advance")
+elif place == "step":
     from fastdiff.runtime.loop import Run
     killing(Run, "advance")
 elif place == "half a picture":
@@ -122,6 +125,44 @@ def test_killed_anywhere_it_draws_exactly_what_is_missing(forked, prompts, tmp_p
     assert code == 0, err
     ours, theirs = (np.asarray(Image.open(p)).astype(int) for p in (folder / "02.png", one))
     assert np.abs(ours - theirs).max() <= 1  # diffusers' own, up to a rounding of the 8-bit levels
+
+
+def test_workers_draw_the_same_job(forked, prompts, tmp_path):
+    """Two threads, killed amid a step: the rest is drawn, no picture twice, each of them the one
+    that is drawn alone with as many threads, though others are drawn beside it."""
+    options = ("--steps", "2", "--device", "cpu")
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    given = ("generate", "--prompts", str(prompts), *options, "--out")
+    code, _, err = forked(GENERATE, *given, str(whole))
+    assert code == 0, err
+    code, _, err = forked(KILLED, "batch", "11", *given, str(folder), "--workers", "2")
+    assert code == -9, err
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("[0-9]*.png")}
+    assert 0 < len(before) < 12
+    code, _, err = forked(GENERATE, *given, str(folder), "--workers", "2")
+    assert code == 0, err
+    assert all((folder / name).stat().st_mtime_ns == when for name, when in before.items())
+    assert (folder / "manifest.jsonl").read_bytes() == (whole / "manifest.jsonl").read_bytes()
+
+
+def test_a_batch_tries_again_alone_what_found_no_memory(forked, tmp_path):
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("red heart\nsun\nsnow\n")
+    fails = """
+from fastdiff.batching.groups import Group
+own = Group.advance
+def advance(self):
+    asked = [drawing.ticket.request.prompt for drawing in self.drawings]
+    if len(asked) > 1 and "sun" in asked:
+        raise MemoryError("two are too many")
+    own(self)
+Group.advance = advance
+main(sys.argv[1:])
+"""
+    arguments = ("generate", "--prompts", str(prompts), "--out", str(folder), "--steps", "1")
+    code, _, err = forked(fails, *arguments, "--capacity", "2")
+    assert code == 0, err
+    assert [line["file"] for line in manifest(folder)] == ["1.png", "2.png", "3.png"]
 
 
 def test_a_row_that_fails_ends_nothing(forked, tmp_path):
@@ -254,7 +295,9 @@ def test_options_that_go_with_others(tmp_path):
     for arguments, told in {
         (): "give --prompt, once or several times, or --prompts with a file",
         ("--prompt", "sun", "--ray", "local"): "--ray goes with --prompts",
-        ("--prompts", prompts, "--workers", 2): "--workers goes with --ray",
+        ("--prompt", "sun", "--workers", 2): "--workers goes with --prompts",
+        ("--prompts", prompts, "--gpus-per-worker", 1): "--gpus-per-worker goes with --ray",
+        ("--prompts", prompts, "--workers", 2, "--eager"): "--workers goes without --eager",
         ("--prompts", prompts, "--parallel", "data"): "start them by torchrun",
         ("--prompts", prompts, "--parallel", "both"): "choose guidance or data",
     }.items():
@@ -263,12 +306,15 @@ def test_options_that_go_with_others(tmp_path):
 
 
 def test_the_pages_first_command_draws_its_manifest(forked, tmp_path):
-    command, by_ray = commands("bulk.md")
-    assert by_ray[: len(command)] == command
-    write_prompts(tmp_path)
+    command, by_workers, by_ray = commands("bulk.md")
+    assert by_ray[: len(command)] == by_workers[: len(command)] == command
     here = "os.chdir(sys.argv.pop(1))\n"
-    code, out, err = forked(here + GENERATE, str(tmp_path), *command[1:])
-    assert code == 0, err
+    for folder, given in ((tmp_path / "workers", by_workers), (tmp_path, command)):
+        folder.mkdir(exist_ok=True)
+        write_prompts(folder)
+        code, _, err = forked(here + GENERATE, str(folder), *given[1:])
+        assert code == 0, err
+    assert manifest(tmp_path / "workers/pictures") == manifest(tmp_path / "pictures")
     line = json.loads(re.search(r"```json\n(.*?)```", (DOCS / "bulk.md").read_text(), re.S)[1])
     made = manifest(tmp_path / "pictures")[1]
     told = [key for key in line if key not in ("bytes", "sha256", "seed")]
@@ -278,7 +324,7 @@ def test_the_pages_first_command_draws_its_manifest(forked, tmp_path):
 
 @pytest.mark.slow  # Ray starts a dozen processes
 def test_the_pages_command_by_ray_draws_the_same(forked, tmp_path):
-    command, by_ray = commands("bulk.md")
+    command, _, by_ray = commands("bulk.md")
     write_prompts(tmp_path)
     made = []
     for arguments in (command, by_ray):

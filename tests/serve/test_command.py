@@ -22,7 +22,12 @@ BAD = {
     "--max-pictures is 9, but only 2 may be drawn or wait": (
         *("--max-pictures", "9", "--capacity", "1", "--queue", "1"),
     ),
-    "--workers goes with --ray": ("--workers", "2"),
+    "--max-pictures is 9, but only 8 may": (
+        *("--max-pictures", "9", "--queue", "0", "--workers", "2"),
+    ),
+    "--max-pictures is 5, but only 4 may": (
+        *("--max-pictures", "5", "--queue", "0", "--ray", "local", "--workers", "1"),
+    ),
     "--gpus-per-worker goes with --ray": ("--gpus-per-worker", "0.5"),
     "--api-key is empty or has characters": ("--api-key", ""),
     "--host 203.0.113.1 --port 0 cannot be listened on": ("--host", "203.0.113.1"),
@@ -76,7 +81,7 @@ def test_sigterm_finishes_what_was_accepted():
 
     with ThreadPoolExecutor(1) as pool:
         seen = pool.submit(client)
-        code, out, err = run("serve", "--port", port, "--queue", "5", "--capacity", "2")
+        code, out, err = run("serve", "--port", port, "--queue", "5", "--capacity", "1", "--workers", "2")
     ended = seen.result()
     assert ended.accepted == [200] * 5
     assert (ended.later.status, ended.later.told["error"]["code"]) == (503, "draining")
