@@ -27,8 +27,8 @@ MAY_IMPORT = {
     "serve": {"batching", "bench"},
 }
 ALL_MAY_IMPORT = {
-    *("devices", "errors", "installed", "jsonable", "plans", "recipes", "tables", "written"),
-    "__version__",
+    *("devices", "errors", "installed", "jsonable", "plans", "recipes", "tables", "workers"),
+    *("written", "__version__"),
 }
 # optional package -> the only files that may import it
 OPTIONAL = {

@@ -16,9 +16,8 @@ from fastdiff import installed
 from fastdiff.bulk.painter import ON_A_GPU, Drawn, Painter, Setup, attempts
 from fastdiff.bulk.prompts import Row
 from fastdiff.errors import UserError, first_line
+from fastdiff.workers import LOCAL, workers_of
 
-LOCAL = "local"
-"""The address of a cluster that this process starts, and ends with itself."""
 BLOCKS = 10_000
 """The most pieces that the rows are cut into. What a piece has drawn comes back at its end, and is
 drawn again after a kill before that."""
@@ -93,23 +92,9 @@ class Joined:
 
     def __init__(self, ray: Any, cluster: Cluster, setup: Setup) -> None:
         self._ray, self._capacity = ray, cluster.capacity
-        has = ray.cluster_resources()
-        on_cpu = setup.device == "cpu" or not has.get("GPU")
-        self._gpus = (0.0 if on_cpu else 1.0) if cluster.gpus is None else cluster.gpus
-        if self._gpus > 1 and self._gpus != int(self._gpus):
-            raise UserError(f"--gpus-per-worker is {self._gpus:g}; give a whole number above 1")
-        device = "cuda" if self._gpus else "cpu"
-        if setup.device not in (None, device):
-            raise UserError(f"--device is {setup.device}; with --ray give cpu or cuda")
-        room = int(has.get("GPU", 0) / self._gpus) if self._gpus else int(has.get("CPU", 1))
-        self._workers = room if cluster.workers is None else cluster.workers
-        if not 0 < self._workers <= room:
-            each = f"{self._gpus:g} GPUs" if self._gpus else "a CPU"
-            raise UserError(
-                f"--workers is {self._workers}, each with {each}, and the cluster has room for"
-                f" {room}; give fewer workers, or other --gpus-per-worker"
-            )
-        self.setup = replace(setup, device=device)
+        has, told = ray.cluster_resources(), (cluster.workers, cluster.gpus)
+        self._workers = workers_of(has, cluster.address, setup.device, *told)
+        self.setup = replace(setup, device=self._workers.device)
 
     def completed(self, rows: Sequence[Row], path: Path) -> list[Row]:
         """`Painter.completed`, in the cluster: this process may have no room for the pipeline."""
@@ -143,10 +128,9 @@ class Joined:
         made = given.map_batches(
             _Actor,
             fn_constructor_args=(self.setup, self._capacity),
-            batch_size=self._capacity or (ON_A_GPU if self._gpus else 1),
-            compute=data.ActorPoolStrategy(size=self._workers),
-            num_gpus=self._gpus or None,
-            num_cpus=None if self._gpus else 1,
+            batch_size=self._capacity or (ON_A_GPU if self._workers.gpus else 1),
+            compute=data.ActorPoolStrategy(size=self._workers.count),
+            **self._workers.needs,
         )
         with self._told():
             for one in made.iter_rows():

@@ -20,9 +20,9 @@ from fastdiff.errors import UserError, first_line
 from fastdiff.serve.drawing import Drawing, Event
 from fastdiff.serve.opening import Opening
 from fastdiff.serve.refused import Refused
+from fastdiff.workers import LOCAL, workers_of
 
 APPLICATION = "fastdiff"
-LOCAL = "local"
 TRIES = 3
 """Replicas that a picture is begun on, where each dies with it."""
 PATIENCE = 60.0
@@ -66,8 +66,6 @@ class Replicas:
         queue: int = 0,
     ) -> None:
         opening.source.check()
-        if opening.device not in (None, "cpu", "cuda"):
-            raise UserError(f"--device is {opening.device}; with --ray give cpu or cuda")
         given: Any = {"include_dashboard": False} if address == LOCAL else {}
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **given)
@@ -77,7 +75,7 @@ class Replicas:
                 " or HOST:PORT of one that runs"
             ) from error
         try:
-            self._handle: Any = self._started(opening, workers, gpus, queue)
+            self._handle: Any = self._started(opening, address, workers, gpus, queue)
         except (RuntimeError, RayError) as error:
             self.close()
             raise UserError(f"the replicas do not start: {first_line(error)}") from error
@@ -86,20 +84,16 @@ class Replicas:
             raise
 
     def _started(
-        self, opening: Opening, workers: int | None, gpus: float | None, queue: int
+        self,
+        opening: Opening,
+        address: str,
+        workers: int | None,
+        gpus: float | None,
+        queue: int,
     ) -> Any:
         """What replicas that run are asked by."""
-        has = ray.cluster_resources()
-        if gpus is None:
-            gpus = 0.0 if opening.device == "cpu" or not has.get("GPU") else 1.0
-        room = int(has.get("GPU", 0) / gpus) if gpus else int(has.get("CPU", 1))
-        workers = room if workers is None else workers
-        if not 0 < workers <= room:
-            raise UserError(
-                f"--workers is {workers}, and the cluster has room for {room}; give fewer, or"
-                " other --gpus-per-worker"
-            )
-        self.places = workers * opening.capacity
+        each = workers_of(ray.cluster_resources(), address, opening.device, workers, gpus)
+        self.places = each.count * opening.capacity
         serve.start(proxy_location="Disabled")
         replica = serve.deployment(
             name="Replica",
@@ -107,14 +101,13 @@ class Replicas:
             max_ongoing_requests=self.places + queue,
             autoscaling_config={
                 "min_replicas": 1,
-                "max_replicas": workers,
+                "max_replicas": each.count,
                 "target_ongoing_requests": opening.capacity,
             },
-            ray_actor_options={"num_gpus": gpus} if gpus else {"num_cpus": 1},
+            ray_actor_options=each.needs,
             health_check_period_s=2,
         )(Replica)
-        device = opening.device or ("cuda" if gpus else "cpu")
-        opening = replace(opening, device=device)
+        opening = replace(opening, device=each.device)
         return serve.run(replica.bind(opening), name=APPLICATION, route_prefix=None)
 
     async def draw(self, drawing: Drawing) -> AsyncIterator[Event]:

@@ -81,7 +81,9 @@ def test_sigterm_finishes_what_was_accepted():
 
     with ThreadPoolExecutor(1) as pool:
         seen = pool.submit(client)
-        code, out, err = run("serve", "--port", port, "--queue", "5", "--capacity", "1", "--workers", "2")
+        code, out, err = run(
+            "serve", "--port", port, "--queue", "5", "--capacity", "1", "--workers", "2"
+        )
     ended = seen.result()
     assert ended.accepted == [200] * 5
     assert (ended.later.status, ended.later.told["error"]["code"]) == (503, "draining")
