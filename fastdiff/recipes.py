@@ -125,7 +125,7 @@ def _rows() -> dict[str, Recipe]:
         "ZImagePipeline": Recipe({"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE),
         "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
-        "FluxPipeline": Recipe(FLUX, plan=transformers.FLUX),
+        "FluxPipeline": Recipe(FLUX, plan=transformers.FLUX, exported=True),
         "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE),
         "FluxInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_INPAINT),
         "FluxFillPipeline": Recipe(FLUX, plan=transformers.FLUX_FILL),

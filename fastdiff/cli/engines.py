@@ -9,7 +9,6 @@ from typing import Any
 import typer
 
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser
 
 SCHEMA = "fastdiff.engines/1"
 
@@ -48,7 +47,7 @@ def write_engines(
     from fastdiff.export import shapes
     from fastdiff.export import trt as builder
     from fastdiff.export.folder import check_new
-    from fastdiff.export.parts import left_out
+    from fastdiff.export.parts import left_out, side_of
     from fastdiff.written import afterwards, check_writable
 
     wanted = shapes.parse(asked.shapes, asked.static)
@@ -66,7 +65,7 @@ def write_engines(
     with phases() as progress:
         progress.log("loading")
         pipe, parts = load()
-        wanted = wanted or shapes.default(parts, denoiser(pipe).config.sample_size)
+        wanted = wanted or shapes.default(parts, side_of(pipe))
         request = builder.Request(flavor, targets, wanted, opset, compatible, asked.timing_cache)
         profiles = builder.check(parts, request)
         if dry_run:

@@ -35,10 +35,12 @@ class EngineNetwork:
         self.engine, self._inputs = engine, inputs
         self._multiple, self._most = multiple, most
         self._latents, self._timestep, *self._conditions = inputs
-        ((self._output, (_, _, self._channels, *_)),) = outputs.items()
-        self._last = self._channels != inputs[self._latents][2]
-        """Whether channels come last in a loop: its step splits what is said of the variance off
-        there."""
+        ((self._output, (_, *made)),) = outputs.items()
+        self._axis = 1 if len(made) == 4 else len(made) - 1  # as `channel_axis` of the latents
+        self._channels = made[self._axis]
+        self._last = self._axis == 1 and self._channels != inputs[self._latents][2]
+        """Whether channels come last in a loop though not in the file: its step splits what is said
+        of the variance off there."""
         self._bound: dict[tuple[torch.Size, ...], Bound] = {}
         self._lock = threading.Lock()
 
@@ -66,20 +68,21 @@ class EngineNetwork:
             self._check(name, tensor)
         if not all(tensor.numel() for tensor in tensors.values()):
             raise Unsupported("it was given an empty tensor")
-        if any(side % self._multiple for side in latents.shape[2:]):
+        sides = list(latents.shape[2:]) if latents.ndim == 4 else []  # packed ones have none
+        if any(side % self._multiple for side in sides):
             raise Unsupported(
-                f"{self._latents} has the sides {list(latents.shape[2:])}; the engine takes"
+                f"{self._latents} has the sides {sides}; the engine takes"
                 f" multiples of {self._multiple}"
             )
-        if self._most is not None and max(latents.shape[2:]) > self._most:
+        if self._most is not None and max(sides) > self._most:
             raise Unsupported(
-                f"{self._latents} has the sides {list(latents.shape[2:])}; the engine takes at"
-                f" most {self._most}"
+                f"{self._latents} has the sides {sides}; the engine takes at most {self._most}"
             )
         for name in self._conditions[:1]:
             check_count(name, tensors[name], latents, copies)
+        texts = len(tensors[self._conditions[0]]) if self._conditions else len(latents)
+        tensors |= {name: self._for(texts, name, tensors[name]) for name in self._conditions}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        texts = shapes[self._conditions[0]][0] if self._conditions else len(latents)
         shapes[self._latents] = (texts, *latents.shape[1:])
         if reason := self.engine.refusal(shapes):
             raise Unsupported(reason)
@@ -106,11 +109,20 @@ class EngineNetwork:
             raise Unsupported("the pictures have different timesteps")
         told = _told(given)
         constants = tuple(told[name] for name in self._conditions)
-        return Hoisted(first.float(), constants)
+        pairs = zip(self._conditions, constants, strict=True)
+        return Hoisted(
+            first.float(), tuple(self._for(len(constants[0]), name, one) for name, one in pairs)
+        )
+
+    def _for(self, texts: int, name: str, tensor: Tensor) -> Tensor:
+        """A condition that is given once for all halves of guidance, once for each."""
+        of_pictures = self._inputs[name][1] == self._inputs[self._latents][1]
+        times = texts // max(1, len(tensor)) if of_pictures else 1
+        return tensor.repeat(times, *[1] * (tensor.ndim - 1)) if times > 1 else tensor
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, Y, X], unchanged, or as [B, Y, X, C] if the engine says something of the
-        variance."""
+        """[B, C, Y, X] or [B, L, C], unchanged, or as [B, Y, X, C] if the engine says something of
+        the variance."""
         return latents.permute(0, 2, 3, 1).contiguous() if self._last else latents
 
     def predict(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
@@ -135,12 +147,12 @@ class EngineNetwork:
             return self.predict(x, row, constants)
 
     def unpack(self, x: Tensor, sides: Sequence[int]) -> Tensor:
-        """Undo `pack`: [B, C, Y, X]."""
+        """Undo `pack`."""
         return (x.permute(0, 3, 1, 2) if self._last else x).contiguous()
 
     def _bind(self, x: Tensor, constants: tuple[Tensor, ...]) -> Bound:
         # a plan gives each picture once, a call repeats it for guidance; the engine gets the same
-        texts, _, height, width = _texts(x, constants), *x.shape[1:]
+        texts, sides = _texts(x, constants), list(x.shape[1:])
         key = (x.shape[1:], *(tensor.shape for tensor in constants))
         if key not in self._bound:
             timestep = list(self._inputs[self._timestep][1:])
@@ -149,7 +161,8 @@ class EngineNetwork:
                 self._timestep: timestep,
             }
             inputs |= {n: t.shape for n, t in zip(self._conditions, constants, strict=True)}
-            outputs = {self._output: (texts, self._channels, height, width)}
+            sides[self._axis - 1] = self._channels
+            outputs = {self._output: (texts, *sides)}
             self._bound[key] = self.engine.bind(inputs, outputs)
         return self._bound[key]
 
@@ -158,6 +171,8 @@ def _told(given: Any) -> dict[str, Tensor]:
     """The conditions that are there, by the names of a file's inputs."""
     told: dict[str, Tensor] = {}
     for name, value in given._asdict().items():
+        if value is given._field_defaults.get(name):
+            continue
         more = value if isinstance(value, Mapping) else {name: value}
         told |= {own: tensor for own, tensor in more.items() if tensor is not None}
     return told

@@ -129,7 +129,7 @@ def cases(part: Part) -> Iterator[tuple[str, dict[str, Tensor]]]:
             yield name, drawn
             continue
         for step in TIMESTEPS:
-            timestep = torch.full_like(drawn["timestep"], step)
+            timestep = torch.full_like(drawn["timestep"], step * part.unit)
             yield f"{name}, t={step:g}", drawn | {"timestep": timestep}
 
 
@@ -188,7 +188,8 @@ def to_markdown(parity: Parity) -> str:
         "case nearest to its budget, or furthest beyond it. Errors are against torch in float64 on",
         "the same inputs. *torch's* is eager torch in the file's dtype on one thread, the worse of",
         "its two memory formats; *allowed* is twice that plus twice eps times the largest value.",
-        "*Case* is batch×height×width(×tokens), or batch×tokens.",
+        "*Case* is batch×height×width(×tokens), or batch×tokens; packed latents have one number of",
+        "tokens for height×width.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",

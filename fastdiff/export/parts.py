@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from fastdiff.errors import UserError
 from fastdiff.families import family
 from fastdiff.families.part import Part, Port, draw, dtype_name
-from fastdiff.recipes import exported
+from fastdiff.recipes import denoiser, exported
 
-__all__ = ["Part", "Port", "draw", "left_out", "networks", "parts"]
+__all__ = ["Part", "Port", "draw", "left_out", "networks", "parts", "side_of"]
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
@@ -61,10 +61,16 @@ def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> t
         module, of = getattr(pipe, name), family(own)
         if of.denoised is not None:
             found.append(of.denoised.part(name, module, dtype, (tokens or [77])[-1], timestep))
-            side = module.config.sample_size
+            side = side_of(pipe)
         elif of.parts is not None:
             found += of.parts(module, dtype, side, recipe.upcasts)
     return tuple(found)
+
+
+def side_of(pipe: Any) -> int:
+    """The side of its latents: the network's own, or the pipeline's if the network has none."""
+    side: int = denoiser(pipe).config.get("sample_size") or pipe.default_sample_size
+    return side
 
 
 def _masked(pipe: Any) -> bool:

@@ -14,7 +14,8 @@ from fastdiff.engines.bound import Engine
 from fastdiff.export.parts import Part
 from fastdiff.recipes import denoiser
 
-STEPS, PROMPT = 4, "red heart"
+STEPS, PROMPT, TOKENS = 4, "red heart", 60
+"""Of a picture; the tokens are of a text that is given as an embedding."""
 
 Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """Runs a network of another runtime: CPU tensors by input name -> outputs in the part's order."""
@@ -111,6 +112,19 @@ def _text(part: Part, run: Run) -> Callable[..., Any]:
     return forward
 
 
+def _embedded(pipe: Any) -> dict[str, Any]:
+    """A text of a pipeline without text encoders; {} if it has one, or takes no embeddings."""
+    config = denoiser(pipe).config
+    wide, pooled = config.get("joint_attention_dim"), config.get("pooled_projection_dim")
+    if pipe.text_encoder is not None or not (wide and pooled):
+        return {}
+    shapes = {"prompt_embeds": (1, TOKENS, wide), "pooled_prompt_embeds": (1, pooled)}
+    generator, dtype = torch.Generator().manual_seed(1), denoiser(pipe).dtype
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
+
+
 def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
     """The PSNR in dB of the picture drawn by `runs` against torch's, for pixels from 0 to 1.
 
@@ -129,7 +143,7 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
         if "use_resolution_binning" in takes:  # the file has one size
             options["use_resolution_binning"] = False
         if "prompt" in takes:
-            options["prompt"] = PROMPT
+            options |= _embedded(pipe) or {"prompt": PROMPT}
         elif "class_labels" in takes and takes["class_labels"].default is inspect.Parameter.empty:
             options["class_labels"] = [0]
         elif getattr(denoiser(pipe).config, "num_class_embeds", None) is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastdiff.engines.manifest import Profile
 from fastdiff.errors import UserError
 from fastdiff.export.parts import Part, Port
+from fastdiff.families.part import PACKED
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,19 @@ def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
 def _profile(part: Part, parts: Sequence[Part], shapes: Shapes) -> Profile:
     profile: Profile = {port.name: {} for port in part.inputs if _free(port)}
     latent = 1 if _in_pixels(part) else _pixels(parts)
+    denoises = "height" in part.example or bool(part.packed)
     for name, end in (("min", shapes.least), ("opt", shapes.best), ("max", shapes.most)):
-        alone = name == "min" and not (shapes.static and "height" in part.example)
-        guided = "sequence_length" in part.example and not alone
+        alone = name == "min" and not (shapes.static and denoises)
+        guided = part.guided and "sequence_length" in part.example and not alone
+        height, width = end.height // latent, end.width // latent
         sides = {
             "batch_size": end.count * (2 if guided else 1),
-            "height": end.height // latent,
-            "width": end.width // latent,
+            "height": height,
+            "width": width,
             "sequence_length": part.cases[0].get("sequence_length", 1),
         }
+        if part.packed:
+            sides[PACKED] = (height // part.packed) * (width // part.packed)
         for port in part.inputs:
             if _free(port):
                 profile[port.name][name] = list(port.at(sides))
@@ -130,6 +135,8 @@ def _pixels(parts: Sequence[Part]) -> int:
 
 def _unit(part: Part, parts: Sequence[Part]) -> int:
     """The number of pixels that divides all its traced and verified heights and widths."""
+    if part.packed:
+        return part.packed * _pixels(parts)
     sizes = (part.example, *part.cases)
     own = math.gcd(*(each[side] for each in sizes for side in ("height", "width") if side in each))
     return own * (1 if _in_pixels(part) else _pixels(parts)) if own else 1

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part
+from fastdiff.families.part import PACKED, Part, Port, dtype_name, exportable
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
@@ -99,13 +99,65 @@ def _constant_channels(net: FluxTrunk) -> int:
     return net.channels - channels(net)
 
 
-def part(folder: str, net: nn.Module, *_: object) -> Part:
-    """There is none."""
-    raise UserError(f"{folder} is a {type(net).__name__}, which fastdiff does not export")
+class _Exported(nn.Module):
+    """hidden_states [B, L, C], timestep [] or [1], then `names` -> out_sample [B, L, C']."""
+
+    def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.net, self.names = exportable(net), tuple(names)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        given = dict(zip(self.names, told, strict=True))
+        given["timestep"] = timestep.reshape(-1).expand(hidden_states.shape[0])
+        return (net(hidden_states, **given, return_dict=False)[0],)
+
+
+def part(
+    folder: str,
+    net: nn.Module,
+    dtype: torch.dtype,
+    _: int = 0,
+    timestep: tuple[int, ...] = (),
+) -> Part:
+    """Of FLUX.1's transformer or FLUX.2's, with constant channels or without."""
+    config: Any = net.config
+    kind, free, axes = dtype_name(dtype), "batch_size", len(config.axes_dims_rope)
+    pooled = config.get("pooled_projection_dim")
+    text = (free, "sequence_length", config.joint_attention_dim)
+    told = [
+        Port("encoder_hidden_states", kind, text),
+        *([Port("pooled_projections", kind, (free, pooled))] if pooled else []),
+        Port("img_ids", kind, (PACKED, axes)),
+        Port("txt_ids", kind, ("sequence_length", axes)),
+        *([Port("guidance", "float32", (free,))] if config.guidance_embeds else []),
+    ]
+    wide = config.out_channels or config.in_channels
+    sizes = ((2, 24, 7), (1, 64, TOKENS), (3, 15, 5), (2, 28, 9))
+    example, *cases = (
+        {free: batch, PACKED: tokens, "sequence_length": words} for batch, tokens, words in sizes
+    )
+    return Part(
+        folder=folder,
+        source=net,
+        module=_Exported(net, [port.name for port in told]).eval(),
+        dtype=dtype,
+        inputs=(
+            Port("hidden_states", kind, (free, PACKED, config.in_channels)),
+            Port("timestep", "float32", timestep),
+            *told,
+        ),
+        outputs=(Port("out_sample", kind, (free, PACKED, wide)),),
+        example=example,
+        cases=tuple(cases),
+        unit=0.001,
+        packed=PATCH,
+        guided=False,
+    )
 
 
 def exported(network: FluxTrunk) -> None:
-    """No FLUX is exported; `part` says so."""
+    """A file holds all of a FLUX."""
 
 
 def multiple(net: Any) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError
+from fastdiff.families.positions import Turned
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Part:
     """One ONNX file. `module` takes `inputs` by position and returns a tuple of `outputs`.
 
     example: the free sides at which it is traced. cases: those at which it is verified, beginning
-    with its own size and full text length. most: the largest height and width it takes.
+    with its own size and full text length. most: the largest height and width it takes. unit: what
+    it is told as a timestep of 1. packed: rows and columns of the latents that are one token of its
+    input, if it is packed. guided: whether published pipelines give it two texts for a picture.
     Free sides are latents of a denoising network or VAE decoder, pixels of a VAE encoder, tokens of
     a text encoder. A denoising network's first input is the latents, its second the timestep; the
     others have the names of its conditions.
@@ -49,6 +52,9 @@ class Part:
     example: dict[str, int]
     cases: tuple[dict[str, int], ...]
     most: int | None = None
+    unit: float = 1.0
+    packed: int = 0
+    guided: bool = True
 
     @property
     def net(self) -> Any:  # diffusers' or transformers' own
@@ -128,8 +134,13 @@ def _patches(source: Any) -> nn.Module:
 EXPORTED: dict[str, Callable[[Any], nn.Module]] = {
     "Timesteps": Frequencies,
     "PatchEmbed": _patches,
+    **dict.fromkeys(("FluxPosEmbed", "Flux2PosEmbed"), Turned),
 }
 """The exported replacements of diffusers' modules, by class name."""
+PACKED = "packed_height_width"
+"""The free side of latents that come packed as tokens: how many they are."""
+POSITIONS = 128
+"""Positions that are drawn lie below: rows and columns of the tokens of 2048 pixels."""
 
 
 def exportable(net: nn.Module) -> nn.Module:
@@ -167,6 +178,8 @@ def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Genera
         return torch.full(shape, 500.0, dtype=dtype)
     if port.name == "time_ids":  # height, width, top, left, height, width in pixels
         return torch.randint(0, 1024, shape, generator=generator).to(dtype)
+    if port.name in ("img_ids", "txt_ids"):
+        return torch.randint(0, POSITIONS, shape, generator=generator).to(dtype)
     return torch.randn(shape, generator=generator).to(dtype)
 
 

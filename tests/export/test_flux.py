@@ -1,0 +1,139 @@
+"""FLUX as an ONNX file of any size: ONNX Runtime is the judge, and draws on the plan."""
+
+import copy
+
+import onnxruntime
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from small import FLUX, noisy
+
+import fastdiff
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.export import onnx, parity, shapes
+from fastdiff.export.parts import parts
+
+VAE = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "shift_factor": 0.1,
+}
+ONE = {"num_layers": 1, "num_single_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """Told a distilled guidance, as FLUX.1-dev is; without text encoders."""
+    transformer = noisy(FluxTransformer2DModel(**FLUX | ONE | {"guidance_embeds": True}))
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    made = FluxPipeline(scheduler, noisy(AutoencoderKL(**VAE)), transformer=transformer, **absent)
+    made.default_sample_size = 12
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def transformer(pipe):
+    """The file that is new here; the others are as SD's and SD3's."""
+    return tuple(part for part in parts(pipe, torch.float32) if part.folder == "transformer")
+
+
+@pytest.fixture(scope="module")
+def out(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux") / "files"
+    onnx.export(pipe, transformer(pipe), folder, onnx.ORT_OPSET, print)
+    return folder
+
+
+def text(batch, tokens):
+    return {
+        "prompt_embeds": torch.randn(batch, tokens, FLUX["joint_attention_dim"]),
+        "pooled_prompt_embeds": torch.randn(batch, FLUX["pooled_projection_dim"]),
+    }
+
+
+def test_the_file_computes_what_torch_does_and_draws_the_same(pipe, out):
+    found = parity.verify(pipe, transformer(pipe), out, print)
+    assert found.passed, parity.to_markdown(found)
+    assert found.psnr_db > 90
+    (part,) = transformer(pipe)
+    assert [port.name for port in part.inputs] == [
+        *("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"),
+        *("img_ids", "txt_ids", "guidance"),
+    ]
+
+
+@pytest.mark.parametrize(("last", "batch"), [((0, 0, 3), 2), ((1, 200, 0), 1), ((9, 77, 4000), 1)])
+def test_heads_are_turned_as_diffusers_turns_them_at_any_place(pipe, out, last, batch):
+    """diffusers computes the angles in float64; the file has float32 alone."""
+    places = torch.stack([torch.linspace(0, end, 8).round() for end in last], dim=1)
+    inputs = {
+        "hidden_states": torch.randn(batch, 8, FLUX["in_channels"]),
+        "timestep": torch.tensor(0.7312),
+        "encoder_hidden_states": text(batch, 5)["prompt_embeds"],
+        "pooled_projections": text(batch, 5)["pooled_prompt_embeds"],
+        "img_ids": places,
+        "txt_ids": torch.zeros(5, 3),
+        "guidance": torch.full((batch,), 3.5),
+    }
+    session = onnxruntime.InferenceSession(
+        out / "transformer" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    (got,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    inputs["timestep"] = inputs["timestep"].expand(batch)
+    double = copy.deepcopy(pipe.transformer).double()
+    with torch.no_grad():
+        eager = pipe.transformer(**inputs).sample
+        exact = double(**{name: value.double() for name, value in inputs.items()}).sample
+    assert parity.judge("out_sample", torch.from_numpy(got), eager, exact).passed
+
+
+@pytest.mark.parametrize(
+    ("backend", "true_guidance"), [("ort", False), ("ort", True), ("openvino", False)]
+)
+def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, true_guidance):
+    """Of another size than it was traced or verified at, two at once."""
+    given = text(2, 9)
+    if true_guidance:
+        given |= {f"negative_{name}": value for name, value in text(2, 9).items()}
+        given["true_cfg_scale"] = 3.0
+
+    def drawn(one):
+        noise = torch.Generator().manual_seed(3)
+        size = {"height": 20, "width": 28, "output_type": "pt", "generator": noise}
+        return one(num_inference_steps=3, **size, **given).images
+
+    eager, other = drawn(pipe), copy.deepcopy(pipe)
+    fastdiff.compile(other, backend=backend, engines=out)
+    got = drawn(other)
+    assert not torch.equal(got, eager)
+    assert float((got - eager).abs().max()) < 2e-5
+    loop = loop_of(other)
+    assert (slot_of(other.transformer).fast, loop.planned) == (3, 1), loop.own
+    assert fastdiff.report(other).parts[0].runs == backend
+
+
+def test_an_engine_takes_what_a_pipeline_gives(pipe):
+    """One text for a picture, since guidance is distilled, and a token for 2×2 latents."""
+    every = parts(pipe, torch.float32, timestep=(1,))
+    found = shapes.profiles(every, shapes.parse(None, "2x24x16"))
+    assert {name: ends["opt"] for name, ends in found["transformer"].items()} == {
+        "hidden_states": [2, 24, 16],
+        "encoder_hidden_states": [2, 512, 20],
+        "pooled_projections": [2, 32],
+        "img_ids": [24, 3],
+        "txt_ids": [512, 3],
+        "guidance": [2],
+    }
+    assert found["vae_decoder"]["latent_sample"]["opt"] == [2, 4, 12, 8]
