@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,6 +54,8 @@ NOISE_MS = 0.005
 LEAST_S = 1e-3
 ROUNDS, SECONDS = (3, 9), 0.7
 """The least and most rounds of a call; more than the least only within so many SECONDS."""
+LONG_S, LOST = 0.5, 5
+"""What takes so many seconds, and so many times as long as the fastest, has lost."""
 DTYPES = (torch.float32, torch.bfloat16)
 SAMPLES = Path("benchmarks/results/cpu-zen5-2core/choices")
 """The folder with the samples of the committed tables."""
@@ -141,22 +144,30 @@ def _convolution(a: Any, layout: torch.memory_format) -> Run:
 
 
 def race(runs: Mapping[str, Run], rounds: int | None = None) -> dict[str, list[float]]:
-    """Milliseconds of each, all in turn, in a new order each round; `rounds`: None for ROUNDS."""
-    repeats, took = {}, {}
+    """Milliseconds of each, all in turn, in a new order each round; `rounds`: None for ROUNDS. A
+    call of seconds that has lost already is timed once: torch has no bfloat16 to speak of for some
+    instruction sets, and takes a hundred times as long."""
+    repeats: dict[str, int] = {}
+    took: dict[str, float] = {}
+    lost: dict[str, list[float]] = {}
     for name, run in runs.items():
-        run()  # the first call allocates
+        first = _spent(run, 1)  # the first call allocates
+        fastest = min((took[other] / repeats[other] for other in took), default=inf)
+        if first > max(LONG_S, LOST * fastest):
+            lost[name] = [1e3 * first]
+            continue
         repeats[name] = 1
         while (spent := _spent(run, repeats[name])) < LEAST_S:
             repeats[name] *= 2
         took[name] = spent
     least, most = ROUNDS
     rounds = rounds or max(least, min(most, int(SECONDS / sum(took.values()))))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {name: [] for name in repeats}
     order = random.Random(0)
     for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
+        for name in order.sample(list(repeats), len(repeats)):
             samples[name].append(1e3 * _spent(runs[name], repeats[name]) / repeats[name])
-    return samples
+    return samples | lost
 
 
 def _spent(run: Run, repeats: int) -> float:
@@ -248,6 +259,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--models", help="comma-separated; all of benchmarks.cpu_calls if absent")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated (both)")
     parser.add_argument("--add", action="store_true", help="to the committed table's other rows")
+    parser.add_argument("--lacking", action="store_true", help="only what that table lacks")
     parser.add_argument("--out", type=Path, help="build/cpu_<isa>.json if absent")
     parser.add_argument("--rounds", type=int, help="of each call, instead of 3 to 9")
     parser.add_argument("--minutes", type=float, default=60, help="stop asking after (60)")
@@ -271,6 +283,9 @@ def main(arguments: Sequence[str]) -> int:
     dtypes = [dtype for dtype in DTYPES if str(dtype)[6:] in options.dtypes.split(",")]
     wanted = [call for dtype in dtypes for call in calls(dtype, only) if call.work.op in ops]
     wanted = [call for call in wanted if re.search(options.calls or "", named(call.work))]
+    if options.lacking:
+        have = {row.work for row in read(FOLDER / out.name, options.isa)}
+        wanted = [call for call in wanted if call.work not in have]
     rows = tune(wanted, budget, print, options.rounds)
     about = {"schema": SCHEMA, "isa": options.isa, "machine": machine(), "versions": versions()}
     about |= {"commit": commit(), "threads": torch.get_num_threads()}
