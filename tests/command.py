@@ -62,6 +62,8 @@ def run_json(*arguments: Any) -> tuple[Any, Any, str]:
 
 
 COPIED = """
+gc.collect()
+gc.freeze()  # a collection in a copy would write to, and so copy, all memory
 for _line in sys.stdin:
     code, sys.argv, variables, out, err = json.loads(_line)
     if not (_child := os.fork()):
@@ -93,7 +95,7 @@ def copied(begin: str, folder: Path) -> Iterator[Callable[..., tuple[int, str, s
     kept in `folder`.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import json, os, sys, traceback\n{begin}\n{COPIED}"],
+        [sys.executable, "-c", f"import gc, json, os, sys, traceback\n{begin}\n{COPIED}"],
         env=environment() | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

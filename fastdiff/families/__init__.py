@@ -170,14 +170,19 @@ def plain(module: Any) -> Any:
 
 def of_model(model: Any, *names: str) -> bool:
     """Whether a model's class, or one of its base classes, is among `names`."""
-    return any(class_name(cls) in names for cls in type(plain(model)).__mro__)
+    return not _classes(model).isdisjoint(names)
+
+
+def _classes(model: Any) -> set[str]:
+    return {class_name(cls) for cls in type(plain(model)).__mro__}
 
 
 def named(model: Any) -> tuple[str, Family] | None:
     """A bare model's component name in a pipeline and its family; None if it is unknown."""
+    classes = _classes(model)  # once for a hundred rows: compile asks this twenty times
     for recipe in RECIPES.values():
         for component, name in recipe.networks.items():
-            if of_model(model, *family(name).models):
+            if not classes.isdisjoint(family(name).models):
                 return component, family(name)
     return None
 
