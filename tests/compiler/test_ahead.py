@@ -7,7 +7,6 @@ the CPU's kernels, but only once those of the GPU are there.
 import json
 
 import pytest
-from command import copied
 
 import fastdiff
 from fastdiff.compiler.slot import slot_of
@@ -16,9 +15,9 @@ from fastdiff.kernels.shipped import MANIFEST, SCHEMA
 
 BEGIN = """
 import logging
+import shutil
+import threading
 import warnings
-import torch
-import fastdiff
 from fastdiff.compiler import ahead
 
 def kernels(pipe):
@@ -36,18 +35,12 @@ pipe = fastdiff.load_demo()
 """
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    with copied(BEGIN, tmp_path_factory.mktemp("begun")) as run:
-        yield run
-
-
 @pytest.fixture
-def python(begun):
+def python(forked):
     """python(code, cache): the lines that `code` prints."""
 
     def lines(code, cache):
-        status, out, err = begun(code, TRITON_CACHE_DIR=str(cache))
+        status, out, err = forked(BEGIN + code, TRITON_CACHE_DIR=str(cache))
         assert status == 0, err
         return out.splitlines()
 
@@ -76,7 +69,7 @@ def test_the_first_call_waits_for_all_kernels_and_the_next_process_finds_them(py
 def test_where_no_process_can_compile_the_picture_is_drawn_and_a_sentence_says_why(
     python, tmp_path
 ):
-    code = 'import shutil; sys.executable = shutil.which("false")' + PICTURE
+    code = 'sys.executable = shutil.which("false")' + PICTURE
     first, _ = (line.split("|") for line in python(code, tmp_path))
     assert "could not be compiled ahead of their first launch; _" in first[0]
     assert first[1].count("fastdiff:") == 1, "one warning"
@@ -141,7 +134,6 @@ def test_what_is_no_folder_of_kernels_is_refused_before_anything_is_taken(tmp_pa
 
 def test_compile_returns_before_the_kernels_are_there(python, tmp_path):
     code = """
-import threading
 go = threading.Event()
 ahead.kernels_of = lambda runs, arch: go.wait() and plan(runs[:0], arch)
 fastdiff.compile(pipe)

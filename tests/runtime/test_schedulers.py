@@ -2,12 +2,13 @@
 
 import copy
 import inspect
+from functools import cache
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from covered import covered
+from covered import cover, covered
 
 from fastdiff.kernels.guided_step import guided_step
 from fastdiff.models.blocks import channels_first, channels_last
@@ -190,22 +191,38 @@ OPTIONS = [
 ]
 
 
+COUNTS = (1, 7, 2, 3)
+"""Steps: few enough to be all first and last ones."""
+
+
+def made(name, options):
+    """None if the scheduler does not know an option, or its value."""
+    if not set(options) <= set(inspect.signature(getattr(diffusers, name).__init__).parameters):
+        return None
+    try:
+        return make(name, **options)
+    except (ValueError, NotImplementedError):
+        return None
+
+
+@cache
+def fast():
+    """All options of each scheduler, and 1 and 7 steps with each option and each scheduler."""
+    known = [(i, j) for i, name in enumerate(NAMES) for j, o in enumerate(OPTIONS) if made(name, o)]
+    return cover([(*pair, count) for pair in known for count in (0, 1)], together=2)
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    "counts", [(1, 7), pytest.param((2, 3), marks=pytest.mark.product)], ids=str
-)
+@pytest.mark.parametrize("every", [pytest.param(True, id="all", marks=pytest.mark.product), False])
 @pytest.mark.parametrize("name", NAMES)
-def test_options(name, counts):
-    """All that a scheduler knows of, with few enough steps to be all first and last ones."""
-    takes = inspect.signature(getattr(diffusers, name).__init__).parameters
-    for options in OPTIONS:
-        if not set(options) <= set(takes):
-            continue
-        try:
-            scheduler = make(name, **options)
-        except (ValueError, NotImplementedError):  # a value that only others know
-            continue
-        for steps in counts:
+def test_options(name, every):
+    """All that a scheduler knows of."""
+    for at, options in enumerate(OPTIONS):
+        for count, steps in enumerate(COUNTS):
+            if not every and (NAMES.index(name), at, count) not in fast():
+                continue
+            if (scheduler := made(name, options)) is None:
+                continue
             try:
                 scheduler.set_timesteps(steps)
             except ValueError:
