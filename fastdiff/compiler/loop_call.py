@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
@@ -119,6 +120,8 @@ def call_of(
     if callback is not None and local.get("callback_on_step_end_tensor_inputs") != ["latents"]:
         raise Unsupported("callback_on_step_end asks for more than the latents")
     held = local[plan.latents]
+    if plan.float32 and held.dtype != torch.float32:
+        raise Unsupported(f"its latents are {held.dtype}, and its steps return float32")
     same = [name for name, value in local.items() if value is held and name != plan.latents]
     if callback is not None and same:
         raise Unsupported(

@@ -46,6 +46,8 @@ class Plan:
     network: some divide them, or round them to that dtype."""
     latents: str = "latents"
     """The variable that holds the latents."""
+    float32: bool = False
+    """Whether every step returns float32, whatever the latents were before the first."""
     entrance: str = "interrupt"
     """Where the plan enters the loop: "interrupt", the property that the loop reads at the top of
     every step, or "progress_bar", which it opens around all steps."""

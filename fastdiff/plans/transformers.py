@@ -134,6 +134,7 @@ ZIMAGE = Plan(
     refused={"cfg_normalization": bool, "cfg_truncation": lambda at: at is not None and at < 1},
     attention_kwargs="joint_attention_kwargs",
     told=lambda timesteps, dtype: (1000 - timesteps) / 1000,
+    float32=True,
     scaled="",
 )
 QWEN = Plan(

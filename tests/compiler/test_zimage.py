@@ -72,6 +72,8 @@ def test_a_network_in_bfloat16():
     assert loop_of(pipe).planned == 1
     assert ours.dtype == torch.float32
     assert (ours - truth).abs().max() <= 2 * (eager - truth).abs().max()
+    given = {"latents": torch.randn(1, 4, 8, 12, dtype=torch.bfloat16)}
+    assert drawn(pipe, **given).dtype == torch.float32  # after a step of diffusers' loop
 
 
 @pytest.mark.parametrize(
