@@ -8,6 +8,7 @@ computes the rows again, unless there was room to keep them.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Picture:
     """The rows made last, and the index of the first: the next strip needs its border again, as do
     a branch and its residual."""
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """The first row of each strip, and the row after its last."""
         rows = self.sides[0]
@@ -100,13 +101,10 @@ class Picture:
 
     def drop(self, row: int) -> None:
         """Drop the rows above this one, which are not needed any more."""
-        for first, last in self.spans:
-            number = first // self.height
-            if last <= row and number in self._kept:
-                self.room.left += self._kept.pop(number).nbytes
-        unkept = (
-            max(row, f) for f, end in self.spans if end > row and f // self.height not in self._kept
-        )
+        for number in [n for n in self._kept if self.spans[n][1] <= row]:
+            self.room.left += self._kept.pop(number).nbytes
+        below = range(max(0, row) // self.height, len(self.spans))
+        unkept = (max(row, self.spans[n][0]) for n in below if n not in self._kept)
         self.spare(next(unkept, self.sides[0]))
 
     def _made(self, first: int, last: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from functools import cache
 
 import pytest
 import torch
@@ -38,18 +39,19 @@ SHARES = (0.9, 0.24, 0.05, 0.002)
 
 
 def autoencoder(name="sd15", dtype=torch.float32):
+    return copy.deepcopy(made(name)).to(dtype)
+
+
+@cache
+def made(name):
     config = DECODERS[name]
     levels = len(config["block_out_channels"])
     torch.manual_seed(3)
-    return (
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            **config,
-        )
-        .eval()
-        .to(dtype)
-    )
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **config,
+    ).eval()
 
 
 def in_strips(decoder, share):
