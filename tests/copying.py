@@ -1,24 +1,48 @@
-"""Deep copies of networks in half the time."""
+"""Deep copies of networks in less than half the time."""
 
 import copy
 from collections import OrderedDict
 from typing import Any
 
+ATOMIC = {cls for cls, copier in copy._deepcopy_dispatch.items() if copier is copy._deepcopy_atomic}
+"""Classes whose objects are their own copies."""
+CONTAINERS = (dict, OrderedDict, set)
+
 
 def hasten() -> None:
-    """Copy ordered dicts and sets directly, not by the way that they are pickled.
+    """Copy dicts and sets without a call for each string, number, function and empty container in
+    them, and ordered dicts directly, not by the way that they are pickled.
 
     A module has a dozen of them, for its hooks, and nearly all are empty. The copies are the same.
     """
-    copy._deepcopy_dispatch |= {OrderedDict: _ordered, set: _set}
+    copy._deepcopy_dispatch |= {dict: _dict, OrderedDict: _ordered, set: _set}
+
+
+def _dict(given: dict, memo: dict[int, Any]) -> dict:
+    memo[id(given)] = copied = {}  # before its values, which may hold it
+    return _filled(copied, given, memo)
 
 
 def _ordered(given: OrderedDict, memo: dict[int, Any]) -> OrderedDict:
     if vars(given):  # attributes of its own, as a state_dict has
         return copy._reconstruct(given, memo, *given.__reduce_ex__(4))
-    memo[id(given)] = copied = OrderedDict()  # before its values, which may hold it
+    memo[id(given)] = copied = OrderedDict()
+    return _filled(copied, given, memo)
+
+
+def _filled(copied: Any, given: dict, memo: dict[int, Any]) -> Any:
     for key, value in given.items():
-        copied[copy.deepcopy(key, memo)] = copy.deepcopy(value, memo)
+        kind = type(value)
+        if type(key) not in ATOMIC:
+            key = copy.deepcopy(key, memo)
+        if kind in ATOMIC:
+            copied[key] = value
+        elif kind in CONTAINERS and not value and not getattr(value, "__dict__", None):
+            copied[key] = memo.get(id(value))
+            if copied[key] is None:  # the first who holds it
+                copied[key] = memo[id(value)] = kind()
+        else:
+            copied[key] = copy.deepcopy(value, memo)
     return copied
 
 

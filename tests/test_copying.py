@@ -6,7 +6,7 @@ from collections import OrderedDict
 import torch
 
 
-def test_ordered_dicts_and_sets_are_copied_as_ever():
+def test_dicts_and_sets_are_copied_as_ever():
     shared = [1]
     first = OrderedDict(b=shared, a={(1, 2)}, empty=OrderedDict(), none=set())
     first["own"] = first
@@ -21,5 +21,15 @@ def test_ordered_dicts_and_sets_are_copied_as_ever():
     assert type(copied["empty"]) is type(other) is OrderedDict
     assert copied["empty"] is not first["empty"]
     assert copied["b"] is other["a"] is other._metadata["version"] is not shared
+    plain = {(1, 2): shared, "name": str, "none": {}, 3: first}
+    plain |= {"own": plain, "same": plain["none"]}
+    got, again = copy.deepcopy((plain, shared))
+    assert [*got] == [*plain]
+    assert got["own"] is got is not plain
+    assert got[1, 2] is got[3]["b"] is again is not shared
+    assert got["name"] is str
+    assert got["none"] == {}
+    assert got["same"] is got["none"]
+    assert got["none"] is not plain["none"]
     state = copy.deepcopy(torch.nn.Linear(2, 2).state_dict())
     assert state._metadata == torch.nn.Linear(2, 2).state_dict()._metadata
