@@ -30,8 +30,8 @@ class Recipe:
     """That of its loop, or those of its loops. (): diffusers runs the loop, with our networks in
     it."""
     from_text: str = ""
-    """The class, perhaps this one, that draws from text alone with the same components. "" if
-    none."""
+    """The class that draws without a picture with the same components; this one, if its call can do
+    without. "": this one, or none if its call takes a picture."""
     upcasts: bool = False
     """Whether it decodes in float32 beside a float16 U-Net if the autoencoder's config sets
     `force_upcast`; other pipelines ignore that setting."""
@@ -62,10 +62,11 @@ def _rows() -> dict[str, Recipe]:
     prior, pixels = {"prior": "prior"}, {"decoder": "unet"} | enlarged
     blocks = "its blocks run one by one in every step, which no plan follows"
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-    alpha, sigma = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
     lcm, sd3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
+    flux, kontext = "FluxPipeline", "FluxKontextPipeline"
+    second, klein = "Flux2Pipeline", "Flux2KleinPipeline"
     return {
-        sd: Recipe(plan=unets.SD, from_text=sd, exported=True),
+        sd: Recipe(plan=unets.SD, exported=True),
         "StableDiffusionImg2ImgPipeline": Recipe(plan=unets.SD, from_text=sd),
         "StableDiffusionInpaintPipeline": Recipe(plan=unets.SD_INPAINT, from_text=sd),
         "StableDiffusionInstructPix2PixPipeline": Recipe(),
@@ -78,7 +79,7 @@ def _rows() -> dict[str, Recipe]:
         "StableDiffusionPAGInpaintPipeline": Recipe(plan=unets.PAG_INPAINT, from_text=sd),
         "StableDiffusionControlNetPAGPipeline": Recipe(controlled),
         "StableDiffusionControlNetPAGInpaintPipeline": Recipe(controlled),
-        xl: Recipe(plan=unets.XL, from_text=xl, upcasts=True, exported=True),
+        xl: Recipe(plan=unets.XL, upcasts=True, exported=True),
         "StableDiffusionXLImg2ImgPipeline": Recipe(plan=unets.XL, from_text=xl, upcasts=True),
         "StableDiffusionXLInpaintPipeline": Recipe(
             plan=unets.XL_INPAINT, from_text=xl, upcasts=True
@@ -100,9 +101,9 @@ def _rows() -> dict[str, Recipe]:
         ),
         "StableDiffusionXLControlNetPAGPipeline": Recipe(controlled, upcasts=True),
         "StableDiffusionXLControlNetPAGImg2ImgPipeline": Recipe(controlled, upcasts=True),
-        lcm: Recipe(plan=unets.LCM, from_text=lcm),
+        lcm: Recipe(plan=unets.LCM),
         "LatentConsistencyModelImg2ImgPipeline": Recipe(plan=unets.LCM, from_text=lcm),
-        sd3: Recipe(MMDIT, plan=transformers.SD3, from_text=sd3, exported=True),
+        sd3: Recipe(MMDIT, plan=transformers.SD3, exported=True),
         "StableDiffusion3Img2ImgPipeline": Recipe(
             MMDIT, plan=transformers.SD3_PICTURE, from_text=sd3
         ),
@@ -114,8 +115,8 @@ def _rows() -> dict[str, Recipe]:
             MMDIT, plan=transformers.SD3_PICTURE, from_text=sd3
         ),
         "StableDiffusion3ControlNetPipeline": Recipe(joint),
-        alpha: Recipe(PIXART, plan=transformers.PIXART_ALPHA, from_text=alpha, exported=True),
-        sigma: Recipe(PIXART, plan=transformers.PIXART_SIGMA, from_text=sigma, exported=True),
+        "PixArtAlphaPipeline": Recipe(PIXART, plan=transformers.PIXART_ALPHA, exported=True),
+        "PixArtSigmaPipeline": Recipe(PIXART, plan=transformers.PIXART_SIGMA, exported=True),
         "DiTPipeline": Recipe(
             {"transformer": "dit", "vae": "vae"}, plan=transformers.DIT, exported=True
         ),
@@ -125,17 +126,17 @@ def _rows() -> dict[str, Recipe]:
         "ZImagePipeline": Recipe({"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE),
         "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
-        "FluxPipeline": Recipe(FLUX, plan=transformers.FLUX, exported=True),
-        "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE),
-        "FluxInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_INPAINT),
+        flux: Recipe(FLUX, plan=transformers.FLUX, exported=True),
+        "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE, from_text=flux),
+        "FluxInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_INPAINT, from_text=flux),
         "FluxFillPipeline": Recipe(FLUX, plan=transformers.FLUX_FILL),
         "FluxControlPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
         "FluxControlImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
         "FluxControlInpaintPipeline": Recipe(FLUX, loop="the picture that it keeps is packed anew"),
-        "FluxKontextPipeline": Recipe(FLUX, plan=transformers.FLUX_KONTEXT),
-        "FluxKontextInpaintPipeline": Recipe(FLUX),
-        "Flux2Pipeline": Recipe(FLUX2, plan=transformers.FLUX2),
-        "Flux2KleinPipeline": Recipe(FLUX2, plan=transformers.FLUX2_KLEIN),
+        kontext: Recipe(FLUX, plan=transformers.FLUX_KONTEXT, from_text=kontext),
+        "FluxKontextInpaintPipeline": Recipe(FLUX, from_text=kontext),
+        second: Recipe(FLUX2, plan=transformers.FLUX2, from_text=second),
+        klein: Recipe(FLUX2, plan=transformers.FLUX2_KLEIN, from_text=klein),
         "FluxControlNetPipeline": Recipe(flowing),
         "FluxControlNetImg2ImgPipeline": Recipe(flowing),
         "FluxControlNetInpaintPipeline": Recipe(flowing),
@@ -204,6 +205,21 @@ def autoencoder(pipe: Any) -> Any:
     recipe = recipe_of(pipe) or Recipe()
     names = [name for name, family in recipe.networks.items() if family == "vae"]
     return getattr(pipe, names[0], None) if names else None
+
+
+def guides_with(takes: Mapping[str, Any]) -> str | None:
+    """The argument of a pipeline's call that scales its guidance: the distilled one, unless most of
+    its networks know none; None if it takes none."""
+    told = takes.get("guidance_scale")
+    if "true_cfg_scale" in takes and (told is None or told.default is None):
+        return "true_cfg_scale"
+    return None if told is None else "guidance_scale"
+
+
+def negates(takes: Mapping[str, Any]) -> bool:
+    """Whether a pipeline's call heeds a negative prompt without being told a second scale."""
+    true = takes.get("true_cfg_scale")
+    return "negative_prompt" in takes and (true is None or true.default > 1)
 
 
 def exported(pipe: Any, what: str) -> Recipe:

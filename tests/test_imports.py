@@ -39,7 +39,7 @@ OPTIONAL = {
     "diffusers": (
         *("families/*.py", "compiler/loop_call.py", "compiler/denoise.py"),
         *("demo/*.py", "bench/preset*.py", "bench/pipelines.py", "regression/worker.py"),
-        "bench/blueprints.py",
+        *("bench/blueprints.py", "bench/saved.py"),
     ),
     "transformers": ("demo/*.py", "bench/preset*.py", "bench/pipelines.py"),
     "tensorrt": ("engines/trt.py",),

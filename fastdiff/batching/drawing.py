@@ -19,7 +19,7 @@ from fastdiff.batching.requests import Ticket
 from fastdiff.compiler.denoise import Denoising
 from fastdiff.compiler.loop_state import loop_of
 from fastdiff.compiler.pipelines import take_loop
-from fastdiff.recipes import recipe_of
+from fastdiff.recipes import guides_with, recipe_of
 from fastdiff.runtime.loop import Plans
 from fastdiff.runtime.places import Places, Seat, of_each, seat_of
 
@@ -82,17 +82,20 @@ class Drawing:
         assert loop is not None
         loop.ran, loop.own = whole.ran, whole.own
         told: dict[str, Any] = {}
+        takes = inspect.signature(type(pipe).__call__).parameters
         if driven:
             loop.driver = self
-        elif "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        elif "callback_on_step_end" in takes:
             told["callback_on_step_end"] = self._after_step
-        for name in ("negative_prompt", "guidance_scale", "height", "width"):
+        for name in ("negative_prompt", "height", "width"):
             if (value := getattr(request, name)) is not None:
                 told[name] = value
+        if request.guidance_scale is not None:
+            told[guides_with(takes) or "guidance_scale"] = request.guidance_scale
         generator = torch.Generator()
         generator.seed() if request.seed is None else generator.manual_seed(request.seed)
         return pipe(
-            request.prompt,
+            prompt=request.prompt,
             num_inference_steps=request.num_inference_steps,
             generator=generator,
             output_type=request.output_type,

@@ -15,6 +15,9 @@ from fastdiff.demo import DEMO_FOLDER
 from fastdiff.families import family
 from fastdiff.recipes import RECIPES, Recipe
 
+SIDE = 128
+"""The latents' side of networks that have none of their own, as of their pipelines."""
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -53,11 +56,14 @@ def of_preset(name: str) -> Blueprint:
 
 
 def of_folder(folder: Path) -> Blueprint:
-    """The networks of a saved pipeline. UserError unless it draws from text."""
+    """The networks of a saved pipeline. UserError unless it draws without a picture."""
     recipe = RECIPES[check_folder(folder).pipeline]
-    denoiser, vae = (_read(folder, name, recipe) for name in (recipe.denoiser, "vae"))
-    upcast = recipe.upcasts and bool(vae.config.force_upcast)
-    return Blueprint(denoiser, vae, denoiser.config.sample_size, _factor(vae), (upcast,))
+    denoiser = _read(folder, recipe.denoiser, recipe)
+    names = [name for name, kind in recipe.networks.items() if kind == "vae"]
+    vae = _read(folder, names[0], recipe) if names else None
+    upcast = recipe.upcasts and vae is not None and bool(vae.config.force_upcast)
+    side = denoiser.config.get("sample_size") or SIDE
+    return Blueprint(denoiser, vae, side, _factor(vae), (upcast,))
 
 
 def _read(folder: Path, name: str, recipe: Recipe) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.bench.enlarged import channels_of, size_of
 from fastdiff.bench.pixels import factor_of
-from fastdiff.recipes import autoencoder, denoiser
+from fastdiff.recipes import autoencoder, denoiser, guides_with
 
 GUIDANCE_SCALE = 4.0  # above 1, so that every step has a batch of two, as for most users
 CLASS, TOKENS, ENLARGING_STEPS = 207, 60, 2
@@ -68,6 +68,9 @@ def arguments(pipe: Any, request: Request, output_type: str) -> dict[str, Any]:
         "use_resolution_binning": False,
         **(size_of(pipe, request.height, request.width)),
     }
+    if guides_with(takes) == "true_cfg_scale":  # which is used with a negative prompt alone
+        del given["guidance_scale"]
+        given |= {"true_cfg_scale": GUIDANCE_SCALE, "negative_prompt": " "}
     if "super_res_latents" in takes:
         last = pipe.super_res_last.config
         side = last.sample_size
@@ -97,7 +100,8 @@ def arguments(pipe: Any, request: Request, output_type: str) -> dict[str, Any]:
 def whole(pipe: Any, request: Request) -> Tensor:
     """What it gives where it decodes by itself: a picture [H, W, 3] float64 in [0, 1], or an
     embedding [D]."""
-    kind = "np" if autoencoder(pipe) is not None or _draws(pipe) else "pt"
+    decodes = autoencoder(pipe) is not None or getattr(pipe, "vae", None) is not None
+    kind = "np" if decodes or _draws(pipe) else "pt"
     made = pipe(**arguments(pipe, request, kind), return_dict=False)[0]
     return torch.as_tensor(made[0]).double().cpu()
 

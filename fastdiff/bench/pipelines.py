@@ -13,9 +13,16 @@ import torch
 
 from fastdiff.bench.enlarged import enlarges
 from fastdiff.bench.pixels import factor_of
-from fastdiff.bench.saved import Saved, check_folder, check_whole, drawn_from_text
+from fastdiff.bench.saved import (
+    Saved,
+    check_folder,
+    check_whole,
+    drawn_from_text,
+    need_no_picture,
+)
 from fastdiff.devices import refusal
 from fastdiff.errors import UserError, first_line
+from fastdiff.families import family
 from fastdiff.recipes import denoiser, recipe_of
 
 FLOW = {
@@ -24,6 +31,10 @@ FLOW = {
     "FlowMatchLCMScheduler",
 }
 """Schedulers of networks that predict a flow."""
+DISPENSABLE = {"text_encoder_3"}
+"""What diffusers draws without: Stable Diffusion 3's T5."""
+OWN = 1024
+"""Height and width, in pixels, where neither the pipeline nor its network has its own."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -102,12 +113,9 @@ def load_file(place: Path | str, config: str | None, dtype: torch.dtype) -> Any:
             reason = "it lacks weights that they ask for"
         raise UserError(f"{place} cannot be loaded{how}: {reason}") from error
     _need_weights(pipe, Path(place))
-    net, vae = denoiser(pipe), pipe.vae
-    if net.config.in_channels != vae.config.latent_channels:
-        raise UserError(
-            f"{place} reads {net.config.in_channels} channels where latents have"
-            f" {vae.config.latent_channels}, so it draws from a picture, not from a text alone"
-        )
+    recipe = recipe_of(pipe)
+    assert recipe is not None
+    need_no_picture(place, recipe.denoiser, denoiser(pipe).config)
     return pipe
 
 
@@ -188,9 +196,9 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
             if side not in (None, own):
                 raise UserError(f"--{name} is {side}; this pipeline draws {own}×{own} pixels only")
         return own, own
-    patch = config.get("patch_size") or 1
-    latents = getattr(pipe, "default_sample_size", None) or config.sample_size
-    own, multiple = latents * factor, max(8, factor) * patch
+    patch = _patch(pipe)
+    latents = getattr(pipe, "default_sample_size", None) or config.get("sample_size")
+    own, multiple = latents * factor if latents else OWN, max(8, factor) * patch
     most = (config.get("pos_embed_max_size") or math.inf) * factor * patch
     height, width = (own if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):
@@ -201,6 +209,32 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
         if side > most:
             raise UserError(f"--{name} is {side}; this pipeline has positions for {most} at most")
     return height, width
+
+
+def _patch(pipe: Any) -> int:
+    """Rows and columns of latents that its network takes as one token; 1 for a U-Net."""
+    config, recipe = denoiser(pipe).config, recipe_of(pipe)
+    if "block_out_channels" in config or recipe is None:
+        return 1
+    denoised = family(recipe.networks[recipe.denoiser]).denoised
+    return 1 if denoised is None else denoised.multiple(denoiser(pipe))
+
+
+def check_prompt(pipe: Any) -> None:
+    """UserError unless the pipeline draws a picture of a prompt."""
+    kind, takes = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    if not {"prompt", "height"} <= takes.keys():
+        raise UserError(
+            f"a {kind} draws from more than a text, or from none; give a pipeline that draws from a"
+            " text, or call it from Python"
+        )
+    own = sorted(name for name in pipe.components if name.startswith("text_encoder"))
+    lacking = [name for name in own if getattr(pipe, name) is None]
+    needed = {*lacking} - {*pipe._optional_components, *DISPENSABLE}
+    if needed or (lacking and lacking == own):
+        raise UserError(
+            f"this {kind} has no {min(needed or lacking)}, which reads the prompt; save it with one"
+        )
 
 
 def check_steps(pipe: Any, steps: int) -> None:

@@ -21,11 +21,10 @@ def draws_pixels(pipe: Any) -> bool:
 
 def factor_of(pipe: Any) -> int:
     """Pixels per side of a latent; 1 if the network draws pixels."""
-    vae = autoencoder(pipe)
-    if vae is None:
-        return 1
-    told = getattr(pipe, "vae_scale_factor", None)  # of which some pipelines know nothing
-    return int(told or 2 ** (len(vae.config.block_out_channels) - 1))
+    vae, told = autoencoder(pipe), getattr(pipe, "vae_scale_factor", None)
+    if told is not None or vae is None:
+        return int(told or 1)
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def drawn(pipe: Any, steps: int, seed: int) -> torch.Tensor:

@@ -106,8 +106,11 @@ def find_truth(pipe: Any, request: Request) -> Truth:
 def run_step(net: Any, step: Step) -> torch.Tensor:
     """The network's output for one recorded call, float64 on the CPU."""
     with torch.no_grad():
-        output: torch.Tensor = net(*step.args, **step.kwargs)[0]
-    return output.double().cpu()
+        output: Any = net(*step.args, **step.kwargs)[0]
+    if isinstance(output, list):  # Z-Image's, of one for each text
+        output = torch.stack(output)
+    made: torch.Tensor = output.double().cpu()
+    return made
 
 
 def check(picture: torch.Tensor, output: torch.Tensor, truth: Truth) -> Receipt:

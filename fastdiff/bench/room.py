@@ -61,7 +61,8 @@ def least(pipe: Any, height: int, width: int) -> int:
     if "block_out_channels" in config:
         width_of, patch = int(config.block_out_channels[0]), 1
     else:
-        width_of = config.num_attention_heads * config.attention_head_dim
+        heads = config.get("num_attention_heads", 1), config.get("attention_head_dim", 1)
+        width_of = config.get("dim") or heads[0] * heads[1]
         patch = config.get("patch_size") or 1
     numbers = 2 * width_of * (height // factor // patch) * (width // factor // patch)
     return 2 * numbers * int(net.dtype.itemsize)

@@ -1,27 +1,23 @@
 """A folder written by `save_pretrained`: all checks that need no weights."""
 
+import inspect
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.recipes import RECIPES
 
-FROM_TEXT = {name: recipe.from_text for name, recipe in RECIPES.items() if recipe.from_text}
-"""By the class in a folder: the class that draws from text with the same components."""
 LCM = "LatentConsistencyModelPipeline"
-LIBRARIES = {
-    "diffusers": "diffusion_pytorch_model",
-    "transformers": "model",
-    "stable_diffusion": "model",
-}
-"""Where a component may come from, and the prefix of its weights' names there."""
-DISPENSABLE = ("text_encoder_3", "tokenizer_3")
-"""Components that diffusers can draw without; but it loads a folder without them only if it is told
-that they are None."""
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""By library: the prefix of its weights' names. A component may also come from a module of
+diffusers.pipelines, whose class is of either kind."""
+PICTURES = {"image", "control_image"}
+"""Arguments of calls that begin with a picture."""
 LFS_POINTER = b"version https://git-lfs"
 SUFFIX = ".safetensors"
 
@@ -53,7 +49,8 @@ class Saved:
     pipeline: str
     networks: tuple[Network, ...]
     absent: tuple[str, ...] = ()
-    """Components of DISPENSABLE that were saved as None."""
+    """Components that were saved as None; diffusers loads a folder without some of them only if it
+    is told so."""
 
     @property
     def variant(self) -> str | None:
@@ -62,7 +59,7 @@ class Saved:
 
 
 def check_folder(folder: Path, variant: str | None = None) -> Saved:
-    """Raise UserError unless `folder` holds a complete pipeline that draws from text.
+    """Raise UserError unless `folder` holds a complete pipeline that draws without a picture.
 
     variant: of the files to read; None: files without one, else the one that all networks have.
     """
@@ -76,11 +73,11 @@ def check_folder(folder: Path, variant: str | None = None) -> Saved:
     networks: dict[str, tuple[str, str]] = {}
     for component, origin in index.items():
         if isinstance(origin, list) and len(origin) == 2 and origin[0] is not None:
-            if origin[0] not in LIBRARIES:
+            if not _is_library(str(origin[0])):
                 raise UserError(f"{index_file}: {component} comes from {origin[0]}, not a library")
             if _check_component(folder / component):
                 networks[component] = (str(origin[0]), str(origin[1]))
-    found = {name: _weights(folder / name, LIBRARIES[net[0]]) for name, net in networks.items()}
+    found = {name: _weights(folder / name, net[0]) for name, net in networks.items()}
     variant = _variant(folder, found, variant)
     for files in found.values():
         for file in files.get(variant) or files[None]:
@@ -93,42 +90,63 @@ def check_folder(folder: Path, variant: str | None = None) -> Saved:
             Network(folder / name, library, kind, variant if variant in found[name] else None)
             for name, (library, kind) in networks.items()
         ),
-        tuple(name for name in DISPENSABLE if index.get(name) == [None, None]),
+        tuple(name for name, origin in index.items() if origin == [None, None]),
     )
 
 
 def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
     """The class to load a pipeline as, by its model_index.json; UserError for one that we do not
     know, or that draws from a picture alone."""
-    name = index.get("_class_name")
-    if not isinstance(name, str) or name not in FROM_TEXT:
+    name = str(index.get("_class_name"))
+    if name not in RECIPES:
         raise UserError(
-            f"{place} holds a {name}; supported are {', '.join(FROM_TEXT)}, which draw from text"
+            f"{place} holds a {name}, which fastdiff does not compute; docs/pipelines.md lists what"
+            " it does"
         )
     if index.get("requires_aesthetics_score"):
         raise UserError(f"{place} holds a refiner, which draws from a picture, not from text")
-    return FROM_TEXT[name]
+    if RECIPES[name].from_text:
+        return RECIPES[name].from_text
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+        raise UserError(f"{place} holds a {name}; load it in Python, and call fastdiff.compile")
+    if PICTURES & inspect.signature(cls.__call__).parameters.keys():  # type: ignore[attr-defined]
+        raise UserError(f"{place} holds a {name}, which draws from a picture; call it from Python")
+    return name
+
+
+def need_no_picture(place: Path | str, name: str, config: Mapping[str, Any]) -> None:
+    """UserError if a denoising network, by its config, reads more than latents, like the mask and
+    picture of an inpainting model."""
+    takes = config.get("in_channels")
+    gives = config.get("out_channels") or takes
+    if takes is None or gives is None or not takes > gives:
+        return
+    if takes != gives * (config.get("patch_size") or 1) ** 2:  # else it takes whole patches
+        raise UserError(
+            f"{place}: its {name} takes {takes} channels but latents have {gives}, so it draws"
+            " from a picture, not from text alone"
+        )
 
 
 def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> None:
-    """UserError if the denoising network reads more than latents, like the mask and picture of an
-    inpainting model."""
-    name = RECIPES[pipeline].denoiser
-    for missing in sorted({name, "vae"} - set(networks)):
+    """UserError if a network that fastdiff computes is missing, or draws from more than a text."""
+    recipe = RECIPES[pipeline]
+    for missing in sorted(set(recipe.networks) - set(networks)):
         raise UserError(f"{folder} has no {missing}; save or copy the pipeline again")
-    net, vae = (_read_json(folder / part / "config.json") for part in (name, "vae"))
-    given = vae.get("latent_channels", 4)
-    takes = net.get("in_channels", given)
-    if takes != given:
-        raise UserError(
-            f"{folder}: its {name} takes {takes} channels but latents have {given}, so it draws"
-            " from a picture, not from text alone"
-        )
-    if pipeline == LCM and net.get("time_cond_proj_dim") is None:
+    config = _read_json(folder / recipe.denoiser / "config.json")
+    need_no_picture(folder, recipe.denoiser, config)
+    if pipeline == LCM and config.get("time_cond_proj_dim") is None:
         raise UserError(
             f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} needs; save it as a"
             f" StableDiffusionPipeline"
         )
+
+
+def _is_library(name: str) -> bool:
+    return name in STEMS or (name.isidentifier() and bool(find_spec(f"diffusers.pipelines.{name}")))
 
 
 def _check_component(folder: Path) -> bool:
@@ -142,9 +160,11 @@ def _check_component(folder: Path) -> bool:
     return files is None
 
 
-def _weights(folder: Path, stem: str) -> dict[str | None, list[Path]]:
+def _weights(folder: Path, library: str) -> dict[str | None, list[Path]]:
     """Weight files by variant. Only safetensors: .bin and .ckpt files are pickles, which can run
     any code when read."""
+    of_models = any(folder.glob("model*"))
+    stem = STEMS.get(library) or STEMS["transformers" if of_models else "diffusers"]
     found: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob(f"{stem}*{SUFFIX}")):
         rest = path.name.removeprefix(stem).removesuffix(SUFFIX)

@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.bench.enlarged import enlarges
-from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
+from fastdiff.bench.pipelines import (
+    check_device,
+    check_dtype,
+    check_prompt,
+    check_size,
+    check_steps,
+)
 from fastdiff.bench.room import room
 from fastdiff.bench.source import Source, opened, placed
 from fastdiff.bulk.prompts import Row, bad
 from fastdiff.compiler import compile
 from fastdiff.compiler.loop_state import loop_of
 from fastdiff.errors import UserError, first_line
-from fastdiff.recipes import denoiser
+from fastdiff.recipes import denoiser, guides_with, negates
 from fastdiff.runtime.ranks import Lost, Ranks
 
 ON_A_GPU = 4
@@ -54,7 +59,9 @@ class Painter:
         self.setup, self.device = setup, check_device(setup.device)
         dtype = check_dtype(setup.dtype, self.device)
         self.pipe: Any = opened(setup.source, dtype, self.device).to(self.device)
+        check_prompt(self.pipe)
         self._known = inspect.signature(self.pipe.__call__).parameters
+        self._guides = guides_with(self._known)
 
     @property
     def capacity(self) -> int:
@@ -69,18 +76,15 @@ class Painter:
         pipe = self.pipe
         assert row.steps is not None
         check_steps(pipe, row.steps)
-        if enlarges(pipe):
-            raise UserError(
-                f"a {type(pipe).__name__} enlarges a picture, and draw gives it none; call it from"
-                " Python"
-            )
         height, width = check_size(pipe, row.height, row.width)
-        if row.negative is not None and "negative_prompt" not in self._known:
+        if row.negative is not None and not negates(self._known):
             raise UserError(f"--negative-prompt: a {type(pipe).__name__} takes none; leave it out")
         guidance = row.guidance
-        if guidance is None:
+        if guidance is not None and self._guides is None:
+            raise UserError(f"--guidance-scale: a {type(pipe).__name__} takes none; leave it out")
+        if guidance is None and self._guides is not None:
             is_demo = placed(self.setup.source.pipeline) is None
-            guidance = 4.0 if is_demo else self._known["guidance_scale"].default
+            guidance = 4.0 if is_demo else self._known[self._guides].default
         return replace(row, height=height, width=width, guidance=guidance)
 
     def completed(self, rows: Iterable[Row], path: Path) -> list[Row]:
@@ -105,14 +109,14 @@ class Painter:
         wanted = {
             "negative_prompt": row.negative,
             "num_inference_steps": row.steps,
-            "guidance_scale": row.guidance,
+            **({} if self._guides is None else {self._guides: row.guidance}),
             "height": row.height,
             "width": row.width,
             "output_type": "np",
         }
         with room(self.pipe, row.height, row.width, self.device):
             drawn = self.pipe(
-                row.prompt,
+                prompt=row.prompt,
                 generator=torch.Generator("cpu").manual_seed(row.seed),
                 **{name: value for name, value in wanted.items() if value is not None},
             ).images[0]
@@ -123,10 +127,10 @@ class Painter:
         if not np.isfinite(drawn).all():
             raise UserError(
                 "the picture holds numbers that are not finite, in"
-                f" {denoiser(self.pipe).dtype} with guidance {row.guidance:g}; give a smaller"
+                f" {denoiser(self.pipe).dtype} with guidance {row.guidance}; give a smaller"
                 " --guidance-scale, or --dtype fp32"
             )
-        return self.pipe.image_processor.numpy_to_pil(drawn)[0]
+        return self.pipe.numpy_to_pil(drawn)[0]
 
     def attempt(self, row: Row) -> Drawn:
         """Draw a row; what goes wrong with it is told, and ends nothing."""

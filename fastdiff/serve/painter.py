@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.batching import Batch, Cancelled, Request
-from fastdiff.bench.pipelines import check_size, check_steps
+from fastdiff.bench.pipelines import check_prompt, check_size, check_steps
 from fastdiff.bench.source import rescheduled
 from fastdiff.errors import UserError
+from fastdiff.recipes import negates
 from fastdiff.serve.drawing import Accepted, Drawing, Event, Picture, Step
 from fastdiff.serve.refused import cancelled
 
@@ -42,11 +43,7 @@ class Painter:
         pixels: int | None = None,
     ) -> None:
         self._takes = inspect.signature(pipe.__call__).parameters
-        if not {"prompt", "height"} <= self._takes.keys():
-            raise UserError(
-                f"a {type(pipe).__name__} draws from more than a text, or from none; serve one that"
-                " draws from a text"
-            )
+        check_prompt(pipe)
         self.pipe, self.places = pipe, capacity * workers
         self._steps, self._guidance = steps, guidance_scale
         height, width = check_size(pipe, None, None)
@@ -101,7 +98,7 @@ class Painter:
             raise UserError(
                 f"size is {width}x{height}; this server draws at most {self._pixels} pixels"
             )
-        if drawing.negative_prompt is not None and "negative_prompt" not in self._takes:
+        if drawing.negative_prompt is not None and not negates(self._takes):
             raise UserError(f"negative_prompt: a {kind} takes none; leave it out")
         if drawing.previews and not self._decodes:
             raise UserError(f"partial_images: a {kind}'s latents are not shown; leave it out")

@@ -28,7 +28,7 @@ DAMAGE = {
     "it has no model_index.json": lambda f: (f / "model_index.json").unlink(),
     "is not readable JSON": lambda f: (f / "model_index.json").write_text("{"),
     "holds a JSON list, not an object": lambda f: (f / "model_index.json").write_text("[]"),
-    "holds a SanaPipeline; supported are Stable": lambda f: edit_index(
+    "holds a SanaPipeline, which fastdiff does not compute": lambda f: edit_index(
         f, _class_name="SanaPipeline"
     ),
     "unet comes from my_code": lambda f: edit_index(f, unet=["my_code", "Net"]),

@@ -1,8 +1,10 @@
 """Folders as people have them: variants, other classes, damaged files. Loaded, or one sentence."""
 
+import inspect
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from command import run
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff.bench.pipelines import load
 from fastdiff.bench.presets import build
-from fastdiff.bench.saved import FROM_TEXT, check_folder
+from fastdiff.bench.saved import PICTURES, check_folder
 from fastdiff.demo import DEMO_FOLDER
 from fastdiff.errors import UserError
 from fastdiff.recipes import RECIPES
@@ -172,18 +174,20 @@ def test_xl_siblings(tmp_path):
 
 
 def test_every_class_that_compile_takes_is_loaded_or_refused_in_one_sentence(folder):
-    assert set(FROM_TEXT) <= set(RECIPES)
-    for name in RECIPES:
+    edit_json(folder / "unet/config.json", time_cond_proj_dim=32)
+    for name, recipe in RECIPES.items():
         edit_json(folder / "model_index.json", _class_name=name)
-        if name in FROM_TEXT and (net := RECIPES[FROM_TEXT[name]].denoiser) != "unet":
-            with pytest.raises(UserError, match=f"has no {net}; save or copy the pipeline again"):
-                check_folder(folder)
+        drawn, cls = recipe.from_text or name, getattr(diffusers, name, None)
+        if cls is None or "Modular" in name:
+            refused = f"holds a {name}; load it in Python"
+        elif not recipe.from_text and PICTURES & inspect.signature(cls.__call__).parameters.keys():
+            refused = f"holds a {name}, which draws from a picture"
+        elif missing := set(RECIPES[drawn].networks) - {"unet", "vae"}:
+            refused = f"has no {min(missing)}; save or copy the pipeline again"
+        else:
+            assert check_folder(folder).pipeline == drawn
             continue
-        if name in FROM_TEXT:
-            edit_json(folder / "unet/config.json", time_cond_proj_dim=32)
-            assert check_folder(folder).pipeline in FROM_TEXT
-            continue
-        with pytest.raises(UserError, match=f"holds a {name}; supported are .* from text"):
+        with pytest.raises(UserError, match=refused):
             check_folder(folder)
 
 

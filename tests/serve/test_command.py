@@ -35,7 +35,7 @@ BAD = {
     "{tmp}/nothing is not a folder": ("{tmp}/nothing",),
     "--device is 'toaster'": ("--device", "toaster"),
     "--scheduler is 'No'": ("--scheduler", "No"),
-    "holds a DDPMPipeline; supported are": (str(UNCONDITIONAL_FOLDER),),
+    "a DDPMPipeline draws from more than a text, or from none": (str(UNCONDITIONAL_FOLDER),),
 }
 
 
