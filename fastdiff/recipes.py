@@ -132,9 +132,11 @@ def _rows() -> dict[str, Recipe]:
         "FluxFillPipeline": Recipe(FLUX, plan=transformers.FLUX_FILL),
         "FluxControlPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
         "FluxControlImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
-        "FluxControlInpaintPipeline": Recipe(FLUX, loop="the picture that it keeps is packed anew"),
+        "FluxControlInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL_INPAINT),
         kontext: Recipe(FLUX, plan=transformers.FLUX_KONTEXT, from_text=kontext),
-        "FluxKontextInpaintPipeline": Recipe(FLUX, from_text=kontext),
+        "FluxKontextInpaintPipeline": Recipe(
+            FLUX, plan=transformers.FLUX_KONTEXT_INPAINT, from_text=kontext
+        ),
         second: Recipe(FLUX2, plan=transformers.FLUX2, from_text=second),
         klein: Recipe(FLUX2, plan=transformers.FLUX2_KLEIN, from_text=klein),
         "FluxControlNetPipeline": Recipe(flowing),

@@ -44,6 +44,8 @@ def inpainting_of(
     mask, original, noise = parts = [local[name] for name in names]
     for name, value in zip(names, parts, strict=True):
         _check_kind(name, value, latents)
+    if plan.packs:
+        original, noise = (pipe._pack_latents(part, *part.shape) for part in (original, noise))
     count = predictions_of(setting).count
     if plan.inverted:
         mask, original = 1 - mask[:1], original[:1]

@@ -111,6 +111,8 @@ def call_of(
     for name in (*ASKED, plan.attention_kwargs):
         if hasattr(type(pipe), name) and not own(name):
             raise Unsupported(f"its {name} was replaced and may change from step to step")
+    if plan.packs and not own("_pack_latents"):
+        raise Unsupported("its _pack_latents was replaced")
     rescale = helpers.get("rescale_noise_cfg")
     if rescale is not None and not own_helper(rescale, "rescale_noise_cfg"):
         raise Unsupported("rescale_noise_cfg was replaced")

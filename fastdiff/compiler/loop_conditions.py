@@ -37,11 +37,18 @@ def conditions_of(
     """
     given: dict[str, Any] = {field: local.get(name) for field, name in plan.conditions.items()}
     guided = predictions.guided
+    for field, name in plan.instead.items():
+        if given[field] is None:
+            given[field] = local.get(name)
     for field, name in plan.unconditional.items() if guided else ():
         if name not in local:
             raise Unsupported(f"this version of diffusers has no {name} in its loop")
         halves = local[name], given[field]
-        given[field] = _both(name, *(reversed(halves) if plan.conditional_first else halves))
+        halves = (halves[1], halves[0]) if plan.conditional_first else halves
+        if field == plan.pictures:  # a list, with an entry for each adapter
+            given[field] = _both_pictures(name, *halves)
+        else:
+            given[field] = _both(name, *halves)
     for field, name in plan.alike.items() if guided else ():
         told = local.get(name)
         require(told is not None and torch.equal(told, given[field]), f"{name} of its own")
@@ -65,6 +72,14 @@ def _both(name: str, first: Any, second: Any) -> Any:
         return first + second
     require(first.shape == second.shape, f"{name} of another shape than the other half's")
     return torch.cat([first, second])
+
+
+def _both_pictures(name: str, first: Any, second: Any) -> Any:
+    """Both halves of what IP-Adapters are told, lists of [B, N, …]; None without any."""
+    if first is None and second is None:
+        return None
+    require(None not in (first, second), f"{name} of one half only")
+    return [_both(name, *parts) for parts in zip(first, second, strict=True)]
 
 
 def carried(pipe: Any, plan: Plan) -> dict[str, Any]:

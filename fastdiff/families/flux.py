@@ -21,6 +21,7 @@ TOKENS = 512
 """Tokens of a text."""
 PATCH = 2
 """Each token is of so many rows and columns of the latents."""
+PICTURES = "ip_adapter_image_embeds"
 
 
 def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
@@ -44,7 +45,9 @@ def _call(
     **unknown: Any,
 ) -> Transformer2DModelOutput | tuple[Tensor]:
     """`FluxTransformer2DModel.forward` on the compact network."""
-    lora_scale(joint_attention_kwargs, "joint_attention_kwargs")
+    kwargs = dict(joint_attention_kwargs or {})
+    pictures = kwargs.pop(PICTURES, None)
+    lora_scale(kwargs, "joint_attention_kwargs")
     refuse(**unknown)
     if timestep is None:
         raise Unsupported("it was given no timestep")
@@ -53,6 +56,7 @@ def _call(
         controlnet_block_samples,
         controlnet_single_block_samples,
         bool(controlnet_blocks_repeat),
+        ip_adapter_image_embeds=pictures,
     )
     prediction = flux(hidden_states, timestep, given)
     return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
@@ -60,7 +64,8 @@ def _call(
 
 def _scale(*_: Any, joint_attention_kwargs: Any = None, **__: Any) -> float:
     # diffusers ignores a scale that is passed by position
-    return lora_scale(joint_attention_kwargs, "joint_attention_kwargs")
+    kwargs = {k: v for k, v in (joint_attention_kwargs or {}).items() if k != PICTURES}
+    return lora_scale(kwargs, "joint_attention_kwargs")
 
 
 def _planned(flux: Denoiser, sizes: Sizes) -> list[Run]:

@@ -14,9 +14,15 @@ from fastdiff.models.blocks import Columns, require
 from fastdiff.models.borrow import Loan
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.embeddings import TimeText, borrow_time_text
-from fastdiff.models.flux_blocks import borrow_flux_block, borrow_single_block
+from fastdiff.models.flux_blocks import (
+    IP_PROCESSOR,
+    PROCESSOR,
+    borrow_flux_block,
+    borrow_single_block,
+)
 from fastdiff.models.flux_trunk import FluxTrunk
 from fastdiff.models.hoisted import Hoisted
+from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.joint import borrow_modulated
 from fastdiff.models.rotary import borrow_rotary, check_positions
 from fastdiff.models.weights import project
@@ -48,6 +54,8 @@ class Conditions(NamedTuple):
     constant_tokens: Tensor | None = None
     """[B, L', C] tokens that follow the latents' and stay the same in all steps; nothing is
     predicted for them."""
+    ip_adapter_image_embeds: Any = None
+    """For each IP-Adapter [G·B, N, ...], for N pictures; from `joint_attention_kwargs`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Flux(FluxTrunk):
     """FluxTransformer2DModel."""
 
     time_text: TimeText
+    ip_adapters: IPAdapters | None
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
@@ -75,6 +84,10 @@ class Flux(FluxTrunk):
         if guidance is not None:
             fits = guidance.ndim == 1 and len(guidance) in (1, len(latents))
             require(fits, f"guidance has the shape {list(guidance.shape)}")
+        images = given.ip_adapter_image_embeds
+        what = "has" if self.ip_adapters is None else "needs"
+        known = (self.ip_adapters is None) == (images is None)
+        require(known, f"ip_adapter_image_embeds do not match the IP-Adapters that it {what}")
         for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
             controls = getattr(given, name)
             require(controls is None or len(controls) > 0, f"{name} is empty")
@@ -104,7 +117,15 @@ class Flux(FluxTrunk):
         turns = self.rotary(torch.cat((given.txt_ids, given.img_ids)))
         made = self.constants(text, turns, given.constant_channels, given.constant_tokens)
         controls, singles = self._controls(given, text.shape[1])
-        return Hoisted(rows, made._replace(controls=controls, single_controls=singles))
+        images: tuple[Tensor, ...] = ()
+        if self.ip_adapters is not None:
+            # diffusers divides the tokens of all pictures evenly among the texts
+            images = self.ip_adapters.rows(given.ip_adapter_image_embeds)
+            even = all(image.shape[0] * image.shape[1] % len(text) == 0 for image in images)
+            require(even, f"ip_adapter_image_embeds whose tokens do not divide among {len(text)}")
+            images = tuple(image.view(len(text), -1, image.shape[-1]) for image in images)
+        made = made._replace(controls=controls, single_controls=singles, images=images)
+        return Hoisted(rows, made)
 
     def _controls(self, given: Conditions, text: int) -> tuple[tuple[Tensor, ...], ...]:
         """The residuals of all blocks; `text`: its tokens."""
@@ -128,20 +149,22 @@ def borrow_flux(module: Any, loan: Loan) -> Flux:
     """Borrow a FluxTransformer2DModel's weights; raises Unsupported for other structures."""
     net, rows = loan.open(module, "FluxTransformer2DModel"), Columns(loan)
     width = net.inner_dim
-    blocks = tuple(
-        borrow_flux_block(block, loan, rows, width) for block in loan.each(net.transformer_blocks)
-    )
+    layers, processors = loan.each(net.transformer_blocks), (PROCESSOR, IP_PROCESSOR)
+    blocks = tuple(borrow_flux_block(layer, loan, rows, width, *processors) for layer in layers)
     singles = tuple(
         borrow_single_block(block, loan, rows, width)
         for block in loan.each(net.single_transformer_blocks)
     )
     require(len(blocks) > 0 and len(singles) > 0, "a FLUX without blocks of both kinds")
     norm_out = borrow_modulated(net.norm_out, loan, rows, width, "AdaLayerNormContinuous")
+    attentions = [loan.open(layer.attn, "FluxAttention") for layer in layers]
+    projection = getattr(net, "encoder_hid_proj", None)
     head = width // singles[0].heads
     flux = Flux(
         embed=loan.linear(net.x_embedder),
         rotary=borrow_rotary(net.pos_embed, loan, head),
         time_text=borrow_time_text(net.time_text_embed, loan),
+        ip_adapters=borrow_ip_adapters(projection, attentions, loan, IP_PROCESSOR),
         modulation=loan.linear(*rows.layers, hoisted=True),
         context=loan.linear(net.context_embedder),
         blocks=blocks,

@@ -21,7 +21,9 @@ from fastdiff.models.joint_attention import (
 from fastdiff.models.reads import Reader
 from fastdiff.models.rotary import Turns
 from fastdiff.models.stream import Stream
+from fastdiff.models.watch import kind
 
+PROCESSOR, IP_PROCESSOR = "FluxAttnProcessor", "FluxIPAdapterAttnProcessor"
 Single = Callable[[Stream, Tensor, Turns], Stream]
 """A block of one stream, its vectors [B, all] and what turns its tokens -> the stream after it."""
 
@@ -57,12 +59,17 @@ class SingleBlock:
         return Stream(both(seen, up, self.out), gate, x.closed())
 
 
-def borrow_flux_block(module: Any, loan: Loan, rows: Columns, width: int) -> JointBlock:
-    """From a FluxTransformerBlock; `rows` assigns columns of the packed modulations."""
+def borrow_flux_block(
+    module: Any, loan: Loan, rows: Columns, width: int, *processors: str
+) -> JointBlock:
+    """From a FluxTransformerBlock; `rows` assigns columns of the packed modulations. `processors`:
+    as for `open_flux_attention`."""
     block, zero = loan.open(module, "FluxTransformerBlock"), "AdaLayerNormZero"
     return JointBlock(
         norm=borrow_modulated(block.norm1, loan, rows, width, zero),
-        attention=borrow_joint(open_flux_attention(block.attn, loan), loan, width),
+        attention=borrow_joint(
+            open_flux_attention(block.attn, loan, "FluxAttention", *processors), loan, width
+        ),
         own=None,
         mlp=borrow_mlp(block.norm2, block.ff, loan, width),
         text_norm=borrow_modulated(block.norm1_context, loan, rows, width, zero),
@@ -115,11 +122,12 @@ def borrow_norms(own: Reader, loan: Loan) -> HeadNorms:
 
 
 def open_flux_attention(
-    module: Any, loan: Loan, name: str = "FluxAttention", processor: str = "FluxAttnProcessor"
+    module: Any, loan: Loan, name: str = "FluxAttention", *processors: str
 ) -> Reader:
-    """Read an attention of the class `name` with this plain processor."""
-    own = loan.open(module, name)
-    held = loan.open(own.processor, processor)
+    """Read an attention of the class `name` with a processor of one of these classes, by default
+    the plain one."""
+    own, known = loan.open(module, name), processors or (PROCESSOR,)
+    held = loan.open(own.processor, next((p for p in known if kind(own.processor) == p), known[0]))
     require(held._attention_backend is None, "an attention backend that was set")
     require(held._parallel_config is None, "attention in parallel over devices")
     require(not own.fused_projections, "fused projections")

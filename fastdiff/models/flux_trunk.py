@@ -42,6 +42,9 @@ class Constants(NamedTuple):
     """[G·B, L, D] for each of the first blocks, or none."""
     single_controls: tuple[Tensor, ...] = ()
     """[G·B, T + L, D] for each of the others, or none."""
+    images: tuple[Tensor, ...] = ()
+    """For each IP-Adapter [G·B, tokens, blocks·2·D]: keys and scaled values for the first blocks;
+    no tokens if all its scales are 0."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,19 @@ class FluxBlocks:
         """The picture [G·B, L, D] after each of the first blocks, then text and picture
         [G·B, T + L, D] after each of the others."""
         told, limit = constants.text, LIMIT if x.dtype == torch.float16 else 0.0
-        row = row.expand(len(told), -1)
+        row, width = row.expand(len(told), -1), told.shape[-1]
         picture, text = self._embed(repeated(x, len(told)), constants), Stream(told)
         text_turns, turns = constants.turns.cut(told.shape[1])
         for i, block in enumerate(self.blocks):
             with scope(f"block {i}"):
-                picture, last = block(picture, text, row, turns=(turns, text_turns))
+                images = [
+                    image[..., 2 * i * width : 2 * (i + 1) * width]
+                    for image in constants.images
+                    if image.shape[1] > 0
+                ]
+                picture, last = block(
+                    picture, text, row, turns=(turns, text_turns), pictures=images
+                )
                 assert last is not None
                 text = last.limited(limit)
                 if constants.controls:

@@ -1,4 +1,5 @@
-"""IP-Adapters: image prompts as extra tokens that every cross-attention reads beside the text."""
+"""IP-Adapters: image prompts as extra tokens that every cross-attention reads beside the text, or
+that the picture attends to in FLUX's blocks of two streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ PROCESSOR = "IPAdapterAttnProcessor2_0"
 
 @dataclass(frozen=True)
 class IPAdapters:
-    """The IP-Adapters of one U-Net; the scales are read from diffusers' processors at every use."""
+    """A network's IP-Adapters; the scales are read from diffusers' processors at every use."""
 
     projection: Any
     """diffusers' MultiIPAdapterImageProjection, which is called rather than borrowed."""
     processors: tuple[Any, ...]
-    """One for every cross-attention, in the order of the columns."""
+    """One for every attention, in the order of the columns."""
     widths: tuple[int, ...]
     """Columns of K, and as many of V, for every cross-attention; in the text's layout."""
     packed: tuple[Weights, ...]
@@ -47,7 +48,7 @@ class IPAdapters:
         return tuple(self._rows(i, tokens) for i, tokens in enumerate(pictures))
 
     def _rows(self, adapter: int, tokens: Tensor) -> Tensor:
-        weight = self.packed[adapter].weight
+        weight, bias = self.packed[adapter].weight, self.packed[adapter].bias
         require(
             tokens.ndim == 4
             and tokens.shape[-1] == weight.shape[1]
@@ -65,7 +66,7 @@ class IPAdapters:
             torch.tensor(factors, dtype=exact).flatten(),
             torch.tensor(self.widths).repeat_interleave(2),
         ).to(weight.device)
-        rows = (linear(tokens, weight) * column).to(weight.dtype)
+        rows = (linear(tokens, weight, bias) * column).to(weight.dtype)
         # diffusers skips these blocks, even if they hold NaN
         return rows.masked_fill_(column == 0, 0)
 
@@ -84,10 +85,11 @@ class IPAdapters:
 
 
 def borrow_ip_adapters(
-    projection: Any, attentions: Sequence[Reader], loan: Loan
+    projection: Any, attentions: Sequence[Reader], loan: Loan, name: str = PROCESSOR
 ) -> IPAdapters | None:
-    """From a U-Net's encoder_hid_proj and its cross-attentions; None if it has no IP-Adapters."""
-    carried = [kind(attention.processor) == PROCESSOR for attention in attentions]
+    """From a network's encoder_hid_proj and its attentions, with processors of the class `name`;
+    None if it has no IP-Adapters."""
+    carried = [kind(attention.processor) == name for attention in attentions]
     if projection is None:
         require(not any(carried), "IP-Adapter processors without a projection (encoder_hid_proj)")
         return None
@@ -96,7 +98,7 @@ def borrow_ip_adapters(
     count = len(projecting.image_projection_layers)
     packed = [Columns(loan) for _ in range(count)]
     for attention in attentions:
-        processor = loan.open(attention.processor, PROCESSOR)
+        processor = loan.open(attention.processor, name)
         both = loan.each(processor.to_k_ip), loan.each(processor.to_v_ip)
         require(
             all(len(layers) == count for layers in both),
@@ -109,7 +111,6 @@ def borrow_ip_adapters(
             )
             columns.take(*layers)
     weights = tuple(loan.linear(*columns.layers) for columns in packed)
-    require(all(w.bias is None for w in weights), "IP-Adapter projections with a bias")
     widths = tuple(attention.inner_dim for attention in attentions)
     processors = tuple(attention.processor for attention in attentions)
     return IPAdapters(projection, processors, widths, weights)

@@ -4,7 +4,7 @@ A block's norms are modulated by vectors that depend only on the timestep and th
 vectors of all norms are side by side in `row`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +77,10 @@ class JointBlock:
         images: tuple[Image | None, ...] = (None, None),
         perturbed: int = 0,
         turns: tuple[Turns | None, Turns | None] = (None, None),
+        pictures: Sequence[Tensor] = (),
     ) -> tuple[Stream, Stream | None]:
-        """`row`: [B, all vectors]. `images`: for `attention` and `own`. `perturbed` and `turns`:
-        for `attention`. The returned text is None if its result is not used."""
+        """`row`: [B, all vectors]. `images`: for `attention` and `own`. `perturbed`, `turns` and
+        `pictures`: for `attention`. The returned text is None if its result is not used."""
         shift, scale, gate, *vectors = self.norm.vectors(row)
         h = picture.normed(self.norm.eps, shift, scale)
         h_text, text_vectors = None, list[Tensor]()
@@ -87,14 +88,18 @@ class JointBlock:
             first, second, *text_vectors = self.text_norm.vectors(row)
             shift, scale = (first, second) if text_vectors else (second, first)
             h_text = text.normed(self.text_norm.eps, shift, scale)
-        seen, told = self.attention(h, h_text, text_bias, images[0], perturbed, turns)
+        seen, told, apart = self.attention(
+            h, h_text, text_bias, images[0], perturbed, turns, pictures
+        )
         x = picture.closed()
         if self.own is not None:
             own_shift, own_scale, own_gate = vectors[3:]
             h = picture.normed(self.norm.eps, own_shift, own_scale)
             x, gate = residual(x, seen, gate=gate), own_gate
-            seen, _ = self.own(h, image=images[1])
+            seen, *_ = self.own(h, image=images[1])
         picture = self.mlp(Stream(seen, gate, x), *vectors[:3])
+        if apart is not None:
+            picture = picture.plus(apart)
         if text is None or told is None or self.text_mlp is None:
             return picture, None
         gate, *rest = text_vectors

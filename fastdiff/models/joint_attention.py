@@ -1,5 +1,6 @@
 """The attention of SD3's MM-DiT, on borrowed weights: picture and text attend to each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,9 +78,13 @@ class JointAttention:
         image: Image | None = None,
         perturbed: int = 0,
         turns: tuple[Turns | None, Turns | None] = (None, None),
-    ) -> tuple[Tensor, Tensor | None]:
+        pictures: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x [B, L, D], text [B, T, D] -> the same shapes; None for an unused result. `turns`: of
         the picture's tokens and of the text's.
+
+        The third result [B, L, D] is what x sees of `pictures`, IP-Adapters' tokens
+        [B, tokens, 2·D] each (keys, then scaled values), without positions; None if there are none.
 
         In the last `perturbed` samples, a token of the picture attends to itself and to the text
         only. If there are any, nothing is normalised in the others either, as in diffusers.
@@ -102,8 +107,19 @@ class JointAttention:
             seen = residual(seen, more.flatten(2), gate=image.scale)
         seen = linear(seen, self.out.weight, self.out.bias)
         if told is None or self.text is None or self.text.out is None:
-            return seen, None
-        return seen, linear(told.flatten(2), self.text.out.weight, self.text.out.bias)
+            return seen, None, None
+        told = linear(told.flatten(2), self.text.out.weight, self.text.out.bias)
+        return seen, told, self._apart(q, k, pictures)
+
+    def _apart(self, q: Tensor, k: Tensor, pictures: Sequence[Tensor]) -> Tensor | None:
+        """What queries without positions see of each of `pictures`, summed."""
+        found: Tensor | None = None
+        for tokens in pictures:
+            if found is None and self.norms is not None:
+                q, _ = self.norms(q, k)
+            one = attention(q, *split_heads(tokens, 2, self.heads)).flatten(2)
+            found = one if found is None else residual(found, one)
+        return found
 
     def _of_text(
         self, text: Tensor, normed: bool, turns: Turns | None

@@ -78,17 +78,19 @@ _FLUX = Plan(
     unbatched=("img_ids", "txt_ids"),
     returned=("prompt_embeds",),
     attention_kwargs="joint_attention_kwargs",
-    absent=("image_embeds", "negative_image_embeds"),
     only_read=True,
     scaled="",
     told=lambda timesteps, dtype: timesteps.to(dtype) / 1000,
 )
 FLUX_PICTURE = replace(
     _FLUX,
+    conditions=_FLUX.conditions | {"ip_adapter_image_embeds": "image_embeds"},
+    pictures="ip_adapter_image_embeds",
     settings={"guidance_scale": "true_cfg_scale", "do_classifier_free_guidance": "do_true_cfg"},
     unconditional={
         "encoder_hidden_states": "negative_prompt_embeds",
         "pooled_projections": "negative_pooled_prompt_embeds",
+        "ip_adapter_image_embeds": "negative_image_embeds",
     },
 )
 FLUX = replace(FLUX_PICTURE, alike={"txt_ids": "negative_text_ids"})
@@ -103,6 +105,13 @@ FLUX_KONTEXT = replace(
         "constant_tokens": "image_latents",
     },
     required=("prompt_embeds", "pooled_prompt_embeds", "latent_ids", "text_ids", "guidance"),
+)
+FLUX_CONTROL_INPAINT = replace(FLUX_CONTROL, noises="scale_noise", packs=True)
+FLUX_KONTEXT_INPAINT = replace(
+    FLUX_KONTEXT,
+    conditions=FLUX_KONTEXT.conditions | {"constant_tokens": "image_reference_latents"},
+    instead={"constant_tokens": "image_latents"},
+    noises="scale_noise",
 )
 FLUX2 = replace(
     _FLUX,

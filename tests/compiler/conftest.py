@@ -12,11 +12,12 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from small import SD3, SD3_KINDS, noisy
+from small import FLUX, SD3, SD3_KINDS, noisy
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -196,6 +197,45 @@ def controlnet_sd3(shaken):
         return shaken(net, seed)
 
     return make
+
+
+FLUX_VAE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "force_upcast": False,
+}
+
+
+@pytest.fixture(scope="session")
+def components_flux(tokenizer, tokenizer_3, copies):
+    """components_flux(dtype, transformer's config): a tiny pipeline's parts; a token is 4×4
+    pixels."""
+
+    def make(dtype=torch.float64, **transformer):
+        clip = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 16}
+        clip |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+        t5 = {"vocab_size": len(tokenizer_3), "d_model": 20, "d_kv": 8, "d_ff": 16}
+        t5 |= {"num_layers": 1, "num_heads": 2}
+        shifts = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+        config = FLUX | {"guidance_embeds": True} | transformer
+        return {
+            "scheduler": FlowMatchEulerDiscreteScheduler(**shifts),
+            "vae": noisy(AutoencoderKL(**FLUX_VAE)).to(dtype),
+            "text_encoder": noisy(CLIPTextModel(CLIPTextConfig(**clip))).to(dtype),
+            "tokenizer": tokenizer,
+            "text_encoder_2": noisy(T5EncoderModel(T5Config(**t5))).to(dtype),
+            "tokenizer_2": tokenizer_3,
+            "transformer": noisy(FluxTransformer2DModel(**config)).to(dtype),
+        }
+
+    return copies(make)
 
 
 @pytest.fixture

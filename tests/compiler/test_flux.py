@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxControlInpaintPipeline,
     FluxControlNetModel,
@@ -16,13 +15,12 @@ from diffusers import (
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from small import FLUX, noisy
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from small import FLUX
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
@@ -31,43 +29,6 @@ from fastdiff.runtime.recordings import made
 STEP = 5e-6
 """Relative error where heads are turned and the scheduler computes in float32."""
 SIZE = {"height": 16, "width": 12, "max_sequence_length": 9}
-VAE = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "force_upcast": False,
-}
-
-
-@pytest.fixture(scope="session")
-def components_flux(tokenizer, tokenizer_3, copies):
-    """components_flux(dtype, transformer's config): a tiny pipeline's parts; a token is 4×4
-    pixels."""
-
-    def make(dtype=torch.float64, **transformer):
-        clip = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 16}
-        clip |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-        t5 = {"vocab_size": len(tokenizer_3), "d_model": 20, "d_kv": 8, "d_ff": 16}
-        t5 |= {"num_layers": 1, "num_heads": 2}
-        shifts = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-        config = FLUX | {"guidance_embeds": True} | transformer
-        return {
-            "scheduler": FlowMatchEulerDiscreteScheduler(**shifts),
-            "vae": noisy(AutoencoderKL(**VAE)).to(dtype),
-            "text_encoder": noisy(CLIPTextModel(CLIPTextConfig(**clip))).to(dtype),
-            "tokenizer": tokenizer,
-            "text_encoder_2": noisy(T5EncoderModel(T5Config(**t5))).to(dtype),
-            "tokenizer_2": tokenizer_3,
-            "transformer": noisy(FluxTransformer2DModel(**config)).to(dtype),
-        }
-
-    return copies(make)
 
 
 @pytest.fixture
@@ -166,7 +127,8 @@ def test_a_picture_that_controls(components_flux, hold, picture, mask):
     call = SIZE | {"width": 16, "control_image": picture()}
     hold(FluxControlPipeline(**parts), "plan", STEP, **call)
     pipe = FluxControlInpaintPipeline(**components_flux(in_channels=32, out_channels=16))
-    hold(pipe, "diffusers", STEP, **call, image=picture(1), mask_image=mask)
+    more = {"num_images_per_prompt": 2, "strength": 0.8}
+    hold(pipe, "plan", STEP, **call, image=picture(1), mask_image=mask, **more)
 
 
 def test_kontext(components_flux, hold, picture):
@@ -178,6 +140,16 @@ def test_kontext(components_flux, hold, picture):
     hold(pipe, "plan", STEP, **call)
 
 
+def test_inpainting_by_kontext(components_flux, hold, picture, mask):
+    """The network looks at the picture that it keeps, or at another."""
+    pipe = FluxKontextInpaintPipeline(**components_flux())
+    call = SIZE | {"width": 16, "max_area": 256, "_auto_resize": False, "strength": 0.8}
+    call |= {"image": picture(), "mask_image": mask}
+    first = hold(pipe, "plan", STEP, **call, num_images_per_prompt=2)
+    true = {"true_cfg_scale": 2.0, "negative_prompt": "blue", "image_reference": picture(1)}
+    assert not np.allclose(first[:1], hold(pipe, "plan", STEP, **call, **true))
+
+
 def test_controlnet(components_flux, hold, picture, shaken):
     config = FLUX | {"num_layers": 1, "num_single_layers": 1}
     pipe = FluxControlNetPipeline(
@@ -187,15 +159,6 @@ def test_controlnet(components_flux, hold, picture, shaken):
     first = hold(pipe, "diffusers", STEP, **call, control_mode=1)
     assert ("controlnet", "fastdiff") in {(p.name, p.runs) for p in fastdiff.report(pipe).parts}
     assert not np.allclose(first, hold(pipe, "diffusers", STEP, **call, control_mode=0))
-
-
-def test_an_ip_adapter_is_left_to_diffusers(components_flux):
-    pipe = fastdiff.compile(FluxPipeline(**components_flux()))
-    for block in pipe.transformer.transformer_blocks:
-        block.attn.set_processor(FluxIPAdapterAttnProcessor(24, 8).double())
-    with pytest.warns(RuntimeWarning, match="it was given ip_hidden_states"):
-        draw(pipe, joint_attention_kwargs={"ip_hidden_states": [torch.ones(1, 4, 8).double()]})
-    assert not loop_of(pipe).planned
 
 
 # Callbacks
