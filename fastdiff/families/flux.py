@@ -165,6 +165,11 @@ def exported(network: FluxTrunk) -> None:
     """A file holds all of a FLUX."""
 
 
+def _exported(network: Flux) -> None:
+    if network.ip_adapters is not None:
+        raise Unsupported("an IP-Adapter, which an engine does not support")
+
+
 def multiple(net: Any) -> int:
     """The rows and columns of a token."""
     return PATCH
@@ -175,7 +180,7 @@ def _taken(name: str, net: Any) -> Taken:
 
 
 DENOISED = Denoised(
-    *(Conditions, _example, channels, part, exported, multiple, TOKENS),
+    *(Conditions, _example, channels, part, _exported, multiple, TOKENS),
     constant_channels=_constant_channels,
     shape=shape,
     placed=placed,

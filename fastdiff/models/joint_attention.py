@@ -117,7 +117,8 @@ class JointAttention:
         for tokens in pictures:
             if found is None and self.norms is not None:
                 q, _ = self.norms(q, k)
-            one = attention(q, *split_heads(tokens, 2, self.heads)).flatten(2)
+            key, value = split_heads(tokens, 2, self.heads)
+            one: Tensor = attention(q, key, value).flatten(2)
             found = one if found is None else residual(found, one)
         return found
 

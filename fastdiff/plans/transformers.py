@@ -84,7 +84,7 @@ _FLUX = Plan(
 )
 FLUX_PICTURE = replace(
     _FLUX,
-    conditions=_FLUX.conditions | {"ip_adapter_image_embeds": "image_embeds"},
+    conditions={**_FLUX.conditions, "ip_adapter_image_embeds": "image_embeds"},
     pictures="ip_adapter_image_embeds",
     settings={"guidance_scale": "true_cfg_scale", "do_classifier_free_guidance": "do_true_cfg"},
     unconditional={
@@ -109,7 +109,7 @@ FLUX_KONTEXT = replace(
 FLUX_CONTROL_INPAINT = replace(FLUX_CONTROL, noises="scale_noise", packs=True)
 FLUX_KONTEXT_INPAINT = replace(
     FLUX_KONTEXT,
-    conditions=FLUX_KONTEXT.conditions | {"constant_tokens": "image_reference_latents"},
+    conditions={**FLUX_KONTEXT.conditions, "constant_tokens": "image_reference_latents"},
     instead={"constant_tokens": "image_latents"},
     noises="scale_noise",
 )

@@ -181,7 +181,8 @@ def test_a_network_that_fills_is_refused(saved, tmp_path):
 
 def test_a_folder_of_flux_is_served(saved):
     folder, pipe = saved(flux)
-    opening = Opening(Source(str(folder)), "fp32", "cpu", 2, 2, None, None)
+    own = {"workers": 1, "guidance_scale": None, "pixels": None}
+    opening = Opening(Source(str(folder)), "fp32", "cpu", capacity=2, steps=2, **own)
     painter = opening.painter()
 
     async def drawn():
@@ -192,8 +193,8 @@ def test_a_folder_of_flux_is_served(saved):
         got = np.asarray(Image.open(BytesIO(asyncio.run(drawn()))), dtype=int)
     finally:
         painter.close()
-    own = diffusers.FluxPipeline(**pipe.components)
-    own.set_progress_bar_config(disable=True)
+    eager = diffusers.FluxPipeline(**pipe.components)
+    eager.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    want = own("red heart", num_inference_steps=2, generator=generator, **SIZE).images[0]
+    want = eager("red heart", num_inference_steps=2, generator=generator, **SIZE).images[0]
     assert np.abs(got - np.asarray(want, dtype=int)).max() <= 1
