@@ -121,7 +121,10 @@ def _rows() -> dict[str, Recipe]:
             {"transformer": "dit", "vae": "vae"}, plan=transformers.DIT, exported=True
         ),
         "AuraFlowPipeline": Recipe(
-            {"transformer": "auraflow", "vae": "vae"}, plan=transformers.AURAFLOW, upcasts=True
+            {"transformer": "auraflow", "vae": "vae"},
+            plan=transformers.AURAFLOW,
+            upcasts=True,
+            exported=True,
         ),
         "ZImagePipeline": Recipe({"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE),
         "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN),

@@ -15,8 +15,8 @@ __all__ = ["Part", "Port", "draw", "left_out", "networks", "parts", "side_of"]
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
 """CLIP's classes, with their names for the pooled text."""
-T5, T5_TOKENS = "T5EncoderModel", 256
-"""The class, which takes any length, and the length that pipelines use."""
+T5, UMT5, T5_TOKENS = "T5EncoderModel", "UMT5EncoderModel", 256
+"""The classes, which take any length, and the length that pipelines use."""
 
 
 class Text(nn.Module):
@@ -96,17 +96,18 @@ def left_out(pipe: Any) -> tuple[str, ...]:
 def _text(folder: str, net: nn.Module, dtype: torch.dtype, masked: bool = False) -> Part:
     kind = type(net).__name__
     config: Any = net.config
-    if kind not in (known := (*CLIPS, T5)):
+    if kind not in (known := (*CLIPS, T5, UMT5)):
         raise UserError(f"{folder} is a {kind}; supported are {', '.join(known)}")
     whole = ("batch_size", "sequence_length", config.hidden_size)
     first: tuple[tuple[str, tuple[int | str, ...]], ...] = (("last_hidden_state", whole),)
     states: list[tuple[str, tuple[int | str, ...]]] = []
-    if kind != T5:
+    if kind in CLIPS:
         projected = kind == "CLIPTextModelWithProjection"
         width = config.projection_dim if projected else config.hidden_size
         pool = (CLIPS[kind], ("batch_size", width))
         first = (pool, *first) if projected else (*first, pool)
         states = [(f"hidden_states.{i}", whole) for i in range(config.num_hidden_layers + 1)]
+    masked = masked or kind == UMT5  # AuraFlow's alone, which is told the padding
     names = ("input_ids", "attention_mask") if masked else ("input_ids",)
     length = _length(net) or T5_TOKENS
     sizes = ((2, length - 1), (1, length), (3, 5), (2, length // 2))

@@ -112,6 +112,15 @@ def _text(part: Part, run: Run) -> Callable[..., Any]:
     return forward
 
 
+def _size(pipe: Any, parts: tuple[Part, ...]) -> dict[str, int]:
+    """Height and width in pixels of the first case of its network; {} if a file has one size, or
+    its latents come packed."""
+    found = [part.cases[0] for part in parts if any(p.name == "timestep" for p in part.inputs)]
+    factor = getattr(pipe, "vae_scale_factor", 0)
+    own = found[0] if found and factor else {}
+    return {side: factor * own[side] for side in ("height", "width") if side in own}
+
+
 def _embedded(pipe: Any) -> dict[str, Any]:
     """A text of a pipeline without text encoders; {} if it has one, or takes no embeddings."""
     config = denoiser(pipe).config
@@ -142,6 +151,7 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
         takes = inspect.signature(type(pipe).__call__).parameters
         if "use_resolution_binning" in takes:  # the file has one size
             options["use_resolution_binning"] = False
+        options |= _size(pipe, parts) if "height" in takes else {}
         if "prompt" in takes:
             options |= _embedded(pipe) or {"prompt": PROMPT}
         elif "class_labels" in takes and takes["class_labels"].default is inspect.Parameter.empty:

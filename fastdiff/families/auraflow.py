@@ -1,13 +1,14 @@
 """AuraFlow: diffusers' AuraFlowTransformer2DModel."""
 
+import math
 from typing import Any
 
+import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part
+from fastdiff.families.part import Part, Port, dtype_name, exportable, patch_size, sides
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.auraflow import AuraFlow, Conditions, borrow_auraflow
@@ -54,24 +55,68 @@ def _channels(net: AuraFlow) -> int:
     return net.patches.channels
 
 
-def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}, which fastdiff does not export")
+class _Exported(nn.Module):
+    """hidden_states [B, C, Y, X], timestep [] or [1], text [B, L, D] -> out_sample."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = exportable(net)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
+    ) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        timesteps = timestep.reshape(-1).expand(hidden_states.shape[0])
+        return (net(hidden_states, encoder_hidden_states, timesteps, return_dict=False)[0],)
 
 
-def _exported(network: AuraFlow) -> None:
-    """No AuraFlow is exported; `_part` says so."""
+def _part(
+    folder: str, net: nn.Module, dtype: torch.dtype, _: int = 0, timestep: tuple[int, ...] = ()
+) -> Part:
+    config: Any = net.config
+    free, kind, patch, most = "batch_size", dtype_name(dtype), config.patch_size, _most(net)
+    own = min(config.sample_size, most)
+    # the middle of the positions is computed differently for odd and even numbers of patches
+    sizes = ((2, 4, 6), (1, own // patch, own // patch), (3, 5, 3), (2, 7, 4))
+    lengths = (TOKENS - 1, TOKENS, 17, TOKENS)
+    example, *cases = (
+        sides(batch, y * patch, x * patch) | {"sequence_length": tokens}
+        for (batch, y, x), tokens in zip(sizes, lengths, strict=True)
+    )
+    return Part(
+        folder=folder,
+        source=net,
+        module=_Exported(net).eval(),
+        dtype=dtype,
+        inputs=(
+            Port("hidden_states", kind, (free, config.in_channels, "height", "width")),
+            Port("timestep", "float32", timestep),
+            Port(
+                "encoder_hidden_states", kind, (free, "sequence_length", config.joint_attention_dim)
+            ),
+        ),
+        outputs=(Port("out_sample", kind, (free, config.out_channels, "height", "width")),),
+        example=example,
+        cases=tuple(cases),
+        most=most,
+        unit=0.001,
+    )
 
 
-def _multiple(net: Any) -> int:
-    """The patch size."""
-    patch: int = net.config.patch_size
-    return patch
+def _most(net: Any) -> int:
+    """The largest height and width: as many patches as there are positions for a side."""
+    most: int = math.isqrt(net.config.pos_embed_max_size) * net.config.patch_size
+    return most
+
+
+def _unexported(network: AuraFlow) -> None:
+    """A file holds all of an AuraFlow."""
 
 
 def _taken(name: str, net: Any) -> Taken:
     return {name: (net, AURAFLOW)}
 
 
-DENOISED = Denoised(Conditions, _example, _channels, _part, _exported, _multiple, TOKENS)
+DENOISED = Denoised(Conditions, _example, _channels, _part, _unexported, patch_size, TOKENS, _most)
 AURAFLOW = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(models=("AuraFlowTransformer2DModel",), taken=_taken, denoised=DENOISED)

@@ -84,13 +84,14 @@ class Frequencies(nn.Module):
         super().__init__()
         half = source.num_channels // 2
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32)
-        table = source.scale * torch.exp(exponent / (half - source.downscale_freq_shift))
-        self.cosine_first = source.flip_sin_to_cos
+        table = torch.exp(exponent / (half - source.downscale_freq_shift))
+        self.cosine_first, self.scale = source.flip_sin_to_cos, source.scale
         self.register_buffer("table", table)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         table: Any = self.table
         angles = timesteps[:, None].to(table.dtype) * table
+        angles = angles if self.scale == 1 else self.scale * angles  # rounded twice, as torch does
         waves = (angles.cos(), angles.sin()) if self.cosine_first else (angles.sin(), angles.cos())
         # the dtype of the tensor it is joined to
         return torch.cat(waves, dim=-1).to(timesteps.dtype)

@@ -1,0 +1,102 @@
+"""AuraFlow as an ONNX file: ONNX Runtime is the judge, and draws on the plan."""
+
+import copy
+
+import onnxruntime
+import pytest
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+)
+from small import AURAFLOW, noisy
+from transformers import UMT5Config, UMT5EncoderModel
+
+import fastdiff
+from fastdiff.bench.preset_parts import clip_tokenizer
+from fastdiff.bench.preset_sd3 import t5_tokenizer
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.export import onnx, parity
+from fastdiff.export.parts import parts
+
+VAE = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    tokenizer = t5_tokenizer(clip_tokenizer())
+    told = {"d_model": AURAFLOW["joint_attention_dim"], "d_kv": 8, "d_ff": 16, "num_heads": 2}
+    told |= {"vocab_size": len(tokenizer), "num_layers": 1}
+    few = {"num_mmdit_layers": 1, "num_single_dit_layers": 1}
+    made = AuraFlowPipeline(
+        tokenizer,
+        noisy(UMT5EncoderModel(UMT5Config(**told))),
+        noisy(AutoencoderKL(**VAE)),
+        noisy(AuraFlowTransformer2DModel(**AURAFLOW | few)),
+        FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def written(pipe):
+    """The files that are new here; an autoencoder's are as SD's."""
+    return tuple(part for part in parts(pipe, torch.float32) if "vae" not in part.folder)
+
+
+@pytest.fixture(scope="module")
+def out(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("auraflow") / "files"
+    onnx.export(pipe, written(pipe), folder, onnx.ORT_OPSET, print)
+    return folder
+
+
+def test_the_files_compute_what_torch_does_and_draw_the_same(pipe, out):
+    found = parity.verify(pipe, written(pipe), out, print)
+    assert found.passed, parity.to_markdown(found)
+    assert found.psnr_db > 90
+    text, _ = written(pipe)
+    assert [port.name for port in text.inputs] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("sides", [(2, 18), (6, 10), (18, 16)])
+def test_positions_are_taken_as_diffusers_takes_them_at_any_sides(pipe, out, sides):
+    inputs = {
+        "hidden_states": torch.randn(2, 4, *sides),
+        "timestep": torch.tensor(0.7312),
+        "encoder_hidden_states": torch.randn(2, 5, AURAFLOW["joint_attention_dim"]),
+    }
+    session = onnxruntime.InferenceSession(
+        out / "transformer" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    (got,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    inputs["timestep"] = inputs["timestep"].expand(2)
+    double = copy.deepcopy(pipe.transformer).double()
+    with torch.no_grad():
+        eager = pipe.transformer(**inputs).sample
+        exact = double(**{name: value.double() for name, value in inputs.items()}).sample
+    assert parity.judge("out_sample", torch.from_numpy(got), eager, exact).passed
+
+
+def test_the_plan_draws_the_same_picture_with_the_file(pipe, out):
+    def drawn(one):
+        noise = torch.Generator().manual_seed(3)
+        size = {"height": 20, "width": 12, "output_type": "pt", "generator": noise}
+        return one("red heart", num_inference_steps=3, **size).images
+
+    eager, other = drawn(pipe), copy.deepcopy(pipe)
+    fastdiff.compile(other, backend="ort", engines=out)
+    got = drawn(other)
+    assert not torch.equal(got, eager)
+    assert float((got - eager).abs().max()) < 2e-5
+    loop = loop_of(other)
+    assert (slot_of(other.transformer).fast, loop.planned) == (3, 1), loop.own
+    assert fastdiff.report(other).parts[0].runs == "ort"
