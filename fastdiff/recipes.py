@@ -18,6 +18,7 @@ PIXART: Mapping[str, str] = {"transformer": "pixart", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 FLUX: Mapping[str, str] = {"transformer": "flux", "vae": "vae"}
 FLUX2: Mapping[str, str] = {"transformer": "flux2", "vae": "vae"}
+LISTS = "it takes lists of captions of any lengths, and a file takes tensors of one length"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Recipe:
     `force_upcast`; other pipelines ignore that setting."""
     exported: bool = False
     """Whether its networks can be exported, and the least time of its blocks computed."""
+    unexported: str = ""
+    """Why they cannot, where that needs saying."""
     loop: str = "a few numbers per step"
     """What the report says of the loop if diffusers runs it."""
     community: str = ""
@@ -126,8 +129,10 @@ def _rows() -> dict[str, Recipe]:
             upcasts=True,
             exported=True,
         ),
-        "ZImagePipeline": Recipe({"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE),
-        "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN),
+        "ZImagePipeline": Recipe(
+            {"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE, unexported=LISTS
+        ),
+        "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN, exported=True),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
         flux: Recipe(FLUX, plan=transformers.FLUX, exported=True),
         "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE, from_text=flux),
@@ -233,7 +238,8 @@ def exported(pipe: Any, what: str) -> Recipe:
     recipe = recipe_of(pipe)
     if recipe is None or not recipe.exported:
         supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
-        raise UserError(f"{what}; supported are {supported}")
+        why = f", since {recipe.unexported}" if recipe is not None and recipe.unexported else ""
+        raise UserError(f"{what}{why}; supported are {supported}")
     return recipe
 
 

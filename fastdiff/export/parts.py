@@ -18,6 +18,9 @@ CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_
 T5, UMT5, T5_TOKENS = "T5EncoderModel", "UMT5EncoderModel", 256
 """The classes, which take any length, and the length that pipelines use."""
 
+MODELS = {"Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM"}
+"""Text encoders that are left out: language models, of which a pipeline reads a hidden state."""
+
 
 class Text(nn.Module):
     """input_ids [B, L], perhaps attention_mask [B, L] -> the encoder's outputs and, if `states`,
@@ -80,12 +83,17 @@ def _masked(pipe: Any) -> bool:
 
 
 def _texts(pipe: Any) -> dict[str, nn.Module]:
-    return {key: module for key in TEXTS if (module := getattr(pipe, key, None)) is not None}
+    found = {key: getattr(pipe, key, None) for key in TEXTS}
+    return {
+        key: module
+        for key, module in found.items()
+        if module is not None and type(module).__name__ not in MODELS
+    }
 
 
 def left_out(pipe: Any) -> tuple[str, ...]:
     """Components with weights of their own that are not exported, such as a safety checker."""
-    known = {*TEXTS, *exported(pipe, f"{type(pipe).__name__} cannot be exported").networks}
+    known = {*_texts(pipe), *exported(pipe, f"{type(pipe).__name__} cannot be exported").networks}
     return tuple(
         name
         for name, component in pipe.components.items()

@@ -77,7 +77,7 @@ def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         given = names.bind(part.net, *args, **kwargs).arguments
-        given |= given.get("added_cond_kwargs") or {}
+        given = part.told(given | (given.get("added_cond_kwargs") or {}))
         first = torch.as_tensor(given["timestep"], dtype=torch.float32).reshape(-1)[:1]
         given["timestep"] = first.reshape(timestep.at({}))
         dtypes = {port.name: getattr(torch, port.dtype) for port in part.inputs}
@@ -125,9 +125,10 @@ def _embedded(pipe: Any) -> dict[str, Any]:
     """A text of a pipeline without text encoders; {} if it has one, or takes no embeddings."""
     config = denoiser(pipe).config
     wide, pooled = config.get("joint_attention_dim"), config.get("pooled_projection_dim")
-    if pipe.text_encoder is not None or not (wide and pooled):
+    if pipe.text_encoder is not None or not wide:
         return {}
-    shapes = {"prompt_embeds": (1, TOKENS, wide), "pooled_prompt_embeds": (1, pooled)}
+    shapes = {"prompt_embeds": (1, TOKENS, wide)}
+    shapes |= {"pooled_prompt_embeds": (1, pooled)} if pooled else {}
     generator, dtype = torch.Generator().manual_seed(1), denoiser(pipe).dtype
     return {
         name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()

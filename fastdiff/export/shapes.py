@@ -80,6 +80,12 @@ def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
     twice those of `most`. A static denoising network takes exactly twice its pictures. A text
     encoder always takes one half's texts, as diffusers encodes them. Text has its full length.
     """
+    for part in parts:
+        if part.packed and _pixels(parts) == 1:
+            raise UserError(
+                f"{part.folder} has no VAE beside it, which tells its latents' sides from pixels;"
+                " no engine is built of it"
+            )
     for end in (shapes.least, shapes.best, shapes.most):
         for part in parts:
             for side in ("height", "width"):

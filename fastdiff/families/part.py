@@ -37,6 +37,7 @@ class Part:
     with its own size and full text length. most: the largest height and width it takes. unit: what
     it is told as a timestep of 1. packed: rows and columns of the latents that are one token of its
     input, if it is packed. guided: whether published pipelines give it two texts for a picture.
+    told: makes what it takes, by name, of the arguments of the network's own call.
     Free sides are latents of a denoising network or VAE decoder, pixels of a VAE encoder, tokens of
     a text encoder. A denoising network's first input is the latents, its second the timestep; the
     others have the names of its conditions.
@@ -55,6 +56,7 @@ class Part:
     unit: float = 1.0
     packed: int = 0
     guided: bool = True
+    told: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     @property
     def net(self) -> Any:  # diffusers' or transformers' own
@@ -144,21 +146,26 @@ POSITIONS = 128
 """Positions that are drawn lie below: rows and columns of the tokens of 2048 pixels."""
 
 
-def exportable(net: nn.Module) -> nn.Module:
-    """A copy of the network on the same weights, with the modules in `EXPORTED` replaced."""
+def exportable(
+    net: nn.Module, table: Mapping[str, Callable[[Any], nn.Module]] = EXPORTED
+) -> nn.Module:
+    """A copy of the network on the same weights, with the modules in `EXPORTED`, or in another such
+    table, replaced."""
     own = copy.copy(net)
     own._modules = {
-        name: child if child is None else _exportable_child(child)
+        name: child if child is None else _exportable_child(child, table)
         for name, child in net._modules.items()
     }
     return own
 
 
-def _exportable_child(module: nn.Module) -> nn.Module:
-    if made := EXPORTED.get(type(module).__name__):
+def _exportable_child(
+    module: nn.Module, table: Mapping[str, Callable[[Any], nn.Module]]
+) -> nn.Module:
+    if made := table.get(type(module).__name__):
         return made(module)
-    within = any(type(child).__name__ in EXPORTED for child in module.modules())
-    return exportable(module) if within else module
+    within = any(type(child).__name__ in table for child in module.modules())
+    return exportable(module, table) if within else module
 
 
 def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Generator) -> Tensor:

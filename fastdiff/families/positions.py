@@ -1,10 +1,13 @@
 """How an exported file turns heads by their tokens' positions, in real numbers of one dtype."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+Turns = tuple[Tensor, Tensor]
+"""Cosines and sines [S, K]; both columns of a pair have the same."""
 BITS = 12
 """Of a coarse frequency: its product with a position below 4096 is exact in float32."""
 
@@ -31,7 +34,7 @@ class Turned(nn.Module):
         self.register_buffer("coarse", coarse.float())
         self.register_buffer("fine", (frequencies - coarse).float())
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor) -> Turns:
         axes, coarse, fine = self.axes, self.coarse, self.fine
         assert isinstance(axes, Tensor)
         assert isinstance(coarse, Tensor)
@@ -40,9 +43,39 @@ class Turned(nn.Module):
         first, rest = places * coarse, places * fine
         cos = first.cos() * rest.cos() - first.sin() * rest.sin()
         sin = first.sin() * rest.cos() + first.cos() * rest.sin()
-        return _both(cos), _both(sin)
+        return both(cos), both(sin)
 
 
-def _both(table: Tensor) -> Tensor:
+class TurnedOnce(nn.Module):
+    """diffusers' QwenEmbedRope: positions [S, axes] -> cosines and sines [S, K] of float32
+    angles."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        axes, found = [], []
+        for axis, width in enumerate(source.axes_dim):
+            steps = torch.arange(0, width, 2).to(torch.float32).div(width)
+            found.append(1.0 / torch.pow(source.theta, steps))
+            axes += [axis] * len(steps)
+        self.register_buffer("axes", torch.tensor(axes))
+        self.register_buffer("frequencies", torch.cat(found))
+
+    def forward(self, positions: Tensor) -> Turns:
+        axes, frequencies = self.axes, self.frequencies
+        assert isinstance(axes, Tensor)
+        assert isinstance(frequencies, Tensor)
+        angles = positions.to(frequencies.dtype).index_select(1, axes) * frequencies
+        return both(angles.cos()), both(angles.sin())
+
+
+def attending(processor: Any, module: Any) -> nn.Module:
+    """diffusers' Attention with another processor, on the same weights."""
+    made: Any = copy.copy(module)
+    made.processor, made.head_dim = processor, module.inner_dim // module.heads
+    own: nn.Module = made
+    return own
+
+
+def both(table: Tensor) -> Tensor:
     """[S, K / 2] -> [S, K]: both columns of a pair have the same."""
     return torch.stack((table, table), dim=-1).flatten(1)

@@ -6,9 +6,8 @@ from typing import Any
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part
+from fastdiff.families.qwen_file import PATCH, TOKENS, part
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
@@ -16,11 +15,6 @@ from fastdiff.models.qwen import Conditions, Qwen, borrow_qwen
 from fastdiff.models.qwen_turns import Shapes
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
-
-PATCH = 2
-"""Each token is of so many rows and columns of the latents."""
-TOKENS = 64
-"""Tokens of a prompt of some forty words; diffusers takes up to 1024."""
 
 
 def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
@@ -84,12 +78,8 @@ def _channels(net: Qwen) -> int:
     return net.channels
 
 
-def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}, which fastdiff does not export")
-
-
-def _exported(network: Qwen) -> None:
-    """No Qwen-Image is exported; `_part` says so."""
+def _unexported(network: Qwen) -> None:
+    raise Unsupported("its true guidance joins two predictions, and an engine gives one")
 
 
 def _multiple(net: Any) -> int:
@@ -101,7 +91,7 @@ def _taken(name: str, net: Any) -> Taken:
 
 
 DENOISED = Denoised(
-    *(Conditions, _example, _channels, _part, _exported, _multiple, TOKENS),
+    *(Conditions, _example, _channels, part, _unexported, _multiple, TOKENS),
     shape=_shape,
     placed=_placed,
 )

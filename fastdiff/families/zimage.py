@@ -16,6 +16,7 @@ from fastdiff.models import Loan
 from fastdiff.models.blocks import require
 from fastdiff.models.checks import refuse
 from fastdiff.models.zimage import Conditions, ZImage, borrow_zimage, padded
+from fastdiff.recipes import LISTS
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
 
@@ -93,7 +94,7 @@ def _channels(net: ZImage) -> int:
 
 
 def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}, which fastdiff does not export")
+    raise UserError(f"{folder} is a {type(net).__name__}: {LISTS}")
 
 
 def _exported(network: ZImage) -> None:

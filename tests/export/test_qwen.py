@@ -1,0 +1,94 @@
+"""Qwen-Image's network as an ONNX file of any size: ONNX Runtime is the judge, beside diffusers."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from small import QWEN, ZIMAGE, noisy
+
+import fastdiff
+from fastdiff.engines.ort import Session
+from fastdiff.errors import UserError
+from fastdiff.export import onnx, parity, picture, shapes
+from fastdiff.export.parts import left_out, parts
+from fastdiff.families import family
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    scale = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    few = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1}
+    vae = AutoencoderKLQwenImage(**few, **scale).eval()
+    transformer = noisy(QwenImageTransformer2DModel(**QWEN | {"num_layers": 1}))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    made = QwenImagePipeline(scheduler, vae, None, None, transformer)
+    made.default_sample_size = 12
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def out(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen") / "files"
+    onnx.export(pipe, parts(pipe, torch.float32), folder, onnx.ORT_OPSET, print)
+    return folder
+
+
+def test_the_file_computes_what_torch_does_and_draws_the_same(pipe, out):
+    found = parity.verify(pipe, parts(pipe, torch.float32), out, print)
+    assert found.passed, parity.to_markdown(found)
+    assert found.psnr_db > 90
+    assert left_out(pipe) == ("vae",)
+
+
+@pytest.mark.parametrize(("rows", "columns", "batch"), [(1, 1, 2), (3, 50, 1), (9, 2, 2)])
+def test_heads_are_turned_as_diffusers_turns_them_at_any_size(pipe, out, rows, columns, batch):
+    """Odd numbers of rows and columns, and tokens of the text that nobody attends to."""
+    (part,) = parts(pipe, torch.float32)
+    run = Session(out / part.file, torch.device("cpu"))
+    inputs = {
+        "hidden_states": torch.randn(batch, rows * columns, QWEN["in_channels"]),
+        "timestep": torch.tensor(0.7312).expand(batch),
+        "encoder_hidden_states": torch.randn(batch, 7, QWEN["joint_attention_dim"]),
+        "encoder_hidden_states_mask": torch.arange(7).expand(batch, 7) < 5,
+        "img_shapes": [[(1, rows, columns)]] * batch,
+    }
+    double = copy.deepcopy(pipe.transformer).double()
+    kept = {n: v.double() if v.is_floating_point() else v for n, v in list(inputs.items())[:4]}
+    with torch.no_grad(), picture.inside(pipe, (part,), {part.folder: run}):
+        got = pipe.transformer(**inputs).sample
+    with torch.no_grad():
+        eager = pipe.transformer(**inputs).sample
+        exact = double(**inputs | kept).sample
+    assert not torch.equal(got, eager)
+    assert parity.judge("out_sample", got, eager, exact).passed
+
+
+def test_what_no_file_computes_says_why(pipe):
+    net = copy.copy(pipe.transformer)
+    net.register_to_config(zero_cond_t=True)
+    with pytest.raises(UserError, match="transformer has zero_cond_t, which no exported file"):
+        family("qwen").denoised.part("transformer", net, torch.float32)
+    with pytest.raises(UserError, match="cannot run on ort: its true guidance joins two predict"):
+        fastdiff.compile(copy.deepcopy(pipe), backend="ort")
+    with pytest.raises(UserError, match="transformer has no VAE beside it"):
+        shapes.profiles(parts(pipe, torch.float32), shapes.parse(None, "1x64x64"))
+
+
+def test_z_image_says_why_it_is_not_exported():
+    net = ZImageTransformer2DModel(**ZIMAGE)
+    why = "it takes lists of captions of any lengths, and a file takes tensors of one length"
+    with pytest.raises(UserError, match=f"transformer is a ZImageTransformer2DModel: {why}"):
+        family("zimage").denoised.part("transformer", net, torch.float32)
+    vae, scheduler = AutoencoderKL(), FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UserError, match=f"ZImagePipeline cannot be exported, since {why}; supp"):
+        parts(ZImagePipeline(scheduler, vae, None, None, net), torch.float32)
