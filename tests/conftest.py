@@ -12,7 +12,14 @@ import copying
 import pytest
 import torch
 from browsers import browser  # noqa: F401  a fixture
-from exports import demo_export, demo_onnx, export_onnx, premade_onnx  # noqa: F401  fixtures
+from exports import (  # noqa: F401  fixtures
+    export_onnx,
+    premade_onnx,
+    small_demo,
+    small_export,
+    small_folder,
+    small_onnx,
+)
 from forked import forked  # noqa: F401  a fixture
 from interpreter import hasten, mend
 from logged import as_warnings
@@ -63,9 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: no collection of garbage looks at its million objects again."""
+    """What was imported stays: no collection of garbage looks at its million objects again. The
+    others are rare: they took a tenth of all time, and only what lies in a cycle waits for one."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_sessionfinish() -> None:

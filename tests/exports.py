@@ -4,6 +4,7 @@ xdist gives every worker session fixtures of its own. These lie in the folder of
 the worker that asks first makes them while the others wait.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -39,19 +40,47 @@ def once(
 
 @dataclass(frozen=True)
 class Exported:
-    """What `fastdiff export --onnx --out FOLDER --verify` made of `pipe`, and its document."""
+    """What `fastdiff export --onnx --out FOLDER --verify` made of `pipe`, and its document.
+
+    arguments: what names the pipeline.
+    """
 
     pipe: Any
+    arguments: tuple[Any, ...]
     folder: Path
     document: dict[str, Any]
     progress: str
 
 
+def shrunken(demo: Any) -> Any:
+    """The demo with networks that torch exports in a third of the time and that still halve their
+    picture, read the text at one of two levels, and have layers one after another."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from small import TINY, noisy
+
+    config = copy.deepcopy(demo.text_encoder.config)
+    config.num_hidden_layers = 2
+    encoder = type(demo.text_encoder)(config)
+    unet = UNet2DConditionModel(**TINY | {"sample_size": 16, "cross_attention_dim": 128})
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=32,
+    )
+    parts = {"text_encoder": noisy(encoder), "unet": noisy(unet), "vae": noisy(vae)}
+    pipe = StableDiffusionPipeline(**demo.components | parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture(scope="session")
 def export_onnx(tmp_path_factory):
-    """export_onnx(pipe, *arguments): `pipe` is what the arguments name."""
+    """export_onnx(name, pipe, *arguments): `pipe` is what the arguments name."""
 
-    def export(pipe, *arguments):
+    def export(name, pipe, *arguments):
         def make(folder):
             out = folder / "out"
             code, document, progress = run_json(
@@ -60,29 +89,44 @@ def export_onnx(tmp_path_factory):
             assert code == 0, (document, progress)
             return [document, progress]
 
-        name = "-".join(["onnx", *(str(word).strip("-") for word in arguments)])
-        folder, told = once(tmp_path_factory, name, make)
+        folder, told = once(tmp_path_factory, f"onnx-{name}", make)
         pipe.set_progress_bar_config(disable=True)
-        return Exported(pipe, folder / "out", *told)
+        return Exported(pipe, arguments, folder / "out", *told)
 
     return export
 
 
 @pytest.fixture(scope="session")
-def demo_export(demo, export_onnx):
-    return export_onnx(demo)
+def small_demo(demo):
+    """A Stable Diffusion that is exported in a third of the demo's time; tests take deep copies."""
+    return shrunken(demo)
 
 
 @pytest.fixture(scope="session")
-def demo_onnx(demo_export):
-    """The demo pipeline as `fastdiff export --onnx` writes it; to be read alone."""
-    return demo_export.folder
+def small_folder(small_demo, tmp_path_factory):
+    """What `small_demo` is read from."""
+
+    def make(folder):
+        small_demo.save_pretrained(folder)
+
+    return once(tmp_path_factory, "small", make)[0]
+
+
+@pytest.fixture(scope="session")
+def small_export(small_demo, small_folder, export_onnx):
+    return export_onnx("small", small_demo, small_folder)
+
+
+@pytest.fixture(scope="session")
+def small_onnx(small_export):
+    """`small_demo` as `fastdiff export --onnx` writes it; to be read alone."""
+    return small_export.folder
 
 
 @pytest.fixture
-def premade_onnx(demo_onnx, monkeypatch):
-    """torch exports none of the demo's networks again, for tests of what comes after."""
-    monkeypatch.setattr(exporter, "to_program", read_from(demo_onnx))
+def premade_onnx(small_onnx, monkeypatch):
+    """torch exports none of the networks of `small_demo` again, for tests of what comes after."""
+    monkeypatch.setattr(exporter, "to_program", read_from(small_onnx))
 
 
 def read_from(folder):

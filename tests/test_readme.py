@@ -75,7 +75,8 @@ def test_commands_run(lines, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     for line in lines:
         if line == MADE:
-            shutil.copytree(request.getfixturevalue("demo_onnx"), "demo-onnx")
+            made = request.getfixturevalue("export_onnx")("demo", request.getfixturevalue("demo"))
+            shutil.copytree(made.folder, "demo-onnx")
         elif line.startswith(COMPILES):
             command = [sys.executable, "-m", *shlex.split(line)]
             done = subprocess.run(command, env=environment(), capture_output=True, text=True)

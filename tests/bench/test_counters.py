@@ -22,14 +22,14 @@ from fastdiff.kernels.linear import linear
 from fastdiff.kernels.observe import counting
 
 CPU = torch.device("cpu")
-SIDE, STEPS = 64, 3
+SIDE, STEPS = 32, 3
 compiled_kernels = pytest.mark.skipif(NATIVE is None, reason="the C++ kernels were not built")
 
 
 @pytest.fixture(scope="module")
-def rows(demo):
-    """Counts of the demo pipeline by backend, and the pipeline that was counted."""
-    pipe = copy.deepcopy(demo)
+def rows(small_demo):
+    """Counts of `small_demo` by backend, and the pipeline that was counted."""
+    pipe = copy.deepcopy(small_demo)
     return {row.backend: row.counts for row in count_pipe(pipe, STEPS, SIDE, SIDE)}, pipe
 
 
@@ -95,9 +95,9 @@ def test_a_kernel_is_one_launch_where_it_is_one():
     assert plain["pointwise"].launches == 3  # the residual; gelu and its product
 
 
-def test_eager_flops_are_those_of_torchs_own_counter(demo, rows):
+def test_eager_flops_are_those_of_torchs_own_counter(small_demo, rows):
     """By way of bmm: torch's counter has no formula for the CPU's fused attention."""
-    pipe = copy.deepcopy(demo)
+    pipe = copy.deepcopy(small_demo)
 
     def flops(steps):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -145,22 +145,22 @@ def flops_before_the_text(unet, rows):
     return counter.get_total_flops() - products(*time_layers(unet)[:3])
 
 
-def test_what_is_hoisted_is_zero_per_step(demo, rows):
+def test_what_is_hoisted_is_zero_per_step(small_demo, rows):
     """A step makes no keys and values of the two prompts, what comes before them once instead of
     twice, and of the two rows of time one: before the loop, but for every step."""
     counts, _ = rows
     eager, fast = total(counts["eager"].step), total(counts["fastdiff"].step)
-    text = 2 * demo.tokenizer.model_max_length * products(*text_layers(demo.unet))
-    time = products(*time_layers(demo.unet))
-    shared = flops_before_the_text(demo.unet, SIDE // demo.vae_scale_factor)
+    text = 2 * small_demo.tokenizer.model_max_length * products(*text_layers(small_demo.unet))
+    time = products(*time_layers(small_demo.unet))
+    shared = flops_before_the_text(small_demo.unet, SIDE // small_demo.vae_scale_factor)
     assert eager.flops - fast.flops == text + time + shared
     assert fast.launches < 0.5 * eager.launches
     assert fast.bytes < eager.bytes
 
 
 @torch.no_grad()
-def test_a_bare_network_is_counted_without_a_pipeline(demo):
-    unet = copy.deepcopy(demo.unet)
+def test_a_bare_network_is_counted_without_a_pipeline(small_demo):
+    unet = copy.deepcopy(small_demo.unet)
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 128)
 
     def draw(steps):
@@ -177,8 +177,8 @@ def test_a_bare_network_is_counted_without_a_pipeline(demo):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_computing_changes_no_count(demo, monkeypatch, layout):
-    unet = copy.deepcopy(demo.unet).to(memory_format=layout)
+def test_computing_changes_no_count(small_demo, monkeypatch, layout):
+    unet = copy.deepcopy(small_demo.unet).to(memory_format=layout)
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 128)
 
     def draw(steps):
@@ -191,7 +191,7 @@ def test_computing_changes_no_count(demo, monkeypatch, layout):
     assert count(draw, 2, CPU) == counts
 
 
-def test_counts_are_the_same_every_time_and_leave_the_pipe_as_it_was(demo, rows):
+def test_counts_are_the_same_every_time_and_leave_the_pipe_as_it_was(small_demo, rows):
     def picture():
         return pipe(
             "red heart",
@@ -200,7 +200,7 @@ def test_counts_are_the_same_every_time_and_leave_the_pipe_as_it_was(demo, rows)
             output_type="pt",
         ).images
 
-    pipe = fastdiff.compile(copy.deepcopy(demo))
+    pipe = fastdiff.compile(copy.deepcopy(small_demo))
     before = picture()
     fastdiff.restore(pipe)
     again = {row.backend: row.counts for row in count_pipe(pipe, STEPS, SIDE, SIDE)}
@@ -238,9 +238,9 @@ def test_kernels_on_a_gpu():
     assert (total(counts.step).launches, total(counts.image).launches) == (2, 1)
 
 
-def test_command_writes_what_it_prints(tmp_path, capsys):
+def test_command_writes_what_it_prints(tmp_path, capsys, small_folder):
     file = tmp_path / "counts.json"
-    arguments = ["count", "--steps", "2", "--json", str(file)]
+    arguments = ["count", str(small_folder), "--steps", "2", "--json", str(file)]
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 0

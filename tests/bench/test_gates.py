@@ -14,7 +14,7 @@ from fastdiff.compiler import Options
 from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.runtime import loop, recordings
 
-SIDE = 64
+SIDE = 32
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="the C++ kernels were not built")
 
 
@@ -22,19 +22,19 @@ NOTHING = Baseline(0, frozenset())
 
 
 @pytest.fixture
-def compiled(demo):
-    return fastdiff.compile(copy.deepcopy(demo))
+def compiled(small_demo):
+    return fastdiff.compile(copy.deepcopy(small_demo))
 
 
 @pytest.fixture
-def gated(demo):
-    """gated(): the numbers of the demo as it is made now."""
-    return lambda: gates(lambda: copy.deepcopy(demo), "cpu", SIDE, SIDE)
+def gated(small_demo):
+    """gated(): the numbers of `small_demo` as it is made now."""
+    return lambda: gates(lambda: copy.deepcopy(small_demo), "cpu", SIDE, SIDE)
 
 
 @pytest.fixture(scope="module")
-def healthy(demo):
-    return gates(lambda: copy.deepcopy(demo), "cpu", SIDE, SIDE)
+def healthy(small_demo):
+    return gates(lambda: copy.deepcopy(small_demo), "cpu", SIDE, SIDE)
 
 
 def worse(found, healthy):
@@ -54,8 +54,8 @@ def test_a_size_is_recorded_once(compiled):
     assert real.compilations == 0
 
 
-def test_eager_records_nothing_and_torch_compile_is_seen(demo):
-    pipe = copy.deepcopy(demo)
+def test_eager_records_nothing_and_torch_compile_is_seen(small_demo):
+    pipe = copy.deepcopy(small_demo)
     assert drawn(pipe, SIDE, SIDE, NOTHING).first == 0
     pipe.unet.time_embedding.compile(backend="eager")  # a small graph is counted like any other
     assert drawn(pipe, SIDE, SIDE, NOTHING).compilations >= 1
@@ -104,7 +104,7 @@ def test_a_tensor_copied_once_more(gated, healthy, monkeypatch):
     monkeypatch.setattr(loop.Run, "advance", copying)
     found = gated()
     assert {"step · launches", "step · bytes"} <= worse(found, healthy)
-    latents = 4 * 4 * (SIDE // 4) ** 2  # float32, 4 channels
+    latents = 4 * 4 * (SIDE // 2) ** 2  # float32, 4 channels
     assert found["step · bytes"][0] == healthy["step · bytes"][0] + 2 * latents
 
 
@@ -118,9 +118,9 @@ def test_a_recording_for_every_picture(gated, healthy, monkeypatch):
     assert {f"recordings · {name}" for name in names} <= worse(gated(), healthy)
 
 
-def test_what_is_hoisted_no_more_costs_every_step(demo, healthy):
+def test_what_is_hoisted_no_more_costs_every_step(small_demo, healthy):
     """In diffusers' own loop the text's keys and values are computed anew for each step."""
-    pipe = fastdiff.compile(copy.deepcopy(demo), Options(ignore=("loop",)))
+    pipe = fastdiff.compile(copy.deepcopy(small_demo), Options(ignore=("loop",)))
     work = count_pictures(pipe, SIDE, SIDE).step
     for name in ("launches", "bytes", "flops"):
         assert sum(getattr(kind, name) for kind in work.values()) > healthy[f"step · {name}"][0]

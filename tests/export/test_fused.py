@@ -125,18 +125,19 @@ def test_what_fits_the_kernel_is_fused_and_the_rest_left(tmp_path, dtype):
 
 
 @pytest.fixture(scope="module")
-def demo_fused(demo, demo_onnx, tmp_path_factory):
-    """The demo exported with --ort-fused --verify, torch's own part of it done before."""
+def fused_files(small_folder, small_onnx, tmp_path_factory):
+    """`small_demo` exported with --ort-fused --verify, torch's own part of it done before."""
     out = tmp_path_factory.mktemp("fused") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "to_program", read_from(demo_onnx))
-        code, told, err = run_json("export", "--onnx", "--out", out, "--ort-fused", "--verify")
+        patch.setattr(exporter, "to_program", read_from(small_onnx))
+        asked = ("--onnx", "--out", out, "--ort-fused", "--verify")
+        code, told, err = run_json("export", small_folder, *asked)
     assert code in (0, 1), err
     return out, told, code
 
 
-def test_the_demo_is_within_the_budget_of_torch(demo_fused):
-    _, told, code = demo_fused
+def test_the_files_are_within_the_budget_of_torch(fused_files):
+    _, told, code = fused_files
     report = told["parity"]
     assert code == 0, [row for row in report["rows"] if not row["passed"]]
     assert report["passed"]
@@ -144,14 +145,14 @@ def test_the_demo_is_within_the_budget_of_torch(demo_fused):
     assert report["spelled_out"] == "com.microsoft::GroupNorm"
 
 
-def test_export_json_names_every_contrib_node(demo_fused, demo_onnx):
-    out, _, _ = demo_fused
+def test_export_json_names_every_contrib_node(fused_files, small_onnx):
+    out, _, _ = fused_files
     rows = json.loads((out / "export.json").read_text())["parts"]
     for row in rows:
         graph = onnx.load(out / row["file"]).graph
         names = [node.name for node in graph.node if node.domain]
         assert row.get("contrib_ops", {}) == ({"com.microsoft::GroupNorm": names} if names else {})
-        before = onnx.load(demo_onnx / row["file"]).graph
+        before = onnx.load(small_onnx / row["file"]).graph
         norms = [
             sum(node.op_type == "InstanceNormalization" for node in nodes)
             for nodes in (before.node, graph.node)
@@ -161,10 +162,10 @@ def test_export_json_names_every_contrib_node(demo_fused, demo_onnx):
     assert "was computed in standard operators" in (out / "parity.md").read_text()
 
 
-def test_the_files_themselves_compute_what_torch_does(demo, demo_fused):
+def test_the_files_themselves_compute_what_torch_does(small_demo, fused_files):
     """U-Net and VAE with their contrib nodes as they are, by onnx's own evaluator."""
-    for part in parts(demo, torch.float32)[1:]:
-        evaluator = ReferenceEvaluator(str(demo_fused[0] / part.file), new_ops=[GroupNorm])
+    for part in parts(small_demo, torch.float32)[1:]:
+        evaluator = ReferenceEvaluator(str(fused_files[0] / part.file), new_ops=[GroupNorm])
 
         def evaluate(inputs, evaluator=evaluator):
             feed = {name: value.numpy() for name, value in inputs.items()}
@@ -174,10 +175,10 @@ def test_the_files_themselves_compute_what_torch_does(demo, demo_fused):
         assert all(row.passed for row in rows), [row for row in rows if not row.passed]
 
 
-def test_a_wrong_weight_is_caught(demo, demo_fused, tmp_path):
+def test_a_wrong_weight_is_caught(small_demo, fused_files, tmp_path):
     """One gamma of 1 % more."""
-    decoder = parts(demo, torch.float32)[2]
-    model = onnx.load(demo_fused[0] / decoder.file)
+    decoder = parts(small_demo, torch.float32)[2]
+    model = onnx.load(fused_files[0] / decoder.file)
     gamma = next(value for value in model.graph.initializer if value.name.startswith("gamma_nhwc"))
     gamma.CopyFrom(
         onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(gamma) * 1.01, gamma.name)
@@ -189,16 +190,16 @@ def test_a_wrong_weight_is_caught(demo, demo_fused, tmp_path):
     assert not all(row.passed for row in rows)
 
 
-def test_a_cpu_says_that_it_cannot_run_it(demo_fused):
+def test_a_cpu_says_that_it_cannot_run_it(fused_files):
     with pytest.raises(UserError, match="ONNX Runtime cannot run .*unet/model.onnx: .*GroupNorm"):
-        Session(demo_fused[0] / "unet/model.onnx", CPU)
+        Session(fused_files[0] / "unet/model.onnx", CPU)
 
 
-def test_what_cannot_be_fused_is_one_sentence(premade_onnx, tmp_path, monkeypatch):
+def test_what_cannot_be_fused_is_one_sentence(small_folder, premade_onnx, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def refused(*arguments):
-        code, told, err = run("export", *arguments, "--ort-fused")
+        code, told, err = run("export", small_folder, *arguments, "--ort-fused")
         assert (code, told) == (2, "")
         assert list(tmp_path.iterdir()) == []
         return err.splitlines()[-1]

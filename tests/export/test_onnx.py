@@ -45,24 +45,32 @@ class Shallow(UNetPreset):
         }
 
 
-TWO_LEVELS = {"channels": (320, 640), "heads": (5, 10), "attention": (False, True), "depth": (1, 1)}
-SMALL = {"sd15": Shallow(presets.SD15), "sdxl": Shallow(presets.SDXL, **TWO_LEVELS)}
+ONE_LEVEL = {"channels": (320,), "heads": (5,), "attention": (True,), "depth": (1,)}
+SMALL = {"sd15": Shallow(presets.SD15), "sdxl": Shallow(presets.SDXL, **ONE_LEVEL)}
 SCALE = 0.1
 """Of the widths."""
 
 
 @pytest.fixture(
     scope="session",
-    # the demo is Stable Diffusion 1.5 but for its sizes
-    params=["demo", pytest.param("sd15", marks=pytest.mark.product), "sdxl"],
+    # a Stable Diffusion 1.5, but for its sizes; and an XL, whose U-Net need not halve its picture
+    params=[
+        "small",
+        pytest.param("demo", marks=pytest.mark.product),
+        pytest.param("sd15", marks=pytest.mark.product),
+        "sdxl",
+    ],
 )
 def exported(request, export_onnx):
+    if request.param == "small":
+        return request.getfixturevalue("small_export")
     if request.param == "demo":
-        return request.getfixturevalue("demo_export")
+        return export_onnx("demo", request.getfixturevalue("demo"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "PRESETS", SMALL)
         pipe = presets.build(request.param, SCALE, torch.float32, "cpu")
-        return export_onnx(pipe, "--preset", request.param, "--scale", SCALE)
+        told = ("--preset", request.param, "--scale", SCALE)
+        return export_onnx(request.param, pipe, *told)
 
 
 def is_xl(exported):
@@ -273,13 +281,10 @@ def test_a_picture_of_25_steps_is_torchs(exported):
     assert -10 * error.square().mean().log10() >= 45
 
 
-def test_dry_run_tells_the_same_and_writes_nothing(exported, demo, tmp_path, monkeypatch):
-    if exported.pipe is not demo:
-        monkeypatch.setattr(presets, "PRESETS", SMALL)
-    more = () if exported.pipe is demo else ("--preset", "sdxl" if is_xl(exported) else "sd15")
-    scale = ("--scale", SCALE) if more else ()
-    asked = ("--onnx", "--out", tmp_path / "x", *more, *scale, "--dry-run")
-    code, told, _ = run_json("export", *asked)
+def test_dry_run_tells_the_same_and_writes_nothing(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "PRESETS", SMALL)
+    asked = ("--onnx", "--out", tmp_path / "x", "--dry-run")
+    code, told, _ = run_json("export", *exported.arguments, *asked)
     assert code == 0
     assert told["dry_run"]
     assert told["opset"] == exported.document["opset"]
@@ -292,10 +297,10 @@ def test_dry_run_tells_the_same_and_writes_nothing(exported, demo, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_large_weights_lie_in_their_own_file(demo, premade_onnx, tmp_path, monkeypatch):
+def test_large_weights_lie_in_their_own_file(small_demo, premade_onnx, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "EXTERNAL_ABOVE", 1000)
-    encoder = parts(demo, torch.float32)[:1]
-    (written,) = exporter.export(demo, encoder, tmp_path / "out", 20, lambda line: None)
+    encoder = parts(small_demo, torch.float32)[:1]
+    (written,) = exporter.export(small_demo, encoder, tmp_path / "out", 20, lambda line: None)
     place = tmp_path / "out/text_encoder"
     assert (place / "model.onnx_data").stat().st_size > 1e6
     assert (place / "model.onnx").stat().st_size < 1e6
@@ -333,7 +338,9 @@ def test_a_disk_that_is_full_after_the_files_is_one_sentence(tmp_path, monkeypat
         (OSError(28, "No space left on device"), "cannot be written: No space left on device"),
     ],
 )
-def test_a_failed_export_leaves_nothing_behind(premade_onnx, tmp_path, monkeypatch, error, message):
+def test_a_failed_export_leaves_nothing_behind(
+    small_folder, premade_onnx, tmp_path, monkeypatch, error, message
+):
     def fail(*_, **__):
         raise error
 
@@ -342,7 +349,7 @@ def test_a_failed_export_leaves_nothing_behind(premade_onnx, tmp_path, monkeypat
     else:
         monkeypatch.undo()  # torch is asked
         monkeypatch.setattr(torch.onnx, "export", fail)
-    code, out, err = run("export", "--onnx", "--out", tmp_path / "out")
+    code, out, err = run("export", small_folder, "--onnx", "--out", tmp_path / "out")
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []

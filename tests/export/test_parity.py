@@ -12,10 +12,10 @@ import onnx
 import pytest
 import torch
 from command import run
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from onnx import helper, numpy_helper
 from onnxscript import ir
-from small import ONE_LEVEL
+from small import ONE_LEVEL, noisy
 
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
@@ -45,19 +45,10 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def small(demo):
-    """The demo with the smallest U-Net and autoencoder, quick to export, with all that larger ones
-    have."""
-    pipe = copy.copy(demo)
-    torch.manual_seed(0)
-    pipe.unet = UNet2DConditionModel(**ONE_LEVEL).eval()
-    pipe.vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    ).eval()
+def small(small_demo):
+    """A pipeline with the smallest U-Net, quick to export, with all that larger ones have."""
+    pipe = copy.copy(small_demo)
+    pipe.unet = noisy(UNet2DConditionModel(**ONE_LEVEL))
     return pipe
 
 
@@ -432,10 +423,10 @@ def test_psnr_is_of_the_picture_drawn(demo):
     assert [set(vars(net)) for net in (demo.unet, demo.vae, demo.text_encoder)] == attributes
 
 
-def test_an_engine_bound_by_its_ports_computes_what_its_file_does(demo, demo_onnx):
+def test_an_engine_bound_by_its_ports_computes_what_its_file_does(small_demo, small_onnx):
     """As a GPU's engine is held to torch: on memory whose shapes the ports tell."""
-    for part in parts(demo, torch.float32):
-        session = Session(demo_onnx / part.file, torch.device("cpu"))
+    for part in parts(small_demo, torch.float32):
+        session = Session(small_onnx / part.file, torch.device("cpu"))
         run_bound = picture.run_of(session, part)
         for _, inputs in parity.cases(part):
             for bound, free in zip(run_bound(inputs), session(inputs), strict=True):

@@ -59,7 +59,7 @@ def pipe(_small):
 
 @pytest.fixture(scope="module")
 def exported(pipe, export_onnx):
-    return export_onnx(pipe, *PRESET)
+    return export_onnx("sd3", pipe, *PRESET)
 
 
 def draw(pipe, height=80, width=48):

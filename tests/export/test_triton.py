@@ -23,9 +23,9 @@ OF_ONNX = {
 
 
 @pytest.fixture(scope="module")
-def repository(demo_onnx, tmp_path_factory):
+def repository(small_onnx, tmp_path_factory):
     out = tmp_path_factory.mktemp("triton") / "models"
-    code, told, err = run_json("export", demo_onnx, "--triton-repo", "--out", out)
+    code, told, err = run_json("export", small_onnx, "--triton-repo", "--out", out)
     assert code == 0, err
     return out, told
 
@@ -38,7 +38,7 @@ def configs(out):
     }
 
 
-def test_every_folder_is_a_model_and_nothing_lies_beside(repository, demo_onnx):
+def test_every_folder_is_a_model_and_nothing_lies_beside(repository, small_onnx):
     """The server takes each folder of a repository for a model and each in that for a version."""
     out, told = repository
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
@@ -46,7 +46,7 @@ def test_every_folder_is_a_model_and_nothing_lies_beside(repository, demo_onnx):
     for name in FILES:
         assert sorted(p.name for p in (out / name).iterdir()) == ["1", "config.pbtxt"]
         assert [p.name for p in (out / name / "1").iterdir()] == ["model.onnx"]
-        written, source = out / name / "1/model.onnx", demo_onnx / name / "model.onnx"
+        written, source = out / name / "1/model.onnx", small_onnx / name / "model.onnx"
         assert written.read_bytes() == source.read_bytes()
         assert source.stat().st_nlink == 1  # onnx refuses weights that have two names
 
@@ -85,10 +85,12 @@ def test_only_models_whose_tensors_all_have_the_batch_are_batched(repository):
         assert {port.shape[0] for port in ports} == {"batch_size"}
 
 
-def test_a_pipeline_is_exported_first(repository, premade_onnx, tmp_path, monkeypatch):
+def test_a_pipeline_is_exported_first(
+    repository, small_folder, premade_onnx, tmp_path, monkeypatch
+):
     monkeypatch.setattr("fastdiff.export.parts.parts", lambda *of, **how: parts(*of, **how)[:1])
     out = tmp_path / "models"
-    code, _, err = run("export", "--triton-repo", "--out", out)
+    code, _, err = run("export", small_folder, "--triton-repo", "--out", out)
     assert code == 0, err
     assert "text_encoder: exporting" in err
     assert configs(out) == {"text_encoder": configs(repository[0])["text_encoder"]}
@@ -98,8 +100,8 @@ def test_a_pipeline_is_exported_first(repository, premade_onnx, tmp_path, monkey
     }
 
 
-def test_large_weights_go_with_their_graph(demo_onnx, tmp_path):
-    shutil.copytree(demo_onnx, tmp_path / "exported")
+def test_large_weights_go_with_their_graph(small_onnx, tmp_path):
+    shutil.copytree(small_onnx, tmp_path / "exported")
     file = tmp_path / "exported/text_encoder/model.onnx"
     model = onnx.load(file)
     file.unlink()
@@ -152,10 +154,10 @@ def test_half_precision_and_all_inputs_of_sdxl(tmp_path):
     }
 
 
-def test_dry_run_tells_the_same_and_writes_nothing(repository, demo_onnx, tmp_path):
-    for source in ((demo_onnx,), ()):
+def test_dry_run_tells_the_same_and_writes_nothing(repository, small_onnx, small_folder, tmp_path):
+    for source in (small_onnx, small_folder):
         asked = ("--triton-repo", "--out", tmp_path / "x", "--dry-run")
-        code, told, _ = run_json("export", *source, *asked)
+        code, told, _ = run_json("export", source, *asked)
         assert code == 0
         assert told["models"] == repository[1]["models"]
     assert list(tmp_path.iterdir()) == []
@@ -170,12 +172,12 @@ def refused(*arguments):
     return sentence
 
 
-def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
+def test_a_folder_that_is_not_whole_is_refused(small_onnx, tmp_path):
     source, out = tmp_path / "exported", tmp_path / "models"
-    shutil.copytree(demo_onnx, source)
+    shutil.copytree(small_onnx, source)
 
     def told(change):
-        document = json.loads((demo_onnx / "export.json").read_text())
+        document = json.loads((small_onnx / "export.json").read_text())
         change(document)
         (source / "export.json").write_text(json.dumps(document))
         sentence = refused(source, "--triton-repo", "--out", out)
@@ -207,8 +209,8 @@ def test_a_folder_that_is_not_whole_is_refused(demo_onnx, tmp_path):
     assert "unet/model.onnx cannot be read" in told(lambda d: None)
 
 
-def test_a_network_of_contrib_operators_is_put_on_a_gpu(demo_onnx):
-    document = exported.read(demo_onnx)
+def test_a_network_of_contrib_operators_is_put_on_a_gpu(small_onnx):
+    document = exported.read(small_onnx)
     unet = next(row for row in document["parts"] if row["file"].startswith("unet"))
     unet["contrib_ops"] = {"com.microsoft::GroupNorm": ["GroupNorm_0"]}
     for model in triton.models(document):
@@ -298,23 +300,23 @@ def test_engines_that_triton_cannot_run_are_refused(tmp_path):
     assert not (tmp_path / "models").exists()
 
 
-def test_bad_input_is_one_sentence(demo_onnx, tmp_path):
+def test_bad_input_is_one_sentence(small_onnx, tmp_path):
     out = ("--triton-repo", "--out", tmp_path / "models")
     assert f"{tmp_path} is not a diffusers pipeline" in refused(tmp_path, *out)
-    assert f"{tmp_path} exists already" in refused(demo_onnx, "--triton-repo", "--out", tmp_path)
-    assert "give one of --onnx" in refused(demo_onnx, "--out", tmp_path / "x")
+    assert f"{tmp_path} exists already" in refused(small_onnx, "--triton-repo", "--out", tmp_path)
+    assert "give one of --onnx" in refused(small_onnx, "--out", tmp_path / "x")
     assert "give one of --onnx" in refused("--onnx", "--out", tmp_path / "x", *out)
     assert "--verify goes with --onnx" in refused(*out, "--verify")
-    exported = refused(demo_onnx, *out, "--dtype", "fp16")
+    exported = refused(small_onnx, *out, "--dtype", "fp16")
     assert "is exported already; --dtype goes with a pipeline" in exported
-    several = refused(demo_onnx, *out, "--target", "sm_89")
+    several = refused(small_onnx, *out, "--target", "sm_89")
     assert "--target goes with engines" in several
-    assert "--flavor goes with --trt" in refused(demo_onnx, *out, "--flavor", "rtx")
+    assert "--flavor goes with --trt" in refused(small_onnx, *out, "--flavor", "rtx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_named(demo_onnx, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(small_onnx, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tritonclient.grpc", None)
-    sentence = refused(demo_onnx, "--triton-repo", "--out", tmp_path / "models")
+    sentence = refused(small_onnx, "--triton-repo", "--out", tmp_path / "models")
     assert "--triton-repo needs tritonclient and onnx" in sentence
     assert "pip install 'fastdiff-engine[onnx,triton-server]'" in sentence
