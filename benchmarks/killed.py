@@ -1,6 +1,7 @@
 """Kills `fastdiff generate --prompts` at random moments, and checks what is there at the end.
 
     python -m benchmarks.killed --rows 2000 --kills 20
+    python -m benchmarks.killed --rows 2000 --kills 20 --workers 2
     python -m benchmarks.killed --rows 200 --kills 6 --ray
 
 Every kill is a SIGKILL, after a random number of further pictures and a random part of a picture's
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--ray", action="store_true", help="draw by a local Ray of two workers")
+    parser.add_argument("--workers", type=int, help="threads that draw, or others for Ray")
     given = parser.parse_args()
     random.seed(given.seed)
     begun = time.monotonic()
@@ -119,7 +121,9 @@ def main() -> None:
         prompts(file, given.rows)
         command = [sys.executable, "-m", "fastdiff", "generate", "--prompts", str(file)]
         command += ["--out", str(folder), "--steps", str(given.steps), "--device", "cpu"]
-        command += ["--ray", "local", "--workers", "2"] if given.ray else []
+        command += ["--ray", "local"] if given.ray else []
+        if workers := given.workers or (2 if given.ray else None):
+            command += ["--workers", str(workers)]
         process = started(command, log)
         seen: dict[str, int] = {}
         kills = 0

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from command import run
 
-from benchmarks.serve import ask, ended_amid
+from benchmarks.clients import ask, ended_amid
 from fastdiff.demo import UNCONDITIONAL_FOLDER
 
 BAD = {

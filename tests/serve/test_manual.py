@@ -9,7 +9,7 @@ from PIL import Image
 from served import Held, served
 
 import fastdiff
-from benchmarks.serve import ask, measured
+from benchmarks.clients import ask, measured
 from fastdiff.serve.asked import Asked
 from fastdiff.serve.painter import Painter
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from served import client_of, close, shown
 
-from benchmarks import serve as clients
-from benchmarks.serve import ask, settled
+from benchmarks import clients
+from benchmarks.clients import ask, settled
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

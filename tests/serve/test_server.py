@@ -16,8 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import Held, client_of, close, served, shown
 
 import fastdiff
-from benchmarks import serve as clients
-from benchmarks.serve import DRAW, ask, settled
+from benchmarks import clients
+from benchmarks.bad_requests import LATE, bad_requests, late, refusal_of
+from benchmarks.clients import DRAW, ask, settled
+from benchmarks.serve import load
 from fastdiff.serve.painter import Painter
 
 
@@ -103,11 +105,11 @@ def test_progress_is_told_to_those_who_ask(port):
 def test_bad_requests_get_a_sentence_each_and_harm_no_other(port):
     """While good ones are drawn; what counts requests counts them all."""
     before = clients.answered(settled(port))
-    bad = list(clients.bad_requests())
+    bad = list(bad_requests())
     assert len(bad) >= 300
     with ThreadPoolExecutor(2) as pool:
         good = [pool.submit(ask, port, {"prompt": "a", "seed": 1, "steps": 9}) for _ in range(4)]
-        sentences = [clients.refusal_of(port, one) for one in bad]
+        sentences = [refusal_of(port, one) for one in bad]
         first, *others = (one.result().told["data"][0]["b64_json"] for one in good)
     assert all(close(other, shown(first)) for other in others), "beside whatever comes"
     assert not [x for x in sentences if re.search(r"Traceback|fastdiff/|Error\b|File \"", x)]
@@ -117,10 +119,10 @@ def test_bad_requests_get_a_sentence_each_and_harm_no_other(port):
     assert counted.total() <= len(bad) + 4 <= routed
 
 
-@pytest.mark.parametrize("sent", clients.LATE, ids=range(len(clients.LATE)))
+@pytest.mark.parametrize("sent", LATE, ids=range(len(LATE)))
 def test_slow_clients_are_told(sent):
     with served(Held(), patience=0.2) as port:
-        answer = clients.late(port, sent)
+        answer = late(port, sent)
         assert answer.status == 408
         assert "did not arrive in 0.2 s" in answer.sentence
         assert ask(port, path="/healthz").status == 200
@@ -241,7 +243,7 @@ def test_the_key_is_asked_for_where_pictures_are():
 def test_a_load_is_answered_and_counted(port):
     """Clients that stream, ask for two pictures, and go: nothing but 429 goes wrong."""
     before = clients.answered(settled(port))
-    seen = clients.load(port, 6, 0.5, os.getpid())
+    seen = load(port, 6, 0.5, os.getpid())
     counted = clients.answered(settled(port)) - before
     assert set(seen.answers) <= {200, 429, 499}
     assert counted.total() == seen.answers.total()
