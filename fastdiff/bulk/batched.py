@@ -15,12 +15,20 @@ Done = SimpleQueue[tuple[Row, Ticket]]
 
 
 def attempts(
-    painter: Painter, rows: Iterable[Row], capacity: int, workers: int = 1
+    painter: Painter,
+    rows: Iterable[Row],
+    capacity: int,
+    workers: int = 1,
+    if_joined: bool = False,
 ) -> Iterator[Drawn]:
     """Draw the rows, each as soon as there is a place for it; in the order in which they are done.
     Those for which memory ran out beside others are drawn one at a time at the end.
 
-    capacity, workers: as of `Batch`. UserError where it does not draw with the pipeline.
+    Args:
+        capacity, workers: as of `Batch`.
+        if_joined: go on one at a time once a picture could not share its steps with others.
+
+    Raises UserError where `Batch` does not draw with the pipeline.
     """
     waiting, drawing, alone = iter(rows), 0, []
     done: Done = SimpleQueue()
@@ -34,6 +42,8 @@ def attempts(
                 break
             row, ticket = done.get()
             drawing -= 1
+            if if_joined and ticket.alone is not None:
+                alone.extend(waiting)
             if _short_of_memory(ticket):
                 alone.append(row)
             else:

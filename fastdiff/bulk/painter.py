@@ -171,7 +171,7 @@ def attempts(
             every = ranks.told([painter.attempt(row) for row in mine])
             yield from (drawn for one in every for drawn in one)
         return
-    capacity = painter.capacity if capacity is None else capacity
+    asked, capacity = capacity, capacity or painter.capacity
     if capacity * workers == 1:
         yield from map(painter.attempt, rows)
         return
@@ -179,4 +179,5 @@ def attempts(
         from fastdiff.bulk import batched
     except ImportError as missing:  # it says what to install
         raise UserError(str(missing)) from missing
-    yield from batched.attempts(painter, rows, capacity, workers)
+    if_joined = asked is None and capacity > 1
+    yield from batched.attempts(painter, rows, capacity, workers, if_joined)

@@ -165,6 +165,30 @@ main(sys.argv[1:])
     assert [line["file"] for line in manifest(folder)] == ["1.png", "2.png", "3.png"]
 
 
+def test_pictures_that_share_no_steps_are_drawn_together_only_if_asked(forked, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("sun\n" * 5)
+    told = """
+from fastdiff.batching import drawing
+from fastdiff.bulk.painter import Painter
+drawing._obstacle = lambda _: "it may not"
+Painter.capacity = 2  # as on a GPU
+own = Painter.attempt
+def attempt(self, row):
+    print(row.number)
+    return own(self, row)
+Painter.attempt = attempt
+main(sys.argv[1:])
+"""
+    for options, alone in (((), "4\n5\n"), (("--capacity", "2"), "")):
+        folder = tmp_path / f"out{len(options)}"
+        given = ("generate", "--prompts", str(prompts), "--out", str(folder), "--steps", "1")
+        code, out, err = forked(told, *given, *options)
+        assert code == 0, err
+        assert out == f"{alone}{folder}/manifest.jsonl\n"
+        assert [line["file"] for line in manifest(folder)] == [f"{n}.png" for n in range(1, 6)]
+
+
 def test_a_row_that_fails_ends_nothing(forked, tmp_path):
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("red heart\n\nsun\nsnow\n")
