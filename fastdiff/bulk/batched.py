@@ -30,7 +30,8 @@ def attempts(
 
     Raises UserError where `Batch` does not draw with the pipeline.
     """
-    waiting, drawing, alone = iter(rows), 0, []
+    waiting, drawing = iter(rows), 0
+    alone: list[Row] = []
     done: Done = SimpleQueue()
     with limited(painter.device), Batch(painter.pipe, capacity, workers) as batch:
         while True:
