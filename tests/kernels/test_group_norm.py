@@ -8,12 +8,14 @@ import torch
 from command import environment
 
 from fastdiff.kernels.concat import concat
-from fastdiff.kernels.contract import judge
+from fastdiff.kernels.contract import judge, verify
 from fastdiff.kernels.dispatch import NATIVE, implementation
 from fastdiff.kernels.group_norm_silu import group_norm_silu
 from fastdiff.kernels.group_norm_silu.gpu import candidates, pick
+from fastdiff.kernels.group_norm_silu.launches import LaunchConfig
 from fastdiff.kernels.group_norm_silu.spec import SPEC
 from fastdiff.kernels.occupancy import SMS
+from fastdiff.kernels.tuned import forced
 
 # (L, C) of every norm of a U-Net: SD1.5 at 512², SDXL at 1024², 32 groups
 UNETS = [
@@ -48,10 +50,12 @@ def test_another_size_of_picture_compiles_nothing_anew():
 def test_programs_of_a_unet_read_lines_and_fill_the_chip(arch, L, C):
     config = pick(2, L, C // 32, 32, 2, arch)
     segment = config.groups * C // 32 * 2
-    assert segment >= 128
+    assert segment >= (32 if config.slabs == 1 else 128)
     assert segment % 16 == 0
     programs = 2 * 32 // config.groups * max(1, config.slabs)
-    if config.slabs:
+    if config.slabs == 1:  # in one launch
+        assert programs >= 3 / 8 * SMS[arch].number
+    elif config.slabs:
         rounds = -(-programs // SMS[arch].number)
         assert rounds <= 2
         assert programs >= 0.75 * rounds * SMS[arch].number
@@ -76,15 +80,26 @@ def test_a_skip_of_half_the_batch_with_a_row_on_a_cpu():
     torch.testing.assert_close(y, group_norm_silu(both, weight, bias, 7, 1e-5)[0])
 
 
-def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift():
+@pytest.mark.parametrize("slabs", [1, 4])
+def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift(slabs):
     """Squares around zero would lose all digits of a deviation of 1e-4 of the mean."""
     x = (torch.randn(1, 64, 64, 64, dtype=torch.float64) * 0.1 + 1000).float()
     shift = torch.full((64,), -900.0)
     weight, bias = torch.ones(64), torch.zeros(64)
     inputs = {"groups": 16, "eps": 1e-5, "act": "none", "shift": shift}
     exact, _ = SPEC.reference(x.double(), weight.double(), bias.double(), **inputs)
-    got, _ = implementation("group_norm_silu", "triton")(x, weight, bias, **inputs)
+    with forced("group_norm_silu", LaunchConfig(8, 256, slabs, 4)):
+        got, _ = implementation("group_norm_silu", "triton")(x, weight, bias, **inputs)
     assert (got - exact).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("slabs", [1, 3])
+@pytest.mark.parametrize("name", ["odd-cat", "odd-kept", "odd-scaled"])
+def test_groups_that_are_read_twice_by_one_program_or_in_two_launches(name, slabs):
+    (case,) = (case for case in SPEC.cases if case.name == name)
+    with forced("group_norm_silu", LaunchConfig(1, 16, slabs, 4)):
+        verdicts = verify(SPEC, implementation("group_norm_silu", "triton"), case, torch.float32)
+    assert all(verdict.passed for verdict in verdicts), verdicts
 
 
 @pytest.mark.skipif(NATIVE is None, reason="needs the C++ kernels")

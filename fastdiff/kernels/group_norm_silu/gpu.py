@@ -1,11 +1,11 @@
 """Triton implementation of `group_norm_silu`: one pass over memory if whole groups fit on chip.
 
-Otherwise two kernels: the statistics of each channel in each slab of rows, then their combination
-and the normalisation, beginning with the last rows, which are still in L2.
+Otherwise one kernel that reads them twice, if there are programs enough, or two kernels: the
+statistics of each channel in each slab of rows, then their combination and the normalisation. A
+second reading begins with the last rows, which are still in L2.
 """
 
 import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.contract import INTERPRETED_TILE, Launch, Launcher, float_bits, power_parts
+from fastdiff.kernels.contract import Launch, Launcher, float_bits, power_parts
 from fastdiff.kernels.dispatch import expects
+from fastdiff.kernels.group_norm_silu.launches import GROUPS, candidates, pick
 from fastdiff.kernels.group_norm_silu.spec import Arguments
 from fastdiff.kernels.group_norm_silu.tiles import (
     KEPT,
@@ -33,9 +34,10 @@ from fastdiff.kernels.group_norm_silu.tiles import (
     recall,
     store_tile,
     sum_tile,
+    sums_of,
 )
-from fastdiff.kernels.occupancy import multiprocessors
-from fastdiff.kernels.tuned import tunable
+
+__all__ = ["candidates", "pick", "plan", "run"]
 
 # arguments that need no new compilation; ALIGN states which number divides them
 ANY = ["L", "C", "C2", "W", "beside_batch", "row_stride", "scale_stride", "flags", "eps"]
@@ -83,6 +85,46 @@ def _one_pass_kernel(
         store_tile(out_ptr, tile1, line1, parts[1], rows, L, C, flags, GELU)
 
 
+@triton.jit
+def _slab_moments(
+    source, added, parts, end, flags, P0: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr
+):
+    """Means and centred squares [ROWS, P] of both tiles over the slab's rows before `end`, and of
+    how many pixels each, [ROWS, 1]; with `added`, of the sums, which are written."""
+    rows = tl.arange(0, ROWS)
+    next0, next1 = load_tiles(source, added, parts, rows, end, flags, P1)
+    mean0 = tl.zeros((ROWS, P0), tl.float32)
+    mean1 = tl.zeros((ROWS, P1 if P1 > 0 else P0), tl.float32)
+    square0, square1 = mean0, mean1
+    for start in range(0, end, ROWS):
+        tile0, tile1 = next0, next1
+        count = 1.0 * (start // ROWS)
+        share = tl.where(start + rows < end, 1.0 / (count + 1.0), 0.0)[:, None]
+        # load the next pixels while these are processed
+        next0, next1 = load_tiles(source, added, parts, start + ROWS + rows, end, flags, P1)
+        mean0, square0 = merge(mean0, square0, count, tile0.to(tl.float32), None, share)
+        if P1 > 0:
+            mean1, square1 = merge(mean1, square1, count, tile1.to(tl.float32), None, share)
+    count = tl.maximum((end - rows + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
+    return (mean0, square0), (mean1, square1), count
+
+
+@triton.jit
+def _store_slab(
+    out_ptr, source, tiles, lines, parts, rows, end, C, flags,
+    GELU: tl.constexpr, P1: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Normalise a slab from its last `rows`, whose tiles are loaded, to its first."""
+    next0, next1 = tiles
+    for _ in range(0, end, ROWS):
+        tile0, tile1, here = next0, next1, rows
+        rows -= ROWS
+        next0, next1 = load_tiles(source, None, parts, rows, end, flags, P1)
+        store_tile(out_ptr, tile0, lines[0], parts[0], here, end, C, flags, GELU)
+        if P1 > 0:
+            store_tile(out_ptr, tile1, lines[1], parts[1], here, end, C, flags, GELU)
+
+
 @triton.jit(do_not_specialize=ANY)
 def _statistics_kernel(
     x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr,
@@ -101,27 +143,13 @@ def _statistics_kernel(
     added = None
     if SUMMED:
         added = added_of(vectors, parts, P1)
-    rows = tl.arange(0, ROWS)
-    next0, next1 = load_tiles(source, added, parts, rows, end, flags, P1)
-    mean0 = tl.zeros((ROWS, P0), tl.float32)
-    mean1 = tl.zeros((ROWS, P1 if P1 > 0 else P0), tl.float32)
-    square0, square1 = mean0, mean1
-    for start in range(0, end, ROWS):
-        tile0, tile1 = next0, next1
-        count = 1.0 * (start // ROWS)
-        share = tl.where(start + rows < end, 1.0 / (count + 1.0), 0.0)[:, None]
-        # load the next pixels while these are processed
-        next0, next1 = load_tiles(source, added, parts, start + ROWS + rows, end, flags, P1)
-        mean0, square0 = merge(mean0, square0, count, tile0.to(tl.float32), None, share)
-        if P1 > 0:
-            mean1, square1 = merge(mean1, square1, count, tile1.to(tl.float32), None, share)
-    count = tl.maximum((end - rows + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
+    tiles0, tiles1, count = _slab_moments(source, added, parts, end, flags, P0, P1, ROWS)
     statistics_ptr += (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * C
     length = end.to(tl.float32)
     missing0, missing1 = missing_of(vectors, parts, SUMMED, P1)
-    keep(statistics_ptr, mean0, square0, count, missing0, length, parts[0], C)
+    keep(statistics_ptr, tiles0[0], tiles0[1], count, missing0, length, parts[0], C)
     if P1 > 0:
-        keep(statistics_ptr, mean1, square1, count, missing1, length, parts[1], C)
+        keep(statistics_ptr, tiles1[0], tiles1[1], count, missing1, length, parts[1], C)
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -157,95 +185,50 @@ def _apply_kernel(
         affine, parts, missing, moments0, moments1, 1.0 * L, W, eps, SEGMENT, GROUPS, P1
     )
     out_ptr += (sample * L + start) * C
-    for _ in range(0, end, ROWS):
-        tile0, tile1, here = next0, next1, rows
-        rows -= ROWS
-        next0, next1 = load_tiles(source, None, parts, rows, end, flags, P1)
-        store_tile(out_ptr, tile0, line0, parts[0], here, end, C, flags, GELU)
-        if P1 > 0:
-            store_tile(out_ptr, tile1, line1, parts[1], here, end, C, flags, GELU)
+    _store_slab(
+        out_ptr, source, (next0, next1), (line0, line1), parts, rows, end, C, flags, GELU, P1, ROWS
+    )
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Groups per program, rows per tile, slabs per sample (0: one pass), warps."""
-
-    groups: int
-    rows: int
-    slabs: int
-    num_warps: int
-
-
-# least bytes of a row per program: a line of L1, or a sector of it where only that fits on chip
-SEGMENT, SECTOR = 128, 32
-# warps by the most elements of a tile that stays on chip: 32 to 80 per thread. 16 warps have too
-# few registers each for 20480, and 40960 do not fit at all
-ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
-# elements of a tile of the two slab kernels, 128 rows of 80 channels: 20 KB are loaded while 20 KB
-# are processed, so that one program fills an SM; the interpreter is faster with few large tiles
-SLAB_TILE, INTERPRETED_SMS = 10240, 16
-SLAB_ROWS = 32  # least rows of a slab
-# groups per segment for which the one-pass kernel and the slab kernels are compiled, unless there
-# are more; the one-pass kernel needs 30 more registers for 16
-GROUPS = {True: 4, False: 16}
-
-
-def _groups_of_a_program(W: int, G: int, size: int, least: int = SEGMENT) -> int:
-    """The fewest groups whose segments have `least` bytes and begin at a multiple of 16 bytes."""
-
-    def key(groups: int) -> tuple[int, bool, int]:
-        width = groups * W * size
-        short = width < least
-        return -math.gcd(width, 16), short, -groups if short else groups
-
-    return min((n for n in range(1, G + 1) if G % n == 0), key=key)
-
-
-@tunable("group_norm_silu")
-def pick(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
-    """The launch for B samples of L pixels in G groups of W channels of `size` bytes."""
-    rows = triton.next_power_of_2(L)
-    for least in (SEGMENT, SECTOR):
-        groups = _groups_of_a_program(W, G, size, least)
-        width = sum(power_parts(groups * W, 16 // size))
-        for most, num_warps in ONE_PASS.items():
-            if rows * width <= most:
-                return LaunchConfig(groups, rows, 0, num_warps)
-    return _in_slabs(B, L, W, G, size, arch)
-
-
-def _in_slabs(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchConfig:
-    """The launch in two passes."""
-    groups = _groups_of_a_program(W, G, size)
-    parts = [part for part in power_parts(groups * W, 16 // size) if part]
-    width = sum(parts)
-    tile, num_warps = SLAB_TILE if arch else INTERPRETED_TILE, 8
-    if not (aligned := groups * W * size % 16 == 0):
-        tile //= 4  # each element has its address in registers
-    rows = 1 << (max(1, tile // width).bit_length() - 1)
-    if aligned:
-        num_warps = max(1, min(16, rows * min(parts) * size // 512))  # 16 bytes per thread
-    sms, segments = multiprocessors(arch) if arch else INTERPRETED_SMS, B * G // groups
-    once, twice = sms // segments, 2 * sms // segments
-    # one program per SM, or two if those fill the SMs by a tenth better
-    slabs = twice if 5 * twice > 11 * once else once
-    return LaunchConfig(groups, rows, max(1, min(slabs, L // SLAB_ROWS)), num_warps)
-
-
-def candidates(B: int, L: int, W: int, G: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """Launches for a tuner to try, the default first; some spill or do not fit an architecture."""
-    slabs = _in_slabs(B, L, W, G, size, arch)
-    found = [pick(B, L, W, G, size, arch), slabs]
-    width, rows = sum(power_parts(slabs.groups * W, 16 // size)), triton.next_power_of_2(L)
-    if rows * width <= 2 * max(ONE_PASS):
-        found += [LaunchConfig(slabs.groups, rows, 0, num_warps) for num_warps in (4, 8, 16)]
-    for more in (1, 2, 4):  # programs per SM
-        several = replace(slabs, slabs=min(more * slabs.slabs, L))
-        found += [several, replace(several, rows=max(1, slabs.rows // 2), num_warps=4)]
-    if G % (2 * slabs.groups) == 0:
-        rows = max(1, slabs.rows // 2)
-        found += [replace(slabs, groups=2 * slabs.groups, slabs=2 * slabs.slabs, rows=rows)]
-    return tuple(dict.fromkeys(found))
+@triton.jit(do_not_specialize=ANY)
+def _twice_kernel(
+    x_ptr, weight_ptr, bias_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, scale_ptr,
+    L, C, C2, beside_batch, row_stride, scale_stride, flags, W, eps, sum_ptr, out_ptr,
+    ALIGN: tl.constexpr, SEGMENT: tl.constexpr, BORDER: tl.constexpr, SUMMED: tl.constexpr,
+    GROUPS: tl.constexpr, GELU: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Each program normalises the groups in one sample's segment: it reads them for their
+    statistics, writing the sum if SUMMED, and reads the sum or them again."""
+    sample = tl.program_id(2).to(tl.int64)
+    source, vectors, parts, C = opened(
+        x_ptr, row_ptr, residual_ptr, beside_ptr, shift_ptr, sum_ptr, sample, 0, L, C, C2,
+        beside_batch, row_stride, flags, ALIGN, SEGMENT, BORDER, P0, P1,
+    )  # fmt: skip
+    added = None
+    if SUMMED:
+        added = added_of(vectors, parts, P1)
+    tiles0, tiles1, count = _slab_moments(source, added, parts, L, flags, P0, P1, ROWS)
+    length = 1.0 * L
+    moments0 = moments_of(tiles0[0], tiles0[1], count, length)
+    moments1 = moments0
+    if P1 > 0:
+        moments1 = moments_of(tiles1[0], tiles1[1], count, length)
+    again = source
+    if SUMMED:
+        again = sums_of(source)
+        tl.debug_barrier()  # the program's other threads have written them
+    rows = (L - 1) // ROWS * ROWS + tl.arange(0, ROWS)
+    tiles = load_tiles(again, None, parts, rows, L, flags, P1)
+    if scale_ptr is not None:
+        scale_ptr += sample * scale_stride
+    affine = weight_ptr, bias_ptr, scale_ptr, C
+    missing = missing_of(vectors, parts, SUMMED, P1)
+    lines = lines_of(
+        affine, parts, missing, moments0, moments1, length, W, eps, SEGMENT, GROUPS, P1
+    )
+    out_ptr += sample * L * C
+    _store_slab(out_ptr, again, tiles, lines, parts, rows, L, C, flags, GELU, P1, ROWS)
 
 
 def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Tensor]]:
@@ -257,7 +240,8 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
         tensor = getattr(a, name)
         if tensor is not None:  # of rows, each must be contiguous
             expects(f"group_norm_silu: {name}", tensor, a.x, tensor.shape)
-    config = pick(B, L, W, a.groups, size, arch)
+    plain = a.act != "gelu" and a.scale_shift is None
+    config = pick(B, L, W, a.groups, size, arch, plain)
     segment = config.groups * W
     row_stride, scale_stride = (0 if t is None else t.stride(0) for t in (a.row, a.scale_shift))
     align = math.gcd(16 // size, segment, C, C2, row_stride)
@@ -288,6 +272,8 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
 
     if not config.slabs:
         return (launch(_one_pass_kernel),), (out, total)
+    if grid[0] == 1:
+        return (launch(_twice_kernel),), (out, total)
     values["statistics_ptr"] = a.x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
     first = launch(_statistics_kernel)
     if a.summed:  # the sum has all that is added, and all channels

@@ -128,8 +128,11 @@ CASES = (
     Case("sdxl-32-residual", B=1, Y=32, X=32, C=1280, G=32, residual=True),
     Case("vae-mid", B=1, Y=64, X=64, C=512, G=32, eps=1e-6),
     Case("vae-top", B=1, Y=256, X=256, C=128, G=32, eps=1e-6),
-    # DDPM at 256²: a program takes 16 channels of all pixels
+    # DDPM at 256²: a program takes 8 or 16 channels of all pixels
+    Case("ddpm-64", B=1, Y=64, X=64, C=256, G=32, row=True, shift=True),
     Case("ddpm-32-cat", B=1, Y=32, X=32, C=256, C2=256, G=32, residual=True),
+    # the x4 upscaler: a program reads 16 channels of all pixels twice
+    Case("x4-64", B=2, Y=64, X=64, C=512, G=32, act="none", residual=True, shift=True),
     # ADM at 64²: scale and shift from the timestep; DeepFloyd IF's GELU
     Case("adm-16-scaled", B=2, Y=16, X=16, C=576, G=32, scaled=True, shift=True),
     Case("if-8-gelu", B=2, Y=8, X=8, C=768, G=32, act="gelu", scaled=True),

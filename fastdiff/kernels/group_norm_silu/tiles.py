@@ -128,6 +128,13 @@ def sum_tile(tile, source, added, part, rows, end, flags):
 
 
 @triton.jit
+def sums_of(source):
+    """The source of the sums that `sum_tile` has written."""
+    _, residual_ptr, beside_ptr, sum_ptr, _, C, C2, _ = source
+    return sum_ptr, residual_ptr, beside_ptr, sum_ptr, C + C2, C, C2, False
+
+
+@triton.jit
 def load_tiles(source, added, parts, rows, end, flags, P1: tl.constexpr):
     """Both tiles; with `added`, those of the sums."""
     tile0 = _tile(source, parts[0], rows, end)
