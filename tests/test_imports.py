@@ -33,7 +33,7 @@ ALL_MAY_IMPORT = {
 # optional package -> the only files that may import it
 OPTIONAL = {
     "triton": (
-        *("kernels/*/gpu.py", "kernels/*/tiles.py", "kernels/inspect.py"),
+        *("kernels/*/gpu.py", "kernels/*/launches.py", "kernels/*/tiles.py", "kernels/inspect.py"),
         *("kernels/cached.py", "kernels/worker.py"),
     ),
     "diffusers": (

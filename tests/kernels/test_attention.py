@@ -17,7 +17,7 @@ from fastdiff.kernels.inspect import planned
 from fastdiff.kernels.joint_attention import gpu as joint_gpu
 from fastdiff.kernels.joint_attention import joint_attention
 from fastdiff.kernels.joint_attention.spec import SPEC as JOINT
-from fastdiff.kernels.planned import distinct
+from fastdiff.kernels.planned import Planning, distinct
 
 KERNELS = ["triton", *(NATIVE.isas() if NATIVE else ())]
 """Triton's under its interpreter, and ours of each instruction set that this processor runs."""
@@ -181,10 +181,17 @@ def test_products_row_by_row(dtype, masked, monkeypatch):
     assert got.is_contiguous()
 
 
-def test_heads_that_no_library_takes_are_products():
-    assert choose(512, 4096).run == choose(640, 77).run == "products"
-    assert choose(256, 4096).run == "sdpa"
-    assert choose(160, 4096).run == "triton"
+def test_heads_that_no_library_takes_are_products_unless_their_keys_are_few():
+    assert (
+        choose(512, 4096, 2).run == choose(640, 77, 4).run == choose(632, 77, 2).run == "products"
+    )
+    assert choose(640, 256, 2).run == "triton"
+    assert choose(256, 4096, 2).run == "sdpa"
+    assert choose(160, 4096, 2).run == "triton"
+    wide = torch.empty(2, 256, 1, 640, dtype=torch.float16, device="meta")
+    with Planning(90) as planning:
+        assert run_attention(wide, wide, wide).shape == wide.shape
+    assert [launch.kernel.__name__ for launch in planning.launches] == ["_wide_kernel"]
     assert {choice.run for choice in CUDA_CHOICES} <= {"triton", "sdpa", "products"}
 
 

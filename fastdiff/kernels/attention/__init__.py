@@ -24,9 +24,21 @@ class Choice:
     max_keys: int | None = None
     over: int = 0
     """The row applies to heads wider than this."""
+    multiple: int = 1
+    """The row applies to heads whose width is a multiple of this."""
+    half: bool = False
+    """The row applies to half precision alone."""
 
 
 CUDA_CHOICES = (
+    Choice(
+        "wide heads of few keys: one launch, whose programs share a head's columns, for three",
+        "triton",
+        max_keys=256,
+        over=256,
+        multiple=64,
+        half=True,
+    ),
     Choice(
         "autoencoders: cuDNN and FlashAttention stop at 256, where torch uses kernels of 2022;"
         " ours (up to 512) keeps few warps busy; cuBLAS does products at full rate",
@@ -42,14 +54,17 @@ CUDA_CHOICES = (
 """The implementation on an NVIDIA GPU. The reasons are published facts; no row is measured yet."""
 
 
-def choose(width: int, keys: int) -> Choice:
-    """The first row of `CUDA_CHOICES` that applies to heads `width` wide and `keys` keys."""
+def choose(width: int, keys: int, size: int) -> Choice:
+    """The first row of `CUDA_CHOICES` that applies to heads `width` wide, `keys` keys and elements
+    of `size` bytes."""
     return next(
         choice
         for choice in CUDA_CHOICES
         if width > choice.over
         and (not choice.widths or width in choice.widths)
         and (choice.max_keys is None or keys <= choice.max_keys)
+        and width % choice.multiple == 0
+        and (size == 2 or not choice.half)
     )
 
 
@@ -85,7 +100,7 @@ def attention(
             " q [B, Lq, H, K], k and v [B, Lk, H, K]"
         )
     if impl == "auto" and on_gpu(q):
-        impl = choose(q.shape[3], k.shape[1]).run
+        impl = choose(q.shape[3], k.shape[1], q.element_size()).run
     if impl == "products":
         return products.run(q, k, v, mask, scale)
     if impl == "sdpa":

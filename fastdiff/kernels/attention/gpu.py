@@ -2,7 +2,8 @@
 
 Long keys: the flash algorithm. Few keys (a text prompt): all of K and V stay in shared memory, the
 softmax is the plain one, and the program loops over tiles of queries; the keys are split as a
-head's width is (77 = 64 + 13 of 16).
+head's width is (77 = 64 + 13 of 16). Few keys of heads too wide for that: programs share a head's
+columns, and each computes all scores.
 
 It uses neither bulk copies (TMA) nor persistent programs. A descriptor would be one more argument
 of every launch, and K and V already arrive in 16-byte loads three blocks ahead. A tile's work spans
@@ -10,29 +11,31 @@ L keys, so the cost of starting a program does not matter.
 """
 
 import math
-from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels.attention.launches import PROMPT_PROGRAMS, candidates, pick
 from fastdiff.kernels.attention.spec import Arguments
 from fastdiff.kernels.attention.tiles import (
     LOG2E,
     begin,
     flash,
     head_at,
+    load,
     masked,
     parts,
     products,
+    store,
     weigh,
     write,
     zeros,
 )
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
-from fastdiff.kernels.tuned import tunable
+
+__all__ = ["alignment", "candidates", "pick", "plan", "run"]
 
 
 @triton.jit
@@ -115,99 +118,41 @@ def _prompt_kernel(
         write(tile_ptr, out, total, queries, H * K, left, K, P0, P1)
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Queries per tile, keys per block (0: all stay on chip), warps, pipeline stages."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-# (kind of architecture, widest head, LaunchConfig); comments: blocks per SM, by registers
-FLASH = (
-    # sm_90, 100. Two blocks: one multiplies while the other exponentiates. 128 queries, so 64 bytes
-    # from L2 serve 8192 FLOPs. At width 64, 4 warps take 8.2 instructions per score, 8 take 9.7
-    ("largest", 64, 128, 64, 4, 3),
-    # width 80: two blocks, one with a partial block of keys; 4 warps spill
-    ("largest", 128, 128, 64, 8, 3),
-    ("largest", 256, 128, 64, 8, 2),  # one block
-    ("largest", 512, 64, 16, 8, 2),  # a VAE's single head, 64 x 512 accumulators; 32 keys spill
-    # sm_80, 86, 89 and 120 (a block has 99 KiB of shared memory): two or three blocks
-    ("large", 80, 64, 64, 4, 3),
-    ("large", 128, 128, 64, 8, 3),  # one block, as in the next row
-    ("large", 256, 128, 32, 8, 2),
-    ("large", 512, 64, 32, 8, 2),
-    ("small", 64, 64, 64, 4, 3),  # with 2 stages the block with masked keys spills
-    ("small", 80, 64, 64, 4, 2),  # with 3 stages only one block fits shared memory
-    ("small", 96, 128, 32, 8, 3),
-    ("small", 128, 64, 32, 8, 2),  # with 4 warps, or 128 queries, the block with masked keys spills
-    ("small", 256, 64, 16, 4, 2),
-    ("small", 512, 32, 16, 4, 1),
-    ("fp32", 64, 32, 16, 4, 1),  # dots are fused multiply-adds in registers
-    ("fp32", 160, 16, 16, 4, 1),
-    ("fp32", 512, 16, 16, 8, 1),
-    ("interpreted", 512, 256, 128, 1, 1),  # its time is per operation, whatever the size
-)
-"""Chosen by their compiled code; nothing is measured yet."""
-KINDS = {0: "interpreted", 80: "large", 90: "largest", 100: "largest"}  # all others are small
-SHARED = {"largest": 227, "large": 163, "small": 99}  # KiB per block
-# fp32 values of scores and result per thread; nearly all configurations above this spill
-ACCUMULATORS = 128
-# the most keys to keep on chip, and KiB of K and V: four prompts, or two if mma.sync needs
-# registers
-ON_CHIP = {"largest": (320, 96), "large": (128, 64), "small": (160, 48), "interpreted": (320, 96)}
-PROMPT_KEYS = 128  # up to here 4 warps do 64 queries at a time; beyond, 8 warps
-PROMPT_PROGRAMS = 528  # four per SM of an H100
-
-
-def stream(K: int, size: int, arch: int) -> LaunchConfig:
-    """The row of `FLASH` for heads K wide, `size` bytes per element. ValueError beyond 512."""
-    kind = "fp32" if size == 4 and arch else KINDS.get(arch, "small")
-    for row_kind, widest, *config in FLASH:
-        if row_kind == kind and widest >= K:
-            return LaunchConfig(*config)
-    raise ValueError(f"attention: heads are {K} wide; the kernel takes at most 512")
-
-
-def streams(K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """Launches for a tuner to try, `stream`'s first: those that fit a block."""
-    own, kind, width = stream(K, size, arch), KINDS.get(arch, "small"), sum(power_parts(K, 16))
-    if size == 4 or not arch:
-        return (own,)
-    return (own,) + tuple(
-        config
-        for queries, keys, warps, stages in product((128, 64), (128, 64, 32), (4, 8), (2, 3))
-        if (config := LaunchConfig(queries, keys, warps, stages)) != own
-        and queries * (width + keys) <= ACCUMULATORS * 32 * warps
-        and queries >= 16 * warps
-        and size * width * (queries + 2 * keys * stages) <= SHARED[kind] * 1024
-    )
-
-
-@tunable("attention")
-def pick(Lk: int, K: int, size: int, arch: int) -> LaunchConfig:
-    """The launch for Lk keys of heads K wide, `size` bytes per element. ValueError beyond 512."""
-    kind = KINDS.get(arch, "small")
-    keys, (most_keys, most_kib) = sum(power_parts(Lk, 16)), ON_CHIP[kind]
-    kib = 2 * keys * sum(power_parts(K, 16)) * size / 1024
-    if size < 4 and keys <= most_keys and kib <= most_kib:
-        # heads 160 wide spill 16 bytes in 4 warps on sm_120
-        if keys > PROMPT_KEYS or (kind == "small" and K > 128):
-            return LaunchConfig(64, 0, 8, 1)
-        # on sm_100 4 warps spill 24 bytes with a mask
-        return LaunchConfig(128, 0, 8, 1) if arch == 100 else LaunchConfig(64, 0, 4, 1)
-    return stream(K, size, arch)
-
-
-def candidates(Lk: int, K: int, size: int, arch: int) -> tuple[LaunchConfig, ...]:
-    """Launches for a tuner to try, `pick`'s first."""
-    own = pick(Lk, K, size, arch)
-    if own.keys:
-        return streams(K, size, arch)
-    others = (LaunchConfig(128, 0, 8, 1), LaunchConfig(64, 0, 4, 1), stream(K, size, arch))
-    return tuple(dict.fromkeys((own, *others))) if arch else (own,)
+@triton.jit
+def _wide_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr,
+    Lq, Lk, H, q_sb, q_sl, q_sh, k_sb, k_sl, k_sh, v_sb, v_sl, v_sh,
+    mask_sb, mask_sh, mask_sq, mask_sk, out_ptr, ALIGN: tl.constexpr,
+    SCALE: tl.constexpr, K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr, MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Each program does COLUMNS columns of QUERIES queries of one head, whose keys are at most KEYS
+    and whose width is a multiple of COLUMNS."""
+    start = tl.program_id(0).to(tl.int64) * QUERIES
+    head = (tl.program_id(1) % H).to(tl.int64)
+    sample = (tl.program_id(1) // H).to(tl.int64)
+    q_ptr, q_sl = head_at(q_ptr, sample, head, q_sb, q_sh, q_sl, ALIGN)
+    k_ptr, k_sl = head_at(k_ptr, sample, head, k_sb, k_sh, k_sl, ALIGN)
+    v_ptr, v_sl = head_at(v_ptr, sample, head, v_sb, v_sh, v_sl, ALIGN)
+    if mask_ptr is not None:
+        mask_ptr += sample * mask_sb + head * mask_sh + start * mask_sq
+    q_ptr += start * q_sl
+    left = Lq - start
+    queries, keys = tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    scores = tl.zeros((QUERIES, KEYS), tl.float32)
+    for first in range(0, K, COLUMNS):
+        q = load(q_ptr + first, queries, q_sl, left, 0, COLUMNS, COLUMNS)
+        k = load(k_ptr + first, keys, k_sl, Lk, 0, COLUMNS, COLUMNS)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+    scores *= SCALE
+    scores = masked(scores, mask_ptr, queries, left, keys, Lk, mask_sq, mask_sk, MASK_ROWS, True)
+    weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    column = tl.program_id(2) * COLUMNS
+    v = load(v_ptr + column, keys, v_sl, Lk, 0, COLUMNS, COLUMNS)
+    out = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    out_ptr += ((sample * Lq + start) * H + head) * K + column
+    out *= (1.0 / tl.sum(weights, 1))[:, None]
+    store(out_ptr, out, queries, H * K, left, 0, COLUMNS, COLUMNS)
 
 
 def alignment(K: int, *states: Tensor) -> tuple[int, int]:
@@ -239,7 +184,12 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
     constants: dict[str, Any] = {"SCALE": scale, "K": K, "P0": P0, "P1": P1, "ALIGN": align}
     constants |= {"QUERIES": config.queries, "MASK_ROWS": arguments["mask_sq"] != 0}
     tiles = triton.cdiv(Lq, config.queries)
-    if config.keys:
+    more: tuple[int, ...] = ()
+    if config.columns:
+        kernel, more = _wide_kernel, (K // config.columns,)
+        del constants["P0"], constants["P1"]
+        constants |= {"KEYS": max(16, triton.next_power_of_2(Lk)), "COLUMNS": config.columns}
+    elif config.keys:
         kernel = _flash_kernel
         constants |= {"KEYS": config.keys, "TAIL": Lk % config.keys != 0}
     else:
@@ -249,7 +199,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], Tensor]:
         constants["KEYS0"], constants["KEYS1"] = power_parts(Lk, 16)
     out = arguments["out_ptr"] = a.q.new_empty((B, Lq, H, K))
     how = (config.num_warps, config.num_stages, vector)
-    return (Launch(kernel, arguments, constants, (tiles, B * H), *how),), out
+    return (Launch(kernel, arguments, constants, (tiles, B * H, *more), *how),), out
 
 
 run = Launcher(Arguments, plan)

@@ -34,10 +34,11 @@ MOST, ROOMY = 32768, (0, 80, 86, 89, 90)
 # are processed, so that one program fills an SM; the interpreter is faster with few large tiles
 SLAB_TILE, INTERPRETED_SMS = 10240, 16
 SLAB_ROWS = 32  # least rows of a slab
-# A program reads its groups twice, in one launch, if there are 3 programs for 8 SMs: at 64 bytes a
+# A program reads its groups twice, in one launch, if there are 2 programs for 5 SMs: at 64 bytes a
 # clock these draw from L2 what it gives to all SMs together (5.5 TB/s on an H100). They wait longer
-# for loads, up to so many bytes of a slab less than a second launch takes. Computed, not measured
-READERS, READ_TWICE = (3, 8), 128 * 1024
+# for loads, up to so many bytes of a slab less than a second launch takes. Computed, not measured.
+# Groups in two tiles would be kernels of their own: more to compile for few launches less
+READERS, READ_TWICE = (2, 5), 128 * 1024
 # groups per segment for which the one-pass kernel and the slab kernels are compiled, unless there
 # are more; the one-pass kernel needs 30 more registers for 16
 GROUPS = {True: 4, False: 16}
@@ -69,7 +70,8 @@ def pick(B: int, L: int, W: int, G: int, size: int, arch: int, plain: bool = Tru
     groups = _groups_of_a_program(W, G, size, SECTOR)
     enough, sms = READERS
     many = sms * B * G // groups >= enough * _multiprocessors(arch)
-    if many and L * groups * W * size <= READ_TWICE:
+    one_tile = power_parts(groups * W, 16 // size)[1] == 0
+    if many and one_tile and L * groups * W * size <= READ_TWICE:
         rows, num_warps = _tile(groups * W, size, arch)
         return LaunchConfig(groups, rows, 1, num_warps)
     return _in_slabs(B, L, W, G, size, arch)

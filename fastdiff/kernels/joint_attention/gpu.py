@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.attention.gpu import LaunchConfig, alignment, stream, streams
+from fastdiff.kernels.attention.gpu import alignment
+from fastdiff.kernels.attention.launches import LaunchConfig, stream, streams
 from fastdiff.kernels.attention.tiles import LOG2E, begin, flash, head_at, parts, write
 from fastdiff.kernels.contract import Launch, Launcher, power_parts
 from fastdiff.kernels.joint_attention.spec import Arguments
