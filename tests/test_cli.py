@@ -157,7 +157,9 @@ def test_a_picture_that_fails_leaves_those_before_it(tmp_path, capsys, monkeypat
     monkeypatch.setattr(
         StableDiffusionPipeline,
         "__call__",
-        lambda pipe, text, guidance_scale=1, **kwargs: SimpleNamespace(images=pictures.pop(0)),
+        lambda pipe, prompt, height, guidance_scale=1, **more: SimpleNamespace(
+            images=pictures.pop(0)
+        ),
     )
     several = ("--prompt", "sun", "--prompt", "moon")
     assert run("generate", *several, "--out", tmp_path / "x.png", "--eager") == 2
@@ -201,7 +203,7 @@ def test_what_a_format_cannot_hold_is_one_sentence(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(
         StableDiffusionPipeline,
         "__call__",
-        lambda pipe, *args, guidance_scale=1, **kwargs: SimpleNamespace(
+        lambda pipe, prompt, height, guidance_scale=1, **kwargs: SimpleNamespace(
             images=np.zeros((1, 16384, 8, 3))
         ),
     )
@@ -213,7 +215,7 @@ def test_what_a_format_cannot_hold_is_one_sentence(tmp_path, capsys, monkeypatch
 def test_without_a_scale_it_is_that_of_the_pipeline(tmp_path, monkeypatch):
     asked = []
 
-    def call(pipe, *args, guidance_scale=5.5, **kwargs):
+    def call(pipe, prompt, height, guidance_scale=5.5, **kwargs):
         asked.append(guidance_scale)
         return SimpleNamespace(images=np.zeros((1, 8, 8, 3)))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.kernels.linear import linear
 from fastdiff.models.blocks import Columns, require
@@ -93,6 +93,7 @@ def borrow_ip_adapters(
     if projection is None:
         require(not any(carried), "IP-Adapter processors without a projection (encoder_hid_proj)")
         return None
+    require(isinstance(projection, nn.Module), f"encoder_hid_proj {projection!r}")
     projecting = loan.open(loan.called(projection), "MultiIPAdapterImageProjection")
     require(all(carried), "IP-Adapters in only some of the cross-attentions")
     count = len(projecting.image_projection_layers)
