@@ -127,7 +127,7 @@ def _embedded(pipe: Any) -> dict[str, Any]:
     wide, pooled = config.get("joint_attention_dim"), config.get("pooled_projection_dim")
     if pipe.text_encoder is not None or not wide:
         return {}
-    shapes = {"prompt_embeds": (1, TOKENS, wide)}
+    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (1, TOKENS, wide)}
     shapes |= {"pooled_prompt_embeds": (1, pooled)} if pooled else {}
     generator, dtype = torch.Generator().manual_seed(1), denoiser(pipe).dtype
     return {

@@ -33,7 +33,8 @@ class _Joint(FluxAttnProcessor):
     ) -> tuple[Tensor, Tensor]:
         picture = torch.ones_like(hidden_states[:, :, 0], dtype=torch.bool)
         mask = torch.cat((attended, picture), dim=1)[:, None, None, :]
-        made: tuple[Tensor, Tensor] = super().__call__(
+        joint: Any = super().__call__
+        made: tuple[Tensor, Tensor] = joint(
             attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb
         )
         return made
@@ -89,6 +90,7 @@ def part(
 ) -> Part:
     """Its file. UserError for a network that edits pictures or layers."""
     config: Any = net.config
+    last: Any = net.get_submodule("proj_out")
     for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
         if config.get(key):
             raise UserError(f"{folder} has {key}, which no exported file computes")
@@ -111,9 +113,7 @@ def part(
             Port("img_ids", "float32", (PACKED, axes)),
             Port("txt_ids", "float32", ("sequence_length", axes)),
         ),
-        outputs=(
-            Port("out_sample", kind, (free, PACKED, net.get_submodule("proj_out").out_features)),
-        ),
+        outputs=(Port("out_sample", kind, (free, PACKED, last.out_features)),),
         example=example,
         cases=tuple(cases),
         unit=0.001,
