@@ -125,6 +125,7 @@ def check(
         if not budget.left_s > 0:
             break
         alone = called(pipe, request)
+        exact.scheduler = request.scheduler  # whose noise is to be float32's, too
         with noise_as(exact, torch.float32):
             true = called(exact, request)
         verdict = judge("latents", latents, alone, true)
