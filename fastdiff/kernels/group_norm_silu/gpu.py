@@ -242,6 +242,8 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
             expects(f"group_norm_silu: {name}", tensor, a.x, tensor.shape)
     plain = a.act != "gelu" and a.scale_shift is None
     config = pick(B, L, W, a.groups, size, arch, plain)
+    if plain and C2 > 0 and C % (config.groups * W) != 0:  # channels of two pictures in a program
+        config = pick(B, L, W, a.groups, size, arch, False)
     segment = config.groups * W
     row_stride, scale_stride = (0 if t is None else t.stride(0) for t in (a.row, a.scale_shift))
     align = math.gcd(16 // size, segment, C, C2, row_stride)

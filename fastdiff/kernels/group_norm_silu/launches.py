@@ -27,8 +27,8 @@ SEGMENT, SECTOR, VECTOR = 128, 32, 16
 # warps by the most elements of a tile that stays on chip: 32 to 80 per thread. 16 warps have too
 # few registers each for 20480
 ONE_PASS = {1024: 1, 2560: 2, 5120: 4, 20480: 8}
-# 128 elements of half precision per thread just fit, but neither beside GELU or modulation nor on
-# sm_100 and sm_120
+# 128 elements of half precision per thread just fit, but neither beside GELU, modulation or a
+# second picture nor on sm_100 and sm_120
 MOST, ROOMY = 32768, (0, 80, 86, 89, 90)
 # elements of a tile of the two slab kernels, 128 rows of 80 channels: 20 KB are loaded while 20 KB
 # are processed, so that one program fills an SM; the interpreter is faster with few large tiles
@@ -58,7 +58,7 @@ def _groups_of_a_program(W: int, G: int, size: int, least: int = SEGMENT) -> int
 @tunable("group_norm_silu")
 def pick(B: int, L: int, W: int, G: int, size: int, arch: int, plain: bool = True) -> LaunchConfig:
     """The launch for B samples of L pixels in G groups of W channels of `size` bytes. plain: they
-    are neither modulated nor given to GELU."""
+    are neither modulated nor given to GELU, and no program has channels of two pictures."""
     rows = triton.next_power_of_2(L)
     on_chip = ONE_PASS | ({MOST: 8} if arch in ROOMY and size == 2 and plain else {})
     for least in (SEGMENT, SECTOR, VECTOR):
