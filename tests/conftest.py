@@ -12,6 +12,7 @@ import copying
 import pytest
 import torch
 from browsers import browser  # noqa: F401  a fixture
+from compiling import compiled, compiling  # noqa: F401  fixtures
 from exports import (  # noqa: F401  fixtures
     export_onnx,
     premade_onnx,
@@ -39,24 +40,25 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 
 LONGEST = (
-    "test_readme.py",
     "test_onnx.py",
-    "test_workflows.py",
-    "test_contract.py",
+    "test_readme.py",
+    "test_engines.py",
     "test_site.py",
+    "test_contract.py",
+    "test_sd3.py",
+    "test_bench.py",
+    "test_gates.py",
     "test_trt.py",
     "test_shipped.py",
-    "test_sd3.py",
     "test_random_edits.py",
     "test_parity.py",
-    "test_engines.py",
     "test_triton.py",
-    "test_bench.py",
     "test_states.py",
     "test_reads.py",
     "test_originals.py",
     "test_random_calls.py",
     "test_graphs.py",
+    "test_counters.py",
     "test_inspect.py",
     "test_ahead.py",
 )

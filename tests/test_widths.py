@@ -22,7 +22,7 @@ END = "\f"
 
 
 @pytest.fixture(params=["bench", "count", "graph", "roofline"])
-def shown(request, monkeypatch, tmp_path):
+def shown(request, monkeypatch, tmp_path, small_folder):
     """What a command prints at each width, measuring once, on a full disk: its names, headings."""
 
     def each(show):
@@ -44,7 +44,7 @@ def shown(request, monkeypatch, tmp_path):
 
         return again
 
-    short = ("--steps", "2", "--device", "cpu")
+    short = (small_folder, "--steps", "2", "--device", "cpu")
     out = tmp_path / "out.json"
     command = request.param
     if command == "bench":

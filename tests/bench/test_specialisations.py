@@ -1,12 +1,10 @@
 """How many kernels a pipeline needs compiled: few, as Triton counts them, and CI says when not."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from command import environment, run
+from command import run
 from covered import covered
 
 from fastdiff.bench import specialisations
@@ -33,11 +31,9 @@ def test_a_pipeline_needs_few_kernels(pipeline, arch):
     assert {"_apply_kernel", "_ada_norm_kernel", "_guided_step_kernel"} <= set(kernels)
 
 
-def test_each_of_them_is_another_source_for_triton():
-    command = [sys.executable, "-c", HASHED]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    found, hashes = done.stdout.split()
-    assert found == hashes, done.stderr
+def test_each_of_them_is_another_source_for_triton(compiling):
+    found, hashes = compiling(HASHED).split()
+    assert found == hashes
 
 
 def test_the_command_counts(tmp_path):

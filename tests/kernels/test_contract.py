@@ -50,15 +50,29 @@ def in_cpp(kernel, case, dtype):
     return known and name not in PLAIN and not REFUSED.get(name, lambda case: False)(case)
 
 
+def on_every_isa(known, **how):
+    return covered(
+        known,
+        FLOATS,
+        ISAS,
+        possible=lambda kernel, case, dtype, isa: in_cpp(kernel, case, dtype),
+        **how,
+    )
+
+
+def of_size(kernel, is_small):
+    """A kernel's cases that are small, or all others."""
+    own = [known for known in ALL if known.values[0] is kernel]
+    return [known for known in own if small(kernel.spec, known.values[1]) == is_small]
+
+
 CPP = [
     parameter
     for kernel in all_kernels().values()
-    for parameter in covered(
-        [known for known in ALL if known.values[0] is kernel],
-        FLOATS,
-        ISAS,
-        always=lambda kernel, case, dtype, isa: small(kernel.spec, case),
-        possible=lambda kernel, case, dtype, isa: in_cpp(kernel, case, dtype),
+    for parameter in (
+        *on_every_isa(of_size(kernel, True), always=lambda *values: True),
+        # real sizes take turns: each is seen once, on one instruction set in one dtype
+        *on_every_isa(of_size(kernel, False), together=1),
     )
 ]
 TORCH = first_of_each(

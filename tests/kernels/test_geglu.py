@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from command import compiled
 from held import hold
 from torch.nn import functional as F
 
@@ -17,7 +16,7 @@ ARCHS = (80, 90, 100, 120)
 
 
 @pytest.mark.product  # test_inspect.py has float16, and CI's table of all launches
-def test_the_gate_keeps_enough_bytes_in_flight_in_bfloat16():
+def test_the_gate_keeps_enough_bytes_in_flight_in_bfloat16(compiled):
     """4.3 TB/s times 0.8 us over 132 SMs are 26 KiB an SM; a warp has 2 KiB in flight."""
     gates = compiled(ARCHS, "bfloat16", cases=("sd15-32-part",), ops=("gelu_gate",))
     assert len(gates) == len(ARCHS)

@@ -1,11 +1,7 @@
 """What the contract of `group_norm_silu` cannot express: refusals, launches."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from command import environment
 
 from fastdiff.kernels.concat import concat
 from fastdiff.kernels.contract import judge, verify
@@ -39,10 +35,8 @@ print({name: len(sources) for name, sources in found.items()})
 """
 
 
-def test_another_size_of_picture_compiles_nothing_anew():
-    command = [sys.executable, "-c", COMPILED]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.stdout.strip() == "{'_statistics_kernel': 1, '_apply_kernel': 1}", done.stderr
+def test_another_size_of_picture_compiles_nothing_anew(compiling):
+    assert compiling(COMPILED).strip() == "{'_statistics_kernel': 1, '_apply_kernel': 1}"
 
 
 @pytest.mark.parametrize("arch", SMS)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from command import compiled
 
 from fastdiff.kernels.inspect import SHARED_LIMIT, Compiled, table
 from fastdiff.kernels.occupancy import SMS, occupancy
@@ -38,9 +37,10 @@ BLOCKS = {  # (op, case): blocks that an SM of an architecture is meant to hold,
 }
 
 
-@cache
-def rows_of(arch):
-    return compiled([arch], cases=MAIN_CASES)
+@pytest.fixture(scope="module")
+def rows_of(compiled):
+    """rows_of(arch): of the main cases."""
+    return cache(lambda arch: compiled([arch], cases=MAIN_CASES))
 
 
 @pytest.fixture(params=ARCHS)
@@ -48,21 +48,21 @@ def arch(request):
     return request.param
 
 
-def test_every_main_case_compiles(arch):
+def test_every_main_case_compiles(arch, rows_of):
     assert {row["case"] for row in rows_of(arch)} == set(MAIN_CASES)
 
 
-def test_main_cases_are_without_fault(arch):
+def test_main_cases_are_without_fault(arch, rows_of):
     assert [fault for row in rows_of(arch) for fault in row["faults"]] == []
     assert all(row["registers"] <= 255 for row in rows_of(arch))
 
 
-def test_attention_uses_the_matrix_instructions_of_its_architecture(arch):
+def test_attention_uses_the_matrix_instructions_of_its_architecture(arch, rows_of):
     used = {row["mma"] for row in rows_of(arch) if row["op"] == "attention"}
     assert used == {"wgmma" if arch == 90 else "mma.sync"}
 
 
-def test_attention_holds_as_many_blocks_as_intended(arch):
+def test_attention_holds_as_many_blocks_as_intended(arch, rows_of):
     held = {
         (row["op"], row["case"]): row["occupancy"] * SMS[arch].warps / row["num_warps"]
         for row in rows_of(arch)
@@ -71,21 +71,21 @@ def test_attention_holds_as_many_blocks_as_intended(arch):
         assert held[launch] >= blocks[arch] - 0.01, launch
 
 
-def test_the_gate_keeps_enough_bytes_in_flight(arch):
+def test_the_gate_keeps_enough_bytes_in_flight(arch, rows_of):
     """4.3 TB/s times 0.8 us over 132 SMs are 26 KiB an SM; a warp has 2 KiB in flight."""
     (gate,) = [row for row in rows_of(arch) if row["op"] == "gelu_gate"]
     assert gate["registers"] <= 48
     assert gate["occupancy"] * 48 * 2 >= 26  # 48 warps on sm_86, 89 and 120, 64 on the others
 
 
-def test_loads_of_40_wide_heads_are_pipelined():
+def test_loads_of_40_wide_heads_are_pipelined(rows_of):
     """Without known alignment they are 2 bytes wide, too small for asynchronous copies."""
     row = next(row for row in rows_of(90) if row["case"] == "sd15-64-self")
     keys_and_values = 2 * 64 * 48 * 2
     assert row["shared"] >= row["num_stages"] * keys_and_values
 
 
-def test_what_a_full_case_waits_for():
+def test_what_a_full_case_waits_for(rows_of):
     """Attention does half as many FLOPs a byte as there are keys, if they are its queries, too,
     and as many if they are few: 2048 over 4096 pixels, 77 over as many words. The ridge is 295."""
     bounds = {row["case"]: row["bound"] for row in rows_of(90)}
@@ -93,7 +93,7 @@ def test_what_a_full_case_waits_for():
     assert bounds["sd15-64-cross"] == bounds["sdxl-cfg-multistep"] == bounds["vae-top"] == "memory"
 
 
-def test_wanted_widths_are_the_launches_own(arch):
+def test_wanted_widths_are_the_launches_own(arch, rows_of):
     """Attention's rows are whole vectors; statistics are float32, which asks for no wide store
     unless the whole sum is kept."""
     rows = rows_of(arch)
@@ -105,7 +105,7 @@ def test_wanted_widths_are_the_launches_own(arch):
     assert {row["case"] for row in statistics} > wide
 
 
-def test_occupancy_follows_from_the_row(arch):
+def test_occupancy_follows_from_the_row(arch, rows_of):
     for row in rows_of(arch):
         again = occupancy(row["arch"], row["num_warps"], row["registers"], row["shared"])
         assert row["occupancy"] == round(again.share, 4) > 0

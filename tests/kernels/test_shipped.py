@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command import copied
 
 from fastdiff.errors import UserError
 from fastdiff.kernels.shipped import MANIFEST, read
@@ -32,9 +31,10 @@ from fastdiff.models import Loan
 from fastdiff.runtime.planned import kernels_of
 
 @functools.cache
-def launches(preset="", arch={ARCH}):
-    "Those of a picture, the demo's without a preset, planned anew: not by way of a job."
-    plan, runs = named(Source(None, preset or None), "warm"), []
+def launches(pipeline, arch={ARCH}):
+    "Those of a picture of a folder or a preset, planned anew: not by way of a job."
+    source = Source(pipeline) if Path(pipeline).is_dir() else Source(preset=pipeline)
+    plan, runs = named(source, "warm"), []
     for module, kind in (parts(plan.denoiser) | parts(plan.vae)).values():
         cast = torch.nn.Module.to(module, dtype=torch.float16)
         network = kind.borrow(cast, Loan(cast, rehearsal=True))
@@ -45,31 +45,20 @@ def launches(preset="", arch={ARCH}):
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    with copied(BEGIN, tmp_path_factory.mktemp("begun")) as run:
-        yield run
-
-
-@pytest.fixture(scope="module")
-def python(begun):
-    """python(code, cache, *arguments): what a process prints that has fastdiff's kernels for GPUs,
-    and a cache of its own."""
-
-    def printed(code, cache, *arguments):
-        status, out, err = begun(code, *map(str, arguments), TRITON_CACHE_DIR=str(cache))
-        assert status == 0, err
-        return out
-
-    return printed
+def python(compiling):
+    """python(code, cache, *arguments): what a process prints that has a cache of its own."""
+    return lambda code, cache, *arguments: compiling(
+        BEGIN + code, *arguments, TRITON_CACHE_DIR=str(cache)
+    )
 
 
 @pytest.fixture(scope="module")
 def warm(python, tmp_path_factory):
-    """warm(*options): the folder that `fastdiff warm` writes."""
+    """warm(*pipeline): the folder that `fastdiff warm` writes."""
 
-    def written(*options):
+    def written(*pipeline):
         place = tmp_path_factory.mktemp("warm")
-        words = ["warm", "--out", place / "out", "--arch", ARCH, *options]
+        words = ["warm", *pipeline, "--out", place / "out", "--arch", ARCH]
         python("main(sys.argv[1:])", place / "cache", *words)
         return place / "out"
 
@@ -77,10 +66,10 @@ def warm(python, tmp_path_factory):
 
 
 START = """
-shipped_folder, preset, arch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+shipped_folder, pipeline, arch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 shipped.install(shipped.read(shipped_folder), arch)
 stub = Stub(arch)
-asked = launches(preset, arch)
+asked = launches(pipeline, arch)
 for launch in asked:
     launch.start()
 assert len(stub.started) == len(asked) > 0, stub.started
@@ -89,37 +78,39 @@ print(len(asked), *stub.compiled)
 
 
 @pytest.fixture(scope="module")
-def demo_kernels(warm):
-    return warm()
+def small_kernels(warm, small_folder):
+    return warm(small_folder)
 
 
-# the demo's are of every kind; the presets' have more sizes
+# a small pipeline's are of every kind; larger ones have more sizes
 @pytest.mark.parametrize(
     "preset",
     [
-        pytest.param("", id="demo"),
+        None,
         pytest.param("sd15", marks=pytest.mark.product),
         pytest.param("sdxl", marks=pytest.mark.product),
     ],
 )
 def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(
-    preset, tmp_path, python, warm, request
+    preset, tmp_path, python, warm, small_folder, small_kernels
 ):
     """Triton's own launcher starts every planned launch, on a driver that starts nothing."""
-    folder = warm("--preset", preset) if preset else request.getfixturevalue("demo_kernels")
-    count, *compiled = python(START, tmp_path / "cache", folder, preset, ARCH).split()
+    folder = warm("--preset", preset) if preset else small_kernels
+    asked = (folder, preset or small_folder, ARCH)
+    count, *compiled = python(START, tmp_path / "cache", *asked).split()
     assert int(count) > 10
     assert compiled == []
 
 
 DIFFERENCES = """
 from fastdiff.kernels import cached
-if sys.argv[3]:
-    kernel = kernel_of(job_of(launches()[0], 90))
-    kernel._unsafe_update_src(kernel.src + "\\n    # " + sys.argv[3])
-folder = shipped.read(Path(sys.argv[1]))
-arch = int(sys.argv[2])
-jobs = [job_of(launch, arch) for launch in launches("", arch)]
+shipped_folder, pipeline, arch, more = sys.argv[1:]
+arch = int(arch)
+if more:
+    kernel = kernel_of(job_of(launches(pipeline)[0], 90))
+    kernel._unsafe_update_src(kernel.src + "\\n    # " + more)
+folder = shipped.read(Path(shipped_folder))
+jobs = [job_of(launch, arch) for launch in launches(pipeline, arch)]
 shipped.install(folder, arch)
 print("; ".join(shipped.differences(folder, jobs, arch)), sum(map(cached.holds, jobs)), len(jobs))
 """
@@ -133,30 +124,35 @@ def changed(folder, tmp_path, **entries):
     return copy
 
 
-def test_what_differs_is_named_and_nothing_else_is_found(python, demo_kernels, tmp_path):
-    told = python(DIFFERENCES, tmp_path / "same", demo_kernels, ARCH, "")
+def test_what_differs_is_named_and_nothing_else_is_found(
+    python, small_folder, small_kernels, tmp_path
+):
+    told = python(DIFFERENCES, tmp_path / "same", small_kernels, small_folder, ARCH, "")
     *said, held, asked = told.split()
     assert (said, held) == ([], asked)
 
-    told = python(DIFFERENCES, tmp_path / "source", demo_kernels, ARCH, "another line")
+    there = (small_kernels, small_folder, ARCH)
+    told = python(DIFFERENCES, tmp_path / "source", *there, "another line")
     *said, held, asked = told.split()
     assert " ".join(said).startswith("the source of _")
     assert " ".join(said).endswith("_kernel differs")
     assert 0 < int(held) < int(asked)
 
-    told = python(DIFFERENCES, tmp_path / "arch", demo_kernels, 89, "")
+    told = python(DIFFERENCES, tmp_path / "arch", small_kernels, small_folder, 89, "")
     assert told.startswith("it has kernels for sm_90, and this GPU is sm_89 0 ")
 
 
-def test_another_version_of_triton_is_named(python, demo_kernels, tmp_path):
-    compilers = json.loads((demo_kernels / MANIFEST).read_text())["compilers"]
+def test_another_version_of_triton_is_named(python, small_folder, small_kernels, tmp_path):
+    compilers = json.loads((small_kernels / MANIFEST).read_text())["compilers"]
     here = compilers["90"]["Triton"]
-    copy = changed(demo_kernels, tmp_path, compilers={"90": compilers["90"] | {"Triton": "3.4.0"}})
-    told = python(DIFFERENCES, tmp_path / "cache", copy, ARCH, "")
+    copy = changed(small_kernels, tmp_path, compilers={"90": compilers["90"] | {"Triton": "3.4.0"}})
+    told = python(DIFFERENCES, tmp_path / "cache", copy, small_folder, ARCH, "")
     assert told.startswith(f"Triton is 3.4.0 there and {here} here ")
 
 
-def test_two_processes_and_a_filled_cache_are_no_matter(python, demo_kernels, tmp_path):
+def test_two_processes_and_a_filled_cache_are_no_matter(
+    python, small_folder, small_kernels, tmp_path
+):
     """What is there already stays, whoever put it there."""
     code = """
 import os
@@ -167,14 +163,15 @@ if not child:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
-    python(code, tmp_path, demo_kernels)
-    *said, held, asked = python(DIFFERENCES, tmp_path, demo_kernels, ARCH, "").split()
+    python(code, tmp_path, small_kernels)
+    there = (small_kernels, small_folder, ARCH)
+    *said, held, asked = python(DIFFERENCES, tmp_path, *there, "").split()
     assert (said, held) == ([], asked)
     left = [path for path in tmp_path.rglob("*") if path.name.startswith(".fastdiff")]
     assert left == []
 
 
-def test_a_cache_that_cannot_be_written_is_told(python, demo_kernels, tmp_path):
+def test_a_cache_that_cannot_be_written_is_told(python, small_kernels, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     code = """
 try:
@@ -182,13 +179,13 @@ try:
 except shipped.UserError as error:
     print(error)
 """
-    told = python(code, tmp_path / "cache", demo_kernels)
+    told = python(code, tmp_path / "cache", small_kernels)
     assert "cannot be made: Not a directory" in told
 
 
 @pytest.mark.parametrize("suffix", [".cubin", ".json"])
-def test_a_damaged_file_is_refused(suffix, demo_kernels, tmp_path):
-    copy = changed(demo_kernels, tmp_path)
+def test_a_damaged_file_is_refused(suffix, small_kernels, tmp_path):
+    copy = changed(small_kernels, tmp_path)
     file = next(
         path for path in sorted(copy.iterdir()) if path.suffix == suffix and path.stem[0] == "s"
     )
@@ -202,10 +199,10 @@ def test_a_damaged_file_is_refused(suffix, demo_kernels, tmp_path):
         read(copy)
 
 
-def test_a_manifest_that_leads_elsewhere_or_is_none_is_refused(demo_kernels, tmp_path):
-    kernels = json.loads((demo_kernels / MANIFEST).read_text())["kernels"]
+def test_a_manifest_that_leads_elsewhere_or_is_none_is_refused(small_kernels, tmp_path):
+    kernels = json.loads((small_kernels / MANIFEST).read_text())["kernels"]
     outside = kernels[0] | {"cubin": {"file": "../cubin", "sha256": ""}}
-    copy = changed(demo_kernels, tmp_path, kernels=[outside])
+    copy = changed(small_kernels, tmp_path, kernels=[outside])
     with pytest.raises(UserError, match=r"is damaged \(ValueError: the file '../cubin'\)"):
         read(copy)
     (copy / MANIFEST).write_text(json.dumps({"schema": "fastdiff.warm/0"}))
@@ -240,15 +237,15 @@ def test_a_kernels_hash_is_the_same_whatever_was_hashed_before(python, tmp_path)
 FAILING = """
 from dataclasses import replace
 from fastdiff.kernels.pool import compile_jobs
-jobs = [job_of(launch, 90) for launch in launches()][:3]
+jobs = [job_of(launch, 90) for launch in launches(sys.argv[1])][:3]
 jobs[1] = replace(jobs[1], num_warps=3)
 for answer in sorted(compile_jobs(jobs), key=lambda answer: answer.at):
     print(answer.at, answer.key is not None, answer.error)
 """
 
 
-def test_a_job_that_fails_leaves_the_others(python, tmp_path):
-    first, second, third = python(FAILING, tmp_path).splitlines()
+def test_a_job_that_fails_leaves_the_others(python, small_folder, tmp_path):
+    first, second, third = python(FAILING, tmp_path, small_folder).splitlines()
     assert (first, third) == ("0 True None", "2 True None")
     assert second == "1 False AssertionError: num_warps must be a power of 2"
 

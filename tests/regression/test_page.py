@@ -32,10 +32,15 @@ class Reader(HTMLParser):
         self.text.append(data.strip())
 
 
-def test_all_rows_and_facts_stand_in_it():
+@pytest.fixture(scope="module")
+def whole():
+    """The page with all there is."""
+    return page(synthetic.comparison(), history.read(RESULTS), [synthetic.ROOFLINE])
+
+
+def test_all_rows_and_facts_stand_in_it(whole):
     comparison = synthetic.comparison()
-    text = page(comparison, history.read(RESULTS), [synthetic.ROOFLINE])
-    reader = Reader(text)
+    reader = Reader(whole)
     for line in comparison.lines:
         assert line.name in reader.text
     for fact in ("3 of 16 rows got slower", "1.301 [1.286, 1.317]", "8,600,123,456 bytes"):
@@ -43,26 +48,24 @@ def test_all_rows_and_facts_stand_in_it():
     for fact in ("History: demo, float32", "Roofline: NVIDIA H100", "2.13.1+cpu", "60%"):
         assert any(fact in part for part in reader.text)
     assert reader.tags.count("figure") == 12
-    assert text == page(comparison, history.read(RESULTS), [synthetic.ROOFLINE])
+    assert whole == page(comparison, history.read(RESULTS), [synthetic.ROOFLINE])
 
 
-def test_nothing_is_asked_of_a_network_and_no_script_runs():
-    text = page(synthetic.comparison(), history.read(RESULTS), [synthetic.ROOFLINE])
-    reader = Reader(text)
+def test_nothing_is_asked_of_a_network_and_no_script_runs(whole):
+    reader = Reader(whole)
     assert not {"script", "img", "iframe", "object", "embed", "audio", "video"} & set(reader.tags)
     links = [value for name, value in reader.attributes if name in ("href", "src", "xlink:href")]
     assert all(link.startswith(("#", "data:")) for link in links)
-    assert "@import" not in text
-    assert not re.search(r"url\((?!#)", text)
-    assert "default-src 'none'" in text
+    assert "@import" not in whole
+    assert not re.search(r"url\((?!#)", whole)
+    assert "default-src 'none'" in whole
 
 
-def test_ids_are_unique_and_no_placeholder_is_left():
-    text = page(synthetic.comparison(), history.read(RESULTS), [synthetic.ROOFLINE])
-    ids = [value for name, value in Reader(text).attributes if name == "id"]
+def test_ids_are_unique_and_no_placeholder_is_left(whole):
+    ids = [value for name, value in Reader(whole).attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]\b", text)
-    assert "DejaVu" not in text
+    assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]\b", whole)
+    assert "DejaVu" not in whole
 
 
 def test_a_strangers_names_stay_text():
