@@ -1,10 +1,15 @@
-"""What a pipeline draws without rounding."""
+"""What a pipeline draws without rounding, and a compiled one beside it."""
 
 import copy
 
 import torch
 
+import fastdiff
 from fastdiff.bench.pixels import noise_as
+from fastdiff.compiler.pipelines import loop_of
+from fastdiff.compiler.slot import slot_of
+from fastdiff.kernels.contract import judge
+from fastdiff.recipes import denoiser
 
 
 def exact(pipe, draw, **call):
@@ -12,3 +17,17 @@ def exact(pipe, draw, **call):
     double = copy.deepcopy(pipe).to(torch.float64)
     with noise_as(double, torch.float32):
         return draw(double, **call)
+
+
+def as_eager(pipe, draw, steps=3, **call):
+    """Compiled, `pipe` draws the call on a plan of `steps` fast steps, within the error budget; and
+    bit for bit what it drew before once it is restored."""
+    eager, truth = draw(pipe, **call), exact(pipe, draw, **call)
+    fastdiff.compile(pipe)
+    ours, loop, slot = draw(pipe, **call), loop_of(pipe), slot_of(denoiser(pipe))
+    assert (loop.planned, dict(loop.own)) == (1, {})
+    assert (slot.fast, dict(slot.eager)) == (steps, {})
+    verdict = judge("drawn", ours, eager, truth)
+    assert verdict.passed, verdict
+    fastdiff.restore(pipe)
+    assert torch.equal(draw(pipe, **call), eager)

@@ -30,7 +30,7 @@ from fastdiff.models.embeddings import (
 from fastdiff.models.flux_blocks import borrow_joint, borrow_norms, both, open_flux_attention
 from fastdiff.models.flux_trunk import FluxTrunk
 from fastdiff.models.hoisted import Hoisted
-from fastdiff.models.joint import JointBlock, Modulated, borrow_modulated
+from fastdiff.models.joint import MLP, JointBlock, Modulated, borrow_modulated
 from fastdiff.models.joint_attention import HeadNorms
 from fastdiff.models.rotary import Turns, borrow_rotary, check_positions
 from fastdiff.models.stream import Stream
@@ -55,19 +55,6 @@ class Conditions(NamedTuple):
     predicted for them."""
     constant_ids: Tensor | None = None
     """[L', axes] or [B, L', axes] their positions."""
-
-
-@dataclass(frozen=True)
-class GatedMLP:
-    eps: float
-    up: Weights
-    """Of the gate, then of the value."""
-    down: Weights
-
-    def __call__(self, x: Stream, shift: Tensor, scale: Tensor, gate: Tensor) -> Stream:
-        h = x.normed(self.eps, shift, scale)
-        h = geglu(h, self.up.weight, self.up.bias, act="silu_first")
-        return Stream(linear(h, self.down.weight, self.down.bias), gate, x.closed())
 
 
 @dataclass(frozen=True)
@@ -217,11 +204,11 @@ def _borrow_block(module: Any, loan: Loan, columns: tuple[slice, slice], width: 
     )
 
 
-def _borrow_mlp(norm: Any, module: Any, loan: Loan, width: int) -> GatedMLP:
+def _borrow_mlp(norm: Any, module: Any, loan: Loan, width: int) -> MLP:
     ff = loan.open(module, "Flux2FeedForward")
     _open_gate(ff.act_fn, loan)
     up, down = loan.linear(ff.linear_in), loan.linear(ff.linear_out)
-    return GatedMLP(loan.bare_norm(norm, width), up, down)
+    return MLP(loan.bare_norm(norm, width), up, down, gated=True)
 
 
 def _open_gate(module: Any, loan: Loan) -> None:

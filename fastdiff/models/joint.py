@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdiff.kernels.geglu import geglu
 from fastdiff.kernels.linear import linear
 from fastdiff.kernels.residual import residual
 from fastdiff.models.blocks import Columns, require
@@ -34,11 +35,17 @@ Branch = Callable[[Stream, Tensor, Tensor, Tensor], Stream]
 class MLP:
     eps: float
     up: Weights
+    """Where it is `gated`, of the gate, then of the value."""
     down: Weights
+    gated: bool = False
+    """Whether a value times the SiLU of a gate takes the place of GELU."""
 
     def __call__(self, x: Stream, shift: Tensor, scale: Tensor, gate: Tensor) -> Stream:
         h = x.normed(self.eps, shift, scale)
-        h = linear(h, self.up.weight, self.up.bias, act="gelu_tanh")
+        if self.gated:
+            h = geglu(h, self.up.weight, self.up.bias, act="silu_first")
+        else:
+            h = linear(h, self.up.weight, self.up.bias, act="gelu_tanh")
         return Stream(linear(h, self.down.weight, self.down.bias), gate, x.closed())
 
 
