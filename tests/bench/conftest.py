@@ -1,5 +1,7 @@
 """One request and one truth for all of these tests."""
 
+import gc
+
 import pytest
 import torch
 
@@ -16,3 +18,10 @@ def request_():
 @pytest.fixture(scope="session")
 def truth(demo, request_):
     return find_truth(demo, request_)
+
+
+@pytest.fixture(scope="module")
+def young():
+    """Each measure of memory collects garbage first; what is older than these tests is left out."""
+    gc.collect()
+    gc.freeze()

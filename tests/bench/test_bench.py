@@ -21,6 +21,7 @@ from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
 from fastdiff.regression import documents
 
+pytestmark = pytest.mark.usefixtures("young")
 RECEIPT = {"psnr_db", "ssim", "max_abs", "err_vs_fp64", "err_eager_vs_fp64", "passed"}
 
 

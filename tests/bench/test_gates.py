@@ -15,7 +15,10 @@ from fastdiff.kernels.dispatch import NATIVE
 from fastdiff.runtime import loop, recordings
 
 SIDE = 32
-pytestmark = pytest.mark.skipif(NATIVE is None, reason="the C++ kernels were not built")
+pytestmark = [
+    pytest.mark.skipif(NATIVE is None, reason="the C++ kernels were not built"),
+    pytest.mark.usefixtures("young"),
+]
 
 
 NOTHING = Baseline(0, frozenset())
