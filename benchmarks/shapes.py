@@ -1,8 +1,8 @@
 """The sizes of full models for our Triton kernels, which are too slow for the interpreter.
 
 SD1.5 at 512x512, SDXL, SD3-medium, SD3.5-medium and SD3.5-large at 1024x1024 with two samples
-(guidance); the VAE of SD1.5 and SDXL with one picture. Ops whose spec already has full-size cases
-of models (`guided_step`) use those.
+(guidance); FLUX, and the VAE of SD1.5 and SDXL, with one picture. Ops whose spec already has
+full-size cases of models (`guided_step`) use those.
 """
 
 from fastdiff.bench.kernels import MODELS
@@ -21,6 +21,7 @@ _ATTENTION = (
     Case("sd15-16-cross", B=2, Lq=256, Lk=77, H=8, K=160),
     Case("sdxl-64-cross", B=2, Lq=4096, Lk=77, H=10, K=64),
     Case("sdxl-32-cross", B=2, Lq=1024, Lk=77, H=20, K=64),
+    Case("flux-1024px", B=1, Lq=4608, Lk=4608, H=24, K=128),
     Case("vae-64-self", B=1, Lq=4096, Lk=4096, H=1, K=512),
 )
 _GROUP_NORM_SILU = (
@@ -43,6 +44,7 @@ _GELU_GATE = (
     Case("sd15-16", B=2, L=256, N=5120),
     Case("sdxl-64", B=2, L=4096, N=2560),
     Case("sdxl-32", B=2, L=1024, N=5120),
+    Case("flux2-1024px", B=1, L=4608, N=18432),
 )
 _ADA_NORM = (
     Case("sd15-64", B=2, L=4096, D=320, affine=True, residual=2),
@@ -53,6 +55,7 @@ _ADA_NORM = (
     Case("sd3-1024", B=2, L=4096, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
     Case("sd3-text", B=2, L=333, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
     Case("sd35-large-1024", B=2, L=4096, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
+    Case("flux-1024", B=1, L=4096, D=3072, eps=1e-6, modulated=True, gated=True, residual=1),
 )
 _RESIDUAL = (
     Case("sd15-32-up", B=2, Y=32, X=32, C=640, enlarge=2),
@@ -66,6 +69,7 @@ _JOINT_ATTENTION = (
     Case("sd3-1024px-without-t5", B=2, L=4096, T=78, H=24, K=64, biased=True),
     Case("sd3-512px", B=2, L=1024, T=333, H=24, K=64),
     Case("sd35-large-1024px", B=2, L=4096, T=333, H=38, K=64),
+    Case("flux-1024px", B=1, L=4096, T=512, H=24, K=128),
 )
 _QK_NORM = (
     Case("sd35-medium-1024px", B=2, L=4096, H=24, K=64, affine=True),

@@ -133,12 +133,13 @@ CASES = (
     Case("sd15-64", B=2, L=4096, D=320, affine=True),
     Case("sd15-32-residual", B=2, L=1024, D=640, affine=True, residual=2, later=True),
     Case("sdxl-32", B=2, L=1024, D=1280, affine=True),
-    # SD3-medium (1536) and SD3.5-large (2432): a block's first norm, the norm after attention, and
-    # with 78 tokens a text without T5
+    # SD3-medium (1536), SD3.5-large (2432) and FLUX (3072): a block's first norm, the norm after
+    # attention, and with 78 tokens a text without T5
     Case("sd3-text-first", B=2, L=333, D=1536, eps=1e-6, modulated=True),
     Case("sd3-512", B=2, L=1024, D=1536, eps=1e-6, modulated=True, gated=True, residual=2),
     Case("sd35-text-first", B=2, L=78, D=2432, eps=1e-6, modulated=True),
     Case("sd35-text", B=2, L=333, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
+    Case("flux-part", B=1, L=16, D=3072, eps=1e-6, modulated=True, gated=True, residual=1),
     # nasty: halves that share a residual, odd and narrow rows, means far beyond the deviation
     Case("shared", B=4, L=80, D=640, affine=True, residual=2),
     Case("odd", B=3, L=77, D=1001, affine=True),

@@ -20,7 +20,8 @@ class LaunchConfig:
     columns: int = 0
 
 
-# (kind of architecture, widest head, LaunchConfig); comments: blocks per SM, by registers
+# (kind of architecture, or a small one; widest head; LaunchConfig); comments: blocks per SM, by
+# registers
 FLASH = (
     # sm_90, 100. Two blocks: one multiplies while the other exponentiates. 128 queries, so 64 bytes
     # from L2 serve 8192 FLOPs. At width 64, 4 warps take 8.2 instructions per score, 8 take 9.7
@@ -37,6 +38,7 @@ FLASH = (
     ("small", 64, 64, 64, 4, 3),  # with 2 stages the block with masked keys spills
     ("small", 80, 64, 64, 4, 2),  # with 3 stages only one block fits shared memory
     ("small", 96, 128, 32, 8, 3),
+    ("sm_120", 128, 64, 32, 8, 3),  # with 2 stages Triton 3.6 spills 8 bytes
     ("small", 128, 64, 32, 8, 2),  # with 4 warps, or 128 queries, the block with masked keys spills
     ("small", 256, 64, 16, 4, 2),
     ("small", 512, 32, 16, 4, 1),
@@ -62,8 +64,9 @@ WIDE, WIDE_KEYS, COLUMNS = 256, 256, 64
 def stream(K: int, size: int, arch: int) -> LaunchConfig:
     """The row of `FLASH` for heads K wide, `size` bytes per element. ValueError beyond 512."""
     kind = "fp32" if size == 4 and arch else KINDS.get(arch, "small")
+    own = f"sm_{arch}" if kind == "small" else kind
     for row_kind, widest, *config in FLASH:
-        if row_kind == kind and widest >= K:
+        if row_kind in (kind, own) and widest >= K:
             return LaunchConfig(*config)
     raise ValueError(f"attention: heads are {K} wide; the kernel takes at most 512")
 

@@ -74,6 +74,7 @@ CASES = (
     Case("sdxl-64-self", B=1, Lq=4096, Lk=4096, H=1, K=64),
     Case("wide-96", B=1, Lq=577, Lk=577, H=2, K=96),
     Case("wide-128", B=1, Lq=333, Lk=333, H=2, K=128),
+    Case("flux-part", B=1, Lq=384, Lk=384, H=1, K=128),
     Case("vae-mid", B=1, Lq=320, Lk=320, H=1, K=512),
     # DDPM's at 256²: programs that share a head's columns compute its scores several times
     Case("ddpm-16", B=1, Lq=256, Lk=256, H=1, K=512, repeats=True),

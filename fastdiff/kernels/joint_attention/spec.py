@@ -102,6 +102,7 @@ CASES = (
     # patches, and some of the 24 or 38 heads, since more heads are more programs of the same launch
     Case("sd3-1024px", B=1, L=4096, T=333, H=1, K=64),
     Case("sd3-512px", B=2, L=1024, T=333, H=2, K=64),
+    Case("flux-part", B=1, L=128, T=128, H=1, K=128),
     Case("sd3-clip-only", B=2, L=256, T=77, H=2, K=64),
     # without T5 its 256 tokens are one; the last block needs no result for the text
     Case("sd3-without-t5", B=2, L=256, T=78, H=2, K=64, biased=True),
