@@ -8,7 +8,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import PACKED, Part, Port, dtype_name, exportable
+from fastdiff.families.part import PACKED, Part, Port, dtype_name, exportable, packed_cases
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
@@ -138,10 +138,7 @@ def part(
         *([Port("guidance", "float32", (free,))] if config.guidance_embeds else []),
     ]
     wide = config.out_channels or config.in_channels
-    sizes = ((2, 24, 7), (1, 64, TOKENS), (3, 15, 5), (2, 28, 9))
-    example, *cases = (
-        {free: batch, PACKED: tokens, "sequence_length": words} for batch, tokens, words in sizes
-    )
+    example, *cases = packed_cases(TOKENS)
     return Part(
         folder=folder,
         source=net,

@@ -215,6 +215,16 @@ def sides(batch: int, height: int, width: int) -> dict[str, int]:
     return {"batch_size": batch, "height": height, "width": width}
 
 
+def packed_cases(words: int) -> tuple[dict[str, int], ...]:
+    """Free sides of a network of packed latents: those that are traced, then those to verify;
+    `words`: the tokens of a usual text."""
+    sizes = ((2, 24, 7), (1, 64, words), (3, 15, 5), (2, 28, 9))
+    return tuple(
+        {"batch_size": batch, PACKED: tokens, "sequence_length": length}
+        for batch, tokens, length in sizes
+    )
+
+
 def unsupported(folder: str, key: str, config: Any) -> UserError:
     """The error for a config that has more than a single number for `key`."""
     return UserError(f"{folder} has {key} {getattr(config, key)!r}; supported is one number")

@@ -8,7 +8,15 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError
-from fastdiff.families.part import EXPORTED, PACKED, Part, Port, dtype_name, exportable
+from fastdiff.families.part import (
+    EXPORTED,
+    PACKED,
+    Part,
+    Port,
+    dtype_name,
+    exportable,
+    packed_cases,
+)
 from fastdiff.families.positions import TurnedOnce, Turns, attending
 
 PATCH = 2
@@ -96,10 +104,7 @@ def part(
             raise UserError(f"{folder} has {key}, which no exported file computes")
     free, kind, axes = "batch_size", dtype_name(dtype), len(config.axes_dims_rope)
     text = (free, "sequence_length")
-    sizes = ((2, 24, 7), (1, 64, TOKENS), (3, 15, 5), (2, 28, 9))
-    example, *cases = (
-        {free: batch, PACKED: tokens, "sequence_length": words} for batch, tokens, words in sizes
-    )
+    example, *cases = packed_cases(TOKENS)
     return Part(
         folder=folder,
         source=net,
