@@ -221,13 +221,17 @@ def main() -> int:
     run = Run(options.out, options.parts, options.dry_run, budget, options.warm)
 
     def ended(number: int, frame: object) -> None:
-        run.end()
-        run.pack()
+        # it only raises: the code that it interrupts may hold the lock that `end` waits for
         sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ended)
-    return 0 if measure(run, chosen) else 1
+    try:
+        return 0 if measure(run, chosen) else 1
+    except SystemExit:
+        run.end()
+        run.pack()
+        raise
 
 
 if __name__ == "__main__":

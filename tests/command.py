@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -41,6 +42,14 @@ def run_json(*arguments: Any) -> tuple[Any, Any, str]:
         code, _, err = run(*arguments, "--json", file)
         assert file.is_file(), err
         return code, json.loads(file.read_text()), err
+
+
+def until(holds: Callable[[], Any], seconds: float = 60) -> None:
+    """Wait until `holds()` is true; fails if it is not after so many seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"this did not become true in {seconds:g} s"
+        time.sleep(0.02)
 
 
 COPIED = """

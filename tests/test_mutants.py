@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from _pytest.mark import KeywordMatcher
 from _pytest.mark.expression import Expression
+from command import until
 
 from fastdiff.errors import UserError
 from tools import mutants
@@ -135,11 +135,11 @@ def test_a_run_that_is_killed_leaves_nothing(tree, tmp_path):
     variables = os.environ | {"TMPDIR": str(copies), "STARTED": str(started)}
     command = [sys.executable, "-c", RUNS, str(tree)]
     process = subprocess.Popen(command, cwd=mutants.ROOT, env=variables)
-    _until(lambda: started.exists() and started.read_text())
+    until(lambda: started.exists() and started.read_text())
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _until(lambda: not list(copies.iterdir()))
-    _until(lambda: _ended(started.read_text()))
+    until(lambda: not list(copies.iterdir()))
+    until(lambda: _ended(started.read_text()))
 
 
 def _ended(process):
@@ -149,10 +149,3 @@ def _ended(process):
     except OSError:
         return True
     return status.rpartition(")")[2].split()[0] == "Z"
-
-
-def _until(holds):
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)

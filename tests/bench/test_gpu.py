@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
+from command import until
 
 from benchmarks import gpu
 from benchmarks.clock import Budget
@@ -147,10 +147,15 @@ def test_a_run_that_is_ended_packs_what_its_parts_wrote(tmp_path, monkeypatch, n
             code = end.code
         finally:
             os._exit(code)
-    while not (tmp_path / gpu.ARCHIVE).exists() or "cases.json" not in packed(tmp_path):
-        time.sleep(0.05)
-    os.kill(child, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == ENDS[number]
+    ended = []
+    try:
+        until(lambda: (tmp_path / gpu.ARCHIVE).exists() and "cases.json" in packed(tmp_path))
+        os.kill(child, number)
+        until(lambda: ended.append(os.waitpid(child, os.WNOHANG)) or ended[-1][0])
+    finally:
+        if not ended or not ended[-1][0]:
+            os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(ended[-1][1]) == ENDS[number]
     files = {name: json.loads(text) for name, text in packed(tmp_path).items() if "json" in name}
     assert (files["ceilings.json"], files["cases.json"]) == ({}, half)
     assert files["run.json"]["incomplete"] is True
@@ -163,8 +168,7 @@ def test_a_run_that_is_ended_packs_what_its_parts_wrote(tmp_path, monkeypatch, n
 def test_a_run_that_is_ended_leaves_what_it_found(tmp_path, number):
     run = make_gpu(tmp_path, "--only", "ceilings,cases", start_new_session=True)
     cases = tmp_path / "parts" / "cases.json"
-    while run.poll() is None and not (cases.exists() and json.loads(cases.read_text())["rows"]):
-        time.sleep(0.05)
+    until(lambda: cases.exists() and json.loads(cases.read_text())["rows"])
     os.kill(run.pid, number)
     assert run.wait() == ENDS[number]
     for file in (tmp_path / "parts").glob("*.json"):
