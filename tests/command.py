@@ -62,6 +62,8 @@ for _line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for _number, _name in ((1, out), (2, err)):
             os.dup2(os.open(_name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), _number)
+        # a line is one write, also where Python buffers nothing: ranks write to the same file
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
         _status = 0
         try:
             exec(code, globals())
