@@ -10,9 +10,14 @@ from command import copied
 DOCS = Path(__file__).parent.parent / "docs"
 
 BEGIN = '''
-import contextlib, io, signal, socket, tempfile, time
+import contextlib, io, signal, socket, tempfile, threading, time
 import numpy as np
 import torch
+import tqdm.std
+# tqdm's own lock is one for this process and all copies: a copy that is killed while it holds it
+# would stop the others for ever
+tqdm.std.tqdm.set_lock(threading.RLock())
+tqdm.std.tqdm.monitor_interval = 0
 import torch.distributed as dist
 import diffusers
 import fastdiff.bulk.job, fastdiff.bulk.painter, fastdiff.cli.bulk, fastdiff.demo

@@ -1,6 +1,7 @@
 """How many kernels a pipeline needs compiled: few, as Triton counts them, and CI says when not."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from command import run
 from covered import covered
 
 from fastdiff.bench import specialisations
-from fastdiff.bench.specialisations import MOST, PIPELINES, counted
+from fastdiff.bench.specialisations import MOST, PIPELINES
 from fastdiff.kernels.occupancy import SMS
 
 HASHED = """
@@ -19,6 +20,14 @@ found = needed("sd15", 90, torch.float16)
 hashes = {(_source(one).hash(), one.num_warps, one.num_stages) for one in found}
 print(len(found), len(hashes))
 """
+
+
+counted = cache(specialisations.counted)
+
+
+@pytest.fixture(autouse=True)
+def _counted_once(monkeypatch):
+    monkeypatch.setattr(specialisations, "counted", counted)
 
 
 @pytest.mark.parametrize(("pipeline", "arch"), covered(PIPELINES, SMS, together=1))
