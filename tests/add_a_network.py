@@ -1,5 +1,5 @@
-"""What test_add_a_network.py runs in a process of its own, on a copy of fastdiff with Quilt in it;
-writes what it saw into seen.json."""
+"""The program that test_add_a_network.py runs in a separate process, on a copy of fastdiff to which
+Quilt was added. It writes its results to seen.json."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def made() -> Any:
 
 
 def draw(pipe: Any, output_type: str = "latent", **options: Any) -> torch.Tensor:
-    """Two pictures, of latents that are no square."""
+    """Two pictures from latents that are not square."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 8, 6, generator=generator)
     return pipe(
@@ -59,7 +59,7 @@ def draw(pipe: Any, output_type: str = "latent", **options: Any) -> torch.Tensor
 
 
 def drawn(pipe: Any, eager: Any, **options: Any) -> list[float]:
-    """Our error and what is allowed."""
+    """Our error against float64, and the error that the budget allows."""
     exact = draw(copy.deepcopy(eager).to(torch.float64), **options)
     verdict = judge("latents", draw(pipe, **options), draw(eager, **options), exact)
     return [verdict.error, verdict.allowed]
@@ -67,7 +67,7 @@ def drawn(pipe: Any, eager: Any, **options: Any) -> list[float]:
 
 def main(folder: Path) -> dict[str, Any]:
     as_warnings()
-    warnings.simplefilter("error", RuntimeWarning)  # no call runs eagerly
+    warnings.simplefilter("error", RuntimeWarning)  # a call that runs eagerly fails
     eager, pipe = made(), fastdiff.compile(made())
     errors = {
         "guided": drawn(pipe, eager),
@@ -95,7 +95,7 @@ def main(folder: Path) -> dict[str, Any]:
     errors["in an engine"] = drawn(in_engine, eager)
     planned["engine"] = [part.runs for part in fastdiff.report(in_engine).parts[:1]]
 
-    # what is read is watched: a block that changes is borrowed anew, a patched one is left alone
+    # a block whose attributes change is borrowed again; a block with a patched method is refused
     slot = slot_of(pipe.transformer)
     pipe.transformer.blocks[0].heads = eager.transformer.blocks[0].heads = 4
     errors["changed"] = drawn(pipe, eager)

@@ -1,11 +1,11 @@
-"""Memory of the tensors that are alive, for tests that it does not grow."""
+"""The memory of all live tensors, for tests that check that it does not grow."""
 
 import gc
 
 import torch
 
 KINDS = (torch.Tensor, torch.nn.Parameter)
-"""By exact type: the fake tensors that an export leaves behind are not memory."""
+"""Exact types: the fake tensors that an export leaves behind take no memory."""
 
 
 def live_bytes() -> int:

@@ -1,4 +1,4 @@
-"""The browser in which pages are looked at."""
+"""A fixture: the Chromium that opens pages in tests."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 @pytest.fixture(scope="module")
 def browser():
     if not CHROMIUM.exists():
-        why = f"{CHROMIUM} is not there: install Debian's chromium, or say where with CHROMIUM"
+        why = f"{CHROMIUM} does not exist: install Debian's chromium, or set CHROMIUM to its path"
         if os.environ.get("CI"):
             pytest.fail(why)
         pytest.skip(why)

@@ -1,5 +1,6 @@
-"""A pipeline of our own that is called as diffusers' community class is: CLIP's opinion of the
-picture so far steers every step, by its gradient back through autoencoder and U-Net."""
+"""A pipeline with the name and the arguments of diffusers' community class: in every step CLIP
+scores the predicted picture, and the gradient of the score, taken back through autoencoder and
+U-Net, corrects the prediction."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -31,7 +32,7 @@ class CLIPGuidedStableDiffusion(DiffusionPipeline):
         self.unet.requires_grad_(False)
 
     def seen(self, picture):
-        """CLIP's unit vector of a picture [B, 3, Y, X] in -1 … 1."""
+        """CLIP's embedding, a unit vector, of a picture [B, 3, Y, X] in -1 … 1."""
         size = self.clip_model.config.vision_config.image_size
         picture = F.interpolate((picture / 2 + 0.5).clamp(0, 1), (size, size), mode="bilinear")
         mean, std = (
@@ -79,8 +80,8 @@ class CLIPGuidedStableDiffusion(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(torch.cat([latents] * 2), t)
-            plain, told = self.unet(scaled, t, encoder_hidden_states=text).sample.chunk(2)
-            predicted = plain + guidance_scale * (told - plain)
+            uncond, cond = self.unet(scaled, t, encoder_hidden_states=text).sample.chunk(2)
+            predicted = uncond + guidance_scale * (cond - uncond)
             if clip_guidance_scale > 0:
                 predicted = self.cond_fn(
                     latents, t, text[1:], predicted, wanted, clip_guidance_scale

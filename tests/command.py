@@ -1,4 +1,4 @@
-"""The command line as a test calls it, and programs in processes of their own."""
+"""Runs the command line within a test, and programs in separate processes."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from fastdiff.cli import main
 
 
 def environment() -> dict[str, str]:
-    """Variables for a process of its own: kernels can be compiled in it, and it is no test worker,
-    on which pytest-benchmark measures nothing."""
+    """Environment variables for a separate process. It can compile kernels, and it is not an xdist
+    worker, in which pytest-benchmark measures nothing."""
     left_out = ("TRITON_INTERPRET", "PYTEST_XDIST")
     return {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
 
@@ -81,11 +81,10 @@ for _line in sys.stdin:
 
 @contextmanager
 def copied(begin: str, folder: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """copied(begin, folder): programs in processes of their own that need not import again what
-    `begin` imports: each is a copy of one process that has run it, on one thread.
+    """Yields run(code, *arguments, **variables), which runs a program in a fork of one process that
+    has already run `begin`, so what `begin` imports is imported once. Programs use one thread.
 
-    What it gives is run(code, *arguments, **variables): exit code, stdout and stderr. Output is
-    kept in `folder`.
+    run returns exit code, stdout and stderr; it writes the output to files in `folder`.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", f"import gc, json, os, sys, traceback\n{begin}\n{COPIED}"],
@@ -97,8 +96,8 @@ def copied(begin: str, folder: Path) -> Iterator[Callable[..., tuple[int, str, s
     out, err = (folder / name for name in ("out.txt", "err.txt"))
 
     def run(code: str, *arguments: str, **variables: str) -> tuple[int, str, str]:
-        told = [code, ["-c", *arguments], variables, str(out), str(err)]
-        process.stdin.write(json.dumps(told) + "\n")
+        request = [code, ["-c", *arguments], variables, str(out), str(err)]
+        process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         return int(process.stdout.readline()), out.read_text(), err.read_text()
 

@@ -1,5 +1,5 @@
-"""Programs in a process that has fastdiff's kernels for GPUs: in the tests' own the kernels are
-those of Triton's interpreter. They are copies of one, which has imported torch and Triton."""
+"""Runs programs that compile fastdiff's GPU kernels. The tests' own process cannot: its kernels run
+in Triton's interpreter. Each program is a fork of one process that has imported torch already."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def compiling(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled(compiling) -> Callable[..., list[dict[str, Any]]]:
-    """compiled(archs, dtype, cases=…, ops=…): `inspect.table`'s rows, their faults with them."""
+    """compiled(archs, dtype, cases=…, ops=…): `inspect.table`'s rows, with their faults."""
 
     def rows(archs: Any, dtype: str = "float16", **narrowed: Any) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(

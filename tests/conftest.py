@@ -1,4 +1,5 @@
-"""Triton kernels run on the CPU interpreter here; the variable is read when they are imported."""
+"""Triton kernels run in its CPU interpreter in tests. Importing a kernel reads the variable, so it
+is set first."""
 
 import os
 
@@ -35,7 +36,7 @@ copying.hasten()
 as_warnings()
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-    # more threads than cores wait for one another
+    # more threads than cores would only wait for each other
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
@@ -62,21 +63,21 @@ LONGEST = (
     "test_inspect.py",
     "test_ahead.py",
 )
-"""Files of a quarter of a minute and more, the longest first: begun last, one worker would wait for
-another. test_onnx.py makes what others of them read."""
-BEGUN = {name: place for place, name in enumerate(LONGEST)}
+"""Files that take 15 seconds or more, the longest first: if one of them started last, all workers
+would wait for it. test_onnx.py makes exports that some of the others read."""
+POSITION = {name: position for position, name in enumerate(LONGEST)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: BEGUN.get(item.path.name, len(BEGUN)))
+    items.sort(key=lambda item: POSITION.get(item.path.name, len(POSITION)))
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: no collection of garbage looks at its million objects again. The
-    others are rare: they took a tenth of all time, and only what lies in a cycle waits for one."""
+    """Keep the garbage collector from visiting the million imported objects again, and run it less
+    often: it took a tenth of all time, and only objects in reference cycles need it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
@@ -93,7 +94,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def chosen():
-    """chosen(isa): the C++ kernels of an instruction set; afterwards the former ones again."""
+    """chosen(isa): run the C++ kernels of an instruction set until the test ends."""
     before = NATIVE.isa() if NATIVE else None
     yield lambda isa: isa and NATIVE.set_isa(isa)
     if before:
@@ -102,9 +103,10 @@ def chosen():
 
 @pytest.fixture
 def budget():
-    """budget(run, module, *inputs): hold run(*inputs) to the error budget of `module`'s own call.
+    """budget(run, module, *inputs): check that run(*inputs) is within the error budget of `module`.
 
-    The truth is the module in float64; the yardstick is the module itself, eager, in its dtype.
+    The exact result is that of the module in float64; the budget follows from the error of the
+    eager module in its own dtype.
     """
 
     def hold(run, module: nn.Module, *inputs, **options) -> Verdict:
@@ -114,7 +116,7 @@ def budget():
             )
 
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # a silent eager call proves nothing
+            warnings.simplefilter("error", RuntimeWarning)  # a call that runs eagerly fails
             eager = module(*inputs, **options)
             exact = copy.deepcopy(module).double()(
                 *map(cast, inputs), **{name: cast(value) for name, value in options.items()}

@@ -1,4 +1,4 @@
-"""One declaration of a cross product for two suites: `make test` runs a cover, `make test-all` all.
+"""One declaration of a cross product for two suites: `make test` runs a part, `make test-all` all.
 
     @pytest.mark.parametrize(
         ("case", "isa", "dtype"),
@@ -10,12 +10,13 @@ deselects and `make test-all` runs. The cover is pairwise: any two values of dif
 at least one test of it. A fault that needs two particular values (an odd size and float16) is
 found by `make test`; one that needs three may wait for `make test-all`.
 
-What is cheap, and every boundary that has found a fault, belongs in `always`. A combination that
-does not exist is left out by `possible`. Two axes have no smaller pairwise cover than their
-product: `together=1` then asks for every value of each axis at least once.
+Put cheap combinations, and every boundary that has found a fault, in `always`. `possible` leaves
+out combinations that do not exist. Two axes have no smaller pairwise cover than their product:
+`together=1` then asks for every value of each axis at least once.
 
-What repeats without being a product is marked by `first_of_each`; a whole test that `make test`
-need not run, because a named cheaper one fails with it, is marked `@pytest.mark.product` itself.
+`first_of_each` is for parameters of which many are alike, but which are not a product. A whole test
+that `make test` need not run, because a cheaper test, which a comment names, fails with it, is
+marked `@pytest.mark.product` directly.
 """
 
 import itertools
@@ -38,8 +39,8 @@ def covered(
     """Parameters of a test: the product of `axes`, the last axis changing fastest.
 
     A value is anything, or a `pytest.param` of one or more values with its own id and marks.
-    `always(*values)` and `possible(*values)` are asked with what the test is given. The same
-    axes give the same cover in every process.
+    `always(*values)` and `possible(*values)` get the arguments of the test. The same axes give the
+    same cover in every process.
     """
     choices = [[_parameter(value) for value in axis] for axis in axes]
     joined = {
@@ -47,7 +48,7 @@ def covered(
         for row in itertools.product(*map(range, map(len, choices)))
     }
     rows = [row for row, parameter in joined.items() if possible(*parameter.values)]
-    fast = set(rows)  # all are needed where whole rows have to meet
+    fast = set(rows)  # unless `together` is less than the number of axes, the cover is all rows
     if together < len(choices):
         fast = cover(rows, together, [row for row in rows if always(*joined[row].values)])
     return [joined[row] if row in fast else _marked(joined[row]) for row in rows]
@@ -58,11 +59,11 @@ def first_of_each(
     kind: Callable[..., Hashable],
     always: Callable[..., bool] = lambda *values: False,
 ) -> list[Any]:
-    """Parameters of a test: all values; from the second of a kind on they carry `product`, unless
-    they are `always` to run.
+    """Parameters of a test: all values. From the second value of a kind on they carry the mark
+    `product`, except those for which `always` is true.
 
-    `kind(*values)` and `always(*values)` are asked with what the test is given. Sort by cost to
-    keep the cheapest.
+    `kind(*values)` and `always(*values)` get the arguments of the test. Sort by cost to keep the
+    cheapest.
     """
     parameters, seen = [_parameter(value) for value in values], set()
     for i, parameter in enumerate(parameters):
@@ -74,12 +75,13 @@ def first_of_each(
 
 
 def cover(rows: Sequence[Row], together: int, chosen: Iterable[Row] = ()) -> set[Row]:
-    """`chosen` and as many of `rows` as it takes for every `together` values of a row to meet.
+    """`chosen`, and enough of `rows` that any `together` values that occur in one of `rows` occur
+    together in the result.
 
-    The next is the row that brings most of them together for the first time; of equals the one
-    whose values were used least, of these the first.
+    The next row is the one that adds most combinations; among equals, the one whose values were
+    used least; among these, the first.
 
-    Not allpairspy's: where combinations are excluded it ends before all pairs have met.
+    allpairspy is not used: where combinations are excluded, it ends before all pairs are covered.
     """
     brings = {row: set(itertools.combinations(enumerate(row), together)) for row in rows}
     taken: set[Row] = set()

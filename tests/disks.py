@@ -1,4 +1,4 @@
-"""Places that take no file."""
+"""A folder without room for a file."""
 
 import resource
 import subprocess
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def small_disk(folder, size):
-    """Nowhere in `folder` can `size` bytes be written: a small tmpfs, else a limit on files."""
+    """In this block `folder` has no room for `size` bytes: it is a small tmpfs or, if none can
+    be mounted, the size of files is limited. Yields the text of the error."""
     mount = ("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
     if subprocess.run(mount, capture_output=True).returncode == 0:
         try:

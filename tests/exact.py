@@ -1,4 +1,4 @@
-"""What a pipeline draws without rounding, and a compiled one beside it."""
+"""What a pipeline draws in float64, and the check that a compiled pipeline draws the same."""
 
 import copy
 
@@ -20,8 +20,8 @@ def exact(pipe, draw, **call):
 
 
 def as_eager(pipe, draw, steps=3, **call):
-    """Compiled, `pipe` draws the call on a plan of `steps` fast steps, within the error budget; and
-    bit for bit what it drew before once it is restored."""
+    """Check that the compiled `pipe` draws the call in `steps` fast steps of a plan, within the
+    error budget, and that the restored one draws the eager picture bit for bit."""
     eager, truth = draw(pipe, **call), exact(pipe, draw, **call)
     fastdiff.compile(pipe)
     ours, loop, slot = draw(pipe, **call), loop_of(pipe), slot_of(denoiser(pipe))

@@ -1,7 +1,7 @@
-"""What several files of tests read and none of them writes into: it is made once in a run.
+"""Exports that several test files read and none changes: each is made once per test run.
 
-xdist gives every worker session fixtures of its own. These lie in the folder of the whole run, and
-the worker that asks first makes them while the others wait.
+xdist gives every worker its own session fixtures. These exports lie in a folder that all workers
+share; the worker that asks first makes one while the others wait.
 """
 
 import copy
@@ -24,25 +24,26 @@ from fastdiff.export import onnx as exporter
 def once(
     factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 ) -> tuple[Path, Any]:
-    """A folder of the run, and what `make(folder)` returned in whichever worker filled it: JSON."""
+    """A folder that all workers share, and what `make(folder)` returned, as JSON, when the first
+    worker filled it."""
     base = factory.getbasetemp()
     place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once" / name
     place.mkdir(parents=True, exist_ok=True)
-    told = place / "told.json"
+    returned = place / "returned.json"
     with FileLock(place / "lock"):
-        if not told.exists():
+        if not returned.exists():
             folder = place / "made"
-            shutil.rmtree(folder, ignore_errors=True)  # of a maker that failed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a `make` that failed
             folder.mkdir()
-            told.write_text(json.dumps(make(folder)))
-    return place / "made", json.loads(told.read_text())
+            returned.write_text(json.dumps(make(folder)))
+    return place / "made", json.loads(returned.read_text())
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `fastdiff export --onnx --out FOLDER --verify` made of `pipe`, and its document.
+    """What `fastdiff export --onnx --out FOLDER --verify` wrote for `pipe`, and its JSON document.
 
-    arguments: what names the pipeline.
+    arguments: those of the command that name the pipeline.
     """
 
     pipe: Any
@@ -53,8 +54,8 @@ class Exported:
 
 
 def shrunken(demo: Any) -> Any:
-    """The demo with networks that torch exports in a third of the time and that still halve their
-    picture, read the text at one of two levels, and have layers one after another."""
+    """The demo with smaller networks, which torch exports in a third of the time. The U-Net still
+    has two levels, one of which attends to the text; the text encoder still has several layers."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from small import TINY, noisy
 
@@ -78,7 +79,7 @@ def shrunken(demo: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def export_onnx(tmp_path_factory):
-    """export_onnx(name, pipe, *arguments): `pipe` is what the arguments name."""
+    """export_onnx(name, pipe, *arguments): export `pipe`, which the command's arguments name."""
 
     def export(name, pipe, *arguments):
         def make(folder):
@@ -89,9 +90,9 @@ def export_onnx(tmp_path_factory):
             assert code == 0, (document, progress)
             return [document, progress]
 
-        folder, told = once(tmp_path_factory, f"onnx-{name}", make)
+        folder, returned = once(tmp_path_factory, f"onnx-{name}", make)
         pipe.set_progress_bar_config(disable=True)
-        return Exported(pipe, arguments, folder / "out", *told)
+        return Exported(pipe, arguments, folder / "out", *returned)
 
     return export
 
@@ -104,7 +105,7 @@ def small_demo(demo):
 
 @pytest.fixture(scope="session")
 def small_folder(small_demo, tmp_path_factory):
-    """What `small_demo` is read from."""
+    """The folder that `small_demo` is saved in."""
 
     def make(folder):
         small_demo.save_pretrained(folder)
@@ -119,18 +120,19 @@ def small_export(small_demo, small_folder, export_onnx):
 
 @pytest.fixture(scope="session")
 def small_onnx(small_export):
-    """`small_demo` as `fastdiff export --onnx` writes it; to be read alone."""
+    """`small_demo` as `fastdiff export --onnx` writes it; tests only read it."""
     return small_export.folder
 
 
 @pytest.fixture
 def premade_onnx(small_onnx, monkeypatch):
-    """torch exports none of the networks of `small_demo` again, for tests of what comes after."""
+    """For tests of what follows torch's export: it is replaced by reading the networks of
+    `small_demo` from `small_onnx`."""
     monkeypatch.setattr(exporter, "to_program", read_from(small_onnx))
 
 
 def read_from(folder):
-    """What stands in for `to_program` of the networks that were exported to `folder`."""
+    """A replacement of `to_program` that reads the networks that were exported to `folder`."""
 
     def program(part, opset):
         from onnxscript import ir

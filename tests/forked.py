@@ -1,4 +1,5 @@
-"""Programs in copies of one process that has loaded the demo: some are killed, some are ranks."""
+"""Runs programs in forks of one process that has loaded the demo, for tests that kill a process or
+start several ranks."""
 
 import re
 import shlex
@@ -31,7 +32,7 @@ def free():
         return one.getsockname()[1]
 
 def in_ranks(program, count=2, seconds=20, joins=True):
-    """program(rank) in a copy of this process for each rank, as torchrun starts them; their exit
+    """Run program(rank) in a fork of this process for each rank, as torchrun does; return the exit
     codes. joins: whether the ranks join each other first."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free())}
     os.environ["WORLD_SIZE"] = str(count)
@@ -65,9 +66,9 @@ fastdiff.bulk.painter.opened = lambda *_: pipe  # loaded once for all copies
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
     with open(f"{folder}/x.txt", "w") as file:
         file.write("sun")
-    told = ["generate", "--prompts", file.name, "--out", f"{folder}/x", "--steps", "1"]
+    words = ["generate", "--prompts", file.name, "--out", f"{folder}/x", "--steps", "1"]
     with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-        main(told)  # what it imports is imported for all copies
+        main(words)  # what it imports is imported for all copies
 fastdiff.restore(pipe)
 '''
 

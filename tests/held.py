@@ -1,4 +1,4 @@
-"""`contract.verify` for several implementations, and which cases `make test` can afford."""
+"""`contract.verify` for several implementations of a case, and which cases are cheap."""
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
@@ -18,7 +18,7 @@ from fastdiff.kernels.contract import (
 )
 
 
-@lru_cache(maxsize=2)  # let implementations change fastest
+@lru_cache(maxsize=2)  # enough if tests take all implementations of a case in a row
 def truth(
     spec: KernelSpec, case: Case, dtype: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
@@ -40,17 +40,17 @@ def hold(
 
 
 def cost(spec: KernelSpec, case: Case) -> float:
-    """About the nanoseconds that torch takes for it."""
+    """Roughly the time that torch takes for a case, in nanoseconds."""
     return spec.bytes(case, 4) + spec.flops(case) / 20
 
 
 def small(spec: KernelSpec, case: Case) -> bool:
-    """Milliseconds. Every nasty case is, and of the models' the demo's."""
+    """Whether a case takes at most milliseconds: every edge case, and the demo's sizes."""
     return cost(spec, case) < 2_000_000
 
 
 def asked(spec: KernelSpec, case: Case) -> Hashable:
-    """What a case asks of an op, without its sizes (capital letters) and values (floats)."""
+    """The options of a case: all but its sizes (capital letters) and values (floats)."""
     return spec.name, *(
         (name, None if name[0].isupper() or isinstance(value, float) else value)
         for name, value in sorted(case.sizes.items())

@@ -1,4 +1,5 @@
-"""Triton's interpreter: 3.6's beside numpy 2.4 and later, and any in a tenth of its time."""
+"""Patches Triton's interpreter: Triton 3.6's works with numpy 2.4 and later, and any version's is
+ten times as fast."""
 
 from importlib import metadata
 
@@ -6,9 +7,9 @@ OLDEST = (3, 6)
 
 
 def mend() -> None:
-    """Let it take an array of one number as an index, which numpy itself no longer turns into one.
+    """Let the interpreter use an array of one number as an index, which numpy no longer does.
 
-    Triton 3.7 does so itself. Kernels that are compiled have nothing to do with it.
+    Triton 3.7 does so itself. Compiled kernels do not need it.
     """
     version = tuple(map(int, metadata.version("triton").split(".")[:2]))
     if version > OLDEST:
@@ -27,8 +28,8 @@ def mend() -> None:
 def hasten() -> None:
     """Patch triton.language once for each set of its modules that a kernel's file sees.
 
-    The interpreter patches it again at each call of a device function, which is nine tenths of its
-    time, and takes the patches back, which nobody needs in a process that compiles no kernel.
+    The interpreter patches it and undoes the patch at each call of a device function, which takes
+    nine tenths of its time. A process that compiles no kernel does not need it undone.
     """
     from triton.runtime import interpreter
 

@@ -1,11 +1,11 @@
-"""What fastdiff logs, as warnings: pytest expects, forbids and ignores those by their text."""
+"""Turns fastdiff's log entries into warnings, which pytest can expect, forbid or ignore."""
 
 import logging
 import warnings
 
 
 class AsWarning(logging.Handler):
-    """Warns of each entry where it is logged; a filter of warnings may turn that into an error."""
+    """Issues a warning for each log entry; a warnings filter may turn it into an error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warnings.warn(record.getMessage(), RuntimeWarning, stacklevel=2)

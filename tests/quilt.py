@@ -1,5 +1,5 @@
-"""What somebody has who adds a network: a small transformer and its pipeline, in no package of
-ours. docs/add-a-network.md adds them; test_add_a_network.py does what it says."""
+"""A small transformer and its pipeline, outside of fastdiff, as a user who adds a network has them.
+docs/add-a-network.md shows how to add them; test_add_a_network.py follows that page."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ class QuiltBlock(nn.Module):
 
 
 class QuiltTransformer2DModel(ModelMixin, ConfigMixin):
-    """Latents [B, C, Y, X], timesteps [B] and a text [B, T, D'] -> what the scheduler asks for."""
+    """Latents [B, C, Y, X], timesteps [B] and a text [B, T, D'] -> the prediction [B, C, Y, X]."""
 
     @register_to_config
     def __init__(
@@ -107,7 +107,7 @@ class QuiltTransformer2DModel(ModelMixin, ConfigMixin):
 
 
 class QuiltPipeline(DiffusionPipeline):
-    """Text to image, written as diffusers writes its own."""
+    """Text to image, written like diffusers' own pipelines."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ("latents", "prompt_embeds")

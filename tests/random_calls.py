@@ -15,7 +15,7 @@ _RANDN = torch.randn
 
 
 def single_draws(*args, **kwargs):
-    """Noise drawn as float32 whatever is asked for: the same numbers in every precision."""
+    """torch.randn drawn in float32 and then cast: the same numbers in every dtype."""
     wanted = kwargs.get("dtype") or torch.get_default_dtype()
     return _RANDN(*args, **{**kwargs, "dtype": torch.float32}).to(wanted)
 
@@ -28,7 +28,7 @@ def adapt(net, adapters):
 
 
 def callback_of(call):
-    """What a pipeline is given for the callback of a call; nothing where it has none."""
+    """The keyword arguments that give a pipeline the callback of a call; {} if it has none."""
     if not call["callback"]:
         return {}
     factor = 1.0 if call["callback"] == "looks" else 0.9

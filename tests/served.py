@@ -1,4 +1,4 @@
-"""Servers on this machine, for tests: of what is given, in a thread."""
+"""Runs servers on this machine, each in a thread, around the engine that a test gives."""
 
 import asyncio
 import base64
@@ -21,17 +21,18 @@ PNG = b"a picture"
 
 
 def shown(encoded: str) -> np.ndarray:
-    """[H, W, 3] of a picture in an answer."""
+    """The pixels [H, W, 3] of a picture in a response."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))), dtype=int)
 
 
 def close(encoded: str, want: Any) -> bool:
-    """Whether it is `want`, up to rounding: others in its batch may change last bits."""
+    """Whether a picture is `want` up to rounding: other requests in its batch may change last
+    bits."""
     return np.abs(shown(encoded) - np.asarray(want, dtype=int)).max() <= 1
 
 
 class Held:
-    """An engine that draws one step, and the other when it may."""
+    """An engine that draws the first of two steps, and the second one once `go` is set."""
 
     places = 1
 
@@ -58,10 +59,10 @@ class Held:
 
 @contextmanager
 def served(engine, key: str | None = None, **limits) -> Iterator[int]:
-    """A server with this engine; its port."""
+    """Run a server with this engine; yields its port."""
     limits = Limits(**{"patience": 60} | limits)
     app, bound = make(engine, "demo", limits, key), listening("127.0.0.1", 0)
-    bound.listen()  # as the command: the thread may come to it later than a client
+    bound.listen()  # as the command does: a client may connect before the thread runs
     server = Server(configured(app, limits.patience), app.state.jobs)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
@@ -73,5 +74,5 @@ def served(engine, key: str | None = None, **limits) -> Iterator[int]:
 
 
 def client_of(port: int, key: str = "none") -> openai.OpenAI:
-    """OpenAI's client, which tries once."""
+    """OpenAI's client, without retries."""
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)

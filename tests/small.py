@@ -62,7 +62,7 @@ TINY = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-"""The smallest with all that a U-Net has: a call of it takes milliseconds."""
+"""The smallest U-Net with two levels, one of them with attention: a call takes milliseconds."""
 ONE_LEVEL = {
     "sample_size": 8,
     "block_out_channels": (16,),
@@ -73,7 +73,7 @@ ONE_LEVEL = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
-"""A U-Net that never halves its picture, with as few layers as one can have."""
+"""A U-Net of one level, with as few layers as possible."""
 SIMPLE = ONE_LEVEL | {
     "block_out_channels": (32,),
     "attention_head_dim": 8,
@@ -82,7 +82,8 @@ SIMPLE = ONE_LEVEL | {
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ("SimpleCrossAttnUpBlock2D",),
 }
-"""One whose pixels attend to a text and to each other at once; heads of 8 columns."""
+"""A U-Net whose pixels attend to the text and to each other in one attention; heads of 8
+columns."""
 IF = {
     "encoder_hid_dim_type": "text_proj",
     "encoder_hid_dim": 24,
@@ -101,7 +102,7 @@ KANDINSKY21 = {
     "encoder_hid_dim": 24,
     "addition_embed_type": "text_image",
 }
-"""What such networks make of their conditions."""
+"""How DeepFloyd IF and Kandinsky embed their conditions: texts, image embeddings, or both."""
 
 
 SD3 = {
@@ -139,7 +140,7 @@ PRIORS = {
     "without prd": {"added_emb_type": None, "additional_embeddings": 3},
     "a text of its width": {"encoder_hid_proj_type": None, "clip_embed_dim": 40},
 }
-"""UnCLIP's prior, and what else its class can be."""
+"""unCLIP's prior, and other configurations of its class."""
 
 
 DIT = {
@@ -171,7 +172,7 @@ FLUX = {
     "pooled_projection_dim": 32,
     "axes_dims_rope": (2, 4, 2),
 }
-"""FLUX.1-schnell's architecture; dev's and others are told a guidance."""
+"""FLUX.1-schnell's architecture; dev and others also have an input for guidance."""
 AURAFLOW = {
     "sample_size": 8,
     "num_mmdit_layers": 2,
@@ -258,24 +259,24 @@ def shallow(name):
 
 
 def unet(name, **more):
-    """(model to compile, what is called of it, its arguments, its keywords)."""
+    """(model to compile, the module of it to call, arguments, keyword arguments)."""
     torch.manual_seed(0)
     net = UNet2DConditionModel(**shallow(name), **more).eval()
     sample, text, added = inputs_for(net, (2, 8, 8))
     return net, net, (sample, 7, text), {"added_cond_kwargs": added} if added else {}
 
 
-def simple(config, told):
-    """One of `SIMPLE`; told: columns of what it is told."""
+def simple(config, widths):
+    """`SIMPLE` with another config. widths: the columns of each of its conditions."""
     net = noisy(UNet2DConditionModel(**SIMPLE | config))
-    given = {key: torch.randn(2, width) for key, width in told.items() if key != "text"}
-    text = torch.randn(2, 5, told["text"]) if "text" in told else None
+    given = {key: torch.randn(2, width) for key, width in widths.items() if key != "text"}
+    text = torch.randn(2, 5, widths["text"]) if "text" in widths else None
     return net, net, (torch.randn(2, 4, 8, 8), 7, text), {"added_cond_kwargs": given or None}
 
 
 def upscaler(name):
-    """With the class embeddings and the attention to text alone of Stable Diffusion's upscaler, and
-    with diffusers' classic attention."""
+    """A U-Net with class embeddings and blocks that attend only to the text, like Stable
+    Diffusion's upscaler, and with diffusers' classic attention."""
     more = {"num_class_embeds": 9, "only_cross_attention": (True, False)}
     net, called, given, options = unet(name, **more)
     net.set_attn_processor(AttnProcessor())
@@ -322,7 +323,7 @@ def add_ip_adapter_sd3(net, channels=20, seed=1):
         for name in net.attn_processors
     }
     parts = [*processors.values()]
-    net.set_attn_processor(processors)  # which empties the dictionary
+    net.set_attn_processor(processors)  # empties the dictionary
     sizes = {"dim_head": 8, "heads": 4, "num_queries": 5, "timestep_in_dim": 16}
     net.image_proj = IPAdapterTimeImageProjection(channels, width, 32, depth=1, **sizes)
     for i, part in enumerate((net.image_proj, *parts)):
@@ -427,4 +428,4 @@ NETS = {
     "encoder": lambda: coder("encoder"),
     "decoder": lambda: coder("decoder"),
 }
-"""Every class and processor that is borrowed, in networks of one layer a block."""
+"""Every class and attention processor that fastdiff borrows, in networks with one layer a block."""

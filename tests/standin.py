@@ -1,16 +1,17 @@
-"""A stand-in for the CUDA runtime under torch: tensors and kernels are a CPU's, the rules a GPU's.
+"""A stand-in for the CUDA runtime below torch: tensors and kernels are a CPU's, the rules a GPU's.
 
-Every torch op and kernel of ours goes through a dispatch mode, which knows what a GPU would make of
-it: on which stream it runs, whose memory it touches, whether a capture takes it. It computes at
-once, so results are right whatever the order; the order itself is proven by clocks. Refused is:
+Every torch op and every kernel of ours goes through a dispatch mode, which tracks what a GPU would
+do: on which stream the op runs, which memory it touches, whether a capture can record it. Ops are
+computed at once, so results are right in any order; clocks check the order itself. These raise an
+error:
 
-- in a capture: waiting for the GPU, copies from and to the host, memory outside the graph's pool, a
-  kernel that was not loaded before, cuDNN's search, waiting for what happened outside of it;
-- anywhere: touching memory on two streams, one of them writing, that nothing orders; replaying a
-  graph whose memory or cuBLAS workspace was freed; more memory than there is.
+- in a capture: waiting for the GPU, copying from or to the host, allocating outside the graph's
+  pool, the first load of a kernel, cuDNN's search, waiting for an event from outside the capture;
+- anywhere: two streams that touch the same memory, one of them writing, with no order between them;
+  replaying a graph whose memory or cuBLAS workspace was freed; more memory than there is.
 
-A capture computes nothing (what it allocates holds NaN), and knows other memory by its address. One
-that failed ends as torch's does: halfway. Freed memory is given out again, by stream.
+A capture computes nothing (what it allocates holds NaN), and records other memory by its address. A
+failed capture ends halfway, as in torch. Freed memory is used again on the same stream.
 """
 
 import ctypes
@@ -39,11 +40,11 @@ from fastdiff.runtime import graphs, loop, recordings, tactics
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "geglu"}
-"""Ops that cuBLAS computes, in a workspace of its own."""
+"""Ops that cuBLAS computes, for which it needs a workspace."""
 WORKSPACE = 1 << 10
 
 Clock = dict[int, int]
-"""By stream, how many of its launches have happened before."""
+"""For each stream, by id, how many of its launches have completed."""
 
 
 def later(clock: Clock, other: Clock) -> None:
@@ -62,7 +63,7 @@ class Stream:
         self.capture: CUDAGraph | None = None
 
     def tick(self) -> Clock:
-        """The clock of the next launch: after all that the host has waited for."""
+        """The clock of the next launch, which comes after everything the host has waited for."""
         later(self.clock, GPU.host)
         self.clock[self.id] = self.clock.get(self.id, 0) + 1
         return self.clock
@@ -74,7 +75,7 @@ class Stream:
 
     def wait_event(self, event: "Event") -> None:
         if self.capture is not None and event.clock and event.within is not self.capture:
-            GPU.refuse("a capture waits for what happened outside of it")
+            GPU.refuse("a capture waits for an event from outside of it")
         if event.within is not None and event.within is not self.capture:
             raise RuntimeError("stand-in: a stream waits for an event of a capture")
         later(self.clock, event.clock)
@@ -112,16 +113,16 @@ class Event:
 
 @dataclass
 class Memory:
-    """A block of the GPU's memory, and who has touched it."""
+    """A block of the GPU's memory, and the launches that have touched it."""
 
     nbytes: int
     stream: Stream
-    """Whose allocations may have it again once it is free."""
+    """The stream whose allocations may use it again once it is free."""
     alive: Callable[[], bool]
     wrote: Clock = field(default_factory=dict)
     """Stream and time of the last write."""
     read: Clock = field(default_factory=dict)
-    """Streams and times of reads since."""
+    """Streams and times of the reads since then."""
 
     def touch(self, stream: Stream, what: str, writes: bool) -> None:
         before = self.wrote | self.read if writes else self.wrote
@@ -130,7 +131,7 @@ class Memory:
                 does = "writes" if writes else "reads"
                 raise RuntimeError(
                     f"stand-in: a race: {what} on stream {stream.id} {does} what stream {other}"
-                    " may be using still"
+                    " may still be using"
                 )
         if writes:
             self.wrote, self.read = {stream.id: stream.clock[stream.id]}, {}
@@ -140,18 +141,18 @@ class Memory:
 
 @dataclass
 class Pool:
-    """Memory of graphs."""
+    """The memory that graphs share."""
 
     stream: Stream
     used_by: int = 0
     largest: int = 0
-    """Bytes that the largest capture took; the others lie in the same."""
+    """Bytes of the largest capture; the other captures use the same bytes."""
     tensors: list[StorageWeakRef] = field(default_factory=list)
-    """What captures allocated and somebody may hold still."""
+    """What captures allocated; some of it may still be held."""
 
     def __post_init__(self) -> None:
         self.memory = Memory(0, self.stream, lambda: True)
-        """All of it: whoever replays a graph writes it."""
+        """The whole pool, which every replay of a graph writes."""
 
     def held(self) -> bool:
         return not all(weak.expired() for weak in self.tensors)
@@ -165,7 +166,7 @@ class Node:
     args: Any
     kwargs: Any
     fresh: list[tuple[int, Tensor]]
-    """What it allocated, and which of its outputs that is."""
+    """The tensors that it allocated, each with the number of its output."""
 
     def run(self) -> None:
         leaves = tree_leaves(self.op(*self.args, **self.kwargs))
@@ -180,7 +181,7 @@ class CUDAGraph:
         self.gpu = GPU
         self.nodes: list[Node] = []
         self.touched: dict[int, tuple[Memory, bool]] = {}
-        """Memory outside of the pool, and whether it is written."""
+        """Memory outside of the pool, and whether the graph writes it."""
         self.workspaces: list[Memory] = []
         self.took = 0
         self.failed = self.ended = False
@@ -208,7 +209,7 @@ class CUDAGraph:
         self.ended = True
 
     def note(self, op: Any, args: Any, kwargs: Any, written: list[Tensor], given: Any) -> Any:
-        """Take a launch: nothing is computed, what it allocates lies in the pool."""
+        """Record a launch: nothing is computed, and what it allocates lies in the pool."""
         saved = [(tensor, tensor.clone()) for tensor in written]
         out = op(*args, **kwargs)
         for tensor, before in saved:
@@ -238,7 +239,7 @@ class CUDAGraph:
         return out
 
     def _baked(self, value: Any) -> Any:
-        """A tensor by its address alone, unless it lies in the pool."""
+        """A tensor that knows only the address of its memory, unless it lies in the pool."""
         if not isinstance(value, Tensor) or GPU.memory_of(value) in (None, self.pool.memory):
             return value
         storage = value.untyped_storage()
@@ -281,28 +282,28 @@ class Mode(TorchDispatchMode):
 
 
 class Gpu:
-    """The state of the runtime; `GPU` is the one that stands in."""
+    """The state of the runtime; `GPU` is the one in use."""
 
     def __init__(self) -> None:
         self.lock, self.thread = threading.RLock(), threading.local()
         self.thread.context = True
         self.default = Stream()
         self.host: Clock = {}
-        """What the host knows to have happened."""
+        """The launches that the host knows to be complete."""
         self.known: dict[int, tuple[StorageWeakRef, Memory]] = {}
-        """By storage."""
+        """The memory of each storage."""
         self.free: list[Memory] = []
         self.pools: dict[Any, Pool] = {}
         self.underway: dict[Any, CUDAGraph] = {}
-        """Captures that the allocator serves, by pool."""
+        """The captures that the allocator still gives memory to, by pool."""
         self.workspaces: dict[tuple[int, int], Memory] = {}
-        """By thread and stream."""
+        """cuBLAS workspaces, by thread and stream."""
         self.loaded: set[Any] = set()
         self.hosted: list[StorageWeakRef] = []
         self.capacity = 1 << 62
         self.warns = "default"
         self.searches: list[Any] = []
-        """Convolutions that cuDNN was searched for, in order."""
+        """The convolutions for which cuDNN searched for a plan, in order."""
 
     @property
     def current(self) -> Stream:
@@ -310,11 +311,11 @@ class Gpu:
 
     @property
     def capturing(self) -> CUDAGraph | None:
-        """What this thread captures."""
+        """The graph that this thread captures."""
         return getattr(self.thread, "capturing", None)
 
     def refuse(self, what: str) -> None:
-        """Spoil this thread's capture."""
+        """Make this thread's capture fail."""
         assert self.capturing is not None
         self.capturing.failed = True
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
@@ -330,7 +331,7 @@ class Gpu:
             later(self.host, one)
 
     def on_host(self, tensor: Tensor) -> Tensor:
-        """The tensor, as one of the host's."""
+        """Mark a tensor as one in the host's memory."""
         self.hosted.append(StorageWeakRef(tensor.untyped_storage()))
         return tensor
 
@@ -397,7 +398,7 @@ class Gpu:
         if storage.nbytes() == 0:
             return None
         known = self.known.get(storage._cdata)
-        if known is None or known[0].expired():  # older than the stand-in
+        if known is None or known[0].expired():  # made before the stand-in was in use
             self._remember(tensor, self.default, None)
         return self.known[storage._cdata][1]
 
@@ -410,7 +411,7 @@ class Gpu:
         self.known[storage._cdata] = weak, memory
 
     def _allot(self, tensor: Tensor, stream: Stream) -> None:
-        """New memory for a tensor; that which was free on its stream, where there is some."""
+        """Allocate a tensor's memory: a free block of its stream where one is large enough."""
         need = tensor.untyped_storage().nbytes()
         if (
             need == 0
@@ -434,7 +435,7 @@ class Gpu:
             raise torch.OutOfMemoryError("CUDA out of memory. The stand-in is full")
 
     def _sweep(self) -> None:
-        """Find what was freed."""
+        """Find the memory that was freed."""
         pooled = {id(pool.memory) for pool in self.pools.values()}
         for key, (weak, memory) in list(self.known.items()):
             if weak.expired():
@@ -477,7 +478,7 @@ class Gpu:
             capture.workspaces.append(self.workspaces[key])
 
     def clear_workspaces(self, stream: Stream | None = None) -> None:
-        """torch._C._cuda_clearCublasWorkspaces: this thread's, or with a graph its stream's."""
+        """torch._C._cuda_clearCublasWorkspaces for this thread, or for one stream."""
         for key, memory in list(self.workspaces.items()):
             mine = key[0] == threading.get_ident() if stream is None else key[1] == stream.id
             if mine:
@@ -499,8 +500,8 @@ class Gpu:
         return StorageWeakRef(tensor.untyped_storage()).cdata in keys
 
     def convolution(self, x: Tensor, weight: Tensor, **flags: Any) -> Tensor:
-        """torch.cudnn_convolution with ATen's cache of plans: by thread and by all flags but
-        `benchmark`. Every plan adds in another order, so every plan has its own last bits."""
+        """torch.cudnn_convolution with ATen's cache of plans, whose key is the thread and all flags
+        but `benchmark`. Every plan adds in its own order, so every plan gives other last bits."""
         search = flags.pop("benchmark")
         key = (x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), *flags.items())
         plans = vars(self.thread).setdefault("plans", {})
@@ -513,7 +514,7 @@ class Gpu:
         return y.mul_(1 + plan * 2.0**-22)
 
     def run(self, function: Callable[..., Any], *args: Any) -> threading.Thread:
-        """A thread, started."""
+        """Start a thread that runs `function`."""
 
         def work() -> None:
             with Mode():
@@ -525,7 +526,7 @@ class Gpu:
 
 
 class StreamContext:
-    """torch.cuda.stream. Never left, as after a capture that failed, it restores nothing."""
+    """torch.cuda.stream. If it is never left, as after a failed capture, it restores nothing."""
 
     def __init__(self, stream: Stream | None) -> None:
         self.stream = stream
@@ -551,7 +552,7 @@ GPU = Gpu()
 
 @contextmanager
 def standing_in(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """Within it CPU tensors are a GPU's; the allocator must be left as it was found."""
+    """In this block CPU tensors count as a GPU's. At its end no capture may be left open."""
     global GPU
     GPU = Gpu()
     handles = count(1)
@@ -599,4 +600,4 @@ def standing_in(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
             yield GPU
     finally:
         searcher.shutdown()
-    assert not GPU.underway, "a capture was left to the allocator"
+    assert not GPU.underway, "a capture was left open"

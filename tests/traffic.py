@@ -35,7 +35,7 @@ class _Memory:
         return self.storage.data_ptr()
 
     def touch(self, addresses: np.ndarray, width: int, what: str) -> None:
-        """Mark the `width` bytes at each of some addresses, which are not of another tensor."""
+        """Mark `width` bytes at each of the addresses; all must lie in this storage."""
         offsets = addresses - self.start
         assert 0 <= offsets.min() <= offsets.max() <= len(self.storage) - width, (
             "an access outside of every tensor"
@@ -46,7 +46,7 @@ class _Memory:
 
 @dataclass
 class Traffic:
-    """Of all the launches of an op."""
+    """What all the launches of an op load, store and compute."""
 
     products: int = 0
     """FLOPs of `tl.dot`, of whole tiles."""
@@ -76,7 +76,7 @@ class Traffic:
             return
         starts = sorted(self.memory)
         first, last = (bisect_right(starts, end) - 1 for end in (addresses.min(), addresses.max()))
-        if first == last:  # nearly always: a search for each address takes as long as the kernel
+        if first == last:  # nearly always; a search for each address would double the time
             self.memory[starts[first]].touch(addresses, width, what)
             return
         owners = np.searchsorted(starts, addresses, "right") - 1
@@ -86,7 +86,7 @@ class Traffic:
 
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count what the launches started within it do."""
+    """Count what the launches that start in this block do."""
     seen, builder = Traffic(), interpreter.interpreter_builder
     own = {
         name: getattr(builder, name)
@@ -123,7 +123,7 @@ def counted() -> Iterator[Traffic]:
     def arithmetic(function):
         def call(*arguments):
             result = function(*arguments)
-            # Triton 3.6 subtracts from zero where others change a sign, which costs nothing
+            # to change a sign, which costs nothing, Triton 3.6 subtracts from zero
             negates = arguments[-1] is np.subtract and not arguments[0].data.any()
             if arguments[-1] in ARITHMETIC and result.dtype.is_floating() and not negates:
                 seen.arithmetic += result.data.size
@@ -147,11 +147,11 @@ def counted() -> Iterator[Traffic]:
 
 
 class Counting:
-    """An implementation that counts itself: `bytes` and `traffic` of its last call.
+    """An implementation that counts its last call: `bytes` and `traffic`.
 
-    `bytes` are those of its inputs that it loads and of its outputs that it stores, each once. What
-    a later launch of the op reads again of an output, and scratch between launches, is no part of
-    the op's least traffic.
+    `bytes` are those of its inputs that it loads and of its outputs that it stores, each once. The
+    parts of an output that a later launch reads again, and scratch between launches, are not part
+    of an op's minimum traffic.
     """
 
     bytes: int

@@ -1,4 +1,4 @@
-"""diffusers' rotary embedding in the dtype of what it turns."""
+"""diffusers' rotary embedding, computed in float64."""
 
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -8,8 +8,8 @@ import torch
 
 @contextmanager
 def turned_in_float64(module):
-    """In this block a transformer of `module` turns heads in float64; diffusers' own does so in
-    float32, whatever their dtype, which is no reference for an error budget."""
+    """In this block the transformers of `module` rotate heads in float64. diffusers rotates them in
+    float32 whatever their dtype, which is not exact enough for a reference."""
 
     def turn(x, tables, sequence_dim):
         cos, sin = (table.double()[None, :, None, :] for table in tables)

@@ -1,4 +1,4 @@
-"""Tiny pipelines with a prior: their parts, in float64."""
+"""The parts of tiny pipelines with a prior, in float64."""
 
 import torch
 from diffusers import (
@@ -84,7 +84,7 @@ def image_encoder():
 
 
 def kandinsky_parts(tokenizer):
-    """Of KandinskyV22PriorPipeline and its twin that begins with a picture."""
+    """The parts of KandinskyV22PriorPipeline and of its image-to-image variant."""
     return {
         "prior": prior(norm_in_type="layer", embedding_proj_norm_type="layer"),
         "image_encoder": image_encoder(),
@@ -96,7 +96,7 @@ def kandinsky_parts(tokenizer):
 
 
 def unclip_parts(tokenizer):
-    """Of UnCLIPPipeline."""
+    """The parts of UnCLIPPipeline."""
     wide = 4 * DECODER["block_out_channels"][0]
     project = UnCLIPTextProjModel(
         clip_embeddings_dim=WIDE, time_embed_dim=wide, cross_attention_dim=WIDE
@@ -117,7 +117,7 @@ def unclip_parts(tokenizer):
 
 
 def variation_parts(tokenizer):
-    """Of UnCLIPImageVariationPipeline."""
+    """The parts of UnCLIPImageVariationPipeline."""
     parts = unclip_parts(tokenizer)
     for name in ("prior", "prior_scheduler"):
         del parts[name]
@@ -128,9 +128,9 @@ def variation_parts(tokenizer):
 
 
 def stable_parts(tokenizer, components):
-    """Of StableUnCLIPPipeline, with DDPM's steps for the prior as its page has them."""
-    told = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * WIDE}
-    own = components(unet=told)
+    """The parts of StableUnCLIPPipeline; its prior uses DDPM, as in diffusers' documentation."""
+    config = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * WIDE}
+    own = components(unet=config)
     return {
         "prior_tokenizer": tokenizer,
         "prior_text_encoder": text_encoder(tokenizer),
@@ -145,7 +145,7 @@ def stable_parts(tokenizer, components):
 
 
 def drawn(pipe, **call):
-    """What a call gives, as a tensor."""
+    """The outputs of a call, as one tensor."""
     given = {"prompt": "red heart", "generator": torch.Generator().manual_seed(3)} | call
     given = {name: value for name, value in given.items() if value is not None}
     made = pipe(**given, return_dict=False)
