@@ -1,6 +1,6 @@
 """Tiny Triton kernels whose machine code is known beforehand, as ops that `table()` finds.
 
-Imported by the tests' other process only: in their own the kernels are Triton's interpreter's.
+Only a separate process imports them: in the tests' own process kernels run in Triton's interpreter.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def _gather_kernel(x_ptr, stride, y_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scale_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """Needs all of the block twice: it stays in registers, if they suffice."""
+    """Uses the whole block twice, so the block stays in registers if there are enough."""
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i).to(tl.float32)
     tl.store(y_ptr + i, x / tl.sum(x))
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def plant(name, kernel, size, num_warps, stride=None, **constants):
-    """An op of one launch on a vector of `size`; FLOPs and bytes are as of a product."""
+    """Add an op of one launch on a vector of `size`, with FLOPs and bytes of a matrix product."""
 
     def plan(arch, a):
         y = torch.empty_like(a.x)
@@ -69,12 +69,12 @@ def plant(name, kernel, size, num_warps, stride=None, **constants):
     KERNELS[name] = Kernel(spec, None, implementations, *[spec.reference] * 3)
 
 
-# 1024 halves over 4 warps: 8 halves, 16 bytes, a thread
-plant("beside", _copy_kernel, 1024, 4, stride=1, BLOCK=1024)
+# 1024 float16 numbers over 4 warps are 8 numbers, 16 bytes, a thread
+plant("contiguous", _copy_kernel, 1024, 4, stride=1, BLOCK=1024)
 plant("every third", _copy_kernel, 3072, 4, stride=3, BLOCK=1024)
 plant("gathered", _gather_kernel, 3072, 4, stride=3, BLOCK=1024)
-# 4096 numbers over a warp are 128 registers a thread; 16384 are 512, and 255 is all there are
+# 4096 numbers over a warp are 128 registers a thread; 16384 are 512, and a thread has at most 255
 plant("kept", _scale_kernel, 4096, 1, BLOCK=4096)
 plant("spilled", _scale_kernel, 16384, 1, BLOCK=16384)
 plant("product", _product_kernel, 64 * 64, 4, SIDE=64)
-PLANTED = ("beside", "every third", "gathered", "kept", "spilled", "product")
+PLANTED = ("contiguous", "every third", "gathered", "kept", "spilled", "product")

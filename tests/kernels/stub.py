@@ -1,5 +1,5 @@
-"""A driver for Triton that starts nothing, and a count of what Triton compiles: for processes of
-their own, whose kernels are not the interpreter's."""
+"""A driver for Triton that starts no kernel, and notes which ones Triton compiles. It is for
+separate processes, whose kernels do not run in the interpreter."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,8 @@ from triton.runtime import driver
 
 
 class Stub:
-    """A GPU of an architecture that is not there. `started`: names of the kernels it was given."""
+    """Stands in for a GPU of an architecture. `started`: the names of the kernels that it got;
+    `compiled`: the names of those that Triton compiled."""
 
     def __init__(self, arch):
         self.arch = arch

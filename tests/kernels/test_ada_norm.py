@@ -1,4 +1,4 @@
-"""`ada_norm` is what diffusers computes, and refuses what it cannot."""
+"""`ada_norm` computes what diffusers computes, and refuses wrong arguments."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ WHICH = pytest.mark.parametrize("which", ["cpu", "triton"])
 
 
 def inside(got, wanted):
-    """wanted(dtype): what diffusers' module gives in it; float32 is eager's, float64 the truth."""
+    """wanted(dtype): diffusers' result in a dtype; float32's is eager's, float64's exact."""
     with torch.no_grad():
         verdict = judge("y", got, wanted(torch.float32), wanted(torch.float64))
     assert verdict.passed, verdict
@@ -89,7 +89,7 @@ def test_halves_of_guidance_share_a_residual(which):
 
 
 def test_far_mean_is_exact_where_eager_is_not():
-    """Eager's own error makes the budget of this case wide: hold the kernel to the truth itself."""
+    """Eager's own error makes the budget of this case wide, so the error has a bound of its own."""
     spec = KERNELS["ada_norm"].spec
     case = next(case for case in spec.cases if case.name == "far-mean")
     verdict = verify(spec, implementation("ada_norm", "triton"), case, torch.float32)[0]
@@ -97,7 +97,7 @@ def test_far_mean_is_exact_where_eager_is_not():
 
 
 @pytest.mark.skipif(NATIVE is None, reason="built without a compiler")
-def test_all_that_a_norm_takes_is_one_kernel_in_cpp():
+def test_a_norm_with_all_its_options_is_one_kernel_in_cpp():
     x, weight, row = torch.randn(B, L, D), torch.ones(D), torch.ones(B, D)
     with counting() as called:
         ada_norm(x, 1e-5, weight, weight, residual=x)
@@ -120,7 +120,7 @@ def test_all_that_a_norm_takes_is_one_kernel_in_cpp():
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_read_is_refused(which, arguments, message):
+def test_wrong_shapes_dtypes_and_strides_are_refused(which, arguments, message):
     with pytest.raises(ValueError, match=message):
         implementation("ada_norm", which)(torch.randn(B, L, D), 1e-5, **arguments)
 
@@ -133,7 +133,7 @@ def test_kernel_refuses_scattered_rows():
 
 
 @pytest.mark.parametrize("D", [1, 3, 64, 320, 1280, 1536, 2432, 3072, 12288])
-def test_every_candidate_deals_each_row_to_whole_warps(D):
+def test_every_candidate_divides_rows_among_whole_warps(D):
     own = pick(1024, D, 8, 90)
     configs = candidates(1024, D, 8, 90)
     assert configs[0] == own

@@ -1,6 +1,6 @@
-"""Masks of every shape, who is chosen, and joint attention's errors.
+"""Masks of every shape, the choice of an implementation, and joint attention's errors.
 
-That every case of both ops is inside its budget is tested for every kernel in test_triton.py.
+test_contract.py and test_triton.py test that every case of both ops is inside its error budget.
 """
 
 import math
@@ -20,7 +20,7 @@ from fastdiff.kernels.joint_attention.spec import SPEC as JOINT
 from fastdiff.kernels.planned import Planning, distinct
 
 KERNELS = ["triton", *(NATIVE.isas() if NATIVE else ())]
-"""Triton's under its interpreter, and ours of each instruction set that this processor runs."""
+"""The Triton kernel in the interpreter, and the C++ kernels of this CPU's instruction sets."""
 ISAS = KERNELS[1:]
 ARCHS = (80, 86, 89, 90, 100, 120)
 WIDTHS = (40, 64, 80, 96, 128, 160, 512)
@@ -28,7 +28,7 @@ WIDTHS = (40, 64, 80, 96, 128, 160, 512)
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("size", [2, 4])
-def test_what_a_tuner_tries_begins_with_what_is_picked(arch, size):
+def test_the_first_candidate_of_the_tuner_is_the_default(arch, size):
     for K in WIDTHS:
         for Lk in (1, 77, 300, 4096):
             tried = gpu.candidates(Lk, K, size, arch)
@@ -39,24 +39,24 @@ def test_what_a_tuner_tries_begins_with_what_is_picked(arch, size):
         assert all(config.keys for config in tried)
 
 
-def test_bytes_at_once_follow_strides_and_widths():
+def test_the_width_of_loads_follows_from_strides_and_head_widths():
     def vector(tensor):
         return gpu.alignment(tensor.shape[3], tensor)[1]
 
     packed = torch.empty(2, 8, 3, 5, 40, dtype=torch.float16)
-    assert vector(packed[:, :, 1]) == 16  # heads are 80 bytes, 16 of which divide every stride
+    assert vector(packed[:, :, 1]) == 16  # heads are 80 bytes wide; 16 divides every stride
     assert vector(torch.empty(2, 8, 5, 36, dtype=torch.float16)) == 8
     assert vector(torch.empty(2, 8, 5, 33, dtype=torch.float16)) == 2
     assert vector(torch.empty(2, 8, 5, 40)) == 16
     shifted = torch.empty(2, 8, 208, dtype=torch.float16)[..., 4:204].unflatten(2, (5, 40))
-    assert vector(shifted) == 2  # Triton asks whether a pointer is a multiple of 16, no more
+    assert vector(shifted) == 2  # Triton only knows whether a pointer is a multiple of 16
     with pytest.raises(ValueError, match="the last must be 1"):
         vector(packed[:, :, 1].transpose(2, 3))
 
 
 @pytest.fixture
 def kernel_of(chosen):
-    """kernel_of(name, which): an op's kernel, which is one of `KERNELS`."""
+    """kernel_of(name, which): one of an op's kernels; `which` is one of `KERNELS`."""
 
     def kernel(name, which):
         if which != "triton":
@@ -67,7 +67,7 @@ def kernel_of(chosen):
 
 
 def held(run, spec, *inputs, **options):
-    """What `run` returns, inside the budget of `spec`."""
+    """What `run` returns, after checking that it is inside the error budget of `spec`."""
 
     def cast(value):
         return value.double() if isinstance(value, torch.Tensor) else value
@@ -87,7 +87,7 @@ def held(run, spec, *inputs, **options):
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 @pytest.mark.parametrize("which", KERNELS)
 def test_any_scale(which, scale, kernel_of):
-    """A negative one turns the order of the scores around, and with it where their peak is."""
+    """A negative scale reverses the order of the scores, and so moves the largest one."""
     inputs = 4 * torch.randn(3, 1, 300, 2, 40)
     for dtype in [torch.float32] if which == "triton" else [torch.float32, torch.bfloat16]:
         held(kernel_of("attention", which), ATTENTION, *inputs.to(dtype).unbind(0), scale=scale)
@@ -96,8 +96,8 @@ def test_any_scale(which, scale, kernel_of):
 @pytest.mark.parametrize("Lk", [77, 154, 700])
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, float("-inf")])
 @pytest.mark.parametrize("which", KERNELS)
-def test_a_query_that_may_see_nothing(which, Lk, lowest, kernel_of):
-    """All keys masked by the lowest number: their mean; by -inf: NaN, as of torch."""
+def test_a_query_with_all_keys_masked(which, Lk, lowest, kernel_of):
+    """If the mask is the lowest number: the mean of all values; if it is -inf: NaN, as in torch."""
     q, k, v = torch.randn(1, 9, 2, 40), *torch.randn(2, 1, Lk, 2, 40).unbind(0)
     mask = torch.zeros(1, 1, 9, Lk)
     mask[:, :, 3] = lowest
@@ -110,7 +110,7 @@ def test_a_query_that_may_see_nothing(which, Lk, lowest, kernel_of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
 def test_masks_of_every_shape_on_a_cpu(isa, dtype, kernel_of):
-    """A row for each sample, head or query, or one for all; -inf hides keys in bfloat16, too."""
+    """A row for each sample, head or query, or one for all; -inf masks keys in bfloat16, too."""
     q, k, v = torch.randn(2, 70, 3, 40), *torch.randn(2, 2, 131, 3, 40).unbind(0)
     inputs = [t.to(dtype) for t in (q, k, v)]
     for shape in [(131,), (2, 1, 1, 131), (1, 3, 1, 131), (70, 131), (2, 3, 70, 131), (70, 1)]:
@@ -121,9 +121,9 @@ def test_masks_of_every_shape_on_a_cpu(isa, dtype, kernel_of):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
-def test_heads_and_tokens_of_any_number_on_a_cpu(isa, dtype, kernel_of):
-    """Odd widths end in half a pair and in parts of a vector, odd keys in half a pair; blocks of
-    one to four vectors of queries."""
+def test_any_number_of_tokens_and_any_head_width_on_a_cpu(isa, dtype, kernel_of):
+    """Head widths and key counts that leave half a pair or part of a vector; blocks of one to four
+    vectors of queries."""
     for queries, keys, width in [
         *((n, 5, 8) for n in (1, 15, 16, 17, 33, 49, 64, 65)),
         *((3, n, 16) for n in (1, 2, 3, 7, 13, 127, 128, 129, 257)),
@@ -137,7 +137,8 @@ def test_heads_and_tokens_of_any_number_on_a_cpu(isa, dtype, kernel_of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
 def test_heads_too_large_to_be_copied_at_once_on_a_cpu(isa, dtype, kernel_of):
-    """An autoencoder's: keys come in stretches of 4 MiB, which several blocks of queries meet."""
+    """The heads of an autoencoder: keys are copied 4 MiB at a time, and several blocks of queries
+    use each copy."""
     q, k, v = torch.randn(3, 1, 2051, 1, 512).to(dtype).unbind(0)
     mask = torch.randn(2051).to(dtype)
     held(kernel_of("attention", isa), ATTENTION, q[:, :150], k, v, mask)
@@ -153,8 +154,8 @@ def test_heads_too_large_to_be_copied_at_once_on_a_cpu(isa, dtype, kernel_of):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_products_of_bfloat16_are_as_exact_as_torchs(isa, kernel_of):
-    """Not only inside the budget, which allows twice eager's error: at most torch's own kernel's,
-    and a quarter, over a whole head."""
+    """Tighter than the budget, which allows twice eager's error: over a whole head the error is at
+    most 1.25 times that of torch's own kernel."""
     q, k, v = torch.randn(3, 1, 1024, 2, 80).bfloat16().unbind(0)
     exact = ATTENTION.reference(q.double(), k.double(), v.double())
 
@@ -170,7 +171,7 @@ def test_products_of_bfloat16_are_as_exact_as_torchs(isa, kernel_of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_products_row_by_row(dtype, masked, monkeypatch):
-    monkeypatch.setattr(products, "SCORES", 6 * 77 * 32)  # the last block is a part of one
+    monkeypatch.setattr(products, "SCORES", 6 * 77 * 32)  # the last block is not full
     q, k, v = torch.randn(2, 100, 3, 512), *torch.randn(2, 2, 77, 3, 512).unbind(0)
     mask = torch.randn(2, 1, 1, 77) if masked else None
     inputs = [None if t is None else t.to(dtype) for t in (q, k, v, mask)]
@@ -181,7 +182,7 @@ def test_products_row_by_row(dtype, masked, monkeypatch):
     assert got.is_contiguous()
 
 
-def test_heads_that_no_library_takes_are_products_unless_their_keys_are_few():
+def test_wide_heads_run_as_matrix_products_unless_there_are_few_keys():
     assert (
         choose(512, 4096, 2).run == choose(640, 77, 4).run == choose(632, 77, 2).run == "products"
     )
@@ -195,14 +196,14 @@ def test_heads_that_no_library_takes_are_products_unless_their_keys_are_few():
     assert {choice.run for choice in CUDA_CHOICES} <= {"triton", "sdpa", "products"}
 
 
-def test_joint_attention_names_what_does_not_fit():
+def test_joint_attention_names_the_wrong_argument():
     q, text = torch.randn(1, 6, 2, 8), torch.randn(1, 3, 2, 8)
     with pytest.raises(
         ValueError, match=r"joint_attention: .*\[1, 3, 2, 4\].*; expected \[B, L, H"
     ):
         joint_attention(q, q, q, text, text, text[..., :4])
-    whole = torch.zeros(4), torch.zeros(2, 3)  # of 3 tokens, of one sample
-    for wrong in (*whole, torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]):
+    shapes = torch.zeros(4), torch.zeros(2, 3)  # for a text of one sample with 3 tokens
+    for wrong in (*shapes, torch.zeros(3, dtype=torch.float64), torch.zeros(6)[::2]):
         with pytest.raises(ValueError, match="joint_attention: text_bias (is|has)"):
             joint_attention(q, q, q, None, text, text, text_bias=wrong)
     with pytest.raises(ValueError, match="6 picture and 0 text tokens"):
@@ -210,8 +211,8 @@ def test_joint_attention_names_what_does_not_fit():
 
 
 @pytest.mark.parametrize("tokens", [6, 16, 30])  # fewer and more scores than a vector holds
-def test_one_text_token_with_a_bias_stands_for_as_many_equal_ones(tokens):
-    """SD3 without T5: 256 tokens of zeros."""
+def test_one_text_token_with_a_bias_replaces_many_equal_tokens(tokens):
+    """SD3 without T5 has 256 text tokens of zeros."""
     states, words = torch.randn(3, 2, tokens + 3, 2, 8, dtype=torch.float64).split([tokens, 3], 2)
     many = torch.cat([words[:, :, :2], words[:, :, 2:].expand(-1, -1, 256, -1, -1)], 2)
     picture, text = joint_attention(*states.unbind(0), *many.unbind(0))
@@ -222,26 +223,26 @@ def test_one_text_token_with_a_bias_stands_for_as_many_equal_ones(tokens):
     torch.testing.assert_close(ours_text, text[:, :3], rtol=1e-6, atol=1e-6)
 
 
-def test_a_silent_text_is_attended_to_and_gets_nothing():
+def test_a_text_without_queries_is_attended_to_and_gets_no_output():
     q, k, v = torch.randn(3, 2, 9, 2, 8).unbind(0)
     _, *words = torch.randn(3, 2, 4, 2, 8).unbind(0)
-    asked, _ = joint_attention(q, k, v, torch.randn(2, 4, 2, 8), *words)
+    expected, _ = joint_attention(q, k, v, torch.randn(2, 4, 2, 8), *words)
     picture, text = joint_attention(q, k, v, None, *words)
-    torch.testing.assert_close(picture, asked)
+    torch.testing.assert_close(picture, expected)
     assert text.shape == (0,)
 
 
-def test_a_silent_text_needs_no_kernel_of_its_own():
+def test_a_text_without_queries_runs_the_same_kernel():
     inputs = {True: None, False: None}
     kernel = all_kernels()["joint_attention"]
     for silent in inputs:
         case = Case("c", B=2, L=1024, T=333, H=2, K=64, silent=silent)
         inputs[silent] = planned(kernel, case, torch.float16, 90)[0]
     assert len(distinct(inputs.values())) == 1
-    assert inputs[True].grid[0] == inputs[False].grid[0] - 6  # of 64 queries
+    assert inputs[True].grid[0] == inputs[False].grid[0] - 6  # blocks of 64 queries
 
 
-def test_joint_attention_is_attention_of_both_end_to_end():
+def test_joint_attention_is_attention_over_picture_and_text_concatenated():
     states = torch.randn(3, 2, 9, 2, 8)
     whole = ATTENTION.reference(*states.unbind(0))
     picture, text = joint_attention(*states[:, :, :6].unbind(0), *states[:, :, 6:].unbind(0))

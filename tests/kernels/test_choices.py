@@ -1,4 +1,5 @@
-"""Who computes an op on a CPU: the table, what lies between its rows, and what it is made from."""
+"""Which implementation computes an op on a CPU: the nearest row of a measured table decides. The
+table's measurement and reading."""
 
 import json
 from dataclasses import replace
@@ -24,7 +25,7 @@ CONV = "3x3 stride 1 padding 1 1"
 
 @pytest.fixture
 def rows(monkeypatch):
-    """rows(Row, …): they are the table of every instruction set."""
+    """rows(Row, …): use these rows as the table of every instruction set."""
 
     def given(*rows: Row) -> None:
         alike: dict[tuple[str, str, str, int], tuple[Row, ...]] = {}
@@ -71,14 +72,14 @@ def test_the_nearest_size_decides(rows):
     assert called(lambda: linear(torch.randn(4096, 320).bfloat16(), weight.bfloat16())) == ["conv"]
 
 
-def test_what_is_asked_for_by_name_is_ours_where_the_op_is_the_librarys(rows):
+def test_impl_cpu_is_our_kernel_even_where_the_table_says_library(rows):
     rows(row("linear", "none", (8, 4, 4), LIBRARY))
     x, weight = torch.randn(8, 4), lent(4, 4)
     assert called(lambda: implementation("linear", "cpu")(x, weight)) == ["conv"]
     torch.testing.assert_close(linear(x, weight), x @ weight.t())
 
 
-def test_a_convolution_goes_to_the_librarys_with_all_that_stands_around_it(rows):
+def test_the_librarys_convolution_is_also_enlarged_and_added_to(rows):
     x, residual = torch.randn(2, 5, 5, 8), torch.randn(2, 10, 10, 16)
     weight = torch.randn(3, 3, 8, 16).permute(3, 2, 0, 1)
     ours = conv2d(x, weight, torch.ones(16), size=(10, 10), residual=residual)
@@ -87,7 +88,7 @@ def test_a_convolution_goes_to_the_librarys_with_all_that_stands_around_it(rows)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_an_instruction_set_without_a_table_goes_by_the_measured_ones_loops(tmp_path, monkeypatch):
+def test_an_unmeasured_instruction_set_runs_our_fastest_measured_kernel(tmp_path, monkeypatch):
     work = {"op": "conv2d", "kind": CONV, "sizes": [1, 8, 8, 8, 16], "runs": LIBRARY}
     rows = [
         work | {"dtype": "float32", "ms": {"direct": 3, "winograd24": 2, LIBRARY: 1}},
@@ -105,7 +106,7 @@ def test_an_instruction_set_without_a_table_goes_by_the_measured_ones_loops(tmp_
     choices.table.cache_clear()
 
 
-def test_few_channels_never_run_by_the_coarsest_algorithm(rows, monkeypatch):
+def test_three_channels_do_not_run_the_coarsest_algorithm(rows, monkeypatch):
     rows(row("conv2d", CONV, (1, 8, 8, 8, 16), "winograd24"))
     asked = []
     monkeypatch.setattr(cpu, "convolved", lambda a, algorithm: asked.append(algorithm))
@@ -115,14 +116,14 @@ def test_few_channels_never_run_by_the_coarsest_algorithm(rows, monkeypatch):
     assert asked == [cpu.ALGORITHMS["winograd22"], cpu.ALGORITHMS["winograd24"]]
 
 
-def test_no_tape_holds_what_the_library_computes(rows):
+def test_no_tape_is_recorded_of_what_the_library_computes(rows):
     x, weight = torch.randn(8, 4), lent(4, 4)
     assert tape.record(lambda x: linear(x, weight), (x,)) is not None
     rows(row("linear", "none", (8, 4, 4), LIBRARY))
     assert tape.record(lambda x: linear(x, weight), (x,)) is None
 
 
-def test_tiles_of_bfloat16_are_the_librarys(rows, monkeypatch):
+def test_the_library_computes_bfloat16_where_there_is_amx(rows, monkeypatch):
     rows()
     monkeypatch.setattr(choices, "has_amx", lambda: True)
     x, weight = torch.randn(8, 4), lent(4, 4)
@@ -141,7 +142,7 @@ def test_tiles_of_bfloat16_are_the_librarys(rows, monkeypatch):
                     "runs": "own", "ms": {"library": 1}}]}, "was not measured"),
     ],
 )  # fmt: skip
-def test_a_table_that_may_not_be_used_says_why(tmp_path, change, says):
+def test_an_invalid_table_is_refused_with_the_reason(tmp_path, change, says):
     path = tmp_path / "cpu_avx512.json"
     about = dict.fromkeys(choices.ABOUT, "") | {"isa": "avx512"}
     path.write_text(json.dumps({"schema": choices.SCHEMA, **about, "rows": []} | change))
@@ -149,7 +150,7 @@ def test_a_table_that_may_not_be_used_says_why(tmp_path, change, says):
         choices.read(path, "avx512")
 
 
-def test_the_calls_that_are_measured_are_those_of_a_real_picture(monkeypatch):
+def test_every_call_of_a_real_picture_is_measured(monkeypatch):
     real = set()
     answer = choices.runs
 
@@ -167,7 +168,7 @@ def test_the_calls_that_are_measured_are_those_of_a_real_picture(monkeypatch):
     assert sorted(map(str, real - measured)) == []
 
 
-def test_the_race_measures_each_who_can_compute_and_chooses_the_fastest():
+def test_tuning_measures_every_implementation():
     (call,) = [
         call
         for call in calls(torch.float32, ["demo"])
@@ -183,9 +184,9 @@ def test_the_race_measures_each_who_can_compute_and_chooses_the_fastest():
     [
         ({OWN: 9.0, LIBRARY: 8.0}, True, LIBRARY),
         ({OWN: 8.2, LIBRARY: 8.0}, False, OWN),
-        ({OWN: 0.4, LIBRARY: 0.1}, True, OWN),  # a tape is worth more
+        ({OWN: 0.4, LIBRARY: 0.1}, True, OWN),  # staying on the tape is worth more
         ({OWN: 0.4, LIBRARY: 0.1}, False, LIBRARY),
-        ({OWN: 0.008, LIBRARY: 0.004}, False, OWN),  # as much as noise
+        ({OWN: 0.008, LIBRARY: 0.004}, False, OWN),  # the difference is noise
         ({"direct": 3.0, "winograd24": 2.0, LIBRARY: 2.1}, False, "winograd24"),
     ],
 )

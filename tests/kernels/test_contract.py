@@ -28,7 +28,7 @@ ALL = [
 CHEAPEST_FIRST = sorted(ALL, key=lambda known: cost(known.values[0].spec, known.values[1]))
 LIBRARIES = [known for known in ALL if "triton" not in known.values[0].implementations]
 PLAIN = ("gelu_gate", "softmax")
-"""Plain torch on a CPU."""
+"""Ops that are plain torch on a CPU."""
 REFUSED = {
     "linear": lambda c: not c.get("packed", True),
     "conv2d": lambda c: not c.get("packed", True),
@@ -44,7 +44,8 @@ ISAS = NATIVE.isas() if NATIVE else [None]
 
 
 def in_cpp(kernel, case, dtype):
-    """Whether a kernel in C++ computes it: `test_what_is_asked_for_by_name` holds this to it."""
+    """Whether a kernel in C++ computes a case; `test_a_named_kernel_runs_or_says_why_not` checks
+    this."""
     name = kernel.spec.name
     known = NATIVE is not None and (dtype in NATIVE_DTYPES or name == "concat")
     return known and name not in PLAIN and not REFUSED.get(name, lambda case: False)(case)
@@ -71,7 +72,7 @@ CPP = [
     for kernel in all_kernels().values()
     for parameter in (
         *on_every_isa(of_size(kernel, True), always=lambda *values: True),
-        # real sizes take turns: each is seen once, on one instruction set in one dtype
+        # each real size is tested once, on one of the instruction sets in one of the dtypes
         *on_every_isa(of_size(kernel, False), together=1),
     )
 ]
@@ -94,7 +95,7 @@ def test_cpp_is_inside_the_budget(kernel, case, dtype, isa, chosen):
 
 
 @pytest.mark.parametrize(("kernel", "case", "dtype"), TORCH)
-def test_torch_is_inside_the_budget_where_no_cpp_is(kernel, case, dtype):
+def test_torch_is_inside_the_budget_where_there_is_no_cpp_kernel(kernel, case, dtype):
     verdicts = hold(kernel.spec, kernel.implementations["cpu"](), case, dtype)
     assert all(v.passed for v in verdicts), verdicts
 
@@ -113,7 +114,7 @@ def test_op_is_well_defined(kernel, case):
 @pytest.mark.parametrize(
     ("kernel", "case"), first_of_each(CHEAPEST_FIRST, kind=lambda kernel, case: kernel.spec.name)
 )
-def test_op_can_be_traced_with_sizes_that_are_not_known(kernel, case):
+def test_op_can_be_traced_with_symbolic_sizes(kernel, case):
     inputs = kernel.spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
     verdict = torch.library.opcheck(kernel.op, (), inputs, test_utils="test_aot_dispatch_dynamic")
     assert set(verdict.values()) == {"SUCCESS"}
@@ -190,7 +191,7 @@ def test_bytes_and_flops_by_hand():
         possible=lambda kernel, case, dtype: kernel.spec.name not in PLAIN,  # torch by contract
     ),
 )
-def test_what_is_asked_for_by_name_runs_or_says_why_not(kernel, case, dtype):
+def test_a_named_kernel_runs_or_says_why_not(kernel, case, dtype):
     """The C++ kernel is called, or one sentence says what it got and what it takes."""
     name = kernel.spec.name
     inputs = kernel.spec.inputs(case, dtype, torch.device("cpu"), torch.Generator())
@@ -205,7 +206,7 @@ def test_what_is_asked_for_by_name_runs_or_says_why_not(kernel, case, dtype):
             assert not called
 
 
-ELSEWHERE = [
+IMPLEMENTATIONS = [
     (kernel, which)
     for kernel in KERNELS.values()
     for which in kernel.implementations
@@ -214,9 +215,9 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize(
-    ("kernel", "which"), ELSEWHERE, ids=[f"{k.spec.name}-{w}" for k, w in ELSEWHERE]
+    ("kernel", "which"), IMPLEMENTATIONS, ids=[f"{k.spec.name}-{w}" for k, w in IMPLEMENTATIONS]
 )
-def test_tensors_elsewhere_and_dtypes_of_nobody_are_refused(kernel, which, monkeypatch):
+def test_tensors_on_other_devices_and_unsupported_dtypes_are_refused(kernel, which, monkeypatch):
     if which == "cuda":
         pytest.skip("built with -DFASTDIFF_CUDA=ON only; see test_cuda.py")
     name, case = kernel.spec.name, kernel.spec.cases[-1]
@@ -235,8 +236,8 @@ def test_tensors_elsewhere_and_dtypes_of_nobody_are_refused(kernel, which, monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_an_argument_that_names_the_kernel_falls_back_nowhere(dtype):
+def test_impl_cpu_never_falls_back(dtype):
     q, h = torch.ones(1, 4, 1, 8, dtype=dtype), torch.ones(1, 4, 8, dtype=dtype)
     with pytest.raises(ValueError, match=f"attention: got {dtype}"):
         attention(q, q, q, impl="cpu")
-    assert attention(q, q, q).dtype == gelu_gate(h).dtype == dtype  # not asked for: torch's
+    assert attention(q, q, q).dtype == gelu_gate(h).dtype == dtype  # without `impl`, by torch

@@ -1,7 +1,7 @@
 """The CUDA kernel without a GPU: its code for each architecture, its arithmetic on the host.
 
-Not shown here, and not by anything without a GPU: the kernel's barriers, shared memory of another
-thread block, the launch itself, the device's own exponential and division.
+Only a GPU can test the rest: the kernel's barriers, shared memory of another thread block, the
+launch itself, the device's own exponential and division.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ needs_nvcc = pytest.mark.skipif(cuda_code.nvcc() is None, reason="there is no nv
 TOO_LARGE = {"vae-top"}
 REFUSED = {c.name for c in SPEC.cases if c.get("scaled") or c.get("act") == "gelu"}
 KEPT = {c.name for c in SPEC.cases if c.get("keep") or (c.get("C2") and c.get("residual"))}
-LARGE = 1 << 20  # elements; more are run in one dtype only, for their time
+LARGE = 1 << 20  # elements; larger cases run in one dtype only, to save time
 RUN = [
     pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
     for case in SPEC.cases
@@ -47,10 +47,14 @@ def pick(case, size, arch, **options):
 
 @pytest.fixture(scope="module")
 def emulate(tmp_path_factory):
-    """emulate(backwards, shared): a `call` of cuda.start; appends the shared memory of a block."""
+    """emulate(backwards, shared): a `call` for cuda.start that runs the kernel on the host.
+
+    backwards: run the threads in reverse order. shared: a list, to which a call appends the bytes
+    of a block's shared memory.
+    """
     library = tmp_path_factory.mktemp("cuda") / "host.so"
     options = ("-x", "c++", "-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC")
-    options += ("-cudart", "none", "-cudadevrt", "none")  # nothing of CUDA runs
+    options += ("-cudart", "none", "-cudadevrt", "none")  # runs without the CUDA runtime
     source = ROOT / "csrc" / "cuda" / "group_norm_silu_host.cpp"
     subprocess.run([cuda_code.nvcc(), *options, "-o", library, source], check=True)
     function = ctypes.CDLL(str(library)).emulate
@@ -81,7 +85,7 @@ def test_arithmetic_is_within_the_budget(case, dtype, emulate):
 @needs_nvcc
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16])
 def test_clusters_of_every_size_agree(cluster, emulate, monkeypatch):
-    """45 pixels: with 16 blocks of 3 the last has none."""
+    """45 pixels: the last of 16 blocks of 3 pixels has none."""
     case = next(case for case in SPEC.cases if case.name == "odd")
     monkeypatch.setattr(cuda, "CLUSTERS", {90: (cluster,)})
     inputs = SPEC.inputs(case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
@@ -93,11 +97,11 @@ def test_clusters_of_every_size_agree(cluster, emulate, monkeypatch):
         cuda.start(emulate(order), 90, Arguments(**inputs)) for order in (False, True)
     )
     for one, other in zip(forwards, backwards, strict=True):
-        assert torch.equal(one, other)  # no thread waits for another of its phase
+        assert torch.equal(one, other)  # within a phase, no thread depends on another
 
 
 @needs_nvcc
-def test_order_of_threads_is_free_in_vectors_too(emulate):
+def test_the_order_of_threads_changes_no_bit_in_vectors_either(emulate):
     case = next(case for case in SPEC.cases if case.name == "sdxl-32-residual")
     inputs = SPEC.inputs(case, torch.float16, torch.device("cpu"), torch.Generator().manual_seed(0))
     forwards, backwards = (
@@ -133,8 +137,8 @@ def test_addresses_that_are_not_aligned_take_the_narrow_path(emulate):
 
 @needs_nvcc
 def test_code_is_as_committed():
-    """No spills, no local memory, two blocks on an SM, 16 bytes at once, clusters where there are
-    any; with the compiler of the committed table not one register more."""
+    """No spills, no local memory, two blocks on an SM, loads of 16 bytes, clusters where the
+    architecture has them; with the compiler of the committed table, not one register more."""
     with ThreadPoolExecutor(2) as pool:
         rows = [row for some in pool.map(cuda_code.rows, cuda_code.ARCHS) for row in some]
     committed = json.loads((ROOT / "benchmarks" / "static" / "cuda.json").read_text())
@@ -174,10 +178,10 @@ def test_a_picture_of_sdxl_takes_the_largest_cluster():
     config = cuda.pick(B=2, L=128 * 128, W=10, G=32, size=2, arch=90)
     assert config == cuda.LaunchConfig(groups=8, cluster=16, rows=1024, lanes=8, shared=202848)
     assert cuda.pick(B=2, L=128 * 128, W=10, G=32, size=2, arch=80) is None
-    assert cuda.pick(B=2, L=128 * 128, W=10, G=32, size=2, arch=70) is None  # nobody's
+    assert cuda.pick(B=2, L=128 * 128, W=10, G=32, size=2, arch=70) is None  # not supported
 
 
-def test_what_the_kernel_does_not_take_is_said():
+def test_the_kernel_says_what_it_does_not_take():
     def call(*arguments):
         raise AssertionError("started")
 

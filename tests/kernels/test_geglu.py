@@ -1,4 +1,4 @@
-"""GEGLU and its gate: what the kernels' contract cannot say."""
+"""GEGLU and its gate: what their contracts cannot express."""
 
 import math
 
@@ -15,7 +15,7 @@ from fastdiff.kernels.gelu_gate import gelu_gate
 ARCHS = (80, 90, 100, 120)
 
 
-@pytest.mark.product  # test_inspect.py has float16, and CI's table of all launches
+@pytest.mark.product  # test_inspect.py tests float16, and CI's table all launches
 def test_the_gate_keeps_enough_bytes_in_flight_in_bfloat16(compiled):
     """4.3 TB/s times 0.8 us over 132 SMs are 26 KiB an SM; a warp has 2 KiB in flight."""
     gates = compiled(ARCHS, "bfloat16", cases=("sd15-32-part",), ops=("gelu_gate",))
@@ -27,7 +27,7 @@ def test_the_gate_keeps_enough_bytes_in_flight_in_bfloat16(compiled):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gate_of_what_is_not_finite(dtype):
+def test_gate_of_infinity_and_nan(dtype):
     inf, nan = float("inf"), float("nan")
     gates = torch.tensor([inf, nan, 65504.0, -65504.0, 0.0, -0.0], dtype=dtype)
     h = torch.cat([torch.ones_like(gates), gates])[None]
@@ -40,7 +40,7 @@ def test_gate_of_what_is_not_finite(dtype):
 
 
 def test_gate_is_closer_to_the_truth_than_torch():
-    """Over all magnitudes: the fit is of Phi, so small gates are as exact as large ones."""
+    """At all magnitudes: the kernel approximates Phi, so small gates are as exact as large ones."""
     sign = torch.tensor([-1.0, 1.0])[:, None]
     gates = (sign * torch.logspace(-6, 1.5, 20000)).view(-1, 200)
     exact = F.gelu(gates.double())
@@ -52,7 +52,8 @@ def test_gate_is_closer_to_the_truth_than_torch():
 @pytest.mark.skipif(NATIVE is None, reason="installed without a compiler")
 @pytest.mark.parametrize("case", SPEC.cases, ids=lambda case: case.name)
 def test_borrowed_weights_run_our_own_loop(case, monkeypatch):
-    """Their columns lie side by side, which the kernel for GPUs, and so the cases, do not have."""
+    """Borrowed weights are stored by columns. The GPU kernel does not take them so, and therefore
+    no case of the spec has them."""
 
     def borrowed(x, weight, bias, act):
         monkeypatch.setattr(F, "linear", None)  # the reference runs before and after
@@ -67,7 +68,7 @@ def test_borrowed_weights_run_our_own_loop(case, monkeypatch):
 
 
 def test_strides_that_are_taken_and_refused():
-    """A part of wider rows; the kernel in C++ alone takes a weight by columns."""
+    """x may be part of wider rows; the C++ kernel takes only a weight that is stored by columns."""
     weight, run = torch.randn(2 * 24, 16), implementation("geglu", "cpu")
     x = torch.randn(6, 21)[:, 3:19]
     packed = weight.t().contiguous().t()
@@ -97,7 +98,7 @@ def test_empty_input():
         ({"act": "relu"}, "geglu: act is 'relu'; it must be gelu, silu or silu_first"),
     ],
 )
-def test_what_does_not_fit_is_named(arguments, message):
+def test_a_wrong_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         geglu(**{"x": torch.ones(2, 4), "weight": torch.ones(8, 4)} | arguments)
 
@@ -111,6 +112,6 @@ def test_what_does_not_fit_is_named(arguments, message):
         ({"act": "relu"}, "gelu_gate: act is 'relu'; it must be gelu, silu or silu_first"),
     ],
 )
-def test_what_the_gate_does_not_take_is_named(arguments, message):
+def test_a_wrong_argument_of_the_gate_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         gelu_gate(**{"h": torch.ones(2, 4)} | arguments)

@@ -35,13 +35,13 @@ print({name: len(sources) for name, sources in found.items()})
 """
 
 
-def test_another_size_of_picture_compiles_nothing_anew(compiling):
+def test_another_picture_size_compiles_no_new_kernel(compiling):
     assert compiling(COMPILED).strip() == "{'_statistics_kernel': 1, '_apply_kernel': 1}"
 
 
 @pytest.mark.parametrize("arch", SMS)
 @pytest.mark.parametrize(("L", "C"), UNETS)
-def test_programs_of_a_unet_read_lines_and_fill_the_chip(arch, L, C):
+def test_norms_of_a_unet_read_whole_cache_lines_and_fill_the_chip(arch, L, C):
     config = pick(2, L, C // 32, 32, 2, arch)
     segment = config.groups * C // 32 * 2
     assert segment >= (32 if config.slabs == 1 else 128)
@@ -66,7 +66,7 @@ def test_candidates_begin_with_the_rule_and_cover_whole_groups():
         assert all(32 % config.groups == 0 and config.slabs <= L for config in found)
 
 
-def test_a_skip_of_half_the_batch_with_a_row_on_a_cpu():
+def test_a_skip_connection_of_half_the_batch_with_a_row_on_a_cpu():
     x, beside, row = torch.randn(4, 3, 5, 8), torch.randn(2, 3, 5, 6), torch.randn(4, 8)
     weight, bias = torch.randn(2, 14).unbind(0)
     both = concat(x + row[:, None, None, :], beside)
@@ -76,7 +76,7 @@ def test_a_skip_of_half_the_batch_with_a_row_on_a_cpu():
 
 @pytest.mark.parametrize("slabs", [1, 4])
 def test_a_far_mean_is_exact_in_slabs_and_with_a_far_shift(slabs):
-    """Squares around zero would lose all digits of a deviation of 1e-4 of the mean."""
+    """Sums of squares around zero would lose all digits of a deviation of 1e-4 of the mean."""
     x = (torch.randn(1, 64, 64, 64, dtype=torch.float64) * 0.1 + 1000).float()
     shift = torch.full((64,), -900.0)
     weight, bias = torch.ones(64), torch.zeros(64)
@@ -99,9 +99,10 @@ def test_groups_that_are_read_twice_by_one_program_or_in_two_launches(name, slab
 @pytest.mark.skipif(NATIVE is None, reason="needs the C++ kernels")
 @pytest.mark.parametrize("first", [0.0, 1000.0])
 def test_first_pixels_unlike_the_others_on_a_cpu(first):
-    """The C++ kernel takes squares around the mean of a slab's first eighth."""
+    """The C++ kernel sums squares around the mean of a slab's first eighth, which is far from the
+    mean of the slab here."""
     x = torch.randn(1, 64, 64, 64) * 0.1 + 10
-    x.view(1, 4, 16, 64, 64)[:, :, :2] = first  # 16 rows are a slab
+    x.view(1, 4, 16, 64, 64)[:, :, :2] = first  # a slab is 16 rows
     inputs = {"groups": 16, "eps": 1e-5, "act": "none"}
     parts = (x, torch.ones(64), torch.zeros(64))
     exact, _ = SPEC.reference(*(part.double() for part in parts), **inputs)
@@ -121,7 +122,7 @@ def test_first_pixels_unlike_the_others_on_a_cpu(first):
         ({"weight": torch.ones(8)}, r"weight is \[8\]; expected \[12\]"),
     ],
 )
-def test_refuses(wrong, message):
+def test_wrong_arguments_are_refused(wrong, message):
     inputs = {"weight": torch.ones(12), "groups": 4, "beside": torch.ones(2, 2, 2, 4)} | wrong
     with pytest.raises(ValueError, match=message):
         group_norm_silu(torch.ones(4, 2, 2, 8), bias=torch.ones(12), eps=1e-5, **inputs)

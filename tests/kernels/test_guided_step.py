@@ -19,7 +19,7 @@ SAMPLE = (2, 3, 4)
         ((2, 3, 4), ("mask", "original"), "expected a mask, original and original_noise"),
     ],
 )
-def test_refused(output, given, message):
+def test_wrong_arguments_are_refused(output, given, message):
     x = torch.zeros(SAMPLE)
     table, step = torch.zeros(1, HISTORY + 1), torch.zeros(1, dtype=torch.int64)
     extra = {name: torch.zeros(SAMPLE) for name in given}

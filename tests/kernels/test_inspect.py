@@ -1,6 +1,7 @@
-"""The kernels compile for NVIDIA's architectures, fit them, spill nothing and use their dots.
+"""The kernels compile for NVIDIA's architectures, fit them, spill no registers and use their matrix
+instructions.
 
-The tests' own process has the kernels for Triton's interpreter, so another one compiles them.
+The tests' own process runs kernels in Triton's interpreter, so a separate process compiles them.
 """
 
 from dataclasses import replace
@@ -27,7 +28,7 @@ MAIN_CASES = (
     "sdxl-cfg-multistep",
 )
 ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.product) for arch in (80, 120))]
-"""`fastdiff inspect --models` of CI has them all."""
+"""CI runs `fastdiff inspect --models` for all of them."""
 BLOCKS = {  # (op, case): blocks that an SM of an architecture is meant to hold, at least
     ("attention", "sd15-64-self"): {80: 3, 90: 2, 120: 3},
     ("attention", "sdxl-64-self"): {80: 2, 90: 2, 120: 2},
@@ -39,7 +40,7 @@ BLOCKS = {  # (op, case): blocks that an SM of an architecture is meant to hold,
 
 @pytest.fixture(scope="module")
 def rows_of(compiled):
-    """rows_of(arch): of the main cases."""
+    """rows_of(arch): the compiled launches of the main cases."""
     return cache(lambda arch: compiled([arch], cases=MAIN_CASES))
 
 
@@ -85,17 +86,17 @@ def test_loads_of_40_wide_heads_are_pipelined(rows_of):
     assert row["shared"] >= row["num_stages"] * keys_and_values
 
 
-def test_what_a_full_case_waits_for(rows_of):
-    """Attention does half as many FLOPs a byte as there are keys, if they are its queries, too,
-    and as many if they are few: 2048 over 4096 pixels, 77 over as many words. The ridge is 295."""
+def test_full_size_cases_are_bound_by_compute_or_memory(rows_of):
+    """The ridge is 295 FLOPs a byte. Self-attention of 4096 pixels does half as many FLOPs a byte
+    as it has keys, 2048; cross-attention does as many as it has keys, 77."""
     bounds = {row["case"]: row["bound"] for row in rows_of(90)}
     assert bounds["sd15-64-self"] == bounds["sdxl-64-self"] == "compute"
     assert bounds["sd15-64-cross"] == bounds["sdxl-cfg-multistep"] == bounds["vae-top"] == "memory"
 
 
-def test_wanted_widths_are_the_launches_own(arch, rows_of):
-    """Attention's rows are whole vectors; statistics are float32, which asks for no wide store
-    unless the whole sum is kept."""
+def test_each_launch_has_its_own_wanted_widths(arch, rows_of):
+    """Attention's rows are whole vectors. The statistics of a norm are float32 and need no wide
+    store, unless the launch also stores the sum of its inputs."""
     rows = rows_of(arch)
     widths = {(row["wants_load"], row["wants_store"]) for row in rows if row["op"] == "attention"}
     assert widths == {(16, 16)}

@@ -1,4 +1,4 @@
-"""What the contract of `linear` cannot express: which GELU, where, in how many launches."""
+"""What the contract of `linear` cannot express: which GELU runs where, and in how many launches."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ def given(dtype=torch.float32, device="cpu"):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_cpu_computes_each_gelu_by_its_own_formula(packed):
-    """torch's product with a GELU in its epilogue is the exact one on a CPU, by tanh on CUDA."""
+    """torch's product with a fused GELU computes the exact GELU on a CPU, and GELU by tanh on
+    CUDA."""
     x, weight, bias = given(torch.float64)
     weight = weight.t().contiguous().t() if packed else weight
     y = F.linear(x, weight, bias)

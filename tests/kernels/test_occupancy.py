@@ -10,37 +10,37 @@ import triton
 from fastdiff.kernels.occupancy import SMS, Occupancy, bound, occupancy
 
 BY_HAND = {
-    # 32 registers are 1024 a warp, 16 warps of each quarter's 16384: 64 warps, all there can be
+    # 32 registers are 1024 a warp: 16 warps in each quarter's 16384, 64 in all, the maximum
     "everything fits": ((90, 4, 32, 0), 1.0, "warps"),
-    # 33 are rounded up to 40: 12 warps of a quarter, 48 of 64
+    # 33 are rounded up to 40: 12 warps in a quarter, 48 of 64
     "registers come in units": ((90, 4, 33, 0), 48 / 64, "registers"),
-    # 255 are 8192 a warp: 2 warps of a quarter, 8 on the SM, one block of 8
+    # 255 are 8192 a warp: 2 warps in a quarter, 8 on the SM, one block of 8
     "all registers": ((80, 8, 255, 0), 8 / 64, "registers"),
-    # 200 are 6400 a warp: 2 warps of a quarter's 16384, and not 10 of 65536
+    # 200 are 6400 a warp: 2 warps in each quarter's 16384, and not 10 in all 65536
     "a warp lives in one quarter": ((90, 1, 200, 0), 8 / 64, "registers"),
-    # 64 KiB and the system's own one: 3 blocks in 228 KiB
+    # 64 KiB and 1 KiB for the system are 65 KiB: 3 blocks in 228 KiB
     "shared memory": ((90, 4, 32, 64 * 1024), 12 / 64, "shared memory"),
-    # 56 KiB would fit four times in 228, with the system's own they are 57: just 4
+    # 56 KiB and 1 KiB for the system are 57 KiB: exactly 4 blocks in 228 KiB
     "the system's share fits": ((90, 4, 32, 56 * 1024), 16 / 64, "shared memory"),
     "the system's share does not": ((90, 4, 32, 56 * 1024 + 1), 12 / 64, "shared memory"),
-    # 99 KiB are what a block may have at most, and one more byte is too much
+    # a block may have at most 99 KiB
     "the largest block": ((120, 8, 32, 99 * 1024), 8 / 48, "shared memory"),
     "too large a block": ((120, 8, 32, 99 * 1024 + 1), 0.0, "shared memory"),
-    # blocks of one warp: 32, 24 or 16 of them, whatever they need
+    # blocks of one warp: an SM takes at most 32, 24 or 16, however little they need
     "blocks of sm_90": ((90, 1, 32, 0), 32 / 64, "blocks"),
     "blocks of sm_89": ((89, 1, 32, 0), 24 / 48, "blocks"),
     "blocks of sm_86": ((86, 1, 32, 0), 16 / 48, "blocks"),
-    # 48 warps are no multiple of 32
+    # 48 warps are not a multiple of 32
     "warps that are left over": ((86, 32, 32, 0), 32 / 48, "warps"),
-    # 32 warps of 72 registers: 7 of each quarter, 28, and so none
+    # warps of 72 registers: 7 in each quarter, 28 on the SM, so no block of 32 warps fits
     "a block of too many registers": ((90, 32, 72, 0), 0.0, "registers"),
-    # 256 of 512 columns
+    # a block takes 256 of 512 columns
     "tensor memory": ((100, 4, 64, 0, 256), 8 / 64, "tensor memory"),
 }
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_by_hand(name):
+def test_occupancy_by_hand(name):
     arguments, share, limited_by = BY_HAND[name]
     assert occupancy(*arguments) == Occupancy(share, limited_by)
 
@@ -83,7 +83,7 @@ int main() {
 
 
 def test_nvidias_calculator_says_the_same(tmp_path):
-    """`cuda_occupancy.h` lies in Triton's wheel; it is the CUDA toolkit's."""
+    """Triton's wheel contains `cuda_occupancy.h` of the CUDA toolkit."""
     include = Path(triton.__file__).parent / "backends/nvidia/include"
     source, program = tmp_path / "calculator.cpp", tmp_path / "calculator"
     source.write_text(CALCULATOR)
@@ -103,7 +103,7 @@ def test_nvidias_calculator_says_the_same(tmp_path):
     assert len(set(theirs)) > 10
 
 
-def test_the_ridge_parts_memory_from_compute():
+def test_the_ridge_separates_memory_bound_from_compute_bound():
     """H100: 989.4 TFLOP/s over 3.35 TB/s are 295.3 FLOPs a byte."""
     assert bound(90, 295_000, 1000) == "memory"
     assert bound(90, 296_000, 1000) == "compute"

@@ -1,4 +1,4 @@
-"""What our kernels would be asked for: which launches Triton compiles by themselves, which not."""
+"""Planned launches of our kernels: which of them share a compiled kernel, and which do not."""
 
 from dataclasses import replace
 
@@ -32,21 +32,21 @@ def norm(batch, side, channels, beside=0, eps=1e-5, act="silu", **added):
 
 def test_group_norms_that_differ_in_arguments_share_their_kernels():
     launches = []
-    for channels in (320, 640, 1280):  # 8, 4 and 2 groups of a segment
+    for channels in (320, 640, 1280):  # 8, 4 and 2 groups in a segment
         launches += norm(2, 64, channels)
         launches += norm(1, 72, channels, row=True)
         launches += norm(2, 64, channels, row=True, shift=True, eps=1e-6, act="none")
-        launches += norm(2, 64, channels, beside=channels)  # no border within a segment
+        launches += norm(2, 64, channels, beside=channels)  # no segment has both x and `beside`
     assert [launch.kernel.__name__ for launch in distinct(launches)] == [
         "_statistics_kernel",
         "_apply_kernel",
     ]
     launches += norm(2, 64, 640, residual=True, shift=True)  # its loop reads and writes more
-    launches += norm(2, 64, 640, beside=320)  # segments of 120 channels, one over a border
+    launches += norm(2, 64, 640, beside=320)  # of segments of 120 channels, one has both
     assert len(distinct(launches)) == 5
 
 
-def test_a_norm_on_chip_is_one_kernel_whatever_is_added():
+def test_a_norm_on_chip_is_one_kernel_with_any_addends():
     launches = []
     for channels, beside in ((1280, 0), (640, 0), (1280, 1280)):
         for added in ((), ("row",), ("shift", "residual"), ("residual",)):
@@ -55,7 +55,7 @@ def test_a_norm_on_chip_is_one_kernel_whatever_is_added():
     assert len(distinct(launches)) == 1
 
 
-def test_transformer_norms_are_one_kernel_a_width_and_residuals_one_a_tile():
+def test_transformer_norms_are_one_kernel_per_width_and_residuals_one_per_tile():
     x, vector = torch.empty(2, 256, 640, **HALF), torch.empty(640, **HALF)
     shared = torch.empty(1, 256, 640, **HALF)
     norms = [
@@ -73,7 +73,7 @@ def test_transformer_norms_are_one_kernel_a_width_and_residuals_one_a_tile():
     assert len(distinct(sums)) == 1
 
 
-def test_what_triton_compiles_by_itself_is_told_apart():
+def test_launches_that_triton_compiles_separately_are_distinct():
     (launch,) = norm(2, 16, 1280)
     changes = [
         {"num_warps": 4},
@@ -105,7 +105,7 @@ def test_integers_are_specialised_unless_the_kernel_says_no():
     assert "E" not in types
 
 
-def test_an_op_is_planned_and_gives_what_it_would_write():
+def test_planning_an_op_returns_an_output_of_its_shape():
     x, weight = torch.empty(1, 512, 512, 128, **HALF), torch.empty(128, **HALF)
     with Planning(90) as planning:
         y, _ = group_norm_silu(x, weight, weight, 32, 1e-6)
@@ -118,7 +118,7 @@ def test_an_op_is_planned_and_gives_what_it_would_write():
 
 @pytest.mark.parametrize("eps", [0.5, 3e-39])
 def test_eps_is_the_float_that_was_given(eps):
-    """As its bits, of which a wrong reading is another number altogether."""
+    """Kernels get the bits of eps; read as another type, they would be a very different number."""
     x, vector = torch.randn(2, 5, 24), torch.ones(24)
     runs = {
         "ada_norm": {"x": x, "eps": eps, "weight": vector},

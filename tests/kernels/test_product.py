@@ -1,4 +1,5 @@
-"""The C++ product over its own borders: blocks of rows, chunks of the sum, panels, copied rows."""
+"""The C++ matrix product across its inner borders: blocks of rows, chunks of the sum, panels and
+copied rows."""
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ pytestmark = pytest.mark.skipif(NATIVE is None, reason="installed without a comp
 CASES = [
     (LINEAR, Case("blocks", B=1, L=1061, D=137, N=70)),  # 528 rows share a copy of the weight
     (LINEAR, Case("chunks", B=1, L=97, D=1155, N=390, residual=True)),  # 384 steps; 5 panels of 64
-    (LINEAR, Case("few", B=1, L=17, D=801, N=101, act="silu")),  # the weight is read where it is
+    (LINEAR, Case("few", B=1, L=17, D=801, N=101, act="silu")),  # the weight is not copied
     (LINEAR, Case("wide", B=1, L=530, D=50, N=1100, act="gelu", beside=4)),
-    (LINEAR, Case("straight", B=4, L=133, D=64, N=80, residual=True, parts=2)),  # no stop in memory
+    # sums go from registers straight to the output
+    (LINEAR, Case("straight", B=4, L=133, D=64, N=80, residual=True, parts=2)),
     (CONV2D, Case("first", B=1, Y=37, X=29, C=4, N=330)),  # from few channels
     (CONV2D, Case("first-odd", B=2, Y=11, X=30, C=3, N=64, residual=True)),
     (CONV2D, Case("first-down", B=1, Y=18, X=23, C=5, N=37, kernel=5, stride=2)),
@@ -48,7 +50,7 @@ def test_every_border_is_inside_the_budget(spec, case, dtype, isa, chosen):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gate_over_its_borders(dtype, isa, chosen):
+def test_a_gated_product_across_its_borders(dtype, isa, chosen):
     def borrowed(x, weight, bias, act):
         return implementation("geglu", "cpu")(x, weight.t().contiguous().t(), bias, act)
 
@@ -60,7 +62,7 @@ def test_a_gate_over_its_borders(dtype, isa, chosen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 64, 1100])
 def test_how_threads_share_a_product_changes_no_bit(rows, dtype):
-    """Each sum has the same order in whichever thread, block and panel it is made."""
+    """Each sum is added in the same order, whichever thread, block and panel computes it."""
     x = torch.randn(rows, 700).to(dtype)
     weight = torch.randn(700, 330).to(dtype).t()
     picture = torch.randn(1, -(-rows // 4), 4, 70).to(dtype)

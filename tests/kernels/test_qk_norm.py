@@ -1,4 +1,4 @@
-"""`qk_norm` is what diffusers computes, at any strides, and refuses what it cannot."""
+"""`qk_norm` computes what diffusers computes, at any strides, and refuses wrong arguments."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def packed():
 
 @WHICH
 @pytest.mark.parametrize("rotary", [False, True])
-def test_norms_and_angles_of_diffusers(which, rotary):
-    """SD3.5's norms of queries and keys; with the rotation of 21 positions, Flux's."""
+def test_norms_and_rotations_of_diffusers(which, rotary):
+    """SD3.5's norms of queries and keys, and Flux's, which also rotates 21 positions."""
     norms = [RMSNorm(K, eps=1e-6) for _ in range(2)]
     for norm in norms:
         torch.nn.init.normal_(norm.weight, 1, 0.2)
@@ -72,7 +72,8 @@ def test_half_precision_is_as_close_as_diffusers(which):
 
 @WHICH
 def test_kernel_reads_any_strides(which):
-    """Heads before tokens, an odd offset, a sample of its own stride: as from contiguous ones."""
+    """Heads before tokens, an odd offset, padded rows: the results are those of contiguous
+    tensors."""
     run = implementation("qk_norm", which)
     q, k = torch.randn(B, H, L, K).transpose(1, 2), torch.randn(B, L, H, K + 3)[..., 1 : K + 1]
     for got, expected in zip(run(q, k), run(q.contiguous(), k.contiguous()), strict=True):
@@ -81,7 +82,7 @@ def test_kernel_reads_any_strides(which):
 
 @pytest.mark.parametrize(("L", "H"), [(1, 1), (1, 5), (7, 1)])
 def test_kernel_of_single_tokens_and_heads(L, H):
-    """An argument that is 1 becomes a constant of the kernel."""
+    """Triton makes an argument that is 1 a constant of the kernel."""
     inputs = (*torch.randn(2, 3, L, H, 8), None, None, 1e-6, *torch.randn(2, L, 8))
     ours = implementation("qk_norm", "triton")(*inputs)
     for got, expected in zip(ours, qk_norm(*inputs), strict=True):
@@ -102,13 +103,13 @@ def test_kernel_of_single_tokens_and_heads(L, H):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_read_is_refused(which, change, message):
+def test_wrong_shapes_dtypes_and_strides_are_refused(which, change, message):
     q, k = packed()
     with pytest.raises(ValueError, match=message):
         implementation("qk_norm", which)(**({"q": q, "k": k} | change))
 
 
-def test_odd_heads_are_not_turned():
+def test_rotating_heads_of_odd_width_is_refused():
     q, angles = torch.randn(1, 2, 1, 5), torch.ones(2, 5)
     with pytest.raises(ValueError, match="rotary embedding needs pairs; heads are 5 wide"):
         qk_norm(q, q, cos=angles, sin=angles)

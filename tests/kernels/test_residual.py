@@ -20,13 +20,13 @@ from fastdiff.kernels.residual import residual
         ),
     ],
 )
-def test_refuses(wrong, message):
+def test_wrong_arguments_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         residual(torch.ones(2, 3, 2, 8), **wrong)
 
 
-def test_the_kernel_takes_elements_that_lie_side_by_side():
-    """It reads them by their addresses alone."""
+def test_the_kernel_takes_only_contiguous_tensors():
+    """It computes addresses without strides."""
     x, run = torch.ones(2, 3, 2, 8), implementation("residual", "triton")
     for wrong in ({"shift": torch.ones(16)[::2]}, {"other": x[:1].expand(2, -1, -1, -1)}):
         with pytest.raises(ValueError, match="must be contiguous"):

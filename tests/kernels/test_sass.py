@@ -1,4 +1,4 @@
-"""Machine code as it is printed, and as Triton kernels of known widths really compile to."""
+"""Reading machine code: single printed lines, and compiled Triton kernels of known load widths."""
 
 import json
 import subprocess
@@ -51,21 +51,21 @@ def test_width_of_one_instruction(line):
     assert (code.load, code.store) == LINES[line]
 
 
-def test_the_widest_counts_and_the_narrow_ones_are_counted():
+def test_the_width_is_that_of_the_widest_access_and_narrower_ones_are_counted():
     code = parsed(*LINES)
     assert (code.load, code.store) == (32, 16)
     assert code.loads == {1: 1, 2: 1, 4: 2, 8: 2, 16: 3, 32: 1}
     assert [code.narrower(width) for width in (1, 4, 16, 64)] == [0, 3, 8, 13]
 
 
-def test_kernels_end_to_end_are_told_apart():
+def test_consecutive_kernels_are_parsed_separately():
     lines = ("LDG.E.64 R2, [R2.64]", EXIT, "STG.E [R2.64], R7", "STG.E.128 [R2.64], R4", EXIT)
     first, second = parse([USAGE, USAGE], printed(*lines), [32, 48])
     assert (first.loads, first.stores) == ({8: 1}, {})
     assert (second.loads, second.stores) == ({}, {4: 1, 16: 1})
 
 
-def test_what_is_no_listing_is_refused():
+def test_an_incomplete_listing_is_refused():
     with pytest.raises(RuntimeError, match="no resource usage"):
         parse([""], printed(EXIT), [16])
     with pytest.raises(RuntimeError, match="no complete kernel"):
@@ -98,8 +98,8 @@ def planted():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_known_widths(planted, arch):
     widths = {op: (row["load"], row["store"]) for (op, a), row in planted.items() if a == arch}
-    assert widths["beside"] == (16, 16)  # 8 halves a thread, side by side
-    assert widths["every third"] == (2, 2)  # a half at a time
+    assert widths["contiguous"] == (16, 16)  # 8 numbers of a thread at a time
+    assert widths["every third"] == (2, 2)  # one number at a time
     assert widths["gathered"] == (2, 16)
 
 
@@ -114,33 +114,34 @@ def test_a_planted_spill_is_seen(planted, arch):
 def test_matrix_instruction_of_each_architecture(planted):
     found = {arch: planted["product", arch]["mma"] for arch in ARCHS}
     assert found == {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-    assert {planted["beside", arch]["mma"] for arch in ARCHS} == {""}
+    assert {planted["contiguous", arch]["mma"] for arch in ARCHS} == {""}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_row_adds_up(planted, arch):
-    """Four warps and few registers fill an SM; one warp a block leaves it to what it needs."""
-    beside, kept = planted["beside", arch], planted["kept", arch]
-    assert (beside["occupancy"], beside["limited_by"]) == (1.0, "warps")
-    # up to 160 registers: 3 warps of a quarter
+def test_occupancy_and_bound_of_known_kernels(planted, arch):
+    """Blocks of four warps with few registers fill an SM; those of one warp with many registers do
+    not."""
+    contiguous, kept = planted["contiguous", arch], planted["kept", arch]
+    assert (contiguous["occupancy"], contiguous["limited_by"]) == (1.0, "warps")
+    # up to 160 registers: 3 warps in a quarter of the SM
     assert (kept["occupancy"], kept["limited_by"]) == (12 / 64, "registers")
     assert planted["product", arch]["bound"] == "memory"  # 32 FLOPs a byte
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_what_may_not_be_is_said(planted, arch):
-    """Each planted fault, and nothing of the others."""
-    said = {
+def test_each_planted_fault_is_reported(planted, arch):
+    """The other kernels have none."""
+    found_faults = {
         op: [f.split(": ")[1] for f in row["faults"]]
         for (op, a), row in planted.items()
         if a == arch
     }
     spills = planted["spilled", arch]["spills"]
-    assert said.pop("spilled") == [f"spills {spills} bytes per thread"]
+    assert found_faults.pop("spilled") == [f"spills {spills} bytes per thread"]
     narrow = ["loads 2 bytes at once, not 16", "stores 2 bytes at once, not 16"]
-    assert said.pop("every third") == narrow
-    assert said.pop("gathered") == narrow[:1]
-    assert not any(said.values()), said
+    assert found_faults.pop("every third") == narrow
+    assert found_faults.pop("gathered") == narrow[:1]
+    assert not any(found_faults.values()), found_faults
 
 
 def test_a_fault_names_the_launch(planted):

@@ -1,6 +1,7 @@
 """Kernels that `fastdiff warm` compiled are found by Triton's own launcher, or named as missing.
 
-The tests' own process has the kernels for Triton's interpreter, so others compile and start them.
+The tests' own process runs kernels in Triton's interpreter, so separate processes compile and start
+them.
 """
 
 import json
@@ -32,7 +33,7 @@ from fastdiff.runtime.planned import kernels_of
 
 @functools.cache
 def launches(pipeline, arch={ARCH}):
-    "Those of a picture of a folder or a preset, planned anew: not by way of a job."
+    "The launches of a picture of a folder or a preset, planned directly instead of from jobs."
     source = Source(pipeline) if Path(pipeline).is_dir() else Source(preset=pipeline)
     plan, runs = named(source, "warm"), []
     for module, kind in (parts(plan.denoiser) | parts(plan.vae)).values():
@@ -46,7 +47,7 @@ def launches(pipeline, arch={ARCH}):
 
 @pytest.fixture(scope="module")
 def python(compiling):
-    """python(code, cache, *arguments): what a process prints that has a cache of its own."""
+    """python(code, cache, *arguments): what a process prints whose Triton cache is `cache`."""
     return lambda code, cache, *arguments: compiling(
         BEGIN + code, *arguments, TRITON_CACHE_DIR=str(cache)
     )
@@ -82,7 +83,7 @@ def small_kernels(warm, small_folder):
     return warm(small_folder)
 
 
-# a small pipeline's are of every kind; larger ones have more sizes
+# the small pipeline has kernels of every kind; larger ones only have more sizes
 @pytest.mark.parametrize(
     "preset",
     [
@@ -124,36 +125,36 @@ def changed(folder, tmp_path, **entries):
     return copy
 
 
-def test_what_differs_is_named_and_nothing_else_is_found(
+def test_differences_are_named_and_only_equal_kernels_are_found(
     python, small_folder, small_kernels, tmp_path
 ):
-    told = python(DIFFERENCES, tmp_path / "same", small_kernels, small_folder, ARCH, "")
-    *said, held, asked = told.split()
+    printed = python(DIFFERENCES, tmp_path / "same", small_kernels, small_folder, ARCH, "")
+    *said, held, asked = printed.split()
     assert (said, held) == ([], asked)
 
     there = (small_kernels, small_folder, ARCH)
-    told = python(DIFFERENCES, tmp_path / "source", *there, "another line")
-    *said, held, asked = told.split()
+    printed = python(DIFFERENCES, tmp_path / "source", *there, "another line")
+    *said, held, asked = printed.split()
     assert " ".join(said).startswith("the source of _")
     assert " ".join(said).endswith("_kernel differs")
     assert 0 < int(held) < int(asked)
 
-    told = python(DIFFERENCES, tmp_path / "arch", small_kernels, small_folder, 89, "")
-    assert told.startswith("it has kernels for sm_90, and this GPU is sm_89 0 ")
+    printed = python(DIFFERENCES, tmp_path / "arch", small_kernels, small_folder, 89, "")
+    assert printed.startswith("it has kernels for sm_90, and this GPU is sm_89 0 ")
 
 
 def test_another_version_of_triton_is_named(python, small_folder, small_kernels, tmp_path):
     compilers = json.loads((small_kernels / MANIFEST).read_text())["compilers"]
     here = compilers["90"]["Triton"]
     copy = changed(small_kernels, tmp_path, compilers={"90": compilers["90"] | {"Triton": "3.4.0"}})
-    told = python(DIFFERENCES, tmp_path / "cache", copy, small_folder, ARCH, "")
-    assert told.startswith(f"Triton is 3.4.0 there and {here} here ")
+    printed = python(DIFFERENCES, tmp_path / "cache", copy, small_folder, ARCH, "")
+    assert printed.startswith(f"Triton is 3.4.0 there and {here} here ")
 
 
-def test_two_processes_and_a_filled_cache_are_no_matter(
+def test_two_processes_install_at_once_into_a_filled_cache(
     python, small_folder, small_kernels, tmp_path
 ):
-    """What is there already stays, whoever put it there."""
+    """A file that is there already stays."""
     code = """
 import os
 child = os.fork()
@@ -171,16 +172,16 @@ assert os.waitpid(child, 0)[1] == 0
     assert left == []
 
 
-def test_a_cache_that_cannot_be_written_is_told(python, small_kernels, tmp_path):
-    (tmp_path / "cache").write_text("no folder")
+def test_a_cache_that_cannot_be_written_is_an_error(python, small_kernels, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
     code = """
 try:
     shipped.install(shipped.read(Path(sys.argv[1])), 90)
 except shipped.UserError as error:
     print(error)
 """
-    told = python(code, tmp_path / "cache", small_kernels)
-    assert "cannot be made: Not a directory" in told
+    printed = python(code, tmp_path / "cache", small_kernels)
+    assert "cannot be made: Not a directory" in printed
 
 
 @pytest.mark.parametrize("suffix", [".cubin", ".json"])
@@ -199,7 +200,7 @@ def test_a_damaged_file_is_refused(suffix, small_kernels, tmp_path):
         read(copy)
 
 
-def test_a_manifest_that_leads_elsewhere_or_is_none_is_refused(small_kernels, tmp_path):
+def test_a_manifest_that_names_a_file_outside_or_is_damaged_is_refused(small_kernels, tmp_path):
     kernels = json.loads((small_kernels / MANIFEST).read_text())["kernels"]
     outside = kernels[0] | {"cubin": {"file": "../cubin", "sha256": ""}}
     copy = changed(small_kernels, tmp_path, kernels=[outside])
@@ -229,8 +230,8 @@ for name, kernel in all_kernels().items():
 """
 
 
-def test_a_kernels_hash_is_the_same_whatever_was_hashed_before(python, tmp_path):
-    """Triton up to 3.7 takes a called function's constants in only once that one was hashed."""
+def test_a_kernels_hash_does_not_depend_on_what_was_hashed_before(python, tmp_path):
+    """Triton up to 3.7 includes the constants of a called function only after hashing that one."""
     assert len(python(HASHED, tmp_path).splitlines()) > 10
 
 
@@ -244,13 +245,13 @@ for answer in sorted(compile_jobs(jobs), key=lambda answer: answer.at):
 """
 
 
-def test_a_job_that_fails_leaves_the_others(python, small_folder, tmp_path):
+def test_a_job_that_fails_does_not_stop_the_others(python, small_folder, tmp_path):
     first, second, third = python(FAILING, tmp_path, small_folder).splitlines()
     assert (first, third) == ("0 True None", "2 True None")
     assert second == "1 False AssertionError: num_warps must be a power of 2"
 
 
-def test_a_compiling_process_that_ends_answers_for_what_is_left(monkeypatch):
+def test_the_jobs_of_a_compiling_process_that_ends_get_an_error(monkeypatch):
     from fastdiff.kernels import pool
     from fastdiff.kernels.jobs import Job
 

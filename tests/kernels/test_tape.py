@@ -1,4 +1,4 @@
-"""What a step of SD3 is made of goes onto a CPU's tape in every form, and the tape repeats it."""
+"""A CPU tape records every case of the ops that make a step of SD3, and repeats it."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from fastdiff.runtime.tape import record
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="built without a compiler")
 
 NAMES = ("ada_norm", "attention", "joint_attention", "linear", "qk_norm", "residual")
-TAKEN = {  # the others are the library's, which no tape holds
+TAKEN = {  # torch computes the other cases, which no tape can record
     "linear": lambda case: case.get("packed", True),
     "residual": lambda case: case.get("enlarge", 1) == 1 and not case.get("limit"),
-    # no CPU limits sums, which is for float16, or keeps a bias for later
+    # C++ kernels do not limit sums, as float16 needs, and do not keep a bias for later
     "ada_norm": lambda case: not case.get("limit") and not case.get("later"),
 }
 PARTS = {"joint_attention": lambda case: case.B if case.get("masked") else 1}
-"""Calls of an op that takes more than one: a mask of each text is one for each sample."""
+"""How many calls an op takes if not one: attention with a mask for each text is a call a sample."""
 CALLS = [
     pytest.param(name, case, id=f"{name}-{case.name}")
     for name in NAMES
@@ -45,8 +45,8 @@ def test_a_tape_holds_the_calls_and_repeats_them(name, case):
     assert torch.equal(tape.run(), wanted)
 
 
-def test_a_weighted_text_of_bfloat16_goes_onto_a_tape():
-    """Its bias is float32 all the same; memory that a tape gives out is of the dtype asked for."""
+def test_a_tape_holds_a_bfloat16_text_with_a_float32_bias():
+    """Memory that a tape allocates has the dtype that was asked for."""
     q, text = torch.randn(2, 9, 2, 16).bfloat16(), torch.randn(2, 5, 2, 16).bfloat16()
     bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.5])
     wanted, none = joint_attention(q, q, q, None, text, text, text_bias=bias)
@@ -56,7 +56,7 @@ def test_a_weighted_text_of_bfloat16_goes_onto_a_tape():
     assert torch.equal(tape.run(), wanted)
 
 
-def test_joint_attention_is_one_call_that_moves_nothing():
+def test_joint_attention_is_one_call_without_copies():
     q, text = torch.randn(2, 9, 2, 16), torch.randn(2, 5, 2, 16)
     with counting() as called:
         joint_attention(q, q, q, text, text, text)

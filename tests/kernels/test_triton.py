@@ -1,4 +1,4 @@
-"""Every Triton kernel, under Triton's interpreter, inside the error budget of every case."""
+"""Every Triton kernel, in Triton's interpreter, is inside the error budget in every case."""
 
 from functools import partial
 
@@ -17,13 +17,14 @@ TRITON = {name: k.spec for name, k in all_kernels().items() if "triton" in k.imp
 
 
 def interpreted(name, case, dtype):
-    """bfloat16 is seen rounded in small cases; the interpreter takes its time for it."""
+    """Whether to test a case in a dtype. The interpreter is slow in bfloat16: only small cases
+    without matrix products run in it."""
     spec = TRITON[name]
     return dtype != torch.bfloat16 or (not spec.products and spec.bytes(case, 2) < 4_000_000)
 
 
 def launched(name, case, dtype):
-    """The kernels, which of their arguments are absent and which constants are 0 or false."""
+    """What tells launches apart: kernels, absent arguments, and constants that are 0 or false."""
     return dtype, *(
         (
             launch.kernel.__name__,
@@ -35,7 +36,8 @@ def launched(name, case, dtype):
 
 
 def taken_in_turn(name, case, dtype):
-    """Small cases, the first in float32, the next in bfloat16, then float16, and so on."""
+    """Whether a small case takes its turn in this dtype: the first case runs in one dtype, the next
+    in another, and so on."""
     spec = TRITON[name]
     if not small(spec, case):
         return False
@@ -43,8 +45,8 @@ def taken_in_turn(name, case, dtype):
     return seen[spec.cases.index(case) % len(seen)] is dtype
 
 
-# Real sizes are more programs of the same launches, and the interpreter's time. The C++ kernels
-# compute all of them.
+# Real sizes only add programs to the same launches, and the interpreter is slow. Tests of the C++
+# kernels use all of them.
 CASES = first_of_each(
     covered(
         [
@@ -71,12 +73,12 @@ def test_case_is_within_its_budget_and_costs_what_its_spec_says(name, case, dtyp
     assert done >= spec.flops(case)
     # masked tiles compute more than is needed, and some programs repeat work rather than wait
     if run.traffic.idle == 0 and not case.get("repeats"):
-        # beside the elements a kernel computes on channels and rows, which no formula counts
+        # 3 % for what a kernel computes per channel or row, which no formula counts
         assert done == pytest.approx(spec.flops(case), rel=0 if spec.products else 0.03)
 
 
 def test_group_norm_far_mean_is_exact_where_eager_is_not():
-    """Eager's own error makes the budget of this case wide: hold the kernel to the truth itself."""
+    """Eager's own error makes the budget of this case wide, so the error has a bound of its own."""
     spec = TRITON["group_norm_silu"]
     case = next(case for case in spec.cases if case.name == "far-mean")
     verdict = verify(spec, implementation("group_norm_silu", "triton"), case, torch.float32)[0]
@@ -90,7 +92,7 @@ def test_attention_masks_of_every_shape(Lk):
     k, v = torch.randn(2, 2, Lk, 3, 40).unbind(0)
     for shape in ((2, 3, 19, Lk), (1, 1, 19, Lk), (2, 1, 1, Lk), (1, 3, 1, Lk), (Lk,)):
         mask = torch.where(torch.rand(shape) > 0.5, 0.0, float("-inf"))
-        mask[..., -1] = 0.0  # the first flash blocks may be masked as a whole, a row may not
+        mask[..., -1] = 0.0  # whole flash blocks may be masked, but no whole row
         mask[..., : Lk // 2] = float("-inf")
         for dtype in (torch.float32, torch.float16):  # only fp16 stays on chip
             inputs = [tensor.to(dtype) for tensor in (q, k, v, mask)]

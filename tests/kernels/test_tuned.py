@@ -1,4 +1,5 @@
-"""A planted table overrules the rule where it has a row, and says in a sentence what is wrong."""
+"""A table of tuned configs overrides the rule where it has a row; a damaged table is refused with
+the reason."""
 
 import json
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ RULE, TUNED = LaunchConfig(128, 4), LaunchConfig(512, 8)
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """planted(document): the table of sm_90 from here on."""
+    """planted(document): make this the table of sm_90."""
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
 
     def plant(document):
@@ -76,11 +77,11 @@ def test_what_the_rule_refuses_stays_refused(planted):
         pick(0, 2, 90)
 
 
-def test_the_order_of_names_is_no_matter():
+def test_a_key_does_not_depend_on_the_order_of_names():
     assert key({"size": 2, "L": 4096, "arch": 90}) == key({"L": 4096, "size": 2}) == "L=4096,size=2"
 
 
-def test_forced_within_only_and_of_its_op_only(planted):
+def test_forced_holds_only_in_its_block_and_for_its_op(planted):
     planted(TABLE)
     other = LaunchConfig(64, 2)
     with forced("norm", other), forced("attention", None):
@@ -138,7 +139,7 @@ def test_a_damaged_table_is_refused_by_name(planted, name):
 
 
 @pytest.mark.parametrize("config", [{"block": 512}, {"block": 512, "num_warps": 8, "stages": 2}])
-def test_fields_that_the_rule_has_not_are_an_error(planted, config):
+def test_a_config_with_other_fields_than_the_rules_is_an_error(planted, config):
     planted(TABLE | {"rows": [ROW | {"config": config}]})
     with pytest.raises(ValueError, match=r"norm \(L=4096,size=2\) differs from LaunchConfig in "):
         pick(4096, 2, 90)

@@ -1,7 +1,7 @@
-"""Winograd's algorithms on a CPU, inside the error budget of `conv2d`.
+"""Winograd's algorithms on a CPU are inside the error budget of `conv2d`.
 
-The budget's eager computes on NCHW here: on channels last, where the contract's own test computes
-it, torch errs two to ten times as much.
+The eager reference runs on NCHW here. On channels last, which the contract's own test uses, torch's
+error is two to ten times as large, and so would be the budget.
 """
 
 from copy import deepcopy
@@ -41,14 +41,14 @@ CASES = (
 
 
 @pytest.fixture(autouse=True)
-def unchanged():
+def restored_isa():
     isa = NATIVE.isa()
     yield
     NATIVE.set_isa(isa)
 
 
 def winograd(algorithm, isa, **arguments):
-    """`conv2d` by an algorithm."""
+    """`conv2d` by one of `ALGORITHMS` on an instruction set."""
     NATIVE.set_isa(isa)
     with poisoned_memory():
         return convolved(Arguments(**arguments), ALGORITHMS[algorithm])
@@ -59,7 +59,7 @@ def _in_rows(x, weight, *rest):
 
 
 def reference(**arguments):
-    """What eager says, and what is exact."""
+    """The eager result and the exact one."""
     doubled = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     eager, exact = (around(_in_rows, Arguments(**given)) for given in (arguments, doubled))
     return eager, exact
@@ -87,7 +87,7 @@ def test_winograd_is_inside_the_budget(case, algorithm, isa):
 
 
 def around_it(x, weight, bias=None):
-    """Arguments of a 3x3 convolution, and what it is held to."""
+    """Arguments of a 3x3 convolution, and its eager and exact results."""
     arguments = {"x": x, "weight": weight, "bias": bias, "stride": 1, "padding": [1, 1]}
     return arguments, reference(**arguments)
 
@@ -107,7 +107,8 @@ def smooth(channels, dtype):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("channels", [32, 320, 1280])
 def test_smooth_filters_and_positive_pictures(channels, algorithm, isa):
-    """Trained filters are low-pass and pictures after SiLU have a mean: terms do not cancel."""
+    """Trained filters are low-pass, and the mean of a picture after SiLU is not zero: terms do not
+    cancel."""
     for dtype in DTYPES:
         arguments, (eager, exact) = smooth(channels, dtype)
         verdict = judge("smooth", winograd(algorithm, isa, **arguments), eager, exact)
@@ -116,8 +117,8 @@ def test_smooth_filters_and_positive_pictures(channels, algorithm, isa):
 
 @pytest.fixture(scope="module")
 def drawn(demo):
-    """Of every 3x3 convolution of the demo's U-Net and VAE at stride 1: arguments with a picture
-    that it read, and what it is held to."""
+    """For every 3x3 convolution at stride 1 of the demo's U-Net and VAE: its arguments with an
+    input that it got, and its eager and exact results."""
     unet, vae = deepcopy(demo.unet), deepcopy(demo.vae)
     read = {}
 
@@ -142,8 +143,7 @@ def drawn(demo):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_demo_on_what_it_computes(algorithm, isa, drawn):
-    """Its own filters on its own pictures."""
+def test_the_demos_filters_on_the_demos_pictures(algorithm, isa, drawn):
     assert len(drawn) >= 40
     for arguments, (eager, exact) in drawn:
         got = winograd(algorithm, isa, **arguments)
@@ -154,7 +154,7 @@ def test_the_demo_on_what_it_computes(algorithm, isa, drawn):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_threads_change_no_bit(algorithm, isa):
-    """Split by tiles where there are many, by columns where there are few."""
+    """Threads share the tiles where there are many, and the columns where there are few tiles."""
     threads = torch.get_num_threads()
     for dtype in DTYPES:
         for case in (CASES[0], CASES[3], CASES[-2]):
@@ -172,7 +172,7 @@ def test_threads_change_no_bit(algorithm, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_is_not_finite_stays_visible(algorithm, isa):
+def test_infinity_and_nan_reach_the_output(algorithm, isa):
     """An Inf makes the outputs of the tiles that read it NaN or Inf, and no others."""
     case = Case("inf", B=1, Y=16, X=16, C=20, N=24)
     for dtype in DTYPES:
@@ -188,8 +188,8 @@ def test_what_is_not_finite_stays_visible(algorithm, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_residual_that_begins_anew_and_silu(algorithm, isa):
-    """What `conv2d` does not ask for yet, but the loop computes."""
+def test_a_residual_shared_by_the_batch_and_silu(algorithm, isa):
+    """`conv2d` does not use either yet, but the C++ loop computes both."""
     x, w, bias = torch.randn(2, 6, 6, 20), torch.randn(3, 3, 20, 36) / 13, torch.randn(36)
     residual, out = torch.randn(6, 6, 36), torch.empty(2, 6, 6, 36)
     NATIVE.set_isa(isa)
@@ -229,7 +229,7 @@ def call(x, w, out, algorithm, bias=None, residual=(0, 1), act=0, window=(3, 1, 
     ],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_winograd_does_not_take_is_said(window, made, act, said, algorithm):
+def test_winograd_says_what_it_does_not_take(window, made, act, said, algorithm):
     x, w = torch.randn(1, 6, 6, 8), torch.randn(window[0], window[0], 8, 16)
     out = torch.full((1, *made, 16), 7.0)
     with pytest.raises(ValueError, match=f"take a 3x3 window at stride 1.*{said}"):
