@@ -110,7 +110,7 @@ def test_a_query_with_all_keys_masked(which, Lk, lowest, kernel_of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", ISAS)
 def test_masks_of_every_shape_on_a_cpu(isa, dtype, kernel_of):
-    """A row for each sample, head or query, or one for all; -inf masks keys in bfloat16, too."""
+    """A row for each sample, head or query, or one for all; -inf masks keys also in bfloat16."""
     q, k, v = torch.randn(2, 70, 3, 40), *torch.randn(2, 2, 131, 3, 40).unbind(0)
     inputs = [t.to(dtype) for t in (q, k, v)]
     for shape in [(131,), (2, 1, 1, 131), (1, 3, 1, 131), (70, 131), (2, 3, 70, 131), (70, 1)]:

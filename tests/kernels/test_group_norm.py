@@ -98,7 +98,7 @@ def test_groups_that_are_read_twice_by_one_program_or_in_two_launches(name, slab
 
 @pytest.mark.skipif(NATIVE is None, reason="needs the C++ kernels")
 @pytest.mark.parametrize("first", [0.0, 1000.0])
-def test_first_pixels_unlike_the_others_on_a_cpu(first):
+def test_first_pixels_far_from_the_mean_on_a_cpu(first):
     """The C++ kernel sums squares around the mean of a slab's first eighth, which is far from the
     mean of the slab here."""
     x = torch.randn(1, 64, 64, 64) * 0.1 + 10

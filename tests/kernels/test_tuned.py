@@ -71,7 +71,7 @@ def test_a_row_of_the_architecture_is_used_and_nothing_else(planted):
     assert pick(4096, 2, 80) == pick(4096, 2, 0) == RULE
 
 
-def test_what_the_rule_refuses_stays_refused(planted):
+def test_a_row_does_not_allow_what_the_rule_refuses(planted):
     planted(TABLE | {"rows": [ROW | {"key": {"L": 0, "size": 2}}]})
     with pytest.raises(ValueError, match="no rows"):
         pick(0, 2, 90)
