@@ -10,7 +10,7 @@ from fastdiff.compiler.slot import slot_of
 
 @pytest.fixture(scope="module", params=NETS)
 def compiled(request):
-    """(what is called, its arguments, its keywords)"""
+    """(the module to call, its arguments, its keyword arguments)"""
     torch.manual_seed(0)
     model, net, given, options = NETS[request.param]()
     fastdiff.compile(model)

@@ -1,5 +1,5 @@
-"""U-Nets whose pixels attend to a text and to each other at once, and what they are told, against
-diffusers in float64 at reduced widths."""
+"""U-Nets whose pixels attend to the text and to each other in one attention, and their conditions,
+against diffusers in float64 at reduced widths."""
 
 import copy
 
@@ -15,17 +15,17 @@ from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import denoiser
 from fastdiff.runtime.recordings import first_of
 
-WHOLE = {
+TWO_LEVELS = {
     "block_out_channels": (16, 32),
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     "resnet_time_scale_shift": "scale_shift",
     "out_channels": 8,
 }
-"""Two levels as in the published networks, with the variance beside the prediction."""
-# what the network is, and the widths of what it is told
+"""Two levels, as in the published networks, and output channels for the variance."""
+# the config of each network, and the widths of its conditions
 KINDS = {
-    "no more": ({}, {"text": 32}),
+    "plain": ({}, {"text": 32}),
     "text alone": ({"only_cross_attention": True}, {"text": 32}),
     "labels of Stable unCLIP": (
         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12},
@@ -33,9 +33,12 @@ KINDS = {
     ),
     "IF": (IF, {"text": 24}),
     "Kandinsky 2.2": (KANDINSKY22, {"image_embeds": 20}),
-    "whole unCLIP": (WHOLE | {"class_embed_type": "identity"}, {"text": 32, "class_labels": 64}),
-    "whole IF": (
-        WHOLE
+    "two-level unCLIP": (
+        TWO_LEVELS | {"class_embed_type": "identity"},
+        {"text": 32, "class_labels": 64},
+    ),
+    "two-level IF": (
+        TWO_LEVELS
         | IF
         | {
             "act_fn": "gelu",
@@ -46,7 +49,7 @@ KINDS = {
         },
         {"text": 24, "class_labels": 0},
     ),
-    "whole Kandinsky 2.2": (WHOLE | KANDINSKY22, {"image_embeds": 20}),
+    "two-level Kandinsky 2.2": (TWO_LEVELS | KANDINSKY22, {"image_embeds": 20}),
     "Kandinsky 2.1": (KANDINSKY21, {"text": 24, "image_embeds": 32, "text_embeds": 32}),
 }
 MASK = torch.tensor([[1, 1, 0, 0, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
@@ -61,8 +64,8 @@ def made(name, dtype=torch.float32):
     return noisy(UNet2DConditionModel(**SIMPLE | KINDS[name][0])).to(dtype)
 
 
-def told(name, batch, dtype=torch.float32):
-    """By argument of `Conditions`. A label without columns is a timestep."""
+def conditions_of(name, batch, dtype=torch.float32):
+    """Random values for the arguments of `Conditions`. A label of width 0 is a timestep."""
     lengths = {"text": (5,)}
     given = {
         key: torch.randn(batch, *lengths.get(key, ()), width, dtype=dtype)
@@ -74,8 +77,8 @@ def told(name, batch, dtype=torch.float32):
 
 
 class Eager(torch.nn.Module):
-    """Twice the same latents, as with guidance, if there are twice as many conditions; casts what
-    the U-Net is told when it is made float64."""
+    """Repeats the latents, as guidance does, if there are more conditions than latents; casts the
+    conditions to the dtype of the latents."""
 
     def __init__(self, unet, given, **options):
         super().__init__()
@@ -93,7 +96,7 @@ class Eager(torch.nn.Module):
 
 
 def predicted(network, sample, given, copies):
-    """As a loop asks for it: one prediction for each text."""
+    """The predictions as the denoising loop calls for them, one for each text."""
     network.check(sample, given, copies)
     sides = sample.shape[2:]
     rows, constants = network.hoist(given, torch.tensor([[301]]), sides)
@@ -102,9 +105,9 @@ def predicted(network, sample, given, copies):
 
 
 def hold(budget, eager, name, shape, copies=1, dtype=torch.float32):
-    """One prediction inside the budget."""
+    """Check that one prediction is inside the budget."""
     network = network_of(eager).network
-    given = told(name, shape[0] * copies, dtype)
+    given = conditions_of(name, shape[0] * copies, dtype)
     run = lambda sample, count: predicted(network, sample, Conditions(**given), copies)  # noqa: E731
     sample = torch.randn(shape[0], 4, *shape[1:], dtype=dtype)
     budget(run, Eager(eager, given), sample, shape[0] * copies)
@@ -116,21 +119,22 @@ def test_predictions(name, shape, budget):
     hold(budget, made(name), name, shape)
 
 
-@pytest.mark.parametrize("name", ["no more", "text alone", "IF"])
+@pytest.mark.parametrize("name", ["plain", "text alone", "IF"])
 def test_odd_sizes(name, budget):
-    """Where no resnet enlarges the picture."""
+    """These networks have no resnet that enlarges the picture."""
     hold(budget, made(name), name, (2, 7, 5))
 
 
 def test_odd_sizes_of_two_levels(budget):
-    """A convolution halves the picture and rounds up; a text is as long as it has pixels then."""
+    """A convolution halves the picture and rounds up. With a mask, a text of as many tokens as
+    a level has pixels is refused; diffusers fails."""
     levels = {
         "block_out_channels": (32, 32),
         "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D"),
     }
     eager, mask = noisy(UNet2DConditionModel(**SIMPLE | levels)), {"attention_mask": MASK}
-    network, given = network_of(eager), told("no more", 3)
+    network, given = network_of(eager), conditions_of("plain", 3)
 
     def run(sample, count):
         return UNET.call(network, sample, 301, given["encoder_hidden_states"], **mask).sample
@@ -148,16 +152,16 @@ def test_guided_pairs(name, budget):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["whole unCLIP", "whole IF", "whole Kandinsky 2.2"])
+@pytest.mark.parametrize("name", ["two-level unCLIP", "two-level IF", "two-level Kandinsky 2.2"])
 def test_other_dtypes(name, dtype, budget):
     hold(budget, made(name, dtype), name, (2, 8, 8), dtype=dtype)
 
 
 @pytest.mark.parametrize("mask", ["attention_mask", "encoder_attention_mask"])
 def test_masks(mask, budget):
-    """unCLIP gives the text's mask as `attention_mask`, which elsewhere is of the pixels."""
-    eager, options = made("no more"), {mask: MASK}
-    network, given = network_of(eager), told("no more", 3)
+    """unCLIP passes the text's mask as `attention_mask`, which in other networks masks pixels."""
+    eager, options = made("plain"), {mask: MASK}
+    network, given = network_of(eager), conditions_of("plain", 3)
 
     def run(sample, count):
         return UNET.call(network, sample, 301, given["encoder_hidden_states"], **options).sample
@@ -166,11 +170,11 @@ def test_masks(mask, budget):
 
 
 def test_the_classic_processor(budget):
-    """Its softmax is float32 in every dtype, so float64 is no truth for it; 2.0's is."""
-    eager = made("no more")
+    """Its softmax is float32 in every dtype, so the reference is the 2.0 processor in float64."""
+    eager = made("plain")
     classic = copy.deepcopy(eager)
     classic.set_attn_processor(AttnAddedKVProcessor())
-    network, given = network_of(classic), told("no more", 2)
+    network, given = network_of(classic), conditions_of("plain", 2)
     run = lambda sample, count: network(sample, 301, Conditions(**given))  # noqa: E731
     budget(run, Eager(eager, given), torch.randn(2, 4, 8, 8), 2)
 
@@ -179,30 +183,34 @@ def test_the_classic_processor(budget):
     ("name", "given", "why"),
     [
         ("IF", {"encoder_hidden_states": None}, "encoder_hidden_states is missing"),
-        ("whole unCLIP", {"class_labels": None}, "class_labels are missing"),
-        ("whole unCLIP", {"class_labels": torch.zeros(1, 9)}, r"\[1, 9\]; expected 64 channels"),
+        ("two-level unCLIP", {"class_labels": None}, "class_labels are missing"),
         (
-            "whole unCLIP",
+            "two-level unCLIP",
+            {"class_labels": torch.zeros(1, 9)},
+            r"\[1, 9\]; expected 64 channels",
+        ),
+        (
+            "two-level unCLIP",
             {"class_labels": torch.zeros(3, 64)},
             r"\[3, 64\]; expected one embedding or 1",
         ),
-        ("whole IF", {"class_labels": torch.zeros(1, 1)}, r"\[1, 1\]; expected one label or 1"),
-        ("no more", {"class_labels": torch.zeros(1)}, "it was given class_labels"),
-        ("whole unCLIP", {"side": (7, 8)}, r"\(7, 8\), which are not multiples of 2"),
+        ("two-level IF", {"class_labels": torch.zeros(1, 1)}, r"\[1, 1\]; expected one label or 1"),
+        ("plain", {"class_labels": torch.zeros(1)}, "it was given class_labels"),
+        ("two-level unCLIP", {"side": (7, 8)}, r"\(7, 8\), which are not multiples of 2"),
         ("Kandinsky 2.2", {"image_embeds": [torch.zeros(1, 20)]}, "image_embeds is a list"),
         ("Kandinsky 2.2", {"image_embeds": torch.zeros(2, 20)}, "image_embeds is for 2 pictures"),
         ("Kandinsky 2.2", {"image_embeds": torch.zeros(1, 9)}, r"\[1, 9\]; expected 20 channels"),
-        ("no more", {"encoder_attention_mask": MASK[:2]}, r"a text mask of \[2, 5\]"),
-        # diffusers adds nothing to a mask that is as long as there are pixels, and fails
-        ("no more", {"encoder_attention_mask": MASK[:1], "side": (5, 1)}, r"beside \[5\] pixels"),
+        ("plain", {"encoder_attention_mask": MASK[:2]}, r"a text mask of \[2, 5\]"),
+        # diffusers does not extend a mask that is as long as there are pixels, and fails
+        ("plain", {"encoder_attention_mask": MASK[:1], "side": (5, 1)}, r"beside \[5\] pixels"),
         ("text alone", {"encoder_attention_mask": MASK[:1]}, "attend to the text alone"),
-        ("no more", {"down_intrablock_additional_residuals": []}, "T2I-Adapter residuals"),
+        ("plain", {"down_intrablock_additional_residuals": []}, "T2I-Adapter residuals"),
     ],
     ids=str,
 )
-def test_what_they_are_not_told(name, given, why):
+def test_wrong_conditions_are_refused(name, given, why):
     sides, network = given.get("side", (8, 8)), network_of(made(name))
-    given = told(name, 1) | {key: value for key, value in given.items() if key != "side"}
+    given = conditions_of(name, 1) | {key: value for key, value in given.items() if key != "side"}
     with pytest.raises(Unsupported, match=why), torch.no_grad():
         network(torch.randn(1, 4, *sides), 301, Conditions(**given))
 
@@ -222,7 +230,7 @@ def test_what_they_are_not_told(name, given, why):
     ],
     ids=str,
 )
-def test_what_they_are_not(more, why):
+def test_other_architectures_are_refused(more, why):
     module = UNet2DConditionModel(**SIMPLE | more).eval()
     with pytest.raises(Unsupported, match=why):
         borrow_unet(module, Loan(module, rehearsal=True))

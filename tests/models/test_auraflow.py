@@ -13,14 +13,14 @@ from fastdiff.runtime.denoiser import denoiser
 
 
 class Flat(torch.nn.Module):
-    """Called by position."""
+    """The network, called with positional arguments."""
 
     def __init__(self, net):
         super().__init__()
         self.net = net
 
-    def forward(self, x, told, times):
-        return self.net(x, told, times, return_dict=False)
+    def forward(self, x, encoded, times):
+        return self.net(x, encoded, times, return_dict=False)
 
 
 def pair(dtype=torch.float32, **config):
@@ -29,14 +29,14 @@ def pair(dtype=torch.float32, **config):
     lent = copy.deepcopy(eager)
     network = denoiser(borrow_auraflow(lent, Loan(lent)))
 
-    def run(x, told, times):
-        return network(x, times, Conditions(told))
+    def run(x, encoded, times):
+        return network(x, times, Conditions(encoded))
 
     return Flat(eager), network.network, run
 
 
 def text(batch, tokens=40, used=40):
-    """As its pipeline pads it: zeros behind the tokens that are used."""
+    """A text as the pipeline pads it: zeros after the `used` tokens."""
     states = torch.randn(batch, tokens, 20)
     states[:, used:] = 0
     return states
@@ -45,7 +45,7 @@ def text(batch, tokens=40, used=40):
 @pytest.mark.parametrize(("sides", "used"), [((8, 8), 40), ((6, 18), 5)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_predictions(batch, sides, used, budget):
-    """At odd sizes, with different timesteps, with and without equal tokens behind the text."""
+    """At odd sizes, with different timesteps, with and without equal tokens after the text."""
     eager, _, run = pair()
     times = torch.tensor([1.0, 0.301, 0.0])[:batch]
     budget(run, eager, torch.randn(batch, 4, *sides), text(batch, used=used), times)
@@ -54,16 +54,16 @@ def test_predictions(batch, sides, used, budget):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype, budget):
     eager, _, run = pair(dtype)
-    x, told = torch.randn(2, 4, 8, 8, dtype=dtype), text(2, used=9).to(dtype)
-    budget(run, eager, x, told, torch.tensor([0.5, 0.5], dtype=dtype))
+    x, encoded = torch.randn(2, 4, 8, 8, dtype=dtype), text(2, used=9).to(dtype)
+    budget(run, eager, x, encoded, torch.tensor([0.5, 0.5], dtype=dtype))
 
 
 @pytest.mark.parametrize(("used", "kept"), [(5, KEPT), (17, 2 * KEPT), (39, 40)])
-def test_equal_tokens_behind_a_text_are_one(used, kept):
-    """Few lengths remain, so that few need a recording."""
+def test_equal_tokens_after_a_text_are_merged(used, kept):
+    """Texts then have few different lengths, so few recordings are needed."""
     _, network, _ = pair()
-    told = Conditions(text(2, used=used))
-    constants = network.hoist(told, torch.tensor([[0.5]]), (8, 8)).constants
+    encoded = Conditions(text(2, used=used))
+    constants = network.hoist(encoded, torch.tensor([[0.5]]), (8, 8)).constants
     assert constants.text.shape[1] == 8 + kept
     assert (constants.text_bias is None) == (kept == 40)
 
@@ -77,11 +77,11 @@ def test_equal_tokens_behind_a_text_are_one(used, kept):
         ((1, 4, 8, 8), None, "encoder_hidden_states is missing"),
     ],
 )
-def test_what_it_is_not_given(shape, tokens, what):
+def test_wrong_inputs_are_refused(shape, tokens, what):
     _, network, _ = pair()
-    told = None if tokens is None else text(1, tokens)
+    encoded = None if tokens is None else text(1, tokens)
     with pytest.raises(Unsupported, match=what):
-        network.check(torch.zeros(shape), Conditions(told))
+        network.check(torch.zeros(shape), Conditions(encoded))
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,14 @@ def test_what_it_is_not_given(shape, tokens, what):
         ({"out_channels": 8}, "a last layer of 32 columns for 8 channels"),
     ],
 )
-def test_what_it_is_not(config, what):
+def test_other_architectures_are_refused(config, what):
     with pytest.raises(Unsupported, match=what):
         pair(**config)
 
 
 def test_wide_heads_on_a_gpu_attend_as_one_sequence(monkeypatch, budget):
-    """Our kernel for both would spill; equal tokens stay, as the library takes no bias for them."""
+    """Our joint attention would spill registers. Equal tokens are not merged, because the library's
+    attention takes no bias for them."""
     monkeypatch.setattr(auraflow, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(auraflow, "WIDEST", 4)
     eager, _, run = pair()

@@ -25,8 +25,8 @@ X4 = TINY | {
 
 
 class Eager(torch.nn.Module):
-    """Latents and constant channels joined in every call, as pipelines do; both are repeated for as
-    many texts as there are."""
+    """Joins latents and constant channels in every call, as pipelines do, and repeats both for each
+    text."""
 
     def __init__(self, unet):
         super().__init__()
@@ -39,7 +39,8 @@ class Eager(torch.nn.Module):
 
 
 def planned(network):
-    """A step as a plan runs it: the constant channels hoisted, both halves sharing the latents."""
+    """A step as a plan runs it: the constant channels are hoisted, and both halves of guidance
+    share the latents."""
 
     def run(sample, constant, text, labels=None, mask=None):
         net = network.network
@@ -62,7 +63,7 @@ def planned(network):
         # guided: the halves share the constant channels and the label
         ((1, 7, 12), 2, 1, 1, torch.bfloat16),
         ((2, 6, 5), 4, 2, 1, torch.float32),
-        ((2, 8, 8), 4, 4, 4, torch.float32),  # and with others in each half
+        ((2, 8, 8), 4, 4, 4, torch.float32),  # guided, with other channels and labels in each half
     ],
 )
 def test_steps(shape, texts, constants, labels, dtype, budget):
@@ -124,7 +125,7 @@ def borrowed(**config):
     return borrow_unet(module, Loan(module))
 
 
-def test_what_is_refused():
+def test_wrong_configs_and_channels_are_refused():
     for reason, config in {
         "type 'simple_projection'": {
             "class_embed_type": "simple_projection",

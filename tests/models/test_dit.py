@@ -37,7 +37,7 @@ def test_predictions(kind, batch, budget):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype, budget, tmp_path):
-    """Loaded in half precision, its positions stay in float32."""
+    """A network that is loaded in half precision keeps its positions in float32."""
     noisy(DiTTransformer2DModel(**DIT)).save_pretrained(tmp_path)
     eager = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype).eval()
     assert eager.pos_embed.pos_embed.dtype == torch.float32
@@ -59,7 +59,7 @@ def test_other_dtypes(dtype, budget, tmp_path):
         ({"labels": torch.tensor([1, 2])}, "class_labels is for 2 pictures"),
     ],
 )
-def test_what_it_is_not_given(given, what):
+def test_wrong_inputs_are_refused(given, what):
     network = borrow_dit(net := noisy(DiTTransformer2DModel(**DIT)), Loan(net))
     known = {"latents": torch.zeros(1, 4, 8, 8), "labels": torch.tensor([1])} | given
     with pytest.raises(Unsupported, match=what):
@@ -73,7 +73,7 @@ def test_what_it_is_not_given(given, what):
         ({"norm_elementwise_affine": True}, "a LayerNorm with weight and bias"),
     ],
 )
-def test_what_it_is_not(config, what):
+def test_other_architectures_are_refused(config, what):
     net = DiTTransformer2DModel(**DIT | config).eval()
     with pytest.raises(Unsupported, match=what):
         borrow_dit(net, Loan(net))

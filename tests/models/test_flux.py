@@ -23,7 +23,7 @@ from fastdiff.runtime.tape import record
 
 KINDS = {"dev": {"guidance_embeds": True}, "schnell": {}}
 COUNTS = ((1, 15, 7), (2, 6, 1), (3, 1, 5))
-"""Pictures, and the tokens of a picture and of a text."""
+"""The number of pictures, of tokens of a picture, and of tokens of a text."""
 
 
 def transformer(kind="dev", dtype=torch.float32, **more):
@@ -53,7 +53,7 @@ def doubled(tree):
 def by_diffusers(module, latents, times, given):
     names = given._asdict()
     channels, tokens = names.pop("constant_channels"), names.pop("constant_tokens")
-    del names["ip_adapter_image_embeds"]  # None; its pipelines are tested with them
+    del names["ip_adapter_image_embeds"]  # None here; tests of the pipelines give them
     if channels is not None:
         latents = torch.cat([latents, channels], -1)
     whole = latents if tokens is None else torch.cat([latents, tokens], 1)
@@ -62,7 +62,7 @@ def by_diffusers(module, latents, times, given):
 
 
 def hold(module, latents, given, times=None):
-    """Our prediction within the error budget of diffusers' own."""
+    """Check that our prediction is within the error budget of diffusers' own, and return it."""
     times = torch.tensor([0.5, 0.125, 1.0])[: len(latents)] if times is None else times
     with torch.no_grad():
         eager = by_diffusers(copy.deepcopy(module), latents, times.to(latents.dtype), given)
@@ -97,12 +97,12 @@ def test_a_controlnets_residuals(repeat):
 
 @pytest.mark.parametrize("modes", [None, 4], ids=["one kind", "union"])
 def test_a_controlnet(modes):
-    """What it adds to each block, within the budget."""
+    """What it adds to each block is within the budget."""
     config = FLUX | {"num_single_layers": 1, "guidance_embeds": True, "num_mode": modes}
     net = noisy(FluxControlNetModel(**config))
-    latents, told, times = torch.randn(2, 15, 16), conditions(count=2), torch.tensor([0.5, 0.125])
+    latents, shared, times = torch.randn(2, 15, 16), conditions(count=2), torch.tensor([0.5, 0.125])
     mode = None if modes is None else torch.tensor([[3], [1]])
-    given = ControlConditions(*told[:5], torch.randn(2, 15, 16), mode)
+    given = ControlConditions(*shared[:5], torch.randn(2, 15, 16), mode)
 
     def by_diffusers(net, latents, times, given):
         return sum(net(latents, timestep=times, **given._asdict(), return_dict=False), [])
@@ -120,19 +120,19 @@ def test_a_controlnet(modes):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_channels_that_stay_the_same(count):
+def test_constant_channels(count):
     net = transformer(in_channels=24, out_channels=16)
     given = conditions(count=count, constant_channels=torch.randn(count, 15, 8))
     hold(net, torch.randn(count, 15, 16), given)
 
 
-def test_tokens_that_stay_the_same():
+def test_constant_tokens():
     given = conditions(count=2, picture=15 + 4, constant_tokens=torch.randn(2, 4, 16))
     hold(transformer(), torch.randn(2, 15, 16), given)
 
 
 def test_float16_is_clipped_where_diffusers_clips_it():
-    """A text's and the single blocks' sums beyond float16 become its largest number."""
+    """Sums of the text and of the single blocks that exceed float16 become its largest number."""
     net = transformer()
     with torch.no_grad():
         net.transformer_blocks[-1].ff_context.net[2].weight.mul_(1e5)
@@ -158,14 +158,14 @@ def test_float16_is_clipped_where_diffusers_clips_it():
         ({"constant_channels": torch.zeros(1, 15, 8)}, "expected 8 channels"),
     ],
 )
-def test_what_it_is_not_given(given, what):
+def test_wrong_inputs_are_refused(given, what):
     network = borrow_flux(net := transformer(), Loan(net))
     network.check(torch.zeros(1, 15, 16), conditions())
     with pytest.raises(Unsupported, match=what):
         network.check(torch.zeros(1, 15, 16), conditions()._replace(**given))
 
 
-def test_what_it_is_not():
+def test_other_architectures_are_refused():
     net = transformer()
     net.fuse_qkv_projections()
     with pytest.raises(Unsupported, match="fused projections"):
@@ -178,7 +178,7 @@ def test_what_it_is_not():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_goes_onto_a_tape(dtype):
-    """Of several pictures, whose tokens lie apart at the end, too."""
+    """Also for several pictures, whose tokens are not adjacent at the end."""
     network = borrow_flux(net := transformer(dtype=dtype), Loan(net))
     hoisted = network.hoist(conditions(count=2, dtype=dtype), torch.tensor([[0.5]]), ())
     given = torch.randn(2, 15, 16).to(dtype), hoisted.rows[0], hoisted.constants
@@ -188,7 +188,7 @@ def test_a_step_goes_onto_a_tape(dtype):
 
 
 def test_launches():
-    """15 of a block with two streams, 7 of one with one; beside them the embedding, three to join
+    """15 for a block of two streams and 7 for a block of one; also the embedding, three that join
     the streams, the last norm and the last product."""
     with torch.device("meta"):
         net = FluxTransformer2DModel(**FLUX).to(torch.float16).eval()

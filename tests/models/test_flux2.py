@@ -25,7 +25,7 @@ from fastdiff.runtime.planned import step
 from fastdiff.runtime.tape import record
 
 COUNTS = ((1, 15, 7), (2, 6, 1), (3, 1, 5))
-"""Pictures, and the tokens of a picture and of a text."""
+"""The number of pictures, of tokens of a picture, and of tokens of a text."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,7 +59,7 @@ def doubled(value):
 
 
 def hold(module, latents, given):
-    """Our prediction within the error budget of diffusers' own."""
+    """Check that our prediction is within the error budget of diffusers' own."""
     times = torch.tensor([0.5, 0.125, 1.0])[: len(latents)]
     with torch.no_grad():
         eager = by_diffusers(copy.deepcopy(module), latents, times.to(latents.dtype), given)
@@ -78,18 +78,18 @@ def test_predictions(counts, dtype):
     hold(transformer(dtype), torch.randn(count, picture, 16).to(dtype), conditions(*counts, dtype))
 
 
-def test_a_guidance_that_nobody_takes():
-    """Klein has no embedding of it, and diffusers does not look at one."""
+def test_guidance_is_ignored_without_an_embedding():
+    """Klein has no embedding of guidance, and diffusers ignores it there."""
     hold(transformer(guidance_embeds=False), torch.randn(1, 15, 16), conditions())
 
 
-def test_pictures_to_look_at():
+def test_reference_pictures():
     more = {"constant_tokens": torch.randn(2, 4, 16)}
     more["constant_ids"] = positions(4, layer=10).repeat(2, 1, 1)
     hold(transformer(), torch.randn(2, 15, 16), conditions(2, **more))
 
 
-def test_what_it_is_not_given():
+def test_wrong_inputs_are_refused():
     network = borrow_flux2(net := transformer(), Loan(net))
     network.check(torch.zeros(1, 15, 16), conditions())
     for given, what in (
@@ -101,8 +101,8 @@ def test_what_it_is_not_given():
             network.check(torch.zeros(1, 15, 16), conditions()._replace(**given))
 
 
-def test_keys_and_values_that_are_kept():
-    """Klein KV's pipeline exchanges the processors."""
+def test_processors_that_keep_keys_and_values_are_refused():
+    """Klein KV's pipeline sets such processors."""
     net = transformer()
     for block in net.transformer_blocks:
         block.attn.set_processor(Flux2KVAttnProcessor())
@@ -122,7 +122,7 @@ def test_a_step_goes_onto_a_tape():
 
 
 def test_launches():
-    """17 of a block with two streams (one more for each gate), 7 of one with one."""
+    """17 for a block of two streams (one more for each gate) and 7 for a block of one."""
     with torch.device("meta"):
         net = Flux2Transformer2DModel(**FLUX2).to(torch.float16).eval()
         network = borrow_flux2(net, Loan(net, rehearsal=True))

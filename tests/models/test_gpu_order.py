@@ -1,5 +1,5 @@
-"""The networks in the order that a GPU is asked for, on a CPU: sums that wait for the next norm,
-skip connections that nobody concatenates, GEGLU in two steps."""
+"""The networks with the calls that a GPU gets, run on a CPU: sums are left to the next norm, skip
+connections are not concatenated, GEGLU takes two calls."""
 
 import copy
 from importlib import import_module
@@ -36,7 +36,7 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
     geglu = all_kernels()["geglu"]
     monkeypatch.setattr(import_module("fastdiff.kernels.geglu"), "_op", geglu.library)
-    monkeypatch.setattr(borrow, "NATIVE", None)  # weights as GPU libraries want them
+    monkeypatch.setattr(borrow, "NATIVE", None)  # weights are stored as GPU libraries want them
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def in_triton(monkeypatch, as_on_a_gpu):
 
 
 def hold_unet(budget, config, shape, dtype=torch.float32, perturbed=""):
-    """Guidance as the loop asks for it: one picture meets two texts, and then the second again
-    under perturbed attention in the blocks whose names begin so. Channels beside the latents are
-    constant."""
+    """Check a guided step as the loop calls it: one picture with two texts and, if `perturbed`, the
+    second text again, with perturbed attention in the blocks whose names start with `perturbed`.
+    Channels beside the latents are constant."""
     torch.manual_seed(1)
     module = UNet2DConditionModel(**config).eval().to(dtype)
     processor = PAGCFGIdentitySelfAttnProcessor2_0()
@@ -67,12 +67,12 @@ def hold_unet(budget, config, shape, dtype=torch.float32, perturbed=""):
         labels = torch.tensor([3])
     if perturbed:
         text = torch.cat([text, text[1:]])
-        added = added and {name: torch.cat([told, told[1:]]) for name, told in added.items()}
+        added = added and {name: torch.cat([value, value[1:]]) for name, value in added.items()}
 
     def run(sample, timestep, text):
-        told = dict(added or {}, repeats=bool(perturbed))
-        told |= {"class_labels": labels, "constant_channels": constant}
-        given, sides = Conditions(text, **told), sample.shape[2:]
+        options = dict(added or {}, repeats=bool(perturbed))
+        options |= {"class_labels": labels, "constant_channels": constant}
+        given, sides = Conditions(text, **options), sample.shape[2:]
         (row,), constants = network.hoist(given, timestep.reshape(1, 1), sides)
         x = network.pack(sample).contiguous()
         return network.unpack(network.predict(x, row, constants), sides)
@@ -163,7 +163,8 @@ def test_decoder_in_strips(share, dtype, in_triton, budget):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_prior_of_triton_kernels(dtype, in_triton):
-    """Two pictures with guidance: their tokens are one sequence behind a mask of its own rows."""
+    """Two pictures with guidance: their tokens form one sequence, with a row of the mask for each
+    token."""
     module = noisy(PriorTransformer(**PRIOR | {"num_layers": 2})).to(dtype)
     mine = copy.deepcopy(module)
     network = borrow_prior(mine, Loan(mine))

@@ -55,14 +55,14 @@ KINDS = {
     "sd35-medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
     "sd35-large": {"qk_norm": "rms_norm"},
 }
-# batch, rows, columns; a row or column that fills no patch is left out
+# batch, rows, columns; rows and columns beyond the last whole patch are dropped
 SHAPES = ((1, 16, 16), (2, 10, 24), (3, 9, 13), (1, 2, 3))
 DTYPES = (torch.float32, torch.bfloat16)
 TIMES = torch.tensor([[999.0], [321.7], [20.5]])
 
 
 class Exact(nn.Module):
-    """diffusers' RMSNorm in its own dtype: that one's mean square is of float32 always."""
+    """RMSNorm in the dtype of its input; diffusers' computes the mean square in float32 always."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
@@ -102,9 +102,9 @@ def at(rows, step):
 
 
 def by_diffusers(module, latents, times, given, copies=1):
-    """The step of `times` [n] as diffusers' loop asks for it."""
+    """The step at `times` [n], called as diffusers' loop calls it."""
     names = given._asdict()
-    for ours in ("last_skip_layers", "repeats"):  # of a third prediction in the same batch
+    for ours in ("last_skip_layers", "repeats"):  # for a third prediction in the same batch
         names.pop(ours, None)
     image = names.pop("ip_adapter_image_embeds", None)
     more = {} if image is None else {"joint_attention_kwargs": {"ip_adapter_image_embeds": image}}
@@ -118,7 +118,7 @@ def by_diffusers(module, latents, times, given, copies=1):
 
 
 def by_us(network, latents, times, given, copies=1, step=1):
-    """That step among the others of its image."""
+    """Our prediction for the step number `step` of `times`, hoisted with the other steps."""
     network.check(latents, given, copies)
     sides = latents.shape[2:]
     hoisted = network.hoist(given, times, sides)
@@ -134,7 +134,7 @@ def by_us(network, latents, times, given, copies=1, step=1):
 
 
 def hold(module, latents, given, copies=1, times=TIMES, network=None):
-    """Our prediction within the error budget of diffusers' own."""
+    """Check that our prediction is within the error budget of diffusers' own, and return it."""
     with torch.no_grad():
         truth = by_diffusers(exact(module), latents.double(), times[1], doubled(given), copies)
         eager = by_diffusers(copy.deepcopy(module), latents, times[1], given, copies)
@@ -192,7 +192,7 @@ def test_a_timestep_for_each_picture():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_tokens_at_the_end_of_the_text_are_one(kind):
+def test_equal_tokens_at_the_end_of_the_text_are_merged(kind):
     given = conditions(2, tokens=40)
     text = given.encoder_hidden_states
     text[:, 6:] = 0
@@ -228,7 +228,7 @@ def test_control_residuals(count):
 
 
 def with_ip_adapter(module):
-    """An IP-Adapter in every attention, the scales 0, 0.5, 1, ... in turn."""
+    """Put an IP-Adapter into every attention, with the scales 0, 0.5, 1, ... in turn."""
     width, heads = module.inner_dim, module.config.num_attention_heads
     head = width // heads
     module.set_attn_processor(
@@ -280,7 +280,7 @@ def controlled(kind, dtype=torch.float32, **more):
 def test_controlnet(kind, positions, dtype):
     module = controlled(kind, dtype)
     patched = module.pos_embed is not None
-    if kind == "sd35-large, its own" and positions:  # as its pipeline does it
+    if kind == "sd35-large, its own" and positions:  # as the pipeline does it
         shared = module._get_pos_embed_from_transformer(transformer("sd3", dtype))
         module.pos_embed = shared.to(dtype)
         patched = True
@@ -324,8 +324,8 @@ def test_what_a_controlnet_cannot_take_is_refused():
     text, pooled, *_ = conditions(2)
     latents, picture = torch.randn(1, 4, 8, 12), torch.randn(2, 5, 8, 12)
     given = MMDiTControlConditions(text, pooled, picture)
-    told, untold = controlled("sd3"), controlled("sd35-large, its own")
-    network = borrow_mmdit_control(told, Loan(told))
+    with_text, without_text = controlled("sd3"), controlled("sd35-large, its own")
+    network = borrow_mmdit_control(with_text, Loan(with_text))
     network.check(latents, given, copies=2)
     for bad, words in {
         given._replace(controlnet_cond=None): "controlnet_cond is missing",
@@ -335,7 +335,7 @@ def test_what_a_controlnet_cannot_take_is_refused():
     }.items():
         with pytest.raises(Unsupported, match=words):
             network.check(latents, bad, copies=2)
-    network = borrow_mmdit_control(untold, Loan(untold))
+    network = borrow_mmdit_control(without_text, Loan(without_text))
     tokens = torch.randn(1, 24, 48)
     network.check(tokens, given._replace(encoder_hidden_states=None), copies=2)
     with pytest.raises(Unsupported, match="given encoder_hidden_states"):
@@ -413,7 +413,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_what_was_read_is_watched(edit):
+def test_edits_of_what_was_read_are_noticed(edit):
     module = transformer("sd35-medium")
     borrow_mmdit(module, loan := Loan(module))
     assert loan.intact()
@@ -429,7 +429,7 @@ def refused(edit):
     return str(raised.value)
 
 
-def test_what_is_not_computed_is_refused():
+def test_unsupported_modules_are_refused():
     def processor(kind):
         return lambda net: net.set_attn_processor(kind())
 
@@ -450,7 +450,7 @@ def test_what_is_not_computed_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rehearsal_moves_nothing(kind):
+def test_a_rehearsal_moves_no_weight(kind):
     module = transformer(kind)
     before = [parameter.data_ptr() for parameter in module.parameters()]
     borrow_mmdit(module, Loan(module, rehearsal=True))
@@ -489,7 +489,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", BAD)
-def test_what_diffusers_refuses_or_converts_is_refused(words):
+def test_wrong_inputs_are_refused(words):
     module = transformer("sd3")
     network = borrow_mmdit(module, Loan(module))
     latents, given = torch.randn(1, 4, 8, 8), conditions(2)
@@ -500,7 +500,7 @@ def test_what_diffusers_refuses_or_converts_is_refused(words):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_by_triton_kernels(kind, monkeypatch):
-    monkeypatch.setattr(borrow, "NATIVE", None)  # weights as GPU libraries want them
+    monkeypatch.setattr(borrow, "NATIVE", None)  # weights are stored as GPU libraries want them
     for name, kernel in all_kernels().items():
         if "triton" in kernel.implementations:
             place = import_module(f"fastdiff.kernels.{name}")
@@ -512,8 +512,8 @@ def test_by_triton_kernels(kind, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("more", ["skip_layers", "block_controlnet_hidden_states", PICTURES])
-def test_a_step_on_a_cpu_is_kernels_of_ours_alone(more, dtype):
-    """So a tape can stand for it: SD3.5-medium with guidance, without T5."""
+def test_a_step_on_a_cpu_runs_only_our_kernels(more, dtype):
+    """So a tape can replace it: SD3.5-medium with guidance, without T5."""
     module = with_ip_adapter(transformer("sd35-medium", dtype))
     value = {
         "skip_layers": (1,),
@@ -557,7 +557,7 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_launches_of_a_guided_step(name):
     """At 1024², with all 333 tokens of the text."""
-    most, layers, config = SIZES[name]
+    limit, layers, config = SIZES[name]
     with torch.device("meta"):
         module = SD3Transformer2DModel(
             **FULL,
@@ -583,4 +583,4 @@ def test_launches_of_a_guided_step(name):
         guided_step(output, state, history, x, table, step)
 
     count = sum(work.launches for _, work in launched(run, 90))
-    assert count <= most
+    assert count <= limit

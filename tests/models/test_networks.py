@@ -17,7 +17,7 @@ from fastdiff.models import (
 from fastdiff.models.trunk import Conditions
 from fastdiff.runtime.denoiser import denoiser
 
-# batch, rows, columns; none of the odd ones is a multiple of what the network divides by
+# batch, rows, columns; odd sizes do not divide by the network's factor of downsampling
 SHAPES = ((1, 8, 8), (2, 16, 16), (3, 9, 5), (1, 33, 17), (2, 10, 18))
 
 
@@ -147,7 +147,7 @@ def test_demo_networks(demo, budget):
 
 @pytest.mark.slow
 def test_full_size_sd15_step(budget):
-    """860 M parameters, one step at 512²: about two minutes and 12 GB, mostly the float64 truth."""
+    """860 M parameters, one step at 512²: two minutes and 12 GB, mostly for the float64 network."""
     unet = UNet2DConditionModel(
         sample_size=64, cross_attention_dim=768, attention_head_dim=8
     ).eval()

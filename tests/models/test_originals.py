@@ -1,4 +1,5 @@
-"""What diffusers' code would compute counts, whoever wrote it: subclasses, patches, overrides."""
+"""A compiled network computes what its modules' own code computes, also where a user has patched,
+subclassed or overridden it."""
 
 import copy
 import functools
@@ -24,20 +25,20 @@ def network(compiled):
 
 
 def whole(out):
-    """All numbers of a result."""
+    """All numbers of a result, as one row."""
     if isinstance(out, tuple | list):
         return torch.cat([whole(part) for part in out])
     return out.flatten() if torch.is_tensor(out) else whole(tuple(out.values()))
 
 
 def fresh(name):
-    """As `network`, for a test that leaves something behind."""
+    """As `network`, for a test that does not undo its changes."""
     _, net, given, options = NETS[name]()
     return fastdiff.compile(net), lambda call: whole(call(*given, **options))
 
 
 def halved(forward):
-    """Another function in a forward's place: half of every tensor that it returns."""
+    """A replacement of `forward` that returns half of every tensor."""
 
     @functools.wraps(forward)
     def half(*given, **options):
@@ -57,7 +58,8 @@ def halved(forward):
 
 
 def check(net, run, where, slow=True):
-    """The net's call gives what its modules' own code gives."""
+    """Check that a call of the net gives what its modules' own code gives, and runs eagerly if
+    `slow`."""
     slot = slot_of(net)
     calls = slot.fast
     with warnings.catch_warnings():
@@ -69,7 +71,7 @@ def check(net, run, where, slow=True):
 
 
 def one_of_each(net):
-    """An object of every class that is read."""
+    """One object of every class that the network reads."""
     return {type(thing): thing for thing in slot_of(net).loan.opened.values()}
 
 
@@ -77,8 +79,8 @@ def one_of_each(net):
     scope="module", params=[pytest.param("in every network", marks=pytest.mark.product), "once"]
 )
 def chosen_of(request):
-    """chosen_of(test, names): those that `test` is to look at in a network; in `make test` what an
-    earlier network had, too, is left out."""
+    """chosen_of(test, names): the names that `test` checks in a network. `make test` leaves out
+    those that an earlier network had as well."""
     seen = {}
 
     def chosen(test, names):
@@ -92,7 +94,7 @@ def chosen_of(request):
 
 @torch.no_grad()
 def test_subclasses(network, chosen_of):
-    """Every class in turn, its object of the user's own subclass, with the class's name."""
+    """For every class in turn, an object gets a user's subclass, which has the class's name."""
     net, run = network
     plain = run(net)
     changed, things = 0, one_of_each(net)
@@ -113,7 +115,7 @@ def test_subclasses(network, chosen_of):
 
 @torch.no_grad()
 def test_patches(network, chosen_of):
-    """Every function that is reached, patched where it lies, before it is borrowed and after."""
+    """Every function that the network's code reaches is patched in its class."""
     net, run = network
     classes = list(one_of_each(net))
     names = reached(classes).names
@@ -139,7 +141,7 @@ def test_patches(network, chosen_of):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("held", "name"),
+    ("namespace", "name"),
     [
         (F, "scaled_dot_product_attention"),
         (F, "silu"),
@@ -150,18 +152,18 @@ def test_patches(network, chosen_of):
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_functions_of_modules(monkeypatch, held, name):
-    """As people do who bring attention kernels of their own."""
+def test_functions_of_modules(monkeypatch, namespace, name):
+    """Users replace them, for example by attention kernels of their own."""
     net, run = fresh("sd15 of LCM")
     plain = run(net)
     calls = []
-    own = getattr(held, name)
+    own = getattr(namespace, name)
 
     def spy(*given, **options):
         calls.append(name)
         return own(*given, **options)
 
-    monkeypatch.setattr(held, name, spy)
+    monkeypatch.setattr(namespace, name, spy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         torch.testing.assert_close(run(net), plain, rtol=1e-3, atol=1e-4)
@@ -175,7 +177,7 @@ def test_functions_of_modules(monkeypatch, held, name):
 
 @torch.no_grad()
 def test_functions_of_objects(network, chosen_of):
-    """A method in an object's own dict stands before its class's."""
+    """A method in an object's own dict takes precedence over its class's."""
     net, run = network
     things = one_of_each(net)
     for cls in chosen_of("functions of objects", things):
@@ -190,7 +192,7 @@ def test_functions_of_objects(network, chosen_of):
 
 
 @torch.no_grad()
-def test_methods_that_processors_ask_for():
+def test_methods_that_processors_call():
     """diffusers' processors call methods of the attention that they are given."""
     net, run = fresh("upscaler, classic attention")
     run(net)
@@ -202,7 +204,7 @@ def test_methods_that_processors_ask_for():
 
 @torch.no_grad()
 def test_removed_hooks_leave_nothing():
-    """accelerate puts the forward that it found back into the object's dict."""
+    """When accelerate removes a hook, it leaves the original forward in the object's dict."""
     net, run = fresh("sd15 of LCM")
     run(net)
     for module in net.modules():

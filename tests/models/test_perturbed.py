@@ -1,4 +1,5 @@
-"""Layers that differ in the last part of a batch, against diffusers' own processors in float64."""
+"""Perturbed attention and skipped layers, which change the last part of a batch only, against
+diffusers' own processors in float64."""
 
 import copy
 from dataclasses import replace
@@ -41,8 +42,9 @@ def perturb(net, where, processor):
         module.processor = processor
 
 
-def told(tensor, parts):
-    """[B, ...] for the text -> [parts·B, ...]: another for the first third, the text's twice."""
+def extended(tensor, parts):
+    """[B, ...] for the text -> [parts·B, ...]: the text's twice; before them, if there are three
+    parts, those of another text."""
     return torch.cat([*([torch.randn_like(tensor)] if parts == 3 else []), tensor, tensor])
 
 
@@ -79,7 +81,7 @@ def test_unet(name, where, parts):
     for module in (net, eager):
         perturb(module, where, processors[parts])
     latents, text, added = inputs_for(net, (PICTURES, *SIDES))
-    text, added = told(text, parts), {k: told(v, parts) for k, v in (added or {}).items()}
+    text, added = extended(text, parts), {k: extended(v, parts) for k, v in (added or {}).items()}
     repeated = torch.cat([latents] * parts)
 
     def call(module, dtype):
@@ -101,9 +103,9 @@ def joint(kind):
 
 def joint_inputs(parts):
     text = torch.randn(PICTURES, 9, 72)
-    text = told(text, parts)
-    text[:, 6:] = 0  # as without T5: they become one token
-    return torch.randn(PICTURES, 4, 6, 10), text, told(torch.randn(PICTURES, 64), parts)
+    text = extended(text, parts)
+    text[:, 6:] = 0  # as without T5: these tokens are merged
+    return torch.randn(PICTURES, 4, 6, 10), text, extended(torch.randn(PICTURES, 64), parts)
 
 
 @torch.no_grad()
@@ -175,7 +177,7 @@ def test_processors_come_and_go_without_a_new_loan():
 
 @torch.no_grad()
 @pytest.mark.parametrize("what", ["a child", "a hook"])
-def test_what_changes_together_with_a_processor_is_seen(what):
+def test_a_change_beside_that_of_a_processor_is_noticed(what):
     net = UNet2DConditionModel(**shallow("sd15")).eval()
     slot = slot_for(net)
     loan, resnet = slot.loan, net.mid_block.resnets[0]
@@ -191,8 +193,8 @@ def test_what_changes_together_with_a_processor_is_seen(what):
 
 
 @torch.no_grad()
-def test_an_engine_has_one_state():
-    """What runs in a file is asked anew whether it computes what the processors say now."""
+def test_an_engine_is_checked_again_when_a_processor_changes():
+    """An exported network cannot change, so it may not compute what the new processor does."""
     net = UNet2DConditionModel(**shallow("sd15")).eval()
     slot = Slot("unet", net, replace(UNET, frozen=True))
     slot.offer()
@@ -212,7 +214,7 @@ class Loud(PAGCFGIdentitySelfAttnProcessor2_0):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["of a user's class", "with a call of its own", "patched"])
-def test_other_processors_are_not_computed(kind, monkeypatch):
+def test_other_processors_are_refused(kind, monkeypatch):
     net = UNet2DConditionModel(**shallow("sd15")).eval()
     slot, processor = slot_for(net), PAGCFGIdentitySelfAttnProcessor2_0()
     perturb(net, "mid_block", processor)

@@ -1,4 +1,4 @@
-"""UnCLIP's prior against diffusers in float64, at reduced widths."""
+"""unCLIP's prior against diffusers in float64, at reduced widths."""
 
 import copy
 
@@ -47,7 +47,7 @@ def by_diffusers(module, x, time, given, copies=1):
 
 
 def by_us(network, x, given, copies=1, step=1):
-    """A step among the others of its picture."""
+    """Our prediction for the step number `step` of `TIMES`, hoisted with the other steps."""
     network.check(x, given, copies)
     rows, constants = network.hoist(given, TIMES, ())
     return network.unpack(network.predict(network.pack(x), rows[step], constants), ())
@@ -72,7 +72,7 @@ def test_predictions(kind, dtype, batch, copies):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", PRIORS)
 def test_the_cache_is_exact(kind):
-    """In float64, where what is added to a hidden token's score leaves exactly nothing of it."""
+    """In float64: what is added to the score of a hidden token makes its share exactly 0."""
     module = prior(kind, torch.float64)
     given, x = conditions(module, 4, torch.float64), latents(module, 2, torch.float64)
     network = borrow_prior(module, Loan(module))
@@ -91,7 +91,7 @@ def test_a_single_call_with_a_timestep_for_each_picture():
 
 
 @torch.no_grad()
-def test_a_step_is_a_tape():
+def test_a_step_goes_onto_a_tape():
     module = prior()
     network = borrow_prior(module, Loan(module))
     given, x = conditions(module, 4), latents(module, 2)
@@ -101,8 +101,9 @@ def test_a_step_is_a_tape():
     assert torch.equal(tape.run(), network.predict(x, rows[2], constants))
 
 
-def test_what_diffusers_would_refuse_or_mix():
-    """Each with its reason: then diffusers' own call runs."""
+def test_inputs_that_diffusers_refuses_or_mixes_are_refused():
+    """Each is refused with a reason; diffusers' own call then runs. To mix: to let one picture
+    influence another."""
     module = prior()
     network = borrow_prior(module, Loan(module))
     x, given = latents(module, 2), conditions(module, 2)
@@ -119,16 +120,16 @@ def test_what_diffusers_would_refuse_or_mix():
     with pytest.raises(Unsupported, match="hidden_states has the shape"):
         network.check(x[:, None], given)
     hidden = given.attention_mask.clone()
-    hidden[1, 0] = False  # the first token then sees, among all that is hidden, the latents as well
+    hidden[1, 0] = False  # the first token then attends to all hidden ones, the latents among them
     with pytest.raises(Unsupported, match="hides the first token"):
         network.hoist(given._replace(attention_mask=hidden), TIMES, ())
     with pytest.raises(Unsupported, match="reach other pictures"):
         network.check(x * torch.tensor([[1.0], [float("nan")]]), given)
-    network.check(x[:1] * float("nan"), conditions(module, 1))  # reaches nobody
-    module.causal_attention_mask -= 3e4  # the same for a softmax, but as low as other pictures
+    network.check(x[:1] * float("nan"), conditions(module, 1))  # there is no other picture
+    module.causal_attention_mask -= 3e4  # no change after a softmax, but as low as for others
     with pytest.raises(Unsupported, match="hides all tokens from one of them"):
         network.hoist(given, TIMES, ())
-    module.causal_attention_mask.zero_()  # as its buffer: every token sees all
+    module.causal_attention_mask.zero_()  # every token sees all others
     with pytest.raises(Unsupported, match="hides the first token"):
         network.hoist(given, TIMES, ())
 
@@ -141,7 +142,7 @@ def test_what_diffusers_would_refuse_or_mix():
         (lambda net: setattr(net.transformer_blocks[1].attn1, "heads", 4), "mask for 3 heads"),
     ],
 )
-def test_other_structures(change, reason):
+def test_other_structures_are_refused(change, reason):
     module = prior()
     change(module)
     with pytest.raises(Unsupported, match=reason):

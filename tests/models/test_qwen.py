@@ -20,21 +20,21 @@ def pair(dtype=torch.float32, **config):
 
 
 class Flat(torch.nn.Module):
-    """Called with tensors only, as `budget` casts them."""
+    """The network, called with tensors only, because `budget` casts no others."""
 
     def __init__(self, net, shapes):
         super().__init__()
         self.net, self.shapes = net, shapes
 
-    def forward(self, x, told, mask, times):
-        return self.net(x, told, mask, times, self.shapes, return_dict=False)
+    def forward(self, x, states, mask, times):
+        return self.net(x, states, mask, times, self.shapes, return_dict=False)
 
 
 @pytest.mark.parametrize("lengths", [None, (5, 9, 1)])
 @pytest.mark.parametrize("shape", [(1, 4, 4), (1, 3, 7)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_predictions(batch, shape, lengths, budget):
-    """At odd sizes, with different timesteps and texts of other lengths."""
+    """At odd sizes, with different timesteps and texts of different lengths."""
     eager, network = pair()
     shapes, tokens = [[shape]] * batch, shape[1] * shape[2]
     mask = None
@@ -42,11 +42,11 @@ def test_predictions(batch, shape, lengths, budget):
         mask = torch.arange(11)[None] < torch.tensor(lengths[:batch])[:, None]
     times = torch.tensor([1.0, 0.301, 0.0])[:batch]
 
-    def run(x, told, mask, times):
-        return network(x, times, Conditions(told, mask, shapes))
+    def run(x, states, mask, times):
+        return network(x, times, Conditions(states, mask, shapes))
 
-    x, told = torch.randn(batch, tokens, 16), torch.randn(batch, 11, 20)
-    budget(run, Flat(eager, shapes), x, told, mask, times)
+    x, states = torch.randn(batch, tokens, 16), torch.randn(batch, 11, 20)
+    budget(run, Flat(eager, shapes), x, states, mask, times)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -54,16 +54,16 @@ def test_other_dtypes(dtype, budget):
     eager, network = pair(dtype)
     shapes = [[(1, 4, 4)]] * 2
 
-    def run(x, told, mask, times):
-        return network(x, times, Conditions(told, mask, shapes))
+    def run(x, states, mask, times):
+        return network(x, times, Conditions(states, mask, shapes))
 
-    x, told = torch.randn(2, 16, 16, dtype=dtype), torch.randn(2, 11, 20, dtype=dtype)
+    x, states = torch.randn(2, 16, 16, dtype=dtype), torch.randn(2, 11, 20, dtype=dtype)
     mask = torch.arange(11)[None] < torch.tensor([[11], [4]])
     times = torch.full((2,), 0.5, dtype=dtype)
-    budget(run, Flat(eager, shapes), x, told, mask, times)
+    budget(run, Flat(eager, shapes), x, states, mask, times)
 
 
-def test_tokens_that_nobody_attends_to_leave():
+def test_text_tokens_that_every_mask_hides_are_cut():
     _, network = pair()
     mask = torch.arange(11)[None] < torch.tensor([[5], [3]])
     given = Conditions(torch.randn(2, 11, 20), mask, [[(1, 2, 2)]] * 2)
@@ -80,7 +80,7 @@ def test_tokens_that_nobody_attends_to_leave():
         ([[(1, 2, 2)], [(1, 1, 4)]], "pictures of several sizes"),
     ],
 )
-def test_what_it_is_not_given(shapes, what):
+def test_wrong_inputs_are_refused(shapes, what):
     _, network = pair()
     given = Conditions(torch.zeros(1, 7, 20), None, shapes)
     with pytest.raises(Unsupported, match=what):
@@ -95,6 +95,6 @@ def test_what_it_is_not_given(shapes, what):
         ({"use_layer3d_rope": True}, "a QwenEmbedLayer3DRope where"),
     ],
 )
-def test_what_it_is_not(config, what):
+def test_other_architectures_are_refused(config, what):
     with pytest.raises(Unsupported, match=what):
         pair(**config)

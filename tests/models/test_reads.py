@@ -1,4 +1,5 @@
-"""What a network reads of diffusers' modules is all that diffusers' code reads, and is watched."""
+"""A network reads every attribute of diffusers' modules that diffusers' code reads, and notices
+changes of each."""
 
 import copy
 import warnings
@@ -15,31 +16,31 @@ from fastdiff.families import settings
 from fastdiff.models.originals import reached
 
 UNREAD = {
-    # under gradients alone, where the module's own call runs
+    # used only under gradients, where the module's own call runs
     "_gradient_checkpointing_func",
     "gradient_checkpointing",
-    # to split what is computed, never what comes out
+    # splits the computation without changing the result
     "_chunk_dim",
     "_chunk_size",
-    # of FreeU, which shows in s1 to b2
+    # for FreeU, which is recognised by s1 to b2
     "resolution_idx",
-    # of other inputs than pictures
+    # for inputs other than pictures
     "is_input_patches",
     "is_input_vectorized",
     "use_additional_conditions",
-    # in memory or beside it
+    # whether the input is overwritten
     "inplace",
-    # ours
+    # set by fastdiff
     "_compiled_call_impl",
-    # where padding is not of zeros
+    # for padding other than zeros
     "_reversed_padding_repeated_twice",
-    # of other projections of the text than IP-Adapters'
+    # for projections of the text other than IP-Adapters'
     "only_cross_attention",
 }
-"""Attributes with the names of such as diffusers' code reads, which change nothing here."""
+"""Attributes whose names occur in diffusers' code, but which change nothing in these networks."""
 OTHERS = {
-    # what another processor or class has by these names; of the last block of a ControlNet nobody
-    # asks for the text; without attn2 nobody asks for norm2
+    # read by other processors or classes; the last block of a ControlNet does not return the text;
+    # without attn2 norm2 is not used
     "Attention": {"dropout", "scale", "context_pre_only"},
     "BasicTransformerBlock": {"dim", "dropout", "num_attention_heads", "norm2"},
     "GroupNorm": {"num_channels"},
@@ -49,9 +50,9 @@ OTHERS = {
     "Downsample2D": {"out_channels", "name"},
     "Transformer2DModel": {"out_channels", "_internal_dict"},
     "UNetMidBlock2DCrossAttn": {"out_channels"},
-    # of positions that are computed anew, which is refused
+    # for positions that are computed anew, which is refused
     "PatchEmbed": {"base_size", "height", "width", "interpolation_scale"},
-    "JointTransformerBlock": {"attn2"},  # where use_dual_attention says that it has none
+    "JointTransformerBlock": {"attn2"},  # not used unless use_dual_attention
     "RMSNorm": {"dim"},
     "SD3ControlNetModel": {"_internal_dict"},
     "FluxAttention": {"dropout"},
@@ -60,19 +61,19 @@ OTHERS = {
     "Flux2ParallelSelfAttention": {"dropout"},
     "Flux2TransformerBlock": {"mlp_hidden_dim"},
     "Flux2Transformer2DModel": {"_internal_dict"},
-    "PriorTransformer": {"num_attention_heads"},  # read of its config
+    "PriorTransformer": {"num_attention_heads"},  # read from its config
     "DiTTransformer2DModel": {"height", "width", "_internal_dict"},
     "PixArtTransformer2DModel": {"height", "width"},
-    "AuraFlowTransformer2DModel": {"out_channels"},  # read of its config
-    # of a network that is told pictures, or read of its positions
+    "AuraFlowTransformer2DModel": {"out_channels"},  # read from its config
+    # for a network that takes reference pictures, or read from its embedding of positions
     "ZImageTransformer2DModel": {
         *("siglip_pad_token", "siglip_refiner", "_internal_dict", "axes_dims", "axes_lens"),
     },
     "ZImageTransformerBlock": {"dim"},
     "QwenImageTransformer2DModel": {"_internal_dict"},
     "QwenImageTransformerBlock": {"dim"},
-    "LabelEmbedding": {"num_classes"},  # of labels that are dropped in training
-    # what they made their attentions with, or read of the first weight
+    "LabelEmbedding": {"num_classes"},  # for labels that are dropped in training
+    # used only to make their attentions, or read from the first weight
     "SimpleCrossAttnDownBlock2D": {"num_heads"},
     "UNetMidBlock2DSimpleCrossAttn": {"num_heads"},
     "SimpleCrossAttnUpBlock2D": {"num_heads"},
@@ -80,18 +81,18 @@ OTHERS = {
     "Embedding": {"norm_type", "padding_idx", "scale_grad_by_freq", "sparse"},
     "SD3IPAdapterJointAttnProcessor2_0": {"scale"},  # read at every use
 }
-"""The same by class."""
+"""More such attributes, by class."""
 TEXT = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k"}
-"""What an attention reads that is given a text."""
+"""What an attention with a text reads."""
 
 
-def told(attention):
-    """Whether an attention is given a text whose result somebody asks for."""
+def returns_text(attention):
+    """Whether an attention gets a text and returns its result for it."""
     return attention.added_kv_proj_dim is not None and not attention.context_pre_only
 
 
 def others(value):
-    """Other values of the kind."""
+    """Other values of the same type."""
     match value:
         case bool():
             return [not value]
@@ -115,7 +116,7 @@ def others(value):
 
 
 class Doubled(nn.Module):
-    """Somebody's own module around another."""
+    """A user's module, which doubles the result of another."""
 
     def __init__(self, inner):
         super().__init__()
@@ -139,7 +140,7 @@ def doubled(module):
 
 
 def results(call):
-    """Tensors of a call, or why there are none."""
+    """The tensors that a call returns, or the type of its error."""
     torch.manual_seed(0)  # a label may be dropped at random
     try:
         out = call()
@@ -152,8 +153,9 @@ def results(call):
 
 @torch.no_grad()
 @pytest.mark.parametrize("every", [pytest.param(True, id="all", marks=pytest.mark.product), False])
-def test_everything_read_is_watched(compiled, every, request):
-    """Whatever is set to any other value; in `make test` to one, another one in each network."""
+def test_a_change_of_anything_read_is_noticed(compiled, every, request):
+    """Each attribute is set to other values. `make test` tries one value in each network, not the
+    same one in all."""
     at = [*NETS].index(request.node.callspec.params["compiled"])
     net, given, options = compiled
     seen = {}
@@ -170,7 +172,7 @@ def test_everything_read_is_watched(compiled, every, request):
         for other in values if every else [values[at % len(values)]]:
             try:
                 setattr(thing, name, other)
-            except (TypeError, AttributeError):  # not for a user either
+            except (TypeError, AttributeError):  # a user cannot set it either
                 continue
             wanted = results(lambda: net._call_impl(*given, **options))
             with warnings.catch_warnings():
@@ -188,14 +190,14 @@ def test_everything_read_is_watched(compiled, every, request):
                 a.shape != b.shape or not torch.allclose(a, b, atol=1e-3)
                 for a, b in zip(wanted, before, strict=True)
             )
-    assert moved > (20 if every else 5)  # of one value each diffusers refuses many
+    assert moved > (20 if every else 5)  # diffusers refuses many of the values
     fast = slot.fast
     net(*given, **options)
     assert slot.fast == fast + 1, slot.refused
 
 
 @torch.no_grad()
-def test_what_diffusers_reads_is_read(compiled):
+def test_every_attribute_that_diffusers_reads_is_read(compiled):
     net, _, _ = compiled
     slot = slot_of(net)
     opened = list(slot.loan.opened.values())
@@ -207,13 +209,13 @@ def test_what_diffusers_reads_is_read(compiled):
         for thing in opened
         for name in (vars(thing).keys() & names) - plain
         if (id(thing), name) not in read and name not in UNREAD
-        if name not in TEXT or type(thing) is not Attention or told(thing)
+        if name not in TEXT or type(thing) is not Attention or returns_text(thing)
     }
     assert {(kind, name) for kind, name in missed if name not in OTHERS.get(kind, ())} == set()
 
 
 def test_settings_are_what_is_read():
-    """Equal weights, other heads: other settings; the same network, loaded anew: the same."""
+    """A copy of a network has equal settings; a network with another attribute has others."""
     net, _, _, _ = unet("sd15")
     first = settings(net)
     assert ("down_blocks.0.attentions.0.transformer_blocks.0.attn1", "heads", 4) in first

@@ -1,4 +1,4 @@
-"""ResnetBlock2D in all its kinds against diffusers in float64."""
+"""All kinds of ResnetBlock2D against diffusers in float64."""
 
 import copy
 from importlib import import_module
@@ -36,7 +36,7 @@ SHAPES = ((1, 8, 8), (2, 5, 7), (3, 2, 9))
 
 
 class Block(nn.Module):
-    """A resnet, called with a picture and an embedding; rows is its packed projection."""
+    """A resnet, called with a picture and a time embedding."""
 
     def __init__(self, **options):
         super().__init__()
@@ -78,7 +78,7 @@ def test_resnet(kind, shape, budget):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resnet_in_the_order_of_a_gpu(kind, budget, monkeypatch):
-    """Sums wait for the next norm, and Triton's kernels run under its interpreter."""
+    """Sums are left to the next norm, and Triton kernels run in the interpreter."""
     for module in (resnets, sums):
         monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(borrow, "NATIVE", None)
@@ -102,7 +102,7 @@ def test_resnet_in_the_order_of_a_gpu(kind, budget, monkeypatch):
     ],
     ids=str,
 )
-def test_what_it_is_not(options, resample, why):
+def test_other_resnets_are_refused(options, resample, why):
     with pytest.raises(Unsupported, match=why):
         ours(noisy(Block(**options)), resample)
 
@@ -117,7 +117,7 @@ def test_what_it_is_not(options, resample, why):
     ],
     ids=("ceil", "divisor", "norm", "gelu"),
 )
-def test_edits_that_change_what_it_computes_are_seen(edit, why):
+def test_edits_that_change_the_result_are_refused(edit, why):
     block = noisy(Block(down=True, **MODULATED))
     edit(block.resnet)
     with pytest.raises(Unsupported, match=why):
@@ -125,7 +125,7 @@ def test_edits_that_change_what_it_computes_are_seen(edit, why):
 
 
 def test_a_unet_of_such_resnets_that_attends_to_a_text(budget):
-    """UnCLIP's blocks without attention, an activation on the time embedding, GELU everywhere."""
+    """unCLIP's blocks without attention, an activation on the time embedding, GELU everywhere."""
     config = SD15 | {
         "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
@@ -144,7 +144,7 @@ def test_a_unet_of_such_resnets_that_attends_to_a_text(budget):
 
 
 def test_resnets_that_read_different_activations_are_refused():
-    """Such as a middle that skips the activation beside blocks that do not."""
+    """For example if the middle block sets skip_time_act and the others do not."""
     config = SD15 | {"time_embedding_act_fn": "silu", "layers_per_block": 1}
     module = UNet2DConditionModel(**config).eval()
     module.mid_block.resnets[0].skip_time_act = True

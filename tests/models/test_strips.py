@@ -1,4 +1,4 @@
-"""Decoders in strips of rows against diffusers' in float64; what they take of memory and work."""
+"""Decoders in strips of rows against diffusers' in float64; how much memory and work they take."""
 
 import copy
 import weakref
@@ -35,7 +35,8 @@ DECODERS = {
 SHAPES = ((1, 9, 5), (2, 6, 8), (1, 17, 3), (1, 1, 7))
 """Pictures, rows and columns of latents."""
 SHARES = (0.9, 0.24, 0.05, 0.002)
-"""Of the bytes of one piece: some levels in strips, a quarter, low strips, one row at a time."""
+"""Limits of memory, as parts of what a decoder needs without strips: some levels in strips, a
+quarter, low strips, one row at a time."""
 
 
 def autoencoder(name="sd15", dtype=torch.float32):
@@ -55,7 +56,8 @@ def made(name):
 
 
 def in_strips(decoder, share):
-    """The decoder, of a tensor [B, C, Y, X], in `share` of the bytes that one piece takes."""
+    """The decoder as a function of a tensor [B, C, Y, X], within `share` of the bytes that it takes
+    without strips."""
 
     def run(sample):
         x = channels_last(sample)
@@ -68,7 +70,7 @@ def in_strips(decoder, share):
     ("name", "shape", "share"),
     covered([name for name in DECODERS if name != "full"], SHAPES, SHARES),
 )
-def test_strips_are_the_picture(name, shape, share, budget):
+def test_decoders_in_strips_are_inside_the_budget(name, shape, share, budget):
     vae = autoencoder(name)
     eager = copy.deepcopy(vae.decoder)
     decoder = borrow_decoder(vae.decoder, Loan(vae.decoder))
@@ -85,8 +87,8 @@ def test_strips_in_half_precision(dtype, budget):
     budget(in_strips(decoder, 0.1), eager, torch.randn(2, 4, 7, 6).to(dtype))
 
 
-def test_far_from_zero_the_pooled_moments_are_exact():
-    """Channels of mean 1000 and deviation 0.01: E[t²] - E[t]² has no digit left of them."""
+def test_pooled_moments_are_exact_far_from_zero():
+    """Channels of mean 1000 and deviation 0.01: E[t²] - E[t]² would lose every digit."""
     x = torch.randn(1, 24, 10, 32) * 0.01 + 1000
     norm = Norm(torch.rand(32) + 0.5, torch.randn(32), 8, 1e-6)
     picture = Strips(1 << 20).held(Sum(x), 1 << 14)
@@ -99,11 +101,11 @@ def test_far_from_zero_the_pooled_moments_are_exact():
 
 
 class Memory(Planning):
-    """What a network takes at once on a GPU, and computes: found on tensors without memory."""
+    """The peak memory and the FLOPs of a network on a GPU, found on tensors without memory."""
 
     def __init__(self):
         super().__init__(90)
-        self.most = self.flops = self._now = 0
+        self.peak = self.flops = self._now = 0
         self._alive = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -114,7 +116,7 @@ class Memory(Planning):
         return result
 
     def planned(self, name, args, kwargs, launches):
-        """Launches hold tensors: none is kept."""
+        """Keep no launch, because launches hold tensors."""
 
     def other(self, op, name, args, kwargs, result):
         if name == "bmm":
@@ -130,7 +132,7 @@ class Memory(Planning):
         if key not in self._alive:
             self._alive[key] = storage.nbytes()
             self._now += storage.nbytes()
-            self.most = max(self.most, self._now)
+            self.peak = max(self.peak, self._now)
             weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key):
@@ -138,7 +140,7 @@ class Memory(Planning):
 
 
 def test_a_picture_of_2048_takes_less_than_a_quarter_of_the_memory_and_not_a_third_more_work():
-    """SD1.5's decoder at its own widths in float16, as a GPU is asked for it."""
+    """SD1.5's decoder at its own widths in float16, as it runs on a GPU."""
     vae = autoencoder("full")
     decoder = without_memory(borrow_decoder(vae.decoder, Loan(vae.decoder)), torch.float16)
     latents = torch.empty(1, 256, 256, 4, dtype=torch.float16, device="meta")
@@ -147,12 +149,12 @@ def test_a_picture_of_2048_takes_less_than_a_quarter_of_the_memory_and_not_a_thi
     with torch.no_grad(), Memory() as cut:
         decoder.run_in_strips(latents, int(SHARE * decoder.bytes(latents)))
     assert decoder.bytes(latents) == 6 << 30
-    assert whole.most == pytest.approx(6 << 30, rel=0.01)
-    assert cut.most < whole.most / 4
+    assert whole.peak == pytest.approx(6 << 30, rel=0.01)
+    assert cut.peak < whole.peak / 4
     assert cut.flops < 1.3 * whole.flops
 
 
-def test_what_is_kept_is_given_back():
+def test_dropped_rows_free_their_room():
     room = Room(10_000)
     asked = []
 

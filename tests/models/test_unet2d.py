@@ -27,7 +27,7 @@ ADM = {
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
 }
-"""Of ADM and of consistency models."""
+"""The config of ADM and of consistency models."""
 KINDS = {
     "diffusers' defaults": {},
     "DDPM's": {
@@ -90,8 +90,8 @@ LABELS = {
 
 
 class Cast(torch.nn.Module):
-    """Sinusoids in the dtype of the weights: diffusers does not cast those of labels, so it has no
-    float64 of them."""
+    """Sinusoids in the dtype of the weights. diffusers does not cast those of labels, so its own
+    network does not run in float64."""
 
     def __init__(self, time_proj):
         super().__init__()
@@ -134,7 +134,8 @@ def test_heads_that_do_not_fill_the_channels(budget):
 
 
 def test_sizes_that_diffusers_cannot_draw():
-    """Its halves of the U would meet at other sizes; ours would draw them."""
+    """In diffusers the two halves of the U-Net would have different sizes; our network could
+    compute them."""
     module = UNet2DModel(**PLAIN).eval()
     network = network_of(copy.deepcopy(module))
     sample = given(module, 1, 6, 8)
@@ -153,13 +154,13 @@ def test_sizes_that_diffusers_cannot_draw():
     ],
     ids=str,
 )
-def test_what_it_is_not(more, why):
+def test_other_architectures_are_refused(more, why):
     module = UNet2DModel(**PLAIN | more).eval()
     with pytest.raises(Unsupported, match=why):
         borrow_picture_unet(module, Loan(module, rehearsal=True))
 
 
-def test_a_number_is_made_an_integer_as_diffusers_does(budget):
+def test_a_fractional_timestep_becomes_an_integer_as_in_diffusers(budget):
     eager = noisy(UNet2DModel(**PLAIN))
     ours = fastdiff.compile(copy.deepcopy(eager))
     x = given(eager, 2, 8, 8)
@@ -173,8 +174,8 @@ def test_timesteps_that_do_not_fit_are_left_to_diffusers(timestep):
         network_of(eager)(given(eager, 3, 8, 8), timestep, Conditions())
 
 
-def test_an_activation_that_overwrites_is_seen(budget):
-    """Set later, too: the next resnets would see an activated time embedding."""
+def test_an_inplace_activation_is_noticed(budget):
+    """Also if it is set after compiling: the next resnets would get an activated time embedding."""
     eager = noisy(UNet2DModel(**PLAIN))
     ours = fastdiff.compile(copy.deepcopy(eager))
     for net in (eager, ours):

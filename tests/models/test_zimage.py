@@ -27,7 +27,7 @@ def made(dtype, sizes, lengths):
 
 
 def called(net, pictures, times, captions, dtype=None):
-    """All predictions as one row."""
+    """All predictions, as one row."""
     cast = [[one.to(dtype or one.dtype) for one in many] for many in (pictures, captions)]
     with torch.no_grad():
         outs = net(cast[0], times, cast[1], return_dict=False)[0]
@@ -39,7 +39,7 @@ def called(net, pictures, times, captions, dtype=None):
     [*((kind, torch.float32) for kind in SIZES), ("one", torch.bfloat16), ("one", torch.float16)],
 )
 def test_predictions(kind, dtype):
-    """Of latents of several sizes, with different timesteps; 64 tokens need none beside them."""
+    """Latents of several sizes, with different timesteps; 64 tokens need no padding."""
     eager = noisy(ZImageTransformer2DModel(**ZIMAGE)).to(dtype)
     given, ours = made(dtype, *SIZES[kind]), fastdiff.compile(copy.deepcopy(eager))
     got = called(ours, *given)
@@ -58,9 +58,9 @@ def test_predictions(kind, dtype):
         ((1, 4, 8, 8), [(70, 20)], "positions up to"),
     ],
 )
-def test_what_it_is_not_given(shape, captions, what):
+def test_wrong_inputs_are_refused(shape, captions, what):
     net = noisy(ZImageTransformer2DModel(**ZIMAGE))
     network = borrow_zimage(net, Loan(net))
-    told = Conditions([torch.zeros(size) for size in captions])
+    conditions = Conditions([torch.zeros(size) for size in captions])
     with pytest.raises(Unsupported, match=what):
-        network.check(torch.zeros(shape), told)
+        network.check(torch.zeros(shape), conditions)
