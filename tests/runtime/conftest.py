@@ -1,4 +1,4 @@
-"""The stand-in for a GPU."""
+"""The stand-in for a GPU, as a fixture."""
 
 import pytest
 from standin import standing_in

@@ -1,4 +1,5 @@
-"""What is recorded as CUDA graphs, on the stand-in: right whatever is freed, fails, runs beside."""
+"""CUDA graphs on the stand-in for a GPU: results are right whatever is freed, fails, or runs at the
+same time."""
 
 import copy
 import threading
@@ -31,7 +32,7 @@ def _no_gradients():
 
 
 def work(x):
-    """Kernels of ours and a product of cuBLAS."""
+    """A kernel of ours and a product of cuBLAS."""
     return torch.mm(linear(x, WEIGHT), WEIGHT) + 1
 
 
@@ -66,8 +67,8 @@ def test_a_graph_gives_what_the_function_gives(gpu):
     assert kept(made) == [3, 2]
 
 
-def test_an_evicted_graph_takes_nothing_with_it(gpu, monkeypatch):
-    """Its workspace of cuBLAS was baked into the others, too, and torch clears it by stream."""
+def test_other_graphs_work_after_one_is_evicted(gpu, monkeypatch):
+    """The others use the same cuBLAS workspace, which torch clears by stream."""
     monkeypatch.setattr(recordings, "SHAPES", 2)
     made = recorded(work, 2, 3, 4)
     assert kept(made) == [3, 4]
@@ -92,7 +93,7 @@ def test_memory_of_an_evicted_graph_is_not_given_to_another_stream(gpu, monkeypa
         late = made(given(200))
     recorded_size = given(200).nbytes
     for _ in range(2):
-        made(given(3))  # the graph for 200 rows goes while it may be running
+        made(given(3))  # the graph for 200 rows is evicted while it may be running
     fresh = torch.empty(recorded_size, dtype=torch.uint8).fill_(7)
     other.synchronize()
     assert torch.equal(late, work(given(200)))
@@ -124,7 +125,7 @@ def test_threads_draw_on_streams_of_their_own(gpu):
 
 
 def test_graphs_on_two_streams_take_turns(gpu):
-    """They share their memory, and here the host waits for nothing between them."""
+    """They share their memory, and the host does not wait between them."""
     made, streams = recorded(work, 2, 3), (torch.cuda.Stream(), torch.cuda.Stream())
     given_before = [given(rows, seed=rows) for rows in (2, 3)]
     torch.cuda.synchronize()
@@ -142,17 +143,17 @@ def waits(x):
     return work(x) * float(x.abs().max() > 0)
 
 
-def test_what_waits_runs_without_a_graph_and_says_where(gpu):
+def test_a_function_that_waits_runs_without_a_graph_and_says_where(gpu):
     made, x, stream = Recorded(waits), given(2), torch.cuda.current_stream()
     made(x)
     for _ in range(2):
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             assert torch.equal(made(x), waits(x))
-        assert len(told) == (1 if _ == 0 else 0)
-        if told:
+        assert len(warned) == (1 if _ == 0 else 0)
+        if warned:
             assert "the host waits, in `return work(x) * float(x.abs().max() > 0)`" in str(
-                told[0].message
+                warned[0].message
             )
     assert torch.cuda.current_stream() is stream
     assert not gpu.underway
@@ -161,13 +162,13 @@ def test_what_waits_runs_without_a_graph_and_says_where(gpu):
 
 def test_the_reason_is_not_an_error_that_was_being_handled(gpu):
     try:
-        raise RuntimeError("of somebody else")
+        raise RuntimeError("another error")
     except RuntimeError:
         with pytest.warns(RuntimeWarning, match="without a CUDA graph: CUDA error: .*host waits"):
             assert record(waits, (buffer((2, 8), torch.float32, CPU),)) is None
 
 
-def test_after_a_capture_that_failed_all_goes_on(gpu):
+def test_graphs_work_after_a_failed_capture(gpu):
     made = recorded(work, 2)
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
         recorded(waits, 5)
@@ -178,8 +179,8 @@ def test_after_a_capture_that_failed_all_goes_on(gpu):
     assert kept(made) == [2, 3]
 
 
-def test_graphs_take_turns_with_those_from_before_a_capture_that_failed(gpu):
-    """A thread that waits for its turn while a capture fails, and one that comes afterwards."""
+def test_graphs_from_before_and_after_a_failed_capture_take_turns(gpu):
+    """One thread waits for its turn while a capture fails; another comes afterwards."""
     made, threads, wrong = recorded(work, 2, 3), [], []
 
     def draw():
@@ -201,7 +202,7 @@ def test_graphs_take_turns_with_those_from_before_a_capture_that_failed(gpu):
     lock = pool.lock
 
     class Lock:
-        """Tells when a second thread asks for it."""
+        """Sets `asked` when a second thread asks for the lock."""
 
         def __enter__(self):
             if lock.locked():
@@ -218,7 +219,7 @@ def test_graphs_take_turns_with_those_from_before_a_capture_that_failed(gpu):
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
         record(fails, (buffer((2, 8), torch.float32, CPU),))
     threads[0].join()
-    made(given(3))  # would run beside the thread's graph, in the same memory
+    made(given(3))  # without turns it would run at the same time as the thread's graph
     assert not wrong
 
 
@@ -240,7 +241,7 @@ def test_a_kernel_that_fails_leaves_nothing_behind(gpu):
         assert kept(made) == [2]
 
 
-def test_what_is_too_large_leaves_no_memory_in_the_pool(gpu, monkeypatch):
+def test_a_graph_that_is_too_large_leaves_no_memory_in_the_pool(gpu, monkeypatch):
     small = recorded(work, 2)
     before = [pool.largest for pool in gpu.pools.values()]
     monkeypatch.setattr(recordings, "BYTES", 10_000)
@@ -250,7 +251,7 @@ def test_what_is_too_large_leaves_no_memory_in_the_pool(gpu, monkeypatch):
     assert torch.equal(small(given(2)), work(given(2)))
 
 
-def test_when_memory_runs_out_other_shapes_go_first(gpu):
+def test_graphs_of_other_shapes_are_evicted_when_memory_runs_out(gpu):
     made = recorded(work, 200)
     torch.cuda.empty_cache()
     x = given(199)
@@ -262,7 +263,7 @@ def test_when_memory_runs_out_other_shapes_go_first(gpu):
     assert kept(made) == [199]
 
 
-def test_without_memory_for_a_graph_calls_go_on(gpu):
+def test_calls_run_without_a_graph_if_there_is_no_memory_for_one(gpu):
     made, x = Recorded(work), given(200)
     made(x)
     expected = work(x)
@@ -278,7 +279,7 @@ def test_without_memory_for_a_graph_calls_go_on(gpu):
 
 
 def test_an_output_may_outlive_the_last_graph(gpu):
-    """torch refuses the memory of a pool whose graphs are gone while a tensor in it stays."""
+    """torch refuses a pool whose graphs are all gone while a tensor in it is still held."""
     recording = record(work, (buffer((2, 8), torch.float32, CPU).fill_(1),))
     output = recording.run()
     del recording
@@ -297,9 +298,9 @@ def picture(seed=0):
     return torch.randn(1, 6, 6, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_search_is_made_once_and_its_plan_stays(gpu):
+def test_cudnn_searches_once_and_keeps_the_plan(gpu):
     x = picture()
-    torch.cudnn_convolution(  # eagerly, by the rule, with the very same arguments
+    torch.cudnn_convolution(  # eagerly, without a search, with the same arguments
         x.permute(0, 3, 1, 2),
         KERNEL,
         padding=(1, 1),
@@ -324,7 +325,7 @@ def test_the_search_is_made_once_and_its_plan_stays(gpu):
     assert kept(made) == [1]
 
 
-def test_a_second_loop_beside_the_first_runs_by_the_same_plans(gpu):
+def test_a_second_loop_at_the_same_time_uses_the_same_plans(gpu):
     made, x = Recorded(convolved), picture()
     first = made(x)
     with made._lock:
@@ -332,7 +333,7 @@ def test_a_second_loop_beside_the_first_runs_by_the_same_plans(gpu):
     assert len(gpu.searches) == 1
 
 
-def test_what_fills_the_gpu_is_not_searched(gpu):
+def test_convolutions_that_fill_the_gpu_are_not_searched(gpu):
     weight = torch.randn(128, 1, 1, 1)
     with cudnn.searching():
         for rows, searched in ((128 * 264, 0), (128 * 263, 1)):
@@ -372,10 +373,10 @@ def pipe(gpu, demo):
 
 def test_pictures_are_drawn_by_graphs(gpu, pipe, demo):
     first = draw(pipe)
-    assert (first - draw(demo)).abs().max() < 1e-3  # each plan has other last bits
+    assert (first - draw(demo)).abs().max() < 1e-3  # each plan gives other last bits
     before = recordings.made()
     other = draw(pipe, "blue star", steps=5)
-    assert recordings.made() == before + 1  # the decoder, at its second picture
+    assert recordings.made() == before + 1  # the decoder is recorded at its second picture
     assert torch.equal(first, draw(pipe))
     assert torch.equal(other, draw(pipe, "blue star", steps=5))
     assert torch.equal(first, draw(pipe))
@@ -385,15 +386,15 @@ def test_pictures_are_drawn_by_graphs(gpu, pipe, demo):
     )
 
 
-def test_sizes_come_and_go(gpu, pipe, monkeypatch):
+def test_evicted_sizes_are_recorded_again(gpu, pipe, monkeypatch):
     monkeypatch.setattr(recordings, "SHAPES", 2)
     sizes = (32, 16, 24)
     first = {size: draw(pipe, size=size) for size in sizes}
-    for size in (*sizes, sizes[0]):  # two are kept: each comes when it is gone
+    for size in (*sizes, sizes[0]):  # two sizes are kept: each of these was evicted before
         assert torch.equal(draw(pipe, size=size), first[size])
 
 
-def test_a_lora_is_changed_and_taken_back(gpu, pipe):
+def test_a_lora_is_switched_off_and_on(gpu, pipe):
     from peft import LoraConfig
 
     draw(pipe)
@@ -411,7 +412,7 @@ def test_a_lora_is_changed_and_taken_back(gpu, pipe):
     assert recordings.made() == made  # rewritten in place
 
 
-def test_restored_it_is_eager_again(gpu, pipe, demo):
+def test_a_restored_pipeline_is_eager_again(gpu, pipe, demo):
     eager = draw(demo)
     draw(pipe)
     draw(pipe)
@@ -440,7 +441,7 @@ def test_pictures_of_two_threads(gpu, pipe):
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(2):
                     if not torch.equal(draw(pipe), alone):
-                        wrong.append("another picture")
+                        wrong.append("the picture differs")
         except RuntimeError as error:
             wrong.append(error)
 
@@ -469,8 +470,8 @@ def test_a_reference_that_waits_is_named_and_the_next_is_timed(gpu, monkeypatch)
     assert KERNELS["guided_step"] is kernel
 
 
-def test_whoever_is_interrupted_holds_its_turn_until_the_work_is_done(gpu, monkeypatch):
-    """Ctrl-C while the other thread captures: nobody else may launch into the memory meanwhile."""
+def test_an_interrupted_thread_keeps_its_turn_until_the_work_is_done(gpu, monkeypatch):
+    """After Ctrl-C while the worker thread captures, no other thread may use the memory yet."""
     done = []
 
     class Interrupted(Future):

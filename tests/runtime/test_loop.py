@@ -1,4 +1,4 @@
-"""A loop on buffers against diffusers' own scheduler, with a network of two kernels."""
+"""A denoising loop on buffers against diffusers' own scheduler, with a network of two kernels."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ SCALE, STRENGTHS = 3.5, torch.tensor([2.0, 0.0, -1.0, 0.5])
 
 @dataclass(frozen=True)
 class Network:
-    """Three outputs for each latent, each a product and a picture of its own."""
+    """Three outputs for each sample: a product with a weight, plus a different constant picture."""
 
     weight: Tensor
     recordable = True
@@ -61,7 +61,7 @@ def eager(scheduler, network, pictures, latents, inpainting, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
-def test_a_third_output_and_a_part_that_is_kept(kind):
+def test_perturbed_guidance_with_inpainting(kind):
     scheduler = kind(beta_schedule="scaled_linear")
     scheduler.set_timesteps(STEPS)
     torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""What is diffusers' own: every scheduler that it has, overridden and patched in turn."""
+"""Recognising what is diffusers' own code: each method of each of its schedulers is overridden and
+patched in turn."""
 
 import functools
 import inspect
@@ -17,7 +18,7 @@ ENTRIES = (*_STEPS, *_ACCESS)
 
 
 def foreign(instance, entries):
-    """The name of what is not diffusers' own among all that is reached; None where all is."""
+    """The name of the first thing that `entries` reach and that is not diffusers' own, or None."""
     try:
         originals.check_own(instance, entries)
     except Unsupported as stranger:
@@ -46,7 +47,7 @@ def reached(cls):
 
 
 def wrapped(value):
-    """A function in the place of `value` that claims to be it."""
+    """A replacement of `value` with its name and docstring."""
 
     @functools.wraps(value.fget if isinstance(value, property) else value)
     def call(*args, **kwargs):
@@ -56,7 +57,7 @@ def wrapped(value):
 
 
 @pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
-def test_every_method_overridden_or_patched_shows(cls, monkeypatch):
+def test_every_overridden_or_patched_method_is_recognised(cls, monkeypatch):
     assert foreign(cls(), ENTRIES) is None
     assert foreign(type("Mine", (cls,), {"preview": lambda self: None})(), ENTRIES) is None
     names = reached(cls)
@@ -85,7 +86,7 @@ def test_every_method_overridden_or_patched_shows(cls, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__name__)
-def test_a_helper_patched_in_its_module_shows(cls, monkeypatch):
+def test_a_helper_patched_in_its_module_is_recognised(cls, monkeypatch):
     module = sys.modules[cls.__module__]
     if "randn_tensor" not in vars(module) or "randn_tensor" not in inspect.getsource(cls):
         return
@@ -99,20 +100,21 @@ def test_a_helper_patched_in_its_module_shows(cls, monkeypatch):
     assert foreign(cls(), ENTRIES) is None
 
 
-def test_attributes_that_hide_tables_show():
-    """A property where diffusers keeps data; a way of its own to read or copy attributes."""
+def test_a_property_in_place_of_data_is_recognised():
+    """A property where diffusers keeps data, and methods that change how attributes are read, set
+    or copied."""
     for name in ("alphas_cumprod", "__getattribute__", "__setattr__", "__deepcopy__"):
         mine = type("Mine", (diffusers.DDIMScheduler,), {name: property(lambda self: None)})
         assert foreign(object.__new__(mine), ENTRIES) == name
 
 
-def test_functions_given_to_a_scheduler_show():
+def test_functions_given_to_a_scheduler_are_recognised():
     assert foreign(diffusers.SASolverScheduler(), ENTRIES) is None
     mine = diffusers.SASolverScheduler(tau_func=lambda t: 1.0)
     assert foreign(mine, ENTRIES) == "tau_func"
 
 
-def test_another_original_in_its_place_shows(monkeypatch):
+def test_a_method_of_another_diffusers_class_is_recognised(monkeypatch):
     monkeypatch.setattr(diffusers.DDIMScheduler, "step", diffusers.DDPMScheduler.step)
     assert foreign(diffusers.DDIMScheduler(), ENTRIES) == "step"
 

@@ -1,4 +1,5 @@
-"""A recorded network gives bit for bit what the network gives, and notices when it cannot."""
+"""A recorded network gives what the network gives, bit for bit; what cannot be recorded runs
+without a recording."""
 
 import copy
 import threading
@@ -36,7 +37,7 @@ def tensors(tree):
 
 
 @torch.no_grad()
-def test_equal_bit_for_bit_whatever_came_before(network):
+def test_recordings_equal_the_network_bit_for_bit(network):
     tapes = Recorded(network.predict)
     shapes = [(16, 16), (12, 20), (16, 16), (9, 5), (12, 20), (16, 16)]
     for rows, columns in shapes:
@@ -63,7 +64,7 @@ def test_weight_edits_are_seen(network):
 
 
 @torch.no_grad()
-def test_the_oldest_shape_goes_first(network, monkeypatch):
+def test_the_least_recently_used_shape_is_evicted(network, monkeypatch):
     monkeypatch.setattr(recordings, "SHAPES", 2)
     tapes = Recorded(network.predict)
     first, second, third = (inputs_for(network, rows, 8) for rows in (8, 12, 16))
@@ -75,7 +76,7 @@ def test_the_oldest_shape_goes_first(network, monkeypatch):
 
 
 @torch.no_grad()
-def test_what_is_not_all_kernels_is_not_taped():
+def test_functions_with_other_ops_than_kernels_are_not_taped():
     weight = torch.randn(8, 8).t()
     calls = []
 
@@ -92,7 +93,7 @@ def test_what_is_not_all_kernels_is_not_taped():
             x = torch.randn(8, 8)
             assert torch.equal(tapes(x), function(x))
         assert list(tapes._kept._values.values()) == [None]
-    assert len(calls) == 7  # once to try, then three taped and three plain
+    assert len(calls) == 7  # one try to record, three calls through `tapes`, three direct calls
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def test_large_activations_are_not_kept(network, monkeypatch):
 
 
 def test_two_threads_share_a_pipeline(demo):
-    """Both get the picture that each would have got alone."""
+    """Each gets the prediction that it gets alone."""
     pipe = fastdiff.compile(copy.deepcopy(demo))
     text = torch.randn(2, 24, 128)
     samples = [torch.randn(2, 4, 16, 16) for _ in range(2)]
@@ -131,8 +132,8 @@ def test_two_threads_share_a_pipeline(demo):
 
 
 @torch.no_grad()
-def test_memory_of_another_dtype_is_of_that_dtype():
-    """A tape gives out memory itself; it used to give that of the tensor that was asked."""
+def test_a_tape_gives_memory_of_the_dtype_asked_for():
+    """`new_empty` on a tape once ignored its dtype and gave that of the tensor it was called on."""
     seen = []
 
     def function(x):

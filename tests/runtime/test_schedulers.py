@@ -1,4 +1,5 @@
-"""Tables against diffusers' own loop in float64, with a nonlinear network between the steps."""
+"""Tables probed from schedulers, against diffusers' own loop in float64, with a nonlinear network
+between the steps."""
 
 import copy
 import inspect
@@ -59,7 +60,7 @@ CASTING = (
     "DPMSolverMultistepScheduler",
     *FLOW,
 )
-"""They cast to float32 inside their step: 2e-6 is allowed, 1e-10 everywhere else."""
+"""Schedulers that cast to float32 inside their step: they may differ by 2e-6, others by 1e-10."""
 SHAPE = (2, 4, 3, 5)
 
 
@@ -73,19 +74,19 @@ def make(name, **options):
     cls = getattr(diffusers, name)
     takes = inspect.signature(cls.__init__).parameters
     usual = {k: v for k, v in (BETAS | ALWAYS).items() if k in takes}
-    usual = {} if name == "UnCLIPScheduler" else usual  # it has one schedule
+    usual = {} if name == "UnCLIPScheduler" else usual  # its schedule cannot be changed
     return cls(**(usual | options))
 
 
 def predicted(scheduler, x, timestep):
-    """The network's channels: what it says of the variance follows, if the scheduler reads it."""
+    """The network's output, followed by channels for the variance if the scheduler reads them."""
     output = network(x, timestep)
     learns = scheduler.config.get("variance_type") == "learned_range"
     return torch.cat([output, network(1 - 2 * x, timestep)], 1) if learns else output
 
 
 def own_loop(scheduler, timesteps, options):
-    """As every diffusers pipeline runs it; the result and where it leaves the generator."""
+    """The loop of every diffusers pipeline; the result and the final state of the generator."""
     scheduler, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(2)
     x = first_sample(scheduler)
     takes = inspect.signature(scheduler.step).parameters
@@ -99,7 +100,7 @@ def own_loop(scheduler, timesteps, options):
 
 
 def table_loop(table, scheduler):
-    """The same by `guided_step` on the probed table, channels last."""
+    """The same loop by `guided_step` on the probed table, channels last."""
     generator = torch.Generator().manual_seed(2)
     x = channels_last(first_sample(scheduler))
     history = torch.full((2, table.depth, *x.shape), float("nan"), dtype=torch.float64)
@@ -126,7 +127,7 @@ def relative_error(got, want):
 
 
 def assert_follows(scheduler, timesteps=None, **options):
-    """The table gives what the scheduler gives, and draws the noise that it draws."""
+    """Check that the table gives what the scheduler gives, and draws the same noise."""
     table = probe(scheduler, options, timesteps)
     got, drawn = table_loop(table, scheduler)
     want, own = own_loop(scheduler, table.timesteps, options)
@@ -136,13 +137,13 @@ def assert_follows(scheduler, timesteps=None, **options):
 
 
 def assert_follows_or_cannot_run(scheduler, timesteps=None, **options):
-    """A table is refused only where diffusers' own loop raises or ends in NaN, too."""
+    """As `assert_follows`; a table may be refused where diffusers' own loop raises or gives NaN."""
     try:
         assert_follows(scheduler, timesteps, **options)
     except NotLinear:
         try:
             want, _ = own_loop(scheduler, scheduler.timesteps, options)
-        except Exception:  # whatever it is
+        except Exception:  # any error of diffusers
             return
         assert not want.isfinite().all(), "it runs, but was refused"
 
@@ -192,11 +193,11 @@ OPTIONS = [
 
 
 COUNTS = (1, 7, 2, 3)
-"""Steps: few enough to be all first and last ones."""
+"""Numbers of steps; with few of them, the first steps are also the last ones."""
 
 
 def made(name, options):
-    """None if the scheduler does not know an option, or its value."""
+    """A scheduler, or None if it does not know an option or its value."""
     if not set(options) <= set(inspect.signature(getattr(diffusers, name).__init__).parameters):
         return None
     try:
@@ -207,7 +208,8 @@ def made(name, options):
 
 @cache
 def fast():
-    """All options of each scheduler, and 1 and 7 steps with each option and each scheduler."""
+    """What `make test` runs: each scheduler with each option, each of both with 1 and with 7
+    steps."""
     known = [(i, j) for i, name in enumerate(NAMES) for j, o in enumerate(OPTIONS) if made(name, o)]
     return cover([(*pair, count) for pair in known for count in (0, 1)], together=2)
 
@@ -216,7 +218,7 @@ def fast():
 @pytest.mark.parametrize("every", [pytest.param(True, id="all", marks=pytest.mark.product), False])
 @pytest.mark.parametrize("name", NAMES)
 def test_options(name, every):
-    """All that a scheduler knows of."""
+    """All options that a scheduler knows."""
     for at, options in enumerate(OPTIONS):
         for count, steps in enumerate(COUNTS):
             if not every and (NAMES.index(name), at, count) not in fast():
@@ -280,14 +282,15 @@ def test_sigmas_by_hand(name):
 
 @pytest.mark.parametrize("name", NAMES + FLOW)
 def test_a_part_of_the_timesteps(name):
-    """Image to image starts in the middle, `denoising_end` stops there: the pipeline's own list."""
+    """Image to image starts in the middle and `denoising_end` stops there, so the loop runs over a
+    part of the scheduler's timesteps."""
     scheduler = make(name)
     scheduler.set_timesteps(20)
     whole, first = probe(scheduler), scheduler.timesteps[:13]
     assert len(whole.timesteps) == len(scheduler.timesteps)
-    assert len(probe(scheduler, timesteps=first).timesteps) == 13  # kept apart from the whole
+    assert len(probe(scheduler, timesteps=first).timesteps) == 13  # not the whole table
     assert_follows(scheduler, first)
-    for start in (12, 13):  # inside a step of an order-2 scheduler, too
+    for start in (12, 13):  # one of them is inside a step of an order-2 scheduler
         scheduler.set_timesteps(20)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
@@ -296,7 +299,7 @@ def test_a_part_of_the_timesteps(name):
 
 @pytest.mark.parametrize("name", NAMES + FLOW)
 def test_a_scheduler_that_has_run(name):
-    """Half a run leaves a history behind; `set_timesteps`, again and again, clears it."""
+    """A run that stopped early leaves a history; each `set_timesteps` clears it."""
     scheduler = make(name)
     scheduler.set_timesteps(16)
     x = first_sample(scheduler)
@@ -304,7 +307,7 @@ def test_a_scheduler_that_has_run(name):
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
         x = scheduler.step(network(scale(x, t), t), t, x, return_dict=False)[0]
     try:
-        assert_follows(scheduler, scheduler.timesteps[5:])  # without a history it goes on
+        assert_follows(scheduler, scheduler.timesteps[5:])  # works if the scheduler has no history
     except NotLinear as error:
         assert "in the middle of a run; call set_timesteps first" in str(error)  # noqa: PT017
     for steps in (11, 11, 6):
@@ -338,7 +341,7 @@ def test_step_options_are_part_of_the_table():
     assert not any(plain.draws)
     assert all(noisy.draws[:-1])
     assert float(noisy.noises.abs().max()) > 0.01
-    assert probe(scheduler) is plain  # remembered
+    assert probe(scheduler) is plain  # cached
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -354,7 +357,7 @@ def test_step_options_are_part_of_the_table():
     ],
     ids=str,
 )
-def test_what_clips_the_clean_picture_is_followed(name, options, step, prediction):
+def test_schedulers_that_clip_the_clean_picture(name, options, step, prediction):
     scheduler = make(name, clip_sample=True, prediction_type=prediction, **options)
     for steps in (1, 4, 25):
         scheduler.set_timesteps(steps)
@@ -362,8 +365,8 @@ def test_what_clips_the_clean_picture_is_followed(name, options, step, predictio
     assert bool(probe(scheduler, step).clips.any())
 
 
-def test_a_config_that_another_scheduler_wrote():
-    """It says that the other thresholds, and this one never does."""
+def test_a_config_of_another_scheduler():
+    """The config turns thresholding on, which this scheduler does not have."""
     config = make("DPMSolverMultistepScheduler", thresholding=True).config
     scheduler = type(make("EulerDiscreteScheduler")).from_config(config)
     assert scheduler.config["thresholding"]
@@ -390,7 +393,7 @@ THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.77, "sample_m
     ],
     ids=str,
 )
-def test_what_thresholds_or_learns_its_variance_is_followed(name, options, step):
+def test_schedulers_that_threshold_or_read_a_learned_variance(name, options, step):
     scheduler = make(name, **options)
     for steps in (2, 9):
         scheduler.set_timesteps(steps)
@@ -402,8 +405,8 @@ def test_what_thresholds_or_learns_its_variance_is_followed(name, options, step)
     assert table.variance == (options.get("variance_type") == "learned_range")
 
 
-def test_a_clipped_schedule_that_begins_with_noise_alone():
-    """Its first step has no 1 / sqrt(alpha): what predicts the noise divides by zero there."""
+def test_a_clipped_schedule_that_begins_with_pure_noise():
+    """alpha is 0 in the first step, where a prediction of the noise is divided by sqrt(alpha)."""
     schedule = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     for prediction in ("sample", "v_prediction", "epsilon"):
         options = schedule | {"clip_sample": True, "prediction_type": prediction}
@@ -417,7 +420,7 @@ def test_a_clipped_schedule_that_begins_with_noise_alone():
 
 
 def test_a_clipped_step_of_a_sample_that_is_not_finite():
-    """What overflowed shows in the picture, as in diffusers."""
+    """NaN stays NaN and infinity is clipped, as in diffusers."""
     scheduler = make("DDPMScheduler", clip_sample=True)
     scheduler.set_timesteps(4)
     row = probe(scheduler).rows()
@@ -437,7 +440,7 @@ def test_a_clipped_step_of_a_sample_that_is_not_finite():
         ("DPMSolverMultistepScheduler", {"thresholding": True}),
     ],
 )
-def test_what_clips_otherwise_is_refused(name, options):
+def test_other_kinds_of_clipping_are_refused(name, options):
     scheduler = make(name, **options)
     for steps in (4, 25):
         scheduler.set_timesteps(steps)
@@ -445,8 +448,8 @@ def test_what_clips_otherwise_is_refused(name, options):
             probe(scheduler)
 
 
-def test_depth_is_the_schedulers_own():
-    """Rounding is not fitted by a deeper history."""
+def test_the_depth_of_the_history_is_the_schedulers_own():
+    """A probe must not fit rounding errors with a deeper history."""
     depths = {
         ("EulerDiscreteScheduler", "epsilon"): 0,
         ("EulerDiscreteScheduler", "v_prediction"): 0,
@@ -461,7 +464,7 @@ def test_depth_is_the_schedulers_own():
         assert probe(scheduler).depth == depth, (name, prediction)
 
 
-def test_another_table_inside_is_another_scheduler():
+def test_a_changed_schedule_is_probed_again():
     scheduler = make("DDIMScheduler")
     scheduler.set_timesteps(5)
     before = probe(scheduler)
@@ -480,8 +483,8 @@ def test_probing_leaves_the_scheduler_as_it_was():
 
 @pytest.fixture
 def trusted(monkeypatch):
-    """Schedulers of users are probed as if they were diffusers' own: a later diffusers may do what
-    they do here."""
+    """Probe users' schedulers as if they were diffusers' own: a later diffusers may contain such
+    steps."""
     monkeypatch.setattr(schedulers, "refuse_foreign", lambda scheduler: None)
 
 
@@ -500,7 +503,7 @@ def test_a_step_may_work_in_place():
 
 
 class Overridden(diffusers.DDIMScheduler):
-    """Its step is `change` of the usual result."""
+    """Its step applies `change` to the usual result."""
 
     change = None
 
@@ -526,14 +529,14 @@ class Overridden(diffusers.DDIMScheduler):
         "its sign": lambda moved, x: moved.abs(),
         "a power": lambda moved, x: moved + 1e-4 * moved**2,
         "noise of its own": lambda moved, x: moved + torch.randn_like(moved),
-        "noise that nobody sees": lambda moved, x: moved + 0 * torch.rand(1),
+        "noise without effect": lambda moved, x: moved + 0 * torch.rand(1),
         "another shape": lambda moved, x: moved[:, :1],
         "a division by zero": lambda moved, x: moved / 0,
     }.items(),
     ids=lambda pair: pair[0],
 )
-def test_what_is_not_linear_is_refused(change):
-    """Each in one sentence; and nobody else's random numbers are touched."""
+def test_a_step_that_is_not_linear_is_refused(change):
+    """Each error is one sentence, and probing does not change torch's random state."""
     scheduler = type("Overridden", (Overridden,), {"change": staticmethod(change[1])})(
         **BETAS, clip_sample=False
     )
@@ -569,8 +572,8 @@ def test_a_replaced_step_is_refused_and_not_run():
 
 
 @pytest.mark.parametrize("name", NAMES + FLOW)
-def test_what_steps_change_is_known(name):
-    """What a real run changes: all plain attributes are in the table, the others named."""
+def test_attributes_that_steps_change_are_known(name):
+    """The table has the plain attributes that a real run changes, and names the others."""
     scheduler = make(name)
     scheduler.set_timesteps(5)
     table = probe(scheduler)
@@ -602,10 +605,10 @@ def test_longer_histories_are_refused():
 
 
 @pytest.mark.usefixtures("trusted")
-def test_what_is_remembered_is_never_anothers():
-    """Functions and classes of the same name, tables inside lists and refusals."""
+def test_cached_tables_are_not_confused():
+    """With functions and classes of the same name, tensors inside lists, and refusals."""
     table = {}
-    for tau in (0.0, 0.5, 1.0):  # each function may lie where the last one lay
+    for tau in (0.0, 0.5, 1.0):  # each function may have the address of the last one
         scheduler = make("SASolverScheduler", tau_func=lambda t, tau=tau: tau)
         scheduler.set_timesteps(8)
         table[tau] = probe(scheduler)
@@ -624,7 +627,7 @@ def test_what_is_remembered_is_never_anothers():
             moved = super().step(model_output, timestep, sample, **options)
             return (moved[0] * self.factors[0],)
 
-    for factor in (1.0, 1.000000001):  # alike in print
+    for factor in (1.0, 1.000000001):  # printed, they look the same
         scheduler = Listed(**BETAS, clip_sample=False)
         scheduler.set_timesteps(5)
         scheduler.factors = [torch.tensor(factor, dtype=torch.float64)]
@@ -637,7 +640,7 @@ def test_what_is_remembered_is_never_anothers():
             probe(scheduler)
 
 
-def test_a_default_device_elsewhere_changes_nothing():
+def test_another_default_device_changes_nothing():
     scheduler = make("UniPCMultistepScheduler")
     scheduler.set_timesteps(7)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The stand-in refuses what CUDA refuses, so that what passes on it means something."""
+"""The stand-in for a GPU refuses what CUDA refuses."""
 
 import pytest
 import torch
@@ -35,11 +35,11 @@ def test_a_capture_computes_nothing_and_a_replay_does(gpu):
 REFUSED = {
     "an item": lambda x: x.sum().item(),
     "a comparison": lambda x: torch.equal(x, x),
-    "an index that must be counted": lambda x: x[x > 0].nonzero(),
+    "an index of unknown length": lambda x: x[x > 0].nonzero(),
     "synchronize": lambda x: torch.cuda.synchronize(),
     "an event": lambda x: torch.cuda.current_stream().record_event().synchronize(),
     "memory given back": lambda x: torch.cuda.empty_cache(),
-    "what happened outside": lambda x: torch.cuda.current_stream().wait_stream(OTHER[0]),
+    "an event from outside": lambda x: torch.cuda.current_stream().wait_stream(OTHER[0]),
     "memory outside of the pool": lambda x: outside(x),
     "a kernel that is not loaded": lambda x: linear(x, torch.ones_like(x)),
     "a search": lambda x: convolved(x),
@@ -76,12 +76,12 @@ def test_a_capture_refuses(gpu, what):
     with pytest.raises(RuntimeError, match="previous error") as error:
         capture(lambda: REFUSED[what](x), pool=handle)
     assert "not permitted when stream is capturing" in str(error.value.__context__)
-    assert torch.cuda.current_stream() is not current  # torch leaves it so, and the allocator
+    assert torch.cuda.current_stream() is not current  # torch does not reset it, nor the allocator
     torch._C._cuda_endAllocateToPool(0, handle)
-    REFUSED[what](x)  # anywhere else it is allowed
+    REFUSED[what](x)  # outside of a capture it is allowed
 
 
-def test_a_capture_refuses_copies_of_the_host(gpu):
+def test_a_capture_refuses_copies_from_and_to_the_host(gpu):
     x, host = torch.ones(4), gpu.on_host(torch.zeros(4))
     handle = torch.cuda.graph_pool_handle()
     for copy in (lambda: x.copy_(host), lambda: host.copy_(x)):
@@ -92,7 +92,7 @@ def test_a_capture_refuses_copies_of_the_host(gpu):
         copy()
 
 
-def test_streams_that_nothing_orders_race(gpu):
+def test_unordered_streams_race(gpu):
     x, other = torch.ones(4), torch.cuda.Stream()
     x.add_(1)
     with torch.cuda.stream(other):
@@ -106,7 +106,7 @@ def test_streams_that_nothing_orders_race(gpu):
     x.add_(1)
 
 
-def test_freed_memory_is_given_out_by_stream(gpu):
+def test_freed_memory_is_used_again_on_its_stream(gpu):
     x, other = torch.ones(1000), torch.cuda.Stream()
     other.wait_stream(gpu.default)
     with torch.cuda.stream(other):
@@ -127,7 +127,7 @@ def test_a_graph_knows_memory_by_its_address(gpu):
         graph.replay()
 
 
-def test_a_graph_takes_the_workspace_of_its_stream_with_it(gpu):
+def test_resetting_a_graph_frees_the_workspaces_of_its_stream(gpu):
     a, stream, pool = torch.ones(8, 8), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     stream.wait_stream(gpu.default)
     with torch.cuda.stream(stream):
@@ -151,16 +151,16 @@ def test_graphs_of_one_pool_race(gpu):
         graphs[1].replay()
 
 
-def test_memory_ends(gpu):
+def test_memory_runs_out(gpu):
     gpu.capacity = gpu.reserved() + 5000
     x = torch.ones(1000)
     with pytest.raises(torch.OutOfMemoryError):
         torch.ones(1000)
     del x
-    torch.ones(1200)  # what was free is given back before it ends
+    torch.ones(1200)  # free blocks are given back before memory runs out
 
 
-def test_a_pool_whose_last_graph_went_is_refused_while_a_tensor_in_it_stays(gpu):
+def test_a_pool_without_graphs_is_refused_while_a_tensor_in_it_is_held(gpu):
     x, pool = torch.ones(4), torch.cuda.graph_pool_handle()
     graph, y = capture(lambda: x + 1, pool=pool)
     del graph
@@ -170,7 +170,7 @@ def test_a_pool_whose_last_graph_went_is_refused_while_a_tensor_in_it_stays(gpu)
     capture(lambda: x + 1, pool=pool)
 
 
-def test_a_plan_of_the_rule_hides_the_search_from_the_same_flags(gpu):
+def test_a_plan_made_without_a_search_prevents_a_search_with_the_same_flags(gpu):
     x, weight = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1)
 
     def convolve(**flags):
