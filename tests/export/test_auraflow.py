@@ -1,4 +1,4 @@
-"""AuraFlow as an ONNX file: ONNX Runtime is the judge, and draws on the plan."""
+"""AuraFlow as an ONNX file: ONNX Runtime runs it and is compared with torch, also in a pipeline."""
 
 import copy
 
@@ -33,12 +33,12 @@ VAE = {
 @pytest.fixture(scope="module")
 def pipe():
     tokenizer = t5_tokenizer(clip_tokenizer())
-    told = {"d_model": AURAFLOW["joint_attention_dim"], "d_kv": 8, "d_ff": 16, "num_heads": 2}
-    told |= {"vocab_size": len(tokenizer), "num_layers": 1}
+    text = {"d_model": AURAFLOW["joint_attention_dim"], "d_kv": 8, "d_ff": 16, "num_heads": 2}
+    text |= {"vocab_size": len(tokenizer), "num_layers": 1}
     few = {"num_mmdit_layers": 1, "num_single_dit_layers": 1}
     made = AuraFlowPipeline(
         tokenizer,
-        noisy(UMT5EncoderModel(UMT5Config(**told))),
+        noisy(UMT5EncoderModel(UMT5Config(**text))),
         noisy(AutoencoderKL(**VAE)),
         noisy(AuraFlowTransformer2DModel(**AURAFLOW | few)),
         FlowMatchEulerDiscreteScheduler(shift=1.73),
@@ -48,7 +48,7 @@ def pipe():
 
 
 def written(pipe):
-    """The files that are new here; an autoencoder's are as SD's."""
+    """The parts to export: all but the autoencoder's, which are exported as SD's are."""
     return tuple(part for part in parts(pipe, torch.float32) if "vae" not in part.folder)
 
 
@@ -68,7 +68,7 @@ def test_the_files_compute_what_torch_does_and_draw_the_same(pipe, out):
 
 
 @pytest.mark.parametrize("sides", [(2, 18), (6, 10), (18, 16)])
-def test_positions_are_taken_as_diffusers_takes_them_at_any_sides(pipe, out, sides):
+def test_positions_are_those_of_diffusers_at_any_size(pipe, out, sides):
     inputs = {
         "hidden_states": torch.randn(2, 4, *sides),
         "timestep": torch.tensor(0.7312),

@@ -1,4 +1,5 @@
-"""DiT and PixArt as ONNX files of one size: ONNX Runtime is the judge, and draws on the plan."""
+"""DiT and PixArt as ONNX files of one size: ONNX Runtime runs them and is compared with torch, also
+in a pipeline."""
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def dit():
 
 
 def pixart():
-    """Its texts have paddings of different lengths."""
+    """PixArt, and a call with texts of different lengths."""
     tokenizer = t5_tokenizer(clip_tokenizer())
     sizes = {"d_model": 20, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     encoder = noisy(T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)))
@@ -62,13 +63,13 @@ PIPES = {"dit": dit, "pixart": pixart}
 
 
 def transformer(pipe):
-    """The file that is new here; the others are as SD's and SD3's."""
+    """The part to export; the others are exported as SD's and SD3's are."""
     return tuple(part for part in parts(pipe, torch.float32) if part.folder == "transformer")
 
 
 @pytest.fixture(scope="module", params=PIPES)
 def files(request, tmp_path_factory):
-    """A pipeline, what draws with it, and the folder that it is exported to."""
+    """A pipeline, the arguments of a call, and the folder that it is exported to."""
     torch.manual_seed(0)
     pipe, call = PIPES[request.param]()
     pipe.set_progress_bar_config(disable=True)
@@ -84,20 +85,20 @@ def test_the_file_computes_what_torch_does_and_draws_the_same(files):
     assert {row.case.split(",")[0].split("×")[0] for row in found.rows} == {"1", "3"}
 
 
-def test_pixarts_text_encoder_is_told_the_padding():
+def test_pixarts_text_encoder_takes_a_mask():
     pipe, _ = pixart()
     text, _, *vae = parts(pipe, torch.float32)
     assert [part.folder for part in (text, *vae)] == ["text_encoder", "vae_decoder", "vae_encoder"]
     ids, mask = torch.tensor([[5, 7, 1, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
     with torch.no_grad():
-        told = text.module(ids, mask)[0]
-        assert torch.equal(told, pipe.text_encoder(ids, attention_mask=mask)[0])
-        assert not torch.allclose(told[:, :3], pipe.text_encoder(ids)[0][:, :3])
+        masked = text.module(ids, mask)[0]
+        assert torch.equal(masked, pipe.text_encoder(ids, attention_mask=mask)[0])
+        assert not torch.allclose(masked[:, :3], pipe.text_encoder(ids)[0][:, :3])
     assert [port.name for port in text.inputs] == ["input_ids", "attention_mask"]
 
 
 def test_ort_draws_the_same_picture_on_the_plan(files):
-    """The network's rows of a variance come with the file, and leave it in the step."""
+    """The file also returns channels for a variance, which the step drops."""
     pipe, call, out = files
 
     def drawn():
@@ -112,8 +113,8 @@ def test_ort_draws_the_same_picture_on_the_plan(files):
     assert "ort" in str(fastdiff.report(pipe))
 
 
-def test_a_folder_of_pixarts_is_read(tmp_path):
-    """By every command that takes a folder, since it draws from a text."""
+def test_a_pixart_folder_is_read(tmp_path):
+    """Every command that takes a folder reads it, because PixArt draws from a text."""
     pipe, _ = pixart()
     pipe.save_pretrained(tmp_path / "pipe")
     read = load(tmp_path / "pipe", torch.float32, "cpu")
@@ -121,21 +122,22 @@ def test_a_folder_of_pixarts_is_read(tmp_path):
     assert all(map(torch.equal, read.transformer.parameters(), pipe.transformer.parameters()))
 
 
-def test_pixarts_file_is_told_sizes():
-    """As the network is that draws 1024 pixels a side; its pipeline gives them by one name."""
+def test_pixarts_file_takes_sizes():
+    """So does the network that draws 1024 pixels a side; its pipeline passes them as one
+    dictionary."""
     net = noisy(PixArtTransformer2DModel(**PIXART | {"use_additional_conditions": True}))
     part = family("pixart").denoised.part("transformer", net, torch.float32)
     assert [port.name for port in part.inputs[4:]] == ["resolution", "aspect_ratio"]
     for _, drawn in parity.cases(part):
         x, timestep, text, mask, resolution, ratio = drawn.values()
         sizes = {"resolution": resolution, "aspect_ratio": ratio}
-        told = {"encoder_attention_mask": mask, "return_dict": False}
+        options = {"encoder_attention_mask": mask, "return_dict": False}
         with torch.no_grad():
-            want = net(x, text, timestep.expand(len(x)), sizes, **told)[0]
+            want = net(x, text, timestep.expand(len(x)), sizes, **options)[0]
             torch.testing.assert_close(part.module(*drawn.values())[0], want, rtol=0, atol=1e-5)
 
 
-def test_what_is_not_exported_says_why():
+def test_the_error_says_why_a_network_is_not_exported():
     net = DiTTransformer2DModel(**DIT)
     net.register_to_config(sample_size=[8, 16])
     with pytest.raises(UserError, match=r"transformer has sample_size \[8, 16\]"):

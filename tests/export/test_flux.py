@@ -1,4 +1,5 @@
-"""FLUX as an ONNX file of any size: ONNX Runtime is the judge, and draws on the plan."""
+"""FLUX as an ONNX file of any size: ONNX Runtime runs it and is compared with torch, also in a
+pipeline."""
 
 import copy
 
@@ -34,7 +35,7 @@ ONE = {"num_layers": 1, "num_single_layers": 1}
 
 @pytest.fixture(scope="module")
 def pipe():
-    """Told a distilled guidance, as FLUX.1-dev is; without text encoders."""
+    """With an input for distilled guidance, as FLUX.1-dev has; without text encoders."""
     transformer = noisy(FluxTransformer2DModel(**FLUX | ONE | {"guidance_embeds": True}))
     absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -45,7 +46,7 @@ def pipe():
 
 
 def transformer(pipe):
-    """The file that is new here; the others are as SD's and SD3's."""
+    """The part to export; the others are exported as SD's and SD3's are."""
     return tuple(part for part in parts(pipe, torch.float32) if part.folder == "transformer")
 
 
@@ -75,15 +76,15 @@ def test_the_file_computes_what_torch_does_and_draws_the_same(pipe, out):
 
 
 @pytest.mark.parametrize(("last", "batch"), [((0, 0, 3), 2), ((1, 200, 0), 1), ((9, 77, 4000), 1)])
-def test_heads_are_turned_as_diffusers_turns_them_at_any_place(pipe, out, last, batch):
-    """diffusers computes the angles in float64; the file has float32 alone."""
-    places = torch.stack([torch.linspace(0, end, 8).round() for end in last], dim=1)
+def test_rotary_embeddings_are_those_of_diffusers_at_any_position(pipe, out, last, batch):
+    """diffusers computes the angles in float64; the file computes in float32 only."""
+    positions = torch.stack([torch.linspace(0, end, 8).round() for end in last], dim=1)
     inputs = {
         "hidden_states": torch.randn(batch, 8, FLUX["in_channels"]),
         "timestep": torch.tensor(0.7312),
         "encoder_hidden_states": text(batch, 5)["prompt_embeds"],
         "pooled_projections": text(batch, 5)["pooled_prompt_embeds"],
-        "img_ids": places,
+        "img_ids": positions,
         "txt_ids": torch.zeros(5, 3),
         "guidance": torch.full((batch,), 3.5),
     }
@@ -103,7 +104,7 @@ def test_heads_are_turned_as_diffusers_turns_them_at_any_place(pipe, out, last, 
     ("backend", "true_guidance"), [("ort", False), ("ort", True), ("openvino", False)]
 )
 def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, true_guidance):
-    """Of another size than it was traced or verified at, two at once."""
+    """Two pictures, of another size than the file was traced or verified at."""
     given = text(2, 9)
     if true_guidance:
         given |= {f"negative_{name}": value for name, value in text(2, 9).items()}
@@ -124,8 +125,8 @@ def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, true
     assert fastdiff.report(other).parts[0].runs == backend
 
 
-def test_an_engine_takes_what_a_pipeline_gives(pipe):
-    """One text for a picture, since guidance is distilled, and a token for 2×2 latents."""
+def test_an_engine_has_the_shapes_that_a_pipeline_uses(pipe):
+    """One text for a picture, because guidance is distilled, and one token for 2×2 latents."""
     every = parts(pipe, torch.float32, timestep=(1,))
     found = shapes.profiles(every, shapes.parse(None, "2x24x16"))
     assert {name: ends["opt"] for name, ends in found["transformer"].items()} == {

@@ -1,4 +1,4 @@
-"""--ort-fused: what becomes ONNX Runtime's GroupNorm, and that it computes what torch does."""
+"""--ort-fused: which nodes become ONNX Runtime's GroupNorm; they compute what torch does."""
 
 import json
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ class GroupNorm(OpRun):
 
 
 class Norms(nn.Module):
-    """GroupNorms that fit and, beside them, every kind that does not."""
+    """GroupNorms that can be fused, and every kind that cannot."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ class Norms(nn.Module):
         )
 
 
-FITS = {(4, 1), (32, 0), (2, 0)}  # groups and whether the SiLU is in it
+FITS = {(4, 1), (32, 0), (2, 0)}  # groups, and whether SiLU is fused as well
 
 
 def attributes(node):
@@ -82,7 +82,7 @@ def fuse(source, out):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_fits_the_kernel_is_fused_and_the_rest_left(tmp_path, dtype):
+def test_norms_that_fit_the_kernel_are_fused_and_others_are_not(tmp_path, dtype):
     module = Norms().to(dtype).eval()
     sides = {0: "batch", 2: "height", 3: "width"}
     program = torch.onnx.export(
@@ -126,19 +126,19 @@ def test_what_fits_the_kernel_is_fused_and_the_rest_left(tmp_path, dtype):
 
 @pytest.fixture(scope="module")
 def fused_files(small_folder, small_onnx, tmp_path_factory):
-    """`small_demo` exported with --ort-fused --verify, torch's own part of it done before."""
+    """`small_demo` exported with --ort-fused --verify, without running torch's exporter again."""
     out = tmp_path_factory.mktemp("fused") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "to_program", read_from(small_onnx))
         asked = ("--onnx", "--out", out, "--ort-fused", "--verify")
-        code, told, err = run_json("export", small_folder, *asked)
+        code, document, err = run_json("export", small_folder, *asked)
     assert code in (0, 1), err
-    return out, told, code
+    return out, document, code
 
 
 def test_the_files_are_within_the_budget_of_torch(fused_files):
-    _, told, code = fused_files
-    report = told["parity"]
+    _, document, code = fused_files
+    report = document["parity"]
     assert code == 0, [row for row in report["rows"] if not row["passed"]]
     assert report["passed"]
     assert report["psnr_db"] >= 45
@@ -163,7 +163,7 @@ def test_export_json_names_every_contrib_node(fused_files, small_onnx):
 
 
 def test_the_files_themselves_compute_what_torch_does(small_demo, fused_files):
-    """U-Net and VAE with their contrib nodes as they are, by onnx's own evaluator."""
+    """U-Net and VAE with their contrib nodes, run by onnx's reference evaluator."""
     for part in parts(small_demo, torch.float32)[1:]:
         evaluator = ReferenceEvaluator(str(fused_files[0] / part.file), new_ops=[GroupNorm])
 
@@ -176,7 +176,7 @@ def test_the_files_themselves_compute_what_torch_does(small_demo, fused_files):
 
 
 def test_a_wrong_weight_is_caught(small_demo, fused_files, tmp_path):
-    """One gamma of 1 % more."""
+    """One gamma is 1 % too large."""
     decoder = parts(small_demo, torch.float32)[2]
     model = onnx.load(fused_files[0] / decoder.file)
     gamma = next(value for value in model.graph.initializer if value.name.startswith("gamma_nhwc"))
@@ -190,17 +190,17 @@ def test_a_wrong_weight_is_caught(small_demo, fused_files, tmp_path):
     assert not all(row.passed for row in rows)
 
 
-def test_a_cpu_says_that_it_cannot_run_it(fused_files):
+def test_running_fused_files_on_a_cpu_is_an_error(fused_files):
     with pytest.raises(UserError, match="ONNX Runtime cannot run .*unet/model.onnx: .*GroupNorm"):
         Session(fused_files[0] / "unet/model.onnx", CPU)
 
 
-def test_what_cannot_be_fused_is_one_sentence(small_folder, premade_onnx, tmp_path, monkeypatch):
+def test_the_error_says_why_nothing_can_be_fused(small_folder, premade_onnx, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def refused(*arguments):
-        code, told, err = run("export", small_folder, *arguments, "--ort-fused")
-        assert (code, told) == (2, "")
+        code, output, err = run("export", small_folder, *arguments, "--ort-fused")
+        assert (code, output) == (2, "")
         assert list(tmp_path.iterdir()) == []
         return err.splitlines()[-1]
 

@@ -1,4 +1,5 @@
-"""Exported ONNX files: Optimum's names, standard ops, and the numbers and pictures of torch."""
+"""Exported ONNX files have Optimum's names and standard ops, and compute torch's numbers and
+pictures."""
 
 import copy
 import hashlib
@@ -28,7 +29,7 @@ FILES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
 class Shallow(UNetPreset):
-    """An architecture with the fewest layers that repeat."""
+    """A preset's architecture with as few layers as possible, but with repeated ones."""
 
     def __init__(self, preset, **changed):
         texts = tuple(replace(text, layers=2) for text in preset.texts)
@@ -48,12 +49,12 @@ class Shallow(UNetPreset):
 ONE_LEVEL = {"channels": (320,), "heads": (5,), "attention": (True,), "depth": (1,)}
 SMALL = {"sd15": Shallow(presets.SD15), "sdxl": Shallow(presets.SDXL, **ONE_LEVEL)}
 SCALE = 0.1
-"""Of the widths."""
+"""Of the widths of the networks."""
 
 
 @pytest.fixture(
     scope="session",
-    # a Stable Diffusion 1.5, but for its sizes; and an XL, whose U-Net need not halve its picture
+    # "small" is a small Stable Diffusion 1.5; the XL's U-Net has one level only
     params=[
         "small",
         pytest.param("demo", marks=pytest.mark.product),
@@ -69,8 +70,8 @@ def exported(request, export_onnx):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "PRESETS", SMALL)
         pipe = presets.build(request.param, SCALE, torch.float32, "cpu")
-        told = ("--preset", request.param, "--scale", SCALE)
-        return export_onnx(request.param, pipe, *told)
+        arguments = ("--preset", request.param, "--scale", SCALE)
+        return export_onnx(request.param, pipe, *arguments)
 
 
 def is_xl(exported):
@@ -96,7 +97,7 @@ def test_files_are_standard_onnx(exported):
         assert not model.functions
 
 
-def test_tensors_are_named_as_optimum_names_them(exported):
+def test_tensors_have_optimums_names(exported):
     more = ["text_embeds", "time_ids"] if is_xl(exported) else []
     expected = {
         "unet": (["sample", "timestep", "encoder_hidden_states", *more], ["out_sample"]),
@@ -124,7 +125,7 @@ def public(config):
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def test_folder_holds_what_a_pipeline_is_read_from(exported):
+def test_folder_holds_the_files_that_a_pipeline_is_read_from(exported):
     from diffusers import DDIMScheduler, EulerDiscreteScheduler
     from transformers import CLIPTokenizer
 
@@ -160,16 +161,17 @@ def test_verify_says_what_it_compared(exported):
 
 
 def sha256(file):
-    """Of an ONNX file, and of the weights that lie beside it where they are large."""
+    """The hash of an ONNX file and, if its weights lie in a file of their own, of that file."""
     weights = file.with_name(file.name + "_data")
     beside = weights.read_bytes() if weights.exists() else b""
     return hashlib.sha256(file.read_bytes() + beside).hexdigest()
 
 
 def within_budget(net, session, cases, call):
-    """Hold a session to the budget of diffusers' own module, case by case.
+    """Check that a session is within the budget of diffusers' own module, case by case.
 
-    The yardstick is torch on one thread in the worse of its two memory formats, the truth float64.
+    Exact is the module in float64; the budget follows from torch's error on one thread, in the
+    worse of its two memory formats.
     """
     exact_net = copy.deepcopy(net).double()
     channels_last = copy.deepcopy(net).to(memory_format=torch.channels_last)
@@ -232,8 +234,8 @@ def test_vae_is_within_the_budget_of_diffusers_own(exported):
     )
 
 
-def test_a_picture_of_25_steps_is_torchs(exported):
-    """Our own loop, numpy into sessions, with the pipeline's real scheduler."""
+def test_a_picture_of_25_steps_equals_torchs(exported):
+    """Drawn by a loop over ONNX Runtime sessions, with the pipeline's own scheduler."""
     pipe, steps, guidance = exported.pipe, 25, 4.0
     sessions = {part: session(exported, part) for part in ("unet", "vae_decoder", *texts(exported))}
     states, pooled = [], None
@@ -255,7 +257,7 @@ def test_a_picture_of_25_steps_is_torchs(exported):
     if is_xl(exported):
         pixels = float(side * pipe.vae_scale_factor)
         ids = np.array([[pixels, pixels, 0, 0, pixels, pixels]] * 2, dtype=np.float32)
-        # With no negative prompt SDXL takes zeros, not the empty text.
+        # Without a negative prompt SDXL takes zeros, not the empty text.
         feed["encoder_hidden_states"][0] = 0
         pooled[0] = 0
         feed |= {"text_embeds": pooled, "time_ids": ids}
@@ -266,8 +268,8 @@ def test_a_picture_of_25_steps_is_torchs(exported):
     for t in scheduler.timesteps:
         sample = scheduler.scale_model_input(torch.cat([x, x]), t).numpy()
         feed |= {"sample": sample, "timestep": np.array(t, dtype=np.float32)}
-        free, led = torch.from_numpy(sessions["unet"].run(None, feed)[0]).chunk(2)
-        x = scheduler.step(free + guidance * (led - free), t, x).prev_sample
+        uncond, cond = torch.from_numpy(sessions["unet"].run(None, feed)[0]).chunk(2)
+        x = scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
     latents = (x / pipe.vae.config.scaling_factor).numpy()
     got = sessions["vae_decoder"].run(None, {"latent_sample": latents})[0]
     expected = pipe(
@@ -281,19 +283,19 @@ def test_a_picture_of_25_steps_is_torchs(exported):
     assert -10 * error.square().mean().log10() >= 45
 
 
-def test_dry_run_tells_the_same_and_writes_nothing(exported, tmp_path, monkeypatch):
+def test_dry_run_reports_the_same_and_writes_nothing(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(presets, "PRESETS", SMALL)
     asked = ("--onnx", "--out", tmp_path / "x", "--dry-run")
-    code, told, _ = run_json("export", *exported.arguments, *asked)
+    code, document, _ = run_json("export", *exported.arguments, *asked)
     assert code == 0
-    assert told["dry_run"]
-    assert told["opset"] == exported.document["opset"]
+    assert document["dry_run"]
+    assert document["opset"] == exported.document["opset"]
     written = [dict(part) for part in exported.document["parts"]]
     for part in written:
         assert part.pop("bytes") > 0
         assert part.pop("seconds") > 0
         assert part.pop("sha256") == sha256(exported.folder / part["file"])
-    assert told["parts"] == written
+    assert document["parts"] == written
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,7 +321,7 @@ def test_a_failed_verdict_exits_1(tmp_path, monkeypatch):
     assert not json.loads((tmp_path / "out/parity.json").read_text())["passed"]
 
 
-def test_a_disk_that_is_full_after_the_files_is_one_sentence(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_after_the_files_is_an_error_of_one_sentence(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -347,7 +349,7 @@ def test_a_failed_export_leaves_nothing_behind(
     if isinstance(error, OSError):
         monkeypatch.setattr(exporter, "write_json", fail)
     else:
-        monkeypatch.undo()  # torch is asked
+        monkeypatch.undo()  # torch's exporter runs
         monkeypatch.setattr(torch.onnx, "export", fail)
     code, out, err = run("export", small_folder, "--onnx", "--out", tmp_path / "out")
     assert (code, out) == (2, "")
@@ -369,7 +371,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("message", "arguments"), BAD.items())
-def test_bad_input_is_one_sentence(tmp_path, message, arguments):
+def test_bad_input_is_an_error_of_one_sentence(tmp_path, message, arguments):
     code, out, err = run("export", *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert (code, out) == (2, "")
     sentence = err.splitlines()[-1]
@@ -386,7 +388,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     assert "pip install 'fastdiff-engine[onnx]'" in err
 
 
-def test_networks_with_inputs_we_do_not_carry_are_refused(demo):
+def test_networks_with_unsupported_inputs_are_refused(demo):
     pipe = copy.deepcopy(demo)
     pipe.unet.register_to_config(class_embed_type="timestep")
     with pytest.raises(UserError, match="unet has class_embed_type 'timestep'"):
@@ -418,14 +420,14 @@ def test_a_vae_that_overflows_in_half_stays_in_single(monkeypatch):
 
 
 def test_a_vae_that_diffusers_runs_in_half_is_in_half(demo):
-    """force_upcast is what a VAE's config says unless told otherwise; only XL looks at it."""
+    """force_upcast is the default of a VAE's config; only XL's pipelines read it."""
     pipe = copy.deepcopy(demo).to(torch.float16)
     pipe.vae.register_to_config(force_upcast=True)
     networks = parts(pipe, torch.float16)
     assert {part.dtype for part in networks} == {torch.float16}
 
     def run_of(part):
-        module = copy.deepcopy(part.module)  # else it would be answered by itself
+        module = copy.deepcopy(part.module)  # the pipeline's own module calls what run_of returns
         return lambda inputs: module(*inputs.values())
 
     with torch.no_grad():
@@ -434,7 +436,7 @@ def test_a_vae_that_diffusers_runs_in_half_is_in_half(demo):
 
 
 def test_a_link_where_the_partial_folder_would_be_is_left_alone(tmp_path):
-    """Emptying it would empty what the link leads to."""
+    """Emptying it would empty the folder that the link points to."""
     kept = tmp_path / "elsewhere/kept"
     kept.parent.mkdir()
     kept.touch()
@@ -446,8 +448,8 @@ def test_a_link_where_the_partial_folder_would_be_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("failure", [PermissionError(13, "Permission denied"), None])
-def test_a_name_the_system_refuses_is_one_sentence(tmp_path, monkeypatch, failure):
-    if failure:  # a parent that may not be searched; not so for root
+def test_a_name_that_the_system_refuses_is_an_error_of_one_sentence(tmp_path, monkeypatch, failure):
+    if failure:  # as for a folder without permission, which root does not get
 
         def stat(*_, **__):
             raise failure
@@ -458,9 +460,10 @@ def test_a_name_the_system_refuses_is_one_sentence(tmp_path, monkeypatch, failur
         check_new(name)
 
 
-@pytest.mark.parametrize("most", [7, pytest.param(8, marks=pytest.mark.product)])
-def test_positions_of_any_number_of_patches(most, tmp_path):
-    """Odd numbers, too: torch's exporter divides what is negative there, and ONNX rounds it up."""
+@pytest.mark.parametrize("largest", [7, pytest.param(8, marks=pytest.mark.product)])
+def test_positions_of_any_number_of_patches(largest, tmp_path):
+    """Also of odd numbers, for which torch's exporter divides a negative number, which ONNX rounds
+    up."""
     config = {
         "sample_size": 8,
         "num_layers": 1,
@@ -469,13 +472,13 @@ def test_positions_of_any_number_of_patches(most, tmp_path):
         "joint_attention_dim": 16,
         "caption_projection_dim": 16,
         "pooled_projection_dim": 16,
-        "pos_embed_max_size": most,
+        "pos_embed_max_size": largest,
     }
     net = SD3Transformer2DModel(**config).eval()
     part = family("mmdit").denoised.part("transformer", net, torch.float32)
     own = part.module.net.pos_embed
-    for rows in range(1, most + 1):
-        for columns in range(1, most + 1):
+    for rows in range(1, largest + 1):
+        for columns in range(1, largest + 1):
             latents = torch.randn(1, 16, 2 * rows, 2 * columns)
             assert torch.equal(own(latents), net.pos_embed(latents))
     exporter.write(part, tmp_path, 20, lambda line: None)

@@ -1,4 +1,5 @@
-"""The parity report: its rule recomputed by hand, and the very node of every planted fault."""
+"""The parity report: its budget is recomputed by hand, and it names the node of every planted
+fault."""
 
 import copy
 import json
@@ -46,7 +47,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def small(small_demo):
-    """A pipeline with the smallest U-Net, quick to export, with all that larger ones have."""
+    """A pipeline with the smallest U-Net, which is quick to export and has all kinds of layers."""
     pipe = copy.copy(small_demo)
     pipe.unet = noisy(UNet2DConditionModel(**ONE_LEVEL))
     return pipe
@@ -71,7 +72,7 @@ def constants(model):
 
 
 def change(model, node, slot, function):
-    """The constant that is a node's input of that slot, for this node alone."""
+    """Replace the constant that is a node's input number `slot`, for this node only."""
     value = function(constants(model)[node.input[slot]]).astype(np.float32)
     model.graph.initializer.append(numpy_helper.from_array(value, "planted"))
     node.input[slot] = "planted"
@@ -99,7 +100,7 @@ def activation(model, node):
 
 
 def precision(model, node):
-    """What the node reads, in bfloat16; ONNX Runtime would take float16's casts out again."""
+    """Cast the node's inputs to bfloat16 and back; ONNX Runtime removes such casts to float16."""
     position = list(model.graph.node).index(node)
     casts = []
     for slot, name in enumerate(node.input):
@@ -111,7 +112,7 @@ def precision(model, node):
         model.graph.node.insert(position, cast)
 
 
-PLANTED = {  # a fault, and the operators it can befall
+PLANTED = {  # a fault, and the operators that it is planted in
     weight: ("Conv", "MatMul", "Gemm"),
     bias: ("Conv", "Gemm", "Add"),
     epsilon: ("LayerNormalization", "InstanceNormalization"),
@@ -134,7 +135,7 @@ def candidates(model, plant, operators):
 
 
 def module_of(node):
-    """torch's path by what its exporter wrote beside the node."""
+    """The path of torch's module, which its exporter writes into the node's metadata."""
     (scopes,) = (entry.value for entry in node.metadata_props if entry.key == SCOPES)
     return json.loads(scopes.replace("'", '"'))[-2].removeprefix("net.")
 
@@ -147,9 +148,9 @@ def module_of(node):
     ],
 )
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_the_very_node_is_named(exported, plant, chosen):
+def test_the_planted_node_is_named(exported, plant, chosen):
     found = candidates(exported.model, plant, PLANTED[plant])
-    for index in np.random.default_rng(7).choice(found, 4)[chosen]:  # at any depth
+    for index in np.random.default_rng(7).choice(found, 4)[chosen]:  # random nodes at any depth
         model = exported.model
         node = model.graph.node[index]
         kind = node.op_type
@@ -167,32 +168,32 @@ def test_the_very_node_is_named(exported, plant, chosen):
             assert part in str(fault)
 
 
-def test_a_wrong_shape_is_told_as_one(exported):
-    """Two of the last node's sides exchanged: what ONNX Runtime computes, and nothing accepts."""
+def test_a_wrong_shape_is_reported_as_a_wrong_shape(exported):
+    """The last node's output is transposed, which ONNX Runtime computes without an error."""
     model = exported.model
     output = exported.part.outputs[0].name
     (last,) = (node for node in model.graph.node if output in node.output)
     last.output[list(last.output).index(output)] = "straight"
     (value,) = (value for value in model.graph.output if value.name == output)
     sides = list(range(len(value.type.tensor_type.shape.dim)))
-    turned = [*sides[:-2], sides[-1], sides[-2]]
-    model.graph.node.append(helper.make_node("Transpose", ["straight"], [output], perm=turned))
+    swapped = [*sides[:-2], sides[-1], sides[-2]]
+    model.graph.node.append(helper.make_node("Transpose", ["straight"], [output], perm=swapped))
     for dim in value.type.tensor_type.shape.dim:
         dim.Clear()
     fault = exported.find(model)
     assert (fault.node, fault.value) == (last.name, output)
     assert fault.made_by[-1] == "Transpose"
     shape = list(fault.expected_shape)
-    turned = [*shape[:-2], shape[-1], shape[-2]]
-    assert list(fault.got_shape) == turned != shape
-    assert str(fault).endswith(f"has the shape {turned}, expected {shape}")
+    swapped = [*shape[:-2], shape[-1], shape[-2]]
+    assert list(fault.got_shape) == swapped != shape
+    assert str(fault).endswith(f"has the shape {swapped}, expected {shape}")
 
 
 @pytest.mark.parametrize("exported", ["unet"], indirect=True)
-def test_what_many_operations_share_is_one_node(exported):
+def test_a_node_that_many_operations_share_is_one_fault(exported):
     """The activation of the time embedding: torch computes it in every block, the file once."""
     model = exported.model
-    healthy = exported.find(model)  # on some processors a product is beyond its budget by itself
+    healthy = exported.find(model)  # on some CPUs a correct product exceeds its budget
     beyond = 0 if healthy is None else 1 + healthy.others
     readers = [name for node in model.graph.node for name in node.input]
     shared = max(
@@ -208,7 +209,7 @@ def test_what_many_operations_share_is_one_node(exported):
 
 
 @pytest.mark.parametrize("exported", ["unet"], indirect=True)
-def test_a_skip_connection_the_wrong_way_round(exported):
+def test_a_concatenation_in_the_wrong_order_is_named(exported):
     model = exported.model
     shapes = {v.name: v.type.tensor_type.shape for v in model.graph.value_info}
     node = next(
@@ -223,7 +224,7 @@ def test_a_skip_connection_the_wrong_way_round(exported):
 
 
 def test_expected_is_what_torch_computes(exported):
-    """The value at a planted convolution or projection, by a hook on torch's own float64."""
+    """The value at a planted convolution or projection, from a hook on torch's float64 module."""
     model = exported.model
     index = candidates(model, weight, ("Conv", "MatMul"))[-1]
     weight(model, model.graph.node[index])
@@ -234,14 +235,14 @@ def test_expected_is_what_torch_computes(exported):
     with torch.no_grad():
         net(*(v.double() if v.is_floating_point() else v for v in exported.inputs.values()))
     expected = float(seen[0][fault.index])
-    if fault.expected_op == "MatMul":  # the bias is a node of its own
+    if fault.expected_op == "MatMul":  # the bias is added by another node
         expected -= float(net.net.get_submodule(fault.module).bias.detach()[fault.index[-1]])
     assert fault.expected == pytest.approx(expected, rel=1e-4)
     assert fault.got == pytest.approx(1.001 * expected, rel=1e-4)
 
 
-def test_a_wrong_translation_is_told_from_a_wrong_node(exported):
-    """The exporter's own nodes are at fault, so the file has none that differs from them."""
+def test_a_wrong_translation_is_distinguished_from_a_wrong_node(exported):
+    """The exporter's own nodes are wrong, so no node of the file differs from them."""
     model = exported.model
     node = next(node for node in model.graph.node if node.op_type in ("Sigmoid", "Gelu"))
     activation(model, node)
@@ -257,16 +258,17 @@ def test_a_wrong_translation_is_told_from_a_wrong_node(exported):
     assert "with the nodes before it" in str(fault) or alone
 
 
-def test_nothing_is_named_where_nothing_is_wrong(exported):
-    """Or, at most, what rounds a little more than torch does, by less than its budget again."""
+def test_no_node_is_named_where_nothing_is_wrong(exported):
+    """Or, at most, a node that rounds a little more than torch and exceeds its budget less than
+    twice."""
     fault = exported.find(exported.model)
     assert fault is None or fault.error <= 2 * fault.allowed
     names = {path.name for path in exported.file.parent.iterdir()}
     assert names == {"model.onnx", "planted.onnx"}
 
 
-def test_budget_is_the_rule_of_the_house(exported):
-    """Twice eager's error, on one thread in the worse memory format, and twice one rounding."""
+def test_budget_is_twice_eagers_error_and_one_rounding(exported):
+    """Eager's error is that on one thread, in the worse of torch's memory formats."""
     part, threads = exported.part, torch.get_num_threads()
     session = Session(exported.file, torch.device("cpu"))
     torch.set_num_threads(2)
@@ -302,8 +304,9 @@ def test_budget_is_the_rule_of_the_house(exported):
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e-3])
-def test_any_runtime_can_be_held_to_it(small, wrong):
-    """A callable from inputs to outputs: torch itself passes, one element wrong does not."""
+def test_any_runtime_can_be_verified(small, wrong):
+    """A runtime is a callable from inputs to outputs: torch itself passes, and fails if one element
+    is wrong."""
     part = parts(small, torch.float32)[0]
 
     def run(inputs):
@@ -350,7 +353,7 @@ def test_pictures_are_compared_before_a_safety_checker_blackens_both(demo):
 
 
 def test_an_output_of_another_shape_fails(small):
-    """Also one that would spread to the right shape."""
+    """Also one that could be broadcast to the right shape."""
     part = parts(small, torch.float32)[0]
 
     def first(inputs):
@@ -368,7 +371,7 @@ def test_nothing_is_proven_where_torch_overflows():
     assert not row.passed
 
 
-def test_shapes_a_file_does_not_take_are_one_sentence(exported):
+def test_shapes_that_a_file_does_not_take_are_an_error_of_one_sentence(exported):
     session = Session(exported.file, torch.device("cpu"))
     name = exported.part.inputs[0].name
     wrong = dict(exported.inputs) | {name: exported.inputs[name][..., None]}
@@ -377,7 +380,7 @@ def test_shapes_a_file_does_not_take_are_one_sentence(exported):
 
 
 def test_export_that_draws_something_else_exits_1_and_names_the_node(tmp_path, monkeypatch):
-    """The whole command, on the text encoder alone, whose file is spoilt before it is verified."""
+    """The whole command on the text encoder, whose file is changed before it is verified."""
     write, planted = exporter.write, []
 
     def spoil(part, folder, *rest):
@@ -404,8 +407,9 @@ def test_export_that_draws_something_else_exits_1_and_names_the_node(tmp_path, m
     assert node in (tmp_path / "out/parity.md").read_text()
 
 
-def test_psnr_is_of_the_picture_drawn(demo):
-    """torch in torch's place draws the same; a decoder that darkens is as far off as it darkens."""
+def test_psnr_is_that_of_the_drawn_picture(demo):
+    """With torch's own modules it is infinite; with a decoder that draws grey it is that of the
+    grey picture."""
     networks = parts(copy.deepcopy(demo), torch.float32)
 
     def torchs(part):
@@ -423,8 +427,8 @@ def test_psnr_is_of_the_picture_drawn(demo):
     assert [set(vars(net)) for net in (demo.unet, demo.vae, demo.text_encoder)] == attributes
 
 
-def test_an_engine_bound_by_its_ports_computes_what_its_file_does(small_demo, small_onnx):
-    """As a GPU's engine is held to torch: on memory whose shapes the ports tell."""
+def test_an_engine_with_bound_memory_computes_what_its_file_does(small_demo, small_onnx):
+    """GPU engines are verified so: on memory whose shapes follow from the ports."""
     for part in parts(small_demo, torch.float32):
         session = Session(small_onnx / part.file, torch.device("cpu"))
         run_bound = picture.run_of(session, part)

@@ -1,4 +1,5 @@
-"""Qwen-Image's network as an ONNX file of any size: ONNX Runtime is the judge, beside diffusers."""
+"""Qwen-Image's network as an ONNX file of any size: ONNX Runtime runs it and is compared with
+diffusers."""
 
 import copy
 
@@ -51,8 +52,8 @@ def test_the_file_computes_what_torch_does_and_draws_the_same(pipe, out):
 
 
 @pytest.mark.parametrize(("rows", "columns", "batch"), [(1, 1, 2), (3, 50, 1), (9, 2, 2)])
-def test_heads_are_turned_as_diffusers_turns_them_at_any_size(pipe, out, rows, columns, batch):
-    """Odd numbers of rows and columns, and tokens of the text that nobody attends to."""
+def test_rotary_embeddings_are_those_of_diffusers_at_any_size(pipe, out, rows, columns, batch):
+    """With odd numbers of rows and columns, and with masked tokens of the text."""
     (part,) = parts(pipe, torch.float32)
     run = Session(out / part.file, torch.device("cpu"))
     inputs = {
@@ -73,7 +74,7 @@ def test_heads_are_turned_as_diffusers_turns_them_at_any_size(pipe, out, rows, c
     assert parity.judge("out_sample", got, eager, exact).passed
 
 
-def test_what_no_file_computes_says_why(pipe):
+def test_the_error_says_why_a_network_is_not_exported(pipe):
     net = copy.copy(pipe.transformer)
     net.register_to_config(zero_cond_t=True)
     with pytest.raises(UserError, match="transformer has zero_cond_t, which no exported file"):

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 exported: its files at any sides, in a pipeline, as engines, on a server."""
+"""Stable Diffusion 3 exported: its files at any size, in a pipeline, as engines, on a server."""
 
 import copy
 import struct
@@ -37,7 +37,7 @@ PRESET = ("--preset", NAME, "--scale", SCALE)
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
-    """With T5, a second attention and RMSNorm, and with the fewest layers that show them."""
+    """With T5, a second attention and RMSNorm, and with as few layers as possible."""
     with pytest.MonkeyPatch.context() as patch:
         few = tuple(replace(text, layers=1) for text in preset_sd3.TEXTS)
         vae = preset_sd3.vae_config
@@ -63,7 +63,7 @@ def exported(pipe, export_onnx):
 
 
 def draw(pipe, height=80, width=48):
-    """Odd numbers of patches on both sides."""
+    """A picture with odd numbers of patches in both directions."""
     noise = torch.Generator().manual_seed(3)
     more = {"height": height, "width": width, "generator": noise, "output_type": "pt"}
     return pipe("red heart", num_inference_steps=3, **more).images
@@ -74,12 +74,12 @@ def session(exported, part):
     return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 6, 7])
-def test_patches_take_the_positions_that_diffusers_crops(most):
-    theirs = PatchEmbed(4, 4, 2, 3, 8, pos_embed_max_size=most)
+@pytest.mark.parametrize("largest", [1, 2, 3, 6, 7])
+def test_patches_take_the_positions_that_diffusers_crops(largest):
+    theirs = PatchEmbed(4, 4, 2, 3, 8, pos_embed_max_size=largest)
     ours = Patches(theirs)
-    for rows in range(1, most + 1):
-        for columns in range(1, most + 1):
+    for rows in range(1, largest + 1):
+        for columns in range(1, largest + 1):
             latents = torch.randn(2, 3, 2 * rows, 2 * columns)
             assert torch.equal(ours(latents), theirs(latents))
 
@@ -111,7 +111,7 @@ def test_verify_draws_the_same(exported):
 
 
 @pytest.mark.parametrize("sides", [(2, 2), (6, 10), (10, 8), (14, 30), (16, 766)])
-def test_positions_are_cropped_as_diffusers_does_at_any_sides(exported, pipe, sides):
+def test_positions_are_cropped_as_diffusers_does_at_any_size(exported, pipe, sides):
     inputs = {
         "hidden_states": torch.randn(1, 16, *sides),
         "timestep": torch.tensor(731.25),
@@ -144,8 +144,8 @@ def test_the_plan_draws_with_the_file(exported, pipe):
     assert report.parts[0].why == "3 calls"
 
 
-def test_one_timestep_for_all_pictures_is_the_engines(exported, pipe):
-    """As the pipeline's own loop gives it: expanded to the pictures and both halves."""
+def test_an_engine_takes_one_timestep_for_all_pictures(exported, pipe):
+    """The pipeline's own loop expands it to all pictures and both halves of guidance."""
     on_ort = copy.deepcopy(pipe)
     fastdiff.compile(on_ort, Options(backend="ort", engines=exported.folder))
     given = torch.randn(2, 16, 10, 6), torch.randn(2, 9, 192), torch.randn(2, 128)
@@ -160,7 +160,7 @@ def test_one_timestep_for_all_pictures_is_the_engines(exported, pipe):
         on_ort.transformer(*given, torch.tensor([500.5, 3.0]))
 
 
-def test_a_picture_beyond_all_positions_is_diffusers_own_error(exported, pipe):
+def test_a_picture_larger_than_the_positions_gives_diffusers_own_error(exported, pipe):
     pipe = copy.deepcopy(pipe)
     fastdiff.compile(pipe, Options(backend="ort", engines=exported.folder))
     latents = torch.randn(1, 16, 2, 770)
@@ -173,14 +173,14 @@ def test_a_picture_beyond_all_positions_is_diffusers_own_error(exported, pipe):
         pipe.transformer(latents, text, pooled, torch.tensor([5.0]))
 
 
-def test_a_lora_is_no_engine(exported, pipe):
+def test_an_engine_with_a_lora_is_refused(exported, pipe):
     pipe = copy.deepcopy(pipe)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="transformer cannot run on ort: a LoRA adapter"):
         fastdiff.compile(pipe, Options(backend="ort", engines=exported.folder))
 
 
-def test_an_ip_adapter_is_no_engine(exported, pipe):
+def test_an_engine_with_an_ip_adapter_is_refused(exported, pipe):
     pipe = copy.deepcopy(pipe)
     net = pipe.transformer
     width, head = net.inner_dim, net.config.attention_head_dim
@@ -196,7 +196,7 @@ def test_an_ip_adapter_is_no_engine(exported, pipe):
         fastdiff.compile(pipe, Options(backend="ort", engines=exported.folder))
 
 
-def test_a_controlnet_gives_what_no_engine_takes(exported, pipe):
+def test_an_engine_with_a_controlnet_is_refused(exported, pipe):
     parts = {name: part for name, part in pipe.components.items() if "image_" not in name}
     net = SD3ControlNetModel.from_transformer(pipe.transformer, 1)
     controlled = StableDiffusion3ControlNetPipeline(**parts, controlnet=net)
@@ -205,13 +205,13 @@ def test_a_controlnet_gives_what_no_engine_takes(exported, pipe):
 
 
 def test_a_server_takes_the_files(exported, tmp_path):
-    code, told, err = run_json(
+    code, document, err = run_json(
         "export", exported.folder, "--triton-repo", "--out", tmp_path / "out"
     )
     assert code == 0, err
-    models = {model["name"]: model for model in told["models"]}
+    models = {model["name"]: model for model in document["models"]}
     assert set(models) == set(PARTS)
-    assert models["transformer"]["max_batch_size"] == 0  # its timestep is one for all
+    assert models["transformer"]["max_batch_size"] == 0  # all pictures share one timestep
     assert models["text_encoder_3"]["max_batch_size"] == 4
 
 
@@ -229,20 +229,20 @@ STATIC = {
 }
 
 
-def test_engines_take_what_a_pipeline_gives(tmp_path):
+def test_engines_have_the_shapes_that_a_pipeline_uses(tmp_path):
     asked = ("--target", "sm_89", "--static", "1x80x48", "--dry-run")
-    code, told, err = run_json("export", *PRESET, "--trt", "--out", tmp_path / "out", *asked)
+    code, document, err = run_json("export", *PRESET, "--trt", "--out", tmp_path / "out", *asked)
     assert code == 0, err
-    profiles = {made["part"]: made["profiles"][0] for made in told["engines"]}
+    profiles = {made["part"]: made["profiles"][0] for made in document["engines"]}
     best = {part: {name: end["opt"] for name, end in p.items()} for part, p in profiles.items()}
     assert best == STATIC
 
 
-# 15 s; test_trt.py builds a U-Net's, and what is asked of the builder is told by the dry run above.
+# 15 s; test_trt.py builds a U-Net's, and the dry run above shows what the builder is asked for.
 @pytest.mark.product
 @pytest.mark.parametrize("folder", ["transformer", "text_encoder_3"])
-def test_an_engine_is_built_for_real(pipe, tmp_path, folder):
-    """In half precision, at any sides from one patch on."""
+def test_an_engine_is_built_by_tensorrt(pipe, tmp_path, folder):
+    """In half precision, for any size from one patch on."""
     half = copy.deepcopy(pipe).to(torch.float16)
     every = parts(half, torch.float16, timestep=(1,))
     wanted = shapes.parse("1x16x16:1x80x48:2x128x128", None)
@@ -256,11 +256,11 @@ def test_an_engine_is_built_for_real(pipe, tmp_path, folder):
         assert port.name.encode() in plan
     for bounds in profile.values():
         for shape in bounds.values():
-            if len(shape) > 2:  # two numbers are too common to tell
+            if len(shape) > 2:  # two numbers could occur by chance
                 assert struct.pack(f"<{len(shape)}q", *shape) in plan
 
 
-def test_no_engine_is_built_for_a_picture_beyond_all_positions(tmp_path):
+def test_an_engine_for_a_picture_larger_than_the_positions_is_refused(tmp_path):
     asked = ("--target", "sm_89", "--static", "1x64x6160", "--dry-run")
     code, out, err = run("export", *PRESET, "--trt", "--out", tmp_path / "out", *asked)
     assert (code, out) == (2, "")

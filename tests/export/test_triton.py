@@ -1,4 +1,4 @@
-"""Triton model repositories, held to what ONNX Runtime and Triton's own messages say."""
+"""Triton model repositories, checked by ONNX Runtime and by Triton's own protobuf messages."""
 
 import json
 import shutil
@@ -25,9 +25,9 @@ OF_ONNX = {
 @pytest.fixture(scope="module")
 def repository(small_onnx, tmp_path_factory):
     out = tmp_path_factory.mktemp("triton") / "models"
-    code, told, err = run_json("export", small_onnx, "--triton-repo", "--out", out)
+    code, printed, err = run_json("export", small_onnx, "--triton-repo", "--out", out)
     assert code == 0, err
-    return out, told
+    return out, printed
 
 
 def configs(out):
@@ -38,11 +38,12 @@ def configs(out):
     }
 
 
-def test_every_folder_is_a_model_and_nothing_lies_beside(repository, small_onnx):
-    """The server takes each folder of a repository for a model and each in that for a version."""
-    out, told = repository
+def test_every_folder_is_a_model_and_there_is_nothing_else(repository, small_onnx):
+    """The server takes each folder of a repository for a model, and each folder in it for a
+    version."""
+    out, printed = repository
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
-    assert [model["name"] for model in told["models"]] == list(FILES)
+    assert [model["name"] for model in printed["models"]] == list(FILES)
     for name in FILES:
         assert sorted(p.name for p in (out / name).iterdir()) == ["1", "config.pbtxt"]
         assert [p.name for p in (out / name / "1").iterdir()] == ["model.onnx"]
@@ -60,14 +61,14 @@ def test_configs_ask_for_what_onnx_runtime_sees(repository):
         assert config.platform == "onnxruntime_onnx"
         session = onnxruntime.InferenceSession(out / name / "1/model.onnx")
         batch = [-1] if config.max_batch_size else []
-        for told, ports in (
+        for configured, ports in (
             (config.input, session.get_inputs()),
             (config.output, session.get_outputs()),
         ):
-            assert [port.name for port in told] == [port.name for port in ports]
-            for mine, port in zip(told, ports, strict=True):
+            assert [port.name for port in configured] == [port.name for port in ports]
+            for mine, port in zip(configured, ports, strict=True):
                 sides = [side if isinstance(side, int) else -1 for side in port.shape]
-                # A scalar is one element to Triton, and no reshape: without a batch it is refused.
+                # For Triton a scalar is one element; it refuses a reshape of one without a batch.
                 assert batch + list(mine.dims) == (sides or [1])
                 assert mine.data_type == OF_ONNX[port.type]
                 assert not mine.HasField("reshape")
@@ -75,7 +76,7 @@ def test_configs_ask_for_what_onnx_runtime_sees(repository):
 
 def test_only_models_whose_tensors_all_have_the_batch_are_batched(repository):
     found = configs(repository[0])
-    assert found["unet"].max_batch_size == 0  # its timestep is one for all
+    assert found["unet"].max_batch_size == 0  # all pictures share one timestep
     assert not found["unet"].HasField("dynamic_batching")
     for name in ("text_encoder", "vae_decoder", "vae_encoder"):
         assert found[name].max_batch_size == triton.MAX_BATCH
@@ -124,7 +125,7 @@ def test_large_weights_go_with_their_graph(small_onnx, tmp_path):
 
 
 def test_half_precision_and_all_inputs_of_sdxl(tmp_path):
-    """By ONNX Runtime's word on a file of SDXL's ports, without the network between them."""
+    """Checked by ONNX Runtime on a file with SDXL's ports and without its network."""
     half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     inputs = {
         "sample": (half, ["batch_size", 4, "height", "width"]),
@@ -154,12 +155,14 @@ def test_half_precision_and_all_inputs_of_sdxl(tmp_path):
     }
 
 
-def test_dry_run_tells_the_same_and_writes_nothing(repository, small_onnx, small_folder, tmp_path):
+def test_dry_run_reports_the_same_and_writes_nothing(
+    repository, small_onnx, small_folder, tmp_path
+):
     for source in (small_onnx, small_folder):
         asked = ("--triton-repo", "--out", tmp_path / "x", "--dry-run")
-        code, told, _ = run_json("export", source, *asked)
+        code, printed, _ = run_json("export", source, *asked)
         assert code == 0
-        assert told["models"] == repository[1]["models"]
+        assert printed["models"] == repository[1]["models"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -172,11 +175,11 @@ def refused(*arguments):
     return sentence
 
 
-def test_a_folder_that_is_not_whole_is_refused(small_onnx, tmp_path):
+def test_a_damaged_or_incomplete_folder_is_refused(small_onnx, tmp_path):
     source, out = tmp_path / "exported", tmp_path / "models"
     shutil.copytree(small_onnx, source)
 
-    def told(change):
+    def refused_after(change):
         document = json.loads((small_onnx / "export.json").read_text())
         change(document)
         (source / "export.json").write_text(json.dumps(document))
@@ -187,26 +190,26 @@ def test_a_folder_that_is_not_whole_is_refused(small_onnx, tmp_path):
     def of(part, what):
         return next(row for row in part["parts"] if row["file"].startswith("unet"))[what]
 
-    assert "has schema fastdiff.export/9, this fastdiff reads" in told(
+    assert "has schema fastdiff.export/9, this fastdiff reads" in refused_after(
         lambda d: d.update(schema="fastdiff.export/9")
     )
-    assert "export.json is damaged" in told(lambda d: d.pop("parts"))
-    assert "export.json is damaged" in told(lambda d: d["parts"][0].pop("inputs"))
-    assert "cannot be read" in told(lambda d: d["parts"][0].update(file="../model.onnx"))
-    assert "sample TYPE_FP32 [-1, 4, -1, -1], its export.json sample TYPE_FP16" in told(
+    assert "export.json is damaged" in refused_after(lambda d: d.pop("parts"))
+    assert "export.json is damaged" in refused_after(lambda d: d["parts"][0].pop("inputs"))
+    assert "cannot be read" in refused_after(lambda d: d["parts"][0].update(file="../model.onnx"))
+    assert "sample TYPE_FP32 [-1, 4, -1, -1], its export.json sample TYPE_FP16" in refused_after(
         lambda d: of(d, "inputs")["sample"].__setitem__(0, "float16")
     )
-    assert "has no more, its export.json more TYPE_FP32 [3]" in told(
+    assert "has no more, its export.json more TYPE_FP32 [3]" in refused_after(
         lambda d: of(d, "inputs").update(more=["float32", 3])
     )
-    assert "bfloat16 tensors, which Triton's ONNX Runtime backend does not take" in told(
+    assert "bfloat16 tensors, which Triton's ONNX Runtime backend does not take" in refused_after(
         lambda d: of(d, "inputs")["sample"].__setitem__(0, "bfloat16")
     )
     with (source / "unet/model.onnx").open("ab") as file:
         file.write(b"\0")
-    assert "unet/model.onnx differs from what was written" in told(lambda d: None)
+    assert "unet/model.onnx differs from what was written" in refused_after(lambda d: None)
     (source / "unet/model.onnx").unlink()
-    assert "unet/model.onnx cannot be read" in told(lambda d: None)
+    assert "unet/model.onnx cannot be read" in refused_after(lambda d: None)
 
 
 def test_a_network_of_contrib_operators_is_put_on_a_gpu(small_onnx):
@@ -221,7 +224,7 @@ def test_a_network_of_contrib_operators_is_put_on_a_gpu(small_onnx):
 
 
 def engine(folder, flavor="tensorrt", target="sm_89", part="vae_decoder", **fields):
-    """A folder as `fastdiff export --trt` writes it, around a plan that nobody here runs."""
+    """A folder as `fastdiff export --trt` writes it, with a plan that is never run."""
     place = folder / target / part
     place.mkdir(parents=True)
     (place / "model.plan").write_bytes(plan := b"plan for " + target.encode())
@@ -273,7 +276,7 @@ def test_engines_of_one_target_are_served_within_their_profile(tmp_path):
     assert (latent.data_type, latent.dims) == (model_config_pb2.TYPE_BF16, [4, -1, -1])
 
 
-def test_an_engine_of_one_shape_gets_its_batch_in_its_sides(tmp_path):
+def test_an_engine_of_one_shape_has_its_batch_in_its_dims(tmp_path):
     ports = {
         "inputs": {"latent_sample": ["float16", 2, 4, 8, 8]},
         "outputs": {"sample": ["float16", 2, 3, 64, 64]},
@@ -300,7 +303,7 @@ def test_engines_that_triton_cannot_run_are_refused(tmp_path):
     assert not (tmp_path / "models").exists()
 
 
-def test_bad_input_is_one_sentence(small_onnx, tmp_path):
+def test_bad_input_is_an_error_of_one_sentence(small_onnx, tmp_path):
     out = ("--triton-repo", "--out", tmp_path / "models")
     assert f"{tmp_path} is not a diffusers pipeline" in refused(tmp_path, *out)
     assert f"{tmp_path} exists already" in refused(small_onnx, "--triton-repo", "--out", tmp_path)

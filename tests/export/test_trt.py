@@ -1,4 +1,4 @@
-"""Engines built for real by TensorRT-RTX: what their manifests say, and what damage is told of."""
+"""Engines that TensorRT-RTX really builds: what their manifests say, and how damage is reported."""
 
 import copy
 import hashlib
@@ -31,7 +31,7 @@ from fastdiff.export.parts import parts
 from fastdiff.families import family, settings
 
 TARGETS = ("sm_89", "sm_120")
-PROFILES = {  # of 32 pixels, 2 to a latent, and a text of 24 tokens; guidance doubles
+PROFILES = {  # for 32 pixels, 2 per latent, and a text of 24 tokens; guidance doubles the batch
     "text_encoder": {"input_ids": ([1, 24], [2, 24], [4, 24])},
     "unet": {
         "sample": ([1, 4, 8, 8], [2, 4, 16, 16], [4, 4, 24, 24]),
@@ -45,7 +45,7 @@ SILENT = SimpleNamespace(**dict.fromkeys(("start", "step", "finish"), lambda *_:
 
 
 def refused(*arguments):
-    """The one sentence with which the command line refuses, exit code 2."""
+    """The sentence of a command that exits 2."""
     code, out, err = run(*arguments)
     sentence = err.splitlines()[-1]
     assert (code, out) == (2, "")
@@ -54,7 +54,7 @@ def refused(*arguments):
 
 
 def ends(profile):
-    """A profile of a manifest, as PROFILES has them."""
+    """A profile of a manifest in the form of PROFILES."""
     return {name: tuple(shape[end] for end in ENDS) for name, shape in profile.items()}
 
 
@@ -89,9 +89,9 @@ def built(half_folder, tmp_path_factory):
     """The folder that the command line writes, and its JSON."""
     out = tmp_path_factory.mktemp("trt") / "out"
     targets = ",".join(TARGETS)
-    code, told, _ = run_json("export", half_folder, "--trt", "--out", out, "--target", targets)
+    code, printed, _ = run_json("export", half_folder, "--trt", "--out", out, "--target", targets)
     assert code == 0
-    return SimpleNamespace(out=out, document=told)
+    return SimpleNamespace(out=out, document=printed)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +103,7 @@ def encoder(networks, tmp_path_factory):
 
 
 def order(part, target="sm_89", **more):
-    """For one shape of one part."""
+    """An order for one shape of one part."""
     asked = shapes.parse(None, "1x32x32")
     return trt.Order(target, shapes.profiles((part,), asked)[part.folder], **more)
 
@@ -150,19 +150,20 @@ def test_a_manifest_says_what_the_plan_is(built, networks, part, target):
     assert document["numeric_check_reason"].startswith("not run")
     assert document["network_sha256"] == network_sha256(network.source)
     assert [ends(profile) for profile in document["profiles"]] == [PROFILES[part]]
-    # The plan's own account of its GPU, its tensors and the shapes it takes.
+    # The plan itself names its GPU and tensors, and holds the shapes that it takes.
     assert plan.count(b"accelerators={" + target.replace("_", "").encode() + b" }") == 1
     for name in (*document["inputs"], *document["outputs"]):
         assert name.encode() in plan
     for bounds in PROFILES[part].values():
         for shape in bounds:
-            if len(shape) > 2:  # two numbers are too common to tell
+            if len(shape) > 2:  # two numbers could occur by chance
                 assert int64s(shape) in plan
                 assert int64s([*shape[:-1], shape[-1] + 1]) not in plan
 
 
 def network_sha256(module):
-    """As documented: name, dtype and shape of each, then its bytes, by name; then the settings."""
+    """As documented: name, dtype and shape of each tensor, then its bytes, sorted by name; then the
+    settings."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -172,8 +173,8 @@ def network_sha256(module):
     return digest.hexdigest()
 
 
-def test_the_onnx_hash_is_that_of_the_file_built_from(built, encoder):
-    """Torch writes the same file again."""
+def test_the_onnx_hash_is_that_of_the_file_that_was_built(built, encoder):
+    """Exporting again gives the same file."""
     content = (encoder.folder / "vae_encoder/model.onnx").read_bytes()
     document = json.loads((built.out / "sm_89/vae_encoder/engine.json").read_text())
     assert document["onnx_sha256"] == hashlib.sha256(content).hexdigest()
@@ -189,13 +190,13 @@ def test_the_command_prints_its_manifests(built):
         assert json.loads(file.read_text()) == row
 
 
-def test_dry_run_tells_the_same_and_writes_nothing(built, half_folder, tmp_path):
+def test_dry_run_reports_the_same_and_writes_nothing(built, half_folder, tmp_path):
     out = ("--trt", "--out", tmp_path / "out")
-    code, told, _ = run_json(
+    code, printed, _ = run_json(
         "export", half_folder, *out, "--target", ",".join(TARGETS), "--dry-run"
     )
     assert code == 0
-    rows = told["engines"]
+    rows = printed["engines"]
     assert len(rows) == len(built.document["engines"])
     for row, made in zip(rows, built.document["engines"], strict=True):
         assert row == {key: made[key] for key in row}
@@ -206,9 +207,11 @@ def test_inspect_shows_whole_engines(built):
     code, out, _ = run("inspect", built.out)
     assert code == 0
     assert f"sm_120/unet: rtx {tensorrt_rtx.__version__} for sm_120, float16" in out
-    code, told, _ = run_json("inspect", built.out / "sm_89/unet")
+    code, printed, _ = run_json("inspect", built.out / "sm_89/unet")
     assert code == 0
-    assert list(told.values()) == [json.loads((built.out / "sm_89/unet/engine.json").read_text())]
+    assert list(printed.values()) == [
+        json.loads((built.out / "sm_89/unet/engine.json").read_text())
+    ]
 
 
 def edit(**values):
@@ -248,7 +251,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_one_sentence(built, tmp_path, monkeypatch, damage):
+def test_damage_is_an_error_of_one_sentence(built, tmp_path, monkeypatch, damage):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     place = tmp_path / "sm_89/text_encoder"
     shutil.copytree(built.out / "sm_89/text_encoder", place)
@@ -263,7 +266,7 @@ def test_loading_needs_a_gpu(built, monkeypatch):
         trt.load(built.out / "sm_89/unet", torch.device("cuda"))
 
 
-def test_a_bench_without_a_gpu_says_why_it_cannot_be_as_asked(built, monkeypatch):
+def test_a_bench_of_engines_without_a_gpu_says_why_it_cannot_run(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     short = ("--steps", "1", "--rounds", "2", "--engines", built.out)
     code, out, err = run("bench", "--backends", "eager,tensorrt", *short)
@@ -299,10 +302,10 @@ def test_static_and_given_shapes(networks):
     )
 
 
-# 12 s; test_onnx.py exports the same inputs in float32, and all else is as of the U-Net above.
+# 12 s; test_onnx.py exports the same inputs in float32, and the rest is as for the U-Net above.
 @pytest.mark.product
 def test_the_inputs_of_sdxl_in_half(tmp_path):
-    """Its time_ids go through sines and are then joined to the text, which is in half."""
+    """Its time_ids go through sines and are then concatenated with the text in half precision."""
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -332,24 +335,25 @@ def test_the_inputs_of_sdxl_in_half(tmp_path):
 
 @pytest.fixture(scope="session")
 def watched(encoder):
-    """A plan built while Ctrl-C is ignored, what was said meanwhile, and who took Ctrl-C then."""
-    said, taken = [], set()
+    """A plan built while Ctrl-C is ignored, the progress events, and the handlers of Ctrl-C that
+    were set during the build."""
+    events, handlers = [], set()
 
     def step(phase):
-        said.append(("step", phase))
-        taken.add(signal.getsignal(signal.SIGINT))
+        events.append(("step", phase))
+        handlers.add(signal.getsignal(signal.SIGINT))
 
     watch = SimpleNamespace(
-        start=lambda phase, parent, steps: said.append(("start", phase, parent, steps)),
+        start=lambda phase, parent, steps: events.append(("start", phase, parent, steps)),
         step=step,
-        finish=lambda phase: said.append(("finish", phase)),
+        finish=lambda phase: events.append(("finish", phase)),
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         plan = bytes(trt.build("rtx", file_of(encoder), order(encoder.part), watch))
     finally:
         signal.signal(signal.SIGINT, before)
-    return SimpleNamespace(plan=plan, said=said, taken=taken)
+    return SimpleNamespace(plan=plan, events=events, handlers=handlers)
 
 
 def test_a_static_plan_knows_its_one_shape(watched):
@@ -362,13 +366,13 @@ def file_of(encoder):
 
 
 def test_version_compatible_plans_are_built_without_host_code(encoder, watched):
-    """With the lean runtime in it, which is host code, this library cannot build one."""
+    """TensorRT-RTX cannot build one with the lean runtime in it, which is host code."""
     asked = order(encoder.part, compatible=("version",))
     assert trt.build("rtx", file_of(encoder), asked, SILENT).nbytes > len(watched.plan) / 2
     assert tensorrt_rtx.Runtime(tensorrt_rtx.Logger()).engine_host_code_allowed is False
 
 
-def test_what_the_builder_says_is_passed_on(encoder, tmp_path):
+def test_errors_of_the_builder_are_passed_on(encoder, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no ONNX")
     with pytest.raises(UserError, match="rtx cannot"):
         trt.build("rtx", tmp_path / "model.onnx", order(encoder.part), SILENT)
@@ -377,18 +381,18 @@ def test_what_the_builder_says_is_passed_on(encoder, tmp_path):
         trt.build("rtx", file_of(encoder), nothing, SILENT)
 
 
-def test_phases_are_told_and_drawn(watched, monkeypatch, capsys):
-    said = watched.said
-    started = [event[1] for event in said if event[0] == "start"]
-    assert said[0][:3] == ("start", started[0], None)
-    assert said[-1] == ("finish", started[0])
-    assert sorted(started) == sorted(event[1] for event in said if event[0] == "finish")
-    assert {event[1] for event in said if event[0] == "step"} <= set(started)
+def test_phases_are_reported_and_drawn(watched, monkeypatch, capsys):
+    events = watched.events
+    started = [event[1] for event in events if event[0] == "start"]
+    assert events[0][:3] == ("start", started[0], None)
+    assert events[-1] == ("finish", started[0])
+    assert sorted(started) == sorted(event[1] for event in events if event[0] == "finish")
+    assert {event[1] for event in events if event[0] == "step"} <= set(started)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     with phases() as progress:
         progress.log("one line")
-        for what, *arguments in said[:-1]:  # the whole build is still there at the end
+        for what, *arguments in events[:-1]:  # the build has not finished, so it is drawn
             getattr(progress, what)(*arguments)
     drawn = capsys.readouterr().err
     assert "one line" in drawn
@@ -410,13 +414,13 @@ def test_names_are_drawn_as_they_are(monkeypatch, capsys, name):
 
 
 def test_an_ignored_ctrl_c_stays_ignored(watched):
-    """As a shell asks of what it puts in the background."""
-    assert watched.taken == {signal.SIG_IGN}
+    """Shells ignore it for processes in the background."""
+    assert watched.handlers == {signal.SIG_IGN}
 
 
 @pytest.fixture
 def premade(encoder, monkeypatch):
-    """Exporting the encoder copies its ONNX file, for tests of what comes after."""
+    """For tests of what follows an export: exporting the encoder copies its ONNX file."""
     monkeypatch.setattr(
         exporter,
         "write",
@@ -428,7 +432,7 @@ def premade(encoder, monkeypatch):
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, half, premade, tmp_path):
-    # a shell that starts the tests in the background has them ignore it
+    # a shell that starts the tests in the background makes them ignore Ctrl-C
     own, before, steps = signal.getsignal(signal.SIGINT), signal.default_int_handler, []
     signal.signal(signal.SIGINT, before)
 
@@ -449,8 +453,8 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, half, premade, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_sentence(built, half_folder, tmp_path):
-    """The text encoder's ONNX fits, its plan does not."""
+def test_a_full_disk_is_an_error_of_one_sentence(built, half_folder, tmp_path):
+    """The text encoder's ONNX file fits, but not its plan."""
     plan = (built.out / "sm_89/text_encoder/model.plan").stat().st_size
     with small_disk(tmp_path, plan - 1_000_000) as reason:
         asked = ("--trt", "--out", tmp_path / "out", "--target", "sm_89")
@@ -478,7 +482,7 @@ onnx.write = lambda part, folder, *_: shutil.copytree(premade, folder / part.fol
 request = trt.Request("rtx", ("sm_89", "sm_120"), shapes.parse(None, "1x32x32"), 22)
 
 def begin():
-    \"\"\"A process that exports, from the moment its first build is under way.\"\"\"
+    \"\"\"Start a process that exports; return when its first build is under way.\"\"\"
     ready, tell = os.pipe()
     if not (child := os.fork()):
         watch = SimpleNamespace(
@@ -566,7 +570,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_one_sentence(tmp_path, monkeypatch, message):
+def test_bad_input_is_an_error_of_one_sentence(tmp_path, monkeypatch, message):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in BAD[message]]
@@ -593,6 +597,6 @@ def test_engine_options_go_with_trt(tmp_path, option):
     assert sentence == f"fastdiff: --{option} goes with --trt"
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path):
+def test_a_folder_that_exists_is_left_alone(tmp_path):
     sentence = refused("export", "--trt", "--out", tmp_path, "--target", "sm_89")
     assert f"{tmp_path} exists already" in sentence

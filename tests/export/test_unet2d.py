@@ -1,4 +1,4 @@
-"""U-Nets without a text as ONNX files: ONNX Runtime is the judge."""
+"""U-Nets without a text as ONNX files: ONNX Runtime runs them and is compared with torch."""
 
 import pytest
 import torch
@@ -66,6 +66,6 @@ def test_ort_draws_the_same_picture_on_the_plan(files):
     ],
     ids=str,
 )
-def test_what_is_not_exported_says_why(more, why):
+def test_the_error_says_why_a_network_is_not_exported(more, why):
     with pytest.raises(UserError, match=f"unet has .*{why}"):
         family("unet2d").denoised.part("unet", UNet2DModel(**NET | more), torch.float32)
