@@ -1,4 +1,4 @@
-"""What an exported file's hashes cover."""
+"""What the hashes of an exported file cover."""
 
 import copy
 import hashlib

@@ -1,4 +1,5 @@
-"""The manifest beside a plan: what it must say, and every way in which the two can disagree."""
+"""The manifest of an engine's plan: what it must contain, and every way in which the two can
+disagree."""
 
 import hashlib
 import json
@@ -53,13 +54,13 @@ def test_a_whole_engine_is_read(folder):
     assert manifest.plan(folder, made) == PLAN
 
 
-def test_more_keys_do_no_harm(folder):
+def test_unknown_keys_are_ignored(folder):
     (folder / "engine.json").write_text(json.dumps(document() | {"note": "by hand"}))
     assert manifest.check(folder).to_dict() == document()
 
 
 def refused(folder, message):
-    """Both ways of reading a plan refuse it in one line that says `message` and what to do."""
+    """Check that both ways to read a plan fail with one line that has `message` and what to do."""
     for read in (manifest.check, lambda place: manifest.plan(place, manifest.read(place))):
         with pytest.raises(UserError) as caught:
             read(folder)
@@ -92,18 +93,18 @@ def test_a_missing_file(folder):
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", '{"schema": "fastdiff.engine/1",', "nul"])
-def test_no_json(folder, text):
+def test_a_manifest_that_is_not_json(folder, text):
     (folder / "engine.json").write_text(text)
     refused(folder, "engine.json is not readable JSON")
 
 
-def test_no_text(folder):
+def test_a_manifest_that_is_not_text(folder):
     (folder / "engine.json").write_bytes(b"\xff\xfe{}")
     refused(folder, "engine.json is not readable JSON")
 
 
 @pytest.mark.parametrize("value", ["[]", "null", "7", '"fastdiff.engine/1"', "{}"])
-def test_json_of_something_else(folder, value):
+def test_a_manifest_without_a_schema(folder, value):
     (folder / "engine.json").write_text(value)
     refused(folder, "engine.json has schema None, this fastdiff reads fastdiff.engine/1")
 
@@ -133,7 +134,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in DAMAGED.items() for v in vs])
-def test_a_field_with_something_else_in_it(folder, key, value):
+def test_a_field_with_wrong_contents(folder, key, value):
     (folder / "engine.json").write_text(json.dumps(document() | {key: value}))
     refused(folder, "engine.json has ")
 
@@ -153,7 +154,7 @@ def test_every_engine_below_a_folder_is_found(folder):
     out = folder.parent.parent
     second = out / "sm_120/unet"
     second.mkdir(parents=True)
-    (second / "model.plan").touch()  # a plan that lost its manifest must not go unseen
+    (second / "model.plan").touch()  # a plan without a manifest is found as well
     assert manifest.find(out) == (second, folder)
     assert manifest.find(folder) == (folder,)
     with pytest.raises(UserError, match="holds no engine"):

@@ -1,4 +1,4 @@
-"""OpenVINO on torch's memory, in the dtype that is asked for."""
+"""OpenVINO computes on torch's memory, in the dtype that is asked for."""
 
 import openvino
 import pytest
@@ -15,7 +15,7 @@ BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"
 
 
 def product(folder, dtype, weight):
-    """A file of x [B, K] -> y [B, N] = x @ weight."""
+    """Write a file that computes x [B, K] -> y [B, N] = x @ weight."""
     x = ops.parameter([-1, weight.shape[0]], DTYPES[dtype], "x")
     constant = ops.convert(ops.constant(weight.numpy()), DTYPES[dtype])
     y = ops.matmul(x, constant, False, False)
@@ -26,8 +26,8 @@ def product(folder, dtype, weight):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_computes_in_the_dtype_on_memory_that_stays(tmp_path, dtype):
-    """float32 is float32: a product in bfloat16 is a thousand times further from float64."""
+def test_it_computes_in_the_dtype_on_bound_memory(tmp_path, dtype):
+    """float32 must not run in bfloat16, whose error is a thousand times as large."""
     if dtype is torch.bfloat16 and not BF16:
         with pytest.raises(UserError, match="OpenVINO has no BF16 on this processor; draw in fp32"):
             check(CPU, dtype)
@@ -43,8 +43,8 @@ def test_it_computes_in_the_dtype_on_memory_that_stays(tmp_path, dtype):
             exact = bound.inputs["x"].double() @ weight.double()
             assert bound.outputs["y"].dtype == dtype
             error = float((bound.outputs["y"].double() - exact).abs().max() / exact.abs().max())
-            least, most = {torch.float32: (0, 1e-6), torch.bfloat16: (1e-4, 1e-2)}[dtype]
-            assert least <= error <= most
+            minimum, maximum = {torch.float32: (0, 1e-6), torch.bfloat16: (1e-4, 1e-2)}[dtype]
+            assert minimum <= error <= maximum
 
 
 def test_it_takes_as_many_threads_as_torch(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_it_takes_as_many_threads_as_torch(tmp_path, monkeypatch):
     assert seen == [1]
 
 
-def test_what_it_cannot_run_is_named(tmp_path):
+def test_a_file_that_it_cannot_run_is_named(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no network")
     with pytest.raises(UserError, match=r"OpenVINO cannot read .*model\.onnx: "):
         Compiled(tmp_path / "model.onnx", torch.float32)
@@ -77,7 +77,7 @@ def test_what_it_cannot_run_is_named(tmp_path):
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("Exception from x.cpp:1:\nstd::bad_alloc")]
 )
-def test_a_want_of_memory_is_no_fault_of_the_file(error):
+def test_running_out_of_memory_is_not_blamed_on_the_file(error):
     with pytest.raises(MemoryError):
         reason_of(error)
     assert reason_of(RuntimeError("Exception from x.cpp:1:\nno such file\n")) == "no such file"
