@@ -1,5 +1,5 @@
-"""Triton kernels run in its CPU interpreter in tests. Importing a kernel reads the variable, so it
-is set first."""
+"""In tests, Triton kernels run in Triton's interpreter, on the CPU. Importing one reads the
+variable below, so it is set first."""
 
 import os
 

@@ -1,5 +1,5 @@
-"""Which implementation computes an op on a CPU: the nearest row of a measured table decides. The
-table's measurement and reading."""
+"""How the implementation of an op on a CPU is chosen: by the nearest row of a measured table. Also
+how the table is read and how it is measured."""
 
 import json
 from dataclasses import replace

@@ -147,7 +147,7 @@ def test_demo_networks(demo, budget):
 
 @pytest.mark.slow
 def test_full_size_sd15_step(budget):
-    """860 M parameters, one step at 512²: two minutes and 12 GB, mostly for the float64 network."""
+    """860 M parameters, one step at 512²: about two minutes and 12 GB, mostly for float64."""
     unet = UNet2DConditionModel(
         sample_size=64, cross_attention_dim=768, attention_head_dim=8
     ).eval()
