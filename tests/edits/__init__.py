@@ -1,6 +1,6 @@
-"""What users do to a pipeline: a table of edits, and twins to which they are done."""
+"""A table of edits that users make to a pipeline, and eager and compiled twins to apply them to."""
 
-from edits import calls, functions, loops, networks, savers, weights  # each fills the table
+from edits import calls, functions, loops, networks, savers, weights  # each adds rows to TABLE
 from edits.table import KINDS, TABLE, Edit
 
 __all__ = [

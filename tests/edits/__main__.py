@@ -1,5 +1,5 @@
-"""`python -m edits [WORD …]`: each edit whose name has one of the words alone, after and before
-compile; with `random [COUNT]` the sequences: what is at fault, one a line."""
+"""`python -m edits [WORD …]` applies each edit whose id contains one of the words, once after and
+once before compile; `python -m edits random [COUNT]` applies random sequences. It prints faults."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-logging.getLogger("fastdiff").setLevel(logging.ERROR)  # what runs eagerly is no news here
+logging.getLogger("fastdiff").setLevel(logging.ERROR)  # hides warnings of eager parts
 words = sys.argv[1:]
 if words[:1] == ["random"]:
     sequences = [drawn_at_random(number) for number in range(int((words[1:] or ["300"])[0]))]

@@ -32,7 +32,7 @@ def another_scheduler(own: Any, **options: Any) -> Callable[[Any], None]:
 
 
 NEEDS_MORE = {"DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"}
-"""Of packages that are not installed."""
+"""Schedulers that need packages which are not installed."""
 
 MORE: dict[str, dict[str, Any]] = {"PNDMScheduler": {"skip_prk_steps": True}}
 for _own in sorted(original().scheduler.compatibles, key=lambda own: own.__name__):
@@ -64,7 +64,7 @@ edits(
 
 
 def noted(twin: Twin, own: Any, damps: bool) -> Any:
-    """A user's scheduler that keeps what its step is given."""
+    """A user's scheduler class that stores the inputs of `step`; it may scale the prediction."""
 
     class Noting(own):
         def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **rest: Any) -> Any:
@@ -127,14 +127,14 @@ add(patched_step("_get_variance", around))
 
 
 class Own:
-    """A user's processor."""
+    """A user's attention processor."""
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return AttnProcessor2_0()(attn, hidden_states * 0.9, *args, **kwargs)
 
 
 class Same(AttnProcessor2_0):
-    """A user's processor that computes what diffusers' does."""
+    """A user's subclass of diffusers' processor that computes the same."""
 
 
 def of_one(make: Callable[[], Any]) -> Callable[[Twin], None]:

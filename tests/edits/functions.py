@@ -1,4 +1,4 @@
-"""Edits of classes, functions and hooks; which there are is what an eager picture calls."""
+"""Edits of classes, functions and hooks, among them every method that an eager picture calls."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ CALLED = sorted(all_reads().methods, key=lambda pair: (pair[0].__name__, pair[1]
 
 
 def around(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that scales what another returns."""
+    """Wrap a function so that its result is altered."""
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         return altered(own(*args, **kwargs))
@@ -39,7 +39,7 @@ def around(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def subclass(own: Any, name: str) -> Any:
-    """A user's class of the same name, one method its own."""
+    """A user's subclass of the same name that overrides one method."""
     return type(own.__name__, (own,), {name: around(getattr(own, name))})
 
 
@@ -90,13 +90,13 @@ PATCHES = {
     "encode_prompt": (StableDiffusionPipeline, "encode_prompt"),
     "rescale_noise_cfg": (pipeline_module, "rescale_noise_cfg"),
 }
-"""Functions of torch and diffusers that people replace for all pipelines."""
+"""Functions of torch and diffusers that users replace for all pipelines."""
 for _name, (_owner, _key) in PATCHES.items():
     add(Edit("function", f"{_name} patched", everywhere=patched(_owner, _key)))
 
 
 def pipeline_class(**members: Any) -> Callable[[Twin], None]:
-    """The pipeline of a user's own class."""
+    """Give the pipeline a user's class with these members."""
 
     def apply(twin: Twin) -> None:
         own = type(twin.pipe)
@@ -162,14 +162,14 @@ edits(
 
 
 def anywhere(twin: Twin) -> Any:
-    """A module that computes, any."""
+    """A random module whose forward is called."""
     classes = all_reads().computing
     found = [m for m in networks(twin.pipe).values() if isinstance(m, classes)]
     return twin.dice.choice(found)
 
 
 class Damping(ModelHook):
-    """accelerate's kind of hook."""
+    """A hook of accelerate that alters the output."""
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         return altered(output)

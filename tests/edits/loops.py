@@ -1,4 +1,4 @@
-"""Edits in the middle of a picture, of how it is asked for, and of what fastdiff did."""
+"""Edits by callbacks between steps, of the call's arguments, and calls of fastdiff itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from edits.calls import Own
 from edits.table import Edit, add, altered, edit
 from edits.twins import Twin
 
-# Callbacks: called as (twin, pipe, step, latents), they return what diffusers takes over
+# Callbacks: called as (twin, pipe, step, latents); returned latents replace the pipeline's
 
 
 def called_back(change: Callable[[Twin, Any, int, Tensor], Any]) -> Callable[[Twin], None]:
@@ -134,7 +134,7 @@ def parts(run: Callable[[Any], Any]) -> Callable[[Twin], None]:
 
 
 def another_pipeline(twin: Twin) -> None:
-    """Other pipelines on the same parts, as from_pipe makes them."""
+    """Another pipeline of the same components, as from_pipe makes it."""
     twin.pipe = type(twin.pipe)(**twin.pipe.components, requires_safety_checker=False)
     twin.pipe.set_progress_bar_config(disable=True)
 

@@ -1,6 +1,6 @@
-"""Edits of what the networks are made of: attributes, children, weights.
+"""Edits of the networks' attributes, children and weights.
 
-The attributes are those that an eager picture reads, see `edits.recorded`.
+The attributes are those that drawing an eager picture reads, see `edits.recorded`.
 """
 
 import copy
@@ -27,11 +27,11 @@ OTHERS: dict[str, list[Any]] = {
     "num_upsamplers": [0, 4],
     "padding": ["same", 1],
 }
-"""Values to set in place of what is there; others follow from the value."""
+"""Values to set by attribute; for other attributes `other_values` derives them."""
 
 
 def other_values(name: str, value: Any) -> list[Any]:
-    """Values that diffusers accepts of an attribute, other than its own."""
+    """Values of an attribute that diffusers accepts, without the present one."""
     if name in OTHERS:
         return [other for other in OTHERS[name] if other != value]
     if isinstance(value, bool):
@@ -44,7 +44,7 @@ def other_values(name: str, value: Any) -> list[Any]:
 
 
 def changeable(pipe: Any, own: type, name: str) -> list[tuple[nn.Module, list[Any]]]:
-    """Modules of a class with the values that the attribute might be given."""
+    """Modules of a class, each with the values that the attribute can be set to."""
     found = []
     for module in of_class(pipe, own):
         value = vars(module).get(name, ...)
@@ -82,7 +82,7 @@ def in_training(twin: Twin) -> None:
 
 
 def replaced(own: type, make: Callable[[Any], nn.Module]) -> Callable[[Twin], None]:
-    """Another module in the place of one of a class."""
+    """Replace a random module of a class."""
 
     def apply(twin: Twin) -> None:
         names = [name for name, m in networks(twin.pipe).items() if isinstance(m, own)]
@@ -94,14 +94,14 @@ def replaced(own: type, make: Callable[[Any], nn.Module]) -> Callable[[Twin], No
 
 
 class Halved(nn.Module):
-    """What somebody put in the place of a dropout."""
+    """A user's module that replaces another."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x * 0.5
 
 
 class Wrapped(nn.Module):
-    """Somebody's module around one of ours."""
+    """A user's module that wraps one of the network's modules."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Wrapped(nn.Module):
 
 @torch.no_grad()
 def scaled(module: Any) -> nn.Module:
-    """A copy with other values."""
+    """A copy with scaled parameters."""
     other = copy.deepcopy(module)
     for parameter in other.parameters():
         parameter.mul_(1.2)
@@ -127,7 +127,7 @@ def scaled(module: Any) -> nn.Module:
 
 
 def given(own: type, name: str, make: Callable[[Any], Any]) -> Callable[[Twin], None]:
-    """A part that was not there, or is none any more."""
+    """Add a part to a random module of a class, or remove one."""
 
     def apply(twin: Twin) -> None:
         found = [(module, make(module)) for module in of_class(twin.pipe, own)]
@@ -159,7 +159,7 @@ REPLACED: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     ),
     "LayerNorm is RMSNorm": (nn.LayerNorm, lambda m: nn.RMSNorm(m.normalized_shape, eps=1e-5)),
 }
-"""Another module in the place of one of a class."""
+"""By name: the class whose module is replaced, and what replaces it."""
 
 GIVEN: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
     "an extra child": (nn.Module, "extra", lambda m: nn.Linear(2, 2)),
@@ -178,16 +178,16 @@ GIVEN: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
     "another weight": (nn.Linear, "weight", lambda m: nn.Parameter(m.weight.detach() * 1.2)),
     "tied weights": (Attention, "to_k", lambda m: tied(m.to_k, m.to_v)),
 }
-"""A part that was not there, or is none any more."""
+"""By name: the class, its attribute, and the part that the attribute is set to."""
 
 
 def width(attention: Any) -> int:
-    """Channels of a head."""
+    """Channels per head."""
     return attention.to_q.weight.shape[0] // attention.heads
 
 
 def tied(layer: Any, other: Any) -> Any:
-    """The layer with the other's weight."""
+    """The layer, now with the other layer's weight."""
     layer.weight = other.weight
     return layer
 
@@ -201,7 +201,7 @@ for _own in all_reads().computing:
 
 
 def weights(change: Callable[[Any], Any]) -> Callable[[Twin], None]:
-    """Change one parameter of a few dimensions."""
+    """Change one random parameter of the U-Net or the VAE."""
 
     @torch.no_grad()
     def apply(twin: Twin) -> None:

@@ -1,4 +1,4 @@
-"""What diffusers and torch read of the modules while a picture is drawn: found, not listed."""
+"""The attributes and methods that diffusers and torch read while a picture is drawn, recorded."""
 
 import functools
 import types
@@ -14,7 +14,7 @@ PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
-    """The modules that fastdiff computes, by the names by which a user reaches them."""
+    """The modules that fastdiff computes, by their names in the pipeline."""
     roots = {"unet": pipe.unet, "vae.decoder": pipe.vae.decoder, "vae.encoder": pipe.vae.encoder}
     return {
         f"{root}.{name}".rstrip("."): module
@@ -24,18 +24,18 @@ def networks(pipe: Any) -> dict[str, nn.Module]:
 
 
 def of_class(pipe: Any, own: type) -> list[Any]:
-    """The modules of a class, and of what users made of it."""
+    """The modules of a class and of its subclasses."""
     return [module for module in networks(pipe).values() if isinstance(module, own)]
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What an eager picture asks the modules for."""
+    """What drawing an eager picture reads from the modules."""
 
     values: set[tuple[type, str]]
-    """(class, attribute) of plain values."""
+    """(class, attribute) of each plain value read."""
     methods: set[tuple[type, str]]
-    """(class, method)."""
+    """(class, method) of each method called."""
 
     @property
     def computing(self) -> tuple[type, ...]:
@@ -46,7 +46,7 @@ class Reads:
 
 @functools.cache
 def reads(processor: type) -> Reads:
-    """With attention processors of a class in the U-Net."""
+    """The reads of a picture with attention processors of this class in the U-Net."""
     found = Reads(set(), set())
     eager, _ = twins()
     eager.pipe.unet.set_attn_processor(processor())
@@ -58,19 +58,19 @@ def reads(processor: type) -> Reads:
 
 
 def all_reads() -> Reads:
-    """With the old attention processor, which reads more, and with torch's."""
+    """The reads with the old attention processor, which reads more, and with torch's."""
     new, old = reads(AttnProcessor2_0), reads(AttnProcessor)
     return Reads(new.values | old.values, new.methods | old.methods)
 
 
 def prepare(twin: Twin, own: type, name: str) -> None:
-    """See to it that a method or attribute is read at all."""
+    """Set the old attention processor if only it reads this method or attribute."""
     if not {(own, name)} & (reads(AttnProcessor2_0).values | reads(AttnProcessor2_0).methods):
         twin.pipe.unet.set_attn_processor(AttnProcessor())
 
 
 def _recording(own: Any, reads: Reads) -> Any:
-    """A subclass that notes what it is asked for."""
+    """A subclass that records the attributes read from its instances."""
 
     def ask(self: Any, name: str) -> Any:
         found = super(recording, self).__getattribute__(name)

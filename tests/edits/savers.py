@@ -31,7 +31,7 @@ def files(folder: Path) -> dict[str, Tensor]:
 
 
 def in_files(write: Callable[[Any, Path], Any]) -> Callable[[Any], dict[str, Tensor]]:
-    """What is read back from the files that `write(pipe, folder)` writes."""
+    """A saver that reads back the files that `write(pipe, folder)` writes."""
 
     def save(pipe: Any) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +42,7 @@ def in_files(write: Callable[[Any, Path], Any]) -> Callable[[Any], dict[str, Ten
 
 
 def torch_saved(thing: Callable[[Any], Any]) -> Callable[[Any], dict[str, Tensor]]:
-    """What `torch.save` writes of it."""
+    """A saver that reads back what `torch.save` writes of `thing(pipe)`."""
 
     def save(pipe: Any) -> dict[str, Tensor]:
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ for _name, _save in SAVERS.items():
 
 
 def goes_on(copied: Callable[[Any], Any]) -> Callable[[Twin], None]:
-    """The pipeline is a copy from now on, which is diffusers' own until it is compiled."""
+    """Continue with a copy of the pipeline; copies are eager until compiled."""
 
     def apply(twin: Twin) -> None:
         twin.pipe, twin.exact = copied(twin.pipe), False

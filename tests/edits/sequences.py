@@ -1,4 +1,4 @@
-"""Edits one after another on two twins, which draw a picture after each."""
+"""Sequences of edits applied to both twins, which draw a picture after each edit."""
 
 import random
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ REFUSED = "a sentence"
 
 @dataclass(frozen=True)
 class Sequence:
-    """What is done, and when the fast twin is compiled: before which of the edits."""
+    """The edits in order, and the index of the edit before which the fast twin is compiled."""
 
     name: str
     edits: tuple[Edit, ...]
@@ -29,7 +29,7 @@ class Sequence:
 
 
 def drawn_at_random(number: int, length: int = 3) -> Sequence:
-    """The sequence of that number: each kind is as likely as any."""
+    """The random sequence with this number; all kinds of edits are equally likely."""
     dice = random.Random(f"{SEED} {number}")
     chosen = [
         dice.choice([edit for edit in TABLE.values() if edit.kind == kind])
@@ -44,9 +44,9 @@ def alone(edit: Edit, compiled_before: int) -> Sequence:
 
 
 def first_fault(sequence: Sequence) -> str | None:
-    """What the compiled twin does otherwise than the eager one; None where it never does.
+    """The first difference between the compiled twin and the eager one, or None.
 
-    A sentence of fastdiff's about a callback ends the sequence: the picture was not drawn.
+    If fastdiff refuses a callback with a UserError, the sequence ends without a fault.
     """
     eager, fast = both = twins()
     with ExitStack() as undo:
@@ -54,7 +54,7 @@ def first_fault(sequence: Sequence) -> str | None:
             if at == sequence.compiled_before:
                 fast.compile()
             if at == sequence.compiled_before == 0:
-                attempt(lambda: draw(fast))  # so that there is something recorded
+                attempt(lambda: draw(fast))  # so that a recording exists
             for twin in both:
                 twin.dice = random.Random(f"{sequence.name} {at}")
             found = _edited(edit, both, undo) or _drawn(both)
@@ -62,7 +62,7 @@ def first_fault(sequence: Sequence) -> str | None:
                 return None if found == REFUSED else f"after {edit.id}: {found}"
         if sequence.compiled_before == len(sequence.edits):
             fast.compile()
-        for _ in range(2):  # at last what was recorded
+        for _ in range(2):  # the second picture replays the recording
             found = _drawn(both)
             if found:
                 return None if found == REFUSED else f"at last: {found}"
@@ -93,12 +93,12 @@ def _drawn(both: tuple[Twin, Twin]) -> str | None:
 
 
 def refused(fate: Fate) -> bool:
-    """Whether fastdiff says in a sentence that it cannot."""
+    """Whether fastdiff refused with a UserError."""
     return type(fate.error).__name__ == "UserError"
 
 
 def least(twin: Twin) -> float:
-    """Decibels that the twins' pictures must agree by: every bit once all was restored."""
+    """Minimum PSNR between the twins' pictures in dB; infinite (bit-equal) after a full restore."""
     if twin.exact:
         return float("inf")
     tensors: Iterable[torch.Tensor] = [*twin.pipe.unet.parameters(), *twin.pipe.vae.parameters()]

@@ -1,4 +1,4 @@
-"""The table of edits: what a user does to a pipeline, by kind and name."""
+"""The table of edits that users make to a pipeline, by kind and name."""
 
 import random
 from collections.abc import Callable
@@ -18,14 +18,14 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Edit:
-    """One thing that users do; it does the same to both twins."""
+    """One edit that users make, applied in the same way to both twins."""
 
     kind: str
     name: str
     apply: Callable[[Twin], None] | None = None
     """Changes one twin."""
     everywhere: Callable[[random.Random], AbstractContextManager[Any]] | None = None
-    """Changes what all pipelines share, until it is left; before `apply`."""
+    """A context that changes what all pipelines share; entered before `apply`."""
 
     @property
     def id(self) -> str:
@@ -42,7 +42,7 @@ def add(edit: Edit) -> None:
 
 
 def edit(kind: str, name: str) -> Callable[[Callable[[Twin], None]], Callable[[Twin], None]]:
-    """Put a function of one twin into the table."""
+    """A decorator that adds a function of one twin to the table."""
 
     def put(apply: Callable[[Twin], None]) -> Callable[[Twin], None]:
         add(Edit(kind, name, apply))
@@ -52,13 +52,13 @@ def edit(kind: str, name: str) -> Callable[[Callable[[Twin], None]], Callable[[T
 
 
 def edits(kind: str, rows: dict[str, Callable[[Any], Any]]) -> None:
-    """Put functions of a pipeline into the table, by name."""
+    """Add functions of a pipeline to the table, by name."""
     for name, change in rows.items():
         add(Edit(kind, name, lambda twin, change=change: change(twin.pipe)))
 
 
 def altered(result: Any) -> Any:
-    """What a module returned, but for its first tensor, in a way that no norm takes back."""
+    """A module's result with its first tensor changed so that no later norm undoes the change."""
     if isinstance(result, Tensor) and result.is_floating_point() and result.ndim:
         return result * 0.9 + result.roll(1, -1) * 0.1
     if isinstance(result, tuple) and not hasattr(result, "_fields"):

@@ -1,4 +1,4 @@
-"""Two pipelines, one of them compiled, to which the same is done; do they draw the same?"""
+"""Two equal pipelines, one of them compiled, that must draw the same after the same edits."""
 
 import copy
 import functools
@@ -43,14 +43,14 @@ LEAST = {
     torch.float16: 50.0,
     torch.bfloat16: 35.0,
 }
-"""Decibels between two pictures that are the same but for rounding, by the U-Net's dtype."""
+"""Minimum PSNR in dB between pictures that differ only by rounding, by the U-Net's dtype."""
 
 _OURS = str(Path(fastdiff.__file__).parent)
 
 
 @functools.cache
 def original() -> Any:
-    """A tiny eager pipeline, float32, that is told its prompt as embeddings; to be copied."""
+    """A tiny eager float32 pipeline without tokenizer, which takes prompt embeddings; copy it."""
     torch.manual_seed(3)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -59,7 +59,7 @@ def original() -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        timestep_spacing="trailing",  # the last of two steps counts, too
+        timestep_spacing="trailing",  # so that the last of two steps matters
     )
     pipe = StableDiffusionPipeline(
         noisy(AutoencoderKL(**VAE)),
@@ -83,22 +83,22 @@ class Twin:
     fast: bool
     """Whether this is the one to be compiled."""
     dice: random.Random = field(default_factory=random.Random)
-    """Falls alike for both twins."""
+    """Seeded alike for both twins."""
     call: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of its pictures."""
+    """Further arguments of its calls."""
     around: list[Callable[[], AbstractContextManager[Any]]] = field(default_factory=list)
-    """What its pictures are drawn in, such as autocast."""
+    """Contexts in which its pictures are drawn, such as autocast."""
     entry: Callable[..., Any] = field(default=lambda pipe, **given: pipe(**given))
-    """How it is called."""
+    """The function that calls the pipeline."""
     exact: bool = False
-    """Whether its pictures are to be the eager ones bit for bit, since all was restored."""
+    """Whether its pictures must equal the eager ones bit for bit, because it was restored."""
     seen: list[Any] = field(default_factory=list)
-    """Tensors and numbers that the user's own functions saw: alike but for rounding."""
+    """Tensors and numbers that the user's functions received; they must agree up to rounding."""
     saved: list[dict[str, Tensor]] = field(default_factory=list)
-    """What was read back from files: alike in every bit."""
+    """Weights read back from files; they must agree bit for bit."""
 
     def compile(self, *options: Any) -> None:
-        """Compile the fast twin; a sentence that refuses leaves it as it was."""
+        """Compile the fast twin; if fastdiff refuses, it stays as it was."""
         if self.fast:
             try:
                 fastdiff.compile(self.pipe, *options)
@@ -114,7 +114,7 @@ class Twin:
 
 @torch.no_grad()
 def draw(twin: Twin) -> list[Tensor]:
-    """The picture, and what the autoencoder encodes of another."""
+    """The picture, and the latents that the VAE encodes from another picture."""
     torch.manual_seed(11)
     pipe, dtype = twin.pipe, twin.pipe.unet.dtype
 
@@ -139,17 +139,17 @@ def draw(twin: Twin) -> list[Tensor]:
 
 
 def psnr(got: Tensor, want: Tensor) -> float:
-    """Decibels, a range of one; infinite where each bit is the same."""
+    """PSNR in dB for values in [0, 1]; infinite if all values are equal or `want` is not finite."""
     if torch.equal(got, want):
         return float("inf")
     if not want.isfinite().all():
-        return float("inf")  # fastdiff does better than float16 that overflows
+        return float("inf")  # eager float16 overflowed; fastdiff may be finite
     return float(-10 * torch.log10((got.double() - want.double()).square().mean()))
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of an attempt."""
+    """The outcome of an attempt: a value or an exception."""
 
     value: Any = None
     error: Exception | None = None
@@ -164,8 +164,8 @@ def attempt(run: Callable[[], Any]) -> Fate:
         return Fate(error=error)
 
 
-def told(error: Exception | None) -> str:
-    """One line: class, where it was raised, first line."""
+def summary(error: Exception | None) -> str:
+    """One line: the exception's class, where it was raised, the first line of its message."""
     if error is None:
         return "nothing is raised"
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -174,24 +174,24 @@ def told(error: Exception | None) -> str:
 
 
 def ours(error: Exception) -> bool:
-    """Whether it was raised by fastdiff's code, and is none of its sentences."""
+    """Whether fastdiff's code raised it and it is not a UserError."""
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     return last.startswith(_OURS) and not isinstance(error, UserError)
 
 
 def fault(eager: Fate, fast: Fate, least: float) -> str | None:
-    """What is wrong with what the compiled twin did, next to what the eager one did."""
+    """What is wrong with the compiled twin's outcome, given the eager twin's; None if nothing."""
     if eager.error is None and fast.error is None:
         return differences(fast.value, eager.value, least)
     if fast.error is None:
-        return f"silent where eager raises {told(eager.error)}"
+        return f"silent where eager raises {summary(eager.error)}"
     if eager.error is None:
-        return f"uncaught: {told(fast.error)}"
-    return f"a traceback: {told(fast.error)}" if ours(fast.error) else None
+        return f"uncaught: {summary(fast.error)}"
+    return f"a traceback: {summary(fast.error)}" if ours(fast.error) else None
 
 
 def differences(got: Any, want: Any, least: float) -> str | None:
-    """Where two structures of tensors and plain values differ, tensors by less than `least` dB."""
+    """The first difference of two structures; their tensors must agree to `least` dB."""
     got, want = tree_leaves(got), tree_leaves(want)
     if len(got) != len(want):
         return f"wrong: {len(got)} values instead of {len(want)}"
@@ -202,10 +202,10 @@ def differences(got: Any, want: Any, least: float) -> str | None:
         elif (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             return f"wrong: {ours.shape} {ours.dtype} instead of {theirs.shape} {theirs.dtype}"
         elif not (decibels := psnr(ours, theirs)) >= least:
-            return f"wrong: {decibels:.1f} dB, {least:.0f} wanted"
+            return f"wrong: {decibels:.1f} dB, at least {least:.0f} expected"
     return None
 
 
 def twins() -> tuple[Twin, Twin]:
-    """An eager one, and one to be compiled."""
+    """An eager twin, and one to be compiled."""
     return Twin(copy.deepcopy(original()), False), Twin(copy.deepcopy(original()), True)

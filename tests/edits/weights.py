@@ -1,4 +1,4 @@
-"""Edits of what the weights are: adapters and dtypes."""
+"""Edits of adapters and dtypes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv"]
 
 
 def adapter(pipe: Any, name: str, **options: Any) -> None:
-    """Have the U-Net an adapter of that name, of random values."""
+    """Add an adapter with random values to the U-Net, unless it has one of this name."""
     if name in (getattr(pipe.unet, "peft_config", None) or {}):
         return
     torch.manual_seed(len(name))
@@ -26,7 +26,7 @@ def adapter(pipe: Any, name: str, **options: Any) -> None:
 
 
 def one(change: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A change of a U-Net that has an adapter."""
+    """Add an adapter to the U-Net, then make a change."""
 
     def apply(pipe: Any) -> None:
         adapter(pipe, "one")
@@ -53,7 +53,7 @@ def scaled_layer(pipe: Any) -> None:
 
 
 def ip_adapter(pipe: Any) -> None:
-    """An IP-Adapter of four tokens a picture."""
+    """Load an IP-Adapter with four tokens per picture."""
     torch.manual_seed(8)
     keys: dict[str, Tensor] = {}
     for at, name in enumerate(pipe.unet.attn_processors):
@@ -116,7 +116,7 @@ edits(
 
 
 def inference_weights(pipe: Any) -> None:
-    """Weights as `from_pretrained` gives them under `inference_mode`."""
+    """Replace the weights by inference tensors, as `from_pretrained` in `inference_mode` does."""
     with torch.inference_mode():
         state = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
         pipe.unet.load_state_dict(state, assign=True)
