@@ -1,4 +1,4 @@
-"""One request and one truth for all of these tests."""
+"""One request and its float64 truth, shared by all tests of the bench."""
 
 import gc
 
@@ -22,6 +22,6 @@ def truth(demo, request_):
 
 @pytest.fixture(scope="module")
 def young():
-    """Each measure of memory collects garbage first; what is older than these tests is left out."""
+    """Exempts older objects from garbage collection, which each measurement of memory runs."""
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""`fastdiff bench` from its arguments to its exit code: honest rows, and silence about liars."""
+"""`fastdiff bench` from its arguments to its exit code: a backend that errs gets no speed."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ RECEIPT = {"psnr_db", "ssim", "max_abs", "err_vs_fp64", "err_eager_vs_fp64", "pa
 
 @pytest.fixture
 def bench(tmp_path, small_folder):
-    """bench(backends, *more): exit code and document of a bench, 2 steps and 2 rounds."""
+    """bench(backends, *more): exit code and JSON document of a bench of 2 steps and 2 rounds."""
 
     def benched(backends, *more):
         path = tmp_path / "bench.json"
@@ -41,7 +41,7 @@ def bench(tmp_path, small_folder):
 
 
 def weights(module):
-    """Their bytes."""
+    """Bytes of the module's parameters."""
     return sum(weight.nbytes for weight in module.parameters())
 
 
@@ -78,7 +78,7 @@ def test_rows_follow_the_schema(bench, capsys, small_demo):
         assert len(row["samples_ms"]) == len(row["image_samples_ms"]) == 2
         parts = (row[f"{part}samples_ms"] for part in ("", "text_", "decode_", "image_"))
         for step, text, decode, image in zip(*parts, strict=True):
-            assert 0 < text < 2 * step  # of 2 steps, which hold the text encoder's time
+            assert 0 < text < 2 * step  # the times of the 2 steps include the text encoder
             assert decode == pytest.approx(image - 2 * step)
         vae = row["decode_ratio_vs_eager"]
         assert vae["lo"] <= vae["median"] <= vae["hi"]
@@ -92,12 +92,12 @@ def test_rows_follow_the_schema(bench, capsys, small_demo):
     assert re.search(r"fastdiff *│ +[\d.]+ \(\d+%\) *│", out)  # the table of parts
     eager = document["rows"][0]
     assert (eager["ratio_vs_eager"]["lo"], eager["ratio_vs_eager"]["hi"]) == (1.0, 1.0)
-    assert eager["receipt"]["psnr_db"] is None  # infinite: it is itself
+    assert eager["receipt"]["psnr_db"] is None  # infinite: eager is compared with itself
     assert "round 2 of 2" in err
     assert "round 2 of 2" not in out
 
 
-def test_liars_are_red_and_untold_and_the_absent_say_why(bench, capsys, monkeypatch):
+def test_wrong_outputs_get_no_speed_and_unavailable_backends_say_why(bench, capsys, monkeypatch):
     broken = ("bad_step", "bad_picture", "bad_nan")
     for backend in (bad_step, bad_picture, bad_nan):
         monkeypatch.setitem(BACKENDS, backend.__name__, backend)
@@ -105,7 +105,7 @@ def test_liars_are_red_and_untold_and_the_absent_say_why(bench, capsys, monkeypa
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
-    # as if bench had chosen them itself
+    # as if bench had chosen the backends and the user had named none
     monkeypatch.setattr(running, "Settings", lambda **of: Settings(**of | {"asked": ()}))
     code, document = bench(",".join((*broken, "inductor")))
     out = capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_liars_are_red_and_untold_and_the_absent_say_why(bench, capsys, monkeypa
     assert "inductor: not run: this machine has no such engine" in out
 
 
-def test_peers_stand_in_the_same_table(bench, capsys, small_demo, small_onnx):
+def test_openvino_and_onnx_runtime_have_rows_in_the_table(bench, capsys, small_demo, small_onnx):
     code, document = bench("fastdiff,openvino,ort", "--engines", small_onnx)
     assert code == 0
     rows = document["rows"]
@@ -135,8 +135,8 @@ def test_peers_stand_in_the_same_table(bench, capsys, small_demo, small_onnx):
         assert row["ratio_vs_eager"]["median"] > 0
         assert row["prepare_s"] >= 0
     for row in rows[2:]:
-        assert row["receipt"]["max_abs"] > 0  # it was not eager once more
-        # the network's weights once more, and not the other's
+        assert row["receipt"]["max_abs"] > 0  # not eager under another name
+        # its own copy of the U-Net's weights, without the other engine's copy
         assert weights(small_demo.unet) < row["peak_mem_bytes"] < 500e6
     out = capsys.readouterr().out
     assert all(
@@ -144,8 +144,8 @@ def test_peers_stand_in_the_same_table(bench, capsys, small_demo, small_onnx):
     )
 
 
-def test_both_read_one_export_which_is_removed(bench, monkeypatch):
-    """The decoder is theirs, too: what decodes is not the pipeline's module."""
+def test_both_engines_read_one_export_which_is_removed(bench, monkeypatch):
+    """The export holds the VAE decoder as well as the U-Net: an engine replaces both."""
     read = []
 
     def taking(pipe, engines):
@@ -169,7 +169,7 @@ def test_both_read_one_export_which_is_removed(bench, monkeypatch):
     assert not read[0].exists()
 
 
-def test_a_copy_that_shares_is_no_second_copy_and_leaves_the_first_alone(demo):
+def test_a_copy_that_shares_weights_duplicates_none_and_leaves_the_first_unchanged(demo):
     pipe = copy.deepcopy(demo)
     before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
     there = {weight.data_ptr() for weight in pipe.unet.parameters()}
@@ -182,7 +182,7 @@ def test_a_copy_that_shares_is_no_second_copy_and_leaves_the_first_alone(demo):
         assert slot_of(pipe.unet) is None
 
 
-def test_a_backend_without_room_is_one_sentence(bench, capsys, monkeypatch):
+def test_a_backend_that_runs_out_of_memory_is_one_sentence(bench, capsys, monkeypatch):
     def needing(pipe):
         raise MemoryError
 
@@ -202,14 +202,14 @@ def test_a_backend_without_room_is_one_sentence(bench, capsys, monkeypatch):
         ("openvino", "fp16", "backend openvino computes in fp32 or bf16; the pipeline is torch.f"),
     ],
 )
-def test_a_dtype_that_a_peer_has_not_is_one_sentence(bench, capsys, backend, dtype, reason):
+def test_a_dtype_that_an_engine_lacks_is_one_sentence(bench, capsys, backend, dtype, reason):
     code, document = bench(backend, "--dtype", dtype)
     assert (code, document) == (2, None)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"fastdiff: --backends {backend} cannot run here: {reason}")
 
 
-def test_an_extra_that_is_missing_is_one_sentence(bench, capsys, monkeypatch, small_onnx):
+def test_a_missing_extra_is_one_sentence(bench, capsys, monkeypatch, small_onnx):
     monkeypatch.setitem(sys.modules, "openvino", None)
     code, document = bench("openvino", "--engines", small_onnx)
     assert (code, document) == (2, None)
@@ -227,7 +227,7 @@ def test_a_decoder_of_another_vae_is_refused(small_demo, small_onnx):
         take_decoder(pipe, "openvino", small_onnx)
 
 
-def test_a_row_is_not_eager_under_an_engines_name(bench, capsys, monkeypatch, small_onnx):
+def test_an_engine_whose_network_ran_eagerly_is_refused(bench, capsys, monkeypatch, small_onnx):
     prepare = BACKENDS["ort"]
 
     def with_freeu(pipe, engines):
@@ -248,9 +248,7 @@ def test_engines_that_no_backend_runs_are_refused(tmp_path, capsys, small_onnx):
     assert "--engines goes with --backends ort, openvino or tensorrt" in capsys.readouterr().err
 
 
-def test_engines_that_are_not_what_was_written_are_refused(
-    tmp_path, capsys, small_folder, small_onnx
-):
+def test_engines_whose_files_changed_are_refused(tmp_path, capsys, small_folder, small_onnx):
     folder = tmp_path / "onnx"
     shutil.copytree(small_onnx, folder)
     file = folder / "vae_decoder/model.onnx"
@@ -279,8 +277,8 @@ def test_engines_in_another_dtype_are_refused_before_the_reference(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(bench, capsys, monkeypatch):
-    """Before anything is timed; one of bench's own choice is a row that says why."""
+def test_a_requested_backend_that_cannot_run_is_an_error(bench, capsys, monkeypatch):
+    """It ends before anything is timed; a backend that bench chose itself only gets a row."""
     monkeypatch.setitem(BACKENDS, "inductor", missing)
     monkeypatch.setattr(running, "interleave", None)
     code, document = bench("eager,inductor", "--steps", "1")
@@ -291,8 +289,8 @@ def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(bench, capsys, 
     )
 
 
-def test_a_run_that_is_killed_leaves_what_it_had(bench, tmp_path, monkeypatch):
-    """As by the kernel or a time limit: whatever was known then is on disk, and says what it is."""
+def test_a_killed_run_leaves_a_file_marked_incomplete(bench, tmp_path, monkeypatch):
+    """The file holds all rounds up to the kill, and reading it says that it is incomplete."""
     path = tmp_path / "bench.json"
     seen = []
 
@@ -324,13 +322,13 @@ def test_a_run_that_is_killed_leaves_what_it_had(bench, tmp_path, monkeypatch):
 
 def test_a_backend_that_breaks_takes_no_time_from_the_others(bench, capsys, monkeypatch):
     def breaking(pipe):
-        raise ZeroDivisionError("a kernel that was never tried")
+        raise ZeroDivisionError("an untested kernel")
 
     monkeypatch.setitem(BACKENDS, "networks", breaking)
     code, document = bench("eager,networks,fastdiff")
     assert code == 1
     eager, broken, ours = document["rows"]
-    assert broken["unavailable"] == "it broke: ZeroDivisionError: a kernel that was never tried"
+    assert broken["unavailable"] == "it broke: ZeroDivisionError: an untested kernel"
     assert not broken["samples_ms"]
     assert len(eager["samples_ms"]) == len(ours["samples_ms"]) == 2
     out, err = capsys.readouterr()
@@ -338,7 +336,7 @@ def test_a_backend_that_breaks_takes_no_time_from_the_others(bench, capsys, monk
     assert "in breaking" in err
 
 
-def test_tensorrt_names_the_option_of_the_command_line(bench, capsys):
+def test_tensorrt_without_engines_names_the_missing_option(bench, capsys):
     code, document = bench("eager,tensorrt")
     assert (code, document) == (2, None)
     out, err = capsys.readouterr()

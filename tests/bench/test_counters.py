@@ -1,4 +1,4 @@
-"""Counts against counts made by hand, by torch's own counter and from the layers' shapes."""
+"""Launches, bytes and FLOPs against hand counts, torch's FLOP counter and the layers' shapes."""
 
 import copy
 import json
@@ -28,14 +28,14 @@ compiled_kernels = pytest.mark.skipif(NATIVE is None, reason="the C++ kernels we
 
 @pytest.fixture(scope="module")
 def rows(small_demo):
-    """Counts of `small_demo` by backend, and the pipeline that was counted."""
+    """Counts of `small_demo` by backend, and the counted pipeline."""
     pipe = copy.deepcopy(small_demo)
     return {row.backend: row.counts for row in count_pipe(pipe, STEPS, SIDE, SIDE)}, pipe
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_few_ops_counted_by_hand(mode):
-    """Bytes are 4 per float; sizes of all tensors that each op is given or makes."""
+    """Each op's bytes are the sizes of its inputs and outputs, 4 bytes per float."""
     x, weight, bias = torch.randn(4, 8), torch.randn(8, 8), torch.randn(8)
     picture, kernel, shift = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3), torch.randn(3)
     q, k, v = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
@@ -47,11 +47,11 @@ def test_a_few_ops_counted_by_hand(mode):
             for _ in range(steps):
                 y = F.linear(once, weight, bias)
                 F.silu(y)
-                kept.copy_(y)  # does not read what it overwrites
-                kept.add_(y)  # does
+                kept.copy_(y)  # does not read its target
+                kept.add_(y)  # reads its target
                 torch.cat([y, y]).view(2, 4, 8).transpose(0, 1)  # views are free
                 row.expand(4, 8).mul(y)  # one row in memory
-                torch.empty(100).unsqueeze_(0)  # so is memory
+                torch.empty(100).unsqueeze_(0)  # so is allocating
                 F.conv2d(picture, kernel, shift, padding=1)
                 F.scaled_dot_product_attention(q, k, v)
                 F.layer_norm(y, (8,), bias, bias)
@@ -59,7 +59,7 @@ def test_a_few_ops_counted_by_hand(mode):
 
     counts = count(draw, 3, CPU)
     assert counts.step == {
-        "attention": Tally(1, 4 * (32 + 40 + 40 + 32 + 4), 2 * 2 * 4 * 5 * 8),  # and logsumexp
+        "attention": Tally(1, 4 * (32 + 40 + 40 + 32 + 4), 2 * 2 * 4 * 5 * 8),  # logsumexp too
         "conv": Tally(1, 4 * (72 + 54 + 3 + 108), 2 * 36 * 3 * 2 * 9),
         "linear": Tally(1, 4 * (32 + 64 + 8 + 32), 2 * 4 * 8 * 8),
         "norm": Tally(1, 4 * (32 + 8 + 8 + 32 + 4 + 4), 0),  # mean and deviation of each row
@@ -73,8 +73,8 @@ def test_a_few_ops_counted_by_hand(mode):
 
 @compiled_kernels
 @torch.no_grad()
-def test_a_kernel_is_one_launch_where_it_is_one():
-    """Ours by hand; with weights that the C++ loop cannot read, plain torch counts as it runs."""
+def test_a_fused_kernel_is_one_launch_and_plain_torch_several():
+    """Weights whose strides the C++ kernels cannot read run in plain torch, op by op."""
     x, skip = torch.randn(2, 5, 6, 8), torch.randn(2, 5, 6, 4)
     kernel = torch.randn(3, 3, 8, 4).permute(3, 2, 0, 1)
     weight = torch.randn(8, 12).t()
@@ -95,8 +95,8 @@ def test_a_kernel_is_one_launch_where_it_is_one():
     assert plain["pointwise"].launches == 3  # the residual; gelu and its product
 
 
-def test_eager_flops_are_those_of_torchs_own_counter(small_demo, rows):
-    """By way of bmm: torch's counter has no formula for the CPU's fused attention."""
+def test_eager_flops_equal_those_of_torchs_counter(small_demo, rows):
+    """With attention as matrix products: torch's counter has no formula for fused CPU attention."""
     pipe = copy.deepcopy(small_demo)
 
     def flops(steps):
@@ -112,7 +112,7 @@ def test_eager_flops_are_those_of_torchs_own_counter(small_demo, rows):
 
 
 def products(*layers):
-    """FLOPs of linear layers for one row."""
+    """FLOPs of linear layers applied to one row."""
     return sum(2 * layer.weight.shape[0] * layer.weight.shape[1] for layer in layers)
 
 
@@ -129,7 +129,8 @@ def text_layers(unet):
 
 @torch.no_grad()
 def flops_before_the_text(unet, rows):
-    """Of one picture, as torch's counter sees diffusers, without the time embedding."""
+    """FLOPs of diffusers' U-Net before its first cross-attention, for one picture, as torch
+    counts them, without the time embedding."""
 
     class MeetsTextError(Exception):
         pass
@@ -145,9 +146,9 @@ def flops_before_the_text(unet, rows):
     return counter.get_total_flops() - products(*time_layers(unet)[:3])
 
 
-def test_what_is_hoisted_is_zero_per_step(small_demo, rows):
-    """A step makes no keys and values of the two prompts, what comes before them once instead of
-    twice, and of the two rows of time one: before the loop, but for every step."""
+def test_a_step_omits_the_work_that_is_hoisted_out_of_the_loop(small_demo, rows):
+    """Per step, fastdiff computes no text keys and values (done before the loop), the layers before
+    the first cross-attention once instead of twice, and the time embedding of one row, not two."""
     counts, _ = rows
     eager, fast = total(counts["eager"].step), total(counts["fastdiff"].step)
     text = 2 * small_demo.tokenizer.model_max_length * products(*text_layers(small_demo.unet))
@@ -171,13 +172,13 @@ def test_a_bare_network_is_counted_without_a_pipeline(small_demo):
     fastdiff.compile(unet)
     fast = count(draw, 2, CPU)
     assert eager.image == fast.image == {}
-    time = products(*time_layers(unet))  # one row of two
+    time = products(*time_layers(unet))  # one of the two rows
     assert total(eager.step).flops - total(fast.step).flops == time
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_computing_changes_no_count(small_demo, monkeypatch, layout):
+def test_counts_do_not_depend_on_whether_the_ops_compute(small_demo, monkeypatch, layout):
     unet = copy.deepcopy(small_demo.unet).to(memory_format=layout)
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 24, 128)
 
@@ -209,7 +210,7 @@ def test_counts_are_the_same_every_time_and_leave_the_pipe_as_it_was(small_demo,
 
 
 @compiled_kernels
-def test_other_threads_compute_meanwhile():
+def test_other_threads_compute_while_one_is_counted():
     x, weight = torch.randn(3, 4), torch.randn(4, 5).t()
     before = linear(x, weight)
     found = []
@@ -238,7 +239,7 @@ def test_kernels_on_a_gpu():
     assert (total(counts.step).launches, total(counts.image).launches) == (2, 1)
 
 
-def test_command_writes_what_it_prints(tmp_path, capsys, small_folder):
+def test_the_command_writes_the_printed_counts_as_json(tmp_path, capsys, small_folder):
     file = tmp_path / "counts.json"
     arguments = ["count", str(small_folder), "--steps", "2", "--json", str(file)]
     with pytest.raises(SystemExit) as caught:
@@ -256,7 +257,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys, small_folder):
             assert f" {whole['launches']} " in printed
 
 
-def test_one_step_leaves_no_difference(capsys):
+def test_one_step_is_refused_because_counts_need_a_difference(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["count", "--steps", "1"])
     assert caught.value.code == 2

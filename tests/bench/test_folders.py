@@ -1,4 +1,4 @@
-"""Saved folders of transformers' pipelines, and of those without a text, in the commands: they
+"""The commands on saved folders of transformer pipelines and of pipelines without a prompt: they
 draw what the pipeline draws eagerly, or one sentence says why not."""
 
 import asyncio
@@ -105,7 +105,7 @@ SIDES = [f"--{side}={pixels}" for side, pixels in SIZE.items()]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """saved(make): the folder of the pipeline that it makes, and the pipeline."""
+    """saved(make): the folder into which make()'s pipeline is saved, and the pipeline."""
     kept = {}
 
     def folder(make):
@@ -142,7 +142,7 @@ def test_generate_and_bench_draw_as_diffusers_does(name, saved, tmp_path):
     timed(folder, *SIDES)
 
 
-def test_what_draws_from_no_text_is_timed_and_no_prompt_is_drawn_with_it(saved, tmp_path):
+def test_pipelines_without_a_prompt_are_timed_and_refuse_one(saved, tmp_path):
     for folder in (saved(dit)[0], UNCONDITIONAL_FOLDER):
         timed(folder)
         out = tmp_path / "x.png"
@@ -169,7 +169,7 @@ def test_a_negative_prompt_that_flux_would_ignore_is_refused(saved, tmp_path):
     assert (code, "a FluxPipeline takes none; leave it out" in err) == (2, True)
 
 
-def test_a_network_that_fills_is_refused(saved, tmp_path):
+def test_a_fill_network_is_refused(saved, tmp_path):
     _, pipe = saved(flux)
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     wide = FLUX | {"in_channels": 28, "out_channels": 16}

@@ -1,4 +1,5 @@
-"""What does not jitter, counted on real pictures; and that more of it is seen every time."""
+"""The exact numbers of a pipeline (launches, bytes, recordings, peak memory): they repeat, and any
+planted increase shows."""
 
 import copy
 
@@ -31,7 +32,7 @@ def compiled(small_demo):
 
 @pytest.fixture
 def gated(small_demo):
-    """gated(): the numbers of `small_demo` as it is made now."""
+    """gated(): the numbers of `small_demo` under the patches in effect."""
     return lambda: gates(lambda: copy.deepcopy(small_demo), "cpu", SIDE, SIDE)
 
 
@@ -41,7 +42,7 @@ def healthy(small_demo):
 
 
 def worse(found, healthy):
-    """Numbers that are larger than they should be; memory by more than it jitters."""
+    """Names of the numbers that exceed the healthy ones; peak memory may vary by 1%."""
     assert found.keys() == healthy.keys()
     return {
         name
@@ -51,7 +52,7 @@ def worse(found, healthy):
 
 
 def test_a_size_is_recorded_once(compiled):
-    """The loop's step and the decoder: two recordings; nothing for a size that was there before."""
+    """Two recordings per size (the loop's step, the decoder); a known size needs none."""
     real = drawn(compiled, SIDE, SIDE, NOTHING)
     assert (real.first, real.again, real.other_size, real.back) == (2, 0, 2, 0)
     assert real.compilations == 0
@@ -60,12 +61,12 @@ def test_a_size_is_recorded_once(compiled):
 def test_eager_records_nothing_and_torch_compile_is_seen(small_demo):
     pipe = copy.deepcopy(small_demo)
     assert drawn(pipe, SIDE, SIDE, NOTHING).first == 0
-    pipe.unet.time_embedding.compile(backend="eager")  # a small graph is counted like any other
+    pipe.unet.time_embedding.compile(backend="eager")  # even a small graph is counted
     assert drawn(pipe, SIDE, SIDE, NOTHING).compilations >= 1
 
 
 @pytest.mark.parametrize("when", ["compile", "picture"])
-def test_memory_that_is_kept_is_counted(gated, healthy, monkeypatch, when):
+def test_memory_that_stays_allocated_is_counted(gated, healthy, monkeypatch, when):
     extra, kept = 4 << 20, []
     owner, name = (loop.Plans, "__init__") if when == "compile" else (loop.Run, "advance")
     plain = getattr(owner, name)
@@ -77,14 +78,14 @@ def test_memory_that_is_kept_is_counted(gated, healthy, monkeypatch, when):
 
     monkeypatch.setattr(owner, name, hoarding)
     more, before = (found["peak memory"][0] for found in (gated(), healthy))
-    assert more - before == pytest.approx(extra, abs=0.01 * before)  # by which it may jitter
+    assert more - before == pytest.approx(extra, abs=0.01 * before)  # its usual variation
 
 
-def test_numbers_of_a_healthy_state_are_the_same_again(gated, healthy):
+def test_the_numbers_of_a_healthy_state_repeat(gated, healthy):
     assert worse(gated(), healthy) == set()
 
 
-def test_one_launch_more_a_step(gated, healthy, monkeypatch):
+def test_one_more_launch_per_step_shows(gated, healthy, monkeypatch):
     advance = loop.Run.advance
 
     def one_more(self, noise=None):
@@ -97,7 +98,7 @@ def test_one_launch_more_a_step(gated, healthy, monkeypatch):
     assert found["step · launches"][0] == healthy["step · launches"][0] + 1
 
 
-def test_a_tensor_copied_once_more(gated, healthy, monkeypatch):
+def test_one_more_copy_of_a_tensor_shows(gated, healthy, monkeypatch):
     advance = loop.Run.advance
 
     def copying(self, noise=None):
@@ -111,8 +112,8 @@ def test_a_tensor_copied_once_more(gated, healthy, monkeypatch):
     assert found["step · bytes"][0] == healthy["step · bytes"][0] + 2 * latents
 
 
-def test_a_recording_for_every_picture(gated, healthy, monkeypatch):
-    """A key that never comes again: what a shape that is not looked up by its numbers does."""
+def test_recording_anew_for_every_picture_shows(gated, healthy, monkeypatch):
+    """The planted key never repeats, as if shapes were compared by identity, not by value."""
     get = recordings.Kept.get
     monkeypatch.setattr(
         recordings.Kept, "get", lambda self, key, make: get(self, (key, object()), make)
@@ -121,8 +122,8 @@ def test_a_recording_for_every_picture(gated, healthy, monkeypatch):
     assert {f"recordings · {name}" for name in names} <= worse(gated(), healthy)
 
 
-def test_what_is_hoisted_no_more_costs_every_step(small_demo, healthy):
-    """In diffusers' own loop the text's keys and values are computed anew for each step."""
+def test_work_no_longer_hoisted_is_counted_in_every_step(small_demo, healthy):
+    """In diffusers' own loop each step computes the text's keys and values again."""
     pipe = fastdiff.compile(copy.deepcopy(small_demo), Options(ignore=("loop",)))
     work = count_pictures(pipe, SIDE, SIDE).step
     for name in ("launches", "bytes", "flops"):

@@ -1,4 +1,4 @@
-"""`make gpu` without one: goals read off rows, a run that is ended keeps what it found."""
+"""`make gpu` on a machine without a GPU: goals read from rows; an ended run keeps its results."""
 
 import json
 import os
@@ -45,19 +45,19 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("measured", "title", "figure"), ROWS)
-def test_a_goal_reads_its_figure_off_a_row(measured, title, figure):
+def test_a_goal_reads_its_figure_from_a_row(measured, title, figure):
     (line,) = [line for line in table([measured]) if "not measured" not in line]
     assert title in line
     assert figure in line
 
 
-def test_goals_that_were_not_reached_are_lines_too():
+def test_goals_without_a_measurement_are_lines_too():
     lines = table([])
     assert len(lines) == len(GOALS)
     assert all("not measured" in line for line in lines)
 
 
-def test_a_budget_remembers_what_it_left_out(capsys):
+def test_a_budget_names_what_it_left_out(capsys):
     budget = Budget(minutes=1)
     assert budget.allows("quick", 30)
     assert not budget.allows("sdxl", 120)
@@ -65,7 +65,7 @@ def test_a_budget_remembers_what_it_left_out(capsys):
     assert capsys.readouterr().out == "1 minutes are over; left out: sdxl\n"
 
 
-def test_goals_of_pipelines_are_read_off_their_files(tmp_path):
+def test_goals_of_pipelines_are_read_from_their_files(tmp_path):
     rows = [{"backend": "eager", "steps_per_s": 27.0}, {"backend": "fastdiff", "steps_per_s": None}]
     (tmp_path / "sd15.json").write_text(json.dumps({"rows": rows}))
     first, second, third, *_ = lines(tmp_path)
@@ -76,7 +76,7 @@ def test_goals_of_pipelines_are_read_off_their_files(tmp_path):
 
 
 def make_gpu(out, *options, **settings):
-    """`benchmarks.gpu` dry, as `make gpu DRY=1` starts it, on small parts."""
+    """A dry run of `benchmarks.gpu`, as `make gpu DRY=1` starts it, in a process of its own."""
     command = [sys.executable, "-P", "-m", "benchmarks.gpu", "--dry-run", "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     files = ["--parts", str(out / "parts"), *options]
@@ -84,7 +84,7 @@ def make_gpu(out, *options, **settings):
 
 
 def packed(out):
-    """The documents of the archive, by name."""
+    """The files of the archive by name."""
     with tarfile.open(out / gpu.ARCHIVE) as archive:
         return {
             member.name.removeprefix("results/"): archive.extractfile(member).read()
@@ -92,12 +92,12 @@ def packed(out):
         }
 
 
-# Half a minute; what these parts do is tested in test_kernels.py and test_tune.py.
+# Takes half a minute; test_kernels.py and test_tune.py test what these parts do.
 @pytest.mark.product
 def test_every_kernel_has_its_rows_in_the_archive(tmp_path):
     run = make_gpu(tmp_path, "--only", "ceilings,verify,kernels", stdout=subprocess.PIPE, text=True)
-    told = run.communicate()[0]
-    assert run.returncode == 0, told
+    printed = run.communicate()[0]
+    assert run.returncode == 0, printed
     files = packed(tmp_path)
     done = json.loads(files["run.json"])
     assert done["incomplete"] is False
@@ -110,15 +110,15 @@ def test_every_kernel_has_its_rows_in_the_archive(tmp_path):
     for row in json.loads(files["kernels.json"])["rows"]:
         times = row["samples_ms"]
         assert all(isinstance(times[name], list) for name in ("ours", "eager", "copy")), row
-    assert "joint attention" in told
-    assert files["goals.txt"].decode() in told
+    assert "joint attention" in printed
+    assert files["goals.txt"].decode() in printed
 
 
 ENDS = {signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
 def stands_for(document, then=""):
-    """A part's command: a process that writes `document` and then does `then`."""
+    """Command of a stand-in part: a process that writes `document`, then runs the code `then`."""
     return lambda name, run: [
         *(sys.executable, "-S", "-c"),
         f"import os, time; before = os.getppid()\n"
@@ -127,8 +127,8 @@ def stands_for(document, then=""):
 
 
 @pytest.mark.parametrize("number", ENDS)
-def test_a_run_that_is_ended_packs_what_its_parts_wrote(tmp_path, monkeypatch, number):
-    """Parts of two lines stand for the real ones, in a copy of this process."""
+def test_an_ended_run_packs_what_its_parts_wrote(tmp_path, monkeypatch, number):
+    """Two-line parts stand in for the real ones, in a fork of this process."""
     half = {"incomplete": True, "rows": [1]}
     waits = "while os.getppid() == before: time.sleep(0.05)"
     parts = (
@@ -162,10 +162,10 @@ def test_a_run_that_is_ended_packs_what_its_parts_wrote(tmp_path, monkeypatch, n
     assert [row["part"] for row in files["run.json"]["rows"]] == ["ceilings"]
 
 
-# The same with the real parts, half a minute.
+# The same with the real parts, in half a minute.
 @pytest.mark.product
 @pytest.mark.parametrize("number", ENDS)
-def test_a_run_that_is_ended_leaves_what_it_found(tmp_path, number):
+def test_an_ended_run_of_real_parts_leaves_what_it_found(tmp_path, number):
     run = make_gpu(tmp_path, "--only", "ceilings,cases", start_new_session=True)
     cases = tmp_path / "parts" / "cases.json"
     until(lambda: cases.exists() and json.loads(cases.read_text())["rows"])
@@ -174,11 +174,11 @@ def test_a_run_that_is_ended_leaves_what_it_found(tmp_path, number):
     for file in (tmp_path / "parts").glob("*.json"):
         assert json.loads(file.read_text())["incomplete"] is (file.name != "ceilings.json")
     assert json.loads(packed(tmp_path)["ceilings.json"])["incomplete"] is False
-    if number == signal.SIGTERM:  # what is killed outright has packed some seconds ago
+    if number == signal.SIGTERM:  # a killed run last packed its archive some seconds earlier
         assert json.loads(packed(tmp_path)["cases.json"])["rows"]
 
 
-def test_a_part_that_hangs_or_breaks_takes_nothing_from_the_others(tmp_path):
+def test_a_part_that_hangs_or_breaks_does_not_stop_the_others(tmp_path):
     run = gpu.Run(tmp_path, tmp_path / "parts", True, Budget(1))
     run.folder.mkdir()
     assert run.do("hangs", [sys.executable, "-c", "while True: pass"], 0.5) is None
@@ -189,7 +189,7 @@ def test_a_part_that_hangs_or_breaks_takes_nothing_from_the_others(tmp_path):
 
 @pytest.fixture
 def gpu_here(monkeypatch):
-    """gpu_here(*arguments): `benchmarks.gpu` dry, in this process; its exit code."""
+    """gpu_here(*arguments): the exit code of a dry run of `benchmarks.gpu` in this process."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
 
     def run(*arguments):
@@ -210,9 +210,9 @@ def test_an_archive_does_not_pack_itself(tmp_path, gpu_here, capsys):
     assert kept.exists()
 
 
-def test_no_minutes_no_parts(tmp_path, gpu_here, capsys):
+def test_a_budget_of_zero_minutes_runs_no_part(tmp_path, gpu_here, capsys):
     assert gpu_here("--out", tmp_path, "--parts", tmp_path / "parts", "--minutes", 0) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     names = [part.name for part in gpu.PARTS if part.needs == "torch"]
-    assert all(name in told.splitlines()[-1] for name in names)
+    assert all(name in printed.splitlines()[-1] for name in names)
     assert set(packed(tmp_path)) == {"run.json", "goals.txt"}

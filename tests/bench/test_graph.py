@@ -1,4 +1,4 @@
-"""The graph of a step: FLOPs as diffusers' own network has them, launches by hand, the table."""
+"""The graph of a step: FLOPs against diffusers' network, launches by hand, committed tables."""
 
 import json
 import re
@@ -30,8 +30,8 @@ def table(preset):
     return rows(network, gpu_named("h200"), torch.float16, side)
 
 
-def test_flops_are_those_of_diffusers_without_what_is_hoisted():
-    """SDXL's halves share no prefix but conv_in, so only what is hoisted is missing."""
+def test_flops_are_those_of_diffusers_without_the_hoisted_work():
+    """SDXL's guidance halves share only conv_in, so only that and the hoisted work is missing."""
     network, side = blueprint("sdxl")
     network = torch.nn.Module.to(network, dtype=torch.float16)
     hoisted = []
@@ -83,22 +83,22 @@ def test_launches_by_hand():
         "group_norm_silu _apply_kernel",
     ]
     read, written = (work.bytes / large.nbytes for _, work in found)
-    assert 1 < read < 1.01  # and its own statistics
-    assert 1 < written < 1.01  # what it reads again comes from the cache
+    assert 1 < read < 1.01  # the input and its statistics
+    assert 1 < written < 1.01  # the second read of the input comes from the cache
     picture = torch.empty(1, 16, 4, 4, **HALF).contiguous(memory_format=torch.channels_last)
     found = launched(lambda: F.interpolate(picture, scale_factor=2.0, mode="nearest"), 90)
     assert [work.bytes for _, work in found] == [5 * picture.nbytes]
 
 
 UNETS = {"x4": 870, "ldm": 886}
-"""What diffusers' own U-Nets launch in a guided step."""
+"""Launches of a guided step in diffusers' own U-Nets."""
 RICHEST = "sd35-medium"
-"""Of the transformers: what the others have, a second attention and norms of queries and keys."""
+"""It has all parts of the other transformers, a second attention, and norms of queries and keys."""
 
 
 def of(presets):
-    """Those but for the transformers whose parts are the richest's, and latent diffusion's U-Net,
-    whose parts are SD1.5's; they wait for test-all."""
+    """Parameters of a test. Only `make test-all` runs the transformers that RICHEST covers, and
+    latent diffusion's U-Net, which SD1.5 covers."""
     others = {*TRANSFORMERS, "ldm"} - {RICHEST}
     return [
         pytest.param(name, marks=[pytest.mark.product] if name in others else [])
@@ -107,14 +107,14 @@ def of(presets):
 
 
 @pytest.mark.parametrize("preset", of(["sd15", "sdxl", "prior", *UNETS, *TRANSFORMERS]))
-def test_the_committed_graph_is_what_the_networks_do_now(preset):
-    """A change of it is a decision: `fastdiff graph --preset … --json` writes it again."""
+def test_the_committed_graph_is_the_networks_graph(preset):
+    """A change must be intended: `fastdiff graph --preset … --json` writes the file again."""
     kept = json.loads((STATIC / f"graph-{preset}.json").read_text())
     assert kept["rows"] == [vars(row) for row in table(preset)]
 
 
 @pytest.mark.parametrize("preset", of(TRANSFORMERS))
-def test_what_diffusers_itself_would_launch(preset):
+def test_diffusers_own_transformers_launch_more(preset):
     net, side = blueprint(preset)
     net, config = torch.nn.Module.to(net, dtype=torch.float16), net.config
     given = {
@@ -127,27 +127,27 @@ def test_what_diffusers_itself_would_launch(preset):
     ours = json.loads((STATIC / f"graph-{preset}.json").read_text())
     launches = TRANSFORMERS[preset]
     assert len(theirs) == launches
-    told = f"{sum(work.bytes for _, work in theirs) / 1e9:.1f}"
-    assert {f"{launches:,}", told} <= set(re.findall(r"[\d.,]*\d", README))
+    gigabytes = f"{sum(work.bytes for _, work in theirs) / 1e9:.1f}"
+    assert {f"{launches:,}", gigabytes} <= set(re.findall(r"[\d.,]*\d", README))
     assert ours["bytes"] < sum(work.bytes for _, work in theirs) / 2
     assert ours["flops"] < sum(work.flops for _, work in theirs)
 
 
-def test_what_diffusers_prior_would_launch():
-    """A step of ours computes three tokens of 81, and reads the same weights."""
+def test_diffusers_own_prior_launches_more():
+    """fastdiff's step computes 3 of the 81 tokens, and reads the same weights."""
     net = torch.nn.Module.to(blueprint("prior")[0], dtype=torch.float16)
     text = torch.empty(2, 77, 768, **HALF)
     wide, mask = text[:, 0].contiguous(), text[..., 0].bool()
     theirs = launched(lambda: net(wide, torch.empty((), device="meta"), wide, text, mask), 90)
     ours = json.loads((STATIC / "graph-prior.json").read_text())
-    told = re.findall(r"[\d.,]*\d", (ROOT / "docs/design.md").read_text())
-    assert {str(len(theirs)), str(ours["launches"])} <= set(told)
+    documented = re.findall(r"[\d.,]*\d", (ROOT / "docs/design.md").read_text())
+    assert {str(len(theirs)), str(ours["launches"])} <= set(documented)
     assert 27 * ours["flops"] < sum(work.flops for _, work in theirs)
     assert ours["bytes"] < sum(work.bytes for _, work in theirs)
 
 
 @pytest.mark.parametrize("preset", of(UNETS))
-def test_what_diffusers_own_unets_would_launch(preset):
+def test_diffusers_own_unets_launch_more(preset):
     net, side = blueprint(preset)
     net, config = torch.nn.Module.to(net, dtype=torch.float16), net.config
     given = {
@@ -165,7 +165,7 @@ def test_what_diffusers_own_unets_would_launch(preset):
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sdxl"])
-def test_the_graph_has_become_smaller(preset):
+def test_the_graph_is_smaller_than_it_was(preset):
     kept = json.loads((STATIC / f"graph-{preset}.json").read_text())
     before = json.loads((ROOT / f"benchmarks/results/graph/{preset}-before.json").read_text())
     for total in ("launches", "bytes", "floor_ms"):

@@ -1,4 +1,4 @@
-"""What a benchmark of a kernel calls, when it refuses to, and what its file holds."""
+"""Kernel benchmarks: what a sample times, which kernels are refused, what the file holds."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ FP32 = torch.float32
 
 
 def with_cpu(name, run):
-    """The kernel `name`, computed by `run`, and its first case."""
+    """The kernel `name` with `run` as its CPU implementation, and its first case."""
     (kernel, case), *_ = [pair for pair in cases("cpu") if pair[0].spec.name == name]
     return replace(kernel, implementations=kernel.implementations | {"cpu": lambda: run}), case
 
@@ -37,7 +37,7 @@ def script(name):
 
 
 class Clock:
-    """Stands still unless something takes its time."""
+    """A clock that moves only when a test moves it."""
 
     now = 0.0
 
@@ -65,7 +65,7 @@ def test_a_sample_is_the_time_of_one_call(clock, takes_ms, calls):
     for _ in range(3):
         made.clear()
         assert sample() == pytest.approx(takes_ms)
-        assert len(made) == 1 + calls, "one that is not timed, then a millisecond at least"
+        assert len(made) == 1 + calls, "one untimed call, then at least a millisecond of calls"
     want = kernel.spec.inputs(case, FP32, CPU, torch.Generator().manual_seed(0))
     assert made[0].keys() == want.keys()
 
@@ -84,7 +84,7 @@ def test_one_stall_does_not_make_a_short_kernel_long(clock):
 
 
 @pytest.mark.parametrize("name", ["concat", "group_norm_silu", "linear"])
-def test_what_is_timed_computes_the_op(name):
+def test_the_timed_call_computes_the_op(name):
     seen = []
 
     def spy(**inputs):
@@ -103,7 +103,7 @@ def test_what_is_timed_computes_the_op(name):
         assert judge("output", *output).passed
 
 
-def test_what_is_wrong_gets_no_number():
+def test_a_wrong_kernel_gets_no_number():
     kernel, case = with_cpu("linear", lambda **inputs: KERNELS["linear"].op(**inputs) * 1.001)
     with pytest.raises(OutOfBudget, match=r"linear \(cpu\) on demo-qkv: output 0: error .* of"):
         check(kernel, case, FP32, CPU, "cpu")
@@ -121,10 +121,10 @@ def test_what_is_wrong_gets_no_number():
         race(kernel, case, CPU, "cpu", dry_run=True, inductor=False)
 
 
-def test_cases_are_those_of_models_and_fit_the_device():
+def test_cases_come_from_models_and_fit_the_device():
     names = {(kernel.spec.name, case.name) for kernel, case in cases()}
-    assert len(names) == len(cases()), "a case is found by its name"
-    # a CPU's alone, and only ADM's
+    assert len(names) == len(cases()), "names of cases are unique"
+    # mean_pool runs on CPUs only, and only in ADM's networks
     assert {kernel for kernel, _ in names} == KERNELS.keys() - {"mean_pool"}
     assert not {case for _, case in names} & {"odd", "tiny", "one-pixel", "far-mean"}
     left_out = {

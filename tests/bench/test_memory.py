@@ -1,4 +1,4 @@
-"""Peak bytes against allocations counted by hand."""
+"""Peak bytes against allocations added up by hand."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ def block(mib):
 
 
 def test_weights_packed_copies_and_the_peak_of_temporaries():
-    net = torch.nn.Linear(MIB // 4, 3, bias=False)  # 3 MiB, there before the baseline
+    net = torch.nn.Linear(MIB // 4, 3, bias=False)  # 3 MiB, allocated before the baseline
     pipe = SimpleNamespace(components={"unet": net, "tokenizer": object()}, device=CPU)
     unrelated = block(64)
     before = baseline(CPU)
@@ -34,8 +34,8 @@ def test_weights_packed_copies_and_the_peak_of_temporaries():
     assert unrelated.numel() == 64 * MIB
 
 
-def test_what_a_library_takes_beside_the_weights_that_it_does_not_replace(tmp_path):
-    """Pages that are a file's are not its; what the system lends to the process is."""
+def test_an_engines_peak_is_its_own_memory_and_the_weights_it_does_not_replace(tmp_path):
+    """Anonymous memory counts; pages mapped from a file do not."""
     pages = tmp_path / "weights"
     pages.write_bytes(bytes(48 * MIB))
     text = torch.nn.Linear(MIB // 4, 8, bias=False)

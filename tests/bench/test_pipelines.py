@@ -1,4 +1,4 @@
-"""A demo folder damaged in every way we check for: one sentence each, before a weight is read."""
+"""A demo folder damaged in each way that is checked: one sentence, before a weight is read."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_damage_is_named(folder, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_whole_folder_passes_and_loads_what_it_holds(folder, demo):
+def test_an_undamaged_folder_passes_and_loads(folder, demo):
     check_folder(folder)
     pipe = load(folder, torch.float32, "cpu")
     assert type(pipe) is type(demo)
@@ -62,7 +62,7 @@ def test_a_whole_folder_passes_and_loads_what_it_holds(folder, demo):
         assert torch.equal(pipe.unet.state_dict()[name], weight)
 
 
-def test_sizes(demo):
+def test_sizes_are_multiples_of_the_vae_factor(demo):
     assert check_size(demo, None, None) == (64, 64)
     assert check_size(demo, 72, None) == (72, 64)
     for bad in (0, -8, 4, 70):

@@ -1,5 +1,5 @@
-"""unCLIP's decoder, Kandinsky 2.2's and DeepFloyd IF's first stage: their sizes and their launches,
-beside diffusers' own."""
+"""unCLIP's decoder, Kandinsky 2.2's decoder and DeepFloyd IF's first stage: published sizes, and
+launches against diffusers' own."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,14 @@ from fastdiff.families.unet import example
 from fastdiff.models import Loan, borrow_unet
 
 STATIC = Path(__file__).parents[2] / "benchmarks/static"
-# parameters, launches of diffusers' own step, the most that ours may be
+# parameters, launches of diffusers' own step, most launches allowed for ours
 KNOWN = {
     "unclip": (885_439_686, 1096, 400),
     "kandinsky22": (1_253_057_288, 1100, 400),
     "if": (4_304_695_110, 1212, 430),
 }
 RICHEST = "if"
-"""It has what the others have, and GELU, a scaled residual and a pooled text."""
+"""It has all parts of the others, and GELU, a scaled residual and a pooled text."""
 NAMES = [
     pytest.param(name, marks=[] if name == RICHEST else [pytest.mark.product]) for name in KNOWN
 ]
@@ -35,7 +35,7 @@ def test_scale_one_has_the_published_sizes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_launches(name):
-    """The committed graph is what the network does now; `fastdiff graph` writes it again."""
+    """The committed graph is the network's graph; `fastdiff graph` writes it again."""
     _, theirs, most = KNOWN[name]
     net, side = blueprint(name)
     kept = json.loads((STATIC / f"graph-{name}.json").read_text())
@@ -44,9 +44,10 @@ def test_launches(name):
     given = example(borrow_unet(net, Loan(net, rehearsal=True)), 2, 77)
     latents = torch.empty(2, net.config.in_channels, side, side, dtype=torch.float16, device="meta")
     added = {"image_embeds": given.image_embeds} if given.image_embeds is not None else None
-    told = (given.encoder_hidden_states, given.class_labels)
+    conditions = (given.encoder_hidden_states, given.class_labels)
     step = torch.empty(2, device="meta")
-    assert len(launched(lambda: net(latents, step, *told, added_cond_kwargs=added), 90)) == theirs
+    run = lambda: net(latents, step, *conditions, added_cond_kwargs=added)  # noqa: E731
+    assert len(launched(run, 90)) == theirs
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -1,4 +1,4 @@
-"""AuraFlow, Z-Image, Qwen-Image: published sizes, and launches beside diffusers' own."""
+"""AuraFlow, Z-Image, Qwen-Image: published sizes, and launches against diffusers' own."""
 
 import json
 from dataclasses import replace
@@ -19,12 +19,12 @@ SIZES = {
     "z-image": (6_154_908_736, 128),
     "qwen-image": (20_430_401_088, 128),
 }
-# launches of diffusers' own step, and the most that ours may be
+# launches of diffusers' own step, most launches allowed for ours
 LAUNCHES = {"auraflow": (1410, 419), "z-image": (2659, 361), "qwen-image": (11_117, 912)}
 
 
 def step(name, net):
-    """diffusers' own guided step, without memory."""
+    """diffusers' own guided step on the meta device."""
     half = {"dtype": torch.float16, "device": "meta"}
     times = torch.empty(2, **half)
     if name == "auraflow":
@@ -60,7 +60,7 @@ def test_scale_one_has_the_published_sizes(name):
     "name", ["auraflow", "z-image", pytest.param("qwen-image", marks=pytest.mark.product)]
 )
 def test_launches(name):
-    """The committed graph is what the network does now; `fastdiff graph` writes it again."""
+    """The committed graph is the network's graph; `fastdiff graph` writes it again."""
     (net, side), (theirs, most) = blueprint(name), LAUNCHES[name]
     kept = json.loads((STATIC / f"graph-{name}.json").read_text())
     assert kept["rows"] == [vars(row) for row in rows(net, gpu_named("h200"), torch.float16, side)]
@@ -69,7 +69,7 @@ def test_launches(name):
     assert len(launched(step(name, net), 90)) == theirs
 
 
-def test_a_small_one_draws():
+def test_a_small_auraflow_draws():
     pipe = replace(AURAFLOW, blocks=(1, 1)).pipeline(0.06, torch.float32, "cpu", seed=0)
     pipe.set_progress_bar_config(disable=True)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor

@@ -1,4 +1,4 @@
-"""FLUX.1-dev and FLUX.2-dev: their sizes, and their launches beside diffusers' own."""
+"""FLUX.1-dev and FLUX.2-dev: published sizes, and launches against diffusers' own."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,13 @@ from fastdiff.bench.presets import blueprint, build
 from fastdiff.errors import UserError
 
 STATIC = Path(__file__).parents[2] / "benchmarks/static"
-# parameters, launches of diffusers' own step, and of ours
+# parameters, launches of diffusers' own step, launches of ours
 COUNTS = {"flux": (11_901_408_320, 2732, 558), "flux2": (32_223_281_152, 2171, 479)}
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_launches(name):
-    """The committed graph is what the network does now; `fastdiff graph` writes it again."""
+    """The committed graph is the network's graph; `fastdiff graph` writes it again."""
     (net, side), (weights, theirs, ours) = blueprint(name), COUNTS[name]
     assert (sum(weight.numel() for weight in net.parameters()), side) == (weights, 128)
     kept = json.loads((STATIC / f"graph-{name}.json").read_text())
@@ -40,6 +40,6 @@ def test_launches(name):
     assert len(launched(lambda: net(latents, timestep=time, **given), 90)) == theirs
 
 
-def test_the_second_is_only_counted():
+def test_flux2_is_counted_but_not_built():
     with pytest.raises(UserError, match="flux2 is only counted: give it to graph"):
         build("flux2", 0.1, torch.float32, "cpu")

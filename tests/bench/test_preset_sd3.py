@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 as published: their sizes at scale 1, and pictures at any other."""
+"""Stable Diffusion 3 and 3.5: the published sizes at scale 1, and pictures at smaller scales."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from fastdiff.bench.timing import GUIDANCE_SCALE, Request, draw
 from fastdiff.errors import UserError
 from fastdiff.recipes import denoiser
 
-# Parameters of diffusers' SD3Transformer2DModel; the billions are what Stability AI publishes.
+# Parameters of diffusers' SD3Transformer2DModel, and the billions that Stability AI publishes.
 PUBLISHED = {
     "sd3": (2_028_328_000, 2.0),
     "sd35-medium": (2_243_171_520, 2.2),
@@ -30,12 +30,12 @@ PUBLISHED = {
 }
 VAE = 83_819_683
 SMALL = 0.04
-"""One head of 64, pictures of 64 × 64."""
+"""At this scale: one head of 64, pictures of 64 × 64."""
 
 
 @pytest.fixture(scope="module")
 def pipes():
-    """Pipelines at scale SMALL by name, each built once; nothing changes them."""
+    """pipes(name): the pipeline at scale SMALL, built once; tests must not change it."""
     built = {}
 
     def get(name):
@@ -76,13 +76,13 @@ def test_scale_one_has_the_published_sizes(name):
     )
 
 
-def test_what_tells_the_three_apart():
+def test_the_configs_of_the_three_differ_as_published():
     nets = {name: blueprint(name)[0].config for name in PUBLISHED}
-    told = {
+    layouts = {
         name: (c.num_layers, c.num_attention_heads, c.pos_embed_max_size, c.qk_norm)
         for name, c in nets.items()
     }
-    assert told == {
+    assert layouts == {
         "sd3": (24, 24, 192, None),
         "sd35-medium": (24, 24, 384, "rms_norm"),
         "sd35-large": (38, 38, 192, "rms_norm"),
@@ -96,7 +96,7 @@ def test_what_tells_the_three_apart():
     covered(PUBLISHED, [1e-6, 0.01, 0.03, 0.1, 0.25, 1 / 3, 0.5, 0.77, 0.999, 1], together=1),
 )
 def test_any_scale_has_sizes_that_fit_together(name, scale):
-    """A step of the network as diffusers calls it, without memory, and the VAE after it."""
+    """A step of the network on the meta device, called as diffusers calls it."""
     cls, config = PRESETS[name].network(scale)
     assert config["num_layers"] == PRESETS[name].layers
     with torch.device("meta"):
@@ -114,7 +114,7 @@ def test_any_scale_has_sizes_that_fit_together(name, scale):
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "sd3-t5"])
-def test_it_draws_finite_pictures_of_its_own_size_with_diffusers(name, pipes):
+def test_diffusers_draws_finite_pictures_of_the_presets_size(name, pipes):
     pipe = pipes(name)
     outputs = []
     hook = pipe.transformer.register_forward_hook(lambda *call: outputs.append(call[-1][0]))
@@ -130,15 +130,15 @@ def test_it_draws_finite_pictures_of_its_own_size_with_diffusers(name, pipes):
     assert pipe.scheduler.config.shift == 3.0
 
 
-def test_a_tenth_of_the_width_draws_too():
+def test_a_tenth_of_the_width_draws():
     pipe = build("sd35-medium", 0.1, torch.float32, "cpu")
     assert pipe.transformer.config.num_attention_heads == 2
     assert check_size(pipe, None, None) == (128, 128)
     assert torch.isfinite(draw(pipe, request_of(48, 80)).image).all()
 
 
-def test_positions_are_those_diffusers_computes(pipes):
-    """They are a buffer, not a weight that may be drawn at random."""
+def test_positions_are_those_that_diffusers_computes(pipes):
+    """They are a buffer, unlike the weights, which are random."""
     ours = pipes("sd35-medium").transformer
     with torch.random.fork_rng():
         theirs = SD3Transformer2DModel(**dict(ours.config) | {"num_layers": 1})
@@ -165,7 +165,7 @@ def test_text_is_padded_as_diffusers_pads_it(pipes):
     assert ids[0][2:] == ids[1][:3] == [1, 0, 0]  # </s>, then <pad>
 
 
-def test_the_picture_that_is_timed_is_the_pipelines_own(pipes):
+def test_the_timed_picture_is_the_pipelines_own(pipes):
     pipe, asked = pipes("sd3"), request_of()
     expected = pipe(
         asked.prompt,
@@ -186,7 +186,7 @@ def test_the_same_seed_builds_the_same_weights(pipes):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_sides_are_whole_patches_that_have_positions(pipes):
+def test_sides_are_whole_patches_within_the_position_table(pipes):
     pipe = pipes("sd3")
     assert denoiser(pipe) is pipe.transformer
     assert check_size(pipe, None, 3072) == (64, 3072)
@@ -203,7 +203,7 @@ def test_sides_are_whole_patches_that_have_positions(pipes):
         check_steps(pipe, 1001)
 
 
-def test_one_layer_is_counted(pipes):
+def test_the_least_memory_of_a_picture_is_one_layer(pipes):
     tokens = torch.empty(2, (128 // 16) * (64 // 16), pipes("sd3").transformer.inner_dim)
     assert least(pipes("sd3"), 128, 64) == 2 * tokens.nbytes
 
@@ -219,7 +219,7 @@ def test_the_truth_of_a_step_is_the_transformers(pipes):
 
 
 @pytest.mark.parametrize("name", ["sd35-medium", "sd3-t5"])
-def test_what_was_saved_is_loaded_and_draws_the_same(name, pipes, tmp_path):
+def test_a_saved_pipeline_loads_and_draws_the_same(name, pipes, tmp_path):
     pipe = pipes(name)
     pipe.save_pretrained(tmp_path / "pipe")
     again = load(tmp_path / "pipe", torch.float32, "cpu")
@@ -230,7 +230,7 @@ def test_what_was_saved_is_loaded_and_draws_the_same(name, pipes, tmp_path):
         ours, theirs = (getattr(one, part).state_dict() for one in (pipe, again))
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), part
-    # weights that lie elsewhere in memory are rounded otherwise
+    # the alignment of weights in memory changes rounding
     pictures = (draw(one, request_of()).image.numpy() for one in (again, pipe))
     np.testing.assert_allclose(*pictures, atol=1e-4)
     plan = of_folder(tmp_path / "pipe")
@@ -243,7 +243,7 @@ def test_what_was_saved_is_loaded_and_draws_the_same(name, pipes, tmp_path):
     assert (plan.side, plan.factor, plan.upcasts) == (8, 8, (False,))
 
 
-def test_a_blueprint_of_a_preset():
+def test_the_blueprint_of_a_preset_has_its_sizes():
     plan = of_preset("sd35-medium")
     assert isinstance(plan.denoiser, SD3Transformer2DModel)
     assert plan.vae.config.latent_channels == 16
@@ -287,7 +287,7 @@ def test_damage_is_one_sentence(message, saved, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_transformer_or_with_more_channels(saved, tmp_path):
+def test_a_folder_without_a_transformer_or_with_more_channels_is_refused(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "pipe")
     config, index = folder / "transformer/config.json", folder / "model_index.json"
     config.write_text(config.read_text().replace('"in_channels": 16', '"in_channels": 33'))
@@ -299,7 +299,7 @@ def test_a_folder_without_a_transformer_or_with_more_channels(saved, tmp_path):
         check_folder(folder)
 
 
-def test_bench_draws_it(tmp_path):
+def test_bench_draws_the_preset(tmp_path):
     options = ("--scale", SMALL, "--steps", 1, "--rounds", 2, "--device", "cpu")
     file = tmp_path / "bench.json"
     code, out, err = run(

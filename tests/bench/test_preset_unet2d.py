@@ -1,4 +1,4 @@
-"""Presets that draw pixels without a text: published sizes, and every command that takes them."""
+"""Presets that draw pixels without a prompt: published sizes, and each command that takes them."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_scale_one_has_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize(("name", "side"), [("ddpm-cifar", 8), ("consistency-64", 8)])
-def test_scaled_down_it_draws_a_picture(name, side):
+def test_a_small_preset_draws_a_picture(name, side):
     pipe = build(name, 0.1, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     image = draw(pipe, Request("", 2, side, side, torch.empty(0), seed=0)).image
@@ -35,7 +35,7 @@ def test_scaled_down_it_draws_a_picture(name, side):
 
 
 def test_the_truth_is_drawn_from_the_same_noise():
-    """Else a float64 pipeline, which draws its noise itself, would draw another picture."""
+    """Otherwise the float64 pipeline would sample its own noise and draw another picture."""
     pipe = build("ddpm-cifar", 0.1, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     truth = find_truth(pipe, Request("", 3, 8, 8, torch.empty(0), seed=0))
@@ -51,7 +51,7 @@ def test_the_truth_is_drawn_from_the_same_noise():
 SMALL = ("--preset", "ddpm-cifar", "--scale", 0.1)
 
 
-def test_bench_times_them_and_holds_them_to_float64(tmp_path):
+def test_bench_times_a_preset_and_checks_it_against_float64(tmp_path):
     file = tmp_path / "bench.json"
     code, out, err = run(
         *("bench", *SMALL, "--backends", "fastdiff", "--device", "cpu"),
@@ -65,7 +65,7 @@ def test_bench_times_them_and_holds_them_to_float64(tmp_path):
     assert not any(row["decode_samples_ms"] or row["text_samples_ms"] for row in rows)
 
 
-def test_count_graph_and_roofline_take_them():
+def test_count_graph_and_roofline_take_the_presets():
     code, out, err = run("count", *SMALL, "--device", "cpu", "--steps", 2)
     assert code == 0, err
     assert "fastdiff" in out

@@ -1,4 +1,4 @@
-"""Presets are the real architectures: their published sizes at scale 1, their structure below."""
+"""Presets are the real architectures: published sizes at scale 1, the same structure below."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ PUBLISHED = {
     "x4": 473_398_020,
 }
 VAE = {"x4": 55_325_927}
-"""By preset; the others share one."""
+"""Parameters of the VAE; the presets not named here share one."""
 
 
 def count(net):
@@ -50,7 +50,7 @@ def test_scale_one_has_the_published_number_of_parameters(name):
         ("x4", 1 / 8, {64, 128}),
     ],
 )
-def test_scaled_down_it_still_draws_with_the_real_head_widths(name, scale, widths):
+def test_a_small_preset_draws_with_the_real_head_widths(name, scale, widths):
     pipe = build(name, scale, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     _, full = PRESETS[name].network(1.0)
@@ -71,14 +71,13 @@ def test_scaled_down_it_still_draws_with_the_real_head_widths(name, scale, width
     assert drawing.image.std() > 0.01
 
 
-def test_the_prior_has_the_published_billion():
-    """Karlo's."""
+def test_the_prior_has_karlos_billion_parameters():
     net, side = blueprint("prior")
     assert (count(net), side) == (1_022_030_080, 0)
     assert autoencoder(PRESETS["prior"]) is None
 
 
-# the picture that each draws at its least size; the prior makes an embedding
+# shape of the smallest picture of each preset; the prior makes an embedding
 LEAST = {
     "dit-256": (64, 64, 3),
     "pixart-alpha": (64, 64, 3),
@@ -91,9 +90,9 @@ LEAST = {
 
 
 @pytest.mark.parametrize("name", LEAST)
-def test_all_that_was_only_counted_draws(name):
-    """Each is asked as its call wants it, and as a compiled one can answer; a VAE's time is its
-    own."""
+def test_each_other_preset_draws_eagerly_and_compiled(name):
+    """Each call has the arguments of its pipeline, and the VAE's time is kept apart from the
+    steps'."""
     pipe = build(name, 0.03, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     height, width = check_size(pipe, None, None)
@@ -111,8 +110,8 @@ def test_all_that_was_only_counted_draws(name):
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (2 if name == "unclip" else 1, {})
 
 
-def test_latent_diffusion_scaled_down_draws():
-    """It returns no latents, and decodes by itself."""
+def test_a_small_latent_diffusion_draws():
+    """Its pipeline returns no latents and always decodes."""
     pipe = build("ldm", 1 / 8, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

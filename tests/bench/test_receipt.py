@@ -1,4 +1,4 @@
-"""The receipt against closed forms, skimage and a pipeline that is float64 throughout."""
+"""The receipt against closed forms, skimage and a pipeline in float64 throughout."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(scope="module")
 def plain():
-    """A truth of round numbers: eager errs by 0.001 in a step, by 0.01 in the picture."""
+    """A truth with round numbers: eager's error is 0.001 in a step and 0.01 in the picture."""
     picture = torch.rand(16, 16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     output = torch.linspace(-4, 4, 64, dtype=torch.float64).reshape(2, 2, 4, 4)
     return Truth(
@@ -30,7 +30,7 @@ def plain():
     )
 
 
-def test_psnr_of_a_known_offset_and_as_skimage_has_it():
+def test_psnr_of_a_known_offset_and_against_skimage():
     a = np.random.default_rng(0).uniform(0, 0.8, (16, 16, 3))
     assert psnr(a, a + 0.1) == pytest.approx(20.0)
     b = np.random.default_rng(1).uniform(0, 1, (16, 16, 3))
@@ -38,14 +38,14 @@ def test_psnr_of_a_known_offset_and_as_skimage_has_it():
     assert psnr(a, a) == math.inf
 
 
-def test_figures_of_a_known_picture_and_step(plain):
+def test_figures_for_a_known_picture_and_step(plain):
     receipt = check(plain.picture, plain.output + 0.0015, plain)
     assert receipt.max_abs == pytest.approx(0.01)
     assert receipt.psnr_db == pytest.approx(40.0)
     assert receipt.picture_rms_vs_fp64 == 0
     assert receipt.picture_rms_eager_vs_fp64 == pytest.approx(0.01)
     assert receipt.err_vs_fp64 == pytest.approx(0.0015)
-    assert receipt.err_eager_vs_fp64 == pytest.approx(0.001)  # the worse of its two layouts
+    assert receipt.err_eager_vs_fp64 == pytest.approx(0.001)  # the worse of eager's two layouts
     assert receipt.budget == pytest.approx(2 * (0.001 + EPS * 4))
     assert receipt.passed
 
@@ -69,20 +69,20 @@ def test_the_same_picture_has_ssim_one(plain):
         (math.inf, 0.0, False),
     ],
 )
-def test_each_gate_closes_alone(plain, picture_off, output_off, passed):
+def test_each_limit_alone_fails_the_receipt(plain, picture_off, output_off, passed):
     picture = plain.picture.clone()
     picture += picture_off
     output = plain.output + torch.where(plain.output == 4, output_off, 0.0)
     assert check(picture, output, plain).passed is passed
 
 
-def test_a_quarter_of_an_eight_bit_step_is_no_difference(plain):
+def test_a_quarter_of_an_eight_bit_level_passes(plain):
     exact = replace(plain, picture_eager=plain.picture)
     assert check(plain.picture + 0.0009, plain.output, exact).passed
     assert not check(plain.picture + 0.0011, plain.output, exact).passed
 
 
-def test_truth_is_what_a_pipeline_in_float64_draws(truth, request_):
+def test_the_truth_is_what_a_float64_pipeline_draws(truth, request_):
     pipe = load_demo(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     picture = pipe(

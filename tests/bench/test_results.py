@@ -1,4 +1,4 @@
-"""JSON holds no infinities."""
+"""The JSON of a result: no infinities, and the time of its making."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def test_infinity_and_nan_become_null():
     assert document["rows"][0]["receipt"]["ssim"] == 1.0
 
 
-def test_a_result_tells_when_it_was_made():
+def test_a_result_holds_its_time():
     document = json.loads(to_json(Result({}, {}, None, "fastdiff bench", ())))
     made = datetime.fromisoformat(document["created"])
     assert timedelta() <= datetime.now(UTC) - made < timedelta(minutes=1)

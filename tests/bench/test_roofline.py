@@ -1,4 +1,4 @@
-"""Blocks against the whole, against torch's own counter on diffusers' modules, floors by hand."""
+"""The roofline: blocks against the whole picture and against torch's counts, floors by hand."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def pipe(small_demo):
 
 @pytest.fixture(scope="module")
 def priced(pipe):
-    """`small_demo` on an H200, measured here; `pipe` is eager again afterwards."""
+    """The roofline of `small_demo` for an H200, with times of this machine; `pipe` stays eager."""
     return roofline(pipe, "h200", steps=STEPS, rounds=2)
 
 
@@ -41,7 +41,7 @@ def row(priced: Roofline, block: str):
     return next(row for row in priced.rows if row.block == block)
 
 
-def test_scopes_nest_and_cost_nothing_to_others():
+def test_scopes_nest_and_cost_nothing_when_nobody_watches():
     heard = []
     with watching(heard.append), scope("a"):
         with scope("b"):
@@ -52,8 +52,8 @@ def test_scopes_nest_and_cost_nothing_to_others():
     assert scope("d") is scope("e")  # nobody watches
 
 
-def test_blocks_add_up_to_a_whole_picture_with_all_its_steps(pipe, priced):
-    """Counted without blocks, no step left out: the first one does stand for all."""
+def test_blocks_add_up_to_the_whole_picture(pipe, priced):
+    """The whole is counted over all steps, without blocks; the roofline counts one step for all."""
     compiled = fastdiff.compile(copy.deepcopy(pipe))
 
     def draw():
@@ -71,11 +71,11 @@ def test_blocks_add_up_to_a_whole_picture_with_all_its_steps(pipe, priced):
     assert total(counter.blocks) == whole
 
 
-def test_blocks_of_a_step_add_up_to_what_count_tells(pipe, priced):
+def test_blocks_of_a_step_add_up_to_the_counts_of_fastdiff_count(pipe, priced):
     *_, fast = count_pipe(copy.deepcopy(pipe), STEPS, SIDE, SIDE)
     step = total(fast.counts.step)
     rows = [row for row in priced.rows if row.per == "step"]
-    assert sum(row.bytes for row in rows) <= step.bytes  # which holds a row of time as well
+    assert sum(row.bytes for row in rows) <= step.bytes  # it includes a row of time
     time = step.flops - sum(row.flops for row in rows)
     named = pipe.unet.named_modules()
     layers = [m for n, m in named if n.endswith(("time_emb_proj", "linear_1", "linear_2"))]
@@ -84,7 +84,8 @@ def test_blocks_of_a_step_add_up_to_what_count_tells(pipe, priced):
 
 @torch.no_grad()
 def test_flops_of_blocks_are_those_of_torch_on_diffusers_modules(pipe, priced):
-    """A guided step gives the middle and the up blocks two pictures; ours make no rows there."""
+    """In a guided step the middle and the up blocks compute two pictures; in fastdiff the text's
+    keys and values and the time embedding are computed elsewhere."""
     side = SIDE // pipe.vae_scale_factor
     latents = torch.randn(2, 4, side, side)
     text = torch.randn(2, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
@@ -111,7 +112,7 @@ def test_flops_of_blocks_are_those_of_torch_on_diffusers_modules(pipe, priced):
         assert row(priced, block).flops == found - hoisted(module), block
 
 
-def test_every_block_is_there_once_in_the_order_of_a_picture(priced):
+def test_each_block_appears_once_in_the_order_of_a_picture(priced):
     names = [row.block for row in priced.rows]
     assert names == [
         *("text encoder", "text rows", "time rows", "conv in", "down 0", "down 1"),
@@ -122,7 +123,7 @@ def test_every_block_is_there_once_in_the_order_of_a_picture(priced):
     assert [row.block for row in priced.rows if row.per == "step"] == step
 
 
-def test_measured_where_a_block_runs_again_by_itself(priced):
+def test_each_block_that_can_run_alone_is_timed(priced):
     for row in priced.rows:
         if row.block == "the rest":
             assert row.measured_ms is None
@@ -130,7 +131,7 @@ def test_measured_where_a_block_runs_again_by_itself(priced):
             assert row.measured_ms > 0, row.block
 
 
-def test_a_stopwatch_gives_a_blocks_time_to_the_block():
+def test_a_stopwatch_times_each_block():
     def work():
         with scope("a"):
             torch.randn(10)
@@ -148,7 +149,7 @@ def test_floors_by_hand():
     assert floor(Tally(9, 10**9, 10**12), gpu, bf16) == (pytest.approx(10.0), "compute")
     assert floor(Tally(9, 10**9, 10**12), gpu, fp32) == (pytest.approx(20.0), "compute")
     assert floor(Tally(9, 10**12, 10**12), gpu, bf16) == (pytest.approx(500.0), "memory")
-    h200 = GPUS["h200"]  # as measured, where it was
+    h200 = GPUS["h200"]  # reported rates go before the datasheet's
     assert floor(Tally(1, 0, 79 * 10**10), h200, bf16) == (pytest.approx(1.0), "compute")
     assert floor(Tally(1, 43 * 10**8, 0), h200, bf16) == (pytest.approx(1.0), "memory")
 
@@ -163,7 +164,7 @@ def test_shares_and_sums_of_floors(priced):
     assert up.share == pytest.approx(STEPS * up.floor_ms / priced.image_ms)
 
 
-def test_gpus():
+def test_the_table_of_gpus_is_consistent():
     for name, gpu in GPUS.items():
         assert gpu_named(name.upper()) is gpu
         assert gpu_called(gpu.device) is gpu
@@ -186,10 +187,10 @@ def test_the_pipeline_is_left_as_it_was(pipe, priced):
     for one, other in zip(again.rows, priced.rows, strict=True):
         assert [getattr(one, p) for p in PARTS] == [getattr(other, p) for p in PARTS]
     images = compiled("red heart", num_inference_steps=2, output_type="pt").images
-    assert images.std() > 0  # it computes
+    assert images.std() > 0  # the kernels compute again
 
 
-def test_what_cannot_be_priced(pipe):
+def test_a_request_without_a_roofline_is_refused(pipe):
     with pytest.raises(UserError, match="a Linear has no roofline"):
         roofline(torch.nn.Linear(1, 1))
     with pytest.raises(UserError, match="use bfloat16"):
@@ -203,10 +204,10 @@ def test_what_cannot_be_priced(pipe):
         roofline(pipe, steps=0)
 
 
-# 10 s and 2 GB; test_graph.py holds the FLOPs of the same step to diffusers' own.
+# 10 s and 2 GB; test_graph.py compares the FLOPs of the same step with diffusers' own.
 @pytest.mark.product
-def test_full_size_sd15():
-    """1.61 TFLOP by count of the architecture, less what is hoisted or shared by both halves."""
+def test_sd15_at_full_size():
+    """The architecture has 1.61 TFLOP; work hoisted or shared by the guidance halves is less."""
     pipe = presets.build("sd15", 1.0, torch.bfloat16, "cpu")
     priced = fastdiff.roofline(fastdiff.compile(pipe), "h200")
     step = sum(row.flops for row in priced.rows if row.per == "step")
@@ -218,12 +219,12 @@ def test_full_size_sd15():
     assert "no block was measured" in str(priced)
 
 
-def test_command_writes_what_it_prints(tmp_path, small_folder):
+def test_the_command_writes_the_printed_roofline_as_json(tmp_path, small_folder):
     file = tmp_path / "roofline.json"
     options = ("--gpu", "rtx4090", "--steps", "2", "--rounds", "2", "--measure")
     code, out, err = run("roofline", small_folder, *options, "--json", file)
     assert code == 0, err
-    out = " ".join(out.split())  # lines are as wide as what they are read on
+    out = " ".join(out.split())  # the terminal's width decides where lines break
     written = json.loads(file.read_text())
     assert written["schema"] == "fastdiff.roofline/1"
     assert written["gpu"]["tflops_fp16"] == 165.2
@@ -238,8 +239,8 @@ def test_command_writes_what_it_prints(tmp_path, small_folder):
     assert f"measured on {written['measured_on']}: kernels called one by one" in out
 
 
-def test_a_ceiling_says_what_it_is_and_what_was_assumed(tmp_path, small_folder, pipe):
-    """Nobody kept a sample of the H200's rates; the RTX 4090's are its maker's."""
+def test_rates_name_their_source_and_assumptions_are_listed(tmp_path, small_folder, pipe):
+    """The H200's rates are reported, without stored samples; the RTX 4090's are its datasheet's."""
     file = tmp_path / "roofline.json"
     code, out, err = run(
         "roofline", small_folder, "--steps", "2", "--device", "cpu", "--json", file

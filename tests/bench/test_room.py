@@ -1,4 +1,4 @@
-"""A picture too large for memory is one sentence, at once or when torch asks for too much."""
+"""A picture too large for memory is one sentence, at once or when torch fails to allocate."""
 
 import resource
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from fastdiff.errors import UserError
 GIB = 2**30
 
 
-def test_one_layer_is_counted(demo):
+def test_the_least_memory_of_a_picture_is_one_layer(demo):
     channels = demo.unet.config.block_out_channels[0]
     sample = torch.empty(2, channels, 128 // demo.vae_scale_factor, 64 // demo.vae_scale_factor)
     assert least(demo, 128, 64) == 2 * sample.nbytes
@@ -33,13 +33,13 @@ def test_terabytes_are_refused_at_once(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_torch_cannot_allocate_is_one_sentence(demo):
+def test_an_allocation_that_torch_refuses_is_one_sentence(demo):
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with (
         pytest.raises(UserError, match="--width 64 and --height 72 need more memory than there is"),
         room(demo, 72, 64, "cpu"),
     ):
-        torch.empty(available() + GIB, dtype=torch.uint8)  # else granted, until it is written to
+        torch.empty(available() + GIB, dtype=torch.uint8)  # else granted until written to
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
@@ -52,17 +52,17 @@ def test_what_torch_cannot_allocate_is_one_sentence(demo):
         RuntimeError("Storage size calculation overflowed with sizes=[1]"),
     ],
 )
-def test_every_want_of_memory(demo, error):
+def test_each_out_of_memory_error_is_recognised(demo, error):
     with pytest.raises(UserError, match="need more memory"), room(demo, 64, 64, "cuda"):
         raise error
 
 
-def test_other_errors_are_what_they_are(demo):
+def test_other_errors_pass_unchanged(demo):
     with pytest.raises(RuntimeError, match="shapes"), room(demo, 64, 64, "cpu"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-def test_a_group_with_a_limit(tmp_path, monkeypatch):
+def test_the_limit_of_a_control_group_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(rooms, "GROUP", tmp_path)
     free = available()
     (tmp_path / "memory.max").write_text("max\n")
@@ -73,5 +73,5 @@ def test_a_group_with_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(rooms, "MEMORY", tmp_path / "nothing")
     assert available() is None
     pipe = SimpleNamespace()
-    with room(pipe, 64, 64, "cpu"):  # nothing is known: nothing is refused
+    with room(pipe, 64, 64, "cpu"):  # with unknown memory nothing is refused
         pass

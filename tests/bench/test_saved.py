@@ -1,4 +1,4 @@
-"""Folders as people have them: variants, other classes, damaged files. Loaded, or one sentence."""
+"""Saved folders with variants, other classes or damaged files load, or a sentence says why not."""
 
 import inspect
 import json
@@ -64,25 +64,25 @@ def same_weights(pipe, other):
 
 
 @pytest.mark.parametrize("files", [(UNET, VAE, TEXT), (UNET,), (VAE, TEXT)], ids=len)
-def test_a_variant_is_read_where_there_is_nothing_else(folder, demo, files):
+def test_a_variant_is_read_where_there_are_no_plain_weights(folder, demo, files):
     rename(folder, *files)
     same_weights(load(folder, torch.float32, "cpu"), demo)
 
 
-def test_what_save_pretrained_writes_with_a_variant(tmp_path, demo):
+def test_shards_of_a_variant_load(tmp_path, demo):
     demo.save_pretrained(tmp_path / "pipe", variant="fp16", max_shard_size="4MB")
     assert list((tmp_path / "pipe/unet").glob("*.fp16-00002-of-*.safetensors"))
     same_weights(load(tmp_path / "pipe", torch.float32, "cpu"), demo)
 
 
-def test_of_both_variants_the_plain_one_is_read_and_may_stand_beside_a_damaged_one(folder, demo):
+def test_plain_weights_are_read_even_beside_a_damaged_variant(folder, demo):
     for file in (UNET, VAE, TEXT):
         shutil.copy(folder / file, folder / file.replace(".safe", ".fp16.safe"))
     cut(folder / UNET.replace(".safe", ".fp16.safe"))
     same_weights(load(folder, torch.float32, "cpu"), demo)
 
 
-def test_no_one_variant_of_all(folder):
+def test_parts_in_different_variants_are_refused(folder):
     rename(folder, UNET)
     rename(folder, VAE, variant="bf16")
     with pytest.raises(UserError, match="holds unet as fp16, vae as bf16, but no variant"):
@@ -109,7 +109,7 @@ DAMAGED = {
         f / "unet/diffusion_pytorch_model.bin"
     ),
     "unet: its weights lack conv_in.weight": lambda f: without(f / UNET, "conv_in.weight"),
-    # transformers would draw it at random, with a word that the command line does not show
+    # transformers would initialise it randomly, with a warning that the command does not show
     "text_encoder: its weights lack .*final_layer_norm.bias": lambda f: without(
         f / TEXT, next(k for k in load_file(f / TEXT) if k.endswith("final_layer_norm.bias"))
     ),
@@ -124,7 +124,7 @@ def test_damage_is_one_sentence_and_names_the_file(folder, tmp_path, message):
     assert "\n" not in str(caught.value)
 
 
-def test_commands_say_so_too(folder, tmp_path):
+def test_commands_name_the_damaged_file(folder, tmp_path):
     cut(folder / UNET)
     for command in (
         ("generate", "--prompt", "sun", "--out", tmp_path / "x.png", folder),
@@ -146,7 +146,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
-def test_another_class_loads_as_its_sibling_that_draws_from_text(kind, demo, tmp_path):
+def test_an_image_class_loads_as_its_text_to_image_sibling(kind, demo, tmp_path):
     kind(**demo.components, requires_safety_checker=False).save_pretrained(tmp_path / "pipe")
     pipe = load(tmp_path / "pipe", torch.float32, "cpu")
     assert type(pipe) is OTHERS[kind]
@@ -163,7 +163,7 @@ def test_an_image_to_image_folder_draws_what_the_text_to_image_one_draws(demo, t
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
-def test_xl_siblings(tmp_path):
+def test_an_sdxl_sibling_loads_and_a_refiner_is_refused(tmp_path):
     pipe = build("sdxl", 0.05, torch.float32, "cpu")
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     StableDiffusionXLImg2ImgPipeline(**parts).save_pretrained(tmp_path / "pipe")
@@ -173,7 +173,7 @@ def test_xl_siblings(tmp_path):
         check_folder(tmp_path / "pipe")
 
 
-def test_every_class_that_compile_takes_is_loaded_or_refused_in_one_sentence(folder):
+def test_each_class_that_compile_takes_loads_or_is_refused_in_one_sentence(folder):
     edit_json(folder / "unet/config.json", time_cond_proj_dim=32)
     for name, recipe in RECIPES.items():
         edit_json(folder / "model_index.json", _class_name=name)
@@ -210,7 +210,7 @@ def test_latent_consistency_models(demo, tmp_path):
         check_folder(folder)
 
 
-def test_a_u_net_that_reads_a_mask_is_refused(folder):
+def test_an_inpainting_unet_is_refused(folder):
     edit_json(folder / "unet/config.json", in_channels=9)
     edit_json(folder / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
     with pytest.raises(UserError, match="takes 9 channels but latents have 4, so it draws from"):

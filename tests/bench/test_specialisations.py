@@ -1,4 +1,4 @@
-"""How many kernels a pipeline needs compiled: few, as Triton counts them, and CI says when not."""
+"""How many compiled kernels a pipeline needs, as Triton counts them; CI fails above a limit."""
 
 import json
 from functools import cache
@@ -32,7 +32,7 @@ def _counted_once(monkeypatch):
 
 @pytest.mark.parametrize(("pipeline", "arch"), covered(PIPELINES, SMS, together=1))
 def test_a_pipeline_needs_few_kernels(pipeline, arch):
-    """SD1.5 needed 76, of which 45 were GroupNorm's, SDXL 55."""
+    """It once took 76 for SD1.5 (45 of them for GroupNorm) and 55 for SDXL."""
     kernels = counted(pipeline, arch, torch.float16)
     assert sum(kernels.values()) <= MOST == 30
     norms = ("_one_pass_kernel", "_twice_kernel", "_statistics_kernel", "_apply_kernel")
@@ -40,7 +40,7 @@ def test_a_pipeline_needs_few_kernels(pipeline, arch):
     assert {"_apply_kernel", "_ada_norm_kernel", "_guided_step_kernel"} <= set(kernels)
 
 
-def test_each_of_them_is_another_source_for_triton(compiling):
+def test_each_counted_kernel_is_a_different_source_for_triton(compiling):
     found, hashes = compiling(HASHED).split()
     assert found == hashes
 
@@ -55,7 +55,7 @@ def test_the_command_counts(tmp_path):
     assert "_apply_kernel · sm_90" in out
 
 
-def test_too_many_are_a_sentence_and_exit_1(monkeypatch):
+def test_too_many_kernels_are_one_sentence_and_exit_code_1(monkeypatch):
     monkeypatch.setattr(specialisations, "MOST", 20)
     code, _, err = run("inspect", "--count", "--arch", "90")
     assert code == 1
@@ -64,7 +64,7 @@ def test_too_many_are_a_sentence_and_exit_1(monkeypatch):
 
 
 @pytest.mark.parametrize("more", [["attention"], ["--models"]])
-def test_a_count_is_of_pipelines(more):
+def test_count_takes_neither_a_kernel_nor_models(more):
     code, _, err = run("inspect", "--count", *more)
     assert code == 2
     assert "--count takes no kernel" in err

@@ -1,4 +1,4 @@
-"""Intervals and verdicts against samples whose true ratio is known."""
+"""Confidence intervals and verdicts on samples whose true ratio is known."""
 
 import numpy as np
 import pytest
@@ -18,14 +18,15 @@ ROUNDS, PAIRS, FLOOR = 15, 6, 0.03
 
 
 def samples(rng, factor=1.0):
-    """Two contenders on a machine whose speed wanders threefold; the second `factor` as slow."""
+    """Times of two backends on a machine whose speed varies threefold; the second takes `factor`
+    times as long."""
     drift = rng.uniform(1, 3, ROUNDS)
     first, second = (drift * np.exp(rng.normal(0, 0.03, ROUNDS)) for _ in range(2))
     return list(10 * first), list(10 * factor * second)
 
 
 def pairs(rng, factor=1.0, own=0.01, noise=0.03, count=PAIRS):
-    """Process pairs; each process is a little faster or slower than its like, all rounds long."""
+    """Times of process pairs; each process has a speed of its own for all of its rounds."""
     base, new = [], []
     for _ in range(count):
         speeds = np.exp(rng.normal(0, own, 2))
@@ -36,7 +37,7 @@ def pairs(rng, factor=1.0, own=0.01, noise=0.03, count=PAIRS):
 
 
 def rounds_alone(base, new):
-    """What one would say who takes each round for a sample of its own."""
+    """The estimate if every round, not every process pair, were a sample."""
     return between_runs([1.0] * len(base), np.array(new) / np.array(base))
 
 
@@ -44,14 +45,14 @@ def verdicts(found):
     return [judged.verdict for judged in found]
 
 
-def test_same_against_same_holds_one_as_often_as_it_says():
+def test_the_interval_of_equal_backends_has_its_coverage():
     rng = np.random.default_rng(1)
     ratios = [speedup(*samples(rng)) for _ in range(150)]
     held = np.mean([r.lo <= 1 <= r.hi for r in ratios])
-    assert held >= 0.90  # 95% said; 150 draws of it fall below 90% once in 400
+    assert held >= 0.90  # nominally 95%; 150 intervals fall below 90% once in 400 runs
 
 
-def test_a_slow_down_of_a_tenth_is_found_every_time():
+def test_a_slowdown_of_a_tenth_is_found_every_time():
     rng = np.random.default_rng(2)
     ratios = [speedup(*samples(rng, factor=1.1)) for _ in range(50)]
     assert all(r.hi < 1 for r in ratios)
@@ -69,21 +70,21 @@ def test_the_same_samples_give_the_same_interval():
 
 
 @pytest.mark.parametrize(("first", "second"), [([1.0], [1.0]), ([1.0, 2.0], [1.0])])
-def test_too_few_or_unpaired_samples(first, second):
+def test_too_few_or_unpaired_samples_are_refused(first, second):
     with pytest.raises(ValueError, match="at least two"):
         speedup(first, second)
 
 
 @pytest.mark.parametrize(("own", "count"), [(0.0, PAIRS), (0.02, PAIRS), (0.02, 25)])
-def test_the_interval_of_process_pairs_holds_the_truth_as_often_as_it_says(own, count):
+def test_the_interval_of_process_pairs_has_its_coverage(own, count):
     rng = np.random.default_rng(4)
     estimates = [across_processes(*pairs(rng, 1.07, own, count=count)) for _ in range(600)]
     held = np.mean([lo <= np.log(1.07) <= hi for lo, hi in (e.interval(0.05) for e in estimates)])
     assert held == pytest.approx(0.95, abs=0.03)  # 3.3 standard errors
 
 
-def test_a_disturbed_pair_among_many_does_not_hide_a_change():
-    """One of twenty had a neighbour: it is seven times as slow, whichever state it hit."""
+def test_one_disturbed_pair_among_many_does_not_hide_a_change():
+    """One of twenty processes takes seven times as long, in either state."""
     rng = np.random.default_rng(16)
     for hit in (0, 1):
         sides = pairs(rng, 1.08, count=20)
@@ -93,8 +94,8 @@ def test_a_disturbed_pair_among_many_does_not_hide_a_change():
         assert found.ratio.median == pytest.approx(1.08, rel=0.02)
 
 
-def test_rounds_of_processes_with_speeds_of_their_own_would_claim_too_much():
-    """What the process pair as the unit is for: by rounds, four of ten intervals miss."""
+def test_rounds_as_samples_would_give_intervals_that_are_too_narrow():
+    """This is why the process pair is the unit: with rounds, four of ten intervals miss."""
     rng = np.random.default_rng(5)
     missed = 0
     for _ in range(200):
@@ -104,7 +105,7 @@ def test_rounds_of_processes_with_speeds_of_their_own_would_claim_too_much():
     assert missed / 200 > 0.25
 
 
-def test_a_bootstrap_of_six_units_is_too_narrow_and_students_t_is_not():
+def test_of_six_units_a_bootstrap_is_too_narrow_and_students_t_is_not():
     rng = np.random.default_rng(6)
     units = rng.normal(0, 1, (500, 6))
     ends = bootstrap(
@@ -115,7 +116,7 @@ def test_a_bootstrap_of_six_units_is_too_narrow_and_students_t_is_not():
     assert np.mean([lo <= 0 <= hi for lo, hi in by_t]) == pytest.approx(0.95, abs=0.03)
 
 
-def test_the_median_of_rounds_has_a_bootstraps_error_or_a_little_more():
+def test_the_standard_error_of_a_median_is_at_most_15_percent_above_a_bootstraps():
     base, new = samples(np.random.default_rng(7), 1.1)
     logs = np.log(np.array(new) / base)
     drawn = bootstrap((logs,), np.median, n_resamples=20_000, rng=np.random.default_rng(0))
@@ -126,7 +127,7 @@ def test_the_median_of_rounds_has_a_bootstraps_error_or_a_little_more():
 
 @pytest.mark.parametrize("rows", [1, 20])
 def test_no_false_alarm_among_many_rows_without_a_floor(rows):
-    """Of 300 reports on nothing at most one in twenty calls something, however many rows it has."""
+    """Of 300 reports without a change at most one in twenty claims one, with 1 row or with 20."""
     rng = np.random.default_rng(8)
     alarms = 0
     for _ in range(300):
@@ -135,7 +136,7 @@ def test_no_false_alarm_among_many_rows_without_a_floor(rows):
     assert alarms / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
 
-def test_one_slow_row_among_many_is_the_one_that_is_called():
+def test_one_slow_row_among_many_is_the_only_one_called_slower():
     rng = np.random.default_rng(9)
     right = 0
     for _ in range(50):
@@ -145,7 +146,7 @@ def test_one_slow_row_among_many_is_the_one_that_is_called():
     assert right >= 48
 
 
-def test_a_verdict_is_where_the_interval_lies():
+def test_the_verdict_follows_from_where_the_interval_lies():
     rng = np.random.default_rng(10)
     edges = 1 / (1 + FLOOR), 1 + FLOOR
     seen = set()
@@ -179,8 +180,8 @@ def test_a_faster_state_is_the_inverse_of_a_slower_one():
     assert back.ratio.median == pytest.approx(1 / there.ratio.median)
 
 
-def test_as_many_more_samples_as_it_says_do_settle_it():
-    """Half of the time, for the samples seen so far are a chance, too."""
+def test_the_stated_number_of_further_samples_settles_a_verdict():
+    """At least half of the time: the estimate itself rests on random samples."""
     rng = np.random.default_rng(12)
     settled = 0
     for _ in range(40):
@@ -196,7 +197,7 @@ def test_as_many_more_samples_as_it_says_do_settle_it():
 
 
 @pytest.mark.parametrize("count", range(1, LEAST))
-def test_fewer_than_the_least_call_nothing_however_alike(count):
+def test_fewer_pairs_than_the_minimum_are_inconclusive(count):
     base, new = [[10.0]] * count, [[20.0]] * count
     (found,) = judge([across_processes(base, new)], [FLOOR])
     assert found.verdict == "inconclusive"
@@ -207,14 +208,14 @@ def test_fewer_than_the_least_call_nothing_however_alike(count):
     )
 
 
-def test_equal_samples_are_the_same():
+def test_equal_samples_are_called_the_same():
     (found,) = judge([across_processes([[5.0]] * 6, [[5.0]] * 6)], [FLOOR])
     assert found.verdict == "same"
     assert (found.ratio.lo, found.ratio.hi) == (1.0, 1.0)
 
 
-def test_a_yardstick_cancels_what_the_machine_was_doing():
-    """The second run's machine is half as fast; what is measured is a tenth slower."""
+def test_eager_as_a_yardstick_cancels_the_machines_speed():
+    """The second run's machine is half as fast, and the measured state a tenth slower."""
     rng = np.random.default_rng(13)
     eager, ours = (np.exp(rng.normal(0, 0.02, 40)) for _ in range(2))
     eager_later, ours_later = (2 * np.exp(rng.normal(0, 0.02, 40)) for _ in range(2))
@@ -226,7 +227,7 @@ def test_a_yardstick_cancels_what_the_machine_was_doing():
     assert np.exp(alone.log) == pytest.approx(2.2, rel=0.02)
 
 
-def test_two_runs_are_no_surer_than_their_rounds():
+def test_the_interval_between_two_runs_has_its_coverage():
     rng = np.random.default_rng(14)
     held = []
     for _ in range(300):
@@ -236,19 +237,19 @@ def test_two_runs_are_no_surer_than_their_rounds():
     assert np.mean(held) >= 0.93
 
 
-def test_every_row_has_a_floor_of_its_own():
+def test_each_row_has_its_own_floor():
     rng = np.random.default_rng(17)
     estimates = [across_processes(*pairs(rng, 1.1)) for _ in range(2)]
     assert verdicts(judge(estimates, [FLOOR, 0.25])) == ["slower", "same"]
 
 
-def test_two_pairs_that_contradict_each_other_have_an_interval_without_end():
+def test_two_contradicting_pairs_have_a_wide_but_finite_interval():
     (found,) = judge([across_processes([[1.0]] * 2, [[1.0], [9.0]])], [FLOOR])
     assert found.verdict == "inconclusive"
     assert np.isfinite(found.ratio.hi)
 
 
-def test_the_mean_of_ratios_that_may_err_together():
+def test_the_mean_of_ratios_with_correlated_errors_has_its_coverage():
     rng = np.random.default_rng(15)
     held = []
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""Turns are fair, and what is timed is the pipeline's own picture."""
+"""Backends take turns in random order, and the timed picture is the pipeline's own."""
 
 import gc
 
@@ -9,19 +9,19 @@ import torch
 from fastdiff.bench.timing import GUIDANCE_SCALE, draw, interleave
 
 
-def test_everyone_runs_once_a_round_in_changing_order():
+def test_each_backend_runs_once_a_round_in_random_order():
     calls = []
     runs = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
     done = []
     results = interleave(runs, rounds=20, seed=0, after_round=lambda round_, _: done.append(round_))
     orders = [tuple(calls[i : i + 3]) for i in range(0, 60, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert len(set(orders)) == 6  # all permutations turn up
+    assert len(set(orders)) == 6  # all permutations occur
     assert done == list(range(1, 21))
     assert all(calls[call - 1] == name for name in "abc" for call in results[name])
 
 
-def test_the_collector_rests_while_timing_and_wakes_after_an_error():
+def test_the_garbage_collector_pauses_while_timing_and_resumes_after_an_error():
     seen = []
     interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=1, seed=0)
     assert seen == [False]
@@ -31,7 +31,7 @@ def test_the_collector_rests_while_timing_and_wakes_after_an_error():
     assert gc.isenabled()
 
 
-def test_the_picture_is_the_one_the_pipeline_draws_by_itself(demo, request_):
+def test_the_timed_picture_is_the_pipelines_own(demo, request_):
     drawing = draw(demo, request_)
     expected = demo(
         request_.prompt,

@@ -1,4 +1,4 @@
-"""The tuner on a planted kernel, whose candidates are known to be slower, wrong or the same."""
+"""The tuner on a planted kernel whose candidates are known to be faster, slower or wrong."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from fastdiff.kernels.tuned import tunable
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Milliseconds that a launch says it took, and what it returns x multiplied by."""
+    """Milliseconds that a launch claims to take, and the factor by which it multiplies x."""
 
     pause: int
     factor: int
@@ -36,7 +36,7 @@ RULE = LaunchConfig(4, 1)
 
 @dataclass(frozen=True)
 class Waiting:
-    """A launch that needs no Triton and no time: it adds its milliseconds to those `spent`."""
+    """A launch without Triton or real time: it appends its milliseconds to `spent`."""
 
     x: torch.Tensor
     out: torch.Tensor
@@ -50,7 +50,7 @@ class Waiting:
 
 @pytest.fixture
 def planted(monkeypatch):
-    """planted(*candidates): an op that takes what it is told; the only one there is."""
+    """planted(*candidates): the only kernel that the tuner sees, with these candidates."""
     module = ModuleType("planted_gpu")
     monkeypatch.setitem(sys.modules, "planted_gpu", module)
     spent: list[int] = []
@@ -102,7 +102,7 @@ def rows_of(kernel, monkeypatch, **options):
     return rows, lines, budget
 
 
-def test_the_faster_is_kept_with_its_samples(planted, monkeypatch):
+def test_a_faster_candidate_is_kept_with_its_samples(planted, monkeypatch):
     faster = LaunchConfig(1, 1)
     rows, _, _ = rows_of(planted(LaunchConfig(8, 1), faster), monkeypatch)
     assert [row["key"] for row in rows] == [{"L": 4}, {"L": 8}]
@@ -114,13 +114,13 @@ def test_the_faster_is_kept_with_its_samples(planted, monkeypatch):
         assert measured["ratio"]["lo"] == measured["ratio"]["median"] == 4
 
 
-def test_slower_and_wrong_ones_leave_the_rule(planted, monkeypatch):
+def test_slower_and_wrong_candidates_keep_the_rule(planted, monkeypatch):
     rows, lines, _ = rows_of(planted(LaunchConfig(8, 1), LaunchConfig(1, 2)), monkeypatch)
     assert rows == []
     assert sum("LaunchConfig(pause=1, factor=2) is wrong" in line for line in lines) == 2
 
 
-def test_what_the_time_does_not_suffice_for_is_said(planted, monkeypatch, capsys):
+def test_cases_left_out_for_time_are_named(planted, monkeypatch, capsys):
     rows, _, budget = rows_of(planted(LaunchConfig(1, 1)), monkeypatch, minutes=0)
     budget.say()
     assert rows == []
@@ -133,14 +133,14 @@ def test_a_configuration_that_does_not_compile_is_refused(planted):
     assert tune.refused(question, LaunchConfig(1, 1), 90).startswith("does not compile: ")
 
 
-def test_what_was_sieved_elsewhere_is_not_compiled_again(planted, monkeypatch, tmp_path):
+def test_candidates_sieved_elsewhere_are_not_compiled_again(planted, monkeypatch, tmp_path):
     faster, spilling = LaunchConfig(2, 1), LaunchConfig(1, 1)
     kernel = planted(faster, spilling)
     row = SimpleNamespace(spills=0, fits=True, kernel="k", registers=1, shared=0, occupancy=1.0)
     row.limited_by, row.mma = "", ""
     bad = SimpleNamespace(**vars(row) | {"spills": 8})
-    told = {faster: [row], spilling: [bad], RULE: [row]}
-    monkeypatch.setattr(tune, "static_rows", lambda question, config, arch: told[config])
+    static = {faster: [row], spilling: [bad], RULE: [row]}
+    monkeypatch.setattr(tune, "static_rows", lambda question, config, arch: static[config])
     path = tmp_path / "sieved.json"
     tune.write_sieved(tune.sieve([kernel], 0, lambda line: None), path)
     monkeypatch.setattr(tune, "static_rows", None)
@@ -153,7 +153,7 @@ def test_what_was_sieved_elsewhere_is_not_compiled_again(planted, monkeypatch, t
         tune.read_sieved(path)
 
 
-def test_a_dry_run_writes_a_table_that_is_refused(planted, tmp_path, capsys):
+def test_the_table_of_a_dry_run_is_refused(planted, tmp_path, capsys):
     planted(LaunchConfig(1, 1))
     out = tmp_path / "sm_0.json"
     assert tune.main(["--dry-run", "--out", str(out)]) == 0
@@ -163,7 +163,7 @@ def test_a_dry_run_writes_a_table_that_is_refused(planted, tmp_path, capsys):
     assert document["rows"][0]["key"] == {"L": 4}
     with pytest.raises(ValueError, match="a dry run"):
         tuned.read(out, 0)
-    del document["dry_run"]  # but for that, it is what is read
+    del document["dry_run"]  # otherwise the table is valid
     out.write_text(json.dumps(document))
     assert tuned.read(out, 0) == {("waiting", "L=4"): {"pause": 1, "factor": 1}}
 
@@ -175,7 +175,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments", REFUSED)
-def test_one_sentence_and_2(planted, arguments, capsys):
+def test_bad_arguments_are_one_sentence_and_exit_code_2(planted, arguments, capsys):
     planted()
     with pytest.raises(SystemExit) as caught:
         tune.main(list(arguments))
@@ -184,7 +184,7 @@ def test_one_sentence_and_2(planted, arguments, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence_and_2(capsys):
+def test_without_a_gpu_the_tuner_ends_with_one_sentence(capsys):
     with pytest.raises(SystemExit) as caught:
         tune.main([])
     assert caught.value.code == 2
@@ -194,7 +194,7 @@ def test_without_a_gpu_one_sentence_and_2(capsys):
 
 
 @pytest.mark.parametrize("kernel", triton_kernels(), ids=lambda kernel: kernel.spec.name)
-def test_full_sizes_are_sizes_of_the_op(kernel):
+def test_each_full_size_is_valid_for_its_kernel(kernel):
     assert full(kernel)
     assert len(tiny(kernel)) == 1
     for case in full(kernel):

@@ -1,4 +1,4 @@
-"""Small whole documents of every kind that a report reads."""
+"""A small valid document of each kind that `fastdiff report` reads."""
 
 MACHINE = {"cpu": "AMD EPYC", "cores": 2, "threads": 2, "memory_bytes": 1, "gpu": None}
 VERSIONS = {"fastdiff": "0.1.0", "torch": "2.13.0+cpu", "triton": "3.9.0"}

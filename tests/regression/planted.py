@@ -1,8 +1,8 @@
-"""A copy of this project that is slower, or does more, where FASTDIFF_PLANTED says so.
+"""Makes a copy of this project whose slowdowns are set by the variable FASTDIFF_PLANTED.
 
-FASTDIFF_PLANTED="conv=0.1" makes the C++ convolution take a tenth longer, "loop=0.1" a step of the
-denoising loop; "launch", "copy" and "record" add to every step a launch, a copy of a tensor, and to
-every picture a recording. Several are joined by commas. Nothing of it is in what is shipped.
+FASTDIFF_PLANTED="conv=0.1" makes the C++ convolution take 10% longer, "loop=0.1" each step of the
+denoising loop; "launch" and "copy" add a launch or a tensor copy to each step, "record" adds a
+recording to each picture. Commas join several. The released code contains none of this.
 """
 
 import shutil
@@ -81,7 +81,7 @@ class Mark(NamedTuple):""",
 
 
 def plant(folder: Path) -> Path:
-    """Copy what git has of this project into the new `folder`, as it lies here, and edit it."""
+    """Copy this project's working tree, without ignored files, into `folder`, and apply EDITS."""
     listed = subprocess.run(
         [*f"git -C {ROOT} ls-files -z --cached --others --exclude-standard".split(), *COPIED],
         capture_output=True,
@@ -95,6 +95,6 @@ def plant(folder: Path) -> Path:
     for name, old, new in EDITS:
         path = folder / name
         text = path.read_text()
-        assert text.count(old) == 1, f"{name} has changed; plant anew: {old!r}"
+        assert text.count(old) == 1, f"{name} has changed; update EDITS: {old!r}"
         path.write_text(text.replace(old, new))
     return folder

@@ -1,4 +1,4 @@
-"""Comparisons with noise as it is: a level per process, a tail to the right."""
+"""Made-up comparisons with realistic noise: a level per process, and a skewed spread of times."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,7 +38,7 @@ PARTS = ("fastdiff · step", "fastdiff · image", "networks · step", "eager · 
 
 
 def time(name: str, factor: float, seed: int, ms: float = 5.0, processes=4, rounds=15) -> Line:
-    """A line whose new state is `factor` as slow; its verdict by a plain interval."""
+    """A line whose new state takes `factor` times as long, with a verdict by a simple interval."""
     rng = np.random.default_rng(seed)
 
     def side(level: float) -> np.ndarray:
@@ -66,7 +66,7 @@ def count(name: str, base: float | None, new: float | None, unit: str = "launche
 
 
 def comparison(*lines: Line, **changes: Any) -> Comparison:
-    """All kinds of lines, worst first, or the given ones."""
+    """A comparison of the given lines, by default of one of each kind, worst first."""
     if not lines:
         names = [f"{case} · {part}" for case in CASES for part in PARTS]
         factors = (1.31, 1.082, 1.0, 0.997, 1.0, 1.01, 0.82, 1.004, 0.99, 1.0, 1.0, 0.93)
@@ -105,7 +105,7 @@ def comparison(*lines: Line, **changes: Any) -> Comparison:
 
 
 def hostile() -> Comparison:
-    """Names from a stranger's file, everywhere a name can stand."""
+    """A comparison with hostile text in each place that shows text of a file."""
     lines = [time(f"{name} · {name}", 1.4, seed) for seed, name in enumerate(HOSTILE)]
     lines += [replace(line, verdict="inconclusive", note=line.name) for line in lines]
     lines += [count(name, 3, 3, name) for name in HOSTILE]
@@ -121,7 +121,7 @@ def hostile() -> Comparison:
 
 
 def history(commits: int = 14) -> list[Point]:
-    """Five backends, of which ours gets faster, lapses and recovers, and one comes late."""
+    """A history of five backends: fastdiff speeds up with one relapse, ort appears later."""
     rng = np.random.default_rng(5)
     levels = {"channels_last": 1.02, "inductor": 1.25, "networks": 2.6, "ort": 2.2, "fastdiff": 2.7}
     points = []

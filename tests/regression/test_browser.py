@@ -1,6 +1,6 @@
-"""The page in a real browser: nothing asked, nothing cut, readable in light and dark.
+"""The HTML report in a real browser: no request, no clipped text, contrast in light and dark.
 
-Leaves screenshots in build/ to look at.
+The tests leave screenshots in build/.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastdiff.regression.reports.page import history_page, page
 ROOT = Path(__file__).parents[2]
 CONTRAST = 4.5  # WCAG 2.2, 1.4.3, level AA
 
-# Of every text, HTML's and SVG's, against the nearest background that is not transparent.
+# Contrast of each text in HTML and SVG against the nearest background that is not transparent.
 CONTRASTS = """() => {
   const rgb = color => color.match(/[\\d.]+/g).map(Number);
   const light = color => rgb(color).slice(0, 3)
@@ -38,7 +38,7 @@ CONTRASTS = """() => {
   }
   return found;
 }"""
-# Text whose box leaves the viewport on a side, or lies over another text of the same figure.
+# CUT: texts whose box leaves the viewport on a side; OVERLAPS: texts over others of their figure.
 CUT = """() => [...document.querySelectorAll("svg text, h1, h2, p, td, th, dt, dd, figcaption, li")]
   .filter(node => node.getClientRects().length)
   .filter(node => { const box = node.getBoundingClientRect();
@@ -56,14 +56,14 @@ OVERLAPS = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
 SMALLEST = """() => Math.min(...[...document.querySelectorAll("svg text")]
   .filter(node => node.getClientRects().length)
   .map(node => parseFloat(getComputedStyle(node).fontSize) * node.getScreenCTM().a))"""
-# Strokes and fills of what is drawn, which a wrong variable would leave black in both schemes.
+# Strokes and fills of the figures; a wrong CSS variable would make them black in both schemes.
 DRAWN = """() => [...new Set([...document.querySelectorAll("svg path, svg use")]
   .map(node => getComputedStyle(node)).flatMap(style => [style.fill, style.stroke]))]"""
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The pages' files by name: all there is, a stranger's names, history, nothing."""
+    """Files of four pages by name: a full report, hostile text, a history, an empty report."""
     points = history.read(ROOT / "benchmarks" / "results") + synthetic.history()
     texts = {
         "report": page(synthetic.comparison(), points, [synthetic.ROOFLINE]),
@@ -80,7 +80,7 @@ def pages(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, pages):
-    """opened(name, scheme, width): the page, once it has loaded without a word or a request."""
+    """opened(name, scheme, width): the loaded page; it made no request and logged nothing."""
     contexts, noise = [], []
 
     def open_page(name, scheme, width):
@@ -112,7 +112,7 @@ def opened(browser, pages):
         [1280, 981, 761, 420, 320],
     ),
 )
-def test_readable(opened, name, scheme, width):
+def test_pages_are_readable(opened, name, scheme, width):
     tab = opened(name, scheme, width)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.evaluate(CUT) == []
@@ -127,7 +127,7 @@ def test_readable(opened, name, scheme, width):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_figures_wear_the_pages_colours(opened, scheme):
+def test_figures_use_the_pages_colours(opened, scheme):
     tab = opened("report", scheme, 1280)
     ground, ink = ("rgb(252, 252, 250)", "rgb(28, 30, 33)")
     if scheme == "dark":

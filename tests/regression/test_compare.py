@@ -1,4 +1,4 @@
-"""Verdicts of documents: what differs is called, what cannot be compared says why."""
+"""Verdicts on two documents: changes are called, and what cannot be compared says why."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def paired(factor, pairs=8, seed=0, **more):
     ("factor", "verdict", "code"),
     [(1.0, "same", 0), (1.1, "slower", 1), (0.9, "faster", 0), (1.03, "inconclusive", 3)],
 )
-def test_times_in_turn(tmp_path, factor, verdict, code):
+def test_verdicts_and_exit_codes_of_paired_times(tmp_path, factor, verdict, code):
     found = compare(pair_of(paired(factor)), "")
     assert [line.verdict for line in found.lines] == [verdict]
     assert found.exit_code == code
@@ -63,7 +63,7 @@ def test_times_in_turn(tmp_path, factor, verdict, code):
     assert f"exit code {code}" in out
 
 
-def test_the_floor_is_what_the_user_says():
+def test_the_user_sets_the_floor():
     assert compare(pair_of(paired(1.1)), "", floor=0.2).lines[0].verdict == "same"
     assert compare(pair_of(paired(1.02, pairs=20)), "", floor=0.005).lines[0].verdict == "slower"
 
@@ -74,7 +74,7 @@ def test_few_pairs_are_inconclusive_and_say_how_many_are_missing():
     assert line.note == "about 2 more process pairs would settle it"
 
 
-def test_rounds_of_one_process_pair_are_not_enough_however_many():
+def test_one_process_pair_is_not_enough_however_many_rounds():
     (line,) = compare(pair_of(paired(1.2, pairs=1)), "").lines
     assert (line.verdict, line.note) == (
         "inconclusive",
@@ -82,7 +82,7 @@ def test_rounds_of_one_process_pair_are_not_enough_however_many():
     )
 
 
-def test_a_first_picture_has_a_wider_floor_and_no_part_in_the_mean():
+def test_a_first_picture_has_a_wider_floor_and_is_not_in_the_mean():
     document = paired(1.0)
     first = [[100.0]] * 8, [[115.0]] * 8
     name = "fastdiff · first picture"
@@ -94,7 +94,7 @@ def test_a_first_picture_has_a_wider_floor_and_no_part_in_the_mean():
     assert lines(compare(pair_of(document), ""))[name].verdict == "slower"
 
 
-def test_a_row_that_one_state_lacks():
+def test_a_row_of_only_one_state_is_incomparable():
     document = paired(1.0)
     document["rows"] = {"base": ["fastdiff · step"], "new": ["fastdiff · step", "ort · step"]}
     found = compare(pair_of(document), "")
@@ -105,7 +105,7 @@ def test_a_row_that_one_state_lacks():
 @pytest.mark.parametrize(
     ("side", "verdict", "code"), [("new", "slower", 1), ("base", "incomparable", 3)]
 )
-def test_a_wrong_picture_is_a_regression_and_its_speed_is_not_told(side, verdict, code):
+def test_a_wrong_picture_is_a_regression_without_a_speed(side, verdict, code):
     document = paired(1.0, times=[])
     document["wrong"] = {"base": {}, "new": {}} | {side: {"fastdiff": "it is 20 dB from eager's"}}
     found = compare(pair_of(document), "")
@@ -128,20 +128,20 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("unit", COUNTED)
-def test_counters_are_exact_unless_they_jitter(unit):
+def test_counters_are_exact_but_for_peak_bytes_which_vary(unit):
     base, new, verdict = COUNTED[unit]
     document = paired(1.0)
     document["counts"] = {"base": {"it": [base, unit]}, "new": {"it": [new, unit]}}
     assert lines(compare(pair_of(document), ""))["it"].verdict == verdict
 
 
-def test_more_than_a_counter_may_jitter():
+def test_peak_bytes_beyond_their_variation_are_a_regression():
     document = paired(1.0)
     document["counts"] = {"base": {"it": [1000, "peak bytes"]}, "new": {"it": [1011, "peak bytes"]}}
     assert lines(compare(pair_of(document), ""))["it"].verdict == "slower"
 
 
-def test_a_state_from_before_counters_is_told_and_not_blamed():
+def test_a_base_without_counters_is_noted_and_passes():
     document = paired(1.0)
     document["counts"] = {"base": {}, "new": {"step · launches": [5, "launches"]}}
     found = compare(pair_of(document), "")
@@ -149,7 +149,7 @@ def test_a_state_from_before_counters_is_told_and_not_blamed():
     assert found.exit_code == 0
 
 
-def test_counters_do_not_vanish_without_a_word():
+def test_counters_missing_in_the_new_state_are_an_error():
     document = paired(1.0)
     document["counts"] = {"base": {"step · launches": [5, "launches"]}, "new": {}}
     found = compare(pair_of(document), "")
@@ -157,7 +157,7 @@ def test_counters_do_not_vanish_without_a_word():
     assert found.exit_code == 3
 
 
-def test_wrong_in_both_states_is_nobodys_regression():
+def test_a_picture_wrong_in_both_states_is_no_regression():
     document = paired(1.0, times=[])
     document["wrong"] = {side: {"fastdiff": "it is 20 dB from eager's"} for side in ("base", "new")}
     assert compare(pair_of(document), "").exit_code == 3
@@ -189,7 +189,7 @@ def test_every_static_number_is_a_gate(against):
         assert against(changed(STATIC, rows=[row]), STATIC).exit_code == 0
 
 
-def test_counts_of_other_versions_are_compared_while_they_are_equal(against):
+def test_counts_of_other_versions_pass_only_if_equal(against):
     update = VERSIONS | {"torch": "2.14.1"}
     assert against(COUNTS, changed(COUNTS, versions=update)).exit_code == 0
     more = changed(COUNTS, versions=update)
@@ -203,7 +203,7 @@ def test_counts_of_other_versions_are_compared_while_they_are_equal(against):
     assert against(COUNTS, more).exit_code == 1
 
 
-def test_a_baseline_that_lacks_a_row_is_none(against):
+def test_a_row_missing_in_either_state_fails_the_gate(against):
     more = changed(STATIC, rows=[*STATIC["rows"], STATIC["rows"][0] | {"case": "sd15-32-self"}])
     for base, new, where in ((STATIC, more, "NEW"), (more, STATIC, "BASE")):
         found = against(base, new)
@@ -214,14 +214,14 @@ def test_a_baseline_that_lacks_a_row_is_none(against):
     assert against(older, more).exit_code == 3
 
 
-def test_counts_with_and_without_draw_are_compared_in_what_both_have(against):
+def test_counts_with_and_without_draw_are_compared_where_both_have_numbers(against):
     plain = changed(COUNTS, rows=[row | {"drawn": None} for row in COUNTS["rows"]])
     found = against(plain, COUNTS)
     assert {line.verdict for line in found.lines} == {"same"}
     assert found.exit_code == 0
     (sentence,) = found.differences
     assert sentence.startswith("only NEW was counted with --draw, so recordings, compilations and")
-    found = against(COUNTS, plain)  # what was gated is not let go in silence
+    found = against(COUNTS, plain)  # NEW must not drop a gate that BASE has
     (line,) = (line for line in found.lines if line.verdict != "same")
     assert (line.name, line.verdict, found.exit_code) == ("drawn pictures", "incomparable", 3)
     assert line.note.endswith("count NEW with --draw, too")
@@ -230,7 +230,7 @@ def test_counts_with_and_without_draw_are_compared_in_what_both_have(against):
     assert against(COUNTS, more).exit_code == 1
 
 
-def test_a_row_of_another_case_is_no_more_than_the_others(against):
+def test_counts_of_another_case_are_incomparable(against):
     on_gpu = changed(COUNTS, case="demo, float16, cuda")
     on_gpu["rows"][1]["counts"] |= {"step_kernels": 9, "image_kernels": 9}
     found = against(COUNTS, on_gpu)
@@ -238,13 +238,13 @@ def test_a_row_of_another_case_is_no_more_than_the_others(against):
     assert found.exit_code == 3
 
 
-def test_what_depends_on_the_machine_is_not_counted_across_machines(against):
+def test_peak_memory_is_not_compared_across_machines(against):
     elsewhere = changed(COUNTS, machine=COUNTS["machine"] | {"cpu": "Intel"})
     elsewhere["rows"][1]["drawn"]["peak_bytes"] *= 2
     found = against(COUNTS, elsewhere)
     assert found.exit_code == 3
     assert lines(found)["fastdiff · peak memory"].note.startswith("cpu is AMD EPYC in BASE")
-    elsewhere["rows"][1]["drawn"]["again"] = 1  # what is recorded does not
+    elsewhere["rows"][1]["drawn"]["again"] = 1  # recordings do not depend on the machine
     assert against(COUNTS, elsewhere).exit_code == 1
 
 
@@ -259,7 +259,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("difference", DIFFERENT)
-def test_what_was_measured_elsewhere_is_not_compared(against, difference):
+def test_times_of_other_machines_or_versions_are_not_compared(against, difference):
     found = against(BENCH, changed(BENCH, **DIFFERENT[difference]))
     timed = [line for line in found.lines if line.kind == "time"]
     assert {line.verdict for line in timed} == {"incomparable"}
@@ -269,7 +269,7 @@ def test_what_was_measured_elsewhere_is_not_compared(against, difference):
     assert found.exit_code == 3
 
 
-def test_two_different_cases_have_nothing_to_compare(against):
+def test_two_different_cases_are_incomparable(against):
     other = changed(COUNTS, case="sd15, float16")
     found = against(COUNTS, other)
     assert {line.verdict for line in found.lines} == {"incomparable"}
@@ -283,8 +283,8 @@ def noisy(rng, speed, slow=1.0, n=21):
     return changed(BENCH, rows=rows)
 
 
-def test_runs_apart_are_compared_by_their_yardstick_and_a_wider_floor(against):
-    """The second run's machine was half as fast, which is nobody's regression."""
+def test_separate_runs_are_compared_relative_to_eager_with_a_wider_floor(against):
+    """The second run's machine was half as fast, which is no regression of the code."""
     rng = np.random.default_rng(0)
     found = against(noisy(rng, 1.0), noisy(rng, 2.0))
     assert (found.floor, found.paired, found.exit_code) == (0.10, False, 0)
@@ -294,7 +294,7 @@ def test_runs_apart_are_compared_by_their_yardstick_and_a_wider_floor(against):
     assert {line.verdict for line in found.lines if line.kind == "time"} == {"slower"}
 
 
-def test_worst_first_and_no_row_lost():
+def test_lines_are_sorted_worst_first_and_none_is_lost():
     rng = np.random.default_rng(1)
     factors = {"a": 1.0, "b": 1.5, "c": 0.8, "d": 1.2}
     base = {name: [list(np.exp(rng.normal(0, 0.01, 10))) for _ in range(8)] for name in factors}
@@ -308,14 +308,14 @@ def test_worst_first_and_no_row_lost():
     assert found.geomean.median == pytest.approx((1.5 * 0.8 * 1.2) ** 0.25)
 
 
-def test_nothing_at_all_is_no_pass(tmp_path):
+def test_a_comparison_of_nothing_does_not_pass(tmp_path):
     document = paired(1.0, times=[], rows={"base": [], "new": []})
     found = compare(pair_of(document), "")
     assert found.lines == ()
     assert found.exit_code == 3
 
 
-def test_states_compared_with_themselves(tmp_path):
+def test_a_state_compared_with_itself_is_the_same(tmp_path):
     path = tmp_path / "x.json"
     for document in (COUNTS, STATIC):
         path.write_text(json.dumps(document))

@@ -1,4 +1,4 @@
-"""Files are read or refused by a sentence: nothing damaged or foreign becomes a verdict."""
+"""Result files are read, or refused in one sentence: no damaged or foreign file gets a verdict."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def file(tmp_path):
     return write
 
 
-def test_a_bench_is_read_against_its_own_eager(file):
+def test_times_of_a_bench_are_relative_to_its_eager_row(file):
     side = read(file(BENCH))
     assert side.case == "demo, float32"
     step = side.times["fastdiff · step against eager"]
@@ -41,7 +41,7 @@ def test_a_backend_that_failed_its_receipt_is_wrong_and_has_no_time(file):
     assert side.times == {}
 
 
-def test_counts_are_fastdiffs_totals_and_what_real_pictures_took(file):
+def test_counts_are_fastdiffs_totals_and_numbers_of_drawn_pictures(file):
     counts = read(file(COUNTS)).counts
     assert counts["fastdiff · step · launches"] == (5, "launches")
     assert counts["fastdiff · step · bytes"] == (108, "bytes")
@@ -52,7 +52,7 @@ def test_counts_are_fastdiffs_totals_and_what_real_pictures_took(file):
     assert not any(name.startswith("eager") for name in counts)
 
 
-def test_a_static_row_is_named_by_all_that_tells_it_apart(file):
+def test_a_static_rows_name_holds_all_its_keys(file):
     counts = read(file(STATIC)).counts
     stem = "attention · _attention_kernel · sd15-64-self · float16 · sm_90"
     assert {name.removeprefix(f"{stem} · "): value for name, (value, _) in counts.items()} == {
@@ -67,7 +67,7 @@ def test_a_static_row_is_named_by_all_that_tells_it_apart(file):
     }
 
 
-def test_a_paired_file_holds_both(file):
+def test_a_paired_file_holds_both_states(file):
     pair = read_pair(file(PAIRED), None)
     assert pair.taken_in_turn
     assert (pair.base.state.name, pair.new.state.commit) == ("main", "abc1234-dirty")
@@ -79,7 +79,7 @@ def test_a_paired_file_holds_both(file):
     assert pair_of(PAIRED) == pair
 
 
-def test_what_pytest_benchmark_really_writes(tmp_path):
+def test_a_real_file_of_pytest_benchmark_is_read(tmp_path):
     test = tmp_path / "test_it.py"
     test.write_text("def test_sum(benchmark):\n    assert benchmark(sum, range(99)) == 4851\n")
     out = tmp_path / "out.json"
@@ -93,12 +93,14 @@ def test_what_pytest_benchmark_really_writes(tmp_path):
     assert name.endswith("test_it.py::test_sum")
     stats = document["benchmarks"][0]["stats"]
     assert timed.times == (tuple(1e3 * second for second in stats.pop("data")),)
-    out.write_text(json.dumps(document))  # as without --benchmark-save-data
+    out.write_text(
+        json.dumps(document)
+    )  # now without "data", as pytest-benchmark writes it by default
     assert read(out).times[name].times == ((1e3 * stats["median"],),)
 
 
 def damaged(path, value):
-    """PAIRED with `value` where `path` leads."""
+    """PAIRED with the item at `path` set to `value`, or deleted if that is None."""
     document = copy.deepcopy(PAIRED)
     *parents, last = path
     place = document
@@ -154,7 +156,7 @@ def test_damage_is_one_sentence(file, message):
         (("times", 0, "new", 3), []),
     ],
 )
-def test_samples_that_are_not_paired_are_damage(file, path, value):
+def test_unpaired_samples_are_refused(file, path, value):
     code, out, err = run("report", file(damaged(path, value)))
     assert (code, out) == (2, "")
     assert "rounds of BASE and" in err
@@ -169,7 +171,7 @@ def test_samples_that_are_not_paired_are_damage(file, path, value):
         ([bench_row("eager", []), bench_row("fastdiff", [4.0])], "fastdiff has no samples"),
     ],
 )
-def test_a_bench_without_its_yardstick_is_damage(file, rows, message):
+def test_a_bench_without_matching_eager_rounds_is_refused(file, rows, message):
     path = file(BENCH | {"rows": rows})
     code, out, err = run("report", path, path)
     assert (code, out) == (2, "")
@@ -184,14 +186,14 @@ def test_a_bench_without_its_yardstick_is_damage(file, rows, message):
         ((BENCH, PAIRED), "holds both states; give no second file"),
     ],
 )
-def test_how_many_files(file, documents, message):
+def test_one_paired_file_or_two_others_are_needed(file, documents, message):
     paths = [file(document, f"{i}.json") for i, document in enumerate(documents)]
     code, out, err = run("report", *paths)
     assert (code, out) == (2, "")
     assert message in err
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_one_sentence(tmp_path):
     code, out, err = run("report", tmp_path / "no.json", tmp_path / "no.json")
     assert (code, out) == (2, "")
     assert "no.json cannot be read: No such file" in err

@@ -1,4 +1,4 @@
-"""Points read from result files, those of this repository and broken ones."""
+"""Points of a history read from result files: this repository's, and broken ones."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def write(tmp_path):
     return to
 
 
-def test_the_results_of_this_repository():
+def test_the_results_of_this_repository_are_read():
     points = read(RESULTS)
     assert {point.machine for point in points} >= {"cpu-zen5-2core"}
     assert not [point for point in points if point.name.endswith(" · eager")]
@@ -69,7 +69,7 @@ def test_order_is_by_created_then_commit_then_file(tmp_path, write):
     assert not (tmp_path / "x").exists()
 
 
-def test_other_schemas_are_none_of_its_business(tmp_path, write):
+def test_files_of_other_schemas_are_skipped(tmp_path, write):
     write("counts/a.json", {"schema": "fastdiff.counts/1", "rows": 3})
     write("counts/b.json", [1, 2])
     assert read(tmp_path) == []
@@ -86,13 +86,13 @@ def test_a_broken_file_is_named(tmp_path, write, facts):
         read(tmp_path)
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         read(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_a_ratio_that_no_measurement_gives_is_one_sentence(tmp_path, write, value):
+def test_an_impossible_ratio_is_one_sentence(tmp_path, write, value):
     path = write("machine/a.json", document(value=value))
     with pytest.raises(UserError, match=f"^{path} says it is fastdiff.bench/1, but .*its ratio is"):
         read(tmp_path)

@@ -1,4 +1,4 @@
-"""JUnit XML: against a schema, and as an independent reader reads it."""
+"""JUnit XML against a schema and an independent reader."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from fastdiff.regression.reports.junit import junit
 SCHEMA = xmlschema.XMLSchema(Path(__file__).with_name("junit.xsd"))
 
 
-def test_the_schema_has_teeth():
+def test_the_schema_rejects_invalid_files():
     text = junit(synthetic.comparison())
     for good, bad in (('tests="16"', 'tests="many"'), ("<failure type=", "<failure kind=")):
         assert good in text
@@ -24,7 +24,7 @@ def test_the_schema_has_teeth():
     [synthetic.comparison(), synthetic.hostile(), synthetic.comparison(lines=(), geomean=None)],
     ids=["all", "hostile", "nothing"],
 )
-def test_valid_and_read_as_it_was_meant(comparison):
+def test_reports_are_valid_and_an_independent_reader_agrees(comparison):
     text = junit(comparison)
     SCHEMA.validate(text)
     (suite,) = JUnitXml.fromstring(text.encode())
@@ -37,7 +37,7 @@ def test_valid_and_read_as_it_was_meant(comparison):
     assert suite.errors == 0
 
 
-def test_a_case_says_what_happened():
+def test_a_test_case_holds_the_verdict():
     (suite,) = JUnitXml.fromstring(junit(synthetic.comparison()).encode())
     slower, *_ = suite
     assert (slower.classname, slower.name) == ("demo, float32", "fastdiff · step")

@@ -1,4 +1,4 @@
-"""Markdown, read by a renderer of GitHub's dialect."""
+"""The Markdown report, rendered with GitHub's extensions."""
 
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +14,7 @@ LIMIT = 65_536
 
 
 class Reader(HTMLParser):
-    """Cells of every table as plain text, and each tag that was opened."""
+    """Collects the cells of each table as plain text, all tags, and all links."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def rendered(text):
     return reader
 
 
-def test_table_of_what_changed_and_of_the_rest():
+def test_tables_of_changed_rows_equal_rows_and_environment():
     comparison = synthetic.comparison()
     text = markdown(comparison)
     assert text.splitlines()[0] == MARKER == "<!-- fastdiff-report -->"
@@ -73,7 +73,7 @@ def test_table_of_what_changed_and_of_the_rest():
     assert ["torch ⚠️", "2.13.0+cpu", "2.13.1+cpu"] in environment
 
 
-def test_a_strangers_names_stay_text():
+def test_hostile_names_stay_plain_text():
     comparison = synthetic.hostile()
     text = markdown(comparison)
     reader = rendered(text)
@@ -95,7 +95,7 @@ def test_a_strangers_names_stay_text():
 
 @pytest.mark.parametrize("verdict", ["slower", "same", "inconclusive"])
 @pytest.mark.parametrize("name", ["row", "`|" * 200, "🚀" * 200])
-def test_a_comment_has_room_for_it(verdict, name):
+def test_the_report_fits_into_a_github_comment(verdict, name):
     line = replace(synthetic.count(name, 3, 3), verdict=verdict, note=name)
     state = replace(
         synthetic.BASE, name=name * 9, versions={f"{name}{i}": name for i in range(500)}
@@ -113,6 +113,6 @@ def test_a_comment_has_room_for_it(verdict, name):
     assert reader.tags[-1] == "/details"
 
 
-def test_a_comparison_of_nothing():
+def test_a_comparison_of_nothing_says_so():
     text = markdown(synthetic.comparison(lines=(), geomean=None))
     assert "### ❔ Nothing was compared" in text

@@ -1,4 +1,4 @@
-"""The HTML page as text; test_browser.py opens it."""
+"""The HTML page as text; test_browser.py opens it in a browser."""
 
 import re
 import sys
@@ -34,11 +34,11 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def whole():
-    """The page with all there is."""
+    """The page with a comparison, a history and a roofline."""
     return page(synthetic.comparison(), history.read(RESULTS), [synthetic.ROOFLINE])
 
 
-def test_all_rows_and_facts_stand_in_it(whole):
+def test_the_page_holds_all_rows_and_facts(whole):
     comparison = synthetic.comparison()
     reader = Reader(whole)
     for line in comparison.lines:
@@ -51,7 +51,7 @@ def test_all_rows_and_facts_stand_in_it(whole):
     assert whole == page(comparison, history.read(RESULTS), [synthetic.ROOFLINE])
 
 
-def test_nothing_is_asked_of_a_network_and_no_script_runs(whole):
+def test_the_page_loads_nothing_and_runs_no_script(whole):
     reader = Reader(whole)
     assert not {"script", "img", "iframe", "object", "embed", "audio", "video"} & set(reader.tags)
     links = [value for name, value in reader.attributes if name in ("href", "src", "xlink:href")]
@@ -68,7 +68,7 @@ def test_ids_are_unique_and_no_placeholder_is_left(whole):
     assert "DejaVu" not in whole
 
 
-def test_a_strangers_names_stay_text():
+def test_hostile_names_stay_plain_text():
     points = [
         history.Point(name, f"{name} · {name}", name, name, 2.0, 1.9, 2.1)
         for name in synthetic.HOSTILE
@@ -105,27 +105,27 @@ def named(name):
     ],
     ids=["none", "one state", "zero", "scales", "one sample", "far", "many"],
 )
-def test_odd_comparisons(lines):
+def test_extreme_comparisons_are_drawn(lines):
     text = page(synthetic.comparison(lines=lines, geomean=None))
     for line in lines:
         assert line.name in Reader(text).text
 
 
-def test_history_page():
+def test_the_history_page_holds_its_facts():
     text = history_page(history.read(RESULTS))
     assert "× eager in the same run" in text
     assert "on cpu-zen5-2core" in text
     assert "Nothing was measured yet" in history_page([])
 
 
-def test_labels_keep_their_distance():
+def test_labels_keep_a_minimum_distance():
     placed = plots.spread([1.0, 3.0, 1.02, 1.01], 0.2)
     assert all(b - a >= 0.2 - 1e-9 for a, b in pairwise(sorted(placed)))
     assert placed[1] == 3.0
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
-def test_without_the_extra_it_says_which(package, monkeypatch):
+def test_a_missing_extra_is_named(package, monkeypatch):
     monkeypatch.delattr(reports, "plots")  # so that it is imported again
     monkeypatch.delitem(sys.modules, plots.__name__)
     imported = [name for name in sys.modules if name.startswith(f"{package}.")]

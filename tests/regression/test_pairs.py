@@ -1,4 +1,4 @@
-"""Turns are fair, what is wrong is not timed, and when it ends does not depend on what it says."""
+"""Comparing two states in process pairs: fair order, no time for wrong rows, unbiased stopping."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SETTINGS = Settings("kernels", "cpu", "float32", threads=1)
 
 
 class Fake:
-    """A worker without a process: it tells the times that `ms(side, row)` gives."""
+    """A worker without a process: it reports the times that `ms(side, row)` returns."""
 
     log: list
     ms: staticmethod
@@ -48,19 +48,19 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """run(ms, until, …): a race of two fakes whose clock moves by what they tell."""
+    """run(ms, until, …): a race of two fakes on a clock that advances by the reported times."""
     now = [0.0]
     Fake.log = []
     monkeypatch.setattr(pairs, "Worker", Fake)
     monkeypatch.setattr(pairs.time, "perf_counter", lambda: now[0])
 
     def run(ms, until, gates=pairs.GATES, show=lambda *line: None):
-        def told(side, row):
+        def reported(side, row):
             value = ms(side, row)
             now[0] += value / 1e3
             return value
 
-        Fake.ms = staticmethod(told)
+        Fake.ms = staticmethod(reported)
         base, new = (states.Place(side, Path(), Path.cwd(), None) for side in ("base", "new"))
         return race(base, new, SETTINGS, until, show, gates)
 
@@ -72,11 +72,11 @@ def jittering(seed, slow=1.0):
     return lambda side, row: 20 * np.exp(rng.normal(0, 0.02)) * (slow if side == "new" else 1)
 
 
-def test_both_are_asked_alike_in_an_order_that_changes(fake):
+def test_both_states_run_equally_often_in_random_order(fake):
     done = fake(jittering(0), Until(pairs=8))
     runs = [(side, Fake.rows[side][group]) for side, do, group in Fake.log if do == "run"]
     assert len(runs) % 4 == 0
-    for at in range(0, len(runs), 2):  # a row's two sides come right after one another
+    for at in range(0, len(runs), 2):  # both states run a row one right after the other
         assert {side for side, _ in runs[at : at + 2]} == {"base", "new"}
         assert len({row for _, row in runs[at : at + 2]}) == 1
     firsts = [runs[at][0] for at in range(0, len(runs), 2)]
@@ -94,7 +94,7 @@ def test_both_are_asked_alike_in_an_order_that_changes(fake):
     assert Fake.log[-2:] == [("base", "close", None), ("new", "close", None)]
 
 
-def test_a_pair_is_timed_for_as_long_as_it_is_worth(fake):
+def test_a_process_pair_is_timed_for_a_fixed_time(fake):
     done = fake(jittering(1), Until(pairs=2))
     per_round = 4 * 20e-3
     for base, _ in done.times.values():
@@ -104,7 +104,7 @@ def test_a_pair_is_timed_for_as_long_as_it_is_worth(fake):
     assert len(slow.times["a"][0][0]) == pairs.LEAST_ROUNDS
 
 
-def test_it_ends_when_every_interval_is_narrow(fake):
+def test_it_ends_when_every_interval_is_narrow_enough(fake):
     done = fake(jittering(2), Until(half_width=0.004, limit_s=1e6))
     for base, new in done.times.values():
         lo, hi = across_processes(base, new).interval(0.05)
@@ -112,12 +112,12 @@ def test_it_ends_when_every_interval_is_narrow(fake):
     assert done.pairs > pairs.LEAST
 
 
-def test_it_ends_at_the_limit_and_before_it(fake):
+def test_it_ends_within_the_time_limit(fake):
     done = fake(jittering(3), Until(half_width=1e-9, limit_s=30))
     assert 25 < done.seconds <= 30
 
 
-def test_progress_is_the_share_that_is_done_and_the_widest_interval(fake):
+def test_progress_shows_the_share_done_and_the_widest_interval(fake):
     said = []
     fake(jittering(9), Until(pairs=4), show=lambda line, share=None: said.append((line, share)))
     timed = [(line, share) for line, share in said if share is not None]
@@ -125,8 +125,8 @@ def test_progress_is_the_share_that_is_done_and_the_widest_interval(fake):
     assert re.fullmatch(r"pair 4: [ab] \d\.\d{3} \[0\.\d+, 1\.\d+\], the widest of 2", timed[-1][0])
 
 
-def test_a_change_that_shows_does_not_end_it(fake):
-    """Asked for the same width, a state twice as slow is looked at for as long as an equal one."""
+def test_a_visible_change_does_not_end_it_early(fake):
+    """For the same interval width, a state twice as slow needs as many pairs as an equal one."""
     numbers = {
         slow: fake(jittering(4, slow), Until(half_width=0.004, limit_s=1e6)).pairs
         for slow in (1.0, 2.0)
@@ -135,26 +135,26 @@ def test_a_change_that_shows_does_not_end_it(fake):
     assert numbers[2.0] > 0.7 * numbers[1.0]
 
 
-def test_what_is_wrong_is_not_timed(fake, monkeypatch):
+def test_wrong_rows_are_not_timed(fake, monkeypatch):
     monkeypatch.setattr(Fake, "wrong", {"base": {}, "new": {"a": "it is out of its budget"}})
     done = fake(jittering(5), Until(pairs=2))
     assert set(done.times) == {"b"}
     assert done.wrong["new"] == {"a": "it is out of its budget"}
 
 
-def test_what_one_state_lacks_is_left_out_and_told(fake, monkeypatch):
+def test_rows_of_only_one_state_are_not_timed_but_listed(fake, monkeypatch):
     monkeypatch.setattr(Fake, "rows", {"base": ["b"], "new": ["b", "a"]})
     done = fake(jittering(6), Until(pairs=1))
     assert set(done.times) == {"b"}
     assert done.rows == {"base": ["b"], "new": ["b", "a"]}
 
 
-def test_nothing_in_common_ends_at_once(fake, monkeypatch):
+def test_states_without_common_rows_end_at_once(fake, monkeypatch):
     monkeypatch.setattr(Fake, "rows", {"base": ["b"], "new": ["a"]})
     assert fake(jittering(7), Until(pairs=9)).pairs == 1
 
 
-def test_the_gate_that_is_asked_for(fake):
+def test_only_the_requested_gate_runs(fake):
     assert fake(jittering(8), Until(pairs=2), gates=("counters",)).times == {}
     assert not any(do == "run" for _, do, _ in Fake.log)
     Fake.log.clear()
@@ -180,7 +180,9 @@ def test_real_processes_time_real_kernels():
 
 
 def test_a_state_that_cannot_run_says_why_and_leaves_no_process(tmp_path, monkeypatch):
-    monkeypatch.setenv("STARTED_BY", str(tmp_path))  # other tests start workers meanwhile
+    monkeypatch.setenv(
+        "STARTED_BY", str(tmp_path)
+    )  # other tests may start workers at the same time
     settings = Settings(
         "pipelines", "cpu", "float32", 1, backends=("eager",), folder=str(tmp_path / "nothing")
     )
@@ -193,7 +195,7 @@ def test_a_state_that_cannot_run_says_why_and_leaves_no_process(tmp_path, monkey
 
 
 def _started_by(mark, pid):
-    """Whether a process that is not this one has the variable that its starter was given."""
+    """Whether another process has the variable STARTED_BY with this value."""
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -201,7 +203,7 @@ def _started_by(mark, pid):
     return int(pid) != os.getpid() and f"STARTED_BY={mark}".encode() in variables
 
 
-def test_a_worker_that_dies_is_told_by_its_last_words(monkeypatch, tmp_path):
+def test_a_worker_that_exits_is_reported_with_its_last_line(monkeypatch, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text("import sys; sys.exit('the library is broken')")
     monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
@@ -209,8 +211,8 @@ def test_a_worker_that_dies_is_told_by_its_last_words(monkeypatch, tmp_path):
         real(SETTINGS)
 
 
-def test_a_process_that_is_killed_is_told_and_does_not_hang(monkeypatch, tmp_path):
-    """As by the kernel when memory runs out, or by a fault of a C++ kernel."""
+def test_a_killed_worker_is_reported_and_does_not_hang(monkeypatch, tmp_path):
+    """As when memory runs out or a C++ kernel crashes."""
     script = Path(pairs.__file__).with_name("worker.py").read_text()
     fault = "import signal\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
     old = "        return {list(self.cases)[group]: self.runners[group]()}\n"
@@ -222,8 +224,8 @@ def test_a_process_that_is_killed_is_told_and_does_not_hang(monkeypatch, tmp_pat
         real(settings)
 
 
-def test_settings_arrive_as_json():
+def test_settings_are_sent_as_json():
     place = states.Place("x", Path("python"), Path("/state"), None)
-    told = json.loads(json.dumps(Settings("pipelines", "cpu", "float32", 1, folder="p").of(place)))
-    assert told["folder"] == "/state/p"
-    assert told["steps"] == Settings.steps
+    sent = json.loads(json.dumps(Settings("pipelines", "cpu", "float32", 1, folder="p").of(place)))
+    assert sent["folder"] == "/state/p"
+    assert sent["steps"] == Settings.steps

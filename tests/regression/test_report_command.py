@@ -18,7 +18,7 @@ def paired(tmp_path):
     return path
 
 
-def test_every_kind_of_report_says_the_same(tmp_path, paired, monkeypatch):
+def test_reports_of_all_formats_agree(tmp_path, paired, monkeypatch):
     summary = tmp_path / "summary.md"
     summary.write_text("# what an earlier step wrote\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
@@ -48,7 +48,7 @@ def test_every_kind_of_report_says_the_same(tmp_path, paired, monkeypatch):
     assert row["stats"]["median"] == pytest.approx(5.6e-3)
 
 
-def test_rows_that_are_the_same_are_shown_when_asked_for(tmp_path):
+def test_equal_rows_are_shown_on_request(tmp_path):
     path = tmp_path / "counts.json"
     path.write_text(json.dumps(COUNTS))
     code, printed, _ = run("report", path, path)
@@ -59,8 +59,8 @@ def test_rows_that_are_the_same_are_shown_when_asked_for(tmp_path):
     assert "recordings · another size" in printed
 
 
-def test_the_history_of_this_repository(tmp_path):
-    """The committed results, with commits on the axis; beside a comparison, too."""
+def test_the_history_of_this_repository_is_drawn(tmp_path):
+    """The committed results with commits on the axis, alone and next to a comparison."""
     page = tmp_path / "history.html"
     code, printed, err = run("report", "--history", "benchmarks/results", "--html", page)
     assert (code, printed, err) == (0, f"{page}\n", "")
@@ -148,7 +148,7 @@ def test_bad_input_of_compare(tmp_path, monkeypatch, message):
 
 
 def refused(tmp_path, message, *arguments):
-    """One sentence, exit 2."""
+    """Run a command that must end with one sentence and exit code 2."""
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("fastdiff: ")
@@ -157,8 +157,8 @@ def refused(tmp_path, message, *arguments):
 
 
 def test_a_kernel_is_timed_in_both_states_from_the_command_line(tmp_path, monkeypatch):
-    """Against an installed copy of this very state would take a build: against a project that
-    is none, whose environment shows what is installed here."""
+    """The other state is a folder without a project, so its environment shows the packages that
+    are installed here; a real second state would need a build."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/README").write_text("nothing to install")
@@ -183,7 +183,7 @@ def test_a_kernel_is_timed_in_both_states_from_the_command_line(tmp_path, monkey
     assert run("report", path)[0] == 1
 
 
-def test_a_filter_that_fits_nothing(tmp_path, monkeypatch):
+def test_a_filter_without_a_match_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "other").mkdir()
     code, out, err = run("compare", "kernels", "--against", tmp_path / "other", "--filter", "warp")

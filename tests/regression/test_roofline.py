@@ -1,4 +1,4 @@
-"""Points under a roof."""
+"""The roofline's data: points under a roof, and files with damaged numbers."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ COMMITTED = Path(__file__).parents[2] / "benchmarks/results/roofline/sd15-h200.j
 ROOF = Roofline("gpu", 100.0, 2.0, ())
 
 
-def test_the_roof():
+def test_the_roof_and_the_share_of_a_point():
     assert ROOF.roof(10) == 20
     assert ROOF.roof(50) == ROOF.roof(1e6) == 100
     point = RoofPoint("a", 4e9, 4e8, 0.4)  # 10 FLOP per byte, 10 TFLOP/s
@@ -26,8 +26,8 @@ def test_the_roof():
 
 
 @pytest.mark.parametrize("field", ["flops", "bytes", "measured_ms"])
-def test_a_number_that_is_none_is_one_sentence(tmp_path, field):
-    """The committed file is one of before rates without samples were called reported."""
+def test_a_damaged_number_is_one_sentence(tmp_path, field):
+    """The committed file has an older schema, which calls its rates measured, not reported."""
     document = json.loads(COMMITTED.read_text())
     assert read(COMMITTED).tflops == document["gpu"]["measured_tflops"] == 790
     document["rows"][3][field] = float("nan")

@@ -1,4 +1,4 @@
-"""Another state gets an environment of its own, made once, and its files are its own."""
+"""Each compared state gets its own files and its own environment, which is made once."""
 
 import json
 import os
@@ -49,11 +49,11 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
             wheel.writestr(f"pupil-{version}.dist-info/{file}", "".join(x + chr(10) for x in lines))
     return name
 """
-"""A build backend that takes no seconds."""
+"""A build backend that needs almost no time."""
 
 
 def project(year, version=1, inside=""):
-    """The files of a project in the folder `inside`."""
+    """The files of a small project, with `inside` before their paths."""
     files = {
         "pupil.py": f"YEAR = {year}\n",
         "pyproject.toml": PROJECT.format(version=version),
@@ -91,7 +91,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def repository(tmp_path, request):
-    """A project at two revisions; a parameter: other files of the first."""
+    """A project at two revisions; the parameter holds further files of the first."""
     folder = tmp_path / "repository"
     folder.mkdir()
     git(folder, "init", "--quiet")
@@ -101,7 +101,7 @@ def repository(tmp_path, request):
 
 
 def asked(place, code="import pupil; print(pupil.YEAR)"):
-    """What the state's interpreter prints of its own modules."""
+    """The output of `code` in the state's interpreter."""
     done = subprocess.run(
         [place.python, "-P", "-c", code],
         cwd=place.root,
@@ -117,7 +117,7 @@ def asked(place, code="import pupil; print(pupil.YEAR)"):
     "repository",
     [
         pytest.param({}, id="zips"),
-        # it builds in an isolated environment of pip's, and has needs of its own
+        # pip builds it in an isolated environment, and it has a dependency
         pytest.param(
             {"pyproject.toml": SETUPTOOLS.format(version=1)},
             id="setuptools",
@@ -126,7 +126,9 @@ def asked(place, code="import pupil; print(pupil.YEAR)"):
     ],
     indirect=True,
 )
-def test_a_revision_is_installed_beside_what_is_here(repository, cache, monkeypatch):
+def test_a_revision_is_installed_next_to_the_packages_of_this_environment(
+    repository, cache, monkeypatch
+):
     monkeypatch.chdir(repository)
     monkeypatch.setenv("PYTHONPATH", f"{repository}{os.pathsep}/elsewhere")
     said = []
@@ -155,8 +157,10 @@ def packages(place):
     return next((place.python.parents[1] / "lib").glob("python*/site-packages"))
 
 
-def test_a_project_that_is_installed_here_to_be_edited(tmp_path, repository, monkeypatch):
-    """Others see it as it lies; a state of its own sees what it was then."""
+def test_an_editable_install_shows_only_in_states_without_the_project(
+    tmp_path, repository, monkeypatch
+):
+    """Other projects see the working tree; a state of the same project sees its own revision."""
     here, edited = tmp_path / "here/site-packages", tmp_path / "edited"
     write(edited, {"pupil.py": "YEAR = 5\n"})
     info = {"METADATA": "Name: pupil\nVersion: 5\n", "RECORD": "pupil.pth,,\n"}
@@ -171,14 +175,14 @@ def test_a_project_that_is_installed_here_to_be_edited(tmp_path, repository, mon
     assert asked(shown) == "5"
     old = states.other("old", repository, print)
     assert asked(old) == "1"
-    # as if the interpreter that compares were a state's own: with pupil 1 above pupil 5
+    # as if the comparing interpreter belonged to a state, with pupil 1 before pupil 5 on its path
     monkeypatch.syspath_prepend(packages(old))
     assert asked(states.other("HEAD", repository, print)) == "2"
     assert asked(states.other("HEAD", user, print)) == "1"
 
 
-def test_a_state_of_ours_from_before_we_were_renamed_is_not_hidden(tmp_path, monkeypatch):
-    """Both names are one package: where the state has it, what lies here is not shown."""
+def test_a_state_under_fastdiffs_old_distribution_name_is_not_hidden(tmp_path, monkeypatch):
+    """Both names are one package: a state that has either does not see the one installed here."""
     here, state = tmp_path / "here/site-packages", tmp_path / "state/site-packages"
     pth = "_editable_skbc_fastdiff_engine.pth"
     info = {"METADATA": "Name: fastdiff-engine\nVersion: 1\n", "RECORD": f"{pth},,\n"}
@@ -192,8 +196,8 @@ def test_a_state_of_ours_from_before_we_were_renamed_is_not_hidden(tmp_path, mon
     assert "/edited" not in lines
 
 
-def test_a_project_in_a_folder_of_a_larger_repository(tmp_path, monkeypatch):
-    """What is installed is what lies in that folder, then; not what is here, nor the whole."""
+def test_a_project_in_a_subfolder_of_a_repository_is_installed(tmp_path, monkeypatch):
+    """The subfolder's project at that revision is installed, not the working tree's."""
     whole = tmp_path / "whole"
     whole.mkdir()
     git(whole, "init", "--quiet")
@@ -205,7 +209,9 @@ def test_a_project_in_a_folder_of_a_larger_repository(tmp_path, monkeypatch):
     assert place.root.name == "pkg"
 
 
-def test_a_linters_settings_make_no_project_and_a_path_is_the_states_own(tmp_path, monkeypatch):
+def test_linter_settings_are_no_project_and_paths_in_requirements_are_the_states(
+    tmp_path, monkeypatch
+):
     library = project(1, inside="lib/")
     folder = tmp_path / "user"
     folder.mkdir()
@@ -217,8 +223,8 @@ def test_a_linters_settings_make_no_project_and_a_path_is_the_states_own(tmp_pat
     assert asked(states.other("old", folder, print)) == "1"
 
 
-def test_an_environment_in_use_is_not_taken_away(repository, cache, monkeypatch):
-    """Another process uses it, and may go on while a third one wants it, too."""
+def test_an_environment_in_use_is_not_removed(repository, cache, monkeypatch):
+    """Another process that makes room keeps it, and can use the same environment meanwhile."""
     place = states.other("old", repository, print)
     monkeypatch.setattr(states, "KEPT", 0)
     script = "import sys\nfrom fastdiff.regression import states\nfrom pathlib import Path\n"
@@ -233,7 +239,7 @@ def test_an_environment_in_use_is_not_taken_away(repository, cache, monkeypatch)
     assert done.stdout.strip() == str(place.python)
 
 
-def test_what_was_interrupted_is_made_again(repository, cache):
+def test_an_interrupted_environment_is_made_again(repository, cache):
     old = states.other("old", repository, print)
     ready = old.python.parents[2] / "ready.json"
     ready.unlink()
@@ -249,13 +255,14 @@ def test_the_working_tree_is_what_runs_here(repository):
     assert states.here(repository).commit.endswith("-dirty")
 
 
-def test_no_state_imports_from_source_for_want_of_bytecode(repository, monkeypatch):
-    """pip has written the other state's, so its first picture would be the faster one."""
+def test_both_states_may_write_bytecode(repository, monkeypatch):
+    """pip compiles the other state's modules, so without it that state's first picture would be
+    the faster one."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     assert "PYTHONDONTWRITEBYTECODE" not in states.here(repository).environment()
 
 
-def test_requirements_alone_and_the_packages_they_change(tmp_path, repository):
+def test_a_state_may_consist_of_requirements_or_of_a_wheel(tmp_path, repository):
     """A user's repository: a pipeline and the versions that it runs on."""
     wheel = tmp_path / "wheels"
     write(tmp_path / "lib", project(7, version=7))
@@ -296,7 +303,7 @@ def test_a_folder_is_installed_again_only_after_an_edit(tmp_path, repository):
     assert len(said) == 2
 
 
-def test_what_does_not_install_says_why_and_leaves_nothing(repository, cache):
+def test_a_state_that_does_not_install_says_why_and_leaves_only_a_log(repository, cache):
     commit(repository, {"pyproject.toml": SETUPTOOLS.format(version="not a version")})
     with pytest.raises(UserError) as caught:
         states.other("HEAD", repository, print)
@@ -310,24 +317,24 @@ def test_what_does_not_install_says_why_and_leaves_nothing(repository, cache):
 
 
 @pytest.mark.parametrize("name", ["nothing", "v1.0", ""])
-def test_what_names_nothing(repository, name):
+def test_an_unknown_name_is_refused(repository, name):
     with pytest.raises(UserError, match="is not a folder, wheel or revision of repository"):
         states.other(name or "''", repository, print)
 
 
-def test_a_name_of_two_things(repository, monkeypatch):
+def test_a_name_of_both_a_folder_and_a_revision_is_refused(repository, monkeypatch):
     (repository / "old").mkdir()
     monkeypatch.chdir(repository)
     with pytest.raises(UserError, match=r"is a folder and a revision; give ./old or [0-9a-f]{40}"):
         states.other("old", repository, print)
 
 
-def test_a_folder_without_git_is_no_repository(tmp_path):
+def test_a_revision_outside_a_git_repository_is_refused(tmp_path):
     with pytest.raises(UserError, match="wheel or revision of"):
         states.other("HEAD", tmp_path, print)
 
 
-def test_the_oldest_environments_go(tmp_path, repository, cache, monkeypatch):
+def test_the_oldest_environments_are_removed(tmp_path, repository, cache, monkeypatch):
     monkeypatch.setattr(states, "KEPT", 2)
     for age, name in enumerate(("a", "b", "c")):
         folder = cache / name

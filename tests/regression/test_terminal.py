@@ -1,4 +1,4 @@
-"""The table on stdout."""
+"""The table that `fastdiff report` prints."""
 
 import pytest
 from regression import synthetic
@@ -8,7 +8,7 @@ from fastdiff.regression.reports.terminal import show
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    """A row is one line; tests/test_widths.py has the others."""
+    """A terminal wide enough for one line per row; tests/test_widths.py has narrower ones."""
     monkeypatch.setenv("COLUMNS", "140")
 
 
@@ -17,7 +17,7 @@ def printed(capsys, *arguments, **options):
     return capsys.readouterr().out
 
 
-def test_changes_stand_first_and_what_is_the_same_is_counted(capsys):
+def test_changed_rows_come_first_and_equal_rows_are_counted(capsys):
     comparison = synthetic.comparison()
     out = printed(capsys, comparison)
     assert "9 rows are the same" in out
@@ -40,20 +40,20 @@ def test_changes_stand_first_and_what_is_the_same_is_counted(capsys):
         assert fact in out
 
 
-def test_everything(capsys):
+def test_all_rows_are_shown_on_request(capsys):
     out = printed(capsys, synthetic.comparison(), everything=True)
     assert "rows are the same" not in out
     assert "demo, float32 · networks · step" in out
 
 
-def test_no_escape_sequence_of_a_stranger_reaches_the_terminal(capsys):
+def test_no_escape_sequence_of_a_hostile_file_reaches_the_terminal(capsys):
     out = printed(capsys, synthetic.hostile(), everything=True)
     assert "\x1b" not in out
     assert "\x00" not in out
-    assert "[31mred" in out  # and rich takes no name for its own markup
+    assert "[31mred" in out  # shown as text: names are not rich markup
     assert "[link](javascript" in out
 
 
-def test_nothing_to_compare(capsys):
+def test_a_comparison_of_nothing_says_so(capsys):
     out = printed(capsys, synthetic.comparison(lines=(), geomean=None))
     assert "Nothing was compared" in out

@@ -1,4 +1,4 @@
-"""What all reports say, and what becomes of a stranger's text."""
+"""The words that all reports share, and the escaping of foreign text."""
 
 import pytest
 from regression import synthetic
@@ -28,11 +28,11 @@ def test_foreign_text_becomes_one_printable_line(name):
         (float("inf"), "ms", "–"),
     ],
 )
-def test_amounts(value, unit, want):
+def test_amounts_have_four_digits_and_units(value, unit, want):
     assert words.amount(value, unit) == want
 
 
-def test_headlines():
+def test_headlines_count_the_verdicts():
     slower, same = synthetic.time("a", 1.5, 0), synthetic.time("b", 1.0, 1)
     faster, undecided = synthetic.time("c", 0.7, 2), synthetic.time("d", 1.02, 77, processes=1)
     more = synthetic.count("e", 3, 4)
@@ -48,7 +48,7 @@ def test_headlines():
     assert words.outcome(synthetic.comparison(lines=())) == "exit code 3: nothing was compared"
 
 
-def test_machines_of_both_formats():
+def test_machines_of_both_formats_are_named():
     assert words.where(synthetic.MACHINE) == "AMD EPYC, 2 cores, 2 threads, Linux x86_64"
     theirs = {"node": "secret", "system": "Linux", "cpu": {"brand_raw": "Xeon", "count": 4}}
     assert words.where(theirs) == "Xeon, 4 cores, Linux"

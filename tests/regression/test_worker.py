@@ -1,4 +1,4 @@
-"""What a worker draws of a pipeline without a U-Net."""
+"""The worker of a comparison on a pipeline without a U-Net."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from fastdiff.bench import preset_sd3, presets
 from fastdiff.regression.worker import Pipelines
 
 
-def test_sd3_is_drawn_checked_and_decoded_as_its_pipeline_decodes(monkeypatch):
+def test_sd3_is_drawn_checked_and_decoded_as_by_its_pipeline(monkeypatch):
     few = tuple(replace(text, layers=1) for text in preset_sd3.TEXTS)
     monkeypatch.setattr(preset_sd3, "TEXTS", few)
     monkeypatch.setattr(presets, "PRESETS", {"sd3": replace(presets.SD3, layers=1)})
