@@ -1,4 +1,4 @@
-"""A batch draws what the compiled pipeline draws alone."""
+"""Each picture of a batch is the one that the compiled pipeline draws alone."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -82,8 +82,8 @@ def test_a_wrong_request_is_refused_at_once(wrong, told):
 
 
 def test_random_requests_at_their_own_steps_are_within_the_budget():
-    """A small version of `python -m benchmarks.batching check`: schedulers with and without noise
-    and history, guidance and none, and pictures that move to other places as others leave."""
+    """A small run of `python -m benchmarks.batching check`: schedulers with and without noise and
+    history, with and without guidance, and pictures that move to other places of the batch."""
     found = check(count=7, seed=5, capacity=3, least=3, most=6)
     assert [one["wrong"] for one in found] == [None] * 7
 
@@ -117,8 +117,8 @@ def test_a_batch_invariant_picture_has_the_same_bits_alone_and_in_any_place():
 
 
 def test_workers_draw_side_by_side_the_bits_of_one_alone(pipe):
-    """Two threads with one place each: a picture has the bits that it has alone with as many
-    threads, whatever the other draws; the other threads of the process keep their number."""
+    """Two workers with one place each: each picture has the same bits as alone on half of the
+    threads, whatever the other worker draws; the process keeps its number of threads."""
     threads = torch.get_num_threads()
     asked = [
         Request(PROMPTS[i % 3], num_inference_steps=2 + i % 2, seed=i, guidance_scale=3.0)
@@ -128,7 +128,7 @@ def test_workers_draw_side_by_side_the_bits_of_one_alone(pipe):
 
     def meet(step, steps, latents, to):
         if step == 1 and len(to) == 0:
-            both.wait(60)  # passes only if the other worker draws meanwhile
+            both.wait(60)  # passes only if the other worker draws at the same time
         to.append(latents)
 
     with Batch(pipe, capacity=1, workers=2) as batch:
@@ -154,7 +154,7 @@ def seeds(count):
 
 
 def test_every_way_of_the_benchmark_draws():
-    """`python -m benchmarks.batching speed`, with few steps."""
+    """A run of `python -m benchmarks.batching speed` with few steps."""
     found = speed(rounds=2, count=2, seed=1, least=2, most=3)
     assert {len(values) for values in found["seconds"].values()} == {2}
     assert {len(values) for values in found["short"].values()} == {2}

@@ -1,4 +1,4 @@
-"""generate --prompts: a picture for each row, and exactly the missing ones after a kill."""
+"""`generate --prompts`: a picture for each row of a file; after a kill exactly the missing ones."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def manifest(folder):
 
 @pytest.fixture
 def prompts(tmp_path):
-    """Twelve rows, of which some say more than the prompt."""
+    """A file of twelve rows, one of which sets more than the prompt."""
     path = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"red heart {n % 3}", "id": f"é{n}"} for n in range(12)]
     rows[1] |= {"seed": 7, "steps": 2, "guidance": 2.5, "negative": "blue", "size": "64x64"}
@@ -79,7 +79,9 @@ def prompts(tmp_path):
     return path
 
 
-def test_killed_anywhere_it_draws_exactly_what_is_missing(forked, prompts, tmp_path):
+def test_after_a_kill_at_any_place_exactly_the_missing_pictures_are_drawn(
+    forked, prompts, tmp_path
+):
     options = ("--steps", "1", "--device", "cpu")
     whole, folder = tmp_path / "whole", tmp_path / "killed"
 
@@ -96,7 +98,7 @@ def test_killed_anywhere_it_draws_exactly_what_is_missing(forked, prompts, tmp_p
         code, out, err = forked(KILLED, place, str(count), *arguments(folder))
         assert code == -9, (place, code, err)
         for path in folder.glob("[0-9]*.png"):
-            Image.open(path).load()  # what has its name is whole
+            Image.open(path).load()  # a file with its final name is complete
             assert before.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
         assert len(list(folder.glob("[0-9]*.png"))) > drawn
         drawn = len(list(folder.glob("[0-9]*.png")))
@@ -107,7 +109,7 @@ def test_killed_anywhere_it_draws_exactly_what_is_missing(forked, prompts, tmp_p
     assert names == sorted(path.name for path in folder.iterdir())
     lines = manifest(folder)
     assert [line["row"] for line in lines] == list(range(1, 13))
-    assert len({line["sha256"] for line in lines}) == 12, "one prompt, several seeds"
+    assert len({line["sha256"] for line in lines}) == 12, "rows of one prompt have different seeds"
     for line in lines:
         for one in (whole, folder):
             picture = (one / line["file"]).read_bytes()
@@ -119,17 +121,17 @@ def test_killed_anywhere_it_draws_exactly_what_is_missing(forked, prompts, tmp_p
     assert (lines[1]["width"], lines[1]["height"], lines[1]["id"]) == (64, 64, "é1")
     assert (lines[0]["steps"], lines[0]["guidance"]) == (1, 4.0)
     one = tmp_path / "one.png"
-    told = ("--prompt", "red heart 1", "--negative-prompt", "blue", "--guidance-scale", "2.5")
-    told = (*told, "--seed", "7", "--steps", "2", "--device", "cpu", "--eager")
-    code, _, err = forked(GENERATE, "generate", *told, "--out", str(one))
+    options = ("--prompt", "red heart 1", "--negative-prompt", "blue", "--guidance-scale", "2.5")
+    options = (*options, "--seed", "7", "--steps", "2", "--device", "cpu", "--eager")
+    code, _, err = forked(GENERATE, "generate", *options, "--out", str(one))
     assert code == 0, err
     ours, theirs = (np.asarray(Image.open(p)).astype(int) for p in (folder / "02.png", one))
-    assert np.abs(ours - theirs).max() <= 1  # diffusers' own, up to a rounding of the 8-bit levels
+    assert np.abs(ours - theirs).max() <= 1  # one level of 8 bits from diffusers' picture
 
 
-def test_workers_draw_the_same_job(forked, prompts, tmp_path):
-    """Two threads, killed amid a step: the rest is drawn, no picture twice, each of them the one
-    that is drawn alone with as many threads, though others are drawn beside it."""
+def test_two_workers_draw_the_same_pictures_as_one(forked, prompts, tmp_path):
+    """Two workers are killed during a step; the next run draws the rest, none twice. Each picture
+    equals the one that a single worker draws."""
     options = ("--steps", "2", "--device", "cpu")
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     given = ("generate", "--prompts", str(prompts), *options, "--out")
@@ -145,7 +147,7 @@ def test_workers_draw_the_same_job(forked, prompts, tmp_path):
     assert (folder / "manifest.jsonl").read_bytes() == (whole / "manifest.jsonl").read_bytes()
 
 
-def test_a_batch_tries_again_alone_what_found_no_memory(forked, tmp_path):
+def test_pictures_without_memory_for_a_batch_are_drawn_alone(forked, tmp_path):
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("red heart\nsun\nsnow\n")
     fails = """
@@ -165,10 +167,10 @@ main(sys.argv[1:])
     assert [line["file"] for line in manifest(folder)] == ["1.png", "2.png", "3.png"]
 
 
-def test_pictures_that_share_no_steps_are_drawn_together_only_if_asked(forked, tmp_path):
+def test_pictures_that_cannot_share_steps_are_batched_only_on_request(forked, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("sun\n" * 5)
-    told = """
+    script = """
 from fastdiff.batching import drawing
 from fastdiff.bulk.painter import Painter
 drawing._obstacle = lambda _: "it may not"
@@ -183,13 +185,13 @@ main(sys.argv[1:])
     for options, alone in (((), "4\n5\n"), (("--capacity", "2"), "")):
         folder = tmp_path / f"out{len(options)}"
         given = ("generate", "--prompts", str(prompts), "--out", str(folder), "--steps", "1")
-        code, out, err = forked(told, *given, *options)
+        code, out, err = forked(script, *given, *options)
         assert code == 0, err
         assert out == f"{alone}{folder}/manifest.jsonl\n"
         assert [line["file"] for line in manifest(folder)] == [f"{n}.png" for n in range(1, 6)]
 
 
-def test_a_row_that_fails_ends_nothing(forked, tmp_path):
+def test_a_failed_row_does_not_stop_the_others(forked, tmp_path):
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("red heart\n\nsun\nsnow\n")
     fails = """
@@ -238,27 +240,27 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("told", BAD)
-def test_bad_rows_are_told_by_their_line(told, tmp_path):
-    name, text = BAD[told]
+@pytest.mark.parametrize("message", BAD)
+def test_bad_rows_are_named_by_their_line(message, tmp_path):
+    name, text = BAD[message]
     path = tmp_path / name
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         read(path, 0)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_what_the_pipeline_does_not_take_is_told_before_anything_is_drawn(forked, tmp_path):
+def test_rows_that_the_pipeline_refuses_are_named_before_drawing(forked, tmp_path):
     prompts, folder = tmp_path / "prompts.csv", tmp_path / "out"
     arguments = ("generate", "--prompts", str(prompts), "--out", str(folder))
-    for column, value, told in (
+    for column, value, message in (
         ("size", "70x64", "line 3: width is 70; this pipeline needs a positive multiple of 8"),
         ("steps", "2000", "line 3: steps is 2000; this scheduler has 1000 steps at most"),
     ):
         prompts.write_text(f"prompt,{column}\nred heart,\nsun,{value}\n")
         code, _, err = forked(GENERATE, *arguments)
-        assert (code, told in err) == (2, True), err
+        assert (code, message in err) == (2, True), err
         assert not folder.exists()
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
@@ -266,8 +268,8 @@ def test_what_the_pipeline_does_not_take_is_told_before_anything_is_drawn(forked
     assert (code, "holds mine.txt, which is of no job" in err) == (2, True), err
 
 
-def test_rows_are_the_same_from_every_kind_of_file(tmp_path):
-    """What a spreadsheet, a program and a data frame hold: texts, numbers, numbers with gaps."""
+def test_rows_are_the_same_from_csv_jsonl_and_parquet(tmp_path):
+    """CSV holds texts, JSON numbers, and Parquet numbers with missing values."""
     import pyarrow
     from pyarrow import parquet
 
@@ -284,14 +286,16 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path):
     first, second = read_of["csv"]
     assert (first["seed"], second["steps"]) == (5, 4)
     assert 0 <= second["seed"] < 2**53
-    assert [row.told() for row in read(written["csv"], 3)] == read_of["csv"], "in every run"
-    assert read(written["csv"], 4)[1].seed != second["seed"], "another job, another picture"
+    assert [row.told() for row in read(written["csv"], 3)] == read_of["csv"], (
+        "the same seeds in every run"
+    )
+    assert read(written["csv"], 4)[1].seed != second["seed"], "another job seed gives other seeds"
     written["parquet"].write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is no Parquet file"):
         read(written["parquet"], 0)
 
 
-def test_a_folder_is_of_one_job_and_one_process(tmp_path):
+def test_a_folder_belongs_to_one_job_and_one_process(tmp_path):
     rows, asked, folder = [Row(1, 1, "sun", 0)], {"steps": 25, "dtype": "fp32"}, tmp_path / "out"
     with (
         opened(folder, rows, rows, asked),
@@ -313,10 +317,10 @@ def test_a_folder_is_of_one_job_and_one_process(tmp_path):
         check(tmp_path / "file", rows, asked)
 
 
-def test_options_that_go_with_others(tmp_path):
+def test_options_that_need_or_exclude_others(tmp_path):
     prompts = tmp_path / "x.txt"
     prompts.write_text("sun")
-    for arguments, told in {
+    for arguments, message in {
         (): "give --prompt, once or several times, or --prompts with a file",
         ("--prompt", "sun", "--ray", "local"): "--ray goes with --prompts",
         ("--prompt", "sun", "--workers", 2): "--workers goes with --prompts",
@@ -326,10 +330,10 @@ def test_options_that_go_with_others(tmp_path):
         ("--prompts", prompts, "--parallel", "both"): "choose guidance or data",
     }.items():
         code, _, err = run("generate", *arguments, "--out", tmp_path / "out")
-        assert (code, told in err) == (2, True), err
+        assert (code, message in err) == (2, True), err
 
 
-def test_the_pages_first_command_draws_its_manifest(forked, tmp_path):
+def test_the_pages_commands_write_the_manifest_that_it_shows(forked, tmp_path):
     command, by_workers, by_ray = commands("bulk.md")
     assert by_ray[: len(command)] == by_workers[: len(command)] == command
     here = "os.chdir(sys.argv.pop(1))\n"
@@ -341,13 +345,13 @@ def test_the_pages_first_command_draws_its_manifest(forked, tmp_path):
     assert manifest(tmp_path / "workers/pictures") == manifest(tmp_path / "pictures")
     line = json.loads(re.search(r"```json\n(.*?)```", (DOCS / "bulk.md").read_text(), re.S)[1])
     made = manifest(tmp_path / "pictures")[1]
-    told = [key for key in line if key not in ("bytes", "sha256", "seed")]
+    fixed = [key for key in line if key not in ("bytes", "sha256", "seed")]
     assert made.keys() == line.keys()
-    assert {key: made[key] for key in told} == {key: line[key] for key in told}
+    assert {key: made[key] for key in fixed} == {key: line[key] for key in fixed}
 
 
 @pytest.mark.slow  # Ray starts a dozen processes
-def test_the_pages_command_by_ray_draws_the_same(forked, tmp_path):
+def test_the_pages_ray_command_draws_the_same(forked, tmp_path):
     command, _, by_ray = commands("bulk.md")
     write_prompts(tmp_path)
     made = []

@@ -1,4 +1,4 @@
-"""fastdiff generate as torchrun starts it: one picture, or a file's rows, by two ranks."""
+"""`fastdiff generate` under torchrun: two ranks draw one picture, or the rows of a file."""
 
 import re
 import shutil
@@ -31,8 +31,8 @@ def picture(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_the_pages_commands(forked, tmp_path):
-    """Two ranks draw what one draws, up to a rounding of 8-bit levels; only the first writes."""
+def test_the_commands_of_the_parallel_page_draw_as_one_process_does(forked, tmp_path):
+    """The pictures differ by at most one level of 8 bits; only the first rank writes and prints."""
     guided, divided = commands("parallel.md")
     write_prompts(tmp_path)
     for line, made in ((guided, "heart.png"), (divided, "pictures")):
@@ -43,7 +43,7 @@ def test_the_pages_commands(forked, tmp_path):
         place.rename(tmp_path / f"alone {made}")
         code, shared, err = forked(RANKS, str(tmp_path), *arguments)
         assert code == 0, err
-        assert shared == out, "told once"
+        assert shared == out, "only one rank prints"
     assert (
         np.abs(picture(tmp_path / "heart.png") - picture(tmp_path / "alone heart.png")).max() <= 1
     )
@@ -60,7 +60,7 @@ def test_the_pages_commands(forked, tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_job(forked, tmp_path):
-    """In the middle of a file's rows."""
+    """The rank dies while it draws rows of a file."""
     write_prompts(tmp_path)
     line = commands("parallel.md")[1][len(TORCHRUN) :]
     dies = """
@@ -76,8 +76,8 @@ fastdiff.bulk.painter.Painter.attempt = attempt
     assert "rank 0 of 2 no longer hears from the others: one of them ended" in err
 
 
-@pytest.mark.slow  # what `forked` spares the tests above: two processes that import everything
-def test_by_torchrun_itself(tmp_path):
+@pytest.mark.slow  # two processes import everything anew, which `forked` avoids above
+def test_torchrun_itself_runs_the_commands(tmp_path):
     write_prompts(tmp_path)
     torchrun = shutil.which("torchrun") or [sys.executable, "-m", "torch.distributed.run"]
     for line in commands("parallel.md"):

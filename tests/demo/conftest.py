@@ -1,4 +1,4 @@
-"""The trainer lives in tools/, beside the package and not in it: put the repository on the path."""
+"""Puts the repository on the path, because the trainer is in tools/, outside the package."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Same sums in the same order, and no collapse where others want the cores too."""
+    """One torch thread: sums have a fixed order, and busy cores do not slow the training down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The embedded pipeline draws what it is told, loads in silence and fits in the wheel."""
+"""The embedded pipelines follow their prompts, load without output and fit into the wheel."""
 
 import builtins
 
@@ -72,7 +72,7 @@ def test_weights_are_those_on_disk_in_the_dtype_asked_for(dtype):
 
 
 def _bare(name):
-    """transformers writes ``text_model.`` before the names of a CLIP text encoder; 5 drops it."""
+    """A CLIP text encoder's weight name without ``text_model.``, which transformers 5 drops."""
     return name.removeprefix("text_model.")
 
 
@@ -110,7 +110,7 @@ def test_the_unconditional_pipeline_draws_on_white_and_in_colour():
     assert np.median(edges) > 0.9
     middle = pictures[:, 4:12, 4:12]
     assert np.mean(middle.max(-1) - middle.min(-1)) > 0.15  # grey would be 0
-    assert middle.mean((1, 2)).std(0).mean() > 0.1  # and not all the same
+    assert middle.mean((1, 2)).std(0).mean() > 0.1  # the pictures differ
 
 
 def test_without_diffusers_the_error_names_the_extra(monkeypatch):

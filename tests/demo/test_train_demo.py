@@ -1,4 +1,4 @@
-"""The trainer: its pictures, its losses, and that a killed run ends like one that was not."""
+"""The trainer: its training pictures, its losses, and a killed run that resumes to the same end."""
 
 import colorsys
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ CHARACTERS = ("❤", "🔴", "🟥", "⭐", "🍎", "🎈", "🚗", "🌻")
 
 
 def synthetic_glyphs():
-    """Stand-ins with the size, alpha and shading of the font's bitmaps."""
+    """Made-up glyphs with the size, alpha and shading of the font's bitmaps."""
     for index, character in enumerate(CHARACTERS):
         bitmap = Image.new("RGBA", (136, 128), (0, 0, 0, 0))
         pen = ImageDraw.Draw(bitmap)
@@ -31,7 +31,7 @@ def synthetic_glyphs():
 
 @pytest.fixture(scope="module")
 def glyphs():
-    """A handful of the font's glyphs where it is installed, else drawn ones: the tests are one."""
+    """A few of the font's glyphs if it is installed, otherwise made-up ones."""
     try:
         found = dict(data.read_glyphs(data.find_font()))
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def made():
 
 
 def hue_of(rgb):
-    """Degrees of the mean colour, weighted by nothing: an independent reading of a hue."""
+    """The hue of an RGB colour in degrees, by Python's own conversion."""
     return 360 * colorsys.rgb_to_hsv(*(np.asarray(rgb) / 255))[0]
 
 
@@ -174,7 +174,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(monkeypatch, tmp_path):
 
     def run(folder, dies_at=None):
         folder.mkdir(exist_ok=True)
-        # Another seed after the kill: what counts must come from the checkpoint.
+        # Another seed after the kill: the result must depend on the checkpoint only.
         made = networks.untrained(0 if not list(folder.iterdir()) else 9, torch.device("cpu"))
         captions = data.captions((("dog", "pet"),) * 6, made.tokenizer)
         taken = []
@@ -193,7 +193,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", dies_at=5)
     rows, resumed, taken = run(tmp_path / "killed")
-    assert taken == 6  # five done, four of them saved
+    assert taken == 6  # five steps ran before the kill, four of them were saved
     assert [(row.step, row.loss, row.lr) for row in rows] == [
         (row.step, row.loss, row.lr) for row in whole
     ]
@@ -249,7 +249,7 @@ def test_every_step_and_every_seed_draws_anew(tmp_path):
 
 
 def test_the_unconditional_loss_is_algorithm_1():
-    """Who knows the picture can name the noise, by the schedule as the paper prints it."""
+    """A network that knows the picture computes the noise by the paper's schedule: loss near 0."""
     picture = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(2))
     alphas = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
     seen = []

@@ -1,4 +1,4 @@
-"""`fastdiff serve` refuses in one sentence what it cannot serve, and ends as it is told to."""
+"""The command `fastdiff serve`: bad arguments are one sentence, and SIGTERM ends it in order."""
 
 import os
 import signal
@@ -40,20 +40,20 @@ BAD = {
 
 
 @pytest.mark.parametrize(("message", "arguments"), BAD.items(), ids=list(BAD))
-def test_bad_input(tmp_path, message, arguments):
+def test_bad_arguments_are_one_sentence(tmp_path, message, arguments):
     words = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
     code, out, err = run("serve", *words, *([] if "--port" in words else ["--port", "0"]))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message.replace("{tmp}", str(tmp_path)) in err
 
 
-def test_a_variable_that_is_empty_is_no_key(monkeypatch):
-    monkeypatch.setenv("FASTDIFF_API_KEY", "")  # as compose.yaml sets it where there is none
+def test_an_empty_key_variable_counts_as_no_key(monkeypatch):
+    monkeypatch.setenv("FASTDIFF_API_KEY", "")  # as compose.yaml sets it if the user has no key
     code, _, err = run("serve", "/nowhere", "--port", "0")
     assert (code, "/nowhere is not a folder" in err) == (2, True)
 
 
-def test_a_port_that_is_taken_is_named():
+def test_a_port_in_use_is_named():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -63,8 +63,8 @@ def test_a_port_that_is_taken_is_named():
     assert f"--port {port} cannot be listened on: Address already in use; give another" in err
 
 
-def test_sigterm_finishes_what_was_accepted():
-    """A real signal to this very process, whose handler is the server's meanwhile."""
+def test_sigterm_lets_accepted_requests_finish():
+    """The test sends the signal to this process, in which the server has set its handler."""
     assert threading.current_thread() is threading.main_thread()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,7 +75,7 @@ def test_sigterm_finishes_what_was_accepted():
             try:
                 assert ask(port, path="/readyz").status == 200
                 break
-            except OSError:  # it loads
+            except OSError:  # the server still loads the pipeline
                 time.sleep(0.05)
         sent = []
 

@@ -1,4 +1,4 @@
-"""docs/serve.md stays true: its requests run, its tables are the code's."""
+"""docs/serve.md matches the code: its requests run, its tables name the real fields and metrics."""
 
 import copy
 import re
@@ -20,7 +20,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
 
 
-def test_its_requests_run(demo, tmp_path, monkeypatch):
+def test_the_pages_requests_run(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     painter = Painter(fastdiff.compile(copy.deepcopy(demo)), 2, steps=3)
     with served(painter) as port:
@@ -40,17 +40,19 @@ def test_its_requests_run(demo, tmp_path, monkeypatch):
     last = ["fastdiff.progress", "image_generation.completed"]
     assert (len(events), events[-2:]) == (10, last)
     assert "image_generation.partial_image" in events
-    assert '"deleted":true' in cancelled or '"not_found"' in cancelled, "if it came too early"
+    assert '"deleted":true' in cancelled or '"not_found"' in cancelled, (
+        "the second: cancelled before it began"
+    )
     assert watched.startswith('{"status":"ok"}{"status":"ok"}# HELP')
     assert [Image.open(f"car-{number}.png").size for number in (0, 1)] == [(64, 64)] * 2
 
 
-def test_its_tables_are_the_codes():
+def test_the_pages_tables_name_the_fields_and_metrics():
     fields = re.findall(r"^\| (`[a-z_`, ]+`) \| ", PAGE, re.M)
     named = [name for row in fields for name in re.findall(r"`(\w+)`", row)]
     assert set(Asked.model_fields) <= set(named)
     with served(Held()) as port:
         ask(port, {"prompt": ""})
-        told = [name for name in measured(port) if re.match(r"fastdiff_(?!.*_created)", name)]
-    ours = {re.sub(r"(_bucket|_count|_sum)?({.*)?$", "", name) for name in told}
+        served_names = [n for n in measured(port) if re.match(r"fastdiff_(?!.*_created)", n)]
+    ours = {re.sub(r"(_bucket|_count|_sum)?({.*)?$", "", name) for name in served_names}
     assert ours == set(re.findall(r"`(fastdiff_\w+)[`{]", PAGE))

@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, tells what is wrong, and fits a phone, light and dark."""
+"""The server's page in a real browser: it draws, shows errors, and fits a phone, light and dark."""
 
 import copy
 import re
@@ -13,12 +13,12 @@ from fastdiff.serve.painter import Painter
 pytestmark = pytest.mark.browser
 COLOURS = "(style => [style.backgroundColor, style.color])(getComputedStyle(document.body))"
 PATIENCE = 120_000
-"""Milliseconds: others may have the processor."""
+"""Milliseconds; long, because other processes may occupy the cores."""
 
 
 @pytest.fixture
 def opened(browser):
-    """opened(port, scheme, width): the page; in the end nothing was fetched from elsewhere."""
+    """opened(port, scheme, width): the page; no request may go elsewhere and no error may rise."""
     contexts, elsewhere, errors = [], [], []
 
     def open_page(port, scheme="light", width=1280):
@@ -57,7 +57,7 @@ def test_a_picture_is_drawn(opened, demo):
     painter.close()
 
 
-def test_it_can_be_cancelled_and_asks_for_the_key(opened):
+def test_the_page_asks_for_the_key_and_cancels(opened):
     engine = Held()
     with served(engine, "sesame") as port:
         tab = opened(port)
@@ -77,7 +77,7 @@ def test_it_can_be_cancelled_and_asks_for_the_key(opened):
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
-def test_it_is_readable(opened, scheme, width):
+def test_the_page_is_readable(opened, scheme, width):
     with served(Held()) as port:
         tab = opened(port, scheme, width)
         tab.get_by_text("More").click()

@@ -1,4 +1,4 @@
-"""Replicas on a local Ray: minutes and gigabytes, so these run with -m slow."""
+"""Replicas on a local Ray; they take minutes and gigabytes, so they run only with -m slow."""
 
 import copy
 import time
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The command's process, and its port."""
+    """The process of `fastdiff serve` and its port."""
     options = ("--ray", "local", "--workers", "2", "--capacity", "2", "--queue", "20")
     with clients.server(*options) as (process, port):
         yield process, port
@@ -29,7 +29,7 @@ def picture(answer):
 
 
 def replicas(process):
-    """The processes that draw."""
+    """The replicas' processes."""
     own = psutil.Process(process.pid).children(recursive=True)
     return [one for one in own if "ServeReplica:fastdiff" in " ".join(one.cmdline())]
 
@@ -44,7 +44,7 @@ def test_a_replica_draws_the_same(cluster, demo):
         assert close(one.b64_json, want)
 
 
-def test_bad_requests_get_their_sentence(cluster):
+def test_bad_requests_are_one_sentence(cluster):
     _, port = cluster
     for asked, sentence in (
         ({"size": "70x64"}, "width is 70; this pipeline needs a positive multiple of 8"),
@@ -57,7 +57,7 @@ def test_bad_requests_get_their_sentence(cluster):
 
 
 def worked(process):
-    """Seconds that the replicas have computed once they rest."""
+    """CPU seconds that the replicas have used, once they are idle."""
     before, now = -1.0, 0.0
     while now - before > 0.1:
         time.sleep(2)
@@ -65,8 +65,8 @@ def worked(process):
     return now
 
 
-def test_a_client_that_goes_is_drawn_no_more(cluster):
-    """The replica draws no further, either."""
+def test_a_request_whose_client_disconnects_is_ended(cluster):
+    """The replica stops drawing, too."""
     process, port = cluster
     body = {"prompt": "a", "steps": 100, "n": 4}
     begun = worked(process)
@@ -78,8 +78,8 @@ def test_a_client_that_goes_is_drawn_no_more(cluster):
     assert clients.answered(settled(port))[499] == 1
 
 
-def test_a_replica_that_is_killed_loses_nothing(cluster):
-    """kill -9 amid twelve requests: each is answered, by a picture or by 503; then all is well."""
+def test_a_killed_replica_leaves_no_request_unanswered(cluster):
+    """kill -9 during twelve requests: each gets a picture or a 503, and later ones a picture."""
     process, port = cluster
     body = {"prompt": "dog face", "seed": 4, "steps": 60}
     alone = shown(picture(ask(port, body)))
@@ -92,13 +92,13 @@ def test_a_replica_that_is_killed_loses_nothing(cluster):
         answers = [one.result(timeout=300) for one in running]
     assert {one.status for one in answers} <= {200, 503}
     drawn = [picture(one) for one in answers if one.status == 200]
-    assert drawn, "another draws them"
+    assert drawn, "the other replica draws them"
     assert all(close(one, alone) for one in [*drawn, picture(ask(port, body))])
     assert killed.pid not in {one.pid for one in replicas(process)}
 
 
-def test_sigterm_finishes_what_was_accepted(cluster):
-    """The last test: the server ends, and its cluster with it."""
+def test_sigterm_lets_accepted_requests_finish(cluster):
+    """This is the last test of the file: it ends the server and its cluster."""
     process, port = cluster
     left = psutil.Process(process.pid).children(recursive=True)
     ended = clients.ended_amid(port, 5, 100, process.terminate)

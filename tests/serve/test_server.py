@@ -1,4 +1,4 @@
-"""The server by real clients: OpenAI's own, sockets, clients that go, and a signal."""
+"""The server with real clients: OpenAI's library, plain sockets, clients that disconnect."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from fastdiff.serve.painter import Painter
 
 @pytest.fixture(scope="module")
 def port(demo):
-    """Of a server of the demo."""
+    """The port of a server of the demo pipeline."""
     painter = Painter(fastdiff.compile(copy.deepcopy(demo)), 2, steps=3)
     with served(painter) as port:
         yield port
@@ -56,12 +56,12 @@ def test_openais_client_draws(demo, port):
         assert close(one.b64_json, want)
 
 
-def test_openais_client_sees_it_come(demo, port):
-    """The partial pictures are the latents' on the way, decoded by the real autoencoder."""
+def test_openais_client_receives_partial_pictures(demo, port):
+    """Partial pictures are the latents between steps, decoded by the pipeline's own VAE."""
     latents = {}
 
-    def keep(pipe, step, timestep, told):
-        latents[step + 1] = told["latents"]
+    def keep(pipe, step, timestep, given):
+        latents[step + 1] = given["latents"]
         return {}
 
     generator = torch.Generator().manual_seed(5)
@@ -81,29 +81,29 @@ def test_openais_client_sees_it_come(demo, port):
         assert close(one.b64_json, demo.image_processor.postprocess(decoded)[0])
 
 
-def test_a_request_that_says_little_is_drawn_with_the_servers_own(demo, port):
+def test_a_request_without_options_uses_the_servers_defaults(demo, port):
     first, second = (ask(port, {"prompt": "dog face", "n": None}).told["data"] for _ in "ab")
-    assert first[0]["seed"] != second[0]["seed"], "another picture each time"
+    assert first[0]["seed"] != second[0]["seed"], "without a seed each picture differs"
     again = ask(port, {"prompt": "dog face", "seed": first[0]["seed"], "size": "auto"})
     want = shown(first[0]["b64_json"])
     assert want.shape == (64, 64, 3)
     assert close(again.told["data"][0]["b64_json"], want)
 
 
-def test_progress_is_told_to_those_who_ask(port):
+def test_progress_is_streamed_on_request(port):
     asked = {"prompt": "sun", "stream": True, "progress": True}
     answer = ask(port, asked, headers={"X-Request-Id": "mine"})
     assert answer.headers["x-request-id"] == "mine"
     events = re.findall(r"event: (.+)\ndata: (.+)\n\n", answer.body.decode())
-    told = [json.loads(data) for _, data in events]
-    assert [one["type"] for one in told] == [kind for kind, _ in events]
-    steps = [(one["step"], one["steps"]) for one in told[:-1]]
+    documents = [json.loads(data) for _, data in events]
+    assert [one["type"] for one in documents] == [kind for kind, _ in events]
+    steps = [(one["step"], one["steps"]) for one in documents[:-1]]
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    assert told[-1]["type"] == "image_generation.completed"
+    assert documents[-1]["type"] == "image_generation.completed"
 
 
-def test_bad_requests_get_a_sentence_each_and_harm_no_other(port):
-    """While good ones are drawn; what counts requests counts them all."""
+def test_bad_requests_get_one_sentence_each_and_disturb_no_other(port):
+    """Good requests are drawn at the same time, and the metrics count all requests."""
     before = clients.answered(settled(port))
     bad = list(bad_requests())
     assert len(bad) >= 300
@@ -111,7 +111,7 @@ def test_bad_requests_get_a_sentence_each_and_harm_no_other(port):
         good = [pool.submit(ask, port, {"prompt": "a", "seed": 1, "steps": 9}) for _ in range(4)]
         sentences = [refusal_of(port, one) for one in bad]
         first, *others = (one.result().told["data"][0]["b64_json"] for one in good)
-    assert all(close(other, shown(first)) for other in others), "beside whatever comes"
+    assert all(close(other, shown(first)) for other in others), "bad requests change no picture"
     assert not [x for x in sentences if re.search(r"Traceback|fastdiff/|Error\b|File \"", x)]
     counted = clients.answered(settled(port)) - before
     routed = sum(clients.answered(settled(port), route).total() for route in (DRAW, "other"))
@@ -120,7 +120,7 @@ def test_bad_requests_get_a_sentence_each_and_harm_no_other(port):
 
 
 @pytest.mark.parametrize("sent", LATE, ids=range(len(LATE)))
-def test_slow_clients_are_told(sent):
+def test_slow_clients_get_a_408(sent):
     with served(Held(), patience=0.2) as port:
         answer = late(port, sent)
         assert answer.status == 408
@@ -129,16 +129,16 @@ def test_slow_clients_are_told(sent):
 
 
 def until(holds, *running):
-    """Wait for it, while requests that run have not ended: what they raised is raised here."""
+    """Wait until it holds; raise the error of a running request, or fail if one ends too early."""
     end = time.monotonic() + 60
     while not holds():
         ended = [one.result() for one in running if one.done()]
         assert not ended, f"answered too early: {ended}"
-        assert time.monotonic() < end, "it never was so"
+        assert time.monotonic() < end, "it did not hold within 60 s"
         time.sleep(0.005)
 
 
-def test_what_does_not_fit_is_refused_until_there_is_room():
+def test_a_full_queue_refuses_requests_until_there_is_room():
     engine = Held()
     with served(engine, queue=1) as port, ThreadPoolExecutor(2) as pool:
         asked = {"prompt": "a"}
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_until_there_is_room():
 
 
 def gone(port, **asked):
-    """A client that asks, and goes as soon as its request is drawn."""
+    """Send a request and return the function that disconnects the client."""
     connection = HTTPConnection("127.0.0.1", port)
     body = json.dumps({"prompt": "gone"} | asked)
     connection.request("POST", DRAW, body, {"Content-Type": "application/json"})
@@ -170,7 +170,7 @@ def gone(port, **asked):
 
 
 @pytest.mark.parametrize("asked", [{}, {"n": 2}, {"stream": True}], ids=str)
-def test_a_client_that_goes_is_drawn_no_more(asked):
+def test_a_request_whose_client_disconnects_is_ended(asked):
     engine = Held()
     with served(engine) as port:
         leave = gone(port, **asked)
@@ -182,7 +182,7 @@ def test_a_client_that_goes_is_drawn_no_more(asked):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_is_cancelled_by_its_name(stream):
+def test_a_request_is_cancelled_by_its_id(stream):
     engine = Held()
     with served(engine) as port, ThreadPoolExecutor(1) as pool:
         name = {"X-Request-Id": "one"}
@@ -201,7 +201,7 @@ def test_a_request_is_cancelled_by_its_name(stream):
 
 
 class Failing(Held):
-    """An engine that fails amid the picture that is called so."""
+    """An engine that fails in the middle of the picture whose prompt is "fails"."""
 
     async def draw(self, drawing):
         async for event in super().draw(drawing):
@@ -211,7 +211,7 @@ class Failing(Held):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_error_is_of_its_request_alone(stream):
+def test_an_error_ends_only_its_own_request(stream):
     engine = Failing()
     with served(engine) as port, ThreadPoolExecutor(2) as pool:
         other = pool.submit(ask, port, {"prompt": "a"})
@@ -228,7 +228,7 @@ def test_an_error_is_of_its_request_alone(stream):
         assert clients.answered(settled(port)) == {200: 1, 500: 1}
 
 
-def test_the_key_is_asked_for_where_pictures_are():
+def test_the_key_is_required_for_pictures_and_models_only():
     with served(Held(), key="sesame") as port:
         for key in ("none", "sesam", "Sesame"):
             with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
@@ -240,8 +240,8 @@ def test_the_key_is_asked_for_where_pictures_are():
             assert ask(port, path=path).status == 200
 
 
-def test_a_load_is_answered_and_counted(port):
-    """Clients that stream, ask for two pictures, and go: nothing but 429 goes wrong."""
+def test_every_request_of_a_load_is_answered_and_counted(port):
+    """Clients stream, ask for two pictures and disconnect; the only error they get is 429."""
     before = clients.answered(settled(port))
     seen = load(port, 6, 0.5, os.getpid())
     counted = clients.answered(settled(port)) - before

@@ -1,5 +1,5 @@
-"""What a user writes: `mypy --strict` finds no fault in it and knows every type that it reveals,
-which stands in the line below."""
+"""A user's code: `mypy --strict` accepts it, and reveals each type that the comment below it
+names."""
 
 from pathlib import Path
 from typing import reveal_type

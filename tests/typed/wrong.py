@@ -1,4 +1,4 @@
-"""What a user mistypes: each line has a fault that `mypy --strict` finds."""
+"""A user's mistakes: `mypy --strict` finds the named error in each line."""
 
 import fastdiff
 
