@@ -1,4 +1,4 @@
-"""One small U-Net, and tiny pipelines, for all tests of compile."""
+"""Fixtures for the tests of compile: a small U-Net, and the components of tiny pipelines."""
 
 import copy
 import warnings
@@ -71,8 +71,8 @@ def text_encoder(cls, vocabulary):
 
 @pytest.fixture(scope="session")
 def copies():
-    """copies(make): `make`, called once for the same arguments; what it gives are copies, which
-    take a quarter of the time."""
+    """copies(make): a cached `make`, which builds components once for the same arguments and gives
+    copies; copying takes a quarter of the time."""
 
     def of(make):
         kept = {}
@@ -82,7 +82,7 @@ def copies():
             if key not in kept:
                 with torch.inference_mode(False):
                     kept[key] = make(*args, **more)
-            # tokenizers are slow to copy, and nobody changes them
+            # tokenizers are slow to copy, and no test changes them
             return {
                 name: part if name.startswith("tokenizer") else copy.deepcopy(part)
                 for name, part in kept[key].items()
@@ -95,7 +95,7 @@ def copies():
 
 @pytest.fixture(scope="session")
 def components(tokenizer, copies):
-    """components(xl, dtype, unet={…}): a tiny pipeline's parts; a latent is 2×2 pixels."""
+    """components(xl, dtype, unet={…}): a tiny pipeline's components; a latent is 2×2 pixels."""
 
     def make(xl=False, dtype=torch.float64, unet=None):
         xl_config = {
@@ -121,7 +121,7 @@ def components(tokenizer, copies):
             up_block_types=("UpDecoderBlock2D",) * 2,
             norm_num_groups=8,
             sample_size=16,
-            force_upcast=False,  # to float32, from float64 too
+            force_upcast=False,  # upcasting would turn float64 into float32, too
         )
         parts = {
             "vae": noisy(vae).to(dtype),
@@ -149,8 +149,8 @@ def components(tokenizer, copies):
 
 @pytest.fixture(scope="session")
 def components_sd3(tokenizer, tokenizer_3, copies):
-    """components_sd3(kind, t5, dtype, transformer's config): a tiny pipeline's parts; a latent is
-    2×2 pixels."""
+    """components_sd3(kind, t5, dtype, transformer's config): a tiny pipeline's components; a latent
+    is 2×2 pixels."""
 
     def make(kind="sd3", t5=False, dtype=torch.float64, **transformer):
         vae = AutoencoderKL(
@@ -187,8 +187,8 @@ def components_sd3(tokenizer, tokenizer_3, copies):
 
 @pytest.fixture
 def controlnet_sd3(shaken):
-    """controlnet_sd3(kind, seed): a random ControlNet; "alone" sees no text and has no positions of
-    its own."""
+    """controlnet_sd3(kind, seed): a random ControlNet; the kind "alone" takes no text and has no
+    position embedding."""
 
     def make(kind="sd3", seed=7, **config):
         if kind == "alone":
@@ -215,7 +215,7 @@ FLUX_VAE = {
 
 @pytest.fixture(scope="session")
 def components_flux(tokenizer, tokenizer_3, copies):
-    """components_flux(dtype, transformer's config): a tiny pipeline's parts; a token is 4×4
+    """components_flux(dtype, transformer's config): a tiny pipeline's components; a token is 4×4
     pixels."""
 
     def make(dtype=torch.float64, **transformer):
@@ -240,13 +240,17 @@ def components_flux(tokenizer, tokenizer_3, copies):
 
 @pytest.fixture
 def hold():
-    """hold(pipe, **call): compile, and draw what diffusers' own loop draws from the same call.
+    """hold(pipe, loop, tolerance, **call): compile, draw, and compare with eager diffusers; returns
+    the compiled picture.
 
-    `loop` is "plan" or a word of the reason why it was diffusers' own; no call may run eagerly.
+    `loop` says which loop must have run: "plan", "diffusers" if compile leaves this class's loop
+    alone, else part of the reported reason why diffusers' own loop ran. No part may run eagerly.
     """
 
     def draw(pipe, call):
-        torch.manual_seed(9)  # SD3 draws the latents of a ControlNet's picture without a generator
+        torch.manual_seed(
+            9
+        )  # SD3 encodes a ControlNet's picture with noise of the global generator
         pipe.set_progress_bar_config(disable=True)
         given = {name: copy.deepcopy(value) for name, value in call.items()}
         given.setdefault("generator", torch.Generator().manual_seed(5))
@@ -295,13 +299,13 @@ def picture():
 
 @pytest.fixture
 def mask():
-    """[1, 1, 16, 16]: the left half is to be drawn anew."""
+    """[1, 1, 16, 16]: a mask whose left half is to be repainted."""
     return (torch.arange(16) < 8).double().expand(1, 1, 16, 16)
 
 
 @pytest.fixture
 def shaken():
-    """shaken(module): away from zero, so that zero convolutions say something; in float64."""
+    """shaken(module): adds noise to its weights, so that zero convolutions matter; in float64."""
 
     def shake(module, seed=7):
         generator = torch.Generator().manual_seed(seed)
@@ -314,7 +318,7 @@ def shaken():
 
 @pytest.fixture
 def controlnet(shaken):
-    """controlnet(unet, seed): a random ControlNet for it; a latent is 2×2 pixels."""
+    """controlnet(unet, seed): a random ControlNet for this U-Net; a latent is 2×2 pixels."""
 
     def make(unet, seed=7):
         net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32))

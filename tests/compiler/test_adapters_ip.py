@@ -1,4 +1,4 @@
-"""IP-Adapters on our networks, on the plan: pictures, scales and edits."""
+"""IP-Adapters of U-Nets in the compiled loop: picture embeddings, scales and edits."""
 
 import copy
 
@@ -18,11 +18,11 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 import fastdiff
 
 WIDTH = 20
-"""Of an image embedding."""
+"""Width of an image embedding."""
 
 
 def state_dict(unet, seed, plus=False):
-    """Random weights of an IP-Adapter (Plus: a resampler with as many tokens as queries)."""
+    """Random weights of an IP-Adapter; `plus`: with a resampler, as in IP-Adapter Plus."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -30,7 +30,7 @@ def state_dict(unet, seed, plus=False):
 
     text = unet.config.cross_attention_dim
     layers = {}
-    # such a file numbers all attentions, in the order of attn_processors
+    # an IP-Adapter file numbers the attentions in the order of attn_processors
     for i, name in enumerate(unet.attn_processors):
         if "attn2" in name:
             width = unet.get_submodule(name.removesuffix(".processor")).inner_dim
@@ -104,7 +104,7 @@ def test_one_picture_and_its_scale(sd, hold):
     ],
     ids=["no guidance", "two pictures", "two prompts"],
 )
-def test_batches(sd, hold, call):
+def test_batches_of_pictures_and_prompts(sd, hold, call):
     hold(load(sd, state_dict(sd.unet, 1)), "plan", **call)
 
 
@@ -122,7 +122,7 @@ def test_two_adapters(components, hold, xl):
         hold(pipe, "plan", **call)
 
 
-def test_beside_a_controlnet_and_in_inpainting(components, hold):
+def test_an_adapter_with_a_controlnet_and_in_inpainting(components, hold):
     parts = components(xl=True)
     net = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(16, 32))
     for parameter in net.double().parameters():
@@ -137,7 +137,7 @@ def test_beside_a_controlnet_and_in_inpainting(components, hold):
     hold(pipe, "plan", ip_adapter_image_embeds=[pictures(0, 1)], **call)
 
 
-def test_beside_perturbed_attention(components, hold):
+def test_an_adapter_with_perturbed_attention_guidance(components, hold):
     options = {"pag_applied_layers": ["mid"], "requires_safety_checker": False}
     pipe = StableDiffusionPAGPipeline(**components(), **options)
     load(pipe, state_dict(pipe.unet, 1))
@@ -163,7 +163,7 @@ def test_a_scale_changed_between_steps(sd, hold):
 
 @pytest.mark.parametrize("when", [0, 1, 3])
 def test_an_adapter_switched_on_between_steps(sd, when):
-    """No plan has room for it: diffusers goes on, if a step follows."""
+    """The plan was made without the adapter: diffusers draws the remaining steps, if any."""
     load(sd, state_dict(sd.unet, 1))
     pictured, loops = [], []
     for pipe in (sd, fastdiff.compile(copy.deepcopy(sd))):
@@ -188,8 +188,8 @@ def draw_latents(pipe, **options):
     ).images
 
 
-def test_in_float32(components):
-    """The recorded network, as float32 runs it, is seen to follow scales, too."""
+def test_scales_in_float32(components):
+    """In float32 the network is recorded; the recording must follow the scales, too."""
     parts = components(dtype=torch.float32)
     eager = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     eager.set_progress_bar_config(disable=True)
@@ -212,7 +212,7 @@ def test_in_float32(components):
     assert not any("eagerly" in part.why for part in fastdiff.report(pipe).parts)
 
 
-def test_loaded_replaced_and_unloaded_after_compile(sd, hold):
+def test_an_adapter_loaded_replaced_and_unloaded_after_compile(sd, hold):
     plain = hold(sd, "plan")
     assert fastdiff.compile(sd) is sd
     load(sd, state_dict(sd.unet, 1))
@@ -240,7 +240,7 @@ def one_call(unet, embeds, **options):
     )[0]
 
 
-def test_a_block_at_scale_zero_does_not_look_at_its_pictures(sd):
+def test_a_block_with_scale_zero_does_not_read_its_pictures(sd):
     unet = load(sd, state_dict(sd.unet, 1)).unet
     processor = unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor
     processor.scale = [0.0]
@@ -282,7 +282,7 @@ def masks(unet):
     ],
     ids=["processor", "scales", "masks", "kolors"],
 )
-def test_the_unusual_runs_eagerly(sd, edit, reason):
+def test_unsupported_uses_run_eagerly(sd, edit, reason):
     unet = load(sd, state_dict(sd.unet, 1)).unet
     fastdiff.compile(unet)
     one_call(unet, [pictures(0, 1)])
@@ -301,7 +301,7 @@ def test_the_unusual_runs_eagerly(sd, edit, reason):
     [None, [], [pictures(0, 1), pictures(1, 1)], [pictures(0, 1)[:, :, :7]]],
     ids=["none", "no adapter", "two for one", "narrow"],
 )
-def test_what_diffusers_refuses_is_refused_in_its_words(sd, embeds):
+def test_what_diffusers_refuses_is_refused_with_its_message(sd, embeds):
     unet = load(sd, state_dict(sd.unet, 1)).unet
     with pytest.raises((AttributeError, RuntimeError, ValueError)) as own:
         one_call(unet, embeds)

@@ -1,7 +1,7 @@
-"""What a pipeline asks of a GPU is compiled before its first picture, which nothing here can spoil.
+"""A pipeline's Triton kernels are compiled ahead of its first picture, which no failure prevents.
 
-The pipelines lie on a CPU, and are told that they lie on a GPU of sm_90: what they draw is drawn by
-the CPU's kernels, but only once those of the GPU are there.
+The pipelines are on a CPU but take it for an sm_90 GPU: they wait for the GPU's kernels, then draw
+with the CPU's.
 """
 
 import json
@@ -23,11 +23,11 @@ from fastdiff.compiler import ahead
 def kernels(pipe):
     return next((p.why for p in fastdiff.report(pipe).parts if p.name == "kernels"), None)
 
-class Told(logging.Handler):
+class Warns(logging.Handler):
     def emit(self, record):
         warnings.warn(record.getMessage())
 
-logging.getLogger("fastdiff").addHandler(Told())
+logging.getLogger("fastdiff").addHandler(Warns())
 ahead._arch = lambda network: 90
 plan = ahead.kernels_of
 ahead.kernels_of = lambda runs, arch: plan(runs, arch)[:3]
@@ -58,17 +58,15 @@ for _ in range(2):
 """
 
 
-# the same with a folder that has none of them is below
+# A test below covers the same with a folder of kernels for another GPU.
 @pytest.mark.product
-def test_the_first_call_waits_for_all_kernels_and_the_next_process_finds_them(python, tmp_path):
+def test_the_first_call_waits_for_all_kernels_and_the_second_compile_finds_them(python, tmp_path):
     first, second = (line.split("|") for line in python(PICTURE, tmp_path))
     assert first == ["3 kernels: 0 in Triton's cache, 3 compiled ahead", "[]"]
     assert second == ["3 kernels: 3 in Triton's cache", "[]"]
 
 
-def test_where_no_process_can_compile_the_picture_is_drawn_and_a_sentence_says_why(
-    python, tmp_path
-):
+def test_if_no_process_can_compile_the_picture_is_drawn_with_one_warning(python, tmp_path):
     code = 'sys.executable = shutil.which("false")' + PICTURE
     first, _ = (line.split("|") for line in python(code, tmp_path))
     assert "could not be compiled ahead of their first launch; _" in first[0]
@@ -76,7 +74,7 @@ def test_where_no_process_can_compile_the_picture_is_drawn_and_a_sentence_says_w
     assert "the process that compiles ended" in first[1]
 
 
-def test_where_planning_fails_the_picture_is_drawn_and_a_sentence_says_why(python, tmp_path):
+def test_if_planning_fails_the_picture_is_drawn_with_one_warning(python, tmp_path):
     code = """
 def fail(runs, arch):
     raise RuntimeError("no plan")
@@ -91,16 +89,16 @@ ahead.kernels_of = fail
 
 
 def folder(path, **changed):
-    """A folder of `fastdiff warm` without a kernel."""
-    told = {"schema": SCHEMA, "of": "sd15 in fp16", "compilers": {"89": {"Triton": "3.6.0"}}}
+    """A folder as `fastdiff warm` writes it, without a kernel."""
+    facts = {"schema": SCHEMA, "of": "sd15 in fp16", "compilers": {"89": {"Triton": "3.6.0"}}}
     path.mkdir()
     (path / MANIFEST).write_text(
-        json.dumps(told | {"sources": {}, "kernels": [], "modules": []} | changed)
+        json.dumps(facts | {"sources": {}, "kernels": [], "modules": []} | changed)
     )
     return path
 
 
-def test_a_folder_for_something_else_is_named_and_the_kernels_are_compiled(python, tmp_path):
+def test_a_folder_for_another_gpu_is_named_and_the_kernels_are_compiled(python, tmp_path):
     other = folder(tmp_path / "other")
     code = PICTURE.replace("compile(pipe)", f"compile(pipe, warm={str(other)!r})")
     first, second = (line.split("|") for line in python(code, tmp_path / "cache"))
@@ -113,7 +111,7 @@ def test_a_folder_for_something_else_is_named_and_the_kernels_are_compiled(pytho
     assert second == ["3 kernels: 3 in Triton's cache", "[]"], "nothing is missing"
 
 
-def test_on_a_cpu_a_folder_waits_for_a_gpu(tmp_path):
+def test_on_a_cpu_the_report_says_that_the_folder_is_for_a_gpu(tmp_path):
     other = folder(tmp_path / "other")
     pipe = fastdiff.compile(fastdiff.load_demo(), warm=other)
     row = next(part for part in fastdiff.report(pipe).parts if part.name == "kernels")
@@ -122,7 +120,7 @@ def test_on_a_cpu_a_folder_waits_for_a_gpu(tmp_path):
         fastdiff.compile(pipe, warm=other)
 
 
-def test_what_is_no_folder_of_kernels_is_refused_before_anything_is_taken(tmp_path):
+def test_a_folder_without_kernels_is_refused_before_anything_is_compiled(tmp_path):
     pipe = fastdiff.load_demo()
     with pytest.raises(UserError, match="holds no kernels: manifest.json is missing"):
         fastdiff.compile(pipe, warm=tmp_path)
@@ -132,7 +130,7 @@ def test_what_is_no_folder_of_kernels_is_refused_before_anything_is_taken(tmp_pa
         fastdiff.Options(warm=1)
 
 
-def test_compile_returns_before_the_kernels_are_there(python, tmp_path):
+def test_compile_returns_before_the_kernels_are_compiled(python, tmp_path):
     code = """
 go = threading.Event()
 ahead.kernels_of = lambda runs, arch: go.wait() and plan(runs[:0], arch)

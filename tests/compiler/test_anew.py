@@ -1,4 +1,4 @@
-"""What was made for one scheduler, or for one state of the weights, serves no other."""
+"""Recordings and float32 copies made for one scheduler or one state of weights serve no other."""
 
 import copy
 
@@ -12,7 +12,7 @@ from fastdiff.compiler.slot import slot_of
 
 
 def test_a_scheduler_changed_between_pictures(components, hold):
-    """Without a history, with one, and with noise: each time another step is recorded."""
+    """Schedulers without a history, with one, and with noise each get their own recording."""
     pipe = StableDiffusionPipeline(**components(), requires_safety_checker=False)
     config = pipe.scheduler.config
     for name in ("DDIM", "DPMSolverMultistep", "EulerAncestralDiscrete", "DDIM"):
@@ -21,7 +21,7 @@ def test_a_scheduler_changed_between_pictures(components, hold):
 
 
 @torch.no_grad()
-def test_a_float32_copy_goes_with_an_edit_beyond_the_first_values():
+def test_an_edit_beyond_the_first_row_discards_the_float32_copy():
     net, decoder, (latents,), _ = coder("decoder")
     weight = decoder.up_blocks[0].resnets[1].conv2.weight
     weight[1:] *= 3e5

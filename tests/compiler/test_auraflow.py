@@ -1,4 +1,4 @@
-"""AuraFlow's pipeline compiled, beside itself eager."""
+"""AuraFlow's pipeline, compiled against eager."""
 
 import copy
 
@@ -31,13 +31,13 @@ def pipeline():
 
 
 def drawn(pipe, scale=3.5, used=9, images=1, **options):
-    """A picture of 8 x 12; `used` tokens of the text are not zero."""
-    generator, told = torch.Generator().manual_seed(3), {}
+    """A picture of 8×12 pixels; only the first `used` tokens of the prompt are not zero."""
+    generator, texts = torch.Generator().manual_seed(3), {}
     for name, count in (("prompt", used), ("negative_prompt", 2)):
         embeds = torch.randn(1, 40, 20, generator=generator)
         embeds[:, count:] = 0
-        told[f"{name}_embeds"] = embeds.to(pipe.transformer.dtype)
-        told[f"{name}_attention_mask"] = torch.ones(1, 40)
+        texts[f"{name}_embeds"] = embeds.to(pipe.transformer.dtype)
+        texts[f"{name}_attention_mask"] = torch.ones(1, 40)
     result = pipe(
         guidance_scale=scale,
         num_inference_steps=3,
@@ -46,7 +46,7 @@ def drawn(pipe, scale=3.5, used=9, images=1, **options):
         width=12,
         generator=generator,
         output_type="np",
-        **told,
+        **texts,
         **options,
     ).images
     return torch.from_numpy(result)
@@ -57,10 +57,10 @@ def test_the_picture_report_and_restore(call):
     as_eager(pipeline(), drawn, **call)
 
 
-def test_a_callback_leaves_the_loop_to_diffusers():
-    """Which has no `interrupt`, by which it could go on after one."""
+def test_with_a_callback_diffusers_runs_the_loop():
+    """diffusers' AuraFlow pipeline has no `interrupt`, so it could not finish a started plan."""
     pipe, seen = pipeline(), []
-    options = {"callback_on_step_end": lambda _, i, t, told: seen.append(i) or told}
+    options = {"callback_on_step_end": lambda _, i, t, given: seen.append(i) or given}
     eager = drawn(pipe, **options)
     fastdiff.compile(pipe)
     torch.testing.assert_close(drawn(pipe, **options), eager, atol=1e-5, rtol=0)
@@ -70,14 +70,14 @@ def test_a_callback_leaves_the_loop_to_diffusers():
     assert "callback_on_step_end" in why
 
 
-def test_adapters_and_edits_are_followed_without_a_recording():
+def test_adapters_and_edits_are_followed_without_a_new_recording():
     pipe = pipeline()
     net = pipe.transformer
     layers = ["to_q", "add_v_proj", "linear_1", "norm1.linear", "pos_embed.proj"]
     net.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False), "one")
     twin = copy.deepcopy(pipe)
     fastdiff.compile(pipe)
-    for _ in range(2):  # the autoencoder is recorded when it meets a size again
+    for _ in range(2):  # the VAE is recorded at the second picture of a size
         drawn(pipe)
     before = made()
     for change in (

@@ -1,5 +1,5 @@
-"""Pipelines of several kinds in a batch whose requests are at different steps, beside diffusers
-itself, in float64."""
+"""Batches of several pipelines whose requests are at different steps, against diffusers, in
+float64."""
 
 import copy
 from contextlib import suppress
@@ -71,23 +71,23 @@ def test_each_request_is_drawn_as_diffusers_draws_it(pipeline, kind):
             zip(
                 ("red heart", "dog face", "sunflower", "purple car"),
                 (4.0, 2.5, 4.0, 1.0),
-                (16, 16, 24, 16),  # the third has a recording of its own, as has the last
+                (16, 16, 24, 16),  # the third and the last have recordings of their own
                 SCHEDULERS[kind] + (None,) * 3,
                 strict=False,
             )
         )
     ]
     last = [[] for _ in asked]
-    with Batch(pipe, capacity=3) as batch:  # so that the last one joins when another leaves
+    with Batch(pipe, capacity=3) as batch:  # the last request joins when another leaves
         tickets = [
-            batch.submit(replace(request, on_step=lambda *told, to=to: to.append(told)))
+            batch.submit(replace(request, on_step=lambda *given, to=to: to.append(given)))
             for request, to in zip(asked, last, strict=True)
         ]
         for ticket in tickets:
             assert ticket.result().size == (ticket.request.width,) * 2
-    for request, ticket, told in zip(asked, tickets, last, strict=True):
-        want, (done, steps, got) = eager(plain, request), told[-1]
-        assert done == steps == len(told)
+    for request, ticket, seen in zip(asked, tickets, last, strict=True):
+        want, (done, steps, got) = eager(plain, request), seen[-1]
+        assert done == steps == len(seen)
         assert torch.linalg.norm(got - want) <= 5e-6 * torch.linalg.norm(want), request
         assert ALONE in (ticket.alone or ALONE)
         assert (ticket.alone is not None) == isinstance(request.scheduler, PNDMScheduler)
@@ -97,20 +97,20 @@ def test_each_request_is_drawn_as_diffusers_draws_it(pipeline, kind):
     assert loop.driver is None
 
 
-def test_a_request_that_fails_ends_by_itself(pipeline):
+def test_a_failed_request_does_not_end_the_others(pipeline):
     pipe, plain = fastdiff.compile(pipeline("sd")), pipeline("sd")
     last = []
-    right = Request("red heart", None, 4, 4.0, 1, on_step=lambda *told: last.append(told[2]))
+    right = Request("red heart", None, 4, 4.0, 1, on_step=lambda *given: last.append(given[2]))
 
     def stumble(step, steps, latents):
-        latents.fill_(torch.nan)  # a copy
+        latents.fill_(torch.nan)  # on_step receives a copy
         if step == 2:
             raise RuntimeError("my preview failed")
 
     with Batch(pipe, capacity=5) as batch:
         with pytest.raises(ValueError, match="5000"):
             batch.submit(replace(right, num_inference_steps=5000, on_step=None)).result()
-        ended = batch.submit(right)  # with nothing beside it: the batch goes on
+        ended = batch.submit(right)  # the only request; the batch continues after it
         ended.cancel()
         with suppress(Cancelled):
             ended.result()

@@ -1,4 +1,4 @@
-"""What callbacks change and see, at each step, against the same callbacks in eager diffusers."""
+"""Callbacks change and see the same at each step as in eager diffusers."""
 
 import copy
 import functools
@@ -30,7 +30,8 @@ def draw(pipe, **options):
 
 
 def traced(pipe, edit, when, **options):
-    """What a pipeline draws, or how it fails; what its callback saw; how far its bar moved."""
+    """The picture or the error, what the callback saw at each step, how far the progress bar moved,
+    and the generator's state."""
     trace, moves, own = [], [], pipe.progress_bar
 
     def progress_bar(*args, **kwargs):
@@ -49,13 +50,13 @@ def traced(pipe, edit, when, **options):
     generator = torch.Generator().manual_seed(5)
     try:
         picture = draw(pipe, callback_on_step_end=callback, generator=generator, **options)
-    except Exception as error:  # whatever it is, it must be eager's
+    except Exception as error:  # eager and compiled must raise the same
         picture = error
     return picture, trace, sum(moves), generator.get_state()
 
 
 def noise_off(pipe, latents):
-    """What is left of a module after others took its weights."""
+    """Change the weights of the middle block in place."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in pipe.unet.mid_block.parameters():
@@ -130,7 +131,7 @@ def restored_and_compiled(pipe, latents):
 
 
 def kept(pipe, latents):
-    """Not a change."""
+    """Change nothing."""
 
 
 PLANNED = [
@@ -138,7 +139,7 @@ PLANNED = [
     noise_off,
     lambda pipe, x: {"latents": x * 0.9},
     lambda pipe, x: {"prompt_embeds": torch.full((2, 77, 32), 0.3).double()},
-    lambda pipe, x: {"add_text_embeds": x},  # which this pipeline does not know
+    lambda pipe, x: {"add_text_embeds": x},  # a name that this pipeline ignores
     lambda pipe, x: setattr(pipe, "_guidance_scale", 2.0),
     lambda pipe, x: setattr(pipe, "_interrupt", True),
 ]
@@ -167,7 +168,7 @@ FINISHED = [
 
 
 def compare(pipe, edit, when, **options):
-    """The compiled pipeline, after it did what the eager one did."""
+    """Run both pipelines with the edit, compare all they did; the compiled one and its loop."""
     fast = fastdiff.compile(copy.deepcopy(pipe))
     loop = loop_of(fast)
     want, seen, bar, drawn = traced(pipe, edit, when, **options)
@@ -193,10 +194,10 @@ def compare(pipe, edit, when, **options):
         [pytest.param(*row, id=f"{row[0].__name__}-{i}") for i, row in enumerate(FINISHED)],
         range(STEPS),
         together=1,
-        always=lambda edit, reason, when: when == 1,  # after steps of the plan, before diffusers'
+        always=lambda edit, reason, when: when == 1,  # steps run before and after
     ),
 )
-def test_what_no_plan_can_follow_is_finished_by_diffusers(pipe, edit, reason, when):
+def test_a_change_that_no_plan_follows_is_finished_by_diffusers(pipe, edit, reason, when):
     _, loop = compare(pipe, edit, when)
     if when == STEPS - 1:
         assert (loop.planned, dict(loop.own)) == (1, {})  # no step follows
@@ -207,20 +208,20 @@ def test_what_no_plan_can_follow_is_finished_by_diffusers(pipe, edit, reason, wh
 
 @pytest.mark.parametrize("when", range(STEPS))
 @pytest.mark.parametrize("edit", PLANNED, ids=range(len(PLANNED)))
-def test_what_a_plan_can_follow_stays_on_it(pipe, edit, when):
+def test_a_change_that_a_plan_follows_stays_on_the_plan(pipe, edit, when):
     _, loop = compare(pipe, edit, when)
     assert (loop.planned, dict(loop.own)) == (1, {})
 
 
-def test_noise_is_drawn_in_step(pipe):
-    """Half the steps by the plan, half by diffusers; a scheduler that counts its steps."""
+def test_the_generator_gives_the_same_noise_when_diffusers_takes_over(pipe):
+    """The plan runs the first steps, diffusers the rest, with a scheduler that adds noise."""
     cls = diffusers.EulerAncestralDiscreteScheduler
     pipe.scheduler = cls.from_config(pipe.scheduler.config)
     for edit in (hooked, FINISHED[0][0]):
         compare(copy.deepcopy(pipe), edit, 0)
 
 
-def test_in_sdxl(components):
+def test_changes_of_sdxls_conditions(components):
     xl = StableDiffusionXLPipeline(**components(xl=True), add_watermarker=False)
 
     def other_pooled(pipe, latents):
@@ -237,7 +238,7 @@ def test_in_sdxl(components):
     assert loop.planned == 1
 
 
-def test_a_restored_pipeline_is_diffusers_afterwards(pipe):
+def test_a_pipeline_restored_by_a_callback_is_eager_afterwards(pipe):
     want = draw(pipe)
     fast, _ = compare(pipe, restored, 0)
     assert type(fast) is StableDiffusionPipeline
@@ -245,8 +246,8 @@ def test_a_restored_pipeline_is_diffusers_afterwards(pipe):
     assert torch.equal(draw(fast), want)
 
 
-def test_in_one_sentence(pipe):
-    """What reaches diffusers by no way at all."""
+def test_changes_that_nothing_can_follow_are_one_sentence(pipe):
+    """Neither the plan nor diffusers could continue with these."""
     fastdiff.compile(pipe)
     with pytest.raises(UserError, match="returned a NoneType as latents; return a tensor"):
         draw(pipe, callback_on_step_end=lambda pipe, i, t, kwargs: {"latents": None})
@@ -261,7 +262,7 @@ def test_in_one_sentence(pipe):
         )
 
 
-# What a scheduler shows to callbacks, and afterwards
+# The scheduler's state, in callbacks and after the picture
 
 SCHEDULERS = [
     "DDIMScheduler",
@@ -271,7 +272,7 @@ SCHEDULERS = [
     "LCMScheduler",
     "TCDScheduler",
 ]
-"""They keep nothing but where they stand."""
+"""Their only state is the index of the step."""
 KEEPING = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
@@ -284,7 +285,7 @@ KEEPING = [
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 ]
-"""They keep predictions or samples."""
+"""Their state includes predictions or samples of earlier steps."""
 
 
 def made(cls, pipe):
@@ -293,7 +294,7 @@ def made(cls, pipe):
 
 
 def shown(value):
-    """Something to compare: tensors by their norm."""
+    """A comparable form of a value: tensors as their norms."""
     if isinstance(value, torch.Tensor):
         return f"{float(value.double().norm()):.4f}"  # some are NaN
     if isinstance(value, list | tuple):
@@ -306,7 +307,7 @@ def state_of(scheduler):
 
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, *KEEPING])
-def test_a_scheduler_shows_callbacks_what_eager_shows(pipe, name):
+def test_callbacks_see_the_same_scheduler_state_as_in_eager(pipe, name):
     pipe.scheduler = made(getattr(diffusers, name), pipe)
     fast = fastdiff.compile(copy.deepcopy(pipe))
     seen = []
@@ -332,13 +333,13 @@ def test_a_scheduler_shows_callbacks_what_eager_shows(pipe, name):
 
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, *KEEPING])
-def test_a_logging_scheduler_is_called_as_eager_calls_it(pipe, name):
+def test_a_users_scheduler_class_is_called_as_in_eager(pipe, name):
     log = []
 
     own = getattr(diffusers, name)
 
     class Logging(own):
-        @functools.wraps(own.step)  # pipelines ask it for its arguments
+        @functools.wraps(own.step)  # pipelines inspect its signature
         def step(self, model_output, timestep, sample, *args, **kwargs):
             plain = not torch._C._functorch.is_batchedtensor(model_output)
             log.append(("step", float(timestep), tuple(sample.shape), plain))
@@ -357,10 +358,10 @@ def test_a_logging_scheduler_is_called_as_eager_calls_it(pipe, name):
     assert "not its library's own" in str(loop_of(fast).own)
 
 
-# Calls that come by another way
+# Calls that do not go through the compiled class
 
 
-def test_a_call_past_the_compiled_class_is_diffusers(pipe):
+def test_a_call_of_the_original_class_runs_diffusers_loop(pipe):
     want = draw(pipe)
     fast = fastdiff.compile(pipe)
     options = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
@@ -377,8 +378,8 @@ def test_a_call_past_the_compiled_class_is_diffusers(pipe):
     assert "by something other than" in str(loop_of(fast).own)
 
 
-def test_a_call_within_a_call_by_another_way(pipe):
-    """A callback that calls past the class; a call's `interrupt` is read by others."""
+def test_a_callback_may_call_the_original_class(pipe):
+    """`interrupt` keeps its eager value for callbacks during and after such calls."""
     want = draw(pipe)
     fast = fastdiff.compile(pipe)
     inner, interrupts = [], []
@@ -400,8 +401,8 @@ def test_a_call_within_a_call_by_another_way(pipe):
     assert loop_of(fast).planned == 1
 
 
-def test_a_patched_call_is_run(pipe, monkeypatch):
-    """It may run the loop twice, or keep the latents."""
+def test_a_patched_call_runs(pipe, monkeypatch):
+    """This one runs the pipeline twice."""
     own, calls = StableDiffusionPipeline.__call__, []
 
     def patched(self, *args, **kwargs):
@@ -421,7 +422,7 @@ def test_a_patched_call_is_run(pipe, monkeypatch):
     assert loop_of(fast).planned == 2
 
 
-def test_another_of_the_same_class(pipe):
+def test_another_pipeline_of_the_compiled_class_draws_eagerly(pipe):
     want = draw(pipe)
     fast = fastdiff.compile(pipe)
     other = type(fast)(**fast.components, requires_safety_checker=False)
@@ -429,7 +430,7 @@ def test_another_of_the_same_class(pipe):
     assert loop_of(other) is None
 
 
-def test_a_call_that_ends_early_leaves_nothing(pipe):
+def test_a_call_that_raises_leaves_no_state(pipe):
     want = draw(pipe)
     fast = fastdiff.compile(pipe)
     options = {"num_inference_steps": STEPS, "guidance_scale": 4.0, "output_type": "latent"}
@@ -446,7 +447,7 @@ def test_a_call_that_ends_early_leaves_nothing(pipe):
     assert loop_of(fast).running == 0
 
 
-def test_guidance_rescaled_by_others(components, monkeypatch):
+def test_a_patched_rescale_noise_cfg_is_honoured(components, monkeypatch):
     module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
     pipe = StableDiffusionPipeline(**components(), requires_safety_checker=False)
     own = module.rescale_noise_cfg

@@ -52,7 +52,7 @@ def runs(target):
     return {part.name: part.runs for part in fastdiff.report(target).parts}
 
 
-def test_the_same_picture_from_the_same_object(pipe):
+def test_compile_works_in_place_and_draws_the_same_picture(pipe):
     before = draw(pipe)
     compiled = fastdiff.compile(pipe)
     assert compiled is pipe
@@ -73,7 +73,7 @@ def test_the_same_picture_from_the_same_object(pipe):
     ],
     ids=lambda options: ",".join(options),
 )
-def test_options_of_the_call(demo, pipe, options):
+def test_options_of_a_call(demo, pipe, options):
     fastdiff.compile(pipe)
     assert psnr(draw(demo, **options), draw(pipe, **options)) >= 60
     assert not any("eagerly" in part.why for part in fastdiff.report(pipe).parts)
@@ -96,8 +96,8 @@ def test_pipelines_that_start_from_a_picture(pipeline, pipe):
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sd21", "sdxl"])
-def test_real_architectures(preset):
-    """The published block structures, scaled down, with random weights, whole pictures."""
+def test_published_architectures(preset):
+    """Whole pictures with the published block structures, scaled down, with random weights."""
     pipe = build(preset, 0.13, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     before = draw(pipe, num_inference_steps=3)
@@ -106,7 +106,7 @@ def test_real_architectures(preset):
     assert not any("eagerly" in part.why for part in fastdiff.report(pipe).parts)
 
 
-def test_compile_twice_is_compile_once(pipe):
+def test_a_second_compile_changes_nothing(pipe):
     fastdiff.compile(pipe)
     draw(pipe)
     slot = pipe.unet._compiled_call_impl
@@ -139,8 +139,8 @@ def test_saved_weights_are_byte_identical(pipe, tmp_path):
         )
 
 
-def test_ten_rounds_without_growth(unet, call):
-    """After a first round for the allocators, live tensor memory is flat."""
+def test_ten_rounds_of_compile_and_restore_leak_no_memory(unet, call):
+    """The live tensors take the same memory after each round."""
 
     expected = call(unet)
     sizes = []
@@ -158,11 +158,11 @@ def test_weights_are_borrowed_not_copied(forked):
     script = """
 import ctypes
 from diffusers import UNet2DConditionModel
-# glibc keeps freed blocks of up to 32 MiB once it has seen some; what we hold is to be measured
+# glibc would keep freed blocks of up to 32 MiB, which would count as ours
 assert ctypes.CDLL(None).mallopt(-3, 1 << 20) == 1  # M_MMAP_THRESHOLD
 def kib(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key))
-with torch.device("meta"):  # torch draws a GiB of weights for seconds
+with torch.device("meta"):  # initialising a GiB of weights takes seconds
     unet = UNet2DConditionModel(block_out_channels=(192, 384, 768, 768), cross_attention_dim=768)
 unet.to_empty(device="cpu").eval()
 for weight in unet.parameters():
@@ -182,9 +182,9 @@ print((kib("VmHWM") - before) * 1024 / weights, weights / 2**30)
     assert rise <= 0.05
 
 
-def test_weight_edits_are_seen_and_moves_are_followed(unet, call):
+def test_edits_and_moves_of_weights_are_followed(unet, call):
     fastdiff.compile(unet)
-    eager = copy.deepcopy(unet)  # a copy is plain diffusers
+    eager = copy.deepcopy(unet)  # a copy is eager
     assert "_compiled_call_impl" not in vars(eager)
     with torch.no_grad():
         for model in (unet, eager):
@@ -207,12 +207,12 @@ def test_weight_edits_are_seen_and_moves_are_followed(unet, call):
 
 
 def close(got, expected):
-    """Equal but for rounding: eager calls before and after a loan see other memory layouts."""
+    """Assert equality up to rounding: compile changes the weights' layout, also for eager."""
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def eagerly(unet, call, reason, expected, **options):
-    """The call warns with the reason, gives diffusers' own result, and the report lists it."""
+    """Assert that the call warns with the reason, returns eager's result, and is in the report."""
     with pytest.warns(RuntimeWarning, match=reason):
         got = call(unet, **options)
     close(got, expected)
@@ -220,7 +220,7 @@ def eagerly(unet, call, reason, expected, **options):
     assert reason in part.why
 
 
-def test_what_cannot_be_honoured_runs_eagerly_and_is_listed(unet, call):
+def test_unsupported_changes_run_eagerly_and_are_reported(unet, call):
     plain = copy.deepcopy(unet)
     fastdiff.compile(unet)
     close(call(unet), call(plain))
@@ -258,14 +258,14 @@ class SlightlyOther(AttnProcessor):
         return super().__call__(*args, **kwargs) * 0.5
 
 
-def test_gradients_flow_eagerly(unet):
+def test_calls_with_gradients_run_eagerly(unet):
     fastdiff.compile(unet)
     with pytest.warns(RuntimeWarning, match="gradients"):
         unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 7, 24))[0].sum().backward()
     assert unet.conv_in.weight.grad.abs().max() > 0
 
 
-def test_bare_autoencoder_with_slicing_and_tiling():
+def test_a_bare_autoencoder_with_slicing_and_tiling():
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(32, 64),
@@ -301,10 +301,10 @@ def test_ignore_leaves_a_component_alone(pipe):
         fastdiff.compile(pipe, fastdiff.Options(ignore=("transformer",)))
 
 
-def test_what_is_not_known_is_refused(unet, small):
+def test_unknown_pipelines_and_networks_are_refused(unet, small):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    stranger = type("Stranger", (DDPMPipeline,), {})(
+    unknown = type("Stranger", (DDPMPipeline,), {})(
         UNet2DModel(
             block_out_channels=(32, 32),
             norm_num_groups=8,
@@ -314,7 +314,7 @@ def test_what_is_not_known_is_refused(unet, small):
         DDPMScheduler(),
     )
     with pytest.raises(UserError, match="does not know Stranger"):
-        fastdiff.compile(stranger)
+        fastdiff.compile(unknown)
     odd = UNet2DConditionModel(**(small | {"act_fn": "mish"})).eval()
     with pytest.raises(UserError, match="nothing in this UNet2DConditionModel.*SiLU"):
         fastdiff.compile(odd)

@@ -1,4 +1,4 @@
-"""Consistency models: classes, and a scheduler that clips, then adds noise."""
+"""Consistency models: class labels, and a scheduler that clips and then adds noise."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def drawn(pipe, call, **more):
 
 
 @pytest.mark.parametrize("clips", [True, False])
-def test_the_picture_is_eagers_within_the_budget(clips):
+def test_pictures_are_within_the_budget(clips):
     pipe = made(clip_denoised=clips)
     exact = sharing(pipe).to(torch.float64)
     eager = [drawn(pipe, call) for call in CALLS.values()]
@@ -61,7 +61,7 @@ def test_the_picture_is_eagers_within_the_budget(clips):
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (3, {})
 
 
-def test_another_class_is_another_picture():
+def test_another_class_label_changes_only_its_picture():
     pipe = fastdiff.compile(made())
     call = CALLS["one step"]
     first, second = drawn(pipe, call), drawn(pipe, call, class_labels=[7, 3])

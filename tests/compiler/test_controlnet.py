@@ -1,4 +1,4 @@
-"""ControlNets in diffusers' own loop, they and the U-Net on our networks; against diffusers."""
+"""ControlNet pipelines: diffusers' own loop around a compiled ControlNet and U-Net."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ import fastdiff
     ],
     ids=lambda call: ",".join(call) or "plain",
 )
-def test_controlnet(components, hold, call, picture, controlnet):
+def test_calls_with_one_controlnet(components, hold, call, picture, controlnet):
     parts = components()
     pipe = StableDiffusionControlNetPipeline(
         **parts, controlnet=controlnet(parts["unet"]), requires_safety_checker=False
@@ -81,8 +81,10 @@ def test_controlnet_in_other_pipelines(components, hold, pipeline, picture, mask
         StableDiffusionXLControlNetUnionInpaintPipeline,
     ],
 )
-def test_controlnet_union(components, hold, pipeline, picture, mask, shaken):
-    parts = components(xl=True, unet={"block_out_channels": (320, 64)})  # from_unet knows no other
+def test_a_union_controlnet_runs_eagerly(components, hold, pipeline, picture, mask, shaken):
+    parts = components(
+        xl=True, unet={"block_out_channels": (320, 64)}
+    )  # from_unet needs this width
     net = ControlNetUnionModel.from_unet(
         parts["unet"], conditioning_embedding_out_channels=(16, 32)
     )
@@ -114,7 +116,7 @@ def residuals(net, **options):
     ids=["bgr", "pooled"],
 )
 @pytest.mark.parametrize("guess_mode", [False, True])
-def test_bare_controlnet(components, config, guess_mode, controlnet):
+def test_a_bare_controlnet_returns_the_same_residuals(components, config, guess_mode, controlnet):
     net = controlnet(components()["unet"])
     net.register_to_config(**config)
     want = residuals(net, guess_mode=guess_mode)
@@ -132,7 +134,7 @@ def test_bare_controlnet(components, config, guess_mode, controlnet):
         residuals(net, class_labels=torch.zeros(2))
 
 
-def test_the_same_controlnet_twice(components, hold, picture, controlnet):
+def test_the_same_controlnet_given_twice(components, hold, picture, controlnet):
     parts = components()
     pipe = StableDiffusionControlNetPipeline(
         **parts, controlnet=[controlnet(parts["unet"])] * 2, requires_safety_checker=False

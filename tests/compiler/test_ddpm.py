@@ -1,4 +1,4 @@
-"""Pipelines that draw without a text, compiled, beside themselves eager."""
+"""DDPM and DDIM pipelines without a prompt, compiled against eager."""
 
 import copy
 import io
@@ -61,7 +61,7 @@ def drawn(pipe):
 
 
 def exact(pipe):
-    """The picture in float64, from the noise that float32 draws."""
+    """The picture in float64, from the same noise as in float32."""
     double = copy.deepcopy(pipe)
     double.unet.double()
 
@@ -94,17 +94,19 @@ def test_arguments_of_the_step_reach_the_plan():
         call = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"}
         return pipe(generator=generators, **call, **more).images
 
-    pipe.unet.double()  # the same numbers but for the last bits: the loop is looked at here
+    pipe.unet.double()  # so that only the loop can differ
     given = ({}, {"eta": 0.7}, {"eta": 1.0, "use_clipped_model_output": True})
     eager = [drawn(**more) for more in given]
     fastdiff.compile(pipe)
     for more, want in zip(given, eager, strict=True):
-        assert abs(drawn(**more) - want).max() < 1e-10, more  # as of tests/runtime/test_schedulers
+        assert abs(drawn(**more) - want).max() < 1e-10, (
+            more
+        )  # the tolerance of tests/runtime/test_schedulers.py
     assert loop_of(pipe).planned == 3
 
 
 def test_a_scheduler_that_would_scale_the_input():
-    """DDPM's loop never asks it to, and warns of that; a plan scales nothing either."""
+    """DDPM's loop never calls scale_model_input, and warns; the plan does not scale either."""
     pipe = PIPES["ddpm"](noisy(UNet2DModel(**NET)).double())
     pipe.scheduler = EulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
@@ -119,7 +121,7 @@ def test_the_progress_bar_counts_every_step(pipe):
     for compiled in (False, True):
         if compiled:
             fastdiff.compile(pipe)
-        # without the rate, whose width depends on how fast it was
+        # without the rate, which depends on the speed
         counts = "{percentage:.0f}% {n_fmt}/{total_fmt}"
         pipe.set_progress_bar_config(file=(file := io.StringIO()), mininterval=0, bar_format=counts)
         drawn(pipe)
@@ -128,8 +130,8 @@ def test_the_progress_bar_counts_every_step(pipe):
     assert "5/5" in shown[1]
 
 
-def test_a_loop_that_no_plan_follows_stays_diffusers():
-    """Our network within diffusers' loop draws the same picture."""
+def test_a_loop_without_a_plan_stays_diffusers():
+    """diffusers' loop around the compiled network draws the same picture."""
     pipe = PIPES["ddpm"](noisy(UNet2DModel(**NET)))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DPMSolverMultistepScheduler(thresholding=True)
@@ -149,8 +151,7 @@ def test_a_loop_that_no_plan_follows_stays_diffusers():
         (3, UniPCMultistepScheduler(), "its step takes no generator"),
     ],
 )
-def test_what_the_scheduler_does_not_take_is_left_to_diffusers(channels, scheduler, why):
-    """Which raises."""
+def test_a_scheduler_that_does_not_fit_the_network_raises_as_in_diffusers(channels, scheduler, why):
     pipe = DDPMPipeline(noisy(UNet2DModel(**NET, out_channels=channels)), scheduler)
     pipe.set_progress_bar_config(disable=True)
     fastdiff.compile(pipe)

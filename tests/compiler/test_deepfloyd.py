@@ -1,4 +1,4 @@
-"""DeepFloyd IF's cascade in float64: pixels, a learned variance, thresholds, masks."""
+"""DeepFloyd IF's cascade in float64: pixels, a learned variance, dynamic thresholding, masks."""
 
 import numpy as np
 import PIL.Image
@@ -25,7 +25,7 @@ from fastdiff.runtime.planned import kernels_of
 
 THRESHOLD = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
 LARGE = {"variance_type": "fixed_large", **THRESHOLD}
-"""Which a DDIMScheduler keeps in its config, where the loop looks for it."""
+"""A DDIMScheduler keeps variance_type in its config, where the loop reads it."""
 PUBLISHED = {"variance_type": "learned_range", **THRESHOLD}
 PARTS = {
     **dict.fromkeys(["tokenizer", "text_encoder", "safety_checker", "feature_extractor"]),
@@ -33,7 +33,7 @@ PARTS = {
 }
 SIZE = 8
 TOLD = {name: IF[name] for name in ("encoder_hid_dim_type", "encoder_hid_dim")}
-"""Without the pooled text, which diffusers computes in float32; the network's own tests have it."""
+"""Without the pooled text, which diffusers computes in float32; the network's tests cover it."""
 
 
 def unet(enlarges=False):
@@ -93,7 +93,7 @@ def drawn(pipe, **call):
 
 
 def hold(pipe, **call):
-    """The picture that diffusers draws, and as much noise; the loop is a plan."""
+    """Assert that the plan draws diffusers' picture and takes as much noise from the generator."""
     want, spent = drawn(pipe, **call)
     fastdiff.compile(pipe)
     got, ours = drawn(pipe, **call)
@@ -106,14 +106,14 @@ def hold(pipe, **call):
 
 
 @pytest.mark.parametrize(("cls", "call"), FIRST + SECOND)
-def test_as_published(cls, call):
+def test_pipelines_with_the_published_scheduler(cls, call):
     hold(piped(cls), **call)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "call"),
     [
-        (DDPMScheduler(variance_type="fixed_small_log"), {}),  # without the network's variance
+        (DDPMScheduler(variance_type="fixed_small_log"), {}),  # ignores the network's variance
         (DDPMScheduler(variance_type="learned_range"), {"guidance_scale": 1.0}),
         (DDIMScheduler.from_config(DDPMScheduler(**LARGE).config), {"eta": 0.4}),
     ],
@@ -122,8 +122,8 @@ def test_other_schedulers(scheduler, call):
     hold(piped(IFPipeline, scheduler), height=SIZE, width=SIZE, **call)
 
 
-def test_a_scheduler_that_does_not_read_the_variance_it_is_given():
-    """DDIM made from the published config: diffusers raises, and so does the compiled pipeline."""
+def test_a_scheduler_that_ignores_the_learned_variance_fails_as_in_diffusers():
+    """DDIM from the published config: diffusers raises, and so does the compiled pipeline."""
     pipe = piped(IFPipeline, DDIMScheduler.from_config(DDPMScheduler(**PUBLISHED).config))
     fastdiff.compile(pipe)
     with pytest.raises(RuntimeError, match="must match"):
@@ -132,7 +132,7 @@ def test_a_scheduler_that_does_not_read_the_variance_it_is_given():
 
 
 def test_kernels_are_planned_ahead():
-    """Of a step that reads the variance, and thresholds."""
+    """The kernels of a step with a learned variance and dynamic thresholding."""
     net = UNet2DConditionModel(**SIMPLE | TOLD | {"in_channels": 3, "out_channels": 6})
     pipe = fastdiff.compile(IFPipeline(**PARTS, unet=noisy(net).half(), scheduler=DDPMScheduler()))
     slot = slot_of(pipe.unet)
@@ -142,7 +142,7 @@ def test_kernels_are_planned_ahead():
     assert "_limits_kernel" in {one.kernel.__name__ for one in made}
 
 
-def test_a_callback_keeps_diffusers_loop():
+def test_with_a_callback_diffusers_runs_the_loop():
     pipe = piped(IFPipeline)
     fastdiff.compile(pipe)
     seen = []

@@ -1,4 +1,4 @@
-"""DiT's pipeline compiled, beside itself eager."""
+"""DiT's pipeline, compiled against eager."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from fastdiff.kernels.contract import judge
 
 SCHEDULERS = {
     "DDIM": lambda: DDIMScheduler(clip_sample=False),
-    "DDPM, whose noise is for both halves": lambda: DDPMScheduler(clip_sample=False),
+    "DDPM, with noise for both halves": lambda: DDPMScheduler(clip_sample=False),
     "DPM++": DPMSolverMultistepScheduler,
 }
 VAE = {
@@ -40,13 +40,13 @@ def pipeline(scheduler, **config):
 
 
 def drawn(pipe, labels=(207, 3), scale=4.0):
-    torch.manual_seed(5)  # its scheduler's noise comes from no generator of the call
+    torch.manual_seed(5)  # its scheduler's noise does not come from the call's generator
     generator = torch.Generator().manual_seed(3)
     options = {"guidance_scale": scale, "num_inference_steps": 5, "output_type": "np"}
     return torch.from_numpy(pipe(list(labels), generator=generator, **options).images)
 
 
-@pytest.mark.parametrize("scale", [4.0, 1.0, 0.5])  # at 1 and below it draws without guidance
+@pytest.mark.parametrize("scale", [4.0, 1.0, 0.5])  # at most 1: without guidance
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_picture_report_and_restore(scheduler, scale):
     pipe = pipeline(SCHEDULERS[scheduler]())
@@ -78,7 +78,7 @@ def test_a_transformer_without_a_variance():
     ],
 )
 def test_loops_that_stay_diffusers(scheduler, why):
-    """diffusers' own loop draws, or fails, as it does without us."""
+    """diffusers' loop draws the same picture, or raises the same error, as without fastdiff."""
     pipe = pipeline(scheduler())
 
     def result():

@@ -1,4 +1,4 @@
-"""Calls that only diffusers answers: it does, and a warning names the reason."""
+"""Calls that only diffusers supports run eagerly, and a warning names the reason."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import fastdiff
 
 @pytest.fixture
 def net():
-    """A U-Net of one level, so that one mask fits every self-attention."""
+    """A U-Net of one level, so that one mask has the right size for every self-attention."""
     torch.manual_seed(0)
     return UNet2DConditionModel(**ONE_LEVEL).eval()
 

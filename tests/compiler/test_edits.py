@@ -1,4 +1,4 @@
-"""Whatever is done to a compiled model, its calls give what diffusers would give."""
+"""After any edit of a compiled U-Net, its calls return what diffusers would return."""
 
 import copy
 import warnings
@@ -15,7 +15,7 @@ import fastdiff
 
 
 class AttnProcessor2_0(Plain):
-    """Somebody's own processor under diffusers' name."""
+    """A user's own processor with the name of diffusers' class."""
 
     def __call__(self, *args, **kwargs):
         return super().__call__(*args, **kwargs) * 0.5
@@ -92,7 +92,7 @@ def test_edits(unet, edit, when):
     before = call(unet)
     edit(unet)
     expected = call(copy.deepcopy(unet)) if when == "before" else call(unet._call_impl)
-    assert not torch.allclose(before, expected, atol=1e-3), "the edit does something"
+    assert not torch.allclose(before, expected, atol=1e-3), "the edit changes the result"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         with suppress(ValueError) if when == "before" else nullcontext():
@@ -102,7 +102,7 @@ def test_edits(unet, edit, when):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", [1, 5])
-def test_other_windows(kernel, small):
+def test_other_kernel_sizes_are_refused(kernel, small):
     unet = UNet2DConditionModel(**small, conv_in_kernel=kernel, conv_out_kernel=kernel).eval()
     with pytest.raises(ValueError, match="a plain 3×3 convolution"):
         fastdiff.compile(unet)
@@ -123,7 +123,7 @@ def test_other_windows(kernel, small):
     ],
     ids=["wide", "narrow", "nine", "three", "bf16", "empty", "condition"],
 )
-def test_what_diffusers_refuses_is_refused_in_its_words(unet, wrong):
+def test_what_diffusers_refuses_is_refused_with_its_message(unet, wrong):
     with pytest.raises((RuntimeError, TypeError, ValueError)) as own:
         call(unet, **wrong)
     fastdiff.compile(unet)
@@ -134,7 +134,7 @@ def test_what_diffusers_refuses_is_refused_in_its_words(unet, wrong):
     assert str(ours.value) == str(own.value)
 
 
-def test_inference_mode_and_no_grad_take_turns(unet):
+def test_inference_mode_and_no_grad_in_turn(unet):
     expected = call(unet)
     with torch.inference_mode():
         fastdiff.compile(unet)
@@ -165,7 +165,7 @@ def test_gradients_reach_the_text_and_single_layers(unet):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_counters_see_diffusers(unet):
+def test_torchs_flop_counter_counts_diffusers_ops(unet):
     with FlopCounterMode(display=False) as eager:
         call(unet)
     fastdiff.compile(unet)
@@ -175,7 +175,7 @@ def test_counters_see_diffusers(unet):
 
 
 @torch.no_grad()
-def test_restore_goes_back_to_channels_last(unet):
+def test_restore_returns_to_channels_last(unet):
     unet.to(memory_format=torch.channels_last)
     strides = [parameter.stride() for parameter in unet.parameters()]
     before = call(unet)
@@ -187,7 +187,7 @@ def test_restore_goes_back_to_channels_last(unet):
 
 
 @torch.no_grad()
-def test_shared_parameters_are_refused_and_nothing_moves(unet):
+def test_shared_parameters_are_refused_and_no_weight_moves(unet):
     block_of(unet).attn1.to_k.weight = block_of(unet).attn1.to_q.weight
     addresses = [parameter.data_ptr() for parameter in unet.parameters()]
     with pytest.raises(ValueError, match="share"):
@@ -196,7 +196,7 @@ def test_shared_parameters_are_refused_and_nothing_moves(unet):
 
 
 @torch.no_grad()
-def test_a_loan_that_fails_is_given_back(unet, monkeypatch):
+def test_a_compile_that_runs_out_of_memory_restores_the_weights(unet, monkeypatch):
     from fastdiff.models.borrow import Loan
 
     before = call(unet)

@@ -1,4 +1,4 @@
-"""`Options.backend`: a U-Net in ONNX Runtime draws the same, or says why it does not run."""
+"""`Options.backend`: a U-Net in ONNX Runtime or OpenVINO draws the same, or says why it cannot."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ from fastdiff.kernels.contract import judge, max_error
 
 
 def draw(pipe, **options):
-    """Latents as the decoder gets them."""
+    """The final latents."""
     given = {"prompt": "red heart", "num_inference_steps": 4, "guidance_scale": 4.0}
     given |= {"generator": torch.Generator().manual_seed(3), "output_type": "latent"}
     pipe.set_progress_bar_config(disable=True)
@@ -38,7 +38,7 @@ def draw(pipe, **options):
 
 
 def exact_copy(pipe):
-    """The pipeline in float64, which draws from the same float32 noise."""
+    """The pipeline in float64."""
     exact = copy.deepcopy(pipe)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if getattr(exact, name, None) is not None:
@@ -47,7 +47,7 @@ def exact_copy(pipe):
 
 
 def hold(pipe, **options):
-    """The picture of a compiled pipeline within eager's own budget; nothing ran eagerly."""
+    """Assert that the engine's latents are within the budget and that nothing ran eagerly."""
     plain = copy.deepcopy(pipe)
     shape = (2 if "num_images_per_prompt" in options else 1, 4)
     sides = [options.get(s, pipe.unet.config.sample_size * pipe.vae_scale_factor) for s in SIDES]
@@ -57,10 +57,10 @@ def hold(pipe, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         got = draw(pipe, latents=noise, **options)
-    # 4 steps amplify each one's rounding: the receipt's own rule, with a factor of 4
+    # 4 steps amplify rounding errors, so the receipt's rule with a factor of 4
     error, yardstick = (float((x - exact).square().mean().sqrt()) for x in (got, eager))
     assert error <= 4 * yardstick, (error, yardstick)
-    assert not torch.equal(got, eager)  # it really was another runtime
+    assert not torch.equal(got, eager)  # another runtime drew
 
 
 SIDES = ("height", "width")
@@ -68,7 +68,7 @@ SIDES = ("height", "width")
 
 @pytest.fixture
 def on_engine(small_demo, small_onnx):
-    """on_engine(backend): `small_demo` on one."""
+    """on_engine(backend): `small_demo` compiled for this engine."""
     return lambda backend: fastdiff.compile(
         copy.deepcopy(small_demo), Options(backend=backend, engines=small_onnx)
     )
@@ -84,7 +84,7 @@ RUNTIMES = pytest.mark.parametrize("backend", ["ort", "openvino"])
 
 @RUNTIMES
 def test_a_call_is_within_the_budget(small_demo, on_engine, backend):
-    """Eager's error is the worse of its two memory formats, as in the receipt of the bench."""
+    """Eager's error is the larger of two memory formats, as in the bench's receipt."""
     pipe = on_engine(backend)
     net = small_demo.unet
     last = copy.deepcopy(net).to(memory_format=torch.channels_last)
@@ -123,15 +123,15 @@ ONE_LEVEL = {
     "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),
 }
-"""Of a U-Net that never halves its picture, and is exported in half the time."""
+"""A U-Net that never halves its picture takes half the time to export."""
 
 
 @pytest.mark.parametrize(
     "backend",
-    # either is exported by the same lines, and reads that file in the tests above
+    # the same code exports for both, and the tests above read such a file with both
     ["ort", pytest.param("openvino", marks=pytest.mark.product)],
 )
-def test_xl_exports_itself(components, backend):
+def test_compiling_sdxl_for_an_engine_exports_it(components, backend):
     parts = components(xl=True, dtype=torch.float32, unet=ONE_LEVEL)
     pipe = StableDiffusionXLPipeline(**parts)
     fastdiff.compile(pipe, Options(backend=backend))
@@ -140,7 +140,7 @@ def test_xl_exports_itself(components, backend):
     assert loop_of(pipe).planned == 2
 
 
-def test_float16_that_overflows_goes_on_in_float32(components):
+def test_after_an_overflow_in_float16_the_engine_runs_in_float32(components):
     pipe = StableDiffusionPipeline(**components(dtype=torch.float32), requires_safety_checker=False)
     with torch.no_grad():
         pipe.unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
@@ -163,7 +163,7 @@ def test_restore_leaves_no_trace(small_demo, on_ort):
 
 
 def eager_once(pipe, reason):
-    """A picture that is diffusers' own, with one warning that says why."""
+    """Assert that the picture is eager's, with a warning that gives the reason."""
     plain = copy.deepcopy(pipe)
     before = dict(slot_of(pipe.unet).eager)
     with pytest.warns(RuntimeWarning, match=reason):
@@ -172,14 +172,14 @@ def eager_once(pipe, reason):
     assert sum(slot_of(pipe.unet).eager.values()) > sum(before.values())
 
 
-def test_edited_weights_are_not_drawn_from_the_file(on_ort):
+def test_with_edited_weights_it_runs_eagerly(on_ort):
     hold(on_ort)
     with torch.no_grad():
         on_ort.unet.conv_in.weight[0] *= 1.5
     eager_once(on_ort, "weights or settings other than those the engine was made from")
 
 
-def test_weights_that_come_back_are_drawn_from_the_file_again(on_ort):
+def test_with_the_original_weights_back_the_engine_runs_again(on_ort):
     weight = on_ort.unet.conv_in.weight
     before = weight.detach().clone()
     with torch.no_grad():
@@ -191,16 +191,16 @@ def test_weights_that_come_back_are_drawn_from_the_file_again(on_ort):
 
 
 def other_heads(pipe):
-    """Of the same weights: only the config tells."""
+    """Change the number of heads, which leaves the weights as they are."""
     for module in pipe.unet.modules():
         if type(module).__name__ == "Attention" and module.heads > 1:
             module.heads = 1
 
 
-def test_other_settings_are_not_drawn_from_the_file(small_demo, small_onnx, on_ort):
+def test_with_other_settings_it_runs_eagerly(small_demo, small_onnx, on_ort):
     plain = draw(copy.deepcopy(small_demo))
     other_heads(on_ort)
-    assert (draw(copy.deepcopy(on_ort)) - plain).abs().max() > 0.1  # a copy is diffusers' own
+    assert (draw(copy.deepcopy(on_ort)) - plain).abs().max() > 0.1  # a copy is eager
     eager_once(on_ort, "weights or settings other than those")
     pipe = copy.deepcopy(small_demo)
     other_heads(pipe)
@@ -208,8 +208,8 @@ def test_other_settings_are_not_drawn_from_the_file(small_demo, small_onnx, on_o
         fastdiff.compile(pipe, Options(backend="ort", engines=small_onnx))
 
 
-def test_a_call_and_the_plan_share_what_is_bound(on_ort, monkeypatch):
-    """Each would have weights of its own in OpenVINO, which compiles for the shapes."""
+def test_a_call_and_the_plan_share_one_binding(on_ort, monkeypatch):
+    """OpenVINO compiles for each binding's shapes, so a second one would copy the weights."""
     bind, bound = Session.bind, []
 
     def binding(self, inputs, outputs):
@@ -226,13 +226,13 @@ def test_a_call_and_the_plan_share_what_is_bound(on_ort, monkeypatch):
     assert len(bound) == 1
 
 
-def test_inference_mode_and_back(on_ort):
+def test_inference_mode_then_a_plain_call(on_ort):
     with torch.inference_mode():
         draw(on_ort)
     hold(on_ort)
 
 
-def test_sides_that_the_file_does_not_halve_run_eagerly(on_ort):
+def test_sides_that_the_engine_cannot_halve_run_eagerly(on_ort):
     plain, noise = copy.deepcopy(on_ort), torch.randn(1, 4, 9, 7)
     with pytest.warns(RuntimeWarning, match="the engine takes multiples of 2"):
         got = draw(on_ort, latents=noise)
@@ -240,7 +240,7 @@ def test_sides_that_the_file_does_not_halve_run_eagerly(on_ort):
     hold(on_ort)
 
 
-def test_lora_runs_eagerly_and_the_engine_again_without_it(on_ort):
+def test_with_lora_it_runs_eagerly_and_without_it_on_the_engine_again(on_ort):
     torch.manual_seed(1)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
     on_ort.unet.add_adapter(config, "a")
@@ -250,7 +250,7 @@ def test_lora_runs_eagerly_and_the_engine_again_without_it(on_ort):
     hold(on_ort)
 
 
-def test_a_lora_that_is_switched_off_is_no_engine_either(small_demo):
+def test_a_disabled_lora_is_refused_too(small_demo):
     pipe = copy.deepcopy(small_demo)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"])
     pipe.unet.add_adapter(config, "a")
@@ -259,7 +259,7 @@ def test_a_lora_that_is_switched_off_is_no_engine_either(small_demo):
         fastdiff.compile(pipe, Options(backend="ort"))
 
 
-def test_a_fused_lora_is_other_weights(on_ort):
+def test_a_fused_lora_counts_as_edited_weights(on_ort):
     torch.manual_seed(1)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_v"])
     on_ort.unet.add_adapter(config, "a")
@@ -268,7 +268,7 @@ def test_a_fused_lora_is_other_weights(on_ort):
     eager_once(on_ort, "weights or settings other than those")
 
 
-def test_what_the_engine_has_no_input_for_runs_eagerly(on_ort):
+def test_arguments_without_an_engine_input_run_eagerly(on_ort):
     on_ort.enable_freeu(0.9, 0.2, 1.2, 1.4)
     eager_once(on_ort, "FreeU")
     on_ort.disable_freeu()
@@ -337,7 +337,7 @@ def truncate(path):
 
 
 @pytest.mark.parametrize(("message", "damage"), BAD.items())
-def test_a_folder_that_cannot_be_used_is_named(small_demo, small_onnx, tmp_path, message, damage):
+def test_an_unusable_folder_is_named(small_demo, small_onnx, tmp_path, message, damage):
     folder = tmp_path / "onnx"
     shutil.copytree(small_onnx, folder)
     damage(folder)
@@ -348,7 +348,7 @@ def test_a_folder_that_cannot_be_used_is_named(small_demo, small_onnx, tmp_path,
 
 
 @pytest.mark.parametrize("backend", ["ort", "openvino"])
-def test_a_folder_of_another_dtype_is_named(small_demo, small_onnx, tmp_path, backend):
+def test_a_folder_in_another_dtype_is_named(small_demo, small_onnx, tmp_path, backend):
     folder = tmp_path / "onnx"
     shutil.copytree(small_onnx, folder)
     parts = json.loads((folder / "export.json").read_text())["parts"]
@@ -358,9 +358,7 @@ def test_a_folder_of_another_dtype_is_named(small_demo, small_onnx, tmp_path, ba
 
 
 @pytest.mark.parametrize(("backend", "package"), [("ort", "onnxruntime"), ("openvino", "openvino")])
-def test_a_runtime_that_is_not_installed_is_named(
-    small_demo, small_onnx, monkeypatch, backend, package
-):
+def test_a_missing_runtime_is_named(small_demo, small_onnx, monkeypatch, backend, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"backend {backend} needs {package} .*pip install 'fastd"):
         fastdiff.compile(copy.deepcopy(small_demo), Options(backend=backend, engines=small_onnx))
@@ -373,7 +371,7 @@ def test_a_runtime_that_is_not_installed_is_named(
         ("openvino", torch.float16, "openvino computes in fp32 or bf16; the pipeline is torch.fl"),
     ],
 )
-def test_a_dtype_that_a_runtime_has_not_is_named_before_it_is_exported(
+def test_a_dtype_that_a_runtime_lacks_is_named_before_the_export(
     small_demo, monkeypatch, backend, dtype, message
 ):
     monkeypatch.setattr(onnx, "write", None)
@@ -381,7 +379,7 @@ def test_a_dtype_that_a_runtime_has_not_is_named_before_it_is_exported(
         fastdiff.compile(copy.deepcopy(small_demo).to(dtype), Options(backend=backend))
 
 
-def test_a_pipeline_that_gives_residuals_is_refused(small_demo, small_onnx):
+def test_a_pipeline_with_a_controlnet_is_refused(small_demo, small_onnx):
     net = ControlNetModel.from_unet(small_demo.unet)
     plain = {n: c for n, c in small_demo.components.items() if n != "image_encoder"}
     pipe = StableDiffusionControlNetPipeline(**plain, controlnet=net, requires_safety_checker=False)
@@ -389,7 +387,7 @@ def test_a_pipeline_that_gives_residuals_is_refused(small_demo, small_onnx):
         fastdiff.compile(pipe, Options(backend="ort", engines=small_onnx))
 
 
-def test_another_folder_is_not_passed_over(small_onnx, on_ort):
+def test_a_second_engine_without_a_restore_is_refused(small_onnx, on_ort):
     with pytest.raises(UserError, match="unet runs on ort already; restore it first"):
         fastdiff.compile(on_ort, Options(backend="ort", engines=small_onnx))
 
@@ -403,6 +401,6 @@ def test_keywords_are_options(small_onnx, small_demo):
     assert loop_of(by_keyword) is None
 
 
-def test_a_backend_without_a_u_net_is_refused(small_demo):
+def test_an_engine_for_a_vae_alone_is_refused(small_demo):
     with pytest.raises(UserError, match="only a denoising network, and there is none"):
         fastdiff.compile(copy.deepcopy(small_demo.vae), Options(backend="ort"))

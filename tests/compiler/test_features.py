@@ -1,4 +1,4 @@
-"""What a text-to-image call can say, on the plan; each in float64 against diffusers itself."""
+"""Arguments of text-to-image calls on the plan, each in float64 against diffusers."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 import fastdiff
 
 STEP = 2e-6
-"""Relative error where the scheduler itself computes in float32."""
+"""Relative error if the scheduler computes in float32."""
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_text_to_image(sd, hold, call):
     hold(sd, "plan", **call)
 
 
-def test_pil(sd, hold):
-    """Eight bits: what float64 cannot tell apart is the same picture."""
+def test_pil_pictures(sd, hold):
+    """Rounded to 8 bits the pictures must be equal."""
     hold(sd, "plan", 0.0, output_type="pil")
 
 
@@ -72,10 +72,10 @@ def test_timesteps_and_sigmas_by_hand(sd, hold):
     hold(sd, "plan", STEP, sigmas=[10.0, 4.0, 1.0, 0.2], num_inference_steps=None)
 
 
-def test_clip_skip_fails_as_it_does_in_diffusers(sd):
-    """diffusers 0.42 reads a text_model that transformers 5 has no longer."""
+def test_clip_skip_behaves_as_in_diffusers(sd):
+    """It raises: diffusers 0.42 reads a `text_model` that transformers 5 removed."""
 
-    def fate(pipe):
+    def outcome(pipe):
         try:
             return pipe("red", clip_skip=1, num_inference_steps=2, output_type="latent").images
         except AttributeError as error:
@@ -83,9 +83,9 @@ def test_clip_skip_fails_as_it_does_in_diffusers(sd):
 
     sd.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
-    want = fate(sd)
+    want = outcome(sd)
     torch.manual_seed(0)
-    got = fate(fastdiff.compile(sd))
+    got = outcome(fastdiff.compile(sd))
     assert got == want if isinstance(want, str) else torch.allclose(got, want, rtol=1e-9)
 
 
@@ -100,7 +100,7 @@ def test_clip_skip_fails_as_it_does_in_diffusers(sd):
     ],
     ids=lambda call: ",".join(call),
 )
-def test_sdxl(xl, hold, call):
+def test_sdxls_own_arguments(xl, hold, call):
     hold(xl, "plan", prompt=["red heart", "blue star"], num_images_per_prompt=2, **call)
 
 
@@ -112,7 +112,7 @@ def test_lcm_with_a_guidance_embedding(components, hold):
     assert not np.allclose(first, hold(pipe, "plan", guidance_scale=2.0))
 
 
-def test_turbo(xl, hold):
+def test_sdxl_turbo(xl, hold):
     xl.scheduler = EulerAncestralDiscreteScheduler.from_config(
         xl.scheduler.config, timestep_spacing="trailing"
     )
@@ -147,12 +147,12 @@ def other_prompt(pipe, i, t, kwargs):
 
 
 @pytest.mark.parametrize("callback", [darker, in_place, other_guidance, stop])
-def test_callbacks(sd, hold, callback):
+def test_callbacks_that_change_latents_or_guidance(sd, hold, callback):
     plain = hold(sd, "plan")
     assert not np.allclose(hold(sd, "plan", callback_on_step_end=callback), plain)
 
 
-def test_callbacks_that_ask_for_the_prompt(sd, hold):
+def test_callbacks_that_request_the_prompt(sd, hold):
     names = ["latents", "prompt_embeds"]
     hold(
         sd,

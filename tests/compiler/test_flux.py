@@ -1,5 +1,5 @@
-"""FLUX's pipelines, on the plan or in diffusers' own loop with our network inside; each against
-diffusers itself."""
+"""FLUX's pipelines against diffusers, on the plan or in diffusers' own loop around the compiled
+network."""
 
 import copy
 
@@ -27,7 +27,7 @@ from fastdiff.compiler.pipelines import loop_of
 from fastdiff.runtime.recordings import made
 
 STEP = 5e-6
-"""Relative error where heads are turned and the scheduler computes in float32."""
+"""Relative error: diffusers computes the rotary embedding and the scheduler in float32."""
 SIZE = {"height": 16, "width": 12, "max_sequence_length": 9}
 
 
@@ -69,14 +69,14 @@ def test_another_guidance_replays_the_same_step(components_flux, hold):
 
 
 def test_schnell(components_flux, hold):
-    """It is told no guidance, and its timesteps are not shifted by the picture's size."""
+    """FLUX.1-schnell takes no guidance, and the picture's size does not shift its timesteps."""
     parts = components_flux(guidance_embeds=False)
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=1.0)
     hold(FluxPipeline(**parts), "plan", STEP, **SIZE)
 
 
 def test_half_precision(components_flux):
-    """Timesteps are rounded before they are embedded, as diffusers rounds them."""
+    """Timesteps are rounded before the embedding, as in diffusers."""
     pipe = FluxPipeline(**components_flux(torch.bfloat16))
     eager = draw(pipe).float()
     exact = draw(copy.deepcopy(pipe).to(torch.float32))
@@ -141,7 +141,7 @@ def test_kontext(components_flux, hold, picture):
 
 
 def test_inpainting_by_kontext(components_flux, hold, picture, mask):
-    """The network looks at the picture that it keeps, or at another."""
+    """The reference picture is the inpainted one, or another."""
     pipe = FluxKontextInpaintPipeline(**components_flux())
     call = SIZE | {"width": 16, "max_area": 256, "_auto_resize": False, "strength": 0.8}
     call |= {"image": picture(), "mask_image": mask}
@@ -175,7 +175,7 @@ EDITS = {
     "weights": weights,
     "sigmas": lambda pipe, x: setattr(pipe.scheduler, "sigmas", pipe.scheduler.sigmas * 0.9),
 }
-"""All but the last are followed by the plan."""
+"""The plan follows all but the last."""
 
 
 @pytest.mark.parametrize("name", EDITS)

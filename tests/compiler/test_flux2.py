@@ -1,4 +1,4 @@
-"""FLUX.2's pipelines on the plan, each against diffusers itself."""
+"""FLUX.2's pipelines on the plan, each against diffusers."""
 
 import copy
 
@@ -20,7 +20,7 @@ import fastdiff
 from fastdiff.compiler.pipelines import loop_of
 
 STEP = 5e-6
-"""Relative error where heads are turned and the scheduler computes in float32."""
+"""Relative error: diffusers computes the rotary embedding and the scheduler in float32."""
 VAE = {
     "block_out_channels": (8, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -60,7 +60,7 @@ def test_with_a_distilled_guidance(hold):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_klein(hold, count):
-    """Its base is guided; the distilled one is not."""
+    """The base model uses guidance, the distilled one does not."""
     pipe, negative = pipeline(Flux2KleinPipeline), {"negative_prompt_embeds": embeds(2, count)}
     hold(pipe, "plan", STEP, **call(count), **negative)
     hold(pipe, "plan", STEP, **call(count, image=picture()), **negative)

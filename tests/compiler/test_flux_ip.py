@@ -1,4 +1,4 @@
-"""FLUX's IP-Adapters on the plan: pictures, scales, true guidance and edits."""
+"""FLUX's IP-Adapters on the plan: pictures, scales, true classifier-free guidance and edits."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ import fastdiff
 from fastdiff.runtime.recordings import made
 
 STEP = 5e-6
-"""Relative error where heads are turned and the scheduler computes in float32."""
+"""Relative error: diffusers computes the rotary embedding and the scheduler in float32."""
 WIDTH, TEXT, INNER = 20, 20, 24
-"""Columns of an image embedding, of the text, and of the network's streams."""
+"""Widths of an image embedding, the text embedding and the network's hidden states."""
 
 
 def state_dict(seed):
-    """Random weights of an IP-Adapter of two blocks."""
+    """Random weights of an IP-Adapter for two blocks."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -37,7 +37,7 @@ def load(pipe, *seeds):
 
 
 def pictures(*seeds, pictures=1, count=1):
-    """The call's embeddings, for each adapter [count, pictures, WIDTH]."""
+    """The call's image embeddings: for each seed one adapter's, [count, pictures, WIDTH]."""
     own, other = (
         [torch.randn(count, pictures, WIDTH, generator=g.manual_seed(s)).double() for s in seeds]
         for g, seeds in ((torch.Generator(), seeds), (torch.Generator(), [s + 50 for s in seeds]))
@@ -88,7 +88,7 @@ def test_a_scale_changed_between_steps(flux, hold):
     plain = hold(load(flux, 1), "plan", STEP, **call)
 
     def fade(pipe, i, t, kwargs):
-        pipe.set_ip_adapter_scale(1.0 if i == 3 else 0.5 - 0.25 * i)  # as it was, at the end
+        pipe.set_ip_adapter_scale(1.0 if i == 3 else 0.5 - 0.25 * i)  # the last step restores it
         return kwargs
 
     fastdiff.restore(flux)

@@ -1,4 +1,4 @@
-"""Pipelines made from a compiled one by diffusers' `from_pipe`: they share its networks."""
+"""Pipelines that `from_pipe` makes from a compiled one share its compiled networks."""
 
 import copy
 import warnings
@@ -45,7 +45,7 @@ def from_picture(picture):
     return {"image": picture(), "strength": 0.6}
 
 
-def test_the_new_pipeline_draws_on_the_compiled_networks(pipe, from_picture):
+def test_the_new_pipeline_uses_the_compiled_networks(pipe, from_picture):
     want = draw(StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=torch.float64), **from_picture)
     fastdiff.compile(pipe)
     new = StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=torch.float64)
@@ -53,10 +53,10 @@ def test_the_new_pipeline_draws_on_the_compiled_networks(pipe, from_picture):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         close(draw(new, **from_picture), want)
-    told = rows(new)
-    assert {told[name].runs for name in ("unet", "vae.encoder")} == {"fastdiff"}
-    assert told["loop"].runs == "diffusers"
-    assert told["loop"].why.startswith("its network is compiled, but not this pipeline")
+    parts = rows(new)
+    assert {parts[name].runs for name in ("unet", "vae.encoder")} == {"fastdiff"}
+    assert parts["loop"].runs == "diffusers"
+    assert parts["loop"].why.startswith("its network is compiled, but not this pipeline")
     fastdiff.compile(new)
     close(draw(new, **from_picture), want)
     assert loop_of(new).planned == 1
@@ -85,8 +85,8 @@ def test_restoring_either_makes_both_eager_bit_for_bit(pipe, from_picture, first
     assert np.array_equal(draw(pipe), eager)
 
 
-def test_the_dtype_that_from_pipe_gives_shared_networks_is_followed(components):
-    """Without a dtype diffusers turns what both share into float32."""
+def test_a_dtype_change_by_from_pipe_is_followed(components):
+    """Without a dtype argument, from_pipe converts the shared networks to float32."""
     parts = components()
     eager = StableDiffusionPipeline(**copy.deepcopy(parts), requires_safety_checker=False)
     StableDiffusionImg2ImgPipeline.from_pipe(eager)
@@ -99,17 +99,17 @@ def test_the_dtype_that_from_pipe_gives_shared_networks_is_followed(components):
     assert "eagerly" not in rows(pipe)["unet"].why
 
 
-def test_a_class_with_other_components_has_rows_for_its_own(pipe, controlnet, picture, shaken):
-    """from_pipe keeps the names that the new class does not take in its config."""
+def test_the_report_of_a_class_with_other_components_lists_them(pipe, controlnet, picture, shaken):
+    """Components that the new class does not take stay in its config, not in the report."""
     fastdiff.compile(pipe)
     adapter = shaken(T2IAdapter(3, (32, 64), 1, downscale_factor=2, adapter_type="full_adapter"))
     new = StableDiffusionAdapterPipeline.from_pipe(pipe, adapter=adapter, dtype=torch.float64)
     assert any(name.startswith("_") for name in new.config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        told = rows(new)
-    assert not any(name.startswith("_") for name in told)
-    assert told["adapter"].runs == "diffusers"
+        parts = rows(new)
+    assert not any(name.startswith("_") for name in parts)
+    assert parts["adapter"].runs == "diffusers"
     control = StableDiffusionControlNetPipeline.from_pipe(
         pipe, controlnet=controlnet(pipe.unet), dtype=torch.float64
     )
@@ -120,7 +120,7 @@ def test_a_class_with_other_components_has_rows_for_its_own(pipe, controlnet, pi
     close(draw(control, image=picture()), want)
 
 
-def test_automatic_classes_and_a_compiled_pipelines_own_class(pipe, from_picture):
+def test_from_pipe_of_auto_classes_and_of_the_compiled_class(pipe, from_picture):
     fastdiff.compile(pipe)
     new = AutoPipelineForImage2Image.from_pipe(pipe, torch_dtype=torch.float64)
     assert type(new) is StableDiffusionImg2ImgPipeline

@@ -1,4 +1,4 @@
-"""Guidance by gradients: diffusers computes those, fastdiff the calls without, same picture."""
+"""Guidance by gradients: calls with gradients run in diffusers, the others in fastdiff."""
 
 import copy
 from pathlib import Path
@@ -20,7 +20,7 @@ FILE = Path(__file__).parent.parent / "clip_guided.py"
 
 @pytest.fixture
 def pipe(components, tmp_path, monkeypatch):
-    """The community class, loaded as diffusers loads one."""
+    """A CLIP-guided community pipeline, loaded as diffusers loads custom pipelines."""
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     parts = components(False, torch.float32)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -44,7 +44,7 @@ def pipe(components, tmp_path, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     pipe.freeze_vae()
     pipe.freeze_unet()
-    # out of the file, whose weights are not aligned: backward rounds by alignment
+    # copies the weights, because memory-mapped ones are unaligned and backward rounds differently
     return pipe.to(torch.float64).to(torch.float32)
 
 
@@ -69,7 +69,7 @@ def test_clip_guidance(pipe):
     eager = [drawn(pipe, clip_guidance_scale=scale) for scale in scales]
     truth = [drawn(double, clip_guidance_scale=scale) for scale in scales]
     assert [len(values) for values in truth] == [1 + STEPS, 1]
-    assert (truth[0][0] - truth[1][0]).abs().max() > 0.01  # CLIP has a say
+    assert (truth[0][0] - truth[1][0]).abs().max() > 0.01  # CLIP changes the picture
     fastdiff.compile(pipe)
     assert "CLIP's gradients" in str(fastdiff.report(pipe))
     asked, fast = {"its inputs ask for gradients": STEPS}, 0
@@ -88,8 +88,8 @@ def test_clip_guidance(pipe):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_loop_of_a_users_own(unet, frozen):
-    """Gradients of the latents, and of the weights where they are not frozen."""
+def test_a_users_own_loop(unet, frozen):
+    """Gradients of the latents, and of the weights unless they are frozen."""
     torch.manual_seed(0)
     decoder = noisy(AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, latent_channels=4))
     unet.double().requires_grad_(not frozen)

@@ -1,5 +1,5 @@
-"""Guidance with a third prediction: perturbed attention, skipped layers; each in float64 against
-diffusers itself."""
+"""Guidance with a third prediction (perturbed attention, skipped layers), in float64 against
+diffusers."""
 
 import numpy as np
 import pytest
@@ -22,12 +22,12 @@ import fastdiff
 from fastdiff.compiler.slot import slot_of
 
 STEP = 2e-6
-"""Relative error where the scheduler itself computes in float32."""
+"""Relative error if the scheduler computes in float32."""
 
 
 @pytest.fixture
 def pag(components):
-    """A pipeline whose middle block is perturbed."""
+    """pag(pipeline): a pipeline whose middle block's attention is perturbed."""
     parts = components(), {"requires_safety_checker": False, "pag_applied_layers": ["mid"]}
 
     def make(pipeline=StableDiffusionPAGPipeline, **more):
@@ -56,7 +56,7 @@ def test_perturbed_attention(pag, hold, pipeline, guidance_scale):
     hold(pipe, "plan", STEP, **call, pag_scale=2.0, pag_adaptive_scale=0.003)
     rescaled = {"guidance_rescale": 0.7, "prompt": ["red heart", "blue star"]}
     hold(pipe, "plan", **call | rescaled)
-    assert slot_of(pipe.unet).loan is loan  # processors came and went
+    assert slot_of(pipe.unet).loan is loan  # setting processors moves no weights
     fastdiff.restore(pipe)
     assert type(pipe) is pipeline
 
@@ -82,7 +82,7 @@ def test_pipelines_that_start_from_a_picture(pag, hold, picture, mask):
         pipe("red heart", **masked, guidance_rescale=0.7)
 
 
-def test_with_a_controlnet(components, hold, controlnet, picture):
+def test_perturbed_attention_with_a_controlnet(components, hold, controlnet, picture):
     parts = components()
     pipe = StableDiffusionControlNetPAGPipeline(
         **parts, controlnet=controlnet(parts["unet"]), requires_safety_checker=False
@@ -90,13 +90,13 @@ def test_with_a_controlnet(components, hold, controlnet, picture):
     hold(pipe, "diffusers", image=picture())
 
 
-def test_an_ip_adapter_where_perturbed_attention_is_off(components_sd3, hold):
+def test_an_ip_adapter_with_perturbed_attention_off(components_sd3, hold):
     pipe = StableDiffusion3PAGPipeline(**components_sd3("sd3"), pag_applied_layers="blocks.1")
     add_ip_adapter_sd3(pipe.transformer)
     embeds = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)).double()
-    told = [{"ip_adapter_image_embeds": embeds * factor} for factor in (1, 3)]
+    calls = [{"ip_adapter_image_embeds": embeds * factor} for factor in (1, 3)]
     first, other = (
-        hold(pipe, "plan", STEP, pag_scale=0.0, joint_attention_kwargs=kwargs) for kwargs in told
+        hold(pipe, "plan", STEP, pag_scale=0.0, joint_attention_kwargs=kwargs) for kwargs in calls
     )
     assert not np.allclose(first, other)
 
@@ -115,7 +115,7 @@ def test_perturbed_attention_of_sd3(components_sd3, hold, picture, kind):
 
 
 class Following:
-    """A callback that keeps and changes the latents, and the scales in the second step."""
+    """A callback that stores and scales the latents, and in the second step changes attributes."""
 
     def __init__(self, **changes):
         self.changes, self.seen = changes, []
@@ -139,8 +139,8 @@ def test_a_callback_changes_the_scale(pag, hold):
     torch.testing.assert_close(ours, eager, rtol=STEP, atol=STEP)
 
 
-def test_a_callback_takes_the_processors_away(pag, hold):
-    """As eager goes on, so does diffusers' loop."""
+def test_a_callback_removes_the_perturbed_processors(pag, hold):
+    """diffusers' loop finishes the picture as in eager."""
     pipe, plain = pag(), None
 
     def change(pipe, i, t, given):
@@ -182,9 +182,9 @@ def test_skipped_layers(components_sd3, hold):
 @pytest.mark.parametrize(
     ("at", "loop"), [(0, "plan"), (1, "plan"), (2, "other embedding"), (3, "plan")]
 )
-def test_a_callback_between_the_steps_that_skip(components_sd3, hold, at, loop):
-    """What it returns reaches the first two predictions; the third keeps its own text, which the
-    recorded steps that skip do not expect."""
+def test_a_callback_between_steps_that_skip_layers(components_sd3, hold, at, loop):
+    """In diffusers the returned text reaches the first two predictions only; a recorded step with
+    skipped layers has one text for all three."""
     pipe = StableDiffusion3Pipeline(**components_sd3())
 
     def change(pipe, i, t, given):

@@ -1,4 +1,4 @@
-"""Latent diffusion before Stable Diffusion, compiled, beside itself eager; in float64."""
+"""The LDM pipelines (before Stable Diffusion), compiled against eager, in float64."""
 
 import copy
 
@@ -38,7 +38,7 @@ SR = {
 
 
 def codes(**config):
-    """An autoencoder that rounds latents to 16 codes; a latent is 2×2 pixels."""
+    """A VQ autoencoder with 16 codes; a latent is 2×2 pixels."""
     blocks = {
         "block_out_channels": (16, 32),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -53,7 +53,7 @@ def scheduler():
 
 @pytest.fixture
 def text_to_image(components, tokenizer):
-    """text_to_image(vqvae): its own by default, which is Stable Diffusion's."""
+    """text_to_image(vqvae): a pipeline with this autoencoder, by default a KL autoencoder."""
 
     def make(vqvae=None):
         parts = components()
@@ -83,20 +83,20 @@ def test_text_to_image(text_to_image, hold):
     pipe = text_to_image()
     small = {"height": 40, "width": 64, "output_type": "np"}
     single = hold(pipe, "plan", **small, guidance_scale=1.0, num_inference_steps=2)
-    # it uses guidance below 1, too, unlike other pipelines
+    # unlike other pipelines, it uses guidance below 1, too
     guided = hold(pipe, "plan", **small, guidance_scale=0.5, num_inference_steps=2)
     assert not np.allclose(single, guided)
-    two = {"prompt": ["a star", "a moon"], "eta": 0.6}  # noise is drawn without the generator
+    two = {"prompt": ["a star", "a moon"], "eta": 0.6}  # its noise ignores the generator
     hold(pipe, "plan", **small, **two, num_inference_steps=2)
     given = torch.randn(1, 4, 5, 8, dtype=torch.float64)
     kept = given.clone()
-    # which would scale the network's input, but the loop does not ask it to
+    # this scheduler scales inputs, but the pipeline's loop never calls scale_model_input
     pipe.scheduler = LMSDiscreteScheduler(**BETAS)
     hold(pipe, "plan", 2e-6, **small, latents=given)
     assert torch.equal(given, kept)
 
 
-def test_an_autoencoder_of_codes(text_to_image, hold):
+def test_text_to_image_with_a_vq_autoencoder(text_to_image, hold):
     pipe = text_to_image(codes(latent_channels=4, lookup_from_codebook=True))
     hold(pipe, "plan", height=64, width=64, output_type="np")
     assert {"vqvae.encoder", "vqvae.decoder"} < {part.name for part in fastdiff.report(pipe).parts}
@@ -115,8 +115,8 @@ def test_super_resolution(hold):
 
 @torch.no_grad()
 @pytest.mark.parametrize("quantizes", [True, False])
-def test_codes_alone(quantizes, budget):
-    """Encoder and decoder are ours; the nearest code is diffusers' to find."""
+def test_a_bare_vq_autoencoder(quantizes, budget):
+    """fastdiff computes the encoder and the decoder, diffusers finds the nearest codes."""
     vqvae = codes(vq_embed_dim=5)
     eager = copy.deepcopy(vqvae)
     fastdiff.compile(vqvae)
@@ -136,7 +136,7 @@ def test_codes_alone(quantizes, budget):
 
 
 @torch.no_grad()
-def test_norms_that_read_the_latents_stay_diffusers():
+def test_a_decoder_with_norms_of_the_latents_runs_eagerly():
     blocks = {"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")}
     movq = codes(**blocks, norm_type="spatial", block_out_channels=(32, 32))
     x = torch.rand(1, 3, 16, 16)

@@ -1,4 +1,4 @@
-"""What was compiled and dropped is gone, and what was compiled can be found and given back."""
+"""Dropped pipelines free their memory, and restore finds all that was compiled."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ from fastdiff.models.watch import _SlowWatch
 
 @pytest.fixture
 def tiny(components):
-    """tiny(cls, xl, **parts): a pipeline of float32, silent."""
+    """tiny(cls, xl, **parts): a float32 pipeline without a progress bar."""
 
     def make(cls=StableDiffusionPipeline, xl=False, **parts):
         given = components(xl, torch.float32) | parts
@@ -57,14 +57,14 @@ def nets(pipe):
     return [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
 
 
-def owned(module):
-    """Whether every weight lies as an eager module's does."""
+def eager(module):
+    """Whether no part is compiled and every weight is contiguous, as in an eager module."""
     return all(weight.is_contiguous() for weight in module.parameters()) and not any(
         isinstance(value, Slot) for part in module.modules() for value in vars(part).values()
     )
 
 
-def alive(refs):
+def still_alive(refs):
     gc.collect()
     return [name for name, ref in refs.items() if ref() is not None]
 
@@ -74,7 +74,7 @@ def watched(*targets):
 
 
 @pytest.mark.parametrize("watch", [_SlowWatch, getattr(NATIVE, "Watch", None)], ids=["py", "c"])
-def test_a_watch_is_collected_with_what_it_watches(watch):
+def test_a_watch_is_collected_with_its_module(watch):
     if watch is None:
         pytest.skip("built without a compiler")
     module = nn.Linear(2, 2)
@@ -87,7 +87,7 @@ def test_a_watch_is_collected_with_what_it_watches(watch):
     assert ref() is None
 
 
-def test_a_watch_that_was_never_made_is_collected_too():
+def test_an_uninitialised_watch_is_collected():
     if NATIVE is None:
         pytest.skip("built without a compiler")
     empty = NATIVE.Watch.__new__(NATIVE.Watch)
@@ -101,18 +101,18 @@ def test_a_watch_that_was_never_made_is_collected_too():
 
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("xl", [False, True], ids=["sd", "sdxl"])
-def test_a_dropped_pipeline_is_gone(tiny, xl, restored):
+def test_a_dropped_pipeline_is_freed(tiny, xl, restored):
     pipe = fastdiff.compile(tiny(StableDiffusionXLPipeline if xl else StableDiffusionPipeline, xl))
     draw(pipe)
-    draw(pipe)  # recorded
+    draw(pipe)  # the second picture is recorded
     refs = watched(pipe, *nets(pipe), pipe.vae.decoder, slot_of(pipe.unet))
     if restored:
         fastdiff.restore(pipe)
     del pipe
-    assert not alive(refs)
+    assert not still_alive(refs)
 
 
-def test_memory_is_flat_over_pipelines(tiny):
+def test_repeated_compiles_leak_no_memory(tiny):
     pattern = tiny()
 
     def once():
@@ -129,7 +129,7 @@ def test_memory_is_flat_over_pipelines(tiny):
 
 
 @pytest.mark.parametrize("which", ["unet", "vae", "controlnet"])
-def test_a_dropped_model_is_gone(tiny, which):
+def test_a_dropped_model_is_freed(tiny, which):
     unet, vae = tiny().unet, tiny().vae
     nets = {"unet": unet, "vae": vae}
     if which == "controlnet":
@@ -137,10 +137,10 @@ def test_a_dropped_model_is_gone(tiny, which):
     net = fastdiff.compile(nets.pop(which).eval())
     refs = watched(net)
     del net, unet, vae, nets
-    assert not alive(refs)
+    assert not still_alive(refs)
 
 
-def test_copies_are_plain_and_keep_nothing(tiny):
+def test_copies_are_eager_and_keep_no_reference(tiny):
     pipe = fastdiff.compile(tiny())
     draw(pipe)
     file = io.BytesIO()
@@ -155,24 +155,24 @@ def test_copies_are_plain_and_keep_nothing(tiny):
     shallow = copy.copy(pipe.unet)
     assert not any(kept_slot(module) or slot_of(module) for module in (*copies, shallow))
     fastdiff.restore(shallow)
-    assert slot_of(pipe.unet) is not None  # another module's slot is not its own
+    assert slot_of(pipe.unet) is not None  # restoring a shallow copy leaves the original's slot
     refs = watched(pipe, pipe.unet, pipe.vae.decoder)
     del pipe, shallow
-    assert not alive(refs)
+    assert not still_alive(refs)
 
 
-def test_a_replaced_network_goes_although_its_pipeline_stays(tiny):
+def test_a_replaced_network_is_freed_while_its_pipeline_lives(tiny):
     pipe = fastdiff.compile(tiny())
     draw(pipe)
     refs = watched(pipe.unet, pipe.vae)
     pipe.unet, pipe.vae = tiny().unet, tiny().vae
-    assert not alive(refs)
+    assert not still_alive(refs)
     assert [kept_slot(module) for module in remembered(pipe)] == []
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_compile_that_fails_leaves_nothing(tiny, after, monkeypatch):
-    """Whichever part's weights no memory is left for."""
+def test_a_compile_that_fails_changes_nothing(tiny, after, monkeypatch):
+    """Memory runs out at the first, second or third part."""
     pipe = tiny()
     want, before = (
         draw(pipe),
@@ -190,23 +190,23 @@ def test_a_compile_that_fails_leaves_nothing(tiny, after, monkeypatch):
         patch.setattr(Slot, "take", failing)
         with pytest.raises(MemoryError):
             fastdiff.compile(pipe)
-    assert all(map(owned, nets(pipe)))
+    assert all(map(eager, nets(pipe)))
     assert {name: set(vars(net)) for name, net in pipe.components.items() if net} == before
     assert type(pipe) is StableDiffusionPipeline
     assert torch.equal(draw(pipe), want)
     fastdiff.compile(pipe)
     refs = watched(pipe, pipe.unet, pipe.vae)
     del pipe
-    assert not alive(refs)
+    assert not still_alive(refs)
 
 
 @pytest.mark.parametrize("taken", ["wrapped", "in place", "replaced", "gone", "set to None"])
-def test_restore_finds_what_was_compiled(tiny, taken):
+def test_restore_finds_all_compiled_parts(tiny, taken):
     pipe = tiny()
     want = draw(pipe)
     fastdiff.compile(pipe)
     unet, decoder, encoder = pipe.unet, pipe.vae.decoder, pipe.vae.encoder
-    assert not owned(unet)
+    assert not eager(unet)
     draw(pipe)
     match taken:
         case "wrapped":
@@ -229,7 +229,7 @@ def test_restore_finds_what_was_compiled(tiny, taken):
     elif taken in ("replaced", "set to None"):
         assert before["unet"].runs == "eager"
     assert fastdiff.restore(pipe) is pipe
-    assert all(map(owned, (unet, decoder, encoder)))
+    assert all(map(eager, (unet, decoder, encoder)))
     for net in (unet, decoder, encoder):
         net._compiled_call_impl = None
     pipe.unet, pipe.vae = unet, getattr(pipe.vae, "_orig_mod", pipe.vae)
@@ -242,7 +242,7 @@ def test_restore_finds_what_was_compiled(tiny, taken):
     assert rows(pipe)["unet"].runs == rows(pipe)["vae.decoder"].runs == "fastdiff"
 
 
-def test_a_slot_whose_place_was_given_up_is_taken_anew(tiny):
+def test_a_slot_replaced_by_torch_compile_can_be_compiled_again(tiny):
     pipe = fastdiff.compile(tiny())
     pipe.unet.compile(backend="eager")
     with pytest.raises(UserError, match=r"unet is compiled with torch.compile already; set its"):
@@ -252,10 +252,10 @@ def test_a_slot_whose_place_was_given_up_is_taken_anew(tiny):
     assert first.ended
     assert slot_of(pipe.unet) is kept_slot(pipe.unet) is not first
     fastdiff.restore(pipe)
-    assert owned(pipe.unet)
+    assert eager(pipe.unet)
 
 
-def test_what_torch_compiled_is_named_and_can_be_left(tiny):
+def test_a_part_compiled_by_torch_is_refused_unless_ignored(tiny):
     pipe = tiny()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with pytest.raises(UserError, match=r"_orig_mod.*ignore=\('unet',\)"):
@@ -264,11 +264,11 @@ def test_what_torch_compiled_is_named_and_can_be_left(tiny):
     found = rows(pipe)
     assert (found["unet"].runs, found["vae.decoder"].runs) == ("torch.compile", "fastdiff")
     fastdiff.restore(pipe)
-    assert owned(pipe.vae)
+    assert eager(pipe.vae)
     bare = torch.compile(fastdiff.compile(tiny().unet), backend="eager")
     assert rows(bare)["unet"].runs == "torch.compile"
     assert fastdiff.restore(bare) is bare
-    assert owned(bare._orig_mod)
+    assert eager(bare._orig_mod)
 
 
 def test_every_component_has_a_row(tiny, controlnet):
@@ -295,8 +295,8 @@ MISSING = [("unet",), ("vae",), ("scheduler",), ("text_encoder", "tokenizer"), (
 
 @pytest.mark.parametrize("missing", MISSING, ids=",".join)
 @pytest.mark.parametrize("xl", [False, True], ids=["sd", "sdxl"])
-def test_parts_that_are_missing(tiny, xl, missing):
-    """From the beginning, or from a compile on: in any order no more than a sentence."""
+def test_missing_parts_are_no_error(tiny, xl, missing):
+    """Parts missing before compile, or removed after it, never raise more than one sentence."""
     cls = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     pipe = tiny(cls, xl)
     whole = {name: getattr(pipe, name) for name in missing}
@@ -320,10 +320,10 @@ def test_parts_that_are_missing(tiny, xl, missing):
     rows(pipe)
     fastdiff.restore(pipe)
     for part in whole.values():
-        assert not isinstance(part, nn.Module) or owned(part)
+        assert not isinstance(part, nn.Module) or eager(part)
 
 
-def test_a_kind_of_autoencoder_that_is_not_computed(tiny):
+def test_an_unsupported_autoencoder_is_reported(tiny):
     small = AutoencoderTiny(latent_channels=4, num_encoder_blocks=(1,) * 4).eval()
     pipe = fastdiff.compile(tiny(vae=small))
     assert rows(pipe)["vae"].why == "AutoencoderTiny, which fastdiff does not compute"

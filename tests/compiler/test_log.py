@@ -1,4 +1,4 @@
-"""What is logged: once for each reason, where a deployer's own settings of logging reach it."""
+"""Each reason for an eager call is logged once, through the standard logging module."""
 
 import logging
 
@@ -20,7 +20,7 @@ def call(unet):
 
 
 @pytest.mark.filterwarnings("ignore:fastdiff. unet runs eagerly")
-def test_each_reason_once_under_the_name_of_the_package(unet, caplog):
+def test_each_reason_is_logged_once_by_the_fastdiff_logger(unet, caplog):
     fastdiff.compile(unet)
     for _ in range(3):
         call(unet)
@@ -31,13 +31,13 @@ def test_each_reason_once_under_the_name_of_the_package(unet, caplog):
     assert "3 calls ran eagerly" in str(fastdiff.report(unet))
 
 
-def test_a_level_silences_it(unet, caplog):
+def test_a_higher_level_silences_it(unet, caplog):
     fastdiff.compile(unet)
     with caplog.at_level(logging.ERROR, "fastdiff"):
         call(unet)
     assert caplog.records == []
 
 
-def test_without_settings_it_is_a_line_on_stderr(forked):
+def test_without_configuration_it_is_a_line_on_stderr(forked):
     code, _, err = forked(CALL)
     assert (code, err) == (0, f"fastdiff: vae.decoder runs eagerly: {REASON}\n")

@@ -1,4 +1,4 @@
-"""LoRA adapters made with PEFT: merged into the runtime's weights, switched without a new loan."""
+"""LoRA adapters made with PEFT: merged into the compiled weights, and switched in place."""
 
 import copy
 from dataclasses import fields, is_dataclass
@@ -52,7 +52,7 @@ def call(unet, run=None, **options):
 
 
 def as_eager(unet, **options):
-    """A fast call, held to diffusers' own call of the same object; none has run eagerly so far."""
+    """The result of a compiled call, compared with an eager one; no call may have run eagerly."""
     got = call(unet, **options)
     expected = call(unet, unet._call_impl, **options)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -62,7 +62,7 @@ def as_eager(unet, **options):
 
 
 def addresses(network):
-    """Where every weight of a compact network is."""
+    """The addresses of all weights of a compiled network."""
     if isinstance(network, Tensor):
         return [network.data_ptr()]
     if isinstance(network, tuple):
@@ -78,7 +78,7 @@ def memory(model):
 
 @pytest.fixture
 def styled(unet):
-    """A compiled U-Net with the adapters a (active) and b on all kinds of layers."""
+    """A compiled U-Net with adapters "a" (active) and "b" on all kinds of layers."""
     add(unet, "b", seed=2, rank=64)
     add(unet, "a", seed=1)
     return fastdiff.compile(unet)
@@ -89,7 +89,7 @@ def layer(unet):
 
 
 def hotswap(unet, tmp_path):
-    """Load over `a` the adapter of another network, made for the same layers."""
+    """Replace adapter "a" by another one for the same layers, with hotswap."""
     other = copy.deepcopy(unet)
     for name in ("a", "b"):
         other.delete_adapters(name)
@@ -165,24 +165,24 @@ ANEW = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
-def test_changes_that_keep_every_address(styled, change, tmp_path):
+def test_changes_that_are_made_in_place(styled, change, tmp_path):
     before, where, epoch = as_eager(styled), memory(styled), slot_of(styled).epoch
     as_eager(styled)
     assert slot_of(styled).epoch == epoch
     change(styled, tmp_path)
-    assert not torch.allclose(as_eager(styled), before, atol=1e-3), "the change does something"
+    assert not torch.allclose(as_eager(styled), before, atol=1e-3), "the change had no effect"
     assert memory(styled) == where
     assert slot_of(styled).epoch > epoch
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", ANEW.values(), ids=ANEW)
-def test_changes_that_take_the_weights_anew(styled, change):
+def test_changes_that_need_new_weights(styled, change):
     before, epoch = as_eager(styled), slot_of(styled).epoch
     change(styled)
     as_eager(styled)
     if next(styled.parameters()).dtype == before.dtype:
-        assert not torch.allclose(call(styled), before, atol=1e-3), "the change does something"
+        assert not torch.allclose(call(styled), before, atol=1e-3), "the change had no effect"
     assert slot_of(styled).epoch > epoch
 
 
@@ -196,7 +196,7 @@ def test_within_the_error_budget(unet, budget, rank):
 
 
 def test_half_precision_is_rounded_once(unet):
-    """In bfloat16 the merged weight is the value nearest to the exact sum, at every switch."""
+    """After each switch a merged bfloat16 weight is the value nearest to the exact sum."""
     add(unet, "a")
     unet.to(torch.bfloat16)
     fastdiff.compile(unet)
@@ -208,10 +208,10 @@ def test_half_precision_is_rounded_once(unet):
         "orxy,riuv->oiuv", parts.lora_B["a"].weight.double(), parts.lora_A["a"].weight.double()
     )
     torch.testing.assert_close(merged.float(), exact.bfloat16().float(), rtol=2**-8, atol=1e-7)
-    assert (merged == exact.bfloat16()).float().mean() > 0.99  # but for float32's own ties
+    assert (merged == exact.bfloat16()).float().mean() > 0.99  # ties of float32 sums may differ
 
 
-def test_what_came_and_went_leaves_nothing_behind(unet):
+def test_switching_back_restores_the_same_bits(unet):
     fastdiff.compile(unet)
     bare = call(unet)
     add(unet, "b", seed=2, rank=4)
@@ -237,7 +237,7 @@ def test_what_came_and_went_leaves_nothing_behind(unet):
     assert torch.equal(call(unet), a)
 
 
-def test_compile_and_restore_leave_the_weights_alone(unet):
+def test_compile_and_restore_change_no_weight(unet):
     add(unet, "a")
     before, state = call(unet), {name: p.clone() for name, p in unet.state_dict().items()}
     fastdiff.compile(unet)
@@ -269,7 +269,7 @@ def test_a_hotswap_prepared_for_larger_ranks(unet, tmp_path):
 
 
 @torch.no_grad()
-def test_a_hotswap_to_a_larger_rank_unprepared(unet, tmp_path):
+def test_a_hotswap_to_a_larger_rank_without_preparation(unet, tmp_path):
     other = copy.deepcopy(unet)
     add(other, "a", seed=5, rank=16)
     other.save_lora_adapter(tmp_path, adapter_name="a")
@@ -321,7 +321,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("adapt", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_plain_lora_runs_eagerly(unet, adapt, reason):
+def test_adapters_that_are_not_plain_lora_run_eagerly(unet, adapt, reason):
     fastdiff.compile(unet)
     call(unet)
     adapt(unet)
@@ -334,7 +334,7 @@ def test_what_is_not_plain_lora_runs_eagerly(unet, adapt, reason):
     assert reason in fastdiff.report(unet).parts[0].why
 
 
-def test_refused_adapters_do_not_matter_while_inactive(unet):
+def test_inactive_unsupported_adapters_do_not_matter(unet):
     add(unet, "dora", use_dora=True)
     add(unet, "wet", lora_dropout=0.5)
     add(unet, "a")
@@ -361,11 +361,11 @@ def test_the_scale_of_a_call(styled):
     assert slot_of(styled).epoch > epoch
     epoch = slot_of(styled).epoch
     assert torch.equal(as_eager(styled, **half), scaled)
-    assert slot_of(styled).epoch == epoch, "once for all steps"
+    assert slot_of(styled).epoch == epoch, "the scale is merged once for all steps"
     assert torch.equal(as_eager(styled), plain)
     styled.fuse_lora()
-    as_eager(styled, **half)  # does nothing to what is fused
-    with pytest.warns(RuntimeWarning, match="scale"):  # resets the adapters' weights in diffusers
+    as_eager(styled, **half)  # does not scale fused adapters
+    with pytest.warns(RuntimeWarning, match="scale"):  # scale 0 resets adapter weights in diffusers
         call(styled, cross_attention_kwargs={"scale": 0.0})
 
 
@@ -374,7 +374,7 @@ def test_the_scale_of_a_call(styled):
 
 @pytest.fixture
 def loras(demo, tmp_path):
-    """Two files of U-Net and text-encoder adapters, as training scripts save them."""
+    """A folder of two LoRAs of U-Net and text encoder, as training scripts save them."""
     for seed, name in enumerate(("first", "second")):
         pipe = copy.deepcopy(demo)
         add(pipe.unet, name, seed, rank=4)
@@ -414,7 +414,7 @@ STEPS = {
 }
 
 
-def test_a_life_of_a_pipeline(demo, loras):
+def test_all_lora_methods_of_a_pipeline_in_turn(demo, loras):
     pipe, eager = fastdiff.compile(copy.deepcopy(demo)), copy.deepcopy(demo)
     first = draw(pipe)
     pictures = {}
@@ -423,14 +423,14 @@ def test_a_life_of_a_pipeline(demo, loras):
             step(each, loras)
         pictures[name] = draw(pipe)
         np.testing.assert_allclose(pictures[name], draw(eager), atol=2e-3, err_msg=name)
-    assert np.abs(pictures["load"] - first).max() > 0.05, "the LoRA does something"
+    assert np.abs(pictures["load"] - first).max() > 0.05, "the LoRA had no effect"
     assert np.array_equal(pictures["load"], pictures["one"])
     assert np.array_equal(pictures["load"], pictures["enable"])
     assert np.array_equal(first, pictures["disable"])
     assert not any("eagerly" in part.why for part in fastdiff.report(pipe).parts)
 
 
-def test_the_scale_of_a_picture(demo, loras):
+def test_the_scale_of_a_pipelines_call(demo, loras):
     pipe, eager = fastdiff.compile(copy.deepcopy(demo)), copy.deepcopy(demo)
     for each in (pipe, eager):
         load(each, loras, "first")

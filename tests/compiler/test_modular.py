@@ -1,5 +1,5 @@
-"""diffusers' modular pipelines: their networks are compiled, their loop stays diffusers'; each in
-float64 against the same blocks uncompiled."""
+"""diffusers' modular pipelines: their networks are compiled, their loop stays diffusers' own; in
+float64 against the same blocks in eager."""
 
 import copy
 import warnings
@@ -32,7 +32,7 @@ STEPS = 3
 
 
 def made(blocks, parts, manager=None, **others):
-    """A modular pipeline of `blocks` on a tiny pipeline's parts."""
+    """A modular pipeline of `blocks` with a tiny pipeline's components."""
     pipe = blocks.init_pipeline(components_manager=manager)
     names = set(pipe.component_names)
     pipe.update_components(
@@ -53,13 +53,13 @@ def rows(pipe):
 
 
 def hold(pipe, *taken, tolerance=1e-9, **call):
-    """Compiled, it draws what it drew eagerly, with `taken` on our networks; restored, it draws
-    that bit for bit."""
+    """Assert that the compiled pipeline draws the eager picture with the parts `taken` compiled,
+    and that the restored one draws it bit for bit."""
     eager = draw(pipe, **call)
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     assert fastdiff.compile(pipe) is pipe
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # of an eager call
+        warnings.simplefilter("error", RuntimeWarning)  # no call may run eagerly
         got = draw(pipe, **call)
     assert torch.isfinite(eager).all()
     torch.testing.assert_close(got, eager, rtol=tolerance, atol=tolerance)
@@ -67,7 +67,7 @@ def hold(pipe, *taken, tolerance=1e-9, **call):
     for name in taken:
         calls = int(found[name].why.split()[0])
         assert found[name].runs == "fastdiff"
-        assert calls > 0, f"{name} never ran on our network"
+        assert calls > 0, f"{name} never ran compiled"
     assert found["loop"].runs == found["scheduler"].runs == "diffusers"
     assert "its blocks run one by one" in found["loop"].why
     fastdiff.restore(pipe)
@@ -103,12 +103,12 @@ def test_a_controlnet(components, controlnet):
 
 def test_stable_diffusion_3(components_sd3):
     pipe = made(StableDiffusion3AutoBlocks(), components_sd3())
-    step = 2e-6  # its scheduler itself computes in float32
+    step = 2e-6  # its scheduler computes in float32
     hold(pipe, "transformer", "vae.decoder", tolerance=step, height=16, width=16)
 
 
-def test_the_error_budget_in_float32(components):
-    """At most twice eager's own error against float64, plus one rounding."""
+def test_a_float32_picture_is_within_the_budget(components):
+    """The error to float64 is at most twice eager's plus one rounding."""
     parts = components(True)
     pipe = made(StableDiffusionXLAutoBlocks(), parts)
     latents = torch.randn(1, 4, 8, 8, dtype=torch.float64)
@@ -120,8 +120,8 @@ def test_the_error_budget_in_float32(components):
     assert verdict.passed, verdict
 
 
-def test_guiders_that_reach_into_the_network_draw_what_they_draw_eagerly(components):
-    """One without guidance, and one that hooks into the U-Net, whose hooked calls run eagerly."""
+def test_guiders_without_guidance_and_with_hooks(components):
+    """One guider turns guidance off, the other hooks the U-Net, whose calls then run eagerly."""
     pipe = made(StableDiffusionXLAutoBlocks(), components(True))
     pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
     hold(pipe, "unet")
@@ -148,7 +148,7 @@ def test_guiders_that_reach_into_the_network_draw_what_they_draw_eagerly(compone
     assert torch.equal(draw(pipe), eager)
 
 
-def test_pipelines_of_one_components_manager_share_what_is_compiled(components):
+def test_pipelines_of_one_components_manager_share_compiled_networks(components):
     manager = ComponentsManager()
     first = made(StableDiffusionXLAutoBlocks(), components(True), manager)
     second = StableDiffusionXLAutoBlocks().init_pipeline(components_manager=manager)
@@ -171,7 +171,7 @@ def test_pipelines_of_one_components_manager_share_what_is_compiled(components):
     assert torch.equal(draw(first), eager)
 
 
-def test_a_component_that_is_replaced_is_told(components):
+def test_a_replaced_component_is_reported(components):
     pipe = fastdiff.compile(made(StableDiffusionXLAutoBlocks(), components(True)))
     pipe.update_components(unet=copy.deepcopy(pipe.unet))
     assert rows(pipe)["unet"].why == "not compiled"
@@ -180,7 +180,7 @@ def test_a_component_that_is_replaced_is_told(components):
 
 
 class Denoise(ModularPipelineBlocks):
-    """One step of a U-Net without a scheduler, then the decoder: blocks of a user's own."""
+    """A user's own block: one step of a U-Net without a scheduler, then the decoder."""
 
     @property
     def expected_components(self):
@@ -205,7 +205,7 @@ class Denoise(ModularPipelineBlocks):
         return components, state
 
 
-def test_blocks_of_a_users_own(components):
+def test_a_users_own_blocks(components):
     pipe = made(Denoise(), components())
     assert type(pipe) is ModularPipeline
     inputs = {

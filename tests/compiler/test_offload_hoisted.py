@@ -1,5 +1,5 @@
-"""Weights that wait in host memory between pictures. Here the CPU stands for a GPU: what waits is
-in memory that the tests know, and whoever brings it copies it."""
+"""offload_hoisted: weights that wait in host memory between pictures. A CPU stands for the GPU: the
+waiting weights are in memory that the tests know, and using them copies them."""
 
 import copy
 import weakref
@@ -38,14 +38,14 @@ VAE = {
 
 
 class Memory:
-    """The host's memory, and what was copied from it."""
+    """The stand-in for host memory, and weak references to the copies made from it."""
 
     def __init__(self):
         self.places, self.copies = [], []
 
     def host(self, shape, dtype):
         memory = torch.full(shape, float("nan"), dtype=dtype)
-        self.places.append(memory)  # kept, so that its addresses are nobody else's
+        self.places.append(memory)  # kept, so that its addresses are not reused
         return memory
 
     def bring(self, weight, bias, device):
@@ -67,7 +67,7 @@ def memory(monkeypatch):
     monkeypatch.setattr(borrow, "may_wait", lambda device: True)
     monkeypatch.setattr(borrow, "host_memory", made.host)
     monkeypatch.setattr(weights, "_brought", made.bring)
-    monkeypatch.setattr(borrow, "NATIVE", None)  # weights as GPU libraries want them
+    monkeypatch.setattr(borrow, "NATIVE", None)  # so that weights get the GPU's layout
     return made
 
 
@@ -85,10 +85,10 @@ def pixart():
     vae, scheduler = noisy(AutoencoderKL(**VAE)), DPMSolverMultistepScheduler()
     pipe = PixArtSigmaPipeline(None, None, vae, transformer, scheduler)
     text, mask = torch.randn(1, 9, 20), torch.ones(1, 9)
-    told = {"prompt_embeds": text, "prompt_attention_mask": mask}
-    told |= {f"negative_{name}": value for name, value in told.items()}
+    texts = {"prompt_embeds": text, "prompt_attention_mask": mask}
+    texts |= {f"negative_{name}": value for name, value in texts.items()}
     options = {"use_resolution_binning": False, "height": 16, "width": 16, "prompt": None}
-    return pipe, told | options | {"negative_prompt": None}
+    return pipe, texts | options | {"negative_prompt": None}
 
 
 @pytest.fixture
@@ -110,8 +110,8 @@ def drawn(pipe, given, **more):
     return torch.from_numpy(pipe(**given, generator=generator, **options | more).images)
 
 
-def test_a_piece_at_a_time(memory, monkeypatch):
-    """No more than a piece is on the device at once, and every row is multiplied once."""
+def test_weights_are_brought_piece_by_piece(memory, monkeypatch):
+    """At most one piece is on the device at a time, and each row is multiplied once."""
     x, layer = torch.randn(2, 5, 24), torch.nn.Linear(24, 300)
     waiting = weights.Weights(layer.weight.detach(), layer.bias.detach(), waits=True)
     monkeypatch.setattr(weights, "PIECE", 7 * 24 * 4)
@@ -129,7 +129,7 @@ def test_a_piece_at_a_time(memory, monkeypatch):
 
 
 @pytest.mark.parametrize("sample", ["dit", "pixart", "sd3"], indirect=True)
-def test_what_waits_is_elsewhere_and_the_pictures_are_the_same(sample, memory):
+def test_waiting_weights_are_in_host_memory_and_pictures_are_the_same(sample, memory):
     pipe, given = sample
     eager = drawn(pipe, given)
     state = copy.deepcopy(pipe.transformer.state_dict())
@@ -146,21 +146,21 @@ def test_what_waits_is_elsewhere_and_the_pictures_are_the_same(sample, memory):
         assert memory.bytes_of(net) == waits
         assert not any(ref() is not None for ref in memory.copies)
         counts.append(len(memory.copies))
-    # a picture brings every value once, however many steps it has
+    # a picture copies each waiting weight once, for any number of steps
     drawn(pipe, given, num_inference_steps=STEPS + 2)
     first = counts[0]
     assert (counts[1], len(memory.copies)) == (2 * first, 3 * first)
     assert loop_of(pipe).planned == 3
     found = net.state_dict()
     assert all(torch.equal(found[name], value) for name, value in state.items())
-    assert memory.bytes_of(net) == waits  # whoever reads a state dict moves nothing
+    assert memory.bytes_of(net) == waits  # reading a state dict moves no weight
     fastdiff.restore(pipe)
     assert not any(memory.holds(net.get_parameter(name)) for name in names)
     assert torch.equal(drawn(pipe, given), eager)
 
 
-def test_edits_copies_and_adapters(sd3, memory, tmp_path):
-    """Each as without the option; the eager twin goes through the same."""
+def test_edits_copies_and_adapters_work_as_without_the_option(sd3, memory, tmp_path):
+    """An eager twin gets the same changes."""
     pipe, given = sd3
     twin = copy.deepcopy(pipe)
     net = fastdiff.compile(pipe, offload_hoisted=True).transformer
@@ -196,7 +196,7 @@ def test_edits_copies_and_adapters(sd3, memory, tmp_path):
     assert "those with adapters stay" in str(fastdiff.report(pipe))  # PEFT keeps its layers
 
 
-def test_an_eager_call_gets_all_weights_back(sd3, memory):
+def test_an_eager_call_brings_all_weights_back(sd3, memory):
     pipe, given = sd3
     net = fastdiff.compile(pipe, offload_hoisted=True).transformer
     picture, waits = drawn(pipe, given), memory.bytes_of(net)
@@ -216,9 +216,9 @@ def test_an_eager_call_gets_all_weights_back(sd3, memory):
 
 
 def test_a_loop_that_diffusers_runs_and_two_threads(sd3, memory):
-    """A loop that its callback keeps from the plan brings the weights in every step."""
+    """diffusers' own loop, which a callback causes, brings the weights in each step."""
     pipe, given = sd3
-    other = copy.deepcopy(pipe)  # schedulers count steps, tokenizers keep a call's padding
+    other = copy.deepcopy(pipe)  # schedulers and tokenizers keep state, so threads need their own
     other.transformer = pipe.transformer
     for one in (pipe, other):
         fastdiff.compile(one, offload_hoisted=True)
@@ -234,7 +234,7 @@ def test_a_loop_that_diffusers_runs_and_two_threads(sd3, memory):
     assert not any(ref() is not None for ref in memory.copies)
 
 
-def test_on_a_cpu_nothing_moves():
+def test_on_a_cpu_no_weight_moves():
     pipe, given = dit()
     eager = drawn(pipe, given)
     fastdiff.compile(pipe, offload_hoisted=True)
@@ -244,7 +244,7 @@ def test_on_a_cpu_nothing_moves():
         fastdiff.compile(pipe)
 
 
-def test_what_has_nothing_that_could_wait(components):
+def test_pipelines_without_waiting_weights_are_refused(components):
     unet = StableDiffusionPipeline(**components(), requires_safety_checker=False)
     pipe, _ = dit()
     for target, options, why in (

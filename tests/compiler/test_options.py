@@ -1,4 +1,4 @@
-"""What compile may be told: refused in one sentence when it is made, honoured by any name."""
+"""fastdiff.Options: wrong values are one sentence at once, and `ignore` takes any reported name."""
 
 import dataclasses
 import pydoc
@@ -53,7 +53,7 @@ def pipe(components):
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_option_fails_when_it_is_made(message, pipe):
+def test_a_wrong_value_is_one_sentence_at_once(message, pipe):
     with pytest.raises(UserError, match=message) as caught:
         fastdiff.Options(**WRONG[message])
     with pytest.raises(UserError, match=message) as by_keyword:
@@ -63,7 +63,7 @@ def test_a_wrong_option_fails_when_it_is_made(message, pipe):
     assert slot_of(pipe.unet) is None
 
 
-def test_what_options_take():
+def test_paths_and_lists_are_accepted():
     assert fastdiff.Options(ignore=["vae", "loop"]) == fastdiff.Options(ignore=("vae", "loop"))
     fastdiff.Options(backend="ort", engines=Path("x"), ort_graphs=True)
     fastdiff.Options(backend="tensorrt", engines="x")
@@ -79,7 +79,7 @@ def test_what_options_take():
         ((), {"mode": "max-autotune"}, "no 'mode'; its options are ignore, backend, engines, ort"),
     ],
 )
-def test_anything_else_is_refused(pipe, arguments, keywords, message):
+def test_other_arguments_of_compile_are_refused(pipe, arguments, keywords, message):
     with pytest.raises(UserError, match=message) as caught:
         fastdiff.compile(pipe, *arguments, **keywords)
     assert "\n" not in str(caught.value)
@@ -104,12 +104,12 @@ def test_every_name_of_the_report_can_be_ignored(components, controlnet):
     for name in names:
         after = fastdiff.report(fastdiff.compile(make(), ignore=(name,))).parts
         lost = {one.name for one, other in zip(before, after, strict=True) if one != other}
-        # without a U-Net of ours, and where a ControlNet adds to it, the loop is diffusers'
+        # the loop may change, too: it needs a compiled U-Net
         assert lost - {"loop"} <= {name}
         assert not any(part.name == name and part.runs == "fastdiff" for part in after)
 
 
-def test_a_component_is_all_its_parts(pipe):
+def test_ignoring_a_component_ignores_all_its_parts(pipe):
     fastdiff.compile(pipe, ignore=("vae",))
     runs = {part.name: part.runs for part in fastdiff.report(pipe).parts}
     assert (runs["unet"], runs["vae.encoder"], runs["vae.decoder"]) == (
@@ -119,7 +119,7 @@ def test_a_component_is_all_its_parts(pipe):
     )
 
 
-def test_an_unknown_name_lists_what_there_is(pipe):
+def test_an_unknown_name_lists_the_known_ones(pipe):
     with pytest.raises(UserError, match=r"'vae.decodr'; .* has loop, .*unet, vae, vae.decoder, "):
         fastdiff.compile(pipe, ignore=("vae.decodr",))
     with pytest.raises(UserError, match="'loop'; UNet2DConditionModel has unet"):

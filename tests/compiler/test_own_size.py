@@ -1,4 +1,4 @@
-"""What is compiled ahead for the pipelines and bare models that there are."""
+"""The kernels that are compiled ahead: for each part of a pipeline, at the pipeline's own size."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ HALF = torch.float16
 
 
 def asked(target, upcast=None):
-    """Launches of the parts of a compiled target, by part."""
+    """The planned launches of a compiled target, by part."""
     sizes = own_size(target)
     sizes = sizes if upcast is None else replace(sizes, upcast=upcast)
     slots = {name: slot_of(module) for name, (module, _) in parts(target).items()}
@@ -57,7 +57,7 @@ def test_sizes_are_the_pipelines_own(components):
 
 
 @pytest.mark.parametrize("upcast", [False, True])
-def test_an_autoencoder_that_diffusers_turns_into_float32_is_planned_so(upcast, components):
+def test_a_vae_that_diffusers_upcasts_is_planned_in_float32(upcast, components):
     given = components(xl=True, dtype=HALF)
     given["vae"].register_to_config(force_upcast=upcast)
     pipe = fastdiff.compile(StableDiffusionXLPipeline(**given))
@@ -76,18 +76,18 @@ def test_bare_models_are_planned(unet, controlnet):
         assert all(asked(fastdiff.compile(model)).values())
 
 
-def test_a_job_asks_for_what_its_launch_does(unet):
-    """What is told to another process is the same specialisation."""
+def test_a_job_describes_the_same_specialisation_as_its_launch(unet):
+    """Jobs are sent as JSON to the processes that compile."""
     for launch in asked(fastdiff.compile(unet))["unet"]:
         job = job_of(launch, 90)
         assert job_from(job.json()) == job
-        told = launch_of(job)
-        assert told.kernel is launch.kernel
-        assert {*told.arguments, *told.constants} == {*launch.arguments, *launch.constants}
+        rebuilt = launch_of(job)
+        assert rebuilt.kernel is launch.kernel
+        assert {*rebuilt.arguments, *rebuilt.constants} == {*launch.arguments, *launch.constants}
         types, constants, divisible = specialised(launch)
         assert (job.types, job.divisible) == (types, tuple(sorted(divisible)))
         assert {**job.constants} == constants
-        for name, value in told.arguments.items():
+        for name, value in rebuilt.arguments.items():
             number = value if isinstance(value, int) else value.data_ptr()
             if name not in launch.unspecialised:
                 assert (number % 16 == 0) == (name in divisible), name

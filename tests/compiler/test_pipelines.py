@@ -1,5 +1,5 @@
-"""Pipelines beside text-to-image, on the plan or in diffusers' own loop with our networks inside;
-each in float64 against diffusers itself."""
+"""Pipelines other than text-to-image, on the plan or in diffusers' own loop around compiled
+networks, each in float64 against diffusers."""
 
 from unittest import mock
 
@@ -33,7 +33,7 @@ from diffusers import (
 import fastdiff
 
 STEP = 2e-6
-"""Relative error where the scheduler itself computes in float32."""
+"""Relative error if the scheduler computes in float32."""
 
 
 def test_t2i_adapter(components, hold, picture, shaken):
@@ -50,7 +50,7 @@ def test_t2i_adapter(components, hold, picture, shaken):
 
 
 def test_t2i_adapter_of_sdxl(components, hold, picture, shaken):
-    """A residual after the first block's resampler, in each block with attention, in the middle."""
+    """Its residuals come after the first block's resampler, in blocks with attention, and mid."""
     unet = {
         "block_out_channels": (32, 64, 64),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -65,8 +65,9 @@ def test_t2i_adapter_of_sdxl(components, hold, picture, shaken):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_residuals_that_diffusers_reads_otherwise(components):
-    """ControlNet's argument alone once meant a T2I-Adapter; a tuple cannot be taken apart."""
+def test_residuals_in_deprecated_or_wrong_form_run_eagerly(components):
+    """diffusers reads ControlNet's argument alone as a T2I-Adapter's; it pops from the list, so a
+    tuple fails."""
     unet = components()["unet"]
     sample, text = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 7, 32).double()
     inner = [torch.randn(2, 32, 8, 8).double(), torch.randn(2, 64, 4, 4).double()]
@@ -93,7 +94,7 @@ def lcm(components):
     return parts | {"scheduler": LCMScheduler.from_config(parts["scheduler"].config)}
 
 
-def test_lcm_in_its_own_pipelines(components, hold, picture):
+def test_lcm_pipelines(components, hold, picture):
     parts = lcm(components)
     pipe = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
     first = hold(pipe, "plan", guidance_scale=8.5)
@@ -103,14 +104,14 @@ def test_lcm_in_its_own_pipelines(components, hold, picture):
     hold(pipe, "plan", image=picture(), strength=0.6)
 
 
-def test_a_loop_that_is_entered_by_its_progress_bar(components, hold):
-    """Bar, callbacks and result are diffusers', and nothing is left of it after a restore."""
+def test_a_plan_in_a_pipeline_whose_loop_is_replaced_at_the_progress_bar(components, hold):
+    """Progress bar, callbacks and result are as in diffusers, and restore removes the change."""
     pipe = LatentConsistencyModelPipeline(**lcm(components), requires_safety_checker=False)
     own = type(pipe)
     hold(pipe, "plan")
     with mock.patch.object(tqdm.tqdm, "update", autospec=True) as moved:
         hold(pipe, "plan", num_inference_steps=3)
-    assert moved.call_count == 2 * 3  # eager's and ours
+    assert moved.call_count == 2 * 3  # eager's and the compiled loop's
     seen = []
 
     def halve(pipe, i, t, given):
@@ -135,7 +136,7 @@ def test_img2img(components, hold, scheduler, strength, picture):
     hold(pipe, "plan", tolerance, image=picture(), strength=strength, num_inference_steps=6)
 
 
-def test_base_hands_over_to_the_refiner(components, hold):
+def test_sdxl_base_and_refiner(components, hold):
     xl = StableDiffusionXLPipeline(**components(xl=True), add_watermarker=False)
     noisy = hold(xl, "plan", denoising_end=0.6, num_inference_steps=6)
     refiner = StableDiffusionXLImg2ImgPipeline(
@@ -187,7 +188,7 @@ def test_a_callback_that_returns_a_mask(components, hold, picture, mask):
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])
 def test_inpainting_with_schedulers_that_keep_samples(components, hold, picture, mask, scheduler):
-    """A plan where the table follows samples that change between the steps."""
+    """The plan runs only if the scheduler's table can follow samples changed between steps."""
     pipe = StableDiffusionInpaintPipeline(**components(), requires_safety_checker=False)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     call = {"image": picture(), "mask_image": mask, "height": 16, "width": 16}

@@ -1,4 +1,4 @@
-"""PixArt's pipelines compiled, beside themselves eager."""
+"""PixArt's pipelines, compiled against eager."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ VAE = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
 }
 LARGE = {"sample_size": 128, "use_additional_conditions": True}
-"""Only such a network is told the picture's size by PixArt-α's pipeline."""
+"""PixArt-α's pipeline gives the picture's size only to networks of this sample_size."""
 PIPES = {
     "alpha": (PixArtAlphaPipeline, LARGE, DPMSolverMultistepScheduler),
     "sigma": (PixArtSigmaPipeline, {}, DPMSolverMultistepScheduler),
@@ -45,12 +45,12 @@ def pipeline(kind):
 def drawn(pipe, scale=4.0, steps=4):
     dtype, generator = pipe.transformer.dtype, torch.Generator().manual_seed(3)
     lengths = {"prompt": (5, 9), "negative_prompt": (1, 2)}
-    told = {}
+    texts = {}
     for name, counts in lengths.items():
         embeds = torch.randn(2, 30, 20, generator=generator)
-        told[f"{name}_embeds"] = embeds.to(dtype)
+        texts[f"{name}_embeds"] = embeds.to(dtype)
         mask = torch.arange(30)[None] < torch.tensor(counts)[:, None]
-        told[f"{name}_attention_mask"] = mask.long()
+        texts[f"{name}_attention_mask"] = mask.long()
     options = {"height": 16, "width": 24, "use_resolution_binning": False, "output_type": "np"}
     images = pipe(
         prompt=None,
@@ -58,7 +58,7 @@ def drawn(pipe, scale=4.0, steps=4):
         guidance_scale=scale,
         num_inference_steps=steps,
         generator=generator,
-        **told,
+        **texts,
         **options,
     ).images
     return torch.from_numpy(images)
@@ -80,14 +80,14 @@ def test_the_picture_report_and_restore(kind, scale):
 
 
 @pytest.mark.parametrize(("kind", "planned"), [("alpha", 0), ("sigma", 1)])
-def test_one_step(kind, planned):
-    """PixArt-α then takes the scheduler's other result, if it has one."""
+def test_a_single_step(kind, planned):
+    """For one step PixArt-α uses the scheduler's second result, if there is one."""
     pipe = pipeline(kind)
 
     def result():
         try:
             return drawn(pipe, steps=1)
-        except IndexError as error:  # DPM-Solver has only one
+        except IndexError as error:  # DPM-Solver returns only one
             return str(error)
 
     eager = result()

@@ -1,4 +1,4 @@
-"""Whole denoising loops as plans, against diffusers' own loop on the same pipeline."""
+"""Denoising loops that run as plans, against diffusers' own loop on the same pipeline."""
 
 import copy
 import pickle
@@ -23,8 +23,8 @@ from fastdiff.kernels.contract import poisoned_memory
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {**BETAS, "steps_offset": 1}
-# relative error allowed: 1e-10 where the scheduler computes in float64, 2e-6 where it casts to
-# float32 inside its step
+# (scheduler, config, allowed relative error): 1e-10 if the scheduler computes in float64, 2e-6 if
+# its step casts to float32
 SCHEDULERS = [
     ("DDIMScheduler", {"clip_sample": False}, 1e-10),
     ("DDPMScheduler", {"clip_sample": False}, 1e-10),
@@ -55,7 +55,7 @@ NAMED = [
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A pipeline of one small U-Net and VAE, to be told its prompt as embeddings."""
+    """A pipeline of a small U-Net and VAE without text encoder: it takes prompt embeddings."""
     torch.manual_seed(3)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -93,7 +93,7 @@ def pipe(tiny):
 
 
 def draw(pipe, steps=4, **options):
-    """Latents; the prompt is noise."""
+    """The latents of a picture whose prompt embeddings are noise."""
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(2, 1, 7, 24, generator=generator).to(pipe.unet.dtype)
     options = {"guidance_scale": 3.0, "output_type": "latent"} | options
@@ -122,17 +122,17 @@ def planned(pipe):
 
 @pytest.mark.parametrize(
     ("name", "options", "allowed", "prediction"),
-    # runtime/test_schedulers.py holds every table to its scheduler, whatever is predicted
+    # runtime/test_schedulers.py checks every table for every prediction type
     covered(NAMED, ["epsilon", "v_prediction"], together=1),
 )
 def test_float64_latents_follow_every_scheduler(pipe, name, options, allowed, prediction):
     config = {**BETAS, **options, "prediction_type": prediction}
     torch.manual_seed(4)
-    pipe.unet = UNet2DConditionModel(**ONE_LEVEL).eval()  # as few layers as can be: 2,000 steps
+    pipe.unet = UNet2DConditionModel(**ONE_LEVEL).eval()  # few layers, because of 2,000 steps
     pipe.to(torch.float64)
     pipe.scheduler = getattr(diffusers, name).from_config(config)
     plan = fastdiff.compile(copy.deepcopy(pipe))
-    for steps in (4, 25):  # 50, too, in runtime/test_schedulers.py
+    for steps in (4, 25):  # runtime/test_schedulers.py has 50, too
         assert relative_error(draw(plan, steps), draw(pipe, steps)) <= allowed, steps
     assert planned(plan), loops(plan)
 
@@ -143,8 +143,8 @@ def test_float64_latents_follow_every_scheduler(pipe, name, options, allowed, pr
     [{}, {"guidance_scale": 1.0}, {"guidance_rescale": 0.7}, {"height": 24, "width": 40}],
     ids=["guided", "unguided", "rescaled", "other shape"],
 )
-def test_latents_are_inside_the_budget(pipe, dtype, options):
-    """Error against float64 at most twice that of diffusers' own loop in the same dtype."""
+def test_latents_are_within_the_budget(pipe, dtype, options):
+    """The error to float64 is at most twice that of diffusers' loop in the same dtype."""
     exact = draw(copy.deepcopy(pipe).to(torch.float64), 6, **options)
     pipe.to(dtype)
     eager = draw(pipe, 6, **options).double()
@@ -154,7 +154,7 @@ def test_latents_are_inside_the_budget(pipe, dtype, options):
     assert float((got - exact).abs().max()) <= 2 * (float((eager - exact).abs().max()) + scale)
 
 
-def test_the_same_plan_serves_any_number_of_steps_and_any_guidance(pipe):
+def test_one_plan_serves_any_number_of_steps_and_any_guidance_scale(pipe):
     plan = fastdiff.compile(copy.deepcopy(pipe))
     for steps, guidance in ((3, 2.0), (9, 5.0), (3, 7.5)):
         want = draw(pipe, steps, guidance_scale=guidance)
@@ -163,7 +163,7 @@ def test_the_same_plan_serves_any_number_of_steps_and_any_guidance(pipe):
     assert len(steps) == 1
 
 
-def test_equal_draws_are_equal_and_never_share_memory(pipe):
+def test_equal_calls_return_equal_latents_in_separate_memory(pipe):
     fastdiff.compile(pipe)
     first = draw(pipe)
     kept = first.clone()
@@ -173,7 +173,7 @@ def test_equal_draws_are_equal_and_never_share_memory(pipe):
     assert first.data_ptr() != second.data_ptr()
 
 
-def test_the_latents_given_are_left_alone(pipe):
+def test_given_latents_are_not_changed(pipe):
     fastdiff.compile(pipe)
     given = torch.randn(1, 4, 8, 8)
     kept = given.clone()
@@ -181,8 +181,8 @@ def test_the_latents_given_are_left_alone(pipe):
     assert torch.equal(given, kept)
 
 
-def test_a_second_loop_meanwhile_reads_no_stale_memory(pipe):
-    """KDPM2's ancestral steps draw noise in every second step only."""
+def test_a_second_loop_during_the_first_reads_no_stale_memory(pipe):
+    """KDPM2Ancestral adds noise in every second step only."""
     pipe.scheduler = diffusers.KDPM2AncestralDiscreteScheduler(**BETAS)
     other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
     other.scheduler = copy.deepcopy(pipe.scheduler)
@@ -206,7 +206,7 @@ def test_a_second_loop_meanwhile_reads_no_stale_memory(pipe):
     assert all(relative_error(picture, want) <= 1e-4 for picture in pictures)
 
 
-def test_image_to_image_of_sdxl_leaves_given_latents_alone():
+def test_image_to_image_of_sdxl_does_not_change_given_latents():
     pipe = build("sdxl", 0.13, torch.float32, "cpu")
     pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -227,21 +227,21 @@ def test_image_to_image_of_sdxl_leaves_given_latents_alone():
     assert torch.isfinite(twice).all()
 
 
-def test_a_pipeline_with_a_loop_of_its_own_keeps_it(pipe):
-    class Stranger(StableDiffusionPipeline):
+def test_a_user_class_with_its_own_call_keeps_its_loop(pipe):
+    class Own(StableDiffusionPipeline):
         @torch.no_grad()
         def __call__(self, **options):
             return super().__call__(**options | {"guidance_scale": 6.0})
 
-    Stranger.__name__ = "StableDiffusionPipeline"
-    pipe.__class__ = Stranger
+    Own.__name__ = "StableDiffusionPipeline"
+    pipe.__class__ = Own
     want = draw(pipe)
     fastdiff.compile(pipe)
     assert relative_error(draw(pipe), want) <= 1e-4
     assert loops(pipe).runs == "diffusers"
 
 
-def test_a_negative_rescale_is_ignored_as_diffusers_ignores_it(pipe):
+def test_a_negative_rescale_is_ignored_as_in_diffusers(pipe):
     want = draw(pipe, guidance_rescale=-0.7)
     assert relative_error(draw(fastdiff.compile(pipe), guidance_rescale=-0.7), want) <= 1e-4
 
@@ -267,7 +267,7 @@ def test_noise_comes_from_the_users_generator_in_diffusers_order(pipe):
         assert torch.equal(after[0][1], after[1][1])
 
 
-def test_what_is_not_linear_keeps_diffusers_loop(pipe):
+def test_a_nonlinear_scheduler_keeps_diffusers_loop(pipe):
     pipe.scheduler = diffusers.UniPCMultistepScheduler(**LEADING, thresholding=True)
     want = draw(pipe)
     fastdiff.compile(pipe)
@@ -278,7 +278,7 @@ def test_what_is_not_linear_keeps_diffusers_loop(pipe):
 
 class TestCallbacks:
     def compare(self, pipe, make, steps=5):
-        """The latents and what the callback saw, of the plan and of diffusers."""
+        """Assert that plan and diffusers agree in the latents and in what the callback saw."""
         seen, results = [], []
         for which in (pipe, fastdiff.compile(copy.deepcopy(pipe))):
             trace = []
@@ -359,8 +359,8 @@ class TestCallbacks:
             pipe, lambda trace: looking(trace, lambda pipe, i, x: {"prompt_embeds": other + i})
         )
 
-    def test_that_keeps_what_it_saw(self, pipe):
-        """Tensors it was given are its own, be the picture a single pixel."""
+    def test_that_keeps_the_latents_it_got(self, pipe):
+        """Its tensors are its own and never overwritten, even for a single latent pixel."""
         for size in ({}, {"height": 2, "width": 2}):
             if size:
                 pipe.check_inputs = lambda *args: None
@@ -388,7 +388,7 @@ class TestCallbacks:
             seen.append(steps)
         assert seen[0] == seen[1] == [1, 2, 3, 4]
 
-    def test_that_asks_for_more_sees_diffusers_loop(self, pipe):
+    def test_that_requests_more_tensors_runs_diffusers_loop(self, pipe):
         options = {
             "callback_on_step_end": lambda pipe, i, t, kwargs: {
                 "prompt_embeds": kwargs["prompt_embeds"] * 0.9
@@ -409,8 +409,8 @@ def looking(trace, change):
     return callback
 
 
-def test_the_bar_moves_as_diffusers_moves_it(pipe, monkeypatch):
-    pipe.scheduler = diffusers.HeunDiscreteScheduler(**BETAS)  # two calls a step
+def test_the_progress_bar_moves_as_in_diffusers(pipe, monkeypatch):
+    pipe.scheduler = diffusers.HeunDiscreteScheduler(**BETAS)  # two network calls per step
     plan = fastdiff.compile(copy.deepcopy(pipe))
     moves = []
     for which in (pipe, plan):
@@ -451,7 +451,7 @@ def test_two_threads_on_one_pipeline(pipe):
 
 
 def test_two_pipelines_share_a_network_in_two_threads(pipe):
-    other = copy.deepcopy(pipe)  # schedulers count steps, tokenizers keep a call's padding
+    other = copy.deepcopy(pipe)  # schedulers and tokenizers keep state, so threads need their own
     other.unet = pipe.unet
     want = [draw(pipe), draw(other, guidance_scale=5.0)]
     fastdiff.compile(pipe)
@@ -474,7 +474,7 @@ def test_two_pipelines_share_a_network_in_two_threads(pipe):
     assert not wrong
 
 
-def test_copies_and_pickles_are_plain_diffusers(pipe):
+def test_copies_and_pickles_are_eager(pipe):
     want = draw(pipe)
     fastdiff.compile(pipe)
     draw(pipe)
@@ -504,7 +504,7 @@ def test_a_method_replaced_on_the_pipeline_is_honoured(pipe):
     fastdiff.compile(pipe)
     assert relative_error(draw(pipe), want) <= 1e-4
     assert "prepare_latents was replaced" in loops(pipe).why
-    given = torch.randn(1, 4, 8, 8)  # such a one may give what it goes on to use
+    given = torch.randn(1, 4, 8, 8)  # a replaced method may return a tensor that it keeps
     pipe.prepare_latents = lambda *args, **kwargs: given
     kept = given.clone()
     assert torch.equal(draw(pipe), draw(pipe))
@@ -512,7 +512,7 @@ def test_a_method_replaced_on_the_pipeline_is_honoured(pipe):
 
 
 class TestOverflow:
-    """float16 that overflows is computed in float32, and the report says where."""
+    """After an overflow in float16, the part runs in float32 and the report says where."""
 
     def test_in_the_decoder(self, pipe):
         with torch.no_grad():
@@ -557,7 +557,7 @@ class TestOverflow:
         assert torch.isfinite(got).all()
         assert "mid_block.resnets.0.conv2" in str(fastdiff.report(pipe))
 
-    def test_is_forgotten_with_the_weights(self, pipe):
+    def test_is_forgotten_when_the_weights_change(self, pipe):
         with torch.no_grad():
             pipe.unet.mid_block.resnets[0].conv2.weight.mul_(3e5)
         pipe.to(torch.float16)

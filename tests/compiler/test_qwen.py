@@ -1,4 +1,4 @@
-"""Qwen-Image's pipeline compiled, beside itself eager."""
+"""Qwen-Image's pipeline, compiled against eager."""
 
 import pytest
 import torch
@@ -25,11 +25,11 @@ def pipeline():
 
 
 def drawn(pipe, scale=4.0, images=1, lengths=(7, 4), **options):
-    """Latents; of 9 tokens each text uses `lengths`, the negative one last."""
-    generator, told, dtype = torch.Generator().manual_seed(3), {}, pipe.transformer.dtype
+    """Latents; `lengths` says how many of 9 tokens the prompt and the negative prompt use."""
+    generator, texts, dtype = torch.Generator().manual_seed(3), {}, pipe.transformer.dtype
     for name, used in zip(("prompt", "negative_prompt"), lengths, strict=True):
-        told[f"{name}_embeds"] = torch.randn(1, 9, 20, generator=generator).to(dtype)
-        told[f"{name}_embeds_mask"] = torch.arange(9)[None] < used
+        texts[f"{name}_embeds"] = torch.randn(1, 9, 20, generator=generator).to(dtype)
+        texts[f"{name}_embeds_mask"] = torch.arange(9)[None] < used
     size = 4 * pipe.vae_scale_factor
     return pipe(
         true_cfg_scale=scale,
@@ -39,22 +39,22 @@ def drawn(pipe, scale=4.0, images=1, lengths=(7, 4), **options):
         width=size + 2 * pipe.vae_scale_factor,
         generator=generator,
         output_type="latent",
-        **told,
+        **texts,
         **options,
     ).images
 
 
 @pytest.mark.parametrize("call", [{}, {"scale": 1.0}, {"images": 2, "lengths": (9, 9)}], ids=str)
 def test_the_latents_report_and_restore(call):
-    """True guidance makes every token as long as in the prediction with the text."""
+    """True classifier-free guidance rescales each token to its norm in the prompt's prediction."""
     as_eager(pipeline(), drawn, **call)
 
 
 def test_a_callback_changes_latents_and_text():
     pipe = pipeline()
 
-    def change(pipe, i, t, told):
-        return {"latents": told["latents"] * 0.9, "prompt_embeds": torch.ones(1, 9, 20)}
+    def change(pipe, i, t, given):
+        return {"latents": given["latents"] * 0.9, "prompt_embeds": torch.ones(1, 9, 20)}
 
     eager = drawn(pipe, callback_on_step_end=change)
     fastdiff.compile(pipe)

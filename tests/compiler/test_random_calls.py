@@ -1,4 +1,4 @@
-"""Calls drawn at random, each against the same call of the uncompiled pipeline."""
+"""Random calls, each against the same call of the eager pipeline."""
 
 import os
 import random
@@ -37,7 +37,7 @@ SCHEDULERS = {
     "LCM": (diffusers.LCMScheduler, {}),
 }
 HISTORIES = ("PNDM", "DPM++ 2M Karras", "DPM++ SDE", "UniPC", "Heun")
-"""They keep predictions or samples, so with a callback their loop is diffusers'."""
+"""Their state includes predictions or samples, so with a callback diffusers' loop runs."""
 XL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
@@ -46,7 +46,7 @@ XL = {
 
 
 def make(xl):
-    """A pipeline with two LoRA adapters; the same weights every time."""
+    """A pipeline with two LoRA adapters; its weights are the same at each call."""
     torch.manual_seed(3)
     unet = diffusers.UNet2DConditionModel(**TINY, **(XL if xl else {})).eval()
     add_adapters(unet, ["to_q", "to_v", "to_out.0", "conv1"])
@@ -79,7 +79,7 @@ def random_call(dice):
 
 
 def latents_of(pipe, call, generator, given):
-    """Of a call, whose own arguments are `given`."""
+    """The latents of a call; `given` are the arguments of its kind of pipeline."""
     height, width = call["size"]
     with patch.object(torch, "randn", single_draws):
         return pipe(
@@ -131,8 +131,8 @@ def resident_bytes():
     ],
 )
 def test_random_calls(xl, calls):
-    """Each inside the error budget of `kernels.contract`; memory is flat once shapes repeat, which
-    takes 200 calls. Fewer are the first of the more."""
+    """Each picture is within the error budget of `kernels.contract`. With 200 calls shapes repeat,
+    and memory must stay flat. Shorter runs are the beginning of the longer ones."""
     seed = 20261122 + xl
     dice = random.Random(seed)
     plan, eager, exact = fastdiff.compile(make(xl)), make(xl), make(xl).to(torch.float64)
@@ -147,7 +147,7 @@ def test_random_calls(xl, calls):
             live.append(live_bytes())
             resident.append(resident_bytes())
     (loop,) = [part for part in fastdiff.report(plan).parts if part.name == "loop"]
-    # those that show no history to a callback; most of them ran as plans
+    # most calls that need not show a history to a callback ran as plans
     assert int(loop.why.split()[0]) >= 0.8 * (calls - shows), loop
     if calls == 200:
         for sizes in (live, resident):
@@ -155,7 +155,7 @@ def test_random_calls(xl, calls):
 
 
 def make_masked():
-    """A pipeline that inpaints, with perturbed attention or without."""
+    """An inpainting pipeline with perturbed attention guidance."""
     parts = {name: value for name, value in make(xl=False).components.items() if value is not None}
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     pipe = StableDiffusionPAGInpaintPipeline(**absent | parts, requires_safety_checker=False)
@@ -175,7 +175,7 @@ def random_call_masked(dice):
 
 
 def draw_masked(pipe, call):
-    """The latents of a call; the picture is given as latents."""
+    """The latents of a call whose picture is given as latents."""
     kind, options = SCHEDULERS[call["scheduler"]]
     pipe.scheduler = kind.from_config({**BETAS, **options})
     adapt(pipe.unet, call["adapters"])
@@ -200,7 +200,7 @@ def draw_masked(pipe, call):
 
 @pytest.mark.parametrize("calls", [10, pytest.param(60, marks=pytest.mark.product)])
 def test_random_calls_with_perturbed_attention_and_masks(calls):
-    """Each inside the error budget; as plans where the scheduler's table follows a mask."""
+    """Each is within the error budget; at least half of the calls run as plans."""
     seed = 20261128
     dice = random.Random(seed)
     plan, eager = fastdiff.compile(make_masked()), make_masked()
@@ -228,7 +228,7 @@ FLOW_HISTORIES = ("Heun", "LCM", "DPM++", "UniPC")
 
 
 def make_sd3(kind):
-    """A pipeline with two LoRA adapters; the same weights every time."""
+    """A pipeline with two LoRA adapters; its weights are the same at each call."""
     torch.manual_seed(3)
     channels = {"in_channels": 4, "out_channels": 4}
     net = noisy(diffusers.SD3Transformer2DModel(**SD3 | SD3_KINDS[kind] | channels))
@@ -265,7 +265,7 @@ def draw_sd3(pipe, call):
     kind, options = FLOW_SCHEDULERS[call["scheduler"]]
     pipe.scheduler = kind(**options)
     adapt(pipe.transformer, call["adapters"])
-    torch.manual_seed(call["seed"])  # of which its schedulers draw
+    torch.manual_seed(call["seed"])  # its schedulers use the global generator
     generator, dtype = torch.Generator().manual_seed(call["seed"]), pipe.transformer.dtype
     given, count = {}, call["images"]
     for negative in ("", "negative_"):
@@ -283,8 +283,8 @@ def draw_sd3(pipe, call):
 
 @pytest.mark.parametrize("calls", [30, pytest.param(100, marks=pytest.mark.product)])
 def test_random_calls_of_sd3(calls):
-    """Each inside the error budget; as plans, but for those in which a callback is shown a history,
-    or might change the embeddings of the call."""
+    """Each is within the error budget, and runs as a plan, unless a callback may see a scheduler's
+    history or change the call's own embeddings."""
     seed = 20261128
     dice = random.Random(seed)
     pipes = {
@@ -319,7 +319,7 @@ UPSCALER = {
 
 
 def make_upscaler():
-    """A pipeline with two LoRA adapters; the same weights every time."""
+    """A pipeline with two LoRA adapters; its weights are the same at each call."""
     torch.manual_seed(3)
     unet = noisy(diffusers.UNet2DConditionModel(**TINY | UPSCALER))
     add_adapters(unet, ["to_q", "to_v", "to_out.0", "conv_in"])
@@ -359,7 +359,7 @@ def upscaled(pipe, call):
 
 @pytest.mark.parametrize("calls", [6, pytest.param(60, marks=pytest.mark.product)])
 def test_random_calls_of_the_upscaler(calls):
-    """Each inside the error budget, as a plan."""
+    """Each is within the error budget and runs as a plan."""
     seed = 20261129
     dice = random.Random(seed)
     plan, eager = fastdiff.compile(make_upscaler()), make_upscaler()
@@ -374,7 +374,7 @@ def test_random_calls_of_the_upscaler(calls):
 
 
 def make_prior(tokenizer):
-    """A pipeline with two LoRA adapters; the same weights every time."""
+    """A pipeline with two LoRA adapters; its weights are the same at each call."""
     torch.manual_seed(3)
     pipe = diffusers.KandinskyV22PriorPipeline(**kandinsky_parts(tokenizer))
     add_adapters(pipe.prior, ["to_q", "to_v", "to_out.0", "ff.net.2", "proj_in"])
@@ -413,7 +413,7 @@ def draw_prior(pipe, call):
 
 @pytest.mark.parametrize("calls", [10, pytest.param(100, marks=pytest.mark.product)])
 def test_random_calls_of_the_prior(tokenizer, calls):
-    """Each inside the error budget, and a plan."""
+    """Each is within the error budget and runs as a plan."""
     seed = 20261129
     dice = random.Random(seed)
     plan, eager = fastdiff.compile(make_prior(tokenizer)), make_prior(tokenizer)
@@ -430,7 +430,7 @@ def test_random_calls_of_the_prior(tokenizer, calls):
 FLUX_SCHEDULERS = {
     name: FLOW_SCHEDULERS[name] for name in ("Euler", "Euler, shifted", "Euler a", "LCM")
 }
-"""Schedulers that take sigmas."""
+"""The schedulers that accept sigmas."""
 FLUX_CLASSES = {
     "text": (diffusers.FluxPipeline, {}),
     "picture": (diffusers.FluxImg2ImgPipeline, {}),
@@ -439,10 +439,10 @@ FLUX_CLASSES = {
 }
 
 
-def make_flux(name, told):
-    """A pipeline with two LoRA adapters; the same weights every time."""
+def make_flux(name, guidance_embeds):
+    """A pipeline with two LoRA adapters; its weights are the same at each call."""
     cls, config = FLUX_CLASSES[name]
-    net = noisy(diffusers.FluxTransformer2DModel(**FLUX | config, guidance_embeds=told))
+    net = noisy(diffusers.FluxTransformer2DModel(**FLUX | config, guidance_embeds=guidance_embeds))
     add_adapters(net, ["to_q", "add_v_proj", "proj_mlp", "proj_out", "norm1.linear"])
     vae = noisy(diffusers.AutoencoderKL(block_out_channels=(32,), shift_factor=0.1))
     names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -455,7 +455,7 @@ def make_flux(name, told):
 def random_call_flux(dice):
     return {
         "pipeline": dice.choice(list(FLUX_CLASSES)),
-        "told": dice.choice([True, False]),
+        "guidance_embeds": dice.choice([True, False]),
         "seed": dice.randrange(2**31),
         "scheduler": dice.choice(list(FLUX_SCHEDULERS)),
         "steps": dice.randint(2, 5),
@@ -474,7 +474,7 @@ def draw_flux(pipe, call):
     kind, options = FLUX_SCHEDULERS[call["scheduler"]]
     pipe.scheduler = kind(**options)
     adapt(pipe.transformer, call["adapters"])
-    torch.manual_seed(call["seed"])  # of which its schedulers draw
+    torch.manual_seed(call["seed"])  # its schedulers use the global generator
     generator, dtype = torch.Generator().manual_seed(call["seed"]), pipe.transformer.dtype
     count, (height, width) = call["images"], call["size"]
 
@@ -508,13 +508,13 @@ def draw_flux(pipe, call):
 
 @pytest.mark.parametrize("calls", [6, pytest.param(50, marks=pytest.mark.product)])
 def test_random_calls_of_flux(calls):
-    """Each inside the error budget, and a plan."""
+    """Each is within the error budget and runs as a plan."""
     seed = 20261129
     dice = random.Random(seed)
     pipes = {}
     for at in range(calls):
         call = random_call_flux(dice)
-        key = call["pipeline"], call["told"]
+        key = call["pipeline"], call["guidance_embeds"]
         if key not in pipes:
             plan, eager, exact = (make_flux(*key) for _ in range(3))
             pipes[key] = fastdiff.compile(plan), eager, exact.to(torch.float64)

@@ -1,5 +1,5 @@
-"""Calls drawn at random of pipelines that draw pixels, codes or in several loops: in float64, each
-against the same call of the uncompiled pipeline, and after what the call before has left."""
+"""Random calls, one after another, of pipelines that draw pixels, use a VQ autoencoder or have
+several loops: in float64, each against the same call of the eager pipeline."""
 
 import random
 
@@ -31,7 +31,7 @@ SCHEDULERS = {
     "learned": lambda: DDPMScheduler(**LEARNED),
     "learned, thresholds": lambda: DDPMScheduler(**LEARNED, **THRESHOLD),
 }
-"""All of these compute in the dtype of their samples."""
+"""These schedulers compute in the dtype of their samples."""
 UNLEARNED = ("DDPM", "DDPM, v", "DDIM", "DDIM, thresholds")
 ANY = (*UNLEARNED, "learned", "learned, thresholds")
 PIXELS = {
@@ -54,7 +54,7 @@ LEVELS = {
 
 
 def codes(**config):
-    """An autoencoder of codes; a latent is 2×2 pixels."""
+    """A VQ autoencoder; a latent is 2×2 pixels."""
     blocks = {
         "block_out_channels": (16, 32),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -64,7 +64,7 @@ def codes(**config):
 
 
 def adapted(net):
-    """With LoRA adapters "one" and "two"."""
+    """The network with LoRA adapters "one" and "two"."""
     for name, rank in (("one", 2), ("two", 4)):
         layers = ["to_q", "to_v", "to_out.0", "conv1"]
         net.add_adapter(LoraConfig(r=rank, target_modules=layers, init_lora_weights=False), name)
@@ -86,13 +86,13 @@ def random_call(dice):
 
 
 class Family:
-    """make(): a pipeline; call(pipe, c, generator): a call of it as `c` says."""
+    """make(): a pipeline; call(pipe, c): its result with the random options `c`."""
 
     def __init__(self, make, call, schedulers):
         self.make, self.call, self.schedulers = make, call, schedulers
 
     def draw(self, pipe, c):
-        torch.manual_seed(c["seed"])  # of which some schedulers draw, and classes are drawn
+        torch.manual_seed(c["seed"])  # some schedulers and random class labels use the global one
         if self.schedulers:
             pipe.scheduler = SCHEDULERS[c["scheduler"]]()
         net = getattr(pipe, "unet", None)
@@ -193,7 +193,7 @@ def make_kandinsky(cls):
 
 def from_embeddings(cls, pipe, c):
     texts = c["count"] if cls == "KandinskyV22Pipeline" else 1
-    images = c["images"] if c["guidance_scale"] > 1 else 1  # diffusers repeats nothing else
+    images = c["images"] if c["guidance_scale"] > 1 else 1  # diffusers repeats only with guidance
     given = (
         {}
         if texts > 1 or cls == "KandinskyV22Pipeline"
@@ -291,7 +291,7 @@ def families(tokenizer):
 )
 @torch.no_grad()
 def test_random_calls(name, calls, families):
-    """Where diffusers raises, the compiled pipeline does."""
+    """If diffusers raises, the compiled pipeline raises the same kind of error."""
     family, seed = families[name], 20261129
     dice = random.Random(f"{name} {seed}")
     plan, eager = (family.make().to(torch.float64) for _ in range(2))
@@ -310,7 +310,7 @@ def test_random_calls(name, calls, families):
             continue
         got = family.draw(plan, call)
         off = abs(got - want).max() / max(1.0, abs(want).max())
-        adapted_in_float32 = call["adapters"] and hasattr(plan, "unet")  # as adapters are merged
+        adapted_in_float32 = call["adapters"] and hasattr(plan, "unet")  # merged so
         assert off <= (1e-4 if adapted_in_float32 else 1e-8), f"{name}, call {at}: {call}: {off}"
     whole = 3 if name == "unCLIP" else 1
     assert loop_of(plan).planned >= whole * (calls - raised), loop_of(plan).own

@@ -1,4 +1,4 @@
-"""Random calls of AuraFlow, Z-Image and Qwen-Image, each against the uncompiled pipeline."""
+"""Random calls of AuraFlow, Z-Image and Qwen-Image, each against the eager pipeline."""
 
 import random
 from unittest.mock import patch
@@ -25,7 +25,7 @@ TARGETS = {
 
 
 def make(kind):
-    """A pipeline with two LoRA adapters; the same weights every time."""
+    """A pipeline with two LoRA adapters; its weights are the same at each call."""
     torch.manual_seed(3)
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
@@ -61,8 +61,8 @@ def random_call(dice):
     }
 
 
-def told(kind, call, noise):
-    """Texts as the pipelines take them; of 40 tokens they use those of the call."""
+def texts(kind, call, noise):
+    """Prompt embeddings in the form that this pipeline takes, of up to 40 tokens."""
     found = {}
     for name, used in zip(("prompt", "negative_prompt"), call["lengths"], strict=True):
         text, mask = noise(1, 40, 20), torch.arange(40)[None] < used
@@ -81,9 +81,9 @@ def draw(pipe, call):
     kind, (cls, options) = call["kind"], SCHEDULERS[call["scheduler"]]
     pipe.scheduler = cls(**options)
     adapt(pipe.transformer, call["adapters"])
-    torch.manual_seed(call["seed"])  # of which its schedulers draw
+    torch.manual_seed(call["seed"])  # its schedulers use the global generator
     generator, dtype = torch.Generator().manual_seed(call["seed"]), pipe.transformer.dtype
-    given = told(kind, call, lambda *shape: torch.randn(shape, generator=generator).to(dtype))
+    given = texts(kind, call, lambda *shape: torch.randn(shape, generator=generator).to(dtype))
     if call["scale"]:
         name = "joint_attention_kwargs" if kind == "zimage" else "attention_kwargs"
         given[name] = {"scale": call["scale"]}
@@ -103,8 +103,9 @@ def draw(pipe, call):
 
 @pytest.mark.parametrize("calls", [6, pytest.param(150, marks=pytest.mark.product)])
 def test_random_calls(calls):
-    """Each inside the error budget; as plans, but for callbacks that diffusers' loop follows: all
-    of AuraFlow and Z-Image, and those of Qwen-Image that see a history or may change a text."""
+    """Each is within the error budget and runs as a plan, unless it has a callback: then diffusers'
+    loop runs in AuraFlow and Z-Image; in Qwen-Image only if it may see a history or change a text.
+    """
     seed = 20261129
     dice = random.Random(seed)
     pipes = {kind: (fastdiff.compile(make(kind)), make(kind)) for kind in TARGETS}
@@ -113,7 +114,7 @@ def test_random_calls(calls):
     for at in range(calls):
         call = random_call(dice)
         kind = call["kind"]
-        unused = call["guidance_scale"] <= 1  # the negative text, which is the caller's own tensor
+        unused = call["guidance_scale"] <= 1  # a callback may then change the call's own tensor
         left = kind != "qwen" or call["scheduler"] == "LCM" or unused
         shows += bool(call["callback"]) and left
         got, single, truth = (draw(pipe, call) for pipe in (*pipes[kind], exact[kind]))

@@ -1,7 +1,7 @@
-"""Three hundred sequences of three edits, each against the same edits of the eager pipeline.
+"""Three hundred random sequences of three edits, compared with the same edits in eager.
 
 `PYTHONPATH=tests python -m edits WORD` tries single edits by name; `python -m edits random` lists
-all sequences at fault.
+all sequences with a fault.
 """
 
 import pytest
@@ -10,7 +10,7 @@ from edits.sequences import alone, drawn_at_random, first_fault
 
 NUMBERS = range(300)
 FAST = 60
-"""How many of them `make test` runs; the others are the same at other draws."""
+"""The number that `make test` runs; `make test-all` runs all."""
 
 
 @pytest.mark.parametrize(
@@ -35,13 +35,13 @@ def test_random_edits(number):
 @pytest.mark.parametrize("when", ["after", "before"])
 @pytest.mark.parametrize("edit", TABLE.values(), ids=TABLE)
 def test_each_edit(edit, when):
-    """Alone, after compile and before it."""
+    """Each edit of the table alone, after compile and before it."""
     sequence = alone(edit, int(when == "before"))
     fault = first_fault(sequence)
     assert fault is None, f"{sequence}: {fault}"
 
 
-def test_each_kind_is_drawn_as_often_as_the_others():
+def test_sequences_cover_all_kinds_and_most_rows():
     drawn = [edit for number in NUMBERS for edit in drawn_at_random(number).edits]
     assert {edit.kind for edit in drawn} == set(KINDS)
     assert len({edit.id for edit in drawn}) > 300  # of the table's rows

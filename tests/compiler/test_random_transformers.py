@@ -1,4 +1,4 @@
-"""Calls of DiT and PixArt drawn at random, each beside the same call of the uncompiled pipeline."""
+"""Random calls of DiT and PixArt, each against the same call of the eager pipeline."""
 
 import random
 from contextlib import nullcontext
@@ -28,14 +28,14 @@ SCHEDULERS = {
     "Euler a": diffusers.EulerAncestralDiscreteScheduler,
 }
 SCALED = ("Heun", "Euler", "Euler a")
-"""Their samples are not what the network is given; DiT's loop steps the latter."""
+"""They scale the network's input; DiT's loop in diffusers steps the scaled latents."""
 VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 4}
 TARGETS = ["to_q", "to_out.0", "ff.net.2", "proj_out"]
 
 
 def adapted(net, more):
-    """With two LoRA adapters, on the layers that modulate as well; diffusers' own method to add
-    them is not for these classes."""
+    """The network with two LoRA adapters, also on the layers `more`; these classes have no
+    `add_adapter`."""
     for name, rank in (("one", 2), ("two", 5)):
         config = LoraConfig(r=rank, target_modules=TARGETS + more, init_lora_weights=False)
         inject_adapter_in_model(config, net, name)
@@ -43,7 +43,7 @@ def adapted(net, more):
 
 
 def adapt(net, adapters):
-    """Switch adapters on, each with its weight, and the others off."""
+    """Activate these adapters with their weights, and deactivate the others."""
     for layer in net.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.enable_adapters(bool(adapters))
@@ -86,7 +86,7 @@ def random_call(dice):
 
 
 def masked(kind, count, dice):
-    """[count, 19] of 0 and 1."""
+    """A mask [count, 19] of zeros and ones."""
     lengths = torch.tensor([[dice.randint(1, 19)] for _ in range(count)])
     mask = (torch.arange(19)[None] < lengths).long()
     if kind == "holes":
@@ -96,12 +96,12 @@ def masked(kind, count, dice):
 
 
 def draw(pipe, call):
-    """The picture of a call, from the noise that float32 draws."""
+    """The picture of a call, from the same noise in each dtype."""
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = SCHEDULERS[call["scheduler"]]()
     net = pipe.transformer
     adapt(net, call["adapters"])
-    torch.manual_seed(call["seed"])  # DiT's scheduler is given no generator
+    torch.manual_seed(call["seed"])  # DiT's scheduler uses the global generator
     generator, dice = torch.Generator().manual_seed(call["seed"]), random.Random(call["seed"])
     many, given = call["pictures"], {}
     if isinstance(pipe, DiTPipeline):
@@ -123,7 +123,7 @@ def draw(pipe, call):
 
 
 def result(pipe, call):
-    """The picture, or what diffusers raises."""
+    """The picture, or the message of the error that was raised."""
     try:
         return draw(pipe, call)
     except (TypeError, IndexError, ValueError) as error:
@@ -141,7 +141,7 @@ KINDS = {
 @pytest.mark.parametrize("calls", [2, pytest.param(50, marks=pytest.mark.product)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_calls(kind, calls):
-    """Each inside the error budget; fewer are the first of the more."""
+    """Each is within the error budget; shorter runs are the beginning of the longer ones."""
     seed = 20261129
     dice, drawn = random.Random(seed), 0
     plan, eager, exact = fastdiff.compile(KINDS[kind]()), KINDS[kind](), KINDS[kind]()

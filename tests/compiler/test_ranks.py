@@ -1,5 +1,5 @@
-"""Two ranks, as copies of one process, draw what one draws, each a half of guidance or a part of a
-batch."""
+"""Two ranks, forked from one process, draw what one rank draws: each computes one half of guidance
+or a part of the batch."""
 
 import json
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def pictures(pipe, count, seed=0):
     first = latents[:count].to(pipe.unet.dtype)
     yield draw(pipe, PROMPTS[:count], latents=first)
     own, pipe.scheduler = pipe.scheduler, ancestral
-    # without a generator: each rank's own noise would be another
+    # without a generator and with other seeds, the ranks must share the noise
     yield draw(pipe, PROMPTS[:count], seed=seed)
     pipe.scheduler = own
 
@@ -41,7 +41,7 @@ def program(rank):
     made = {}
     for mode, count in MODES.items():
         fastdiff.compile(pipe, parallel=mode)
-        for time in range(2):  # recorded, and replayed
+        for time in range(2):  # the first is recorded, the second replayed
             for at, picture in enumerate(pictures(pipe, count, rank)):
                 made[f"{mode} {at} {time}"] = picture
         if mode == "data":
@@ -71,8 +71,8 @@ for name in two:
 
 
 def test_two_ranks_draw_what_one_draws(forked, tmp_path):
-    """In the error budget of float64; where a scheduler draws noise, in twice the distance that one
-    rank has from diffusers. Three pictures do not divide by two ranks."""
+    """Pictures are within the error budget; with a noisy scheduler they are within twice the
+    distance of one rank from diffusers. Three pictures do not divide evenly between two ranks."""
     code, out, err = forked(DRAW + ALIKE, str(tmp_path))
     assert code == 0, err
     guidance, data = out.splitlines()
@@ -82,8 +82,8 @@ def test_two_ranks_draw_what_one_draws(forked, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd3"])
-def test_each_half_is_told_its_part(kind, components, components_sd3, monkeypatch):
-    """Texts, pooled texts and sizes of two pictures, in float64: both halves are the whole."""
+def test_each_rank_predicts_its_half_of_guidance(kind, components, components_sd3, monkeypatch):
+    """The ranks' predictions joined equal the whole, in float64, for two pictures."""
     sdxl = kind == "sdxl"
     pipe = (
         StableDiffusionXLPipeline(**components(True))
@@ -117,8 +117,8 @@ def test_each_half_is_told_its_part(kind, components, components_sd3, monkeypatc
     assert not torch.allclose(*halves.chunk(2), rtol=1e-3, atol=1e-3)
 
 
-def test_positions_are_not_of_pictures():
-    """FLUX's four tokens are not two texts of two pictures."""
+def test_position_ids_are_not_divided_among_ranks():
+    """FLUX's ids of four tokens must not be taken for a batch of four."""
     text, ids = torch.randn(4, 4, 8), torch.randn(4, 3)
     given = flux.Conditions(text, text[:, 0], ids, ids, guidance=text[:2, 0, 0])
     for halves, mine in ((True, [2, 3]), (False, [1, 3])):
@@ -149,20 +149,20 @@ def dies(rank):
     def until(*given):
         steps.append(given)
         if rank == 1 and len(steps) == 2:
-            os._exit(9)  # as by SIGKILL: nothing is told
+            os._exit(9)  # as by SIGKILL, without a word to the others
         return gather(*given)
     ranks.GATHER = until
     draw(pipe, "sun")
 
 def waits(rank):
     ranks.peers.watch(ranks.TIMEOUT, f"rank {rank} is alone")
-    time.sleep(0.2 if rank else 60)  # as for a GPU
+    time.sleep(0.2 if rank else 60)  # as if waiting for a GPU
     os._exit(9)
 
 def leaves(rank):
     ranks.peers.watch(ranks.TIMEOUT, f"rank {rank} is alone")
     time.sleep(rank / 2)
-    atexit._run_exitfuncs()  # the first ends long before the other
+    atexit._run_exitfuncs()  # rank 0 ends before rank 1
 
 def too_many(rank):
     fastdiff.compile(pipe, parallel="guidance")
@@ -179,9 +179,9 @@ def test_ranks_that_differ_or_die_end_with_a_sentence(forked):
     code, out, err = forked(DRAW + REFUSED)
     assert code == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
-    told = sorted(line for line in lines[:4])
+    errors = sorted(line for line in lines[:4])
     for rank in (0, 1):
-        own = [sentence for who, sentence in told if who == rank]
+        own = [sentence for who, sentence in errors if who == rank]
         assert "rank 1 draws with timesteps" in own[0] or "rank 1 draws with timesteps" in own[1]
         assert any("out of step; start all of them again" in sentence for sentence in own)
     assert lines[4] == [2, 2]
@@ -195,7 +195,7 @@ def test_ranks_that_differ_or_die_end_with_a_sentence(forked):
     assert "takes two ranks; got 1" in lines[9][1]
 
 
-def test_without_a_process_group():
+def test_parallel_is_refused_without_a_process_group():
     pipe = fastdiff.load_demo()
     with pytest.raises(ValueError, match="has no process group; start the program with torchrun"):
         fastdiff.compile(pipe, parallel="data")

@@ -1,4 +1,4 @@
-"""What is done to a compiled pipeline between two pictures: right pictures, or diffusers' own."""
+"""After changes between two pictures, the compiled pipeline draws what eager draws."""
 
 import copy
 import warnings
@@ -76,7 +76,7 @@ def test_offloading_hooks_run_eagerly_until_they_are_gone(pipe, change):
 
 
 def test_a_vae_that_is_upcast_for_every_picture():
-    """SDXL's own VAE overflows in float16: diffusers casts it up and down around each decode."""
+    """SDXL's VAE overflows in float16: diffusers casts it to float32 for each decode."""
     pipe = build("sdxl", 0.13, torch.float16, "cpu")
     pipe.vae.register_to_config(force_upcast=True)
     pipe.set_progress_bar_config(disable=True)
@@ -106,7 +106,7 @@ def test_components_replaced_between_two_pictures(pipe):
     other = copy.deepcopy(pipe.unet)
     with torch.no_grad():
         other.conv_in.weight.mul_(1.1)
-    pipe.unet = other  # not compiled: diffusers' own
+    pipe.unet = other  # not compiled, so it runs eagerly
     plain = copy.deepcopy(pipe)
     assert psnr(draw(pipe), draw(plain)) >= 60
     assert the_unet(pipe).runs == "eager"
@@ -115,7 +115,7 @@ def test_components_replaced_between_two_pictures(pipe):
     assert the_unet(pipe).runs == "fastdiff"
 
 
-def test_memory_that_runs_out_leaves_no_half_loan(pipe, monkeypatch):
+def test_running_out_of_memory_during_a_picture_loses_no_weight(pipe, monkeypatch):
     from fastdiff.models.borrow import Loan
 
     want = draw(pipe)
@@ -128,7 +128,9 @@ def test_memory_that_runs_out_leaves_no_half_loan(pipe, monkeypatch):
             raise MemoryError
         return place(self, sources, *shape, **options)
 
-    pipe.unet.to(torch.float64).to(torch.float32)  # so that the next picture borrows anew
+    pipe.unet.to(torch.float64).to(
+        torch.float32
+    )  # so that the next picture prepares the weights again
     with monkeypatch.context() as patch:
         patch.setattr(Loan, "_place", no_memory)
         with pytest.raises(MemoryError):
@@ -147,7 +149,7 @@ def test_guidance_that_depends_on_the_step(pipe, monkeypatch):
     monkeypatch.setattr(StableDiffusionPipeline, "guidance_scale", property(guided_by_step))
     fastdiff.compile(pipe)
     want = draw(plain)
-    assert psnr(want, before) < 40, "the edit does something"
+    assert psnr(want, before) < 40, "the edit had no effect"
     assert psnr(draw(pipe), want) >= 60
 
 
@@ -173,7 +175,7 @@ def adapter_with_a_bias(unet):
 
 
 @pytest.mark.parametrize("edit", [processors_of_their_own, shared, adapter_with_a_bias])
-def test_what_changes_after_compile(pipe, edit):
+def test_changes_after_compile_run_eagerly(pipe, edit):
     config = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False)
     pipe.unet.add_adapter(config, "a")
     plain = copy.deepcopy(pipe)
@@ -183,7 +185,7 @@ def test_what_changes_after_compile(pipe, edit):
     for each in (pipe, plain):
         edit(each.unet)
     want = draw(plain)
-    assert psnr(want, before) < 50, "the edit does something"
+    assert psnr(want, before) < 50, "the edit had no effect"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         assert psnr(draw(pipe), want) >= 60
@@ -192,7 +194,7 @@ def test_what_changes_after_compile(pipe, edit):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_float32_copy_sees_writes_through_data(pipe):
-    """After an overflow of float16 the copy is drawn with, for as long as the weights are its."""
+    """After an overflow in float16 a float32 copy draws until the weights change."""
     pipe.to(torch.float16)
     with torch.no_grad():
         pipe.unet.conv_in.weight.mul_(3e4)

@@ -1,4 +1,4 @@
-"""Every saver that people know writes all weights of a compiled model, as of an eager one."""
+"""Every common way of saving writes the same weights for a compiled model as for an eager one."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ def call(unet):
 
 @pytest.fixture
 def both(unet):
-    """An eager model, and the same compiled and used."""
+    """An eager model, and a compiled copy that has been called."""
     fast = fastdiff.compile(copy.deepcopy(unet))
     with torch.no_grad():
         call(fast)
@@ -106,7 +106,7 @@ def test_savers(both, saver, tmp_path):
     for name, tensor in want.items():
         assert torch.equal(tensor, got[name]), name
         assert tensor.dtype == got[name].dtype
-    # and it goes on, on the same weights
+    # the compiled model continues with its own weights
     calls = slot_of(fast).fast
     torch.testing.assert_close(call(fast), call(eager), rtol=1e-4, atol=1e-5)
     assert slot_of(fast).fast == calls + 1
@@ -115,8 +115,8 @@ def test_savers(both, saver, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda u: pickle.loads(pickle.dumps(u))])
-def test_copies_are_plain(both, copied):
-    """What was copied from a compiled model saves itself as any other, with parameters alone."""
+def test_copies_are_eager(both, copied):
+    """A copy of a compiled model has ordinary parameters and no hooks of fastdiff."""
     eager, fast = both
     other = copied(fast)
     for (name, weight), mine in zip(other.named_parameters(), eager.parameters(), strict=True):
@@ -144,8 +144,8 @@ def test_a_pickle_needs_no_fastdiff(both):
 
 
 @torch.no_grad()
-def test_loading(both, tmp_path):
-    """What savers wrote loads into a compiled model, which draws with it."""
+def test_saved_weights_load_into_a_compiled_model(both, tmp_path):
+    """The compiled model uses the loaded weights."""
     eager, fast = both
     other = copy.deepcopy(eager)
     for weight in other.parameters():
@@ -181,8 +181,8 @@ BETWEEN = {
 @torch.no_grad()
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
-def test_what_is_written_into_a_state_dict_counts(both, between, restored):
-    """As in eager torch, where it holds the parameters' memory."""
+def test_writes_into_a_state_dict_change_the_model(both, between, restored):
+    """As in eager torch, where a state dict shares the parameters' memory."""
     states = []
     for unet in both:
         state = unet.state_dict()
@@ -259,8 +259,8 @@ WRITES = (
 
 @torch.no_grad()
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
-def test_a_state_dict_holds_the_parameters(both, write):
-    """Whatever is written, into it or beside it, in whichever order, whether it is kept or not."""
+def test_a_state_dict_and_the_parameters_agree_after_any_writes(both, write):
+    """Writes into a state dict or the parameters, in any order, with the dict kept or dropped."""
     other = {name: value * 1.01 for name, value in both[0].state_dict().items()}
     _ = [write(unet, other) for unet in both]
     torch.testing.assert_close(call(both[1]), call(both[0]), rtol=1e-4, atol=1e-5)
@@ -269,7 +269,7 @@ def test_a_state_dict_holds_the_parameters(both, write):
 
 
 @torch.no_grad()
-def test_hooks_of_users_have_the_last_word(unet):
+def test_state_dict_hooks_of_users_run_last(unet):
     def less(module, state, prefix, meta):
         del state[prefix + "weight"]
 
@@ -287,7 +287,7 @@ def test_hooks_of_users_have_the_last_word(unet):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda u: pickle.loads(pickle.dumps(u))])
-def test_what_is_copied_together_stays_together(both, copied):
+def test_a_model_and_its_optimizer_copied_together_share_parameters(both, copied):
     for unet in both:
         made = copied({"unet": unet, "optimizer": torch.optim.SGD(unet.parameters(), lr=1.0)})
         (group,) = made["optimizer"].param_groups
@@ -296,7 +296,7 @@ def test_what_is_copied_together_stays_together(both, copied):
 
 
 @torch.no_grad()
-def test_state_dicts_of_peft(both):
+def test_state_dicts_of_peft_adapters_are_the_same(both):
     states = []
     for unet in both:
         torch.manual_seed(1)
@@ -308,11 +308,11 @@ def test_state_dicts_of_peft(both):
 
 
 @torch.no_grad()
-def test_a_state_dict_that_nobody_keeps_leaves_nothing(both):
+def test_a_dropped_state_dict_moves_no_weight(both):
     _, fast = both
     before = [weight.data_ptr() for weight in fast.parameters()]
     for _ in range(3):
         fast.state_dict()
         call(fast)
-    assert [weight.data_ptr() for weight in fast.parameters()] == before, "nothing is recorded anew"
+    assert [weight.data_ptr() for weight in fast.parameters()] == before, "no weight moved"
     assert not any(slot_of(fast)._homes.values())

@@ -1,5 +1,5 @@
-"""Pipelines of Stable Diffusion 3 and 3.5, on the plan or in diffusers' own loop with our networks
-inside; each against diffusers itself."""
+"""Pipelines of Stable Diffusion 3 and 3.5 against diffusers, on the plan or in diffusers' own loop
+around the compiled networks."""
 
 import copy
 
@@ -23,7 +23,7 @@ from fastdiff.compiler.pipelines import loop_of
 from fastdiff.runtime.recordings import made
 
 STEP = 5e-6
-"""Relative error where the scheduler computes in float32, as RMSNorm always does."""
+"""Relative error: the scheduler and RMSNorm compute in float32."""
 KINDS = ("sd3", "sd35-medium", "sd35-large")
 
 
@@ -57,11 +57,11 @@ def test_text_to_image(components_sd3, hold, kind, t5):
     ],
     ids=lambda call: ",".join(call),
 )
-def test_calls(sd3, hold, call):
+def test_arguments_of_a_call(sd3, hold, call):
     hold(sd3, "plan", STEP, **call)
 
 
-def test_latents_that_are_no_whole_patches_fail_as_diffusers(sd3):
+def test_latents_of_partial_patches_fail_as_in_diffusers(sd3):
     given = torch.randn(1, 16, 9, 8).double()
     with pytest.raises(RuntimeError) as expected:
         draw(sd3, latents=given)
@@ -90,8 +90,8 @@ def test_inpainting(components_sd3, hold, picture, mask, channels, guidance):
     hold(pipe, loop, STEP, height=16, width=16, **call)
 
 
-def test_a_callback_where_the_latents_are_the_noise(components_sd3, hold, picture, mask):
-    """At full strength they are one tensor, which diffusers would resume from as both."""
+def test_a_callback_while_latents_and_noise_are_one_tensor(components_sd3, hold, picture, mask):
+    """At strength 1 diffusers uses one tensor for both, so its loop could not take over."""
     pipe = StableDiffusion3InpaintPipeline(**components_sd3())
     call = {"image": picture(), "mask_image": mask, "strength": 1.0, "height": 16, "width": 16}
 
@@ -146,18 +146,18 @@ def calls(pipe, name):
 
 EMBEDS = "ip_adapter_image_embeds"
 WIDTH = 20
-"""Of an image embedding."""
+"""Width of an image embedding."""
 
 
 def with_ip_adapter(pipe, seed=1, scale=1.0):
-    """An IP-Adapter of random weights, as diffusers loads it."""
+    """Load an IP-Adapter with random weights, as diffusers does."""
     add_ip_adapter_sd3(pipe.transformer, WIDTH, seed)
     pipe.set_ip_adapter_scale(scale)
     return pipe
 
 
 def pictures(seed=0, count=2, tokens=3):
-    """Embeddings of pictures [count, tokens, WIDTH]; for guidance the unconditional ones first."""
+    """Image embeddings [count, tokens, WIDTH]; for guidance the unconditional ones come first."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, tokens, WIDTH, generator=generator, dtype=torch.float64)
 
@@ -189,7 +189,7 @@ def test_ip_adapter_of_batches(sd3, hold, call):
 
 
 def test_ip_adapter_of_a_picture(sd3, hold):
-    """Its encoder is diffusers', once a picture."""
+    """diffusers runs the image encoder, once per picture."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": 16, "num_attention_heads": 2}
     config = SiglipVisionConfig(num_hidden_layers=2, image_size=16, patch_size=8, **sizes)
     sd3.register_modules(image_encoder=noisy(SiglipVisionModel(config)).double())
@@ -202,8 +202,8 @@ def test_ip_adapter_of_a_picture(sd3, hold):
     assert why["transformer.image_proj"][0] == "diffusers"
 
 
-def test_pictures_that_come_among_the_attention_kwargs(sd3, hold):
-    """diffusers puts those of its own argument there, in the caller's own dictionary."""
+def test_image_embeddings_in_joint_attention_kwargs(sd3, hold):
+    """diffusers also puts its own argument's embeddings there, into the caller's dictionary."""
     with_ip_adapter(sd3)
     plain, wanted = hold(sd3, "plan", STEP), hold(sd3, "plan", STEP, **{EMBEDS: pictures()})
     kwargs = {"joint_attention_kwargs": {EMBEDS: pictures()}}
@@ -211,7 +211,7 @@ def test_pictures_that_come_among_the_attention_kwargs(sd3, hold):
     kwargs = {"scale": 1.0}
     call = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent"}
     call |= {"prompt": "red heart", "joint_attention_kwargs": kwargs}
-    for given in ({EMBEDS: pictures()}, {}):  # the second time they are still there
+    for given in ({EMBEDS: pictures()}, {}):  # in the second call they are still in the dictionary
         generator = torch.Generator().manual_seed(5)
         got = sd3(**call, **given, generator=generator).images
         assert torch.equal(torch.tensor(wanted), got)
@@ -220,7 +220,7 @@ def test_pictures_that_come_among_the_attention_kwargs(sd3, hold):
 
 @pytest.mark.parametrize("when", [0, 1])
 @pytest.mark.parametrize("kind", ["other", "in place", "none", "longer", "scale", "from zero"])
-def test_pictures_changed_between_steps(sd3, kind, when):
+def test_image_embeddings_changed_between_steps(sd3, kind, when):
     def edit(pipe, i, t, kwargs):
         if i == when:
             given = pipe.joint_attention_kwargs
@@ -247,8 +247,8 @@ def test_pictures_changed_between_steps(sd3, kind, when):
         assert loop_of(fast).planned == 1, loop_of(fast)
 
 
-def test_ip_adapter_beside_a_controlnet(components_sd3, hold, picture, controlnet_sd3):
-    """A ControlNet is given the attention kwargs, too, and reads a LoRA scale alone."""
+def test_an_ip_adapter_with_a_controlnet(components_sd3, hold, picture, controlnet_sd3):
+    """The ControlNet gets the same attention kwargs, and uses only the LoRA scale."""
     parts = components_sd3()
     pipe = StableDiffusion3ControlNetPipeline(**parts, controlnet=controlnet_sd3())
     call = {"control_image": picture(), EMBEDS: pictures()}
@@ -268,7 +268,7 @@ def draw(pipe, **options):
 # Callbacks
 
 
-def test_what_callbacks_see(sd3):
+def test_callbacks_see_the_same_as_in_eager(sd3):
     fast = fastdiff.compile(copy.deepcopy(sd3))
     seen = []
     for pipe in (sd3, fast):
@@ -289,7 +289,7 @@ def test_what_callbacks_see(sd3):
 
 
 def text(pipe):
-    """Of the shape that the pipeline's prompts have; its end is alike, as without T5."""
+    """Random prompt embeddings whose T5 part is zero, as in pipelines without T5."""
     generator = torch.Generator().manual_seed(8)
     states = torch.randn(2, 333, 72, generator=generator, dtype=torch.float64)
     states[:, 77:] = 0
@@ -317,21 +317,21 @@ EDITS = {
     "interrupt": lambda pipe, x: interrupt(pipe),
     "weights": lambda pipe, x: pipe.transformer.proj_out.weight.data.mul_(0.9),
 }
-"""What the plan follows."""
+"""Changes that the plan follows."""
 LEFT = {
     "text of another form": lambda pipe, x: {"prompt_embeds": torch.ones(2, 333, 72).double()},
     "guidance off": lambda pipe, x: switch_guidance(pipe, 1.0),
     "sigmas": lambda pipe, x: another_shift(pipe),
     "restored": lambda pipe, x: fastdiff.restore(pipe) and None,
 }
-"""What diffusers goes on from by itself."""
+"""Changes after which diffusers' loop finishes the picture."""
 
 
 @pytest.mark.filterwarnings("ignore:fastdiff. transformer runs eagerly:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "pipeline", "when"), covered([*EDITS, *LEFT], ["text", "picture"], [0, 1])
 )
-def test_what_callbacks_change(components_sd3, picture, pipeline, name, when):
+def test_changes_by_callbacks(components_sd3, picture, pipeline, name, when):
     if pipeline == "text":
         pipe, given = StableDiffusion3Pipeline(**components_sd3()), {}
     else:
@@ -351,15 +351,15 @@ def test_what_callbacks_change(components_sd3, picture, pipeline, name, when):
     loop = loop_of(fast)
     if name != "restored":
         assert loop.planned == (name in EDITS), loop
-        # one latent beside the two texts of guidance, which diffusers lets pass
+        # with guidance off, diffusers passes one latent with the two texts of guidance
         eagerly = any("eagerly" in part.why for part in fastdiff.report(fast).parts)
         assert eagerly == (name == "guidance off")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_embeddings_of_the_call_stay_the_callers(sd3, guidance):
-    """Without guidance diffusers reads the very tensors of the call: what is done to them counts,
-    and they are never written to."""
+def test_the_callers_embeddings_are_read_but_not_written(sd3, guidance):
+    """Without guidance diffusers uses the call's own tensors: edits of them count, and diffusers
+    never writes to them."""
     given = {"prompt_embeds": text(sd3)[:1], "pooled_prompt_embeds": torch.ones(1, 64).double()}
     if guidance > 1:
         given |= {f"negative_{name}": value * 0.5 for name, value in given.items()}
@@ -368,7 +368,7 @@ def test_embeddings_of_the_call_stay_the_callers(sd3, guidance):
         own = {name: value.clone() for name, value in given.items()}
 
         def change(pipe, i, t, kwargs, own=own):
-            if i == 1:  # no step can follow as planned
+            if i == 1:  # after this the plan cannot continue
                 pipe.scheduler.sigmas = pipe.scheduler.sigmas * 0.9
                 return {"prompt_embeds": torch.ones(1 + (guidance > 1), 333, 72).double()}
             own["pooled_prompt_embeds"].mul_(0.5)
@@ -394,7 +394,7 @@ def add_lora(net, name, seed, targets=TARGETS):
 
 @pytest.fixture
 def loras(sd3, tmp_path):
-    """Two files of a transformer's and a text encoder's adapters, as training scripts save them."""
+    """A folder of two LoRAs of transformer and text encoder, as training scripts save them."""
     for seed, name in enumerate(("first", "second")):
         pipe = copy.deepcopy(sd3)
         add_lora(pipe.transformer, name, seed)
@@ -421,10 +421,10 @@ LIFE = {
     "unload": lambda pipe, files: pipe.unload_lora_weights(),
 }
 IN_PLACE = ("again", "mix", "one", "disable", "enable", "fuse", "unfuse", "delete")
-"""What leaves every address where it is: nothing is recorded again."""
+"""Changes that move no weight, so nothing is recorded again."""
 
 
-def test_a_life_with_lora(components_sd3, loras):
+def test_all_lora_methods_of_a_pipeline_in_turn(components_sd3, loras):
     eager = StableDiffusion3Pipeline(**components_sd3(dtype=torch.float32))
     pipe = fastdiff.compile(copy.deepcopy(eager))
     drawn = {"none": draw(pipe)}
@@ -469,8 +469,8 @@ def test_lora_of_a_controlnet(components_sd3, hold, picture, controlnet_sd3):
 
 
 @pytest.mark.parametrize("callback", [False, True], ids=["", "callback"])
-def test_float16_that_overflows_is_computed_in_float32(components_sd3, callback):
-    """The copy in float32 follows the scales of IP-Adapters."""
+def test_after_an_overflow_in_float16_the_transformer_runs_in_float32(components_sd3, callback):
+    """The float32 copy follows the IP-Adapter's scale."""
     pipe = with_ip_adapter(StableDiffusion3Pipeline(**components_sd3(dtype=torch.float32)))
     with torch.no_grad():
         pipe.transformer.transformer_blocks[1].ff.net[2].weight.mul_(1e5)
@@ -497,7 +497,7 @@ def test_float16_that_overflows_is_computed_in_float32(components_sd3, callback)
 # Afterwards
 
 
-def test_restored_and_saved(components_sd3, tmp_path):
+def test_saving_and_restoring(components_sd3, tmp_path):
     pipe = StableDiffusion3Pipeline(**components_sd3("sd35-medium", t5=True))
     want, state = draw(pipe), {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     before = {name: set(vars(part)) for name, part in pipe.components.items() if part is not None}

@@ -1,5 +1,5 @@
-"""Every scheduler of flow matching with its options, in Stable Diffusion 3 on the plan where its
-steps are linear, else in diffusers' own loop; each against diffusers itself."""
+"""Flow-matching schedulers and their options in Stable Diffusion 3 against diffusers: on the plan
+if their steps are linear, otherwise in diffusers' own loop."""
 
 import diffusers
 import pytest
@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 import fastdiff
 
 STEP = 5e-6
-"""Relative error where the scheduler computes in float32."""
+"""Relative error: the scheduler computes in float32."""
 DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 PLANNED = [
@@ -42,7 +42,7 @@ OWN = [
     ("DPMSolverMultistep", FLOW | {"thresholding": True}),
     ("UniPCMultistep", FLOW | {"thresholding": True}),
 ]
-"""Their steps are not linear."""
+"""Schedulers whose steps are not linear."""
 
 
 def ids(cases):
@@ -54,7 +54,7 @@ def scheduler(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), PLANNED, ids=ids(PLANNED))
-def test_on_the_plan(components_sd3, hold, name, options):
+def test_linear_schedulers_run_as_plans(components_sd3, hold, name, options):
     parts = components_sd3() | {"scheduler": scheduler(name, options)}
     pipe = StableDiffusion3Pipeline(**parts)
     hold(pipe, "plan", STEP, num_inference_steps=7, max_sequence_length=5)
@@ -62,7 +62,7 @@ def test_on_the_plan(components_sd3, hold, name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), OWN, ids=ids(OWN))
-def test_in_diffusers_own_loop(components_sd3, hold, name, options):
+def test_nonlinear_schedulers_run_in_diffusers_loop(components_sd3, hold, name, options):
     parts = components_sd3() | {"scheduler": scheduler(name, options)}
     pipe = StableDiffusion3Pipeline(**parts)
     hold(pipe, f"{name}Scheduler", STEP, num_inference_steps=5)
@@ -71,7 +71,7 @@ def test_in_diffusers_own_loop(components_sd3, hold, name, options):
 
 
 @pytest.mark.parametrize("call", [{"mu": 0.9}, {"sigmas": [0.9, 0.5, 0.2]}, {"height": 32}])
-def test_what_a_call_asks_of_its_scheduler(components_sd3, hold, call):
+def test_arguments_of_a_call_for_the_scheduler(components_sd3, hold, call):
     parts = components_sd3() | {"scheduler": scheduler("FlowMatchEulerDiscrete", DYNAMIC)}
     hold(StableDiffusion3Pipeline(**parts), "plan", STEP, **call)
 
@@ -80,12 +80,12 @@ ENTERED = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "UniPCMultistep")
 
 
 @pytest.mark.parametrize("name", ENTERED)
-def test_from_the_middle(components_sd3, hold, picture, name):
+def test_image_to_image_starts_in_the_middle(components_sd3, hold, picture, name):
     options = FLOW if "UniPC" in name else {"shift": 3.0}
     parts = components_sd3() | {"scheduler": scheduler(name, options)}
     pipe = StableDiffusion3Img2ImgPipeline(**parts)
     call = {"image": picture(), "height": 16, "width": 16, "num_inference_steps": 6}
-    if "UniPC" in name:  # which cannot noise a picture as SD3 asks for it
+    if "UniPC" in name:  # UniPC cannot add noise in the way SD3 calls it
         call |= {"latents": torch.randn(1, 16, 8, 8).double()}
     hold(pipe, "plan", STEP, strength=0.7, **call)
 
@@ -100,8 +100,8 @@ KEEPING = [
 
 
 @pytest.mark.parametrize(("name", "options", "plan"), KEEPING, ids=[one[0] for one in KEEPING])
-def test_under_a_callback(components_sd3, hold, name, options, plan):
-    """A scheduler that keeps predictions, or how large they were, might show them to it."""
+def test_schedulers_with_a_callback(components_sd3, hold, name, options, plan):
+    """A callback might read the predictions that a scheduler keeps, so diffusers' loop runs."""
     pipe = StableDiffusion3Pipeline(**components_sd3() | {"scheduler": scheduler(name, options)})
 
     def shrink(pipe, i, t, kwargs):

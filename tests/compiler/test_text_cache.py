@@ -1,4 +1,4 @@
-"""`Options(text_cache=n)`: what text encoders gave comes again, and only while it is still true."""
+"""`Options(text_cache=n)`: text encoders' outputs are cached, and never stale."""
 
 import copy
 import gc
@@ -95,7 +95,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_same_call_gives_the_same_again(name):
+def test_a_repeated_call_returns_the_cached_output(name):
     encoder = made(name)
     calls = [
         ((IDS,), {}),
@@ -116,14 +116,14 @@ def test_the_same_call_gives_the_same_again(name):
     assert counts(encoder)[0] == len(calls) + 1
 
 
-def test_who_edits_what_it_returned_spoils_nothing(clip):
+def test_edits_of_a_returned_output_do_not_change_the_cache(clip):
     want = clip._call_impl(IDS).last_hidden_state
     for _ in range(3):
         clip(IDS).last_hidden_state.zero_()
     assert torch.equal(clip(IDS).last_hidden_state, want)
     with torch.inference_mode():
         kept_in_inference = clip(IDS[:1]).last_hidden_state
-    clip(IDS[:1]).last_hidden_state.add_(1)  # a plain tensor, as the encoder itself would give
+    clip(IDS[:1]).last_hidden_state.add_(1)  # an ordinary tensor, as from the encoder
     assert torch.equal(clip(IDS[:1]).last_hidden_state, kept_in_inference)
 
 
@@ -193,7 +193,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_after_an_edit_the_encoder_runs_anew(clip, edit):
+def test_after_an_edit_the_encoder_runs_again(clip, edit):
     clip(IDS)
     clip(IDS)
     assert counts(clip) == (1, 1, 0)
@@ -204,7 +204,7 @@ def test_after_an_edit_the_encoder_runs_anew(clip, edit):
     assert counts(clip) == (2, 2, 0)
 
 
-def test_settings_of_an_adapter(clip):
+def test_changed_settings_of_an_adapter_are_no_hit(clip):
     layer = lora(clip)
     want = clip(IDS).last_hidden_state
 
@@ -228,7 +228,7 @@ def test_settings_of_an_adapter(clip):
     assert counts(clip)[0] >= 1
 
 
-def test_other_code_or_hooks_go_past_it(clip, monkeypatch, caplog):
+def test_patched_code_and_hooks_bypass_the_cache(clip, monkeypatch, caplog):
     def twice(module, given, output):
         return output * 2
 
@@ -246,12 +246,12 @@ def test_other_code_or_hooks_go_past_it(clip, monkeypatch, caplog):
     assert counts(clip) == (0, 1, 3)
     assert same(clip(IDS), want)
     assert counts(clip) == (1, 1, 3)
-    said = [record.getMessage() for record in caplog.records]
-    assert ["past the text cache" in line for line in said] == [True] * 2
+    logged = [record.getMessage() for record in caplog.records]
+    assert ["past the text cache" in line for line in logged] == [True] * 2
     assert "hook that wraps" in str(cache_of(clip))
 
 
-def test_a_method_that_one_object_hides_goes_past_it():
+def test_a_method_replaced_on_one_object_bypasses_the_cache():
     encoder = made("T5")
     want = encoder(IDS)
     attention = encoder.encoder.block[0].layer[0].SelfAttention
@@ -263,14 +263,14 @@ def test_a_method_that_one_object_hides_goes_past_it():
     assert counts(encoder) == (1, 1, 1)
 
 
-def test_training_gradients_and_autocast_go_past_it(clip):
+def test_training_gradients_and_autocast_bypass_the_cache(clip):
     clip(IDS)
     with torch.enable_grad():
         clip(IDS).last_hidden_state.sum().backward()
     assert clip.get_input_embeddings().weight.grad is not None
     clip.requires_grad_(False)
     with torch.enable_grad():
-        assert not clip(IDS).last_hidden_state.requires_grad  # nothing asks for gradients: a hit
+        assert not clip(IDS).last_hidden_state.requires_grad  # no gradient is needed: a hit
     with torch.autocast("cpu"):
         half = clip(IDS).last_hidden_state
     assert same(clip(IDS), clip._call_impl(IDS))
@@ -282,7 +282,7 @@ def test_training_gradients_and_autocast_go_past_it(clip):
     assert all(why in reasons for why in ("gradients", "autocast", "training mode"))
 
 
-def test_the_last_n_are_kept(clip):
+def test_the_last_n_outputs_are_kept(clip):
     keep_texts({"text_encoder": clip}, 2)
     calls = [IDS + k for k in range(3)]
     for order, hit in ((0, 0), (1, 0), (0, 1), (2, 0), (0, 1), (1, 0), (2, 0)):
@@ -292,7 +292,7 @@ def test_the_last_n_are_kept(clip):
     assert "2 of 2 kept" in str(cache_of(clip))
 
 
-def test_threads_share_it(clip):
+def test_threads_share_the_cache(clip):
     calls = [(IDS + k).clamp(max=WORDS - 1) for k in range(5)]
     want = [clip._call_impl(ids).last_hidden_state for ids in calls]
     keep_texts({"text_encoder": clip}, 3)
@@ -313,8 +313,8 @@ def test_threads_share_it(clip):
     assert len(cache_of(clip)._kept) <= 3
 
 
-def test_a_model_that_is_moved_for_each_call_stays_where_it_is(clip, monkeypatch):
-    """`enable_model_cpu_offload`: its hook moves a model before a call; a hit asks for no move."""
+def test_a_hit_does_not_move_an_offloaded_encoder(clip, monkeypatch):
+    """enable_model_cpu_offload's hook moves a model before a call; for a hit it must not."""
     before = nn.Linear(2, 2)
     _, first = cpu_offload_with_hook(before, "cpu")
     cpu_offload_with_hook(clip, "cpu", prev_module_hook=first)
@@ -327,7 +327,7 @@ def test_a_model_that_is_moved_for_each_call_stays_where_it_is(clip, monkeypatch
     monkeypatch.setattr(CpuOffload, "pre_forward", noted)
     monkeypatch.setattr(first, "offload", lambda: sent.append(1))
     want = clip(IDS)
-    moved(clip)  # to the device for the call, and back
+    moved(clip)  # the weights moved to the device for the call, and back
     assert same(clip(IDS), want)
     assert (counts(clip), len(asked), len(sent)) == ((1, 1, 0), 1, 1)
     EDITS["in place"](clip)
@@ -343,7 +343,7 @@ def test_a_model_that_is_moved_for_each_call_stays_where_it_is(clip, monkeypatch
     assert counts(clip)[2] == 1
 
 
-def test_it_keeps_no_weights_alive(clip):
+def test_the_cache_keeps_no_weights_alive(clip):
     clip(IDS)
     gone = weakref.ref(clip.encoder.layers[0])
     clip.encoder.layers.pop(0)
@@ -352,7 +352,7 @@ def test_it_keeps_no_weights_alive(clip):
     assert gone() is None
 
 
-def test_copies_have_none_and_restore_leaves_no_trace(components, tmp_path):
+def test_copies_have_no_cache_and_restore_leaves_no_trace(components, tmp_path):
     pipe = StableDiffusionPipeline(**components(), requires_safety_checker=False)
     encoder = pipe.text_encoder
     before = set(vars(encoder))
@@ -369,12 +369,12 @@ def test_copies_have_none_and_restore_leaves_no_trace(components, tmp_path):
     assert fastdiff.compile(pipe, text_cache=3).text_encoder is encoder
     assert (counts(encoder), cache_of(encoder).most) == ((0, 1, 0), 3)
     pipe.text_encoder = copy.deepcopy(encoder)
-    fastdiff.restore(pipe)  # also finds the one that was replaced
+    fastdiff.restore(pipe)  # restores the replaced encoder, too
     assert set(vars(encoder)) == before
     assert all(torch.equal(state[name], value) for name, value in encoder.state_dict().items())
 
 
-def test_a_whole_picture_and_the_report(components_sd3):
+def test_whole_pictures_and_the_report(components_sd3):
     pipe = StableDiffusion3Pipeline(**components_sd3(t5=True))
     pipe.set_progress_bar_config(disable=True)
 
@@ -401,7 +401,7 @@ def test_a_whole_picture_and_the_report(components_sd3):
     assert rows["text_encoder_2"] == "once per prompt"
 
 
-def test_what_cannot_be_cached_is_refused(components):
+def test_a_pipeline_without_a_supported_text_encoder_is_refused(components):
     pipe = StableDiffusionPipeline(**components(), requires_safety_checker=False)
     refused = (
         "Options.text_cache needs a text encoder of the classes CLIPTextModel, .*there is none"

@@ -1,4 +1,4 @@
-"""Under torch's transforms, tracers and modes a compiled network does what diffusers' own does."""
+"""Under torch's transforms, tracers and modes, a compiled network behaves as the eager one."""
 
 import copy
 import warnings
@@ -37,7 +37,7 @@ NETWORKS = ["unet", "decoder", "encoder", "controlnet"]
 
 @pytest.fixture(params=NETWORKS)
 def networks(request, components):
-    """A network of diffusers, ours, the slot of ours, and what they are called with."""
+    """The eager network, the compiled one, its slot, and an input."""
     parts = components(dtype=torch.float32)
     unet = parts["unet"]
     text = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -68,7 +68,9 @@ def networks(request, components):
 
     for module in target.modules():
         if hasattr(module, "set_processor"):
-            module.set_processor(AttnProcessor())  # the other has no forward-mode derivative
+            module.set_processor(
+                AttnProcessor()
+            )  # torch's fused attention has no forward-mode derivative
     target.requires_grad_(False)
     theirs, ours = (
         getattr(net, name, net) for net in (target, fastdiff.compile(copy.deepcopy(target)))
@@ -198,7 +200,7 @@ EAGER = {
 
 
 SLOW = (hessian, dynamo, exported, exported_strictly)
-"""Seconds each: one network is enough for `make test`, as they all have the same slot."""
+"""These take seconds, so `make test` runs each with one network; all networks share the code."""
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ SLOW = (hessian, dynamo, exported, exported_strictly)
     ),
     indirect=["networks"],
 )
-def test_a_transform_sees_diffusers_own_call(networks, transform):
+def test_under_a_transform_diffusers_code_runs(networks, transform):
     theirs, ours, slot, x = networks
     want = transform(theirs, x)
     got = transform(ours, x)
@@ -220,7 +222,7 @@ def test_a_transform_sees_diffusers_own_call(networks, transform):
     assert slot.fast == 1
     with torch.no_grad():
         ours(x)
-    assert slot.fast == 2  # and fast again behind it
+    assert slot.fast == 2  # afterwards it is fast again
 
 
 def under(change, back):
@@ -268,7 +270,7 @@ FAST = {
 
 
 @pytest.mark.parametrize("mode", FAST.values(), ids=FAST)
-def test_a_mode_that_changes_no_operation_stays_fast(networks, mode):
+def test_modes_that_change_no_operation_stay_fast(networks, mode):
     theirs, ours, slot, x = networks
     torch.testing.assert_close(mode(ours, x), mode(theirs, x), rtol=1e-3, atol=1e-4)
     assert slot.fast == 2
@@ -279,7 +281,7 @@ def test_fake_tensors_and_proxies(networks):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake = mode.from_tensor(x)
         assert ours(fake).shape == theirs(fake).shape
-    for f in (theirs, ours):  # diffusers' own code branches by what it is given
+    for f in (theirs, ours):  # diffusers' code branches on its inputs
         with (
             pytest.raises((torch.fx.proxy.TraceError, RuntimeError), match="symbolic"),
             torch.no_grad(),
@@ -299,10 +301,10 @@ def compiled_eagerly(f, x):
 
 @pytest.mark.parametrize(
     "transform",
-    # 10 s in dynamo, which sees the loop ask what a network asks above
+    # dynamo takes 10 s, and the loop makes the same checks as the networks above
     [jvp, vmapped, pytest.param(compiled_eagerly, marks=pytest.mark.product)],
 )
-def test_the_loop_is_diffusers_own_under_a_transform(components, transform):
+def test_under_a_transform_diffusers_loop_runs(components, transform):
     from diffusers import StableDiffusionPipeline
 
     parts = components(dtype=torch.float32)

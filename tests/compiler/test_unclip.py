@@ -1,4 +1,4 @@
-"""Pipelines with a prior, whose latents are embeddings: their loops as plans, beside diffusers'."""
+"""Pipelines with a prior, whose latents are embeddings: plans against diffusers' loops."""
 
 import copy
 from unittest.mock import patch
@@ -43,7 +43,7 @@ def made(cls, parts):
     return pipe
 
 
-def alike(ours, eager):
+def close(ours, eager):
     return float((ours - eager).norm() / eager.norm()) <= 1e-9
 
 
@@ -67,26 +67,26 @@ def test_kandinskys_prior(kandinsky, call):
     given = copy.deepcopy(call)
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
-    assert alike(drawn(pipe, **call), eager)
+    assert close(drawn(pipe, **call), eager)
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
     assert slot_of(pipe.prior).fast == call["num_inference_steps"]
-    if "latents" in call:  # the caller's own stay as they were
+    if "latents" in call:  # the caller's latents are not changed
         assert torch.equal(call["latents"], given["latents"])
     fastdiff.restore(pipe)
     assert torch.equal(drawn(pipe, **call), eager)
 
 
-def test_a_loop_that_begins_with_a_picture(kandinsky):
+def test_image_to_embedding_starts_in_the_middle(kandinsky):
     pipe = made(KandinskyV22PriorEmb2EmbPipeline, kandinsky)
     call = {"image": torch.randn(1, 32).double(), "strength": 0.6, "num_inference_steps": 6}
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
-    assert alike(drawn(pipe, **call), eager)
+    assert close(drawn(pipe, **call), eager)
     assert (loop_of(pipe).planned, dict(loop_of(pipe).own)) == (1, {})
 
 
-def test_every_loop_of_an_interpolation(kandinsky):
-    """A method that calls the pipeline three times."""
+def test_interpolation_runs_three_plans(kandinsky):
+    """`interpolate` calls the pipeline three times."""
     pipe = made(KandinskyV22PriorPipeline, kandinsky)
 
     def between():
@@ -96,12 +96,12 @@ def test_every_loop_of_an_interpolation(kandinsky):
 
     eager = between()
     fastdiff.compile(pipe)
-    assert alike(between(), eager)
+    assert close(between(), eager)
     assert loop_of(pipe).planned == 3
 
 
-def test_callbacks_and_other_schedulers_keep_diffusers_loop(kandinsky):
-    """Our network within it draws the same."""
+def test_with_a_callback_diffusers_runs_the_loop(kandinsky):
+    """diffusers' loop around the compiled network draws the same."""
     pipe = made(KandinskyV22PriorPipeline, kandinsky)
     seen = []
 
@@ -112,7 +112,7 @@ def test_callbacks_and_other_schedulers_keep_diffusers_loop(kandinsky):
     call = {"num_inference_steps": 3, "callback_on_step_end": look}
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
-    assert alike(drawn(pipe, **call), eager)
+    assert close(drawn(pipe, **call), eager)
     assert seen == [0, 1, 2] * 2
     (reason,) = loop_of(pipe).own
     assert "callback" in reason
@@ -128,12 +128,12 @@ def test_callbacks_and_other_schedulers_keep_diffusers_loop(kandinsky):
     ids=["two prompts", "unguided"],
 )
 def test_the_loops_of_unclip(unclip, more):
-    """The last step of the third is another network's."""
+    """The third loop's last step runs another network."""
     pipe = made(UnCLIPPipeline, unclip)
     call = CALL | more
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
-    assert alike(drawn(pipe, **call), eager)
+    assert close(drawn(pipe, **call), eager)
     ran = {"prior": 1, "decoder": 1, "super_res_first": 1}
     assert (loop_of(pipe).ran, loop_of(pipe).own) == (ran, {})
     assert [slot_of(net).fast for net in (pipe.super_res_first, pipe.super_res_last)] == [1, 1]
@@ -146,7 +146,7 @@ def test_the_loops_of_unclip(unclip, more):
 
 
 def test_unclip_in_float32(unclip):
-    """The picture inside the error budget, from the same noise as in float64."""
+    """The picture is within the error budget, from the same noise as in float64."""
     draw = torch.randn
 
     def single(*given, **more):
@@ -163,17 +163,17 @@ def test_unclip_in_float32(unclip):
     assert verdict.passed, verdict
 
 
-def test_a_loop_that_is_left_to_diffusers_among_others(unclip):
+def test_an_ignored_loop_runs_in_diffusers_beside_planned_ones(unclip):
     pipe = made(UnCLIPPipeline, unclip)
     eager = drawn(pipe, **CALL)
     fastdiff.compile(pipe, ignore=("decoder",))
-    assert alike(drawn(pipe, **CALL), eager)
+    assert close(drawn(pipe, **CALL), eager)
     assert loop_of(pipe).ran == {"prior": 1, "super_res_first": 1}
     assert loop_of(pipe).own == {"decoder: the decoder is not compiled": 1}
 
 
 def test_a_picture_as_the_prompt(tokenizer):
-    """The latents are the caller's own tensors, which stay as they are."""
+    """The caller's latents are not changed."""
     pipe = made(UnCLIPImageVariationPipeline, variation_parts(tokenizer))
     own = torch.randn(1, 3, 16, 16).double()
     call = {name: value for name, value in CALL.items() if "prior" not in name}
@@ -182,7 +182,7 @@ def test_a_picture_as_the_prompt(tokenizer):
     before = own.clone()
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
-    assert alike(drawn(pipe, **call), eager)
+    assert close(drawn(pipe, **call), eager)
     assert torch.equal(own, before)
     ran = {"decoder": 1, "super_res_first": 1}
     assert (loop_of(pipe).ran, loop_of(pipe).own) == (ran, {})
@@ -194,14 +194,13 @@ def test_stable_unclip(tokenizer, components):
     call = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "output_type": "latent"}
     eager = drawn(pipe, **call)
     fastdiff.compile(pipe)
-    assert alike(drawn(pipe, **call), eager)
+    assert close(drawn(pipe, **call), eager)
     assert (loop_of(pipe).ran, loop_of(pipe).own) == ({"prior": 1, "unet": 1}, {})
     assert loop_of(pipe).planned == 2
 
 
 @pytest.mark.parametrize("kind", ["thresholds embeddings", "8 channels are predicted for 3"])
-def test_what_diffusers_raises_for(kind, tokenizer, components, unclip):
-    """So does the compiled pipeline."""
+def test_combinations_that_raise_in_diffusers_raise_compiled(kind, tokenizer, components, unclip):
     if kind.startswith("thresholds"):
         call = {"prior_num_inference_steps": 3, "num_inference_steps": 2, "output_type": "latent"}
         pipe = made(StableUnCLIPPipeline, stable_parts(tokenizer, components))
@@ -219,14 +218,19 @@ def test_a_lora_of_the_prior_is_merged(kandinsky):
     from peft import LoraConfig
 
     pipe = made(KandinskyV22PriorPipeline, kandinsky)
-    layers = ["to_q", "to_k", "to_v", "to_out.0"]  # those that diffusers' training script adapts
+    layers = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    ]  # the layers that diffusers' training script adapts
     pipe.prior.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     pipe.prior = noisy(pipe.prior).double()
     eager = drawn(pipe, num_inference_steps=2)
     fastdiff.compile(pipe)
-    assert alike(drawn(pipe, num_inference_steps=2), eager)
+    assert close(drawn(pipe, num_inference_steps=2), eager)
     pipe.prior.disable_adapters()
     without = drawn(pipe, num_inference_steps=2)
     fastdiff.restore(pipe)
-    assert alike(without, drawn(pipe, num_inference_steps=2))
+    assert close(without, drawn(pipe, num_inference_steps=2))
     assert loop_of(pipe) is None

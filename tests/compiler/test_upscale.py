@@ -1,4 +1,4 @@
-"""Stable Diffusion's upscaler compiled, beside itself eager; in float64."""
+"""Stable Diffusion's upscaler, compiled against eager, in float64."""
 
 import copy
 
@@ -24,7 +24,7 @@ UNET = {
 
 @pytest.fixture
 def upscale(components):
-    """upscale(dtype): its autoencoder draws 2×2 pixels per latent; the picture has one each."""
+    """upscale(dtype): a pipeline with one input pixel and 2×2 output pixels per latent."""
 
     def make(dtype=torch.float64):
         parts = components(unet=UNET, dtype=dtype)
@@ -46,7 +46,7 @@ def pictures(count, rows=8, columns=8, seed=0):
     return torch.rand(count, 3, rows, columns, generator=generator, dtype=torch.float64)
 
 
-def test_calls(upscale, hold):
+def test_arguments_of_a_call(upscale, hold):
     pipe = upscale()
     one = {"image": pictures(1), "num_inference_steps": 2}
     first = hold(pipe, "plan", **one, noise_level=7)
@@ -56,12 +56,12 @@ def test_calls(upscale, hold):
     hold(pipe, "plan", **one | three, guidance_scale=1.0)
     two = {"image": pictures(2), "prompt": ["red", "blue"], "num_images_per_prompt": 2}
     hold(pipe, "plan", **one | two, negative_prompt=["", "green"], output_type="np")
-    # a scheduler that scales the latents: not the constant channels
+    # this scheduler scales the latents, but not the constant channels
     pipe.scheduler = EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction")
     hold(pipe, "plan", 2e-6, **one)
 
 
-def test_halves_share_picture_and_noise_level(upscale, monkeypatch):
+def test_guidance_halves_share_picture_and_noise_level(upscale, monkeypatch):
     pipe, shapes = fastdiff.compile(upscale()), []
     predict = UNet.predict
 
@@ -84,7 +84,7 @@ def test_lora_with_the_scale_of_a_call(upscale, hold):
     hold(pipe, "plan", image=pictures(1), num_inference_steps=2, **scaled)
 
 
-def test_what_stays_diffusers(upscale, hold):
+def test_with_a_callback_diffusers_runs_the_loop(upscale, hold):
     pipe = upscale()
     seen = []
     call = {"image": pictures(1), "num_inference_steps": 2}
@@ -102,9 +102,9 @@ def test_report_and_restore(upscale):
     want, state = drawn(), copy.deepcopy(pipe.unet.state_dict())
     fastdiff.compile(pipe)
     assert abs(drawn() - want).max() < 1e-4
-    told = {part.name: f"{part.runs}: {part.why}" for part in fastdiff.report(pipe).parts}
-    assert (told["unet"], told["loop"]) == ("fastdiff: 2 calls", "fastdiff: 1 loop")
-    assert told["low_res_scheduler"] == "diffusers: not a network; once per picture"
+    parts = {part.name: f"{part.runs}: {part.why}" for part in fastdiff.report(pipe).parts}
+    assert (parts["unet"], parts["loop"]) == ("fastdiff: 2 calls", "fastdiff: 1 loop")
+    assert parts["low_res_scheduler"] == "diffusers: not a network; once per picture"
     fastdiff.restore(pipe)
     assert (drawn() == want).all()
     assert all(torch.equal(state[name], value) for name, value in pipe.unet.state_dict().items())

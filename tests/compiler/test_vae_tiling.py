@@ -1,4 +1,4 @@
-"""Large pictures of an autoencoder: in strips exactly, by diffusers' tiles, or in one piece."""
+"""Large pictures of a VAE: decoded exactly in strips, in diffusers' tiles, or in one piece."""
 
 import copy
 
@@ -29,7 +29,7 @@ def vae():
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Bytes that each decode in strips was given; what is large here begins at 1 MiB."""
+    """The byte limits with which strips were decoded; pictures count as large from 1 MiB."""
     given, run = [], Decoder.run_in_strips
 
     def noting(self, x, bytes):
@@ -58,7 +58,7 @@ class Decoding(torch.nn.Module):
         return self.vae.decode(z, return_dict=False)[0]
 
 
-def test_exact_cuts_what_is_large_and_nothing_else(vae, cut, budget):
+def test_exact_decodes_only_large_pictures_in_strips(vae, cut, budget):
     eager = copy.deepcopy(vae)
     fastdiff.compile(vae, EXACT)
     for size in ((1, 4, 8, 8), (2, 4, 31, 17), (1, 4, 40, 48)):
@@ -69,7 +69,7 @@ def test_exact_cuts_what_is_large_and_nothing_else(vae, cut, budget):
     assert "pictures above" in why(vae, "vae.decoder")
 
 
-def test_by_default_only_a_short_memory_cuts(vae, cut, budget, monkeypatch):
+def test_by_default_strips_are_used_only_when_memory_is_short(vae, cut, budget, monkeypatch):
     eager = copy.deepcopy(vae)
     fastdiff.compile(vae)
     latents = torch.randn(1, 4, 40, 48)
@@ -90,8 +90,8 @@ def test_by_default_only_a_short_memory_cuts(vae, cut, budget, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [fastdiff.Options(), EXACT], ids=["auto", "exact"])
-def test_diffusers_own_tiles_are_honoured_and_told(vae, cut, options, budget):
-    """Another picture, as diffusers draws it: each tile goes through our decoder."""
+def test_diffusers_tiling_is_honoured_and_reported(vae, cut, options, budget):
+    """The picture differs as in diffusers, and each tile runs in the compiled decoder."""
     eager = copy.deepcopy(vae)
     fastdiff.compile(vae, options)
     latents = torch.randn(2, 4, 20, 20)
@@ -111,7 +111,7 @@ def test_diffusers_own_tiles_are_honoured_and_told(vae, cut, options, budget):
     assert why(vae, "vae.tiling") is None
 
 
-def test_options_that_do_not_fit(vae, unet):
+def test_wrong_options_are_refused(vae, unet):
     with pytest.raises(UserError, match="vae_tiling is 'blended'; choose auto, exact"):
         fastdiff.Options(vae_tiling="blended")
     with pytest.raises(UserError, match='vae_tiling is "exact", but there is no autoencoder'):

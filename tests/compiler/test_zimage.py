@@ -1,4 +1,4 @@
-"""Z-Image's pipeline compiled, beside itself eager."""
+"""Z-Image's pipeline, compiled against eager."""
 
 import copy
 
@@ -30,7 +30,7 @@ def pipeline(dtype=torch.float32):
 
 
 def drawn(pipe, scale=5.0, images=1, lengths=(40, 5), **options):
-    """Latents of 8 x 12; captions of `lengths` tokens, the negative one last."""
+    """Latents of 8×12; `lengths` are the tokens of the prompt and of the negative prompt."""
     generator, dtype = torch.Generator().manual_seed(3), pipe.transformer.dtype
     own, other = (torch.randn(n, 20, generator=generator).to(dtype) for n in lengths)
     return pipe(
@@ -49,7 +49,7 @@ def drawn(pipe, scale=5.0, images=1, lengths=(40, 5), **options):
 
 @pytest.mark.parametrize("call", [{}, {"scale": 0.0}, {"images": 2, "lengths": (9, 5)}], ids=str)
 def test_the_latents_report_and_restore(call):
-    """Latents are float32 beside a network of any dtype."""
+    """The latents are float32 for a network of any dtype."""
     as_eager(pipeline(), drawn, **call)
 
 
@@ -63,7 +63,7 @@ def test_a_network_in_bfloat16():
     assert ours.dtype == torch.float32
     assert (ours - truth).abs().max() <= 2 * (eager - truth).abs().max()
     given = {"latents": torch.randn(1, 4, 8, 12, dtype=torch.bfloat16)}
-    assert drawn(pipe, **given).dtype == torch.float32  # after a step of diffusers' loop
+    assert drawn(pipe, **given).dtype == torch.float32  # a step of diffusers' loop converts them
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_a_network_in_bfloat16():
     [
         ({"cfg_normalization": 0.5}, "it was given cfg_normalization of 0.5"),
         ({"cfg_truncation": 0.3}, "it was given cfg_truncation of 0.3"),
-        ({"callback_on_step_end": lambda *told: told[-1]}, "a callback may replace one half"),
+        ({"callback_on_step_end": lambda *given: given[-1]}, "a callback may replace one half"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_a_plan_does_not_do(options, why):
-    """The loop is diffusers', our network inside."""
+def test_options_without_a_plan_run_in_diffusers_loop(options, why):
+    """diffusers' loop runs around the compiled network."""
     pipe = pipeline()
     eager = drawn(pipe, **options)
     fastdiff.compile(pipe)
