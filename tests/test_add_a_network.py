@@ -1,4 +1,4 @@
-"""docs/add-a-network.md, followed to the letter on a copy of fastdiff."""
+"""docs/add-a-network.md, followed step by step on a copy of fastdiff."""
 
 import json
 import re
@@ -15,14 +15,14 @@ from fastdiff import _C
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent / "docs/add-a-network.md").read_text()
-# 13 s; each thing it looks at is tested with the networks that are here.
+# 13 s; other tests check each of these things with fastdiff's own networks.
 pytestmark = pytest.mark.product
 FILE = re.compile(r"`(fastdiff/\w+/quilt\.py)`.*?```python\n(.*?)```", re.S)
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What a process sees that does with Quilt what users do with a pipeline."""
+    """What add_a_network.py found: it uses a Quilt pipeline as users do, in its own process."""
     folder = tmp_path_factory.mktemp("added")
     package = Path(fastdiff.__file__).parent
     shutil.copytree(package, folder / "fastdiff", ignore=shutil.ignore_patterns("__pycache__"))
@@ -37,7 +37,7 @@ def seen(tmp_path_factory):
     shutil.copy(HERE / "logged.py", folder)
     shutil.copy(HERE / "quilt.py", folder)
     shutil.copy(HERE / "add_a_network.py", folder)
-    # without site: an editable install would put its own fastdiff before the copy
+    # -S skips site, so that an editable install does not come before the copy
     paths = [str(folder), *(path for path in sys.path if path.endswith("-packages"))]
     done = subprocess.run(
         [sys.executable, "-S", "add_a_network.py", str(folder)],
@@ -53,27 +53,27 @@ def seen(tmp_path_factory):
 
 
 def files():
-    """Name and text of the files that the page adds."""
+    """Names and texts of the files that the page adds."""
     found = FILE.findall(PAGE)
     assert [name for name, _ in found] == ["fastdiff/models/quilt.py", "fastdiff/families/quilt.py"]
     return found
 
 
 def with_row(recipes):
-    """The table with the page's row in it."""
+    """The table of recipes with the page's row added."""
     (row,) = re.findall(r'```python\n( +"quilt\.QuiltPipeline".*?)```', PAGE, re.S)
     table, brace, rest = recipes.partition("    }\n\n\nRECIPES")
     assert brace
     return table + row + brace + rest
 
 
-def test_it_draws_what_eager_draws(seen):
+def test_the_added_network_draws_what_eager_draws(seen):
     assert len(seen["errors"]) == 6
     for name, (error, allowed) in seen["errors"].items():
         assert error <= allowed, name
 
 
-def test_it_runs_on_the_plan(seen):
+def test_the_added_pipeline_runs_as_a_plan(seen):
     report = seen["report"]
     assert report["loop"] == ["fastdiff", "4 loops"]
     assert report["transformer"][0] == "fastdiff"
@@ -81,12 +81,12 @@ def test_it_runs_on_the_plan(seen):
     assert report["text_encoder"][0] == "diffusers"
 
 
-def test_it_is_counted(seen):
+def test_the_added_pipelines_launches_are_counted(seen):
     launches = seen["launches a step"]
     assert 0 < launches["fastdiff"] < launches["eager"] / 2
 
 
-def test_its_launches_are_listed(seen):
+def test_the_graph_of_the_added_network(seen):
     assert seen["launches"] == {
         "matrix product (cuBLAS)": 2 * 4 + 2,  # none for the modulation, none for the text
         "ada_norm _ada_norm_kernel": 2 * 2 + 1,
@@ -96,12 +96,12 @@ def test_its_launches_are_listed(seen):
     }
 
 
-def test_it_is_exported(seen):
+def test_the_added_network_is_exported(seen):
     exported = seen["exported"]
     assert len(exported) == 6  # two sizes at three timesteps
     assert all(passed for *_, passed in exported)
     assert seen["report"]["engine"] == ["ort"]
 
 
-def test_a_patch_of_its_library_is_left_alone(seen):
+def test_a_patched_method_of_the_library_is_refused(seen):
     assert "QuiltBlock.split_heads is not its library's own" in seen["refused"]

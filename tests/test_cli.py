@@ -1,4 +1,4 @@
-"""The command line: bad input is one red sentence and exit 2, data goes to stdout."""
+"""The command line: bad input is one red sentence and exit code 2, and data goes to stdout."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ BAD_GENERATE = {
         ),
     ],
 )
-def test_bad_input(tmp_path, capsys, message, arguments):
+def test_bad_arguments_are_one_sentence(tmp_path, capsys, message, arguments):
     code = run(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
     out, err = capsys.readouterr()
     assert code == 2
@@ -87,12 +87,12 @@ def test_bad_input(tmp_path, capsys, message, arguments):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_usage_errors_exit_2_too(capsys):
+def test_usage_errors_exit_with_2(capsys):
     assert run("bench", "--warp") == 2
     assert "No such option" in capsys.readouterr().err
 
 
-def test_an_error_is_red_unless_no_color(capsys, monkeypatch):
+def test_an_error_is_red_unless_no_color_is_set(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     run("bench", "--steps", "0")
@@ -133,7 +133,7 @@ def test_generate_compiled_draws_the_same_picture(tmp_path):
         arguments = ("--steps", "4", "--device", "cpu", "--out", path, *more)
         assert run("generate", "--prompt", "sunflower", *arguments) == 0
         pictures.append(np.asarray(Image.open(path)).astype(int))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # a rounding of the 8-bit levels
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # one level of 8 bits
 
 
 def test_several_prompts_make_numbered_files_that_overwrite_none(tmp_path, capsys):
@@ -141,18 +141,18 @@ def test_several_prompts_make_numbered_files_that_overwrite_none(tmp_path, capsy
     several = ("--prompt", "red heart", "--prompt", "sunflower")
     out = tmp_path / "x.png"
     (tmp_path / "x-3.png").write_bytes(b"mine")
-    (tmp_path / "x-9.jpg").write_bytes(b"another kind")
+    (tmp_path / "x-9.jpg").write_bytes(b"not a .png")
     assert run("generate", *several, "--out", out, *shared) == 0
     names = [str(tmp_path / f"x-{n}.png") for n in (4, 5)]
     assert capsys.readouterr().out.split() == names
     assert (tmp_path / "x-3.png").read_bytes() == b"mine"
     assert run("generate", "--prompt", "sunflower", "--out", out, *shared) == 0
-    assert out.read_bytes() == (tmp_path / "x-5.png").read_bytes(), "one is drawn as if alone"
+    assert out.read_bytes() == (tmp_path / "x-5.png").read_bytes(), "a prompt draws the same alone"
     assert out.read_bytes() != (tmp_path / "x-4.png").read_bytes()
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_a_picture_that_fails_leaves_those_before_it(tmp_path, capsys, monkeypatch):
+def test_a_failed_picture_leaves_the_earlier_ones(tmp_path, capsys, monkeypatch):
     pictures = [np.zeros((1, 8, 8, 3)), np.full((1, 8, 8, 3), np.nan)]
     monkeypatch.setattr(
         StableDiffusionPipeline,
@@ -167,7 +167,7 @@ def test_a_picture_that_fails_leaves_those_before_it(tmp_path, capsys, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["x-1.png"]
 
 
-def test_numbers_that_are_not_finite_are_no_picture(tmp_path, capsys):
+def test_values_that_are_not_finite_make_no_picture(tmp_path, capsys):
     path = tmp_path / "x.png"
     scale = ("--guidance-scale", "1e38")
     assert (
@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_no_picture(tmp_path, capsys):
     assert capsys.readouterr().err.strip() == f"fastdiff: {path} cannot be written: {reason}"
 
 
-def test_a_device_that_is_full_stays(tmp_path, capsys):
+def test_a_full_device_file_is_not_removed(tmp_path, capsys):
     path = tmp_path / "x.png"
     path.symlink_to("/dev/full")
     assert run("generate", "--prompt", "sun", "--out", path, "--steps", 1, "--device", "cpu") == 2
@@ -198,7 +198,7 @@ def test_a_device_that_is_full_stays(tmp_path, capsys):
     assert path.is_char_device()
 
 
-def test_what_a_format_cannot_hold_is_one_sentence(tmp_path, capsys, monkeypatch):
+def test_a_picture_too_large_for_its_format_is_one_sentence(tmp_path, capsys, monkeypatch):
     path = tmp_path / "x.webp"
     monkeypatch.setattr(
         StableDiffusionPipeline,
@@ -212,7 +212,7 @@ def test_what_a_format_cannot_hold_is_one_sentence(tmp_path, capsys, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_scale_it_is_that_of_the_pipeline(tmp_path, monkeypatch):
+def test_the_default_guidance_scale_is_the_pipelines(tmp_path, monkeypatch):
     asked = []
 
     def call(pipe, prompt, height, guidance_scale=5.5, **kwargs):
@@ -227,7 +227,7 @@ def test_without_a_scale_it_is_that_of_the_pipeline(tmp_path, monkeypatch):
     assert asked == [4.0, 5.5, 0.0]
 
 
-def test_help_names_the_dtype_that_export_takes(tmp_path, capsys):
+def test_help_names_the_default_dtype_of_export(tmp_path, capsys):
     assert run("export", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "Default: fp32, with --trt fp16." in text
@@ -241,7 +241,7 @@ def test_help_names_the_dtype_that_export_takes(tmp_path, capsys):
         assert {row["dtype"] for row in rows} == kinds
 
 
-def test_env_is_lines_or_json(capsys, tmp_path):
+def test_env_prints_lines_or_writes_json(capsys, tmp_path):
     assert run("env") == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("- ") and ": " in line for line in lines)
@@ -278,7 +278,7 @@ class StaticRow:
 
 @pytest.fixture
 def static_table(monkeypatch):
-    """Stands in for minutes of compiling."""
+    """A stand-in for the table of compiled kernels, which takes minutes to compile."""
 
     def table(archs, cases, ops, log):
         return [StaticRow(op, arch) for op in ops or ["attention", "guided_step"] for arch in archs]
@@ -300,7 +300,7 @@ def test_inspect_writes_its_document(static_table, tmp_path):
     assert document["rows"] == [asdict(StaticRow("group_norm_silu", 90))]
 
 
-def test_inspect_prints_a_line_for_each_kernel(static_table, capsys, monkeypatch):
+def test_inspect_prints_a_row_for_each_kernel(static_table, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     assert run("inspect", "--arch", "90", "--arch", "120") == 0
     printed = capsys.readouterr().out.splitlines()
@@ -320,7 +320,7 @@ def test_inspect_prints_a_line_for_each_kernel(static_table, capsys, monkeypatch
     assert all(row[6:8] == ["31%", "shared memory"] for row in rows)
 
 
-def test_inspect_exits_with_1_and_says_what_may_not_be(static_table, capsys, tmp_path, monkeypatch):
+def test_inspect_exits_with_1_and_names_each_fault(static_table, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(StaticRow, "faults", ["attention, sm_90: spills 8 bytes a thread"])
     out = tmp_path / "kernels.json"
     assert run("inspect", "attention", "--arch", "90", "--json", out) == 1
@@ -328,7 +328,7 @@ def test_inspect_exits_with_1_and_says_what_may_not_be(static_table, capsys, tmp
     assert json.loads(out.read_text())["rows"]
 
 
-def test_inspect_names_what_it_knows(static_table, capsys, tmp_path):
+def test_inspect_names_the_valid_choices(static_table, capsys, tmp_path):
     refused = {
         ("--arch", "75"): "--arch is 75; choose from 90, 120",
         ("conv2d",): "nor one of our Triton kernels, which are",
@@ -346,7 +346,7 @@ def commands():
 
 
 def test_options_mean_the_same_in_every_command():
-    """--json FILE is written to, --out names what is made, and the one pipeline is positional."""
+    """--json takes the file to write, --out what to make, and the pipeline is positional."""
     takes = {"pipeline": set(), "--json": set(), "--out": set()}
     for name, command in commands().items():
         for parameter in command.params:
@@ -362,14 +362,14 @@ def test_options_mean_the_same_in_every_command():
 
 
 @pytest.mark.parametrize("name", commands())
-def test_every_option_is_explained(name):
-    """By a sentence, or what continues one after the option that it goes with."""
+def test_each_option_has_a_help_text(name):
+    """The text ends with a full stop."""
     for parameter in commands()[name].params:
         if parameter.name != "help":
             assert (getattr(parameter, "help", None) or "").endswith("."), parameter.name
 
 
-def test_help_does_not_wait_for_torch():
+def test_importing_the_cli_imports_no_heavy_package():
     code = (
         "import sys, fastdiff.cli; heavy = {'torch', 'diffusers', 'numpy', 'scipy', 'PIL'}; "
         "sys.exit(f'imported: {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"

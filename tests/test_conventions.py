@@ -1,4 +1,4 @@
-"""What people who come to a project look for is there, and says one thing everywhere."""
+"""The files that contributors look for exist, and agree with each other and with the code."""
 
 import re
 import tomllib
@@ -25,15 +25,15 @@ def test_pre_commit_runs_the_pinned_ruff():
     assert [hook["id"] for hook in repo["hooks"]] == ["ruff-check", "ruff-format"]
 
 
-def test_one_version_everywhere():
+def test_all_files_name_the_same_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"] == fastdiff.__version__
     assert citation["license"] == PROJECT["license"]
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
-def test_the_changelog_knows_this_version():
-    """It has a heading of its own, or is what will be released first."""
+def test_the_changelog_names_this_version():
+    """As a heading, or as the version that will be released next."""
     text = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[(.+?)\]", text, re.M)
     assert headings[0] == "Unreleased"
@@ -55,7 +55,7 @@ def test_issue_forms_ask_for_the_environment(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_pages_name_what_exists(path):
+def test_pages_name_existing_files_targets_and_commands(path):
     text = path.read_text()
     for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
         file, _, heading = link.partition("#")

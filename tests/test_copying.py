@@ -1,4 +1,4 @@
-"""The quicker copies of conftest.py are those that `copy` makes."""
+"""The faster deep copies of copying.py equal those of Python's `copy`."""
 
 import copy
 from collections import OrderedDict
@@ -6,12 +6,12 @@ from collections import OrderedDict
 import torch
 
 
-def test_dicts_and_sets_are_copied_as_ever():
+def test_dicts_and_sets_are_copied_as_by_python():
     shared = [1]
     first = OrderedDict(b=shared, a={(1, 2)}, empty=OrderedDict(), none=set())
     first["own"] = first
     second = OrderedDict(a=shared)
-    second._metadata = {"version": shared}  # as of a state_dict
+    second._metadata = {"version": shared}  # as a state_dict has
     copied, other = copy.deepcopy([first, second])
     assert [*copied] == [*first]
     assert copied["own"] is copied is not first

@@ -1,4 +1,4 @@
-"""What `make test` leaves out of a product is covered by what it runs."""
+"""The pairwise cover of a product that `make test` runs."""
 
 import itertools
 import random
@@ -11,7 +11,7 @@ from covered import cover, covered, first_of_each
 
 
 def fast(parameters):
-    """The values of those that `make test` runs."""
+    """The values of the parameters that `make test` runs."""
     return [
         parameter.values
         for parameter in parameters
@@ -24,7 +24,7 @@ def tuples(rows, together):
 
 
 @pytest.mark.parametrize("together", [1, 2, 3])
-def test_every_pair_that_exists_meets_although_some_are_excluded(together):
+def test_each_possible_tuple_is_covered_although_some_rows_are_excluded(together):
     drawn = random.Random(together)
     for _ in range(20):
         sizes = [drawn.randint(1, 5) for _ in range(4)]
@@ -34,13 +34,13 @@ def test_every_pair_that_exists_meets_although_some_are_excluded(together):
         assert tuples(taken, together) == tuples(rows, together)
 
 
-def test_a_pairwise_cover_is_about_as_large_as_its_two_longest_axes():
+def test_a_pairwise_cover_is_as_large_as_its_two_longest_axes():
     rows = list(itertools.product(range(8), range(4), range(2), range(2)))
     assert len(cover(rows, 2)) == 32
     assert len(cover(rows, 1)) == 8
 
 
-def test_nothing_is_left_out_and_the_order_is_the_products():
+def test_all_rows_are_parameters_in_the_order_of_the_product():
     parameters = covered("ab", [1, 2, 3], [None, True])
     wanted = list(itertools.product("ab", [1, 2, 3], [None, True]))
     assert [parameter.values for parameter in parameters] == wanted
@@ -48,7 +48,7 @@ def test_nothing_is_left_out_and_the_order_is_the_products():
     assert parameters[1].id == "a-1-True"
 
 
-def test_what_always_runs_counts_as_covered_and_what_cannot_be_is_no_test():
+def test_rows_that_always_run_count_as_covered_and_impossible_rows_are_left_out():
     parameters = covered(
         range(4),
         range(4),
@@ -59,7 +59,7 @@ def test_what_always_runs_counts_as_covered_and_what_cannot_be_is_no_test():
     assert all(b < 3 for _, b, _ in (parameter.values for parameter in parameters))
     runs = fast(parameters)
     assert [row for row in runs if row[0] == 3] == list(itertools.product([3], range(3), range(4)))
-    # b and c met in those; the others meet a alone
+    # those rows cover all pairs of b and c; the other rows cover the pairs with a
     assert len(runs) == 12 + 3 * 4
 
 
@@ -77,7 +77,7 @@ def test_values_are_used_evenly():
     assert sorted(b for _, b in runs) == sorted([*range(5)] * 4)
 
 
-def test_the_first_of_each_kind_runs_and_what_always_does():
+def test_the_first_of_each_kind_and_rows_that_always_run_are_chosen():
     parameters = first_of_each(
         [(1, 2), pytest.param(3, 4), pytest.param(5, 4), pytest.param(6, 4)],
         kind=lambda *values: values[-1],
@@ -87,13 +87,13 @@ def test_the_first_of_each_kind_runs_and_what_always_does():
     assert fast(parameters) == [((1, 2),), (3, 4), (6, 4)]
 
 
-def test_every_process_marks_the_same():
-    """Workers of one run must collect the same tests, whatever their hashes of strings are."""
+def test_each_process_marks_the_same_rows():
+    """Workers of one run must collect the same tests, so string hashes must not matter."""
     program = (
         "from covered import covered\n"
         "print([len(p.marks) for p in covered('abcd', 'efg', 'hij', 'kl')])"
     )
-    said = {
+    printed = {
         subprocess.run(
             [sys.executable, "-c", program],
             cwd=Path(__file__).parent,
@@ -103,4 +103,4 @@ def test_every_process_marks_the_same():
         ).stdout
         for seed in "012"
     }
-    assert len(said) == 1
+    assert len(printed) == 1

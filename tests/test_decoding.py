@@ -1,4 +1,4 @@
-"""Which pipelines decode in float32 beside a U-Net in float16: those whose class looks at it."""
+"""Which pipelines decode in float32 with a float16 U-Net: those whose class reads force_upcast."""
 
 from types import SimpleNamespace
 
@@ -12,12 +12,12 @@ from fastdiff.recipes import decodes_in_float32
     [
         ("StableDiffusionXLPipeline", True, True),
         ("StableDiffusionXLPipeline", False, False),
-        ("StableDiffusionPipeline", True, False),  # what a VAE's config says unless told otherwise
+        ("StableDiffusionPipeline", True, False),  # the default of a VAE's config
         ("StableDiffusion3Pipeline", True, False),
         ("SomebodysPipeline", True, False),
     ],
 )
-def test_only_xl_looks_at_force_upcast(name, force_upcast, decodes):
+def test_only_sdxl_reads_force_upcast(name, force_upcast, decodes):
     pipe = type(name, (), {})()
     pipe.vae = SimpleNamespace(config=SimpleNamespace(force_upcast=force_upcast))
     assert decodes_in_float32(pipe) is decodes

@@ -1,4 +1,4 @@
-"""fastdiff doctor: each cause of slowness, planted, is one line that says what to do."""
+"""`fastdiff doctor`: each planted cause of slowness is one line that says what to do."""
 
 import copy
 import json
@@ -17,14 +17,14 @@ from fastdiff.runtime import recordings
 
 @pytest.fixture
 def sound(monkeypatch):
-    """A machine without fault, whatever this one is."""
+    """A machine without findings, whatever this one is like."""
     monkeypatch.setattr(doctor, "of_machine", lambda device: [])
 
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """packages(torch="2.9.0", …): what is installed, to pip, beside ourselves. It asks for torch
-    2.11, for diffusers 0.40 in an extra and for a transformers that is not 5.24.0 in another."""
+    """packages(torch="2.9.0", …): pip sees these packages and a fastdiff-engine that requires torch
+    2.11, in one extra diffusers 0.40, and in another a transformers other than 5.24.0."""
     lines = (
         "Requires-Dist: torch>=2.11",
         'Requires-Dist: triton>=3.6; extra == "gpu"',
@@ -54,7 +54,7 @@ def whats(found):
     return [one.what for one in found]
 
 
-def test_nothing_to_say_of_the_demo(sound, tmp_path):
+def test_the_demo_has_no_findings(sound, tmp_path):
     code, out, err = run("doctor", "--json", tmp_path / "found.json")
     assert (code, out.splitlines()[-1]) == (0, "fast: nothing keeps demo on cpu from it"), err
     document = json.loads((tmp_path / "found.json").read_text())
@@ -62,7 +62,7 @@ def test_nothing_to_say_of_the_demo(sound, tmp_path):
     assert (document["pipeline"], document["device"], document["findings"]) == ("demo", "cpu", [])
 
 
-def test_bad_input_is_no_finding(sound, tmp_path):
+def test_bad_arguments_are_one_sentence(sound, tmp_path):
     for words, says in {
         (tmp_path / "none",): "is not a folder",
         ("--device", "tpu"): "--device is 'tpu'",
@@ -97,7 +97,7 @@ def test_parts_that_run_eagerly_are_named_with_their_reason(demo, sound, monkeyp
         assert line.endswith(f"; {doctor.TAKEN}")
 
 
-def test_what_cannot_be_compiled_at_all_is_a_finding(demo):
+def test_a_pipeline_that_cannot_be_compiled_is_a_finding(demo):
     pipe = copy.deepcopy(demo)
     pipe.unet.train()
     pipe.vae.train()
@@ -105,7 +105,7 @@ def test_what_cannot_be_compiled_at_all_is_a_finding(demo):
     assert found.what.startswith("nothing in this StableDiffusionPipeline can be made fast: unet: ")
 
 
-def test_a_scheduler_that_no_plan_can_follow_is_named(demo):
+def test_a_scheduler_without_a_plan_is_a_finding(demo):
     pipe = copy.deepcopy(demo)
     step = pipe.scheduler.step
     pipe.scheduler.step = lambda *args, **kwargs: step(*args, **kwargs)
@@ -113,8 +113,8 @@ def test_a_scheduler_that_no_plan_can_follow_is_named(demo):
     assert found.what.startswith("the loop is diffusers' own: ")
 
 
-def test_what_is_logged_of_captures_is_said_once(demo, monkeypatch):
-    """What no report keeps: why a CUDA graph could not be captured."""
+def test_a_logged_reason_for_no_cuda_graph_is_one_finding(demo, monkeypatch):
+    """The report does not say why a CUDA graph could not be captured; only the log does."""
     reason = "this shape runs without a CUDA graph: aten::nonzero in unet.py"
     draw = timing.picture
 
@@ -126,14 +126,14 @@ def test_what_is_logged_of_captures_is_said_once(demo, monkeypatch):
     assert whats(doctor.of_pipeline(copy.deepcopy(demo), 64, 64)) == [reason]
 
 
-def test_recordings_of_a_size_that_was_drawn_before_are_a_finding(demo, monkeypatch):
+def test_recording_a_known_size_again_is_a_finding(demo, monkeypatch):
     made = iter(range(9))
     monkeypatch.setattr(recordings, "made", lambda: next(made))
     (found,) = doctor.of_pipeline(copy.deepcopy(demo), 64, 64)
     assert found.what == "a third picture of the same size was recorded anew (1)"
 
 
-def test_versions_that_we_do_not_take(packages):
+def test_unsupported_versions_are_findings(packages):
     packages(
         torch="2.9.0+cpu", diffusers="0.41.0", triton="3.5.1", peft="0.20", transformers="5.24.0"
     )
@@ -148,7 +148,7 @@ def test_versions_that_we_do_not_take(packages):
     assert "diffusers" not in absent
 
 
-def test_an_extra_that_is_missing_and_what_it_brings(packages, sound, monkeypatch):
+def test_a_missing_extra_is_named_with_its_packages(packages, sound, monkeypatch):
     packages(torch="2.13.0")
     assert doctor.absent()["lora"] == ["peft>=0.17", "transformers!=5.24.0"]
     monkeypatch.undo()
@@ -166,7 +166,7 @@ def test_an_extra_that_is_missing_and_what_it_brings(packages, sound, monkeypatc
     )
 
 
-def test_where_pip_does_not_know_us_it_is_the_modules_that_count(tmp_path, monkeypatch):
+def test_without_pip_metadata_importable_modules_count(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.setattr(doctor, "find_spec", lambda module: None)
     assert installed.needs() == []
@@ -189,15 +189,15 @@ def test_where_pip_does_not_know_us_it_is_the_modules_that_count(tmp_path, monke
         ("avx2, threads: torch's OpenMP", None, "cpu", None, False),
     ],
 )
-def test_kernels_in_cpp_that_do_not_run(monkeypatch, isa, note, device, says, blocks):
+def test_cpp_kernels_that_do_not_run_are_findings(monkeypatch, isa, note, device, says, blocks):
     monkeypatch.setattr(doctor, "native", lambda: {"isa": isa, "note": note})
     found = list(doctor._native(device))
     assert [one.blocks for one in found] == [blocks] * (says is not None)
     assert all(says in one.what and one.do for one in found)
 
 
-def test_threads_are_held_against_the_cores_that_may_be_used(tmp_path, monkeypatch):
-    """Four processors in two cores, of which a control group pays for three and a half."""
+def test_threads_are_compared_with_the_usable_cores(tmp_path, monkeypatch):
+    """Four logical CPUs on two cores; a control group may limit them to 3.5 or 1."""
     monkeypatch.setattr(doctor, "SYSTEM", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     for one, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
@@ -206,15 +206,15 @@ def test_threads_are_held_against_the_cores_that_may_be_used(tmp_path, monkeypat
         (folder / "thread_siblings_list").write_text(f"{siblings}\n")
     (tmp_path / "fs/cgroup").mkdir(parents=True)
     limit = tmp_path / "fs/cgroup/cpu.max"
-    said = {}
+    findings = {}
     for text in ("max 100000", "350000 100000", "100000 100000"):
         limit.write_text(f"{text}\n")
         for threads in (1, 2, 4):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            said[text, threads] = " ".join(whats(doctor._threads()))
+            findings[text, threads] = " ".join(whats(doctor._threads()))
     one_of_two = "torch computes on 1 of 2 cores"
     many = "torch computes in {} threads, of which {} can run at once"
-    assert said == {
+    assert findings == {
         ("max 100000", 1): one_of_two,
         ("max 100000", 2): "",
         ("max 100000", 4): "",
@@ -227,7 +227,7 @@ def test_threads_are_held_against_the_cores_that_may_be_used(tmp_path, monkeypat
     }
 
 
-def test_a_gpu_that_torch_cannot_use(monkeypatch):
+def test_a_gpu_that_torch_cannot_use_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "driver", lambda: None)
     assert list(doctor._unused_gpu()) == []
     monkeypatch.setattr(doctor, "driver", lambda: "470.82")
@@ -242,7 +242,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch):
     assert found.do.startswith("update the driver")
 
 
-def test_triton_without_a_c_compiler(tmp_path, monkeypatch):
+def test_triton_without_a_c_compiler_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor, "missing", lambda extra: [])
@@ -252,7 +252,7 @@ def test_triton_without_a_c_compiler(tmp_path, monkeypatch):
     assert list(doctor._triton()) == []
 
 
-def test_another_package_in_our_place_is_said_by_env_and_doctor(monkeypatch):
+def test_env_and_doctor_name_another_package_in_our_folder(monkeypatch):
     sentence = "fastdiff 0.3.0, another project, lies in the same folder; pip uninstall it"
     monkeypatch.setattr(installed, "clash", lambda: sentence)
     assert doctor.of_machine("cpu")[0] == doctor.Finding(*sentence.split("; "))

@@ -1,4 +1,4 @@
-"""The examples do what they say."""
+"""The scripts of examples/ run and draw the right pictures."""
 
 import importlib.util
 import re
@@ -18,8 +18,8 @@ import fastdiff
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_two_processes_share_the_prompts(demo, tmp_path):
-    """Two processes of accelerate, over gloo, draw what one draws alone."""
+def test_data_parallel_divides_the_prompts_between_two_processes(demo, tmp_path):
+    """Two processes with accelerate, over gloo, draw what a single one draws."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,9 +36,9 @@ def test_two_processes_share_the_prompts(demo, tmp_path):
         )
         for rank in ("0", "1")
     ]
-    said = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    (first, _), (second, _) = said
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    (first, _), (second, _) = outputs
     assert second == "", "only the first process reports"
     assert re.search("^unet +fastdiff +16 calls", first, re.M), "8 steps of half the prompts"
     assert re.search("^loop +fastdiff +2 loops$", first, re.M)
@@ -50,13 +50,13 @@ def test_two_processes_share_the_prompts(demo, tmp_path):
 
 
 class Page:
-    """Stands in for gradio's Interface, which needs a server and many packages."""
+    """A stand-in for gradio's Interface, which needs a server and many packages."""
 
     def __init__(self, draw, inputs, outputs, **options):
         self.draw, self.inputs, self.outputs = draw, inputs, outputs
 
 
-def test_the_page_draws_and_shows_the_report(demo, monkeypatch):
+def test_the_gradio_page_draws_and_shows_the_report(demo, monkeypatch):
     gradio = ModuleType("gradio")
     gradio.Interface = Page
     for name in ("Textbox", "Number", "Slider", "Image"):
@@ -69,9 +69,9 @@ def test_the_page_draws_and_shows_the_report(demo, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     page = module.page
-    image, told = page.draw(*page.inputs[:2], 4)
+    image, report = page.draw(*page.inputs[:2], 4)
     want = demo("red heart", num_inference_steps=4, generator=torch.Generator().manual_seed(0))
     difference = np.asarray(image, dtype=int) - np.asarray(want.images[0], dtype=int)
     assert np.abs(difference).max() <= 1
-    assert str(fastdiff.report(module.pipe)) in told
+    assert str(fastdiff.report(module.pipe)) in report
     assert len(page.outputs) == 2

@@ -1,5 +1,5 @@
-"""The package for Hugging Face's `kernels`: written, loaded by that library and run in Triton's
-interpreter, beside fastdiff itself."""
+"""The package for Hugging Face's `kernels` library: it is written, loaded by that library and run
+in Triton's interpreter, in the same process as fastdiff."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ from fastdiff.kernels.dispatch import all_kernels
 ROOT = Path(__file__).parent.parent
 SCRIPT = [sys.executable, ROOT / "tools/hub_kernels.py"]
 STANDARD = {*sys.stdlib_module_names, "torch", "triton"}
-"""What a package may import beside itself."""
+"""The modules that the package may import."""
 WITH_TRITON = {name for name, kernel in all_kernels().items() if "triton" in kernel.implementations}
 
 
@@ -31,8 +31,8 @@ def repository(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["torch-cpu", "torch-cuda"])
 def loaded(request, repository):
-    """The package of a variant, by the library's own loader: the repository's where it fits this
-    machine's torch, the variant's own folder otherwise."""
+    """The package of a variant, loaded by the library: from the repository if the variant fits this
+    machine's torch, otherwise from the variant's folder."""
     from kernels import get_local_kernel
 
     here = request.param == "torch-cpu" and torch.version.cuda is None
@@ -40,7 +40,7 @@ def loaded(request, repository):
 
 
 def ada_norm():
-    """Arguments of ada_norm, and what it should be in the dtype that `cast` gives."""
+    """Arguments of ada_norm, and want(cast): the expected result in the dtype of `cast`."""
     x = torch.randn(2, 33, 48)
     scale, shift = torch.randn(2, 48), torch.randn(2, 48)
 
@@ -51,7 +51,7 @@ def ada_norm():
     return {"x": x, "eps": 1e-6, "scale": scale, "shift": shift}, want
 
 
-def test_the_library_loads_it_and_it_computes(loaded):
+def test_the_library_loads_the_package_and_it_computes(loaded):
     given, want = ada_norm()
     eager, exact = want(torch.clone), want(torch.Tensor.double)
     triton = loaded.implementation("ada_norm", "triton")
@@ -62,8 +62,8 @@ def test_the_library_loads_it_and_it_computes(loaded):
     assert triton.__wrapped__.planner.__module__ == f"{loaded.__name__}.ada_norm.gpu"
 
 
-def test_it_stands_beside_fastdiff(loaded, demo):
-    """Its ops have a namespace of their own, and it uses none of fastdiff's modules."""
+def test_the_package_is_independent_of_fastdiff(loaded, demo):
+    """Its ops have their own namespace, and its modules are its own."""
     assert loaded.__name__.startswith("_fastdiff_kernels_")
     assert hasattr(torch.ops.fastdiff, "ada_norm")
     assert torch.ops.fastdiff.ada_norm is not getattr(torch.ops, loaded.__name__).ada_norm
@@ -73,12 +73,12 @@ def test_it_stands_beside_fastdiff(loaded, demo):
         assert getattr(loaded, name).__module__ == f"{loaded.__name__}.{name}"
 
 
-def test_every_op_has_its_triton_kernel(loaded):
+def test_each_op_has_its_triton_kernel(loaded):
     for name in WITH_TRITON:
         assert loaded.implementation(name, "triton").__wrapped__.planner is not None
 
 
-def test_its_files_import_torch_triton_and_one_another(repository):
+def test_files_import_only_torch_triton_and_each_other(repository):
     from kernels import Metadata
 
     for variant in (repository / "build").iterdir():

@@ -1,4 +1,4 @@
-"""The house: who may import whom, which package is optional where, and how long a file may be."""
+"""Which package may import which, where optional ones may be imported, how long files may be."""
 
 import ast
 import subprocess
@@ -102,8 +102,8 @@ def test_files_stay_short():
     assert {name: length for name, length in lengths.items() if length > 300} == {}
 
 
-def test_networks_run_where_no_optional_package_is_installed():
-    """In a fresh process that refuses them, kernels and models import and compute."""
+def test_networks_run_without_optional_packages():
+    """In a process that cannot import them, kernels and models import and compute."""
     script = f"""
 import sys
 class Refuse:

@@ -1,4 +1,4 @@
-"""What pip and the shell see: names, extras, wheels, completion, and a package in our place."""
+"""Installation: names, extras, wheels, shell completion, and another package in our folder."""
 
 import json
 import os
@@ -29,7 +29,7 @@ WORKFLOW = (ROOT / ".github/workflows/wheels.yml").read_text()
 FOR_US = {"docs", "train", "test", "dev"}
 
 
-def test_nobody_is_told_to_install_the_other_project():
+def test_no_file_tells_users_to_install_the_other_fastdiff():
     listed = subprocess.run(
         ["git", "-C", ROOT, "ls-files", "*.md", "*.py", "*.toml", "*.yml", "Makefile", ".ci/run"],
         capture_output=True,
@@ -39,18 +39,18 @@ def test_nobody_is_told_to_install_the_other_project():
     wrong = re.compile(
         r"(?<![\w-])fastdiff\[\w|pip install '?fastdiff(?![\w-])|metadata.\w+\(.fastdiff.\)"
     )
-    told = {name: wrong.findall((ROOT / name).read_text()) for name in listed}
-    told.pop("tests/test_install.py", None)
-    assert {name: found for name, found in told.items() if found} == {}
+    matches = {name: wrong.findall((ROOT / name).read_text()) for name in listed}
+    matches.pop("tests/test_install.py", None)
+    assert {name: found for name, found in matches.items() if found} == {}
 
 
 def packages(extra):
-    """Distribution names that an extra asks for, ours left out."""
+    """The distributions that an extra requires, without our own."""
     names = [Requirement(line).name for line in EXTRAS[extra]]
     return [name for name in names if name != installed.DISTRIBUTION]
 
 
-def test_every_extra_is_explained_where_users_look():
+def test_each_extra_is_explained_in_the_code_and_on_the_page():
     wanted = set(EXTRAS) - FOR_US
     assert set(installed.BRINGS) == wanted
     rows = re.findall(r"^\| `([\w-]+)` \| (.*) \| (.*) \|$", PAGE, re.M)
@@ -61,7 +61,7 @@ def test_every_extra_is_explained_where_users_look():
     assert set(installed.EXTRAS.values()) <= wanted
 
 
-def test_the_name_is_one_everywhere():
+def test_the_distribution_name_is_the_same_everywhere():
     assert PROJECT["project"]["name"] == installed.DISTRIBUTION
     assert PROJECT["project"]["scripts"] == {"fastdiff": "fastdiff.cli:main"}
     of_ours = [Requirement(line) for own in EXTRAS.values() for line in own if "fastdiff" in line]
@@ -70,7 +70,7 @@ def test_the_name_is_one_everywhere():
 
 
 def wheel(folder, name, version, files):
-    """A wheel of pure Python, as the format asks for it."""
+    """Write a minimal pure Python wheel."""
     base = f"{name.replace('-', '_')}-{version}"
     info = f"{base}.dist-info"
     files = files | {
@@ -85,8 +85,8 @@ def wheel(folder, name, version, files):
     return path
 
 
-def test_a_package_in_our_place_is_named(tmp_path):
-    """By pip itself: it installs one over the other without a word, and takes the files of both."""
+def test_another_package_in_our_folder_is_named(tmp_path):
+    """pip installs one over the other silently, and uninstalling removes files of both."""
     package = Path(fastdiff.__file__).parent
     own = {f"fastdiff/{n}": (package / n).read_text() for n in ("__init__.py", "installed.py")}
     ours = wheel(tmp_path, "fastdiff-engine", "0.1.0", own)
@@ -98,7 +98,7 @@ def test_a_package_in_our_place_is_named(tmp_path):
         command = [sys.executable, "-m", "pip", "--python", python, *arguments]
         subprocess.run(command, check=True, capture_output=True)
 
-    def said():
+    def clash():
         script = "from fastdiff import installed; print(installed.clash())"
         asked = [python, "-I", "-c", script]
         return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
@@ -106,19 +106,19 @@ def test_a_package_in_our_place_is_named(tmp_path):
     how = "; pip uninstall --yes fastdiff fastdiff-engine, then install fastdiff-engine again"
     install = ("install", "--no-index", "--no-deps", "--force-reinstall")
     pip(*install, ours)
-    assert said() == "None"
+    assert clash() == "None"
     pip(*install, other)
     replaced = "fastdiff 0.3.0, another project, has replaced our fastdiff/__init__.py"
-    assert said() == replaced + how
+    assert clash() == replaced + how
     pip(*install, ours)
-    assert said() == f"fastdiff 0.3.0, another project, lies in our folder{how}"
+    assert clash() == f"fastdiff 0.3.0, another project, lies in our folder{how}"
     pip("uninstall", "--yes", "fastdiff")
     left = "fastdiff/__init__.py is missing or not ours, as another project's fastdiff leaves it"
-    assert said() == left + how
+    assert clash() == left + how
 
 
-def test_a_command_that_fails_for_it_says_so(monkeypatch):
-    """Where the other's __init__.py lies, `import fastdiff` is the other's."""
+def test_a_command_that_fails_because_of_it_says_so(monkeypatch):
+    """With the other package's __init__.py, `import fastdiff` imports the other package."""
     monkeypatch.setattr(fastdiff, "__all__", ["compare"])
     monkeypatch.delattr(fastdiff, "__version__")
     code, _, err = run("env")
@@ -145,8 +145,8 @@ print(module.isa(), module.thread_runtime(), *files, sep="\\n")
 """
 
 
-def test_one_build_serves_every_torch():
-    """The C++ kernels load where there is no torch at all, every symbol bound at once."""
+def test_one_build_works_with_any_torch():
+    """The C++ kernels load without torch, with all symbols bound at once."""
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", LOADED, native()],
         env=environment() | {"LD_BIND_NOW": "1"},
@@ -161,8 +161,8 @@ def test_one_build_serves_every_torch():
     assert [name for name in files if re.search(r"torch|c10|gomp|omp\.so", name)] == []
 
 
-def test_there_is_a_wheel_for_every_python_that_we_name():
-    told = {
+def test_there_is_a_wheel_for_each_supported_python():
+    supported = {
         line.rpartition(" ")[2]
         for line in PROJECT["project"]["classifiers"]
         if line.startswith("Programming Language :: Python :: 3.")
@@ -170,11 +170,11 @@ def test_there_is_a_wheel_for_every_python_that_we_name():
     minors = re.fullmatch(
         r"cp3\{([\d,]+)\}-manylinux_x86_64", PROJECT["tool"]["cibuildwheel"]["build"]
     )[1]
-    assert {f"3.{minor}" for minor in minors.split(",")} == told
-    assert native().name.endswith(EXTENSION_SUFFIXES[0]), "no stable ABI: one wheel for each"
+    assert {f"3.{minor}" for minor in minors.split(",")} == supported
+    assert native().name.endswith(EXTENSION_SUFFIXES[0]), "no stable ABI, so a wheel for each"
 
 
-def test_the_workflow_of_wheels_can_do_no_harm():
+def test_the_workflow_of_wheels_is_safe():
     document = yaml.safe_load(WORKFLOW)
     assert document["permissions"] == {"contents": "read"}
     assert set(document[True]) == {"workflow_dispatch", "pull_request"}, "YAML reads `on` as true"
@@ -185,11 +185,11 @@ def test_the_workflow_of_wheels_can_do_no_harm():
             script = re.sub(r"\$\{\{.*?\}\}", "x", step.get("run", ""))
             subprocess.run(["bash", "-n", "-c", script], check=True)
             for tool in re.findall(r"pipx run (\S+)", script):
-                assert "==" in tool, "a tool that changes by itself"
+                assert "==" in tool, "the tool's version is not pinned"
 
 
 def commands(text):
-    """The arguments of every line that calls fastdiff."""
+    """The arguments of each line that calls fastdiff."""
     lines = map(str.strip, text.splitlines())
     return [tuple(line.split()[1:]) for line in lines if line.startswith("fastdiff ")]
 
@@ -197,8 +197,9 @@ def commands(text):
 @pytest.mark.parametrize(
     "words", commands("\n".join(re.findall(r"```sh\n(.*?)```", PAGE, re.S))), ids=" ".join
 )
-def test_what_the_page_has_run_runs(words, monkeypatch):
-    monkeypatch.setattr("fastdiff.bench.doctor.of_machine", lambda device: [])  # this one's faults
+def test_the_pages_commands_run(words, monkeypatch):
+    # this machine may have findings
+    monkeypatch.setattr("fastdiff.bench.doctor.of_machine", lambda device: [])
     code, out, err = run(*words)
     assert code == 0, err
     assert out
@@ -207,20 +208,20 @@ def test_what_the_page_has_run_runs(words, monkeypatch):
 def test_wheels_are_tried_with_commands_that_exist():
     jobs = yaml.safe_load(WORKFLOW)["jobs"].values()
     scripts = [step.get("run", "") for job in jobs for step in job["steps"]]
-    told = commands("\n".join([*scripts, *PROJECT["tool"]["cibuildwheel"]["test-command"]]))
-    assert {words[0] for words in told} == {"bench", "doctor", "env"}
+    tried = commands("\n".join([*scripts, *PROJECT["tool"]["cibuildwheel"]["test-command"]]))
+    assert {words[0] for words in tried} == {"bench", "doctor", "env"}
     group = typer.main.get_command(app)
-    for name, *rest in told:
+    for name, *rest in tried:
         with group.commands[name].make_context(name, list(rest)) as context:
             assert context.info_name == name
 
 
-def test_the_version_is_that_of_the_package():
+def test_the_version_option_prints_the_packages_version():
     assert run("--version") == (0, f"fastdiff {PROJECT['project']['version']}\n", "")
     assert fastdiff.__version__ == PROJECT["project"]["version"]
 
 
-def test_env_writes_what_it_prints(tmp_path):
+def test_env_writes_the_printed_facts_as_json(tmp_path):
     code, out, _ = run("env", "--json", tmp_path / "env.json")
     assert code == 0
     document = json.loads((tmp_path / "env.json").read_text())
@@ -234,7 +235,7 @@ def test_env_writes_what_it_prints(tmp_path):
 
 
 def test_the_shell_completes_commands_and_options(tmp_path):
-    """As `--install-completion` has bash do it: the script it installs asks the command itself."""
+    """With the script that `--install-completion` installs for bash."""
     fastdiff_command = Path(sys.executable).with_name("fastdiff")
     variables = environment() | {"HOME": str(tmp_path)}
     path = f"{fastdiff_command.parent}{os.pathsep}{variables['PATH']}"

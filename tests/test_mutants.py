@@ -1,4 +1,4 @@
-"""The tool that plants faults, on a tree of two lines; and its table, which fits this tree."""
+"""tools/mutants.py on a small made-up tree, and its table of faults, which must fit this tree."""
 
 import json
 import os
@@ -52,7 +52,7 @@ main([], Path(sys.argv[1]))
 """
 
 
-def test_each_fault_can_be_planted_and_its_tests_are_there():
+def test_each_fault_can_be_planted_and_its_tests_exist():
     for mutant in MUTANTS:
         text = (mutants.ROOT / mutant.file).read_text(encoding="utf-8")
         assert mutant.planted(text) != text, mutant.name
@@ -62,8 +62,8 @@ def test_each_fault_can_be_planted_and_its_tests_are_there():
             assert not function or f"def {function}(" in found, (mutant.name, test)
 
 
-def test_each_fault_names_tests_that_run(request):
-    """Of a whole suite: a -k that fits none of its tests would find nothing."""
+def test_each_fault_selects_at_least_one_test(request):
+    """For a run of whole files: a `k` that matches no test of its file could find nothing."""
     asked = request.config
     if asked.option.keyword or any("::" in argument for argument in asked.args):
         return
@@ -76,7 +76,7 @@ def test_each_fault_names_tests_that_run(request):
     assert none == []
 
 
-def test_there_are_forty_of_every_part_of_the_tree():
+def test_there_are_at_least_forty_faults_in_all_parts_of_the_tree():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 40
     folders = {str(Path(mutant.file).parent) for mutant in MUTANTS}
     parts = ("models", "runtime", "families", "compiler", "engines", "export", "bench")
@@ -97,13 +97,13 @@ def tree(tmp_path, monkeypatch):
     return root
 
 
-def test_who_found_what(tree, tmp_path, capsys):
+def test_the_table_says_which_test_found_each_fault(tree, tmp_path, capsys):
     page, rows = tmp_path / "found.md", tmp_path / "found.json"
     assert mutants.main(["--json", str(rows)], tree) == 1
     found = {row["mutant"]: row["test"] for row in json.loads(rows.read_text())["rows"]}
     assert found == {"sum": "test_sums.py::test_add", "unseen": None}
     assert "unseen: SURVIVED" in capsys.readouterr().out
-    # one of them again, by a test that finds it; the other's row stays
+    # run one fault again with a test that finds it; the other fault's row stays
     (tree / "test_sums.py").write_text(
         f"{TEST}\n\ndef test_times():\n    assert sums.times(2, 3) == 6\n"
     )
@@ -123,13 +123,13 @@ def test_a_test_that_fails_anyway_finds_nothing(tree):
         mutants.main([], tree)
 
 
-def test_a_text_that_stands_there_twice_is_no_fault(tree):
+def test_an_ambiguous_old_text_is_refused(tree):
     (tree / "sums.py").write_text(SUMS + SUMS)
     with pytest.raises(UserError, match="sum: its old text stands 2 times in sums.py"):
         mutants.main([], tree)
 
 
-def test_a_run_that_is_killed_leaves_nothing(tree, tmp_path):
+def test_a_killed_run_leaves_no_copy_and_no_process(tree, tmp_path):
     (tree / "test_sums.py").write_text(SLEEPS)
     started, copies = tmp_path / "started", tmp_path / "copies"
     variables = os.environ | {"TMPDIR": str(copies), "STARTED": str(started)}
@@ -143,7 +143,7 @@ def test_a_run_that_is_killed_leaves_nothing(tree, tmp_path):
 
 
 def _ended(process):
-    """Whether a process is gone, or waits for nobody but its parent to notice."""
+    """Whether a process has ended or is a zombie."""
     try:
         status = Path("/proc", process, "stat").read_text()
     except OSError:

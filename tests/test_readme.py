@@ -1,4 +1,4 @@
-"""README and docs/export.md stay true: commands and Python run, the table is the committed one."""
+"""README and docs/export.md: commands and Python run, and tables equal the committed results."""
 
 import json
 import re
@@ -22,12 +22,12 @@ def blocks(language: str, text: str) -> list[str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The fastdiff lines of every block: those of one block run in one folder, in order."""
+    """The fastdiff lines of each block; the lines of a block run in one folder, in order."""
     found = [block.splitlines() for block in blocks("sh", text)]
     return [own for lines in found if (own := [x for x in lines if x.startswith("fastdiff ")])]
 
 
-def test_graphs_are_the_committed_ones():
+def test_the_table_of_graphs_equals_the_committed_files():
     found = re.search(r"<!-- graphs: (\S+) (\S+) -->\n(.*?)\n\n", README, re.S)
     before, now, table = found.groups()
     names = [
@@ -55,18 +55,18 @@ def test_graphs_are_the_committed_ones():
         pytest.param(EXPORT, id="export", marks=pytest.mark.product),
     ],
 )
-def test_python_runs(text):
+def test_python_blocks_run(text):
     for block in blocks("python", text):
         exec(block, {})
 
 
 MADE = "fastdiff export --onnx --out demo-onnx --verify"
 COMPILES = ("fastdiff inspect ", "fastdiff warm ")
-"""These want Triton's compiler, in whose place the tests' own process has the interpreter."""
+"""These need Triton's compiler; the process of the tests has its interpreter instead."""
 
 
-# Minutes; test_workflows.py holds every word of them to the command line, and each command has
-# tests of its own: test_cli.py, bench/, export/, kernels/test_inspect.py and test_shipped.py.
+# Takes minutes; test_workflows.py checks their options against the command line, and each command
+# has its own tests: test_cli.py, bench/, export/, kernels/test_inspect.py and test_shipped.py.
 @pytest.mark.product
 @pytest.mark.parametrize(
     "lines", commands(README) + commands(EXPORT) + commands(TEXTBOOK), ids=lambda x: x[0][:40]
@@ -103,7 +103,7 @@ def test_files_and_links_exist():
             assert (page / link.partition("#")[0]).exists(), link
 
 
-def test_counts_are_the_committed_ones():
+def test_the_table_of_counts_equals_the_committed_file():
     path, table = re.search(r"<!-- counts: (\S+) -->\n(.*?)\n\n", README, re.S).groups()
     result = json.loads((ROOT / path).read_text())
     assert "dirty" not in result["commit"], "counted on something that is no commit"
@@ -124,11 +124,11 @@ TABLES = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n\n", README + EXPORT, re.S)
 
 
 @pytest.mark.parametrize(("path", "table"), TABLES, ids=[path for path, _ in TABLES])
-def test_tables_are_the_committed_results(path, table):
+def test_tables_equal_the_committed_results(path, table):
     result = json.loads((ROOT / path).read_text())
     lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(result["rows"])
-    assert "dirty" not in result["commit"], "measured on something that is no commit"
+    assert "dirty" not in result["commit"], "measured on uncommitted code"
     for line, row in zip(lines, result["rows"], strict=True):
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
         ratio, receipt = row["ratio_vs_eager"], row["receipt"]

@@ -1,4 +1,4 @@
-"""The table of pipelines against diffusers itself, and what documents say of it."""
+"""The table of recipes against diffusers' classes and against the documentation."""
 
 import inspect
 import re
@@ -14,7 +14,7 @@ from fastdiff.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).parent.parent
 NAMED = {name: recipe for name, recipe in RECIPES.items() if "." not in name}
-"""Rows that the documented table has; others have a path."""
+"""Rows of the documented table; the other rows are named by a module path."""
 OWN = {name: recipe for name, recipe in NAMED.items() if not recipe.community}
 """Rows of diffusers' own classes."""
 ROWS = [pytest.param(name, recipe, id=name) for name, recipe in OWN.items()]
@@ -22,11 +22,11 @@ PLANNED = [row for row in ROWS if row.values[1].plans]
 
 
 MODULAR = [name for name in OWN if issubclass(getattr(diffusers, name), diffusers.ModularPipeline)]
-"""Those whose components are named by blocks, the first by a user's."""
+"""Modular pipelines, whose components their blocks name; ModularPipeline takes a user's blocks."""
 
 
 def components(name):
-    """What a pipeline's constructor takes, or its blocks."""
+    """The components that a pipeline's constructor takes, or that its blocks name."""
     cls = getattr(diffusers, name)
     if name in MODULAR:
         return set(cls().component_names)
@@ -34,7 +34,7 @@ def components(name):
 
 
 def sources(name):
-    """The code of a pipeline; of a modular one all that its blocks lie in."""
+    """The source of a pipeline's module; of a modular one all modules of its folder."""
     module = inspect.getmodule(getattr(diffusers, name))
     path = Path(module.__file__)
     return "".join(p.read_text() for p in (path.parent.glob("*.py") if name in MODULAR else [path]))
@@ -90,7 +90,7 @@ def test_a_plan_names_variables_of_the_loop(name, recipe):
 
 
 @pytest.mark.parametrize(("name", "recipe"), ROWS)
-def test_only_those_upcast_whose_class_looks_at_it(name, recipe):
+def test_recipes_upcast_exactly_where_the_class_reads_force_upcast(name, recipe):
     assert ("force_upcast" in sources(name)) == recipe.upcasts
 
 
@@ -102,14 +102,14 @@ def line_of(name: str, recipe: Recipe) -> str:
     return f"| `{name}`{whose} | {computed} | {loop} | {'yes' if recipe.exported else ''} |"
 
 
-def test_the_documented_table_is_this_one():
+def test_the_documented_table_equals_the_recipes():
     text = (ROOT / "docs/pipelines.md").read_text()
     rows = [line for line in text.splitlines() if re.match(r"\| `\w+`[^|]*\| `", line)]
     assert rows == [line_of(name, recipe) for name, recipe in NAMED.items()]
 
 
-def test_the_textbooks_classes_and_presets_are_ours():
-    """Those of a pipeline whose networks alone can be compiled are diffusers'."""
+def test_the_textbook_names_existing_classes_and_presets():
+    """Where only the networks are compiled, the class is any of diffusers'."""
     text = (ROOT / "docs/textbook.md").read_text()
     rows = [line.split("|")[2:4] for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10

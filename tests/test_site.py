@@ -1,7 +1,7 @@
-"""The documentation site: it is built strictly, its numbers are the committed ones, its code runs,
-and it is readable from a folder in a real browser, light and dark, on a desk and on a phone.
+"""The documentation site: it builds strictly, its numbers equal the committed ones, its code runs,
+and a real browser shows it from a folder, light and dark, at desktop and phone width.
 
-Leaves screenshots in build/ to look at.
+The tests leave screenshots in build/.
 """
 
 import json
@@ -25,9 +25,9 @@ LOOKED_AT = ("index", "design", "pipelines", "measured/h200", "kernels/attention
 DRAWN = ("design", "measured/h200")
 INKS = """[...document.querySelectorAll("figure text")].map(text => getComputedStyle(text).fill)"""
 INK = {"light": "rgb(28, 30, 33)", "dark": "rgb(232, 234, 237)"}
-"""Of drawings and figures, which wear the page's colours."""
+"""Text colours of drawings and figures, which are the page's."""
 PATIENCE = 180_000
-"""Milliseconds for a page: others may have the processor."""
+"""Milliseconds per page; long, because other processes may occupy the cores."""
 
 
 def blocks(language, page):
@@ -36,7 +36,7 @@ def blocks(language, page):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with docs/ and site/, in which nothing is wrong."""
+    """A folder with docs/ and site/, built without a fault."""
     out = tmp_path_factory.mktemp("built")
     assert site_build.build(out) == []
     return out
@@ -44,11 +44,11 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def page(built):
-    """page(name): its source as zensical reads it."""
+    """page(name): the page's source as zensical reads it."""
     return lambda name: (built / "docs/pages" / name).read_text()
 
 
-def test_what_is_generated_is_the_same_each_time(built, page):
+def test_generated_pages_are_reproducible(built, page):
     static = json.loads(site_kernels.STATIC.read_text())
     again = {
         "kernels/attention.md": site_kernels.page(all_kernels()["attention"], static),
@@ -75,7 +75,7 @@ def test_a_kernels_page_holds_its_contract(page):
         assert site_kernels.source(kernel.spec).count("def ") >= 1
 
 
-def test_a_file_of_the_repository_becomes_a_page_and_a_folder_plain_text(tmp_path):
+def test_links_to_files_become_pages_and_links_to_folders_plain_text(tmp_path):
     text = "[a](../.github/workflows/docs.yml#x), [b](../tests), [c](faq.md), `[d](../tests)`"
     made = site_build.prepared(text, Path("page.md"), tmp_path)
     assert made.startswith("[a](files/github/workflows/docs.yml.md#x), b, [c](faq.md)")
@@ -84,12 +84,12 @@ def test_a_file_of_the_repository_becomes_a_page_and_a_folder_plain_text(tmp_pat
     assert (ROOT / ".github/workflows/docs.yml").read_text().strip() in page
 
 
-def test_amounts():
-    said = [site_kernels.amount(number) for number in (0, 7, 999, 1000, 83_321_903, 1.5588e12)]
-    assert said == ["0", "7", "999", "1 k", "83.3 M", "1.56 T"]
+def test_amounts_have_units():
+    texts = [site_kernels.amount(number) for number in (0, 7, 999, 1000, 83_321_903, 1.5588e12)]
+    assert texts == ["0", "7", "999", "1 k", "83.3 M", "1.56 T"]
 
 
-def test_the_drawn_launches_are_the_committed_ones():
+def test_the_drawn_launches_equal_the_committed_counts():
     drawing = (DOCS / "drawings/launches.svg").read_text()
     rows = json.loads((ROOT / "benchmarks/static/sd15.json").read_text())["rows"]
     counts = {row["backend"]: row["counts"] for row in rows}
@@ -109,7 +109,7 @@ def test_the_drawn_launches_are_the_committed_ones():
     assert re.findall(r">(\d+)<", drawn["total"]) == totals
 
 
-def test_all_that_is_committed_is_measured_and_what_is_unknown_is_refused(built, page, tmp_path):
+def test_each_committed_result_has_a_figure_and_unknown_schemas_are_refused(built, page, tmp_path):
     results = sorted((ROOT / "benchmarks/results").rglob("*.json"))
     assert len(results) > 15
     for path in results:
@@ -121,7 +121,7 @@ def test_all_that_is_committed_is_measured_and_what_is_unknown_is_refused(built,
         site_measured.figure(tmp_path / "news.json")
 
 
-def test_a_measured_table_is_its_files():
+def test_a_measured_table_equals_its_file():
     path = ROOT / "benchmarks/results/h200/first-contact/sd15.json"
     lines = [x for x in site_measured.figure(path).splitlines() if x.startswith("| ")][2:]
     rows = json.loads(path.read_text())["rows"]
@@ -159,7 +159,7 @@ def test_files_that_pages_name_exist():
         ('<a href="index.html#here">', None),
     ],
 )
-def test_what_is_wrong_with_a_page_is_said(tmp_path, text, fault):
+def test_faults_of_a_page_are_named(tmp_path, text, fault):
     (tmp_path / "index.html").write_text('<p id="here"><a href="a.html">')
     (tmp_path / "a.html").write_text(text)
     found = list(site_build.checked(tmp_path))
@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_page_is_said(tmp_path, text, fault):
     assert fault is None or found[0].startswith(fault)
 
 
-def test_a_page_of_no_menu_and_a_style_from_elsewhere_are_said(tmp_path):
+def test_an_unlinked_page_and_a_foreign_stylesheet_are_named(tmp_path):
     (tmp_path / "index.html").write_text("")
     (tmp_path / "alone.html").write_text('<a href="alone.html">')
     (tmp_path / "a.css").write_text("@import url(https://fonts.example/a.css);")
@@ -193,15 +193,15 @@ def test_zensical_refuses_a_link_to_nothing(tmp_path, monkeypatch):
     assert "page does not exist" in fault
 
 
-def test_python_of_the_pages_runs():
+def test_the_pages_python_runs():
     for page in ("index.md", "faq.md", "textbook.md", "batching.md"):
         names = {}
         for block in blocks("python", page):
-            exec(compile(block, page, "exec"), names)  # one after another, as a reader runs them
+            exec(compile(block, page, "exec"), names)  # in order, as a reader runs them
         assert names["pipe"].unet is not None
 
 
-def test_commands_of_the_first_page_are_the_readmes_which_are_run():
+def test_the_first_pages_commands_are_those_of_the_readme():
     install, generate, bench = "".join(blocks("sh", "index.md")).splitlines()
     assert f"\n{install}\n" in (DOCS / "install.md").read_text()
     readme = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
@@ -211,7 +211,7 @@ def test_commands_of_the_first_page_are_the_readmes_which_are_run():
 
 @pytest.fixture(scope="module")
 def added(tmp_path_factory):
-    """A copy of fastdiff and its tests, with the kernel that docs/add-a-kernel.md adds."""
+    """A copy of fastdiff and its tests, plus the kernel that docs/add-a-kernel.md adds."""
     folder = tmp_path_factory.mktemp("added")
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(fastdiff.__file__).parent, folder / "fastdiff", ignore=ignored)
@@ -237,15 +237,15 @@ for case in kernel.spec.cases:
     inputs = kernel.spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
     assert set(torch.library.opcheck(kernel.op, (), inputs).values()) == {"SUCCESS"}
 import pytest
-chosen = "limited and not ada_norm and not residual"  # which have cases of that name
+chosen = "limited and not ada_norm and not residual"  # other kernels' cases of that name
 options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
 sys.exit(pytest.main([*options, "tests/kernels/test_triton.py"]))
 """
 
 
-def test_the_kernel_of_the_page_passes_the_tests_of_all_kernels(added):
+def test_the_pages_kernel_passes_the_tests_of_all_kernels(added):
     paths = [str(added), *(path for path in sys.path if path.endswith("-packages"))]
-    # without site: an editable install would put its own fastdiff before the copy
+    # -S skips site, so that an editable install does not come before the copy
     done = subprocess.run(
         [sys.executable, "-S", "-c", PROOF],
         cwd=added,
@@ -259,7 +259,7 @@ def test_the_kernel_of_the_page_passes_the_tests_of_all_kernels(added):
 
 @pytest.fixture
 def opened(browser, built):
-    """tab_of(scheme, width), and go(tab, page): it loads without a word or a request elsewhere."""
+    """tab_of(scheme, width), and go(tab, page): the page may log nothing and ask no other host."""
     contexts, noise = [], []
     home = (built / "site").as_uri()
 
@@ -288,7 +288,7 @@ def background(tab):
 
 
 def largest_of_each_kind(pages):
-    """Every page of docs/, and of the generated ones the largest of each folder."""
+    """Each page of docs/, and of the generated pages the largest of each folder."""
     found = {}
     for page in sorted(pages, key=lambda page: page.stat().st_size):
         written = page.parent.name == "site" and (DOCS / f"{page.stem}.md").exists()
@@ -304,7 +304,7 @@ def largest_of_each_kind(pages):
         pytest.param(list, id="all", marks=pytest.mark.product),
     ],
 )
-def test_every_page_fits_a_phone(opened, built, chosen):
+def test_each_page_fits_a_phone(opened, built, chosen):
     tab_of, go = opened
     tab = tab_of("dark", 390)
     pages = {path.relative_to(built / "site") for path in chosen((built / "site").rglob("*.html"))}
@@ -317,7 +317,7 @@ def test_every_page_fits_a_phone(opened, built, chosen):
 @pytest.mark.parametrize(
     ("scheme", "width"), [("light", 1280), ("dark", 390)], ids=["light", "dark"]
 )
-def test_pages_to_look_at(opened, scheme, width):
+def test_screenshots_in_both_schemes(opened, scheme, width):
     tab_of, go = opened
     tab = tab_of(scheme, width)
     folder = ROOT / "build/screenshots"

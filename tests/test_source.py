@@ -1,4 +1,4 @@
-"""The pipeline that a command names: folder, variant, hub id, single file; its scheduler, LoRAs."""
+"""The pipeline of a command: folder, variant, hub id or single file, with scheduler and LoRAs."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def generated(path, *arguments):
 
 
 def drawn(pipe):
-    """What diffusers draws of the same."""
+    """The picture that diffusers draws for the same request."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return np.asarray(
@@ -47,13 +47,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def other_unet(folder):
-    """Another U-Net beside the demo's own, as the variant "odd"."""
+    """A second U-Net in the demo's folder, as the variant "odd"."""
     weights = {name: -weight for name, weight in load_file(folder / UNET).items()}
     save_file(weights, folder / UNET.replace(".safe", ".odd.safe"), metadata={"format": "pt"})
     return weights
 
 
-def test_a_variant_is_read_where_it_is_asked_for(folder, other_unet):
+def test_a_variant_is_read_on_request(folder, other_unet):
     plain, odd = (
         opened(Source(str(folder), variant=v), torch.float16, "cpu") for v in (None, "odd")
     )
@@ -78,7 +78,7 @@ def test_a_scheduler_draws_as_in_diffusers(tmp_path):
     ],
     ids=["demo", "sd3"],
 )
-def test_the_schedulers_that_are_offered_draw_a_picture(source, without):
+def test_each_offered_scheduler_draws_a_picture(source, without):
     pipe = opened(source, torch.float32, "cpu")
     pipe.set_progress_bar_config(disable=True)
     offered = schedulers(pipe)
@@ -161,7 +161,7 @@ def test_a_hub_id_is_asked_for_its_safetensors(tmp_path, monkeypatch, folder, ot
     assert Source("someone/emoji").name == "someone/emoji"
 
 
-def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
+def test_a_refusal_of_the_hub_is_one_sentence(monkeypatch):
     def download(name, **options):
         raise OSError("401 Client Error.\n\nRepository Not Found")
 
@@ -175,7 +175,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch):
         )
 
 
-BLOCKS = {  # by the names in a single file: where diffusers has the same
+BLOCKS = {  # names in a single file, and diffusers' names of the same blocks
     "input_blocks.0.0": "conv_in",
     "input_blocks.1.0": "down_blocks.0.resnets.0",
     "input_blocks.1.1": "down_blocks.0.attentions.0",
@@ -213,11 +213,11 @@ LAYERS = {
     "skip_connection": "conv_shortcut",
 }
 LEVELS = 3
-"""Of the demo's VAE."""
+"""Levels of the demo's VAE."""
 
 
 def unet_name(key):
-    """As Stability's own code calls a weight of the demo's U-Net."""
+    """The name of a U-Net's weight in Stability's own code."""
     theirs, ours = max(
         ((a, b) for a, b in BLOCKS.items() if key.startswith(f"{b}.")),
         key=lambda pair: len(pair[1]),
@@ -230,7 +230,7 @@ def unet_name(key):
 
 
 def vae_name(key):
-    """As Stability's own code calls a weight of the demo's VAE."""
+    """The name of a VAE's weight in Stability's own code."""
     key = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", key)
     key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
     up = r"up_blocks\.(\d)\."
@@ -244,7 +244,7 @@ def vae_name(key):
 
 @pytest.fixture
 def single(tmp_path, demo):
-    """The demo in one file, as Stable Diffusion 1 was published."""
+    """The demo as a single file in the layout of Stable Diffusion 1."""
     weights = {unet_name(key): weight for key, weight in demo.unet.state_dict().items()}
     weights |= {vae_name(key): weight for key, weight in demo.vae.state_dict().items()}
     text = "cond_stage_model.transformer.text_model."
@@ -255,7 +255,7 @@ def single(tmp_path, demo):
     return file
 
 
-def test_a_single_file_draws_what_its_folder_draws(single, tmp_path):
+def test_a_single_file_draws_the_same_as_its_folder(single, tmp_path):
     config = ("--config", DEMO_FOLDER)
     ours = generated(tmp_path / "x.png", single, *config, "--guidance-scale", 4)
     np.testing.assert_array_equal(ours, drawn(load_demo()))
@@ -263,7 +263,7 @@ def test_a_single_file_draws_what_its_folder_draws(single, tmp_path):
 
 
 def test_the_config_of_a_single_file_may_be_a_hub_id(single, monkeypatch):
-    """Without one, diffusers finds the id by the weights: these are none of the published."""
+    """Without one, diffusers guesses the id from the weights, here Stable Diffusion 1.5's."""
     asked = []
 
     def load_config(name, **options):
@@ -297,7 +297,7 @@ def test_the_config_of_a_single_file_may_be_a_hub_id(single, monkeypatch):
         ),
     ],
 )
-def test_a_single_file_that_lacks_weights(single, name, message):
+def test_a_single_file_with_missing_weights_is_refused(single, name, message):
     weights = load_file(single)
     del weights[name]
     save_file(weights, single)
@@ -339,7 +339,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_opened_is_one_sentence(message, folder, tmp_path):
+def test_a_source_that_cannot_be_opened_is_one_sentence(message, folder, tmp_path):
     (tmp_path / "pipe.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "cut.safetensors").write_bytes((folder / UNET).read_bytes()[:100_000])
     save_file({"lora.of.another": torch.zeros(2)}, tmp_path / "other.safetensors")
@@ -350,7 +350,7 @@ def test_what_cannot_be_opened_is_one_sentence(message, folder, tmp_path):
     assert message.replace("{tmp}", str(tmp_path)) in err.splitlines()[-1]
 
 
-def test_the_graph_of_a_folder(tmp_path, folder):
+def test_the_graph_of_a_folder_equals_the_demos(tmp_path, folder):
     documents = []
     for place in ((), (folder,)):
         code, document, err = run_json("graph", *place)
@@ -362,7 +362,7 @@ def test_the_graph_of_a_folder(tmp_path, folder):
     assert demo["launches"] > 50
 
 
-def test_a_single_file_where_a_folder_is_needed(single):
+def test_a_single_file_is_refused_where_a_folder_is_needed(single):
     for command in (["graph"], ["warm", "--arch", "90", "--out", "x"], ["compare"]):
         code, _, err = run(*command, single)
         assert code == 2

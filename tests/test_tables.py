@@ -1,4 +1,4 @@
-"""No cell is cut at any width, and no line is longer than that."""
+"""Printed tables: no cell is cut at any width, and no line is longer than the width."""
 
 import pytest
 
@@ -28,51 +28,51 @@ def printed(capsys, width, head=HEAD, rows=ROWS):
 
 
 def cells(lines):
-    """The table's cells by column; each cell's lines joined."""
+    """The text of each column, with the lines of its cells joined."""
     body = [line for line in lines if line[0] in "│┃"]
     rows = [line[1:-1].split(line[0]) for line in body]
     return ["".join(column) for column in zip(*rows, strict=True)]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 140, 200])
-def test_nothing_is_cut(capsys, width):
+def test_no_cell_is_cut(capsys, width):
     from rich.cells import cell_len
 
     title, *lines = printed(capsys, width)
     assert title == "a title"
     assert max(map(cell_len, lines)) <= width
-    assert len(set(map(cell_len, lines))) == 1  # a frame
+    assert len(set(map(cell_len, lines))) == 1  # the frame is straight
     names, *others = cells(lines)
-    for name in NAMES:  # wrapped between words, or a word as long as that anywhere
+    for name in NAMES:  # wrapped between words; a word too long for a line is wrapped anywhere
         assert "".join(name.split()) in "".join(names.split())
     assert all(f" {word} " in f" {' '.join(names.split())} " for word in NAMES[2].split())
     for cell in (*HEAD[1:], *(cell for row in ROWS for cell in row.cells[1:])):
         assert any(cell in column for column in others), cell
 
 
-def test_a_terminal_too_narrow_for_a_single_cell_wraps_lines_itself(capsys):
+def test_in_a_terminal_too_narrow_for_a_cell_lines_are_not_wrapped(capsys):
     lines = printed(capsys, 20)
     assert any("1.100 [1.081, 1.129]" in line for line in lines)
 
 
-def test_a_wide_terminal_has_a_line_for_a_row(capsys):
+def test_a_wide_terminal_has_one_line_per_row(capsys):
     lines = printed(capsys, 250)
     assert sum(line[0] == "│" for line in lines) == len(ROWS)
 
 
-def test_numbers_stand_at_the_right_and_words_at_the_left(capsys):
+def test_numbers_are_aligned_right_and_words_left(capsys):
     rows = [Row(("a", "1", "faster")), Row(("b", "1,234", "inconclusive"))]
     lines = printed(capsys, 80, ("name", "launches", "verdict"), rows)
     assert "│a    │        1 │ faster      │" in lines
     assert "│b    │    1,234 │ inconclusive│" in lines
 
 
-def test_names_alone(capsys):
+def test_a_table_of_names_only(capsys):
     lines = printed(capsys, 80, ("name",), [Row(("one",))])
     assert any("one" in line for line in lines)
 
 
-def test_without_a_terminal_it_is_80_columns_or_what_columns_says(monkeypatch):
+def test_without_a_terminal_the_width_is_80_or_that_of_columns(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert tables.width() == tables.printer().width == 80
     monkeypatch.setenv("COLUMNS", "120")

@@ -1,4 +1,4 @@
-"""What `mypy --strict` tells a user of fastdiff's public names: their types, and their slips."""
+"""`mypy --strict` on a user's code knows the types of fastdiff's public names and finds errors."""
 
 import os
 import re
@@ -17,7 +17,7 @@ DIFFUSERS = """
 class StableDiffusionPipeline:
     device: str
 """
-"""A stub in the place of diffusers, whose own types take minutes to read."""
+"""A stub that replaces diffusers, whose own types take minutes to read."""
 CONFIG = """
 [mypy]
 strict = True
@@ -25,12 +25,12 @@ follow_imports = skip
 [mypy-fastdiff.*,diffusers]
 follow_imports = silent
 """
-"""fastdiff's own files are read as they are, those of other libraries not at all."""
+"""mypy reads fastdiff's files, and skips those of other libraries."""
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What mypy says of each line of each program: {(program, line): [message, ...]}."""
+def messages(tmp_path_factory):
+    """mypy's messages for each line of each program: {(program, line): [message, ...]}."""
     folder = tmp_path_factory.mktemp("typed")
     (folder / "stubs/diffusers").mkdir(parents=True)
     (folder / "stubs/diffusers/__init__.pyi").write_text(DIFFUSERS)
@@ -51,22 +51,22 @@ def told(tmp_path_factory):
     return found
 
 
-def test_every_type_is_known(told):
+def test_each_type_is_known(messages):
     lines = (PROGRAMS / "user.py").read_text().splitlines()
     below = zip(lines, lines[1:], strict=False)
     kinds = {i: b[2:] for i, (a, b) in enumerate(below, 1) if a.startswith("reveal_type(")}
     assert len(kinds) > 10
     assert not any(re.search(r"\bAny\b", kind) for kind in kinds.values())
     want = {i: [f'note: Revealed type is "{kind}"'] for i, kind in kinds.items()}
-    assert {line: said for (name, line), said in told.items() if name == "user"} == want
+    assert {line: own for (name, line), own in messages.items() if name == "user"} == want
 
 
-def test_slips_of_the_pen_are_found(told):
+def test_mistakes_are_found(messages):
     lines = (PROGRAMS / "wrong.py").read_text().splitlines()
     want = {i: [line.split("  # ")[1]] for i, line in enumerate(lines, 1) if "  # " in line}
     faults = {
-        line: [fault for one in said for fault in re.findall(r"error: .*\[([\w-]+)\]$", one)]
-        for (name, line), said in told.items()
+        line: [fault for one in own for fault in re.findall(r"error: .*\[([\w-]+)\]$", one)]
+        for (name, line), own in messages.items()
         if name == "wrong"
     }
     assert faults == want

@@ -1,4 +1,4 @@
-"""What each command prints at 80, 100 and 120 columns, and where the disk is full."""
+"""The output of each command at 80, 100 and 120 columns, and on a full disk."""
 
 import errno
 import json
@@ -23,7 +23,8 @@ END = "\f"
 
 @pytest.fixture(params=["bench", "count", "graph", "roofline"])
 def shown(request, monkeypatch, tmp_path, small_folder):
-    """What a command prints at each width, measuring once, on a full disk: its names, headings."""
+    """A command that measures once and prints its table at each width: row names, headings, the
+    output file, arguments."""
 
     def each(show):
         def again(*args):
@@ -68,7 +69,7 @@ def shown(request, monkeypatch, tmp_path, small_folder):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Every text is half written, then the disk is full."""
+    """Each write stops after half of the text, because the disk is full."""
     write_text = Path.write_text
 
     def half(path, text, **options):
@@ -88,7 +89,7 @@ def readable(text, width, names, head):
         assert any(heading in line for line in lines if line[:1] == "┃"), heading
 
 
-def test_a_table_is_readable_and_a_full_disk_takes_only_the_file(shown, full_disk, tmp_path):
+def test_on_a_full_disk_a_readable_table_is_still_printed(shown, full_disk, tmp_path):
     names, head, out, command = shown
     code, printed, err = run(*command)
     *parts, rest = printed.split(END)
@@ -107,7 +108,7 @@ LONG = "benchmarks/test_pipelines.py::test_step[sd15-float16-cpu-channels_last-2
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("document", [BENCH, COUNTS, PAIRED, STATIC], ids=lambda d: d["schema"])
 def test_a_report_is_readable(tmp_path, monkeypatch, width, document):
-    """Also what `fastdiff compare` prints."""
+    """`fastdiff compare` prints the same report."""
     path = tmp_path / "x.json"
     path.write_text(json.dumps(document))
     monkeypatch.setenv("COLUMNS", str(width))
@@ -140,14 +141,14 @@ def test_inspect_is_readable(static_table, monkeypatch, width):  # noqa: F811
     assert "shared memory" in printed
 
 
-def test_env_is_a_line_for_each_fact_whatever_the_width(monkeypatch):
+def test_env_prints_one_line_per_fact_at_any_width(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, printed, _ = run("env")
     assert code == 0
     assert all(line.startswith("- ") for line in printed.splitlines())
 
 
-def test_a_full_disk_takes_only_the_files_of_report_and_inspect(
+def test_on_a_full_disk_report_and_inspect_still_print(
     tmp_path,
     full_disk,
     static_table,  # noqa: F811
@@ -169,7 +170,7 @@ def test_a_full_disk_takes_only_the_files_of_report_and_inspect(
         assert list(out.iterdir()) == []
 
 
-def test_a_summary_that_cannot_be_written(tmp_path, monkeypatch):
+def test_a_summary_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     path, summary = tmp_path / "counts.json", tmp_path / "no" / "summary.md"
     path.write_text(json.dumps(COUNTS))
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
@@ -179,7 +180,7 @@ def test_a_summary_that_cannot_be_written(tmp_path, monkeypatch):
     assert err == f"fastdiff: {summary} cannot be written: No such file or directory\n"
 
 
-def test_what_was_measured_is_kept_where_nobody_reads_the_table(tmp_path, monkeypatch):
+def test_results_are_written_although_stdout_is_closed(tmp_path, monkeypatch):
     path, out = tmp_path / "counts.json", tmp_path / "out.json"
     path.write_text(json.dumps(COUNTS))
 
@@ -226,14 +227,14 @@ main(sys.argv[2:])
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A process that has imported torch, which all commands do first, and nothing else."""
+    """Programs in copies of a process that has imported only torch and the command line."""
     with copied("import torch, fastdiff.cli", tmp_path_factory.mktemp("begun")) as run:
         yield run
 
 
 @pytest.mark.parametrize("command", MISSING, ids=lambda command: " ".join(command[:2]))
-def test_what_is_not_installed_is_one_sentence(tmp_path, begun, command):
-    """In a process of its own: here it has been imported."""
+def test_a_missing_package_is_one_sentence(tmp_path, begun, command):
+    """In a separate process, because this one has imported the package."""
     file = tmp_path / "counts.json"
     file.write_text(json.dumps(COUNTS))
     words = [word.format(file=file, out=tmp_path / "out.png") for word in command]
@@ -247,7 +248,7 @@ def test_what_is_not_installed_is_one_sentence(tmp_path, begun, command):
     assert [path.name for path in tmp_path.iterdir()] == ["counts.json"]
 
 
-def test_a_fault_of_ours_is_no_missing_package(monkeypatch):
+def test_an_import_error_of_our_own_shows_a_traceback(monkeypatch):
     def broken(*_):
         raise ImportError("cannot import name 'x' from 'fastdiff.export.onnx'")
 
@@ -259,7 +260,7 @@ def test_a_fault_of_ours_is_no_missing_package(monkeypatch):
 
 @pytest.mark.parametrize("samples", [[4.0, 5.0], [4.0, 4.0], [0.1] * 15])
 def test_a_report_of_few_or_equal_rounds(tmp_path, samples):
-    """Two rounds have no error that could be told, equal ones none at all."""
+    """Two rounds are too few for an error estimate; equal rounds have an error of zero."""
     document = BENCH | {
         "rows": [bench_row("eager", [2 * s for s in samples]), bench_row("fastdiff", samples)]
     }

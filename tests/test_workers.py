@@ -1,4 +1,4 @@
-"""How the workers of a Ray cluster share it, as its numbers say."""
+"""How many CPUs and GPUs each worker of a Ray cluster gets."""
 
 import pytest
 
@@ -10,7 +10,7 @@ SHARES = [
     ((EIGHT, "local", None, None, None), Workers(8, 0.0, 1), {"num_cpus": 1}),
     ((EIGHT, "local", None, 2, None), Workers(2, 0.0, 4), {"num_cpus": 4}),
     ((EIGHT, "local", None, 3, None), Workers(3, 0.0, 2), {"num_cpus": 2}),
-    # two machines of four: a worker of eight would start on none
+    # a cluster may be two machines with four CPUs each, on which a worker with eight cannot start
     ((EIGHT, "auto", None, 1, None), Workers(1, 0.0, 1), {"num_cpus": 1}),
     ((TWO, "local", None, None, None), Workers(2, 1.0, 1), {"num_gpus": 1.0}),
     ((TWO, "local", "cuda", 3, 0.5), Workers(3, 0.5, 1), {"num_gpus": 0.5}),
@@ -26,13 +26,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("asked", "want", "needs"), SHARES)
-def test_what_each_worker_has(asked, want, needs):
+def test_resources_of_each_worker(asked, want, needs):
     found = workers_of(*asked)
     assert (found, found.needs) == (want, needs)
     assert found.device == ("cuda" if "num_gpus" in needs else "cpu")
 
 
-@pytest.mark.parametrize("told", REFUSED)
-def test_what_the_cluster_has_no_room_for(told):
-    with pytest.raises(UserError, match=told):
-        workers_of(*REFUSED[told])
+@pytest.mark.parametrize("message", REFUSED)
+def test_requests_beyond_the_cluster_are_refused(message):
+    with pytest.raises(UserError, match=message):
+        workers_of(*REFUSED[message])

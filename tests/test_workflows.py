@@ -1,5 +1,5 @@
-"""Workflows, ours and those of docs/ci.md: they parse, are safe, and call what exists; so do all
-commands of the documents."""
+"""Our workflows and those of docs/ci.md parse, are safe, and call existing commands; so do all
+commands of the documentation."""
 
 import json
 import re
@@ -25,7 +25,7 @@ WORKFLOWS = {
     for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", GUIDE, re.S), 1)
 }
 PERF = {name: text for name, text in WORKFLOWS.items() if "fastdiff report" in text}
-"""Those that say what a pull request does to speed."""
+"""The workflows that report a pull request's effect on speed."""
 MARKER = "<!-- fastdiff-report -->"
 OPERATORS = {"||", "&&", ";", "|", ">", ">>", "(", ")", "&"}
 
@@ -36,7 +36,7 @@ def steps(text):
 
 
 def commands(shell):
-    """The words of each call of fastdiff in a shell script or in prose's `code`."""
+    """The arguments of each call of fastdiff in a shell script or an inline code span."""
     for line in re.sub(r"\\\n\s*", " ", shell).splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="();|&<>")
         lexer.whitespace_split = True
@@ -56,12 +56,12 @@ def all_commands():
     return sorted({tuple(words) for script in scripts for words in commands(script)})
 
 
-def test_there_are_a_workflow_of_ours_and_two_to_copy():
+def test_there_are_our_workflow_and_two_to_copy():
     assert {"perf.yml", "docs/ci.md, 1", "docs/ci.md, 2"} == PERF.keys()
 
 
 @pytest.mark.parametrize("text", PERF.values(), ids=PERF)
-def test_what_a_workflow_needs_is_there(text):
+def test_a_workflow_has_the_permissions_and_steps_it_needs(text):
     document = yaml.safe_load(text)
     assert document[True] == "pull_request", "YAML reads `on` as true"
     assert document["permissions"] == {"contents": "read", "pull-requests": "write"}
@@ -76,7 +76,7 @@ def test_what_a_workflow_needs_is_there(text):
     own = "github.event.pull_request.head.repo.full_name == github.repository"
     assert own in (comment.get("if"), job.get("if")), "a fork's token cannot write"
     if "self-hosted" in job["runs-on"]:
-        assert job["if"] == own, "a fork's code on a machine of one's own"
+        assert job["if"] == own, "a fork's code must not run on a self-hosted machine"
     assert job["timeout-minutes"] <= 60
 
 
@@ -106,22 +106,22 @@ def test_shell_parses(text):
 
 
 @pytest.mark.parametrize("words", all_commands(), ids=" ".join)
-def test_commands_are_those_of_the_command_line(words):
+def test_documented_commands_exist(words):
     group = typer.main.get_command(app)
-    if words[0].startswith("--"):  # of fastdiff itself: it prints and ends
+    if words[0].startswith("--"):  # an option of fastdiff itself
         assert words[0] in {name for option in group.params for name in option.opts}
         return
     with group.make_context("fastdiff", list(words)) as context:
         name, command, rest = group.resolve_command(context, list(words))
         assert command is not None, name
-        if rest:  # else prose may only name it
+        if rest:  # without arguments prose only names the command
             command.make_context(name, rest, parent=context).close()
 
 
-# A minute; regression/ tests states, pairs of processes, documents and reports one by one.
+# Takes a minute; tests/regression covers states, process pairs, documents and reports one by one.
 @pytest.mark.product
 def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
-    """A pipeline that is tracked, and a branch to compare with, in which nothing is different."""
+    """The repository has a tracked pipeline and an equal branch to compare with."""
     demo.save_pretrained(tmp_path / "my_pipe")
     for command in (
         "init --quiet",
@@ -144,7 +144,7 @@ def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
             )  # what it says of noise is no matter here
             assert "Traceback" not in done.stderr
             codes.append(done.returncode)
-    assert codes[1] == codes[0], "a file says what the run that wrote it said"
+    assert codes[1] == codes[0], "the report of a file has the exit code of its run"
     assert codes[2:] == [0, 0, 0]
     paired = json.loads((tmp_path / "paired.json").read_text())
     assert paired["case"].startswith("my_pipe, float32")
@@ -155,8 +155,8 @@ def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
         assert (tmp_path / page).stat().st_size > 1000
 
 
-def test_the_table_of_trust_is_what_the_runs_say():
-    """Recomputed from every run's verdicts; and at most one of a hundred cried wolf."""
+def test_the_table_of_trust_equals_the_committed_runs():
+    """It is recomputed from the runs' verdicts; at most one of a hundred may be a false alarm."""
     path, table = re.search(r"<!-- trust: (\S+) -->\n(.*?)\n\n", GUIDE, re.S).groups()
     runs = json.loads((ROOT / path).read_text())["runs"]
     planted = {
@@ -169,18 +169,18 @@ def test_the_table_of_trust_is_what_the_runs_say():
     for run in runs:
         part = planted.get(run["kind"].split()[0], "")
         verdicts = [line["verdict"] for line in run["lines"] if part in line["name"]]
-        said = next((v for v in ("slower", "faster", "inconclusive") if v in verdicts), "same")
-        kinds.setdefault(run["kind"], []).append((said, run["seconds"]))
+        verdict = next((v for v in ("slower", "faster", "inconclusive") if v in verdicts), "same")
+        kinds.setdefault(run["kind"], []).append((verdict, run["seconds"]))
     for line in table.splitlines()[2:]:
         kind, count, *counts, longest = [cell.strip() for cell in line.strip("|").split("|")]
         found = kinds.pop(kind)
-        said = [said for said, _ in found]
+        found_verdicts = [verdict for verdict, _ in found]
         assert int(count) == len(found)
         for verdict, number in zip(
             ("slower", "faster", "inconclusive", "same"), counts, strict=True
         ):
-            assert int(number) == said.count(verdict), kind
+            assert int(number) == found_verdicts.count(verdict), kind
         assert longest == f"{max(seconds for _, seconds in found):.0f} s"
         if kind.startswith("same"):
-            assert said.count("slower") + said.count("faster") <= 1
+            assert found_verdicts.count("slower") + found_verdicts.count("faster") <= 1
     assert kinds == {}

@@ -1,4 +1,4 @@
-"""Files are whole or absent, whatever the system refuses, and it is one sentence."""
+"""Files are complete or absent, and each system error is one sentence."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from fastdiff.written import check_writable, write_file, write_text
 SIZE = 1 << 16
 
 
-def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     target = tmp_path / "out.json"
     write_text(target, "old")
 
@@ -55,7 +55,7 @@ def test_a_link_stays_a_link(tmp_path):
     assert there.read_text() == "text"
 
 
-def test_places_that_take_no_file(tmp_path):
+def test_places_that_cannot_hold_a_file_are_refused(tmp_path):
     file, loop = tmp_path / "file", tmp_path / "loop"
     file.write_text("")
     loop.symlink_to(loop)
@@ -70,7 +70,7 @@ def test_places_that_take_no_file(tmp_path):
             check_writable(path, "--json")
 
 
-def test_a_name_as_long_as_names_may_be(tmp_path):
+def test_the_longest_possible_name_is_written(tmp_path):
     path = tmp_path / ("x" * 250 + ".json")
     check_writable(path, "--json")
     write_text(path, "text")

@@ -286,9 +286,7 @@ def test_rows_are_the_same_from_csv_jsonl_and_parquet(tmp_path):
     first, second = read_of["csv"]
     assert (first["seed"], second["steps"]) == (5, 4)
     assert 0 <= second["seed"] < 2**53
-    assert [row.told() for row in read(written["csv"], 3)] == read_of["csv"], (
-        "the same seeds in every run"
-    )
+    assert [row.told() for row in read(written["csv"], 3)] == read_of["csv"], "in each run"
     assert read(written["csv"], 4)[1].seed != second["seed"], "another job seed gives other seeds"
     written["parquet"].write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is no Parquet file"):

@@ -248,9 +248,8 @@ def hold():
     """
 
     def draw(pipe, call):
-        torch.manual_seed(
-            9
-        )  # SD3 encodes a ControlNet's picture with noise of the global generator
+        # SD3 encodes a ControlNet's picture with noise of the global generator
+        torch.manual_seed(9)
         pipe.set_progress_bar_config(disable=True)
         given = {name: copy.deepcopy(value) for name, value in call.items()}
         given.setdefault("generator", torch.Generator().manual_seed(5))

@@ -82,9 +82,8 @@ def test_controlnet_in_other_pipelines(components, hold, pipeline, picture, mask
     ],
 )
 def test_a_union_controlnet_runs_eagerly(components, hold, pipeline, picture, mask, shaken):
-    parts = components(
-        xl=True, unet={"block_out_channels": (320, 64)}
-    )  # from_unet needs this width
+    # from_unet needs this width
+    parts = components(xl=True, unet={"block_out_channels": (320, 64)})
     net = ControlNetUnionModel.from_unet(
         parts["unet"], conditioning_embedding_out_channels=(16, 32)
     )

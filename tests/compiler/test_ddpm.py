@@ -99,9 +99,8 @@ def test_arguments_of_the_step_reach_the_plan():
     eager = [drawn(**more) for more in given]
     fastdiff.compile(pipe)
     for more, want in zip(given, eager, strict=True):
-        assert abs(drawn(**more) - want).max() < 1e-10, (
-            more
-        )  # the tolerance of tests/runtime/test_schedulers.py
+        # the tolerance of tests/runtime/test_schedulers.py
+        assert abs(drawn(**more) - want).max() < 1e-10, more
     assert loop_of(pipe).planned == 3
 
 

@@ -310,7 +310,8 @@ def test_random_calls(name, calls, families):
             continue
         got = family.draw(plan, call)
         off = abs(got - want).max() / max(1.0, abs(want).max())
-        adapted_in_float32 = call["adapters"] and hasattr(plan, "unet")  # merged so
+        # adapters are merged in float32
+        adapted_in_float32 = call["adapters"] and hasattr(plan, "unet")
         assert off <= (1e-4 if adapted_in_float32 else 1e-8), f"{name}, call {at}: {call}: {off}"
     whole = 3 if name == "unCLIP" else 1
     assert loop_of(plan).planned >= whole * (calls - raised), loop_of(plan).own

@@ -128,9 +128,8 @@ def test_running_out_of_memory_during_a_picture_loses_no_weight(pipe, monkeypatc
             raise MemoryError
         return place(self, sources, *shape, **options)
 
-    pipe.unet.to(torch.float64).to(
-        torch.float32
-    )  # so that the next picture prepares the weights again
+    # so that the next picture prepares the weights again
+    pipe.unet.to(torch.float64).to(torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(Loan, "_place", no_memory)
         with pytest.raises(MemoryError):

@@ -68,9 +68,8 @@ def networks(request, components):
 
     for module in target.modules():
         if hasattr(module, "set_processor"):
-            module.set_processor(
-                AttnProcessor()
-            )  # torch's fused attention has no forward-mode derivative
+            # torch's fused attention has no forward-mode derivative
+            module.set_processor(AttnProcessor())
     target.requires_grad_(False)
     theirs, ours = (
         getattr(net, name, net) for net in (target, fastdiff.compile(copy.deepcopy(target)))

@@ -218,12 +218,7 @@ def test_a_lora_of_the_prior_is_merged(kandinsky):
     from peft import LoraConfig
 
     pipe = made(KandinskyV22PriorPipeline, kandinsky)
-    layers = [
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-    ]  # the layers that diffusers' training script adapts
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]  # as in diffusers' training script
     pipe.prior.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     pipe.prior = noisy(pipe.prior).double()
     eager = drawn(pipe, num_inference_steps=2)

@@ -93,9 +93,8 @@ def test_a_real_file_of_pytest_benchmark_is_read(tmp_path):
     assert name.endswith("test_it.py::test_sum")
     stats = document["benchmarks"][0]["stats"]
     assert timed.times == (tuple(1e3 * second for second in stats.pop("data")),)
-    out.write_text(
-        json.dumps(document)
-    )  # now without "data", as pytest-benchmark writes it by default
+    # now without "data", as pytest-benchmark writes it by default
+    out.write_text(json.dumps(document))
     assert read(out).times[name].times == ((1e3 * stats["median"],),)
 
 

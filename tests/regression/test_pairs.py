@@ -180,9 +180,8 @@ def test_real_processes_time_real_kernels():
 
 
 def test_a_state_that_cannot_run_says_why_and_leaves_no_process(tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "STARTED_BY", str(tmp_path)
-    )  # other tests may start workers at the same time
+    # other tests may start workers at the same time
+    monkeypatch.setenv("STARTED_BY", str(tmp_path))
     settings = Settings(
         "pipelines", "cpu", "float32", 1, backends=("eager",), folder=str(tmp_path / "nothing")
     )
