@@ -139,9 +139,8 @@ def test_the_commands_of_the_guide_run_in_a_users_repository(demo, tmp_path):
             done = subprocess.run(
                 command, cwd=tmp_path, env=variables, capture_output=True, text=True
             )
-            assert done.returncode in (0, 1, 3), (
-                done.stderr
-            )  # what it says of noise is no matter here
+            # any verdict will do, since noise decides it here
+            assert done.returncode in (0, 1, 3), done.stderr
             assert "Traceback" not in done.stderr
             codes.append(done.returncode)
     assert codes[1] == codes[0], "the report of a file has the exit code of its run"

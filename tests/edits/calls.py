@@ -114,10 +114,10 @@ def damped_step(own: Any) -> Any:
     return lambda self, output, *rest, **more: own(self, output * 0.9, *rest, **more)
 
 
-add(Edit("scheduler", "a subclass that looks", step_of_class(damps=False)))
+add(Edit("scheduler", "a subclass that records", step_of_class(damps=False)))
 add(Edit("scheduler", "a subclass that damps", step_of_class(damps=True)))
-add(Edit("scheduler", "a step of its own", step_of_one))
-add(Edit("scheduler", "an input of its own", scales_input))
+add(Edit("scheduler", "a replaced step", step_of_one))
+add(Edit("scheduler", "a replaced scale_model_input", scales_input))
 add(patched_step("step", damped_step))
 add(patched_step("scale_model_input", around))
 add(patched_step("_get_variance", around))
@@ -157,12 +157,12 @@ def tiles(pipe: Any) -> None:
 
 
 for _name, _make in {
-    "one of the user's": Own,
-    "one AttnProcessor": AttnProcessor,
-    "one AttnProcessor2_0": AttnProcessor2_0,
-    "one sliced": lambda: SlicedAttnProcessor(1),
-    "one subclass": Same,
-    "one function": lambda: lambda attn, x, *rest, **more: x * 0.5,
+    "a user's on one attention": Own,
+    "AttnProcessor on one attention": AttnProcessor,
+    "AttnProcessor2_0 on one attention": AttnProcessor2_0,
+    "sliced on one attention": lambda: SlicedAttnProcessor(1),
+    "a subclass on one attention": Same,
+    "a function on one attention": lambda: lambda attn, x, *rest, **more: x * 0.5,
 }.items():
     add(Edit("processor", _name, of_one(_make)))
 edits(
@@ -170,14 +170,14 @@ edits(
     {
         "AttnProcessor": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
         "AttnProcessor2_0": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
-        "the user's": lambda pipe: pipe.unet.set_attn_processor(Own()),
+        "a user's on all": lambda pipe: pipe.unet.set_attn_processor(Own()),
         "the default": lambda pipe: pipe.unet.set_default_attn_processor(),
         "VAE's default": lambda pipe: pipe.vae.set_default_attn_processor(),
         "VAE's AttnProcessor": lambda pipe: pipe.vae.set_attn_processor(AttnProcessor()),
         "sliced": lambda pipe: pipe.enable_attention_slicing(1),
         "not sliced": lambda pipe: pipe.disable_attention_slicing(),
         "fused": lambda pipe: pipe.unet.fuse_qkv_projections(),
-        "fused and not": lambda pipe: (
+        "fused and unfused": lambda pipe: (
             pipe.unet.fuse_qkv_projections(),
             pipe.unet.unfuse_qkv_projections(),
         ),
@@ -191,6 +191,9 @@ edits(
         ),
         "VAE sliced": lambda pipe: pipe.vae.enable_slicing(),
         "VAE tiled": tiles,
-        "VAE neither": lambda pipe: (pipe.vae.disable_slicing(), pipe.vae.disable_tiling()),
+        "VAE neither sliced nor tiled": lambda pipe: (
+            pipe.vae.disable_slicing(),
+            pipe.vae.disable_tiling(),
+        ),
     },
 )

@@ -60,14 +60,14 @@ def hooked(twin: Twin, pipe: Any, step: int, latents: Tensor) -> None:
 
 
 CALLBACKS: dict[str, Callable[[Twin, Any, int, Tensor], Any]] = {
-    "looks": preview,
+    "previews": preview,
     "decodes": decoded,
     "predicts": predicted,
     "darkens": lambda twin, pipe, step, latents: latents * 0.9,
     "darkens in place": in_place,
-    "guides": lambda twin, pipe, step, latents: setattr(pipe, "_guidance_scale", 2.0),
-    "guides no more": lambda twin, pipe, step, latents: setattr(pipe, "_guidance_scale", 1.0),
-    "guides no more at last": lambda twin, pipe, step, latents: setattr(
+    "changes guidance": lambda twin, pipe, step, latents: setattr(pipe, "_guidance_scale", 2.0),
+    "turns guidance off": lambda twin, pipe, step, latents: setattr(pipe, "_guidance_scale", 1.0),
+    "turns guidance off in the last step": lambda twin, pipe, step, latents: setattr(
         pipe, "_guidance_scale", 2.0 - step
     ),
     "rescales": lambda twin, pipe, step, latents: setattr(pipe, "_guidance_rescale", 0.5),
@@ -88,7 +88,7 @@ for _name, _change in CALLBACKS.items():
     add(Edit("callback", _name, called_back(_change)))
 
 
-@edit("callback", "asks for the prompt")
+@edit("callback", "requests the prompt")
 def asks(twin: Twin) -> None:
     twin.call["callback_on_step_end_tensor_inputs"] = ["latents", "prompt_embeds"]
     twin.call["callback_on_step_end"] = lambda pipe, i, t, given: {
@@ -112,7 +112,7 @@ for _name, _options in {
     "a call without guidance": {"guidance_scale": 1.0},
     "a call of three steps": {"num_inference_steps": 3},
     "a call with eta": {"eta": 0.7},
-    "a call for two": {"num_images_per_prompt": 2, "latents": None},
+    "a call for two pictures": {"num_images_per_prompt": 2, "latents": None},
 }.items():
     add(Edit("callback", _name, lambda twin, options=_options: twin.call.update(options)))
 
@@ -149,7 +149,7 @@ for _name, _apply in {
     "restored twice": lambda twin: (twin.restore(), twin.restore()),
     "restored and compiled": again,
     "compiled": Twin.compile,
-    "all but the VAE": lambda twin: (
+    "compiled without the VAE": lambda twin: (
         twin.restore(),
         twin.compile(fastdiff.Options(ignore=("vae",))),
     ),
@@ -157,7 +157,7 @@ for _name, _apply in {
     "the U-Net compiled": parts(lambda pipe: fastdiff.compile(pipe.unet)),
     "the VAE restored": parts(lambda pipe: fastdiff.restore(pipe.vae)),
     "reported": parts(lambda pipe: str(fastdiff.report(pipe))),
-    "another pipeline of the parts": another_pipeline,
+    "another pipeline of the components": another_pipeline,
     "another VAE": another_vae,
 }.items():
     add(Edit("restore", _name, _apply))

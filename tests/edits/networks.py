@@ -143,12 +143,12 @@ REPLACED: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "dropout of another p": (nn.Dropout, lambda m: nn.Dropout(0.3).eval()),
     "dropout in training mode": (nn.Dropout, lambda m: nn.Dropout(0.3).train()),
     "SiLU is GELU": (nn.SiLU, lambda m: nn.GELU()),
-    "SiLU is nothing": (nn.SiLU, lambda m: nn.Identity()),
-    "SiLU is another": (nn.SiLU, lambda m: nn.SiLU()),
+    "SiLU is Identity": (nn.SiLU, lambda m: nn.Identity()),
+    "SiLU is another SiLU": (nn.SiLU, lambda m: nn.SiLU()),
     "Linear of other values": (nn.Linear, scaled),
-    "Linear and half": (nn.Linear, lambda m: nn.Sequential(m, Halved())),
+    "Linear and halving": (nn.Linear, lambda m: nn.Sequential(m, Halved())),
     "convolution of other values": (nn.Conv2d, scaled),
-    "convolution and half": (nn.Conv2d, lambda m: nn.Sequential(m, Halved())),
+    "convolution and halving": (nn.Conv2d, lambda m: nn.Sequential(m, Halved())),
     "GroupNorm without affine": (
         nn.GroupNorm,
         lambda m: nn.GroupNorm(m.num_groups, m.num_channels, m.eps, affine=False),
@@ -248,6 +248,6 @@ edits(
     {
         "VAE's scaling factor": lambda pipe: pipe.vae.register_to_config(scaling_factor=0.4),
         "VAE's shift factor": lambda pipe: pipe.vae.register_to_config(shift_factor=0.2),
-        "a note of the user's": lambda pipe: setattr(pipe.unet.conv_in, "note", 5),
+        "a user's own attribute": lambda pipe: setattr(pipe.unet.conv_in, "note", 5),
     },
 )

@@ -156,8 +156,8 @@ edits(
         "gradient checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
     },
 )
-add(Edit("dtype", "half of one", lambda twin: one_module(twin).half()))
-add(Edit("dtype", "bfloat16 of one and back", lambda t: one_module(t).bfloat16().float()))
+add(Edit("dtype", "one module in float16", lambda twin: one_module(twin).half()))
+add(Edit("dtype", "one module to bfloat16 and back", lambda t: one_module(t).bfloat16().float()))
 add(
     Edit(
         "dtype",

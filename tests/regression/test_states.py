@@ -209,7 +209,7 @@ def test_a_project_in_a_subfolder_of_a_repository_is_installed(tmp_path, monkeyp
     assert place.root.name == "pkg"
 
 
-def test_linter_settings_are_no_project_and_paths_in_requirements_are_the_states(
+def test_linter_settings_make_no_project_and_relative_requirements_are_the_states_own(
     tmp_path, monkeypatch
 ):
     library = project(1, inside="lib/")
