@@ -206,15 +206,15 @@ def test_threads_are_compared_with_the_usable_cores(tmp_path, monkeypatch):
         (folder / "thread_siblings_list").write_text(f"{siblings}\n")
     (tmp_path / "fs/cgroup").mkdir(parents=True)
     limit = tmp_path / "fs/cgroup/cpu.max"
-    findings = {}
+    said = {}
     for text in ("max 100000", "350000 100000", "100000 100000"):
         limit.write_text(f"{text}\n")
         for threads in (1, 2, 4):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-            findings[text, threads] = " ".join(whats(doctor._threads()))
+            said[text, threads] = " ".join(whats(doctor._threads()))
     one_of_two = "torch computes on 1 of 2 cores"
     many = "torch computes in {} threads, of which {} can run at once"
-    assert findings == {
+    assert said == {
         ("max 100000", 1): one_of_two,
         ("max 100000", 2): "",
         ("max 100000", 4): "",

@@ -98,7 +98,7 @@ def test_another_package_in_our_folder_is_named(tmp_path):
         command = [sys.executable, "-m", "pip", "--python", python, *arguments]
         subprocess.run(command, check=True, capture_output=True)
 
-    def clash():
+    def said():
         script = "from fastdiff import installed; print(installed.clash())"
         asked = [python, "-I", "-c", script]
         return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
@@ -106,15 +106,15 @@ def test_another_package_in_our_folder_is_named(tmp_path):
     how = "; pip uninstall --yes fastdiff fastdiff-engine, then install fastdiff-engine again"
     install = ("install", "--no-index", "--no-deps", "--force-reinstall")
     pip(*install, ours)
-    assert clash() == "None"
+    assert said() == "None"
     pip(*install, other)
     replaced = "fastdiff 0.3.0, another project, has replaced our fastdiff/__init__.py"
-    assert clash() == replaced + how
+    assert said() == replaced + how
     pip(*install, ours)
-    assert clash() == f"fastdiff 0.3.0, another project, lies in our folder{how}"
+    assert said() == f"fastdiff 0.3.0, another project, lies in our folder{how}"
     pip("uninstall", "--yes", "fastdiff")
     left = "fastdiff/__init__.py is missing or not ours, as another project's fastdiff leaves it"
-    assert clash() == left + how
+    assert said() == left + how
 
 
 def test_a_command_that_fails_because_of_it_says_so(monkeypatch):

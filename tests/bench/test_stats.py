@@ -105,7 +105,7 @@ def test_rounds_as_samples_would_give_intervals_that_are_too_narrow():
     assert missed / 200 > 0.25
 
 
-def test_of_six_units_a_bootstrap_is_too_narrow_and_students_t_is_not():
+def test_a_bootstrap_of_six_units_is_too_narrow_and_students_t_is_not():
     rng = np.random.default_rng(6)
     units = rng.normal(0, 1, (500, 6))
     ends = bootstrap(

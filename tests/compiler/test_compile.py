@@ -304,7 +304,7 @@ def test_ignore_leaves_a_component_alone(pipe):
 def test_unknown_pipelines_and_networks_are_refused(unet, small):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    unknown = type("Stranger", (DDPMPipeline,), {})(
+    stranger = type("Stranger", (DDPMPipeline,), {})(
         UNet2DModel(
             block_out_channels=(32, 32),
             norm_num_groups=8,
@@ -314,7 +314,7 @@ def test_unknown_pipelines_and_networks_are_refused(unet, small):
         DDPMScheduler(),
     )
     with pytest.raises(UserError, match="does not know Stranger"):
-        fastdiff.compile(unknown)
+        fastdiff.compile(stranger)
     odd = UNet2DConditionModel(**(small | {"act_fn": "mish"})).eval()
     with pytest.raises(UserError, match="nothing in this UNet2DConditionModel.*SiLU"):
         fastdiff.compile(odd)
