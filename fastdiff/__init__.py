@@ -6,8 +6,8 @@
 >>> print(fastdiff.roofline(pipe))     # the least time each block can take on a GPU
 >>> fastdiff.restore(pipe)             # undo compile
 
-What runs slower than it could, say a call that runs eagerly, is logged once for each reason, by the
-logger "fastdiff" at level WARNING; unless you add a handler, Python prints it to stderr.
+If something runs slower than it could, such as a call that runs eagerly, the logger "fastdiff" says
+so once for each reason, at level WARNING; unless you add a handler, Python prints it to stderr.
 
 Names are imported on first use, so ``fastdiff --help`` does not import torch.
 """
@@ -33,7 +33,7 @@ _HOME = {
 }
 
 
-if not TYPE_CHECKING:  # or every name would have a type: Any
+if not TYPE_CHECKING:  # otherwise type checkers would see every name as Any
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:

@@ -6,5 +6,5 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, for a sentence: its first line, else its class."""
+    """The first line of another library's error, or its class if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

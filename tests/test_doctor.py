@@ -56,7 +56,7 @@ def whats(found):
 
 def test_the_demo_has_no_findings(sound, tmp_path):
     code, out, err = run("doctor", "--json", tmp_path / "found.json")
-    assert (code, out.splitlines()[-1]) == (0, "fast: nothing keeps demo on cpu from it"), err
+    assert (code, out.splitlines()[-1]) == (0, "fast: found nothing that slows demo on cpu"), err
     document = json.loads((tmp_path / "found.json").read_text())
     assert document["schema"] == "fastdiff.doctor/1"
     assert (document["pipeline"], document["device"], document["findings"]) == ("demo", "cpu", [])
@@ -64,7 +64,7 @@ def test_the_demo_has_no_findings(sound, tmp_path):
 
 def test_bad_arguments_are_one_sentence(sound, tmp_path):
     for words, says in {
-        (tmp_path / "none",): "is not a folder",
+        (tmp_path / "none",): "is neither an existing folder",
         ("--device", "tpu"): "--device is 'tpu'",
         ("--height", "63"): "--height is 63",
         ("--json", tmp_path / "no" / "x.json"): "does not exist",
@@ -161,7 +161,7 @@ def test_a_missing_extra_is_named_with_its_packages(packages, sound, monkeypatch
         1,
         [
             "slow: x; y",
-            "absent: peft>=0.17, for LoRA adapters; pip install 'fastdiff-engine[lora]'",
+            "not installed: peft>=0.17, for LoRA adapters; pip install 'fastdiff-engine[lora]'",
         ],
     )
 

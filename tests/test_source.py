@@ -170,8 +170,8 @@ def test_a_refusal_of_the_hub_is_one_sentence(monkeypatch):
         code, out, err = run(*command, "someone/nothing")
         assert (code, out) == (2, ""), err
         assert err.splitlines()[-1] == (
-            "fastdiff: someone/nothing is not a folder here, and the Hugging Face hub does not give"
-            " it: 401 Client Error. Repository Not Found"
+            "fastdiff: someone/nothing is not a folder here, and the Hugging Face hub did not"
+            " deliver it: 401 Client Error. Repository Not Found"
         )
 
 
@@ -310,23 +310,23 @@ REFUSED = {
         "{tmp}/pipe.ckpt",
     ),
     "{tmp}/cut.safetensors is damaged": ("{tmp}/cut.safetensors",),
-    "no.safetensors is not a folder or a .safetensors file that is here": ("no.safetensors",),
-    "models/no.safetensors is not a folder": ("models/no.safetensors",),
+    "no.safetensors is neither an existing folder or .safetensors file": ("no.safetensors",),
+    "models/no.safetensors is neither an existing folder": ("models/no.safetensors",),
     "https://huggingface.co/a/b/x.ckpt is not a .safetensors file": (
         "https://huggingface.co/a/b/x.ckpt",
     ),
-    "red heart is not a folder or a .safetensors file that is here, nor a hub id (owner/name)": (
+    "red heart is neither an existing folder or .safetensors file nor a hub id (owner/name)": (
         "red heart",
     ),
-    "--variant goes with a folder or a hub id": ("--variant", "fp16"),
+    "--variant needs a folder or a hub id": ("--variant", "fp16"),
     "--variant is 'fp16'; {tmp}/pipe holds files without a variant only": (
         *("{tmp}/pipe", "--variant", "fp16"),
     ),
-    "--config goes with a .safetensors file": ("{tmp}/pipe", "--config", "x"),
+    "--config needs a .safetensors file": ("{tmp}/pipe", "--config", "x"),
     "--scheduler is 'euler'; a StableDiffusionPipeline with a DDIMScheduler takes DDIMScheduler,": (
         *("--scheduler", "euler"),
     ),
-    "--lora {tmp}/no.safetensors is not a .safetensors file or folder that is here": (
+    "--lora {tmp}/no.safetensors is neither an existing folder or .safetensors file": (
         *("--lora", "{tmp}/no.safetensors"),
     ),
     "--lora {tmp}/pipe.ckpt is not a .safetensors file; pickles are never read": (

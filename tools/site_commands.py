@@ -12,8 +12,8 @@ def page() -> str:
     group: Any = typer.main.get_command(app)
     parts = ["# Command line"]
     parts.append(
-        "Data goes to stdout, progress to stderr. Exit codes: 0 fine, 1 something failed or got"
-        " worse, 2 bad input, 3 it cannot be told."
+        "Data goes to stdout, progress to stderr. Exit codes: 0 success, 1 something failed or got"
+        " worse, 2 bad input, 3 undecided."
     )
     context = group.make_context("fastdiff", [], resilient_parsing=True)
     for name in sorted(group.list_commands(context)):

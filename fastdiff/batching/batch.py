@@ -63,7 +63,7 @@ class Batch:
             )
         for name, count in (("capacity", capacity), ("workers", workers)):
             if type(count) is not int or count < 1:
-                raise UserError(f"Batch's {name} is {count!r}; give how many, as 4")
+                raise UserError(f"Batch's {name} is {count!r}; give a whole number, such as 4")
         if workers > 1:
             _check_divisible(pipe, workers)
         self.pipe, self.capacity = pipe, capacity
@@ -127,12 +127,12 @@ def _check_divisible(pipe: Any, workers: int) -> None:
     """UserError where several threads cannot draw with the pipeline, or gain nothing by it."""
     if pipe.device.type != "cpu":
         raise UserError(
-            f"Batch's workers are {workers}, which divide a CPU's cores, and the pipeline is on"
+            f"Batch got {workers} workers, which divide a CPU's cores, but the pipeline is on"
             f" {pipe.device}; give more capacity instead"
         )
     slots = filter(None, map(slot_of, pipe.components.values()))
     if foreign := next((slot for slot in slots if slot.kind.frozen), None):
         raise UserError(
-            f"Batch's workers are {workers}, but the {foreign.name} runs by {foreign.kind.runner},"
+            f"Batch got {workers} workers, but the {foreign.name} runs by {foreign.kind.runner},"
             " which divides cores by itself; give one worker"
         )

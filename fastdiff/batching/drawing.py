@@ -112,7 +112,7 @@ class Drawing:
         plans = self.plans = denoising.predictor.denoiser.plans
         own = of_each(network, given, timesteps, sides, denoising.hoisted, plans.own)
         if own is None:
-            raise _Alone("which of its conditions are each picture's own does not show")
+            raise _Alone("its conditions do not show which of them belong to each picture")
         guidance = denoising.predictor.guidance()
         seat = seat_of(network, call.latents, table, guidance, denoising.hoisted, own)
         denoising.predictor.slot.fast += steps

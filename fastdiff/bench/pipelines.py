@@ -71,7 +71,7 @@ def on_disk(place: Path | str, variant: str | None) -> Path:
     except Exception as error:  # of the hub, of the network, of the files there
         reason = shorten(str(error), 300, placeholder=" …") or type(error).__name__
         raise UserError(
-            f"{place} is not a folder here, and the Hugging Face hub does not give it: {reason}"
+            f"{place} is not a folder here, and the Hugging Face hub did not deliver it: {reason}"
         ) from error
 
 
@@ -207,7 +207,7 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
                 f"--{name} is {side}; this pipeline needs a positive multiple of {multiple}"
             )
         if side > most:
-            raise UserError(f"--{name} is {side}; this pipeline has positions for {most} at most")
+            raise UserError(f"--{name} is {side}; this pipeline draws at most {most} pixels")
     return height, width
 
 
@@ -225,8 +225,8 @@ def check_prompt(pipe: Any) -> None:
     kind, takes = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     if not {"prompt", "height"} <= takes.keys():
         raise UserError(
-            f"a {kind} draws from more than a text, or from none; give a pipeline that draws from a"
-            " text, or call it from Python"
+            f"a {kind} does not draw from text alone; give a pipeline that does, or call it from"
+            " Python"
         )
     own = sorted(name for name in pipe.components if name.startswith("text_encoder"))
     lacking = [name for name in own if getattr(pipe, name) is None]
@@ -244,7 +244,7 @@ def check_steps(pipe: Any, steps: int) -> None:
     scheduler = getattr(pipe, plans[0].scheduler if plans else "scheduler")
     most = getattr(scheduler.config, "num_train_timesteps", None)
     if most is not None and steps > most:
-        raise UserError(f"--steps is {steps}; this scheduler has {most} steps at most")
+        raise UserError(f"--steps is {steps}; this scheduler allows at most {most} steps")
 
 
 def check_device(device: str | None) -> str:

@@ -64,7 +64,7 @@ class CountedPreset:
         }
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-        raise UserError(f"the preset of {self.name} is only counted: give it to graph")
+        raise UserError(f"the preset of {self.name} can only be counted; use fastdiff graph")
 
 
 Z_IMAGE = CountedPreset("Z-Image", heads=30)

@@ -189,7 +189,7 @@ def _check(pipe: Any) -> None:
         raise UserError(f"the network runs on {slot.kind.runner}, not on fastdiff; restore it")
     dtype = denoiser(pipe).dtype
     if dtype not in DTYPES:
-        raise UserError(f"the network is {dtype}; rooflines are for {', '.join(map(str, DTYPES))}")
+        raise UserError(f"the network is {dtype}; roofline takes {', '.join(map(str, DTYPES))}")
     if dtype == torch.float16 and pipe.device.type == "cpu":
         raise UserError(
             "float16 on a CPU runs as plain torch, which is not what a GPU runs;"

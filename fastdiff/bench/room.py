@@ -29,7 +29,7 @@ def room(pipe: Any, height: int, width: int, device: str) -> Iterator[None]:
     free = None if device.startswith("cuda") else available()
     if free is not None and (need := least(pipe, height, width)) > free:
         raise UserError(
-            f"{asked} need {_size(need)} of memory at least, and {_size(free)} are free; draw"
+            f"{asked} need at least {_size(need)} of memory, but only {_size(free)} are free; draw"
             " fewer pixels"
         )
     try:

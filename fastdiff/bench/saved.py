@@ -74,7 +74,10 @@ def check_folder(folder: Path, variant: str | None = None) -> Saved:
     for component, origin in index.items():
         if isinstance(origin, list) and len(origin) == 2 and origin[0] is not None:
             if not _is_library(str(origin[0])):
-                raise UserError(f"{index_file}: {component} comes from {origin[0]}, not a library")
+                raise UserError(
+                    f"{index_file}: {component} comes from {origin[0]}, which is not a library;"
+                    " save the pipeline again"
+                )
             if _check_component(folder / component):
                 networks[component] = (str(origin[0]), str(origin[1]))
     found = {name: _weights(folder / name, net[0]) for name, net in networks.items()}
@@ -101,7 +104,7 @@ def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
     if name not in RECIPES:
         raise UserError(
             f"{place} holds a {name}, which fastdiff does not compute; docs/pipelines.md lists what"
-            " it does"
+            " it computes"
         )
     if index.get("requires_aesthetics_score"):
         raise UserError(f"{place} holds a refiner, which draws from a picture, not from text")
@@ -211,7 +214,9 @@ def _variant(
     if common := set.intersection(*lacking):
         return min(name for name in common if name)
     names = (f"{name} as {'/'.join(map(str, v))}" for name, v in found.items() if None not in v)
-    raise UserError(f"{folder} holds {', '.join(names)}, but no variant of all; save it again")
+    raise UserError(
+        f"{folder} holds {', '.join(names)}, but no variant that every part has; save it again"
+    )
 
 
 def check_whole(path: Path) -> None:

@@ -48,12 +48,14 @@ class Source:
                 f"got the pipeline {self.pipeline} and --preset {self.preset}; give one of them"
             )
         if self.scale != 1.0 and not self.preset:
-            raise UserError("--scale goes with --preset; a pipeline's widths are what they are")
+            raise UserError("--scale needs --preset; the widths of a pipeline are fixed")
         place = None if self.preset else placed(self.pipeline)
         if self.variant and (place is None or is_file(place)):
-            raise UserError("--variant goes with a folder or a hub id, which may hold several")
+            raise UserError("--variant needs a folder or a hub id, which may hold several variants")
         if self.config and (place is None or not is_file(place)):
-            raise UserError(f"--config goes with a {SUFFIX} file; all else has its own configs")
+            raise UserError(
+                f"--config needs a {SUFFIX} file; a folder or hub id has its own configs"
+            )
         for one in self.lora:
             adapter(one)
 
@@ -76,7 +78,7 @@ def placed(pipeline: str | None) -> Path | str | None:
     if HUB_ID.fullmatch(pipeline) and not pipeline.endswith(SUFFIX):
         return pipeline
     raise UserError(
-        f"{pipeline} is not a folder or a {SUFFIX} file that is here, nor a hub id (owner/name)"
+        f"{pipeline} is neither an existing folder or {SUFFIX} file nor a hub id (owner/name)"
     )
 
 
@@ -168,7 +170,7 @@ def adapter(text: str) -> tuple[str, float]:
         raise UserError(f"--lora {place} is not a {SUFFIX} file; pickles are never read")
     if not path.exists() and (not HUB_ID.fullmatch(place) or place.endswith(SUFFIX)):
         raise UserError(
-            f"--lora {place} is not a {SUFFIX} file or folder that is here, nor a hub id"
+            f"--lora {place} is neither an existing folder or {SUFFIX} file nor a hub id"
         )
     return place, value
 

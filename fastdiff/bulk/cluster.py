@@ -146,5 +146,5 @@ class Joined:
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise UserError(
-                f"Ray gave up: {first_line(cause)}. What is drawn stays; run it again to go on"
+                f"Ray gave up: {first_line(cause)}; run the command again to draw what is missing"
             ) from error

@@ -112,7 +112,9 @@ def opened(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"--out {folder}: another process draws into it; let it end") from error
+            raise UserError(
+                f"--out {folder}: another process is drawing into it; wait until it ends"
+            ) from error
         check(folder, given, asked)
         if not (folder / JOB).exists():
             write_text(folder / JOB, json.dumps(_job(given, asked), indent=2) + "\n")
@@ -140,7 +142,7 @@ def check(folder: Path, given: Sequence[Row], asked: Mapping[str, Any]) -> None:
         others = [p.name for p in folder.iterdir() if p.name != LOCK and not p.match(UNFINISHED)]
         if others:
             raise UserError(
-                f"--out {folder} holds {min(others)}, which is of no job; give a new folder"
+                f"--out {folder} holds {min(others)}, which belongs to no job; give a new folder"
             )
         return
     try:
@@ -155,7 +157,7 @@ def check(folder: Path, given: Sequence[Row], asked: Mapping[str, Any]) -> None:
             )
     if before != job:
         raise UserError(
-            f"--out {folder} is the job of other prompts; give the same file, or a new folder"
+            f"--out {folder} holds a job with other prompts; give the same file, or a new folder"
         )
 
 

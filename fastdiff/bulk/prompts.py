@@ -135,7 +135,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from enumerate(rows, 1)
     except pyarrow.ArrowException as error:
-        raise UserError(f"--prompts {path} is no Parquet file: {first_line(error)}") from error
+        raise UserError(f"--prompts {path} is not a Parquet file: {first_line(error)}") from error
 
 
 def _row(path: Path, number: int, line: int, values: Mapping[str, Any], job_seed: int) -> Row:

@@ -27,13 +27,13 @@ from fastdiff.cli.options import app
 from fastdiff.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What the system says where nothing more can be written."""
+"""Error numbers of a file system that takes no more data."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line `arguments`, the process's own if None, and exit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # advice of the libraries below is not what was asked for
+    # hide the advice that other libraries print
     for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -41,18 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments, prog_name="fastdiff", obj=arguments)
         finally:
-            sys.stdout.flush()  # what a full disk does not take is told of here, not at exit
+            sys.stdout.flush()  # raises here if the disk is full, not at exit
     except UserError as error:
         _refuse(str(error))
     except Exception as error:
         if sentence := _missing(error, arguments) or _full(error) or installed.clash():
             _refuse(sentence)
-        traceback.print_exc()  # a fault of ours
-        sys.exit(2)  # Python's own exit code for it is 1, which says "slower"
+        traceback.print_exc()  # a bug of ours
+        sys.exit(2)  # Python would exit with 1, which means "slower"
 
 
 def _refuse(sentence: str) -> NoReturn:
-    """The sentence in red, and exit 2."""
+    """Print the sentence in red and exit with 2."""
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(
@@ -62,7 +62,7 @@ def _refuse(sentence: str) -> NoReturn:
 
 
 def _missing(error: BaseException | None, arguments: Sequence[str]) -> str | None:
-    """Which optional package is not installed, if that is behind the error, and what has it."""
+    """If a missing optional package caused the error: which one, and the extra that installs it."""
     while error is not None:  # diffusers and transformers wrap it in errors of their own
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, ImportError):
@@ -78,10 +78,10 @@ def _missing(error: BaseException | None, arguments: Sequence[str]) -> str | Non
 
 
 def _full(error: Exception) -> str | None:
-    """That nothing more can be written, if that is the error, to stdout or where we do not ask."""
+    """A sentence for a full or read-only disk, if that is the error; else None."""
     if not isinstance(error, OSError) or error.errno not in FULL:
         return None
-    if sys.stdout is sys.__stdout__:  # the rest of it would be tried again at exit
+    if sys.stdout is sys.__stdout__:  # Python would write the rest again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror}; make room and run it again"

@@ -28,7 +28,7 @@ def draw_file(
 ) -> None:
     """Draw the rows of a file that are missing in a folder, here or as one of torchrun's ranks.
 
-    own: what rows say nothing of. Exits with 1 if a row failed.
+    own: the values for columns that a row leaves out. Exits with 1 if a row failed.
     """
     from fastdiff.bench.pipelines import check_device
     from fastdiff.bulk import job as jobs
@@ -44,7 +44,7 @@ def draw_file(
     for name, value in (("--capacity", capacity), ("--workers", workers)):
         if value is not None and (setup.eager or ranks is not None):
             what = "--eager" if setup.eager else "torchrun"
-            raise UserError(f"{name} goes without {what}, which draws one picture at a time")
+            raise UserError(f"leave out {name}: {what} draws one picture at a time")
     painter = Painter(setup)
     rows = painter.completed(_filled(given, own), prompts)
     painter.compile(GUIDANCE if ranks is not None and shared == GUIDANCE else None)
@@ -53,7 +53,7 @@ def draw_file(
     if ranks is not None and ranks.rank:
         numbers: set[int] = set(ranks.told(None)[0] or ())
         for _ in attempts(painter, [row for row in rows if row.number in numbers], divided, 1):
-            pass  # the first rank writes
+            pass  # only the first rank writes files
         return
     with jobs.opened(out, given, rows, asked) as job:
         missing = job.missing
@@ -76,7 +76,7 @@ def draw_file_by_ray(
     workers: int | None,
     gpus: float | None,
 ) -> None:
-    """`draw_file` by the actors of a Ray cluster."""
+    """`draw_file`, drawn by the actors of a Ray cluster."""
     from fastdiff.bulk import job as jobs
     from fastdiff.bulk.cluster import Cluster, joined
     from fastdiff.bulk.prompts import read
@@ -92,7 +92,7 @@ def draw_file_by_ray(
 
 
 def _asked(setup: "Setup", own: "Row", device: str) -> dict[str, Any]:
-    """All that decides what is drawn, besides the rows."""
+    """Everything besides the rows that decides what is drawn."""
     source, device = setup.source, device.partition(":")[0]
     return {
         "pipeline": source.pipeline or source.name,
@@ -108,19 +108,19 @@ def _asked(setup: "Setup", own: "Row", device: str) -> dict[str, Any]:
 
 
 OPTIONS = ("seed", "steps", "guidance", "negative", "width", "height")
-"""What the command line gives where a row says nothing."""
+"""The values that the command line gives for columns that a row leaves out."""
 
 
 def _filled(rows: Iterable["Row"], own: "Row") -> list["Row"]:
-    """The rows with `own` where they say nothing."""
-    told = {name: getattr(own, name) for name in OPTIONS if name != "seed"}
+    """The rows, with the values of `own` where a row has none."""
+    given = {name: getattr(own, name) for name in OPTIONS if name != "seed"}
     return [
-        replace(row, **{n: v for n, v in told.items() if getattr(row, n) is None}) for row in rows
+        replace(row, **{n: v for n, v in given.items() if getattr(row, n) is None}) for row in rows
     ]
 
 
 def _fill(job: "Job", drawn: Iterable["Drawn"]) -> None:
-    """Keep what is drawn, and show how far it is."""
+    """Write each picture as it is drawn, and show the progress."""
     from fastdiff.bench.progress import pictures
 
     with pictures(len(job.rows), len(job.rows) - len(job.missing)) as advance:
@@ -142,7 +142,7 @@ def _end(job: "Job") -> None:
         first = min(failed, key=lambda line: int(line["row"]))
         print(
             f"{len(failed)} of {plural(len(job.rows), 'row')} failed, the first of them row"
-            f" {first['row']}: {first['error']}; run it again to try them again",
+            f" {first['row']}: {first['error']}; run the command again to retry them",
             file=sys.stderr,
         )
         raise typer.Exit(1)

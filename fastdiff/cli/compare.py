@@ -1,4 +1,4 @@
-"""compare: what is here, and another state of it, in turn."""
+"""compare: run this state of a project and another one in turn."""
 
 import re
 import shlex
@@ -43,30 +43,31 @@ def compare(
     ] = "HEAD",
     pairs: Annotated[
         int | None,
-        typer.Option(help="Stop after so many pairs of processes, one of each state."),
+        typer.Option(help="Stop after this many pairs of processes, one process for each state."),
     ] = None,
     until_precise: Annotated[
         str | None,
-        typer.Option(help="Stop once every ratio is known this closely. Default: 1%."),
+        typer.Option(help="Stop once every ratio is known to within this share. Default: 1%."),
     ] = None,
     limit: Annotated[
-        int, typer.Option(help="With --until-precise: stop after so many seconds in any case.")
+        int, typer.Option(help="With --until-precise: stop after this many seconds in any case.")
     ] = 60,
     gate: Annotated[
         str,
         typer.Option(
-            help="What may fail: times, counters (which a busy machine does not disturb) or both."
+            help="What decides the exit code: times, counters (which a busy machine does not"
+            " disturb) or both."
         ),
     ] = "both",
     preset: Preset = None,
     scale: Scale = 1.0,
     backends: Annotated[
-        str, typer.Option(help="Which to compare, with commas between them.")
+        str, typer.Option(help="The backends to compare, separated by commas.")
     ] = "fastdiff",
     filter_: Annotated[
         str,
         typer.Option(
-            "--filter", help="With kernels: only those with this in their or a case's name."
+            "--filter", help="With kernels: only those whose name, or a case's name, contains this."
         ),
     ] = "",
     dtype: Dtype = None,
@@ -79,8 +80,8 @@ def compare(
 ) -> None:
     """Run two states of a project in turn: has this one become slower?
 
-    Exit codes: 0 no, 1 yes, 2 bad input, 3 it cannot be told. fastdiff report makes reports of
-    the document that --json writes.
+    Exit codes: 0 no, 1 yes, 2 bad input, 3 undecided. fastdiff report turns the document that
+    --json writes into reports.
     """
     from fastdiff.bench.progress import shares
     from fastdiff.bench.saved import check_folder
@@ -98,7 +99,7 @@ def compare(
     until = _until(pairs, until_precise, limit, was_given(context, "limit"))
     gates = _gates(gate)
     if gates == ("counters",) and "fastdiff" not in settings.backends:
-        raise UserError("--gate counters goes with pipelines on the backend fastdiff")
+        raise UserError("--gate counters needs a pipeline and the backend fastdiff")
     root = Path.cwd()
     if settings.folder:
         check_folder(root / settings.folder)  # before an environment is built
@@ -134,16 +135,17 @@ def _settings(context: typer.Context) -> Any:
     shared = {"suite": suite, "device": device, "dtype": dtype, "threads": given["threads"]}
     if suite == "kernels":
         if lost := [name for name in OF_PIPELINES if was_given(context, name)]:
-            raise UserError(f"--{lost[0]} goes with pipelines; kernels have cases of their own")
+            raise UserError(f"leave out --{lost[0]}, which kernels do not use: they have own cases")
         return Settings(**shared, filter=given["filter_"])
     if given["filter_"]:
-        raise UserError("--filter goes with kernels; pipelines are chosen by --preset or a folder")
+        raise UserError("--filter needs kernels; choose a pipeline by --preset or a folder")
     Source(pipeline, given["preset"], given["scale"]).check()
     wanted = [name.strip() for name in given["backends"].split(",")]
     backends = tuple(name for name in choose(given["backends"]) if name in wanted)
     if engines := set(backends) & set(ON_ENGINES):
         raise UserError(
-            f"--backends {min(engines)} goes with bench: its engines are made of one state alone"
+            f"compare cannot run --backends {min(engines)}, whose engines belong to one state; use"
+            " fastdiff bench"
         )
     folder = folder_of(pipeline, "compare")
     return Settings(
@@ -173,7 +175,9 @@ def _until(pairs: int | None, precise: str | None, limit: int, limited: bool) ->
         if precise is not None:
             raise UserError("got --pairs and --until-precise; give one of them")
         if limited:
-            raise UserError("got --pairs and --limit; pairs are drawn to their number")
+            raise UserError(
+                "got --pairs and --limit; leave out --limit, which needs --until-precise"
+            )
         at_least("--pairs", pairs, 1)
         return Until(pairs=pairs)
     return Until(half_width=share("--until-precise", precise or "1%"), limit_s=limit)
@@ -192,12 +196,12 @@ def share(option: str, text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)", text.strip())
     value = float(found[1]) / (100 if found[2] else 1) if found else 0.0
     if not 0 < value < 1:
-        raise UserError(f"{option} is {text}; give a share between 0% and 100%, as 3% or 0.03")
+        raise UserError(f"{option} is {text}; give a share between 0% and 100%, such as 3% or 0.03")
     return value
 
 
 def _folder(folder: str, base: Any, new: Any) -> str:
-    """Relative where each state has its own, else the one that is here."""
+    """A relative path if each state has this folder, else the absolute path of the one here."""
     from fastdiff.bench.saved import check_folder
 
     top = new.root.resolve()
@@ -210,7 +214,7 @@ def _folder(folder: str, base: Any, new: Any) -> str:
 
 
 def _case(pipeline: str | None, settings: Any) -> str:
-    """What was timed, as every row begins."""
+    """What was timed: the text that every row's name starts with."""
     from fastdiff.bench.source import Source
 
     parts = [settings.dtype, settings.device]
@@ -224,5 +228,5 @@ def _case(pipeline: str | None, settings: Any) -> str:
 
 def _nothing(settings: Any, rows: dict[str, list[str]]) -> str:
     if settings.filter and not any(rows.values()):
-        return f"--filter {settings.filter} fits no kernel's case; give part of a name"
-    return "the two states have nothing in common that could be timed"
+        return f"--filter {settings.filter} matches no kernel or case; give part of a name"
+    return "the two states have no kernel or backend in common that could be timed"

@@ -38,8 +38,8 @@ def doctor(
 ) -> None:
     """Say what keeps a pipeline on this machine from being fast, and what to do about it.
 
-    Draws three pictures of two steps. Exits with 1 where something keeps it from being fast. An
-    extra that is absent does not: it brings other commands.
+    Draws three pictures of two steps each. Exits with 1 if something keeps the pipeline from being
+    fast. A missing extra does not count: it only adds other commands.
     """
     from fastdiff.bench import doctor
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size
@@ -76,8 +76,8 @@ def doctor(
         for one in found:
             print(f"slow: {one}")
         for extra, needs in absent.items():
-            print(f"absent: {', '.join(needs)}, for {BRINGS[extra]}; {pip(extra)}")
+            print(f"not installed: {', '.join(needs)}, for {BRINGS[extra]}; {pip(extra)}")
         if not found:
-            print(f"fast: nothing keeps {source.name} on {device} from it")
+            print(f"fast: found nothing that slows {source.name} on {device}")
     if found:
         raise typer.Exit(1)

@@ -42,21 +42,21 @@ def generate(
     out: Annotated[
         Path,
         typer.Option(
-            help="The picture's file, a .png or another format of Pillow's. Several prompts make"
-            " NAME-1.png, NAME-2.png and so on, counted on from those that are there already. With"
-            " --prompts: the folder of the pictures and of manifest.jsonl."
+            help="The picture's file, a .png or another format that Pillow writes. Several prompts"
+            " make NAME-1.png, NAME-2.png and so on, after the highest number that exists. With"
+            " --prompts: the folder for the pictures and manifest.jsonl."
         ),
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw. Repeat it for a picture of each.")
+        list[str] | None, typer.Option(help="What to draw. Repeat it to draw several pictures.")
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="A .txt, .csv, .jsonl or .parquet file with a row for each picture; its columns:"
-            " prompt, seed, steps, guidance, negative, size. Run it again after a kill, and it"
-            " draws what is missing.",
+            " prompt, seed, steps, guidance, negative, size. After an interruption, run the same"
+            " command again: it draws the missing pictures.",
         ),
     ] = None,
     pipeline: Pipeline = None,
@@ -83,7 +83,7 @@ def generate(
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="Under torchrun: guidance, each of two ranks computes one half of guidance; data,"
+            help="Under torchrun. guidance: each of two ranks computes one half of guidance; data:"
             " the ranks draw different pictures. Default: data with --prompts, else guidance."
         ),
     ] = None,
@@ -99,7 +99,7 @@ def generate(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
 ) -> None:
-    """Draw a picture of each prompt, all from the same seed; or of each row of a file."""
+    """Draw a picture for each prompt, all from the same seed, or for each row of a file."""
     at_least("--steps", steps, 1)
     finite_guidance(guidance_scale)
     if (prompts is None) == (not prompt):
@@ -107,9 +107,9 @@ def generate(
     for name in ("ray", "workers", "capacity", "gpus_per_worker"):
         needed = "ray" if name == "gpus_per_worker" else "prompts"
         if was_given(context, name) and context.params[needed] is None:
-            raise UserError(f"--{name.replace('_', '-')} goes with --{needed}")
+            raise UserError(f"--{name.replace('_', '-')} needs --{needed}")
     if ray is not None and parallel is not None:
-        raise UserError("--parallel goes with torchrun, --ray without; give one of them")
+        raise UserError("got --parallel, which needs torchrun, and --ray; give one of them")
     from fastdiff.bulk.painter import Setup
     from fastdiff.bulk.prompts import Row
 
@@ -157,7 +157,7 @@ def _draw(prompts: list[str], out: Path, setup: Any, own: "Row", parallel: str |
 
 
 def _images(painter: "Painter", rows: list["Row"], ranks: "Ranks | None") -> Iterator[Any]:
-    """The rows' pictures. ranks: those that divide them among them."""
+    """The rows' pictures. ranks: the processes that share the rows; None if this one draws all."""
     if ranks is None:
         yield from map(painter.draw, rows)
         return
@@ -172,7 +172,7 @@ def _images(painter: "Painter", rows: list["Row"], ranks: "Ranks | None") -> Ite
 
 
 def _places(out: Path, count: int) -> list[Path]:
-    """`out` for one picture; for several its name with numbers, none of which is taken yet."""
+    """`out` for one picture; for several its name with numbers that no file has yet."""
     if count == 1:
         return [out]
     numbered = re.compile(rf"{re.escape(out.stem)}-(\d+)")
@@ -182,7 +182,7 @@ def _places(out: Path, count: int) -> list[Path]:
 
 
 def _format(out: Path) -> str:
-    """Pillow's name of the format that `out` ends in; UserError unless it takes colours."""
+    """Pillow's name of the format of `out`'s suffix; UserError if it cannot store colours."""
     from PIL import Image
 
     Image.init()
@@ -192,16 +192,17 @@ def _format(out: Path) -> str:
         Image.new("RGB", (8, 8)).save(BytesIO(), kind)
     except (KeyError, OSError, ValueError):
         raise UserError(
-            f"--out {out}: Pillow writes no {suffix or 'suffix-less'} file of colours; use .png"
+            f"--out {out}: Pillow cannot write colours as {suffix or 'a file without suffix'}; use"
+            " .png"
         ) from None
     return kind
 
 
 def _encoded(image: Any, out: Path, kind: str) -> bytes:
-    """The file's bytes: Pillow takes a disk that is full amid a file for one that is not."""
+    """The file's bytes; encoded in memory because Pillow misses a disk that fills up mid-file."""
     file = BytesIO()
     try:
         image.save(file, kind)
-    except (OSError, ValueError) as error:  # what a format cannot hold: 20000 pixels of .webp
+    except (OSError, ValueError) as error:  # the format's limits, such as 16383 pixels of .webp
         raise UserError(f"{out} cannot be written: {error}; use .png") from error
     return file.getvalue()

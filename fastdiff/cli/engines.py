@@ -1,4 +1,4 @@
-"""export --trt and inspect: engines that are built, and engines that lie in a folder."""
+"""export --trt builds engines; inspect describes the engines in a folder."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ SCHEMA = "fastdiff.engines/1"
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What only `--trt` takes, as it was given."""
+    """The options that only `--trt` takes, as they were given."""
 
     flavor: str | None
     target: str | None
@@ -25,7 +25,7 @@ class EngineOptions:
     timing_cache: Path | None
 
     def given(self) -> list[str]:
-        """The options that were."""
+        """The names of the options that were given."""
         names = (name for name, value in vars(self).items() if value is not None)
         return [f"--{name.replace('_', '-')}" for name in names]
 
@@ -38,9 +38,9 @@ def write_engines(
     dry_run: bool,
     json_file: Path | None,
 ) -> None:
-    """Build engines of what `load` gives in the new folder `out`, and show them.
+    """Build engines in the new folder `out`, and show them.
 
-    load: the pipeline and its parts.
+    load: returns the pipeline and its parts.
     """
     from fastdiff.bench.progress import phases
     from fastdiff.engines import trt
@@ -54,7 +54,9 @@ def write_engines(
     compatible = tuple(asked.compatible.split(",")) if asked.compatible is not None else ()
     if unknown := [one for one in compatible if one not in trt.COMPATIBLE]:
         known = " or ".join(trt.COMPATIBLE)
-        raise UserError(f"--compatible is {unknown[0]!r}; choose {known}, or both with a comma")
+        raise UserError(
+            f"--compatible is {unknown[0]!r}; choose {known}, or both separated by a comma"
+        )
     if asked.timing_cache is not None:
         check_writable(asked.timing_cache, "--timing-cache")
     named = asked.target.split(",") if asked.target is not None else ()
@@ -95,7 +97,7 @@ def write_engines(
 
 
 def _show_all(document: dict[str, Any]) -> None:
-    """Print what was built, or would be, and what was left out."""
+    """Print what was built, or would be built, and what was left out."""
     would = "would write" if document["dry_run"] else "wrote"
     print(f"{would} {document['out']}, opset {document['opset']}, {document['shapes']}")
     for engine in document["engines"]:
@@ -105,8 +107,8 @@ def _show_all(document: dict[str, Any]) -> None:
 
 
 def inspect_engines(folder: Path, json_file: Path | None) -> None:
-    """Show what the engines in `folder` are. UserError where one is damaged, or not for the
-    library that is installed."""
+    """Show what the engines in `folder` are. UserError if one is damaged, or does not fit the
+    installed library."""
     from fastdiff.bench.progress import status
     from fastdiff.engines import manifest, trt
     from fastdiff.written import afterwards, check_writable
@@ -142,4 +144,4 @@ def _show(name: str, engine: dict[str, Any]) -> None:
         print(f"  not compared with torch: {reason.removeprefix('not run: ')}")
     if check := engine.get("numeric_check"):
         within = "within" if check["passed"] else "OUTSIDE"
-        print(f"  compared with torch: {within} the error that is allowed")
+        print(f"  compared with torch: {within} the allowed error")

@@ -1,4 +1,4 @@
-"""export: the networks as ONNX, the proof that they draw the same, engines, a server's folder."""
+"""export: ONNX files and their check against torch, TensorRT engines, a model repository."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def export(
         typer.Argument(
             metavar="PIPELINE",
             help="A folder that save_pretrained wrote, a hub id (owner/name), or a .safetensors"
-            " file that holds a whole pipeline; with --triton-repo also what --onnx or --trt made."
+            " file with a whole pipeline; with --triton-repo also a folder made by --onnx or --trt."
             " Default: the demo that comes with fastdiff.",
             show_default=False,
         ),
@@ -62,12 +62,12 @@ def export(
     ] = "auto",
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="--onnx: run each file, and hold it to torch's own result."),
+        typer.Option("--verify", help="--onnx: run each file and compare it with torch's result."),
     ] = False,
     ort_fused: Annotated[
         bool,
         typer.Option(
-            "--ort-fused", help="--onnx: the GroupNorm that only ONNX Runtime on CUDA has."
+            "--ort-fused", help="--onnx: use the GroupNorm that only ONNX Runtime on CUDA has."
         ),
     ] = False,
     dry_run: Annotated[
@@ -79,47 +79,50 @@ def export(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="--trt: GPU architectures, as sm_89,sm_120. Default: the GPU here."),
+        typer.Option(help="--trt: GPU architectures, such as sm_89,sm_120. Default: the GPU here."),
     ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(
-            help="--trt: minimum:optimum:maximum, each pictures x height x width, as"
+            help="--trt: minimum:optimum:maximum, each pictures x height x width, such as"
             " 1x256x256:1x512x512:2x768x768."
         ),
     ] = None,
     static: Annotated[
         str | None,
-        typer.Option(help="--trt: one shape only, as 1x512x512, drawn with guidance."),
+        typer.Option(help="--trt: one shape only, such as 1x512x512, drawn with guidance."),
     ] = None,
     compatible: Annotated[
         str | None,
-        typer.Option(help="--trt: hardware, version, or both with a comma between them."),
+        typer.Option(
+            help="--trt: where else engines must run: hardware (other GPUs), version (other"
+            " versions of TensorRT), or hardware,version."
+        ),
     ] = None,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(help="--trt: a file that keeps what was timed, for the next build."),
+        typer.Option(help="--trt: a file that keeps TensorRT's timings for the next build."),
     ] = None,
     json_file: Json = None,
 ) -> None:
     """Write the networks as ONNX files, TensorRT engines, or a server's model repository.
 
-    Exits with 1 where an engine, or with --verify a file, computes something else than torch.
+    Exits with 1 if an engine, or with --verify a file, computes something other than torch.
     """
     kinds = {"--onnx": onnx, "--trt": trt, "--triton-repo": triton_repo}
     if sum(kinds.values()) != 1:
-        raise UserError("give one of --onnx, --trt and --triton-repo: what to make")
+        raise UserError("give one of --onnx, --trt and --triton-repo to say what to make")
     only_trt = EngineOptions(flavor, target, shapes, static, compatible, timing_cache)
     if lost := [one for one in only_trt.given() if not trt and (onnx or one != "--target")]:
-        raise UserError(f"{lost[0]} goes with --trt")
+        raise UserError(f"{lost[0]} needs --trt")
     if ort_fused and not onnx:
-        raise UserError("--ort-fused goes with --onnx")
+        raise UserError("--ort-fused needs --onnx")
     if verify and dry_run:
-        raise UserError("--dry-run makes nothing that --verify could run; give one of them")
+        raise UserError("got --verify, which runs files, and --dry-run, which makes none; give one")
     if verify and triton_repo:
-        raise UserError("--verify goes with --onnx, whose folder --triton-repo then takes")
+        raise UserError("--verify needs --onnx; verify that folder, then give it to --triton-repo")
     if verify and trt:
-        raise UserError("--verify goes with --onnx; it runs no engines")
+        raise UserError("--verify needs --onnx; it runs no engines")
     from fastdiff.bench.pipelines import check_dtype
     from fastdiff.bench.progress import status
     from fastdiff.bench.source import fused as fused_source
@@ -178,17 +181,19 @@ def export(
 def _verify(
     pipe: Any, networks: Any, out: Path, ort_fused: bool, log: Callable[[str], object]
 ) -> tuple[dict[str, Any], str]:
-    """The parity report as JSON and as Markdown, both written into `out`."""
+    """Write the parity report into `out` as JSON and Markdown, and return both."""
     from fastdiff.export import fused, parity
     from fastdiff.written import told, write_file
 
     runnable = fused.spelled_out(out, networks) if ort_fused else nullcontext(out)
-    with runnable as place, told(place):  # what the bisection runs lies there a while
+    with runnable as place, told(place):  # the bisection writes its files there
         result = parity.verify(pipe, networks, place, log)
     document, text = parity.to_dict(result), parity.to_markdown(result)
     if ort_fused:
         document["spelled_out"] = fused.OPERATOR
-        text += f"\n{fused.OPERATOR} was computed in standard operators: no CPU has it.\n"
+        text += (
+            f"\n{fused.OPERATOR} was computed with standard operators: it does not run on CPUs.\n"
+        )
     as_json = json.dumps(document, indent=1, allow_nan=False) + "\n"
     with told(out):
         write_file(out / "parity.json", lambda path: path.write_text(as_json, encoding="utf-8"))

@@ -30,16 +30,16 @@ COLUMNS = {
     "mma": "multiplies by",
     "bound": "waits for",
 }
-"""Of the table of kernels: a row's field beside its name, and what stands above it."""
+"""The columns of the table of kernels: a row's field, and the column's heading."""
 LEGEND = (
-    "stages: rounds of a loop whose loads are under way at once; regs: registers of a thread, 255"
-    " at most; spill: bytes of a thread that do not fit into them",
-    "shared: bytes of shared memory of a block; occupancy: warps on a multiprocessor, of those that"
-    " it can hold; limited by: why there are no more",
-    "load B, store B: bytes of a thread's widest load and store; could load B: what the layout of"
-    " the data allows; narrow loads: how many loads and stores are narrower than that",
-    "multiplies by: the matrix instruction, empty without one; waits for: memory or compute, which"
-    " takes longer at the GPU's specified rates",
+    "stages: loop iterations whose loads are in flight at once; regs: registers per thread, at most"
+    " 255; spill: bytes per thread that do not fit into registers",
+    "shared: bytes of shared memory per block; occupancy: warps on a multiprocessor, as a share of"
+    " the most that it holds; limited by: what keeps occupancy below 100%",
+    "load B, store B: bytes of a thread's widest load and store; could load B: the widest load that"
+    " the data's layout allows; narrow loads: number of loads and stores narrower than that",
+    "multiplies by: the matrix instruction, empty if there is none; waits for: memory or compute,"
+    " whichever takes longer at the GPU's specified rates",
 )
 
 
@@ -58,7 +58,8 @@ def inspect(
     arch: Annotated[
         list[int] | None,
         typer.Option(
-            help="A GPU's architecture, as 80, 90 or 120. Repeat it for more. Default: all we know."
+            help="A GPU's architecture, such as 80, 90 or 120. Repeat it for more. Default: all"
+            " that fastdiff knows."
         ),
     ] = None,
     models: Annotated[
@@ -72,10 +73,11 @@ def inspect(
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Show what GPU kernels compile to, or what engines are and whether they are undamaged.
+    """Show what GPU kernels compile to, or describe engines and check that they are undamaged.
 
-    Needs no GPU. Exits with 1 where a kernel spills, does not fit, or moves or multiplies less at
-    once than it could; with --count where a pipeline needs more kernels than it may.
+    Needs no GPU. Exits with 1 if a kernel spills registers, does not fit the GPU, loads less at
+    once than it could, or uses no matrix instruction where one exists; with --count, if a pipeline
+    needs more kernels than its limit.
     """
     from fastdiff.kernels.dispatch import all_kernels
     from fastdiff.written import check_writable
@@ -90,20 +92,20 @@ def inspect(
                 f" {', '.join(sorted(kernels))}"
             )
         if arch:
-            raise UserError("--arch is for our kernels; an engine has the GPU it was built for")
+            raise UserError("leave out --arch: an engine has the GPU it was built for")
         if models:
-            raise UserError("--models is for our kernels")
+            raise UserError("leave out --models, which chooses kernels, not engines")
         return inspect_engines(Path(what), json_file)
     if count:
         if what or models:
-            raise UserError("--count takes no kernel and no --models; give --arch and --json")
+            raise UserError("--count takes neither a kernel nor --models; leave them out")
         return count_kernels(arch, json_file)
     command = shlex.join(["fastdiff", *context.obj])
     inspect_kernels(None if what is None else [what], arch, models, json_file, command)
 
 
 def count_kernels(archs: list[int] | None, json_file: Path | None) -> None:
-    """Show how often each kernel is compiled for each pipeline; say which need too many."""
+    """Show how many kernels each pipeline has compiled, and exit with 1 if one has too many."""
     import torch
 
     from fastdiff import tables
@@ -138,7 +140,7 @@ def count_kernels(archs: list[int] | None, json_file: Path | None) -> None:
 
 
 def known_archs(archs: Iterable[int]) -> None:
-    """UserError for an architecture that we know no limits of."""
+    """UserError for an architecture whose limits we do not know."""
     from fastdiff.kernels.inspect import SHARED_LIMIT
 
     if unknown := set(archs) - set(SHARED_LIMIT):
@@ -153,7 +155,7 @@ def inspect_kernels(
     json_file: Path | None,
     command: str,
 ) -> None:
-    """Compile them, show the table and say what may not be."""
+    """Compile the kernels and show the table; print each fault and exit with 1 if there is one."""
     from dataclasses import asdict
 
     from fastdiff.bench.kernels import cases
@@ -169,7 +171,7 @@ def inspect_kernels(
     rows = [asdict(row) for row in found]
     document = {
         "schema": SCHEMA,
-        "versions": {"triton": versions()["triton"]},  # its wheel holds compiler and assembler
+        "versions": {"triton": versions()["triton"]},  # its wheel brings compiler and assembler
         "commit": commit(),
         "command": command,
         "rows": rows,
@@ -182,7 +184,7 @@ def inspect_kernels(
 
 
 def show_kernels(rows: list[dict[str, Any]]) -> None:
-    """Print a row for each, named as in a report, and what the columns mean."""
+    """Print a row for each kernel, named as in a report, and what the columns mean."""
     from fastdiff import tables
 
     shown = []

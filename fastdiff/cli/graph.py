@@ -1,4 +1,4 @@
-"""graph: a step kernel by kernel, as a GPU would be asked for it."""
+"""graph: the kernels that a GPU would run in one step."""
 
 import json
 import shlex
@@ -12,10 +12,10 @@ from fastdiff.cli.options import Json, Preset, Saved, app
 SCHEMA = "fastdiff.graph/1"
 HEAD = ("kernel", "launches", "MB", "GFLOP", "floor ms")
 LEGEND = (
-    "launches: of one denoising step, with guidance where there is a text",
-    "MB: what they read and write; GFLOP: products and convolutions",
-    "floor ms: the least time they can take on that GPU, by its bytes/s or FLOP/s, whichever is"
-    " longer; computed, not measured",
+    "launches: in one denoising step, with guidance if there is a text",
+    "MB: bytes that the launches read and write; GFLOP: products and convolutions",
+    "floor ms: the least time that the launches can take on this GPU, from its bytes/s or FLOP/s,"
+    " whichever takes longer; computed, not measured",
 )
 
 
@@ -25,15 +25,14 @@ def graph(
     pipeline: Saved = None,
     preset: Preset = None,
     gpu: Annotated[
-        str, typer.Option(help="The GPU to price for, as h200, h100, a100-80 or rtx4090.")
+        str, typer.Option(help="The GPU to compute for, such as h200, h100, a100-80 or rtx4090.")
     ] = "h200",
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "fp16",
     json_file: Json = None,
 ) -> None:
-    """List what one step launches on a GPU, kernel by kernel, and the least time it needs. With
-    guidance if it draws from a text.
+    """List the kernels that one step launches on a GPU, and the least time that they need.
 
-    No GPU is needed, and no weight is read.
+    The step has guidance if the pipeline draws from text. Needs no GPU and reads no weights.
     """
     from fastdiff.bench.blueprints import named
     from fastdiff.bench.gpus import gpu_named
@@ -90,7 +89,7 @@ def _show(document: dict[str, Any]) -> None:
         )
         for row in (*document["rows"], document)
     ]
-    title = f"{document['case']}, priced on {document['gpu']}"
+    title = f"{document['case']}, computed for {document['gpu']}"
     console = tables.printer()
     tables.show(console, title, HEAD, rows)
     tables.below(console, LEGEND)

@@ -42,8 +42,8 @@ def bench(
     backends: Annotated[
         str,
         typer.Option(
-            help="Which to run, with commas between them; eager, which the others are compared"
-            " with, is always run."
+            help="The backends to run, separated by commas. eager, which the others are compared"
+            " with, always runs."
         ),
     ] = "eager,channels_last,inductor,fastdiff",
     dtype: Dtype = None,
@@ -52,24 +52,22 @@ def bench(
     height: Side = None,
     width: Side = None,
     rounds: Annotated[
-        int, typer.Option(help="Number of pictures that each backend is timed on.")
+        int, typer.Option(help="Number of pictures that are timed for each backend.")
     ] = 15,
     seed: Seed = 0,
     engines: Annotated[
-        Path | None, typer.Option(help="Folder that fastdiff export made of this pipeline.")
+        Path | None, typer.Option(help="The folder that fastdiff export made from this pipeline.")
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Time the backends side by side, and hold what each draws to float64.
+    """Time the backends side by side, and compare what each computes with float64.
 
-    Exits with 1 where a backend draws something else, or one that --backends names cannot run.
+    Exits with 1 if a backend's error is above its limit, or if one named in --backends cannot run.
     """
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
     if pipeline == "kernels" and not Path(pipeline).exists():
-        raise UserError(
-            "bench times pipelines; fastdiff compare times kernels, pytest benchmarks too"
-        )
+        raise UserError("bench times pipelines; run fastdiff compare kernels or pytest benchmarks")
     from fastdiff.bench.backends import ON_ENGINES, choose
     from fastdiff.bench.machine import commit, machine, native, versions
     from fastdiff.bench.pipelines import check_device, check_dtype, check_size, check_steps
@@ -87,18 +85,20 @@ def bench(
     names = choose(backends)
     asked = names if was_given(context, "backends") else ()
     if "tensorrt" in names and not engines:
-        raise UserError("--backends tensorrt needs --engines: what fastdiff export --trt wrote")
+        raise UserError(
+            "--backends tensorrt needs --engines; give the folder that fastdiff export --trt wrote"
+        )
     if engines:
         from fastdiff.compiler.engines import check_folder
 
         if not set(ON_ENGINES) & set(names):
             raise UserError(
-                f"--engines goes with --backends {', '.join(ON_ENGINES[:-1])} or {ON_ENGINES[-1]}"
+                f"--engines needs --backends {', '.join(ON_ENGINES[:-1])} or {ON_ENGINES[-1]}"
             )
         check_folder(engines)
     device = check_device(device)
     torch_dtype = check_dtype(dtype, device)
-    # a preset's weights come from the device's own generator; those in engines from the CPU's
+    # a preset's random weights depend on the device that draws them; engines were made on the CPU
     source = source_of(context)
     pipe = opened(source, torch_dtype, "cpu" if engines else device)
     check_steps(pipe, steps)
@@ -149,8 +149,8 @@ def count(
     steps: Annotated[
         int,
         typer.Option(
-            help="Denoising steps of one picture; a second one, of a step less, shows"
-            " what a step takes."
+            help="Denoising steps of one picture. A second picture with one step less shows what"
+            " a step costs."
         ),
     ] = 5,
     height: Side = None,
@@ -165,7 +165,7 @@ def count(
 ) -> None:
     """Count the launches, bytes and FLOPs of a step and of a picture, eager and with fastdiff.
 
-    Nothing is timed, so that the numbers are the same on a busy machine.
+    Nothing is timed, so the numbers are the same on a busy machine.
     """
     at_least("--steps", steps, 2)
     from fastdiff.bench import counters

@@ -1,7 +1,7 @@
-"""What commands share: the application, their options, and the pipeline that these name.
+"""What commands share: the application, their options, and the pipeline that these options name.
 
-Every command spells these the same way: the pipeline is the positional argument, `--out` names what
-is made, `--json FILE` is where the machine-readable document goes.
+Every command spells them the same way: the pipeline is the positional argument, `--out` names what
+is made, and `--json FILE` is where the JSON document goes.
 """
 
 import math
@@ -27,7 +27,7 @@ Pipeline = Annotated[
     typer.Argument(
         metavar="PIPELINE",
         help="A folder that save_pretrained wrote, a hub id (owner/name), or a .safetensors file"
-        " that holds a whole pipeline. Default: the demo that comes with fastdiff.",
+        " with a whole pipeline. Default: the demo that comes with fastdiff.",
         show_default=False,
     ),
 ]
@@ -43,14 +43,14 @@ Saved = Annotated[
 Variant = Annotated[
     str | None,
     typer.Option(
-        help="Which files of weights to read where a folder or hub id has several, as fp16."
-        " Default: those without a variant, or the only ones there are."
+        help="Which weight files to read if a folder or hub id has several variants, such as fp16."
+        " Default: the files without a variant, or the only variant."
     ),
 ]
 Config = Annotated[
     str | None,
     typer.Option(
-        help="For a .safetensors file: a folder or hub id of a pipeline with the same networks,"
+        help="For a .safetensors file: the folder or hub id of a pipeline with the same networks,"
         " whose configs and tokenizers are used. Default: the hub id that diffusers finds for it."
     ),
 ]
@@ -58,14 +58,15 @@ Lora = Annotated[
     list[str] | None,
     typer.Option(
         metavar="LORA[=WEIGHT]",
-        help="LoRA adapter: a .safetensors file, a folder or a hub id, and how strongly it counts,"
-        " 1 if not given. Repeat it for several.",
+        help="A LoRA adapter: a .safetensors file, a folder or a hub id, with its weight (1 if not"
+        " given). Repeat it for several.",
     ),
 ]
 Scheduler = Annotated[
     str | None,
     typer.Option(
-        help="A scheduler class of diffusers, as EulerDiscreteScheduler. Default: the pipeline's."
+        help="A scheduler class of diffusers, such as EulerDiscreteScheduler. Default: the"
+        " pipeline's own."
     ),
 ]
 Steps = Annotated[int, typer.Option(help="Number of denoising steps.")]
@@ -74,62 +75,63 @@ Seed = Annotated[
     typer.Option(help="The same seed draws the same picture again.", min=0, max=2**63 - 1),
 ]
 Side = Annotated[
-    int | None, typer.Option(help="Of the picture, in pixels. Default: the pipeline's own size.")
+    int | None, typer.Option(help="The picture's size in pixels. Default: the pipeline's own size.")
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp32 on a CPU, fp16 on a GPU.")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is a GPU.")
+    str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda if there is a GPU.")
 ]
 RayAddress = Annotated[
     str | None,
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Draw by Ray. local starts a cluster on this machine, auto joins the one that runs"
-        " here; or the address of another one.",
+        help="Draw with Ray: local starts a cluster on this machine, auto joins the cluster that"
+        " runs here, and an address joins another cluster.",
     ),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
-        help="How many draw at the same time: threads that divide the cores of a CPU, 1 by default;"
-        " with --ray processes, by default as many as the GPUs hold, or one for each CPU.",
+        help="Number of workers that draw at the same time: threads that share the cores of a CPU,"
+        " by default 1; with --ray processes, by default as many as fit on the GPUs, or one for"
+        " each CPU.",
         min=1,
     ),
 ]
 GpusPerWorker = Annotated[
     float | None,
     typer.Option(
-        help="With --ray: GPUs of a worker; 0.5 lets two share one. Default: 1, or 0 where there"
-        " are none.",
+        help="With --ray: GPUs per worker; 0.5 lets two workers share a GPU. Default: 1, or 0 if"
+        " there are none.",
         min=0.0,
     ),
 ]
 PRESETS = (
     "sd15, sd21, sdxl, tiny, ldm, x4, ddpm-cifar, ddpm-256, consistency-64, dit-256, dit-512,"
     " pixart-sigma, flux, flux2, auraflow, z-image, qwen-image, prior, unclip, kandinsky22, if,"
-    " sd3, sd35-medium, sd35-large, or one of the last three with -t5"
+    " sd3, sd35-medium, sd35-large, or one of the last three followed by -t5 to add T5"
 )
 Preset = Annotated[
     str | None,
-    typer.Option(
-        help=f"Instead of a pipeline: a known network with random weights: {PRESETS} for T5 too."
-    ),
+    typer.Option(help=f"Instead of a pipeline, a known network with random weights: {PRESETS}."),
 ]
 Scale = Annotated[
     float,
-    typer.Option(help="With --preset: multiplies its widths and its picture's sides; at most 1."),
+    typer.Option(
+        help="With --preset: multiplies the network's widths and the picture's sides; at most 1."
+    ),
 ]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the machine-readable document here."),
+    typer.Option("--json", metavar="FILE", help="Write the results as JSON to this file."),
 ]
 
 
 def source_of(context: typer.Context) -> "Source":
-    """What the command line says of the pipeline to open."""
+    """The pipeline that the command line names."""
     from fastdiff.bench.source import Source
 
     given = context.params
@@ -144,12 +146,12 @@ def at_least(option: str, value: int, least: int) -> None:
 
 
 def finite_guidance(scale: float | None) -> None:
-    """UserError unless --guidance-scale is a number, or absent."""
+    """UserError unless --guidance-scale is absent or finite."""
     if scale is not None and not math.isfinite(scale):
         raise UserError(f"--guidance-scale is {scale}; give a number, such as 4")
 
 
 def was_given(context: typer.Context, parameter: str) -> bool:
-    """Whether a parameter stood on the command line."""
+    """Whether a parameter was given on the command line."""
     source = context.get_parameter_source(parameter)
     return source is not None and source.name != "DEFAULT"

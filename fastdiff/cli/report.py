@@ -1,4 +1,4 @@
-"""report: two states compared, as a table, a page, and what a pull request can be blocked on."""
+"""report: two states compared, as a table, a page, and an exit code for CI."""
 
 import os
 import shlex
@@ -20,10 +20,10 @@ def report(
     base: Annotated[
         Path | None,
         typer.Argument(
-            help="Document of the state before; or of both, as compare --json writes it."
+            help="JSON document of the old state, or of both states as compare --json writes it."
         ),
     ] = None,
-    new: Annotated[Path | None, typer.Argument(help="Document of the state now.")] = None,
+    new: Annotated[Path | None, typer.Argument(help="JSON document of the new state.")] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Write a comment for a pull request here.")
     ] = None,
@@ -34,30 +34,32 @@ def report(
     json_file: Json = None,
     pytest_benchmark: Annotated[
         Path | None,
-        typer.Option(help="Write the times of NEW here, as pytest-benchmark does."),
+        typer.Option(help="Write the times of NEW here, in pytest-benchmark's format."),
     ] = None,
     floor: Annotated[
         str | None,
         typer.Option(
-            help="Changes below this share do not count. Default: 3% for states that ran in turn,"
-            " 10% for separate runs."
+            help="Ignore changes below this share. Default: 3% for states that ran in turn, 10% for"
+            " separate runs."
         ),
     ] = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="With --html: also plot the results in this folder over their commits."),
+        typer.Option(help="With --html: also plot the results in this folder, commit by commit."),
     ] = None,
     roofline: Annotated[
         list[Path] | None,
-        typer.Option(help="With --html: also plot what roofline --json wrote. Repeat it for more."),
+        typer.Option(
+            help="With --html: also plot a file that roofline --json wrote. Repeat it for more."
+        ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Show rows without a change, too.")
+        bool, typer.Option("--all", help="Also show rows without a change.")
     ] = False,
 ) -> None:
-    """Compare what two states measured, and report it: is the new one slower?
+    """Compare the measurements of two states: is the new one slower?
 
-    Exit codes: 0 no, 1 yes, 2 bad input, 3 it cannot be told.
+    Exit codes: 0 no, 1 yes, 2 bad input, 3 undecided.
     """
     from fastdiff.regression.history import read as read_history
     from fastdiff.written import afterwards, check_writable, told, write_text
@@ -74,12 +76,14 @@ def report(
             check_writable(path, option)
 
     if roofline and html is None:
-        raise UserError("--roofline goes with --html, which draws it")
+        raise UserError("--roofline needs --html")
     if base is None:
         if history is None or html is None:
-            raise UserError("give BASE.json and NEW.json, a file of both, or --history with --html")
+            raise UserError(
+                "give BASE.json and NEW.json, one file with both, or --history and --html"
+            )
         if lost := [option for option, path in places.items() if path and option != "--html"]:
-            raise UserError(f"{lost[0]} needs states to compare; give BASE.json and NEW.json")
+            raise UserError(f"{lost[0]} needs two states; give BASE.json and NEW.json")
         from fastdiff.regression.reports.page import history_page
 
         write_text(html, history_page(read_history(history)))

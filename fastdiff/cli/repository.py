@@ -1,4 +1,4 @@
-"""export --triton-repo: what a Triton Inference Server serves, of a pipeline or its export."""
+"""export --triton-repo: a pipeline, or its export, as a Triton Inference Server's repository."""
 
 import json
 import shutil
@@ -20,11 +20,12 @@ def write_repository(
     dry_run: bool,
     json_file: Path | None,
 ) -> None:
-    """Make the repository `out` of the exported `folder`, else of what `load` gives; show it.
+    """Make the repository `out` and show it.
 
-    asked: the options given that a folder which is exported already cannot follow.
-    target: of its engines, the one to serve.
-    load: the pipeline and its parts, which are exported to ONNX first.
+    folder: an exported folder to serve; otherwise what `load` returns is exported to ONNX first.
+    asked: the given options that only a pipeline takes; with an exported folder they are an error.
+    target: the GPU architecture whose engines to serve.
+    load: returns the pipeline and its parts.
     """
     from fastdiff.bench.progress import status
     from fastdiff.export import onnx as exporter
@@ -37,14 +38,14 @@ def write_repository(
     with status() as log:
         if folder and triton.is_exported(folder):
             if asked:
-                raise UserError(f"{folder} is exported already; {asked[0]} goes with a pipeline")
+                raise UserError(f"{folder} is exported already; leave out {asked[0]}")
             found = triton.read(folder, target)
             if not dry_run:
                 with new_folder(out) as place:
                     triton.fill(place, folder, found, shutil.copyfile)
         else:
             if target:
-                raise UserError("--target goes with a folder that --trt made, or with --trt itself")
+                raise UserError("--target needs a folder that --trt made, or --trt itself")
             log("loading")
             pipe, networks = load()
             found = triton.models(exporter.document(networks, opset))
@@ -64,4 +65,4 @@ def _show(document: dict[str, Any]) -> None:
     for model in document["models"]:
         batch = f"batches of up to {n}" if (n := model["max_batch_size"]) else "no batching"
         print(f"{model['name']}: {model['backend']}, {batch}")
-    print(f"serve it with: tritonserver --model-repository={document['out']}")
+    print(f"to serve it: tritonserver --model-repository={document['out']}")

@@ -1,4 +1,4 @@
-"""roofline: what each block of a pipeline costs a GPU at least."""
+"""roofline: the least time that each block of a pipeline takes on a GPU."""
 
 import shlex
 from dataclasses import replace
@@ -30,7 +30,9 @@ def roofline(
     pipeline: Pipeline = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="The GPU to price for, as h200 or rtx4090. Default: the one here."),
+        typer.Option(
+            help="The GPU to compute for, such as h200 or rtx4090. Default: the GPU here."
+        ),
     ] = None,
     preset: Preset = None,
     scale: Scale = 1.0,
@@ -48,15 +50,17 @@ def roofline(
     width: Side = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Without a GPU: time each block on the CPU, for minutes."),
+        typer.Option(
+            "--measure", help="Without a GPU: time each block on the CPU, which takes minutes."
+        ),
     ] = False,
     rounds: Annotated[int, typer.Option(help="How often each block is timed.")] = 15,
     json_file: Json = None,
 ) -> None:
     """Count the launches, FLOPs and bytes of each block, and the least time a GPU needs for it.
 
-    Where there is a GPU, each block is timed on it too. On a CPU, bfloat16 is counted: it costs a
-    GPU what float16 does, and our CPU kernels compute it.
+    If there is a GPU, each block is timed on it too. On a CPU, bfloat16 is counted: it costs a GPU
+    the same as float16, and our CPU kernels compute it.
     """
     at_least("--steps", steps, 1)
     at_least("--rounds", rounds, 2)
@@ -84,7 +88,7 @@ def roofline(
         log("counting")
         with room(pipe, *check_size(pipe, height, width), device):
             result = price(
-                compile(pipe.to(device)),  # for good: to restore a large network takes its time
+                compile(pipe.to(device)),  # never restored: that takes long for a large network
                 gpu,
                 steps=steps,
                 height=height,
@@ -92,7 +96,7 @@ def roofline(
                 rounds=rounds if on_gpu or measure else 0,
             )
     if dtype is None and not on_gpu:
-        why = "bfloat16, as no --dtype was given: it costs a GPU what float16 does"
+        why = "bfloat16 because no --dtype was given: it costs a GPU the same as float16"
         result = replace(result, assumed=(*result.assumed, why))
     command = shlex.join(["fastdiff", *context.obj])
     with afterwards(json_file, lambda: to_json(result, source.name, command)):

@@ -35,33 +35,39 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 for one that is free.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
     capacity: Annotated[
         int, typer.Option(help="Pictures that a worker draws at the same time.")
     ] = 4,
-    queue: Annotated[int, typer.Option(help="Pictures that may wait; above it 429.")] = 32,
+    queue: Annotated[
+        int, typer.Option(help="Pictures that may wait; requests beyond them get status 429.")
+    ] = 32,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="FASTDIFF_API_KEY",
             show_envvar=True,
-            help="What clients must send as a bearer token. Others can read a command line, so"
-            " rather set the variable.",
+            help="The bearer token that clients must send. Other users of the machine can read a"
+            " command line, so better set the variable.",
         ),
     ] = None,
     steps: Steps = 25,
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="Of requests that give none. Default: the pipeline's own, 4 for the demo."
+            help="For requests that give none. Default: the pipeline's own, 4 for the demo."
         ),
     ] = None,
-    max_steps: Annotated[int, typer.Option(help="The most that a request may ask for.")] = 100,
-    max_pictures: Annotated[int, typer.Option(help="The most that one request may ask for.")] = 4,
+    max_steps: Annotated[
+        int, typer.Option(help="The most steps that a request may ask for.")
+    ] = 100,
+    max_pictures: Annotated[
+        int, typer.Option(help="The most pictures that a request may ask for.")
+    ] = 4,
     max_pixels: Annotated[
         int | None,
         typer.Option(
-            help="Of a picture. Default: half as many again as the pipeline's own size has."
+            help="The most pixels of a picture. Default: 1.5 times those of the pipeline's size."
         ),
     ] = None,
     ray: RayAddress = None,
@@ -83,14 +89,17 @@ def serve(
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}; give a number from 0 to 65535")
     if steps > max_steps:
-        raise UserError(f"--steps is {steps}, but --max-steps is {max_steps}; give fewer, or more")
+        raise UserError(f"--steps is {steps}, but --max-steps is {max_steps}; change one of them")
     finite_guidance(guidance_scale)
-    if ray is None or workers is not None:  # else the cluster says how many there are
+    if ray is None or workers is not None:  # else the cluster decides how many workers there are
         _check_room(max_pictures, capacity * (workers or 1) + queue)
     if was_given(context, "gpus_per_worker") and ray is None:
-        raise UserError("--gpus-per-worker goes with --ray")
+        raise UserError("--gpus-per-worker needs --ray")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
-        raise UserError("--api-key is empty or has characters that HTTP has not; give another")
+        raise UserError(
+            "--api-key is empty or has characters that an HTTP header cannot hold; give printable"
+            " ASCII"
+        )
     from fastdiff.serve.app import make
     from fastdiff.serve.limits import Limits
     from fastdiff.serve.opening import Opening
@@ -111,7 +120,7 @@ def serve(
     try:
         _check_room(max_pictures, engine.places + queue)
         web = make(engine, source.name, limits, api_key)
-        bound.listen()  # who reads the next line may connect
+        bound.listen()  # before the next line, which tells users that they can connect
         typer.echo(f"fastdiff: {source.name} at {url_of(bound)}", err=True)
         run(web, bound, limits.patience)
     finally:
@@ -119,9 +128,9 @@ def serve(
 
 
 def _check_room(pictures: int, room: int) -> None:
-    """UserError unless a request of so many pictures can be drawn, or wait."""
+    """UserError unless a request for this many pictures fits into the workers and the queue."""
     if pictures > room:
         raise UserError(
-            f"--max-pictures is {pictures}, but only {room} may be drawn or wait; give a larger"
-            " --queue"
+            f"--max-pictures is {pictures}, but only {room} can be drawn or wait at once; give a"
+            " larger --queue"
         )

@@ -1,4 +1,4 @@
-"""warm: the kernels of a pipeline, compiled here for GPUs that are elsewhere."""
+"""warm: compile a pipeline's kernels here for GPUs that are elsewhere."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,7 @@ def warm(
 ) -> None:
     """Compile a pipeline's GPU kernels on a machine without that GPU.
 
-    Copy the folder to a machine that has it: fastdiff.Options(warm=OUT) loads them there.
+    Copy the folder to a machine with that GPU: there, fastdiff.Options(warm=OUT) loads the kernels.
     """
     from fastdiff.bench.blueprints import named
     from fastdiff.bench.pipelines import check_dtype

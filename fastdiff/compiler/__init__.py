@@ -65,7 +65,7 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
         if slot_of(module) is None
     ]
     if options.warm is not None and parts and not slots:
-        raise UserError("Options.warm comes too late: this is compiled already; restore it first")
+        raise UserError("Options.warm is given, but this is compiled already; restore it first")
     try:
         for slot in slots:
             slot.take()

@@ -55,7 +55,9 @@ def _with_tiling(parts: Taken, options: Options) -> Taken:
     """`parts` with a decoder that works in strips, if `options` choose that."""
     exact = options.vae_tiling == "exact"
     if exact and not any(kind.cuts is not None for _, kind in parts.values()):
-        raise UserError('Options.vae_tiling is "exact", but there is no autoencoder')
+        raise UserError(
+            'Options.vae_tiling is "exact", but there is no autoencoder here; leave it out'
+        )
     for name, (module, kind) in parts.items():
         slot = slot_of(module)
         if slot is not None and kind.cuts is not None and slot.kind.cuts != exact:

@@ -217,7 +217,10 @@ def opened(
 def _open_trt(wanted: Replaced) -> Source:
     engines, name = wanted.options.engines, wanted.name
     if engines is None:
-        raise UserError("the backend tensorrt needs Options.engines: fastdiff export --trt")
+        raise UserError(
+            "the backend tensorrt needs Options.engines; give the folder that fastdiff export --trt"
+            " wrote"
+        )
     found = {f.parent.name: f for f in manifest.find(Path(engines)) if f.name == name}
     if not found:
         raise UserError(f"{engines} holds no {name}; fastdiff export --trt writes one")

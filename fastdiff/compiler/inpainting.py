@@ -37,7 +37,7 @@ def inpainting_of(
     if not plan.noises or (plan.constant_channels and names[1] not in local):
         return None
     if local.get(names[1]) is None:
-        raise Unsupported("its network is told mask and picture in further channels")
+        raise Unsupported("its network takes mask and picture as further channels")
     missing = [name for name in names if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")

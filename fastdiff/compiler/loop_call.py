@@ -127,7 +127,7 @@ def call_of(
     same = [name for name, value in local.items() if value is held and name != plan.latents]
     if callback is not None and same:
         raise Unsupported(
-            f"its latents are its {same[0]}, too: diffusers could not resume from them"
+            f"its latents are also its {same[0]}, so diffusers could not resume from them"
         )
     if callback is not None and not asks:
         raise Unsupported("after callback_on_step_end it could not resume in mid-loop")
@@ -137,7 +137,7 @@ def call_of(
     if callback is not None and not guided and not own("encode_prompt"):
         raise Unsupported("its encode_prompt was replaced and may keep the embeddings it returns")
     if callback is not None and guided and plan.unconditional:
-        raise Unsupported("a callback may replace one half of what the network is told")
+        raise Unsupported("a callback may replace one half of the network's conditions")
     refuse(callback=local.get("callback"), **{name: local.get(name) for name in plan.absent})
     for name, asks_more in plan.refused.items():
         if asks_more(local.get(name)):
@@ -146,7 +146,7 @@ def call_of(
     assert denoised is not None
     given = conditions_of(pipe, getattr(pipe, plan.network), plan, local, predictions)
     if callback is not None and any(isinstance(given[f], list) for f in plan.replaced.values()):
-        raise Unsupported("a callback may replace a list of what the network is told")
+        raise Unsupported("a callback may replace a list of the network's conditions")
     steps = local["timesteps"] if timesteps is None else timesteps
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:

@@ -102,9 +102,7 @@ def sharing(target: Any, options: Options, plans: bool) -> Sharing | None:
             " pipeline, and ignore neither its network nor its loop"
         )
     if options.backend != FASTDIFF:
-        raise UserError(
-            f"{said}, which goes with the backend {FASTDIFF!r}; got {options.backend!r}"
-        )
+        raise UserError(f"{said}, which needs the backend {FASTDIFF!r}; got {options.backend!r}")
     if not present():
         raise UserError(
             f"{said}, but torch.distributed has no process group; start the program with torchrun"

@@ -1,4 +1,4 @@
-"""What `fastdiff.compile` may be told."""
+"""The options of `fastdiff.compile`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -115,7 +115,7 @@ class Options:
             isinstance(name, str) for name in self.ignore
         ):
             raise UserError(
-                f'Options.ignore is {self.ignore!r}; give a tuple of names, as ("vae",)'
+                f'Options.ignore is {self.ignore!r}; give a tuple of names, such as ("vae",)'
             )
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.backend not in BACKENDS:
@@ -138,8 +138,8 @@ class Options:
             )
         if type(self.text_cache) is not int or self.text_cache < 0:
             raise UserError(
-                f"Options.text_cache is {self.text_cache!r}; give how many outputs of each text"
-                " encoder to keep, as 8"
+                f"Options.text_cache is {self.text_cache!r}; give the number of outputs to keep for"
+                " each text encoder, such as 8"
             )
         if not isinstance(self.offload_hoisted, bool):
             raise UserError(
@@ -147,7 +147,7 @@ class Options:
             )
         if self.offload_hoisted and self.backend != FASTDIFF:
             raise UserError(
-                f'Options.offload_hoisted goes with the backend "{FASTDIFF}"; got {self.backend!r}'
+                f'Options.offload_hoisted needs the backend "{FASTDIFF}"; got {self.backend!r}'
             )
         if self.parallel not in (None, *PARALLELS):
             raise UserError(
@@ -159,15 +159,17 @@ class Options:
             )
         if self.batch_invariant and (self.backend != FASTDIFF or LOOP in self.ignore):
             raise UserError(
-                f'Options.batch_invariant goes with the backend "{FASTDIFF}" and its own loop; got'
+                f'Options.batch_invariant needs the backend "{FASTDIFF}" and its own loop; got'
                 f" {self.backend!r}, ignore {self.ignore}"
             )
         if self.batch_invariant and self.parallel is not None:
-            raise UserError("Options.batch_invariant and parallel do not go together; give one")
+            raise UserError("got Options.batch_invariant and Options.parallel; give one of them")
         if self.backend == FASTDIFF and self.engines is not None:
-            raise UserError(f"Options.engines is {self.engines}, which needs a backend to run it")
+            raise UserError(
+                f"Options.engines is {self.engines}; give the backend that runs it, too"
+            )
         if self.ort_graphs and self.backend != "ort":
-            raise UserError(f'Options.ort_graphs goes with the backend "ort"; got {self.backend!r}')
+            raise UserError(f'Options.ort_graphs needs the backend "ort"; got {self.backend!r}')
 
 
 class Keywords(TypedDict, total=False):
@@ -192,7 +194,7 @@ def chosen(options: Options | None, keywords: Mapping[str, Any]) -> Options:
     if options is None:
         for name in keywords:
             if name not in names.split(", "):
-                raise UserError(f"compile knows no {name!r}; its options are {names}")
+                raise UserError(f"compile has no option {name!r}; its options are {names}")
         return Options(**keywords)
     if not isinstance(options, Options):
         raise UserError(

@@ -112,7 +112,7 @@ def networks(target: Any) -> dict[str, Family]:
     if recipe is None:
         models = [model for own in families().values() for model in own.models]
         raise ValueError(
-            f"fastdiff does not know {type(target).__name__}; it accelerates"
+            f"fastdiff cannot compile a {type(target).__name__}; it compiles"
             f" {', '.join(RECIPES)}, {', '.join(models[:-1])} and {models[-1]}"
         )
     return {name: family(own) for name, own in recipe.networks.items()}

@@ -41,7 +41,7 @@ def load_demo(
         raise UserError(f"load_demo's device {str(device)!r} cannot be used here: {reason}")
     if reason := refusal(device, dtype):
         raise UserError(
-            f"load_demo's dtype {dtype} cannot be computed with on {device} ({reason}); give"
+            f"load_demo's dtype {dtype} is not supported on {device} ({reason}); give"
             " torch.float32, bfloat16 or float16"
         )
     try:

@@ -26,7 +26,9 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder} was not written by fastdiff export --onnx: it has no readable {FILE}"
         ) from None
     if schema != SCHEMA:
-        raise UserError(f"{path} has schema {schema}, this fastdiff reads {SCHEMA}; export again")
+        raise UserError(
+            f"{path} has schema {schema}, but this fastdiff reads {SCHEMA}; export again"
+        )
     parts = document.get("parts")
     if not isinstance(parts, list) or not all(map(_is_part, parts)):
         raise UserError(f"{path} is damaged: it does not name its parts; export again")

@@ -74,7 +74,7 @@ def read(folder: Path) -> Manifest:
         raise UserError(f"{path} is not readable JSON ({error}); {AGAIN}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
-        raise UserError(f"{path} has schema {schema!r}, this fastdiff reads {SCHEMA}; {AGAIN}")
+        raise UserError(f"{path} has schema {schema!r}, but this fastdiff reads {SCHEMA}; {AGAIN}")
     values = {field.name: document.get(field.name) for field in fields(Manifest)}
     for field in fields(Manifest):
         if not _is_a(values[field.name], field.type):

@@ -164,7 +164,7 @@ def load(folder: Path, device: torch.device) -> Any:
     ampere = "hardware" in made.compatible and int(gpu[3:]) >= 80
     if gpu != made.target and not ampere:
         raise UserError(
-            f"{folder} was built for {made.target}, this GPU is {gpu};"
+            f"{folder} was built for {made.target}, but this GPU is {gpu};"
             f" run fastdiff export --trt with --target {gpu}"
         )
     runtime, log = _runtime(trt)

@@ -103,7 +103,9 @@ def spelled_out(folder: Path, parts: Sequence[Part]) -> Iterator[Path]:
                 _spell_out(folder / part.file, Path(made, part.file))
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{made} cannot hold what --verify runs: {reason}") from error
+            raise UserError(
+                f"--verify cannot write the files that it runs to {made}: {reason}"
+            ) from error
         yield Path(made)
 
 

@@ -49,13 +49,13 @@ def parse(shapes: str | None, static: str | None) -> Shapes | None:
         return None
     ends = shapes.split(":")
     if len(ends) != 3:
-        raise UserError(f"--shapes is {shapes!r}; give MIN:OPT:MAX, each as 1x512x512")
+        raise UserError(f"--shapes is {shapes!r}; give MIN:OPT:MAX, each such as 1x512x512")
     least, best, most = (_pictures("--shapes", end) for end in ends)
     for side in ("count", "height", "width"):
         low, middle, high = (getattr(end, side) for end in (least, best, most))
         if not low <= middle <= high:
             raise UserError(
-                f"--shapes {shapes}: {side} is {low}, {middle}, {high}; it must not fall"
+                f"--shapes {shapes}: {side} is {low}, {middle}, {high}; it must not decrease"
             )
     return Shapes(least, best, most)
 
@@ -83,8 +83,8 @@ def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
     for part in parts:
         if part.packed and _pixels(parts) == 1:
             raise UserError(
-                f"{part.folder} has no VAE beside it, which tells its latents' sides from pixels;"
-                " no engine is built of it"
+                f"{part.folder} has no VAE beside it to convert pixels to latents, so no engine can"
+                " be built of it"
             )
     for end in (shapes.least, shapes.best, shapes.most):
         for part in parts:
@@ -92,12 +92,12 @@ def profiles(parts: Sequence[Part], shapes: Shapes) -> dict[str, Profile]:
                 unit, got = _unit(part, parts), getattr(end, side)
                 if got % unit:
                     raise UserError(
-                        f"{end}: {side} {got} is not a multiple of {unit}, as {part.folder} needs;"
-                        f" {multiple(parts)} suits every network"
+                        f"{end}: {side} {got} is not a multiple of {unit}, which {part.folder}"
+                        f" needs; {multiple(parts)} suits every network"
                     )
                 if part.most and got > (most := part.most * _pixels(parts)):
                     raise UserError(
-                        f"{end}: {side} {got} is more than {most}, the most {part.folder} takes"
+                        f"{end}: {side} {got} is more than {most}, the maximum of {part.folder}"
                     )
     return {part.folder: _profile(part, parts, shapes) for part in parts}
 
@@ -152,6 +152,6 @@ def _pictures(option: str, text: str) -> Pictures:
     numbers = text.split("x")
     if len(numbers) != 3 or not all(n.isascii() and n.isdigit() and int(n) for n in numbers):
         raise UserError(
-            f"{option} has {text!r}; give pictures x height x width in pixels, as 1x512x512"
+            f"{option} has {text!r}; give pictures x height x width in pixels, such as 1x512x512"
         )
     return Pictures(*map(int, numbers))

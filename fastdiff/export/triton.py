@@ -71,7 +71,7 @@ def read(folder: Path, target: str | None) -> tuple[Model, ...]:
     if not (folder / exported.FILE).is_file():
         return _engines(folder, target)
     if target:
-        raise UserError(f"--target goes with engines, and {folder} holds ONNX files")
+        raise UserError(f"--target chooses engines, but {folder} holds ONNX files; leave it out")
     try:
         return models(exported.check(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

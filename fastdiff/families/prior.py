@@ -60,8 +60,8 @@ def _planned(prior: Denoiser, sizes: Sizes) -> list[Run]:
 
 def _part(folder: str, net: nn.Module, *_: object) -> Part:
     raise UserError(
-        f"{folder} is a {type(net).__name__}, which is not exported: a file would compute all its"
-        " tokens in every step"
+        f"{folder} is a {type(net).__name__}, which cannot be exported: a file would compute all"
+        " its tokens in every step"
     )
 
 

@@ -101,7 +101,7 @@ def part(
     last: Any = net.get_submodule("proj_out")
     for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
         if config.get(key):
-            raise UserError(f"{folder} has {key}, which no exported file computes")
+            raise UserError(f"{folder} has {key}, which cannot be exported")
     free, kind, axes = "batch_size", dtype_name(dtype), len(config.axes_dims_rope)
     text = (free, "sequence_length")
     example, *cases = packed_cases(TOKENS)

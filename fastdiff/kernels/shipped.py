@@ -141,7 +141,7 @@ def read(folder: Path) -> Shipped:
         raise UserError(f"{path} is not readable JSON ({error}); {AGAIN}") from error
     schema = told.pop("schema", None) if isinstance(told, dict) else None
     if schema != SCHEMA:
-        raise UserError(f"{path} has schema {schema!r}, this fastdiff reads {SCHEMA}; {AGAIN}")
+        raise UserError(f"{path} has schema {schema!r}, but this fastdiff reads {SCHEMA}; {AGAIN}")
     try:
         shipped = _parsed(folder, told)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -252,7 +252,7 @@ def _bytes(folder: Path, file: File) -> bytes:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}") from error
     if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise UserError(f"{path} is damaged: its hash is not the manifest's; {AGAIN}")
+        raise UserError(f"{path} is damaged: its hash differs from the manifest's; {AGAIN}")
     return data
 
 

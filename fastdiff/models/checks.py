@@ -35,7 +35,7 @@ def checked(name: str, tensor: Tensor | None, weight: Tensor, channels: int, dim
         )
     if tensor.dtype != weight.dtype or tensor.device != weight.device:
         raise Unsupported(
-            f"{name} is {tensor.dtype} on {tensor.device}, the weights are {weight.dtype} on"
+            f"{name} is {tensor.dtype} on {tensor.device}, but the weights are {weight.dtype} on"
             f" {weight.device}"
         )
     if tensor.numel() == 0:

@@ -82,7 +82,7 @@ def _part(layer: Any, name: str) -> _Part:
     if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
         raise Unsupported(f"the adapter {name!r}, which is not plain LoRA (DoRA or the like)")
     if type(down) is not type(base) or type(up) is not type(base):
-        raise Unsupported(f"the adapter {name!r}, whose layers do not suit a {type(base).__name__}")
+        raise Unsupported(f"the adapter {name!r}, whose layers do not fit a {type(base).__name__}")
     if down.bias is not None or up.bias is not None:
         raise Unsupported(f"the adapter {name!r} with a bias of its own (lora_bias)")
     if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:

@@ -125,7 +125,7 @@ class Reads:
         if type(module) is not nn.SiLU:
             raise Unsupported(f"{what} other than SiLU")
         if self.open(module, nn.SiLU).inplace:
-            raise Unsupported("a SiLU that overwrites what it is given")
+            raise Unsupported("a SiLU that overwrites its input")
         self.open(module, nn.SiLU)
 
     def activation(self, module: Any, what: str = "an activation") -> str:

@@ -245,7 +245,7 @@ def test_engines_that_no_backend_runs_are_refused(tmp_path, capsys, small_onnx):
     with pytest.raises(SystemExit) as caught:
         main(["bench", "--backends", "fastdiff", "--engines", str(small_onnx)])
     assert caught.value.code == 2
-    assert "--engines goes with --backends ort, openvino or tensorrt" in capsys.readouterr().err
+    assert "--engines needs --backends ort, openvino or tensorrt" in capsys.readouterr().err
 
 
 def test_engines_whose_files_changed_are_refused(tmp_path, capsys, small_folder, small_onnx):
@@ -342,7 +342,8 @@ def test_tensorrt_without_engines_names_the_missing_option(bench, capsys):
     out, err = capsys.readouterr()
     assert (out, err) == (
         "",
-        "fastdiff: --backends tensorrt needs --engines: what fastdiff export --trt wrote\n",
+        "fastdiff: --backends tensorrt needs --engines; give the folder that fastdiff"
+        " export --trt wrote\n",
     )
 
 

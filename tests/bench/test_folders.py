@@ -147,7 +147,7 @@ def test_pipelines_without_a_prompt_are_timed_and_refuse_one(saved, tmp_path):
         timed(folder)
         out = tmp_path / "x.png"
         code, _, err = run("generate", folder, "--prompt", "sun", "--out", out)
-        assert (code, "draws from more than a text, or from none" in err) == (2, True)
+        assert (code, "does not draw from text alone" in err) == (2, True)
         assert not out.exists()
 
 

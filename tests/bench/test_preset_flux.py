@@ -41,5 +41,5 @@ def test_launches(name):
 
 
 def test_flux2_is_counted_but_not_built():
-    with pytest.raises(UserError, match="flux2 is only counted: give it to graph"):
+    with pytest.raises(UserError, match="flux2 can only be counted; use fastdiff graph"):
         build("flux2", 0.1, torch.float32, "cpu")

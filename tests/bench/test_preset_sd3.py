@@ -196,10 +196,12 @@ def test_sides_are_whole_patches_within_the_position_table(pipes):
     for side, message in ((72, "divisible by 16"), (3088, "cannot be greater than")):
         with pytest.raises(ValueError, match=message):  # diffusers itself
             pipe("sun", height=side, width=16, num_inference_steps=1)
-    with pytest.raises(UserError, match="--width is 3088; .* has positions for 3072 at most"):
+    with pytest.raises(UserError, match="--width is 3088; .* draws at most 3072 pixels"):
         check_size(pipe, 64, 3088)
     check_steps(pipe, 1000)
-    with pytest.raises(UserError, match="--steps is 1001; this scheduler has 1000 steps at most"):
+    with pytest.raises(
+        UserError, match="--steps is 1001; this scheduler allows at most 1000 steps"
+    ):
         check_steps(pipe, 1001)
 
 

@@ -67,7 +67,7 @@ def test_too_many_kernels_are_one_sentence_and_exit_code_1(monkeypatch):
 def test_count_takes_neither_a_kernel_nor_models(more):
     code, _, err = run("inspect", "--count", *more)
     assert code == 2
-    assert "--count takes no kernel" in err
+    assert "--count takes neither a kernel" in err
     code, _, err = run("inspect", "--count", "--arch", "75")
     assert code == 2
     assert "--arch is 75" in err

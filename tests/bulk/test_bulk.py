@@ -256,7 +256,7 @@ def test_rows_that_the_pipeline_refuses_are_named_before_drawing(forked, tmp_pat
     arguments = ("generate", "--prompts", str(prompts), "--out", str(folder))
     for column, value, message in (
         ("size", "70x64", "line 3: width is 70; this pipeline needs a positive multiple of 8"),
-        ("steps", "2000", "line 3: steps is 2000; this scheduler has 1000 steps at most"),
+        ("steps", "2000", "line 3: steps is 2000; this scheduler allows at most 1000 steps"),
     ):
         prompts.write_text(f"prompt,{column}\nred heart,\nsun,{value}\n")
         code, _, err = forked(GENERATE, *arguments)
@@ -265,7 +265,7 @@ def test_rows_that_the_pipeline_refuses_are_named_before_drawing(forked, tmp_pat
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     code, _, err = forked(GENERATE, *arguments)
-    assert (code, "holds mine.txt, which is of no job" in err) == (2, True), err
+    assert (code, "holds mine.txt, which belongs to no job" in err) == (2, True), err
 
 
 def test_rows_are_the_same_from_csv_jsonl_and_parquet(tmp_path):
@@ -289,7 +289,7 @@ def test_rows_are_the_same_from_csv_jsonl_and_parquet(tmp_path):
     assert [row.told() for row in read(written["csv"], 3)] == read_of["csv"], "in each run"
     assert read(written["csv"], 4)[1].seed != second["seed"], "another job seed gives other seeds"
     written["parquet"].write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="is no Parquet file"):
+    with pytest.raises(UserError, match="is not a Parquet file"):
         read(written["parquet"], 0)
 
 
@@ -297,7 +297,7 @@ def test_a_folder_belongs_to_one_job_and_one_process(tmp_path):
     rows, asked, folder = [Row(1, 1, "sun", 0)], {"steps": 25, "dtype": "fp32"}, tmp_path / "out"
     with (
         opened(folder, rows, rows, asked),
-        pytest.raises(UserError, match="another process draws into it"),
+        pytest.raises(UserError, match="another process is drawing into it"),
         opened(folder, rows, rows, asked),
     ):
         pass
@@ -305,7 +305,7 @@ def test_a_folder_belongs_to_one_job_and_one_process(tmp_path):
     with pytest.raises(UserError, match="was begun with steps 25; got 3. Give the same options"):
         check(folder, rows, asked | {"steps": 3})
     for others in ([Row(1, 1, "moon", 0)], [Row(1, 1, "sun", 1)], [*rows, Row(2, 2, "sun", 0)]):
-        with pytest.raises(UserError, match="is the job of other prompts; give the same file"):
+        with pytest.raises(UserError, match="holds a job with other prompts; give the same file"):
             check(folder, others, asked)
     (folder / "job.json").write_text("{")
     with pytest.raises(UserError, match=r"job.json is damaged; give a new folder"):
@@ -322,7 +322,7 @@ def test_options_that_need_or_exclude_others(tmp_path):
         (): "give --prompt, once or several times, or --prompts with a file",
         ("--prompt", "sun", "--ray", "local"): "--ray goes with --prompts",
         ("--prompt", "sun", "--workers", 2): "--workers goes with --prompts",
-        ("--prompts", prompts, "--gpus-per-worker", 1): "--gpus-per-worker goes with --ray",
+        ("--prompts", prompts, "--gpus-per-worker", 1): "--gpus-per-worker needs --ray",
         ("--prompts", prompts, "--workers", 2, "--eager"): "--workers goes without --eager",
         ("--prompts", prompts, "--parallel", "data"): "start them by torchrun",
         ("--prompts", prompts, "--parallel", "both"): "choose guidance or data",

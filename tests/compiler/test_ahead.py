@@ -116,7 +116,7 @@ def test_on_a_cpu_the_report_says_that_the_folder_is_for_a_gpu(tmp_path):
     pipe = fastdiff.compile(fastdiff.load_demo(), warm=other)
     row = next(part for part in fastdiff.report(pipe).parts if part.name == "kernels")
     assert (row.runs, row.why) == ("Triton", f"{other} is for a GPU")
-    with pytest.raises(UserError, match="Options.warm comes too late"):
+    with pytest.raises(UserError, match="Options.warm is given, but this is compiled already"):
         fastdiff.compile(pipe, warm=other)
 
 

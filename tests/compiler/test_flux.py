@@ -196,7 +196,7 @@ def test_a_callback_beside_true_guidance(flux, hold):
     call["callback_on_step_end"] = lambda pipe, i, t, given: {
         "prompt_embeds": torch.full((1, 9, 20), 0.3).double()
     }
-    hold(flux, "one half of what the network is told", STEP, **SIZE | call)
+    hold(flux, "one half of the network's conditions", STEP, **SIZE | call)
 
 
 # LoRA

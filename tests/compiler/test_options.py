@@ -26,19 +26,19 @@ WRONG = {
     "ignore is \\(1,\\); give a tuple": {"ignore": (1,)},
     "engines is 3; give the folder": {"engines": 3, "backend": "ort"},
     "engines is ''; give the folder": {"engines": "", "backend": "ort"},
-    "engines is x, which needs a backend": {"engines": "x"},
+    "engines is x; give the backend that runs it": {"engines": "x"},
     "ort_graphs is 'yes'; give True or False": {"ort_graphs": "yes", "backend": "ort"},
     "tactics is 'on'; give True or False": {"tactics": "on"},
     "vae_tiling is 'blended'; choose auto, exact": {"vae_tiling": "blended"},
-    "text_cache is -1; give how many": {"text_cache": -1},
-    "text_cache is True; give how many": {"text_cache": True},
+    "text_cache is -1; give the number": {"text_cache": -1},
+    "text_cache is True; give the number": {"text_cache": True},
     "offload_hoisted is 1; give True or False": {"offload_hoisted": 1},
-    'offload_hoisted goes with the backend "fastdiff"; got': {
+    'offload_hoisted needs the backend "fastdiff"; got': {
         "offload_hoisted": True,
         "backend": "ort",
     },
     "ort_graphs is 1; give True or False": {"ort_graphs": 1, "backend": "ort"},
-    "ort_graphs goes with the backend \"ort\"; got 'tensorrt'": {
+    "ort_graphs needs the backend \"ort\"; got 'tensorrt'": {
         "ort_graphs": True,
         "backend": "tensorrt",
     },
@@ -76,7 +76,11 @@ def test_paths_and_lists_are_accepted():
         (("ort",), {}, "options are a str; give"),
         (((),), {}, "options are a tuple; give"),
         ((fastdiff.Options(),), {"backend": "ort"}, "given options and the keyword backend"),
-        ((), {"mode": "max-autotune"}, "no 'mode'; its options are ignore, backend, engines, ort"),
+        (
+            (),
+            {"mode": "max-autotune"},
+            "no option 'mode'; its options are ignore, backend, engines, ort",
+        ),
     ],
 )
 def test_other_arguments_of_compile_are_refused(pipe, arguments, keywords, message):

@@ -99,7 +99,7 @@ def test_a_callback_while_latents_and_noise_are_one_tensor(components_sd3, hold,
         return {"mask": torch.ones(2, 1, 8, 8).double()} if i == 1 else {}
 
     hold(pipe, "plan", STEP, **call)
-    hold(pipe, "its latents are its noise", STEP, **call, callback_on_step_end=move)
+    hold(pipe, "its latents are also its noise", STEP, **call, callback_on_step_end=move)
 
 
 CONTROLLED = ("sd3", "sd35-medium", "sd35-large", "alone")

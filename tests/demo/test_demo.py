@@ -132,7 +132,7 @@ NO_PLACE = {
     "device 'cuda:99' cannot": {"device": "cuda:99"},
     "device '3.5' cannot": {"device": 3.5},
     "dtype is 'fp16'; give torch.float32": {"dtype": "fp16"},
-    "dtype torch.int8 cannot be computed with on cpu": {"dtype": torch.int8},
+    "dtype torch.int8 is not supported on cpu": {"dtype": torch.int8},
     "dtype torch.float8_e4m3fn cannot be": {"dtype": torch.float8_e4m3fn},
 }
 

@@ -159,7 +159,7 @@ def test_export_json_names_every_contrib_node(fused_files, small_onnx):
         ]
         assert norms[0] - norms[1] == len(names)
     assert sum("contrib_ops" in row for row in rows) == 3  # all but the text encoder
-    assert "was computed in standard operators" in (out / "parity.md").read_text()
+    assert "was computed with standard operators" in (out / "parity.md").read_text()
 
 
 def test_the_files_themselves_compute_what_torch_does(small_demo, fused_files):
@@ -204,7 +204,7 @@ def test_the_error_says_why_nothing_can_be_fused(small_folder, premade_onnx, tmp
         assert list(tmp_path.iterdir()) == []
         return err.splitlines()[-1]
 
-    assert "--ort-fused goes with --onnx" in refused("--triton-repo", "--out", out)
+    assert "--ort-fused needs --onnx" in refused("--triton-repo", "--out", out)
     assert "--ort-fused needs --opset 18 to 20, got 21" in refused(
         "--onnx", "--out", out, "--opset", 21
     )

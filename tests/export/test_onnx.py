@@ -363,7 +363,7 @@ BAD = {
     "--opset is '99'; choose auto or 18 to 23": ("--onnx", "--out", "{tmp}/out", "--opset", "99"),
     "--opset is 'x'": ("--onnx", "--out", "{tmp}/out", "--opset", "x"),
     "--opset is '²'": ("--onnx", "--out", "{tmp}/out", "--opset", "²"),
-    "--dry-run makes nothing": ("--onnx", "--out", "{tmp}/out", "--dry-run", "--verify"),
+    "--dry-run, which makes none": ("--onnx", "--out", "{tmp}/out", "--dry-run", "--verify"),
     "--verify needs fp32 or fp16": ("--onnx", "--out", "{tmp}/out", "--dtype", "bf16", "--verify"),
     "--dtype is 'int8'": ("--onnx", "--out", "{tmp}/out", "--dtype", "int8"),
     "has no model_index.json": ("{tmp}", "--onnx", "--out", "{tmp}/out"),

@@ -77,7 +77,7 @@ def test_rotary_embeddings_are_those_of_diffusers_at_any_size(pipe, out, rows, c
 def test_the_error_says_why_a_network_is_not_exported(pipe):
     net = copy.copy(pipe.transformer)
     net.register_to_config(zero_cond_t=True)
-    with pytest.raises(UserError, match="transformer has zero_cond_t, which no exported file"):
+    with pytest.raises(UserError, match="transformer has zero_cond_t, which cannot be exported"):
         family("qwen").denoised.part("transformer", net, torch.float32)
     with pytest.raises(UserError, match="cannot run on ort: its true guidance joins two predict"):
         fastdiff.compile(copy.deepcopy(pipe), backend="ort")

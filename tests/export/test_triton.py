@@ -309,12 +309,12 @@ def test_bad_input_is_an_error_of_one_sentence(small_onnx, tmp_path):
     assert f"{tmp_path} exists already" in refused(small_onnx, "--triton-repo", "--out", tmp_path)
     assert "give one of --onnx" in refused(small_onnx, "--out", tmp_path / "x")
     assert "give one of --onnx" in refused("--onnx", "--out", tmp_path / "x", *out)
-    assert "--verify goes with --onnx" in refused(*out, "--verify")
+    assert "--verify needs --onnx" in refused(*out, "--verify")
     exported = refused(small_onnx, *out, "--dtype", "fp16")
-    assert "is exported already; --dtype goes with a pipeline" in exported
+    assert "is exported already; leave out --dtype" in exported
     several = refused(small_onnx, *out, "--target", "sm_89")
-    assert "--target goes with engines" in several
-    assert "--flavor goes with --trt" in refused(small_onnx, *out, "--flavor", "rtx")
+    assert "--target chooses engines" in several
+    assert "--flavor needs --trt" in refused(small_onnx, *out, "--flavor", "rtx")
     assert list(tmp_path.iterdir()) == []
 
 

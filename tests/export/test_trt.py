@@ -546,8 +546,8 @@ BAD = {
     "--shapes has '64x64'; give pictures x height": ("--shapes", "64x64:1x64x64:1x64x64"),
     "--static has '0x64x64'": ("--static", "0x64x64"),
     "--static has '-1x64x64'": ("--static", "-1x64x64"),
-    "count is 2, 1, 3; it must not fall": ("--shapes", "2x64x64:1x64x64:3x64x64"),
-    "width is 64, 64, 32; it must not fall": ("--shapes", "1x64x64:1x64x64:1x64x32"),
+    "count is 2, 1, 3; it must not decrease": ("--shapes", "2x64x64:1x64x64:3x64x64"),
+    "width is 64, 64, 32; it must not decrease": ("--shapes", "1x64x64:1x64x64:1x64x32"),
     "1x64x72: width 72 is not a multiple of 16, as unet needs; 16 suits every network": (
         *("--static", "1x64x72", "--target", "sm_89"),
     ),
@@ -564,7 +564,7 @@ BAD = {
     ),
     "--opset is 'x'": ("--opset", "x"),
     "--opset is '21'; choose auto or 22 to 23 for bf16": ("--opset", "21", "--dtype", "bf16"),
-    "--verify goes with --onnx": ("--verify",),
+    "--verify needs --onnx": ("--verify",),
     "give one of --onnx, --trt and --triton-repo": ("--onnx", "--out", "{tmp}/other"),
 }
 
@@ -594,7 +594,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("option", ["flavor", "target", "shapes", "static", "timing-cache"])
 def test_engine_options_go_with_trt(tmp_path, option):
     sentence = refused("export", "--onnx", "--out", tmp_path / "out", f"--{option}", "x")
-    assert sentence == f"fastdiff: --{option} goes with --trt"
+    assert sentence == f"fastdiff: --{option} needs --trt"
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):

@@ -50,7 +50,7 @@ def test_the_width_of_loads_follows_from_strides_and_head_widths():
     assert vector(torch.empty(2, 8, 5, 40)) == 16
     shifted = torch.empty(2, 8, 208, dtype=torch.float16)[..., 4:204].unflatten(2, (5, 40))
     assert vector(shifted) == 2  # Triton only knows whether a pointer is a multiple of 16
-    with pytest.raises(ValueError, match="the last must be 1"):
+    with pytest.raises(ValueError, match="the last one must be 1"):
         vector(packed[:, :, 1].transpose(2, 3))
 
 

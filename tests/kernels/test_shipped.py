@@ -193,7 +193,9 @@ def test_a_damaged_file_is_refused(suffix, small_kernels, tmp_path):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=f"{file.name} is damaged: its hash is not the manifest's"):
+    with pytest.raises(
+        UserError, match=f"{file.name} is damaged: its hash differs from the manifest's"
+    ):
         read(copy)
     file.unlink()
     with pytest.raises(UserError, match=f"{file.name} cannot be read: No such file"):

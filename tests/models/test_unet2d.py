@@ -181,5 +181,5 @@ def test_an_inplace_activation_is_noticed(budget):
     for net in (eager, ours):
         net.down_blocks[0].resnets[0].nonlinearity.inplace = True
     x, step = given(eager, 1, 8, 8), torch.tensor(5)
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match="overwrites what it is given"):
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="overwrites its input"):
         assert torch.equal(ours(x, step).sample, eager(x, step).sample)

@@ -95,16 +95,16 @@ BAD = {
     "--floor is abc": ("{static}", "{static}", "--floor", "abc"),
     "--floor is 100%": ("{static}", "{static}", "--floor", "100%"),
     "the folder {tmp}/no does not exist": ("{static}", "{static}", "--html", "{tmp}/no/x.html"),
-    "--roofline goes with --html": ("{static}", "{static}", "--roofline", "{static}"),
+    "--roofline needs --html": ("{static}", "{static}", "--roofline", "{static}"),
     "holds no roofline": (
         *("{static}", "{static}", "--roofline", "{static}"),
         *("--html", "{tmp}/x.html"),
     ),
-    "--junit needs states to compare": (
+    "--junit needs two states": (
         *("--history", "benchmarks/results", "--html", "{tmp}/x.html"),
         *("--junit", "{tmp}/x.xml"),
     ),
-    "or --history with --html": ("--history", "benchmarks/results"),
+    "or --history and --html": ("--history", "benchmarks/results"),
     "nothing is not a folder": ("--history", "{tmp}/nothing", "--html", "{tmp}/x.html"),
 }
 
@@ -127,15 +127,15 @@ BAD_COMPARE = {
     "got --pairs and --until-precise": (*AGAINST, "--pairs", "5", "--until-precise", "1%"),
     "--gate is 'all'; choose from both, times, counters": (*AGAINST, "--gate", "all"),
     "got --pairs and --limit": (*AGAINST, "--pairs", "5", "--limit", "9"),
-    "--filter goes with kernels": (*AGAINST, "--filter", "conv2d"),
-    "--preset goes with pipelines": ("kernels", *AGAINST, "--preset", "tiny"),
+    "--filter needs kernels": (*AGAINST, "--filter", "conv2d"),
+    "leave out --preset": ("kernels", *AGAINST, "--preset", "tiny"),
     "--backends is 'warp'": (*AGAINST, "--backends", "warp"),
-    "--backends ort goes with bench": (*AGAINST, "--backends", "fastdiff,ort"),
+    "compare cannot run --backends ort": (*AGAINST, "--backends", "fastdiff,ort"),
     "got the pipeline here and --preset tiny": ("here", *AGAINST, "--preset", "tiny"),
     "--dtype is 'int8'": (*AGAINST, "--dtype", "int8"),
     "the folder {tmp}/no does not exist": (*AGAINST, "--json", "{tmp}/no/x.json"),
     "is not a folder, wheel or revision": ("--against", "no-such-revision"),
-    "{tmp}/nothing is not a folder or a .safetensors file": ("{tmp}/nothing", *AGAINST),
+    "{tmp}/nothing is neither an existing folder or .safetensors file": ("{tmp}/nothing", *AGAINST),
 }
 
 
@@ -188,4 +188,4 @@ def test_a_filter_without_a_match_is_refused(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     code, out, err = run("compare", "kernels", "--against", tmp_path / "other", "--filter", "warp")
     assert (code, out) == (2, "")
-    assert "--filter warp fits no kernel's case" in err
+    assert "--filter warp matches no kernel or case" in err

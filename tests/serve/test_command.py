@@ -19,7 +19,7 @@ BAD = {
     "--steps is 0": ("--steps", "0"),
     "--steps is 50, but --max-steps is 40": ("--steps", "50", "--max-steps", "40"),
     "--guidance-scale is nan": ("--guidance-scale", "nan"),
-    "--max-pictures is 9, but only 2 may be drawn or wait": (
+    "--max-pictures is 9, but only 2 can be drawn or wait": (
         *("--max-pictures", "9", "--capacity", "1", "--queue", "1"),
     ),
     "--max-pictures is 9, but only 8 may": (
@@ -28,14 +28,14 @@ BAD = {
     "--max-pictures is 5, but only 4 may": (
         *("--max-pictures", "5", "--queue", "0", "--ray", "local", "--workers", "1"),
     ),
-    "--gpus-per-worker goes with --ray": ("--gpus-per-worker", "0.5"),
+    "--gpus-per-worker needs --ray": ("--gpus-per-worker", "0.5"),
     "--api-key is empty or has characters": ("--api-key", ""),
     "--host 203.0.113.1 --port 0 cannot be listened on": ("--host", "203.0.113.1"),
     "--port is 70000": ("--port", "70000"),
-    "{tmp}/nothing is not a folder": ("{tmp}/nothing",),
+    "{tmp}/nothing is neither an existing folder": ("{tmp}/nothing",),
     "--device is 'toaster'": ("--device", "toaster"),
     "--scheduler is 'No'": ("--scheduler", "No"),
-    "a DDPMPipeline draws from more than a text, or from none": (str(UNCONDITIONAL_FOLDER),),
+    "a DDPMPipeline does not draw from text alone": (str(UNCONDITIONAL_FOLDER),),
 }
 
 
@@ -50,7 +50,7 @@ def test_bad_arguments_are_one_sentence(tmp_path, message, arguments):
 def test_an_empty_key_variable_counts_as_no_key(monkeypatch):
     monkeypatch.setenv("FASTDIFF_API_KEY", "")  # as compose.yaml sets it if the user has no key
     code, _, err = run("serve", "/nowhere", "--port", "0")
-    assert (code, "/nowhere is not a folder" in err) == (2, True)
+    assert (code, "/nowhere is neither an existing folder" in err) == (2, True)
 
 
 def test_a_port_in_use_is_named():

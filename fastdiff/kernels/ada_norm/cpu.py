@@ -9,10 +9,10 @@ from fastdiff.kernels.dispatch import NATIVE, NotNative, address, native_dtype, 
 def run(a: Arguments) -> tuple[Tensor, Tensor]:
     check(a)
     if a.later is not None:
-        raise NotNative("ada_norm: got later; the C++ kernel takes none")
+        raise NotNative("ada_norm: got later; the C++ kernel does not take it")
     dtype = native_dtype("ada_norm", a.x)
     if a.limit:
-        raise NotNative(f"ada_norm: got the limit {a.limit:g}; the C++ kernel takes none")
+        raise NotNative(f"ada_norm: got the limit {a.limit:g}; the C++ kernel does not take one")
     x = a.x.contiguous()
     y = x.new_empty(x.shape)
     total = x.new_empty(0 if a.residual is None else x.shape)

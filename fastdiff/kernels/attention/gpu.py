@@ -162,7 +162,7 @@ def alignment(K: int, *states: Tensor) -> tuple[int, int]:
     all last strides are 1.
     """
     if bad := [tensor.stride() for tensor in states if tensor.stride(3) != 1]:
-        raise ValueError(f"attention: q, k or v has strides {bad[0]}; the last must be 1")
+        raise ValueError(f"attention: q, k or v has strides {bad[0]}; the last one must be 1")
     size = states[0].element_size()
     align = math.gcd(16 // size, K, *(s for tensor in states for s in tensor.stride()[:3]))
     begins = all(tensor.storage_offset() * size % 16 == 0 for tensor in states)

@@ -9,7 +9,7 @@ from fastdiff.kernels.residual.spec import Arguments
 def run(a: Arguments) -> Tensor:
     dtype = native_dtype("residual", a.x)
     if a.limit:
-        raise NotNative(f"residual: got the limit {a.limit:g}; the C++ kernel takes none")
+        raise NotNative(f"residual: got the limit {a.limit:g}; the C++ kernel does not take one")
     x = a.x.contiguous()
     samples, width = (x.shape[0] if x.ndim > 1 else 1), x.shape[-1]
     expects("residual: other", a.other, x, x.shape)
