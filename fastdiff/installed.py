@@ -1,4 +1,4 @@
-"""Installed versions, the extras that install what is missing, and who else lies in our place."""
+"""Installed versions, the extras that install what is missing, and the other project `fastdiff`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,11 +48,11 @@ BRINGS = {
     "triton-server": "export --triton-repo",
     "serve": "serve",
 }
-"""By extra, of those that users want: what it is for."""
+"""What each extra for users is for."""
 
 
 def pip(*extras: str) -> str:
-    """The command that installs extras of ours."""
+    """The command that installs these extras."""
     return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
 
 
@@ -69,25 +69,25 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Need:
-    """A package that we, or an extra of ours, take in some versions."""
+    """A package that fastdiff, or one of its extras, requires."""
 
     package: str
     """Its distribution name."""
     takes: str
-    """The versions, as pip spells them: ">=2.11"."""
+    """The versions that work, as pip spells them: ">=2.11"."""
     found: str | None
-    """The version that is installed; None for none."""
+    """The version that is installed; None if none is."""
     fits: bool
-    """Whether that is one that we take."""
+    """Whether the installed version works."""
 
     def __str__(self) -> str:
-        """As pip spells it, and what is installed where that does not fit."""
+        """As pip spells it, followed by the installed version if that does not fit."""
         return f"{self.package}{self.takes}" + (f" (not {self.found})" if self.found else "")
 
 
 def needs(extra: str = "") -> list[Need]:
-    """What an extra asks for, or without one what we always need. Nothing where pip does not know
-    us, as in a folder on PYTHONPATH."""
+    """The packages that an extra requires, or those that are always required. Empty if pip has not
+    installed fastdiff, for example if its folder is on PYTHONPATH."""
     from packaging.requirements import Requirement
 
     try:
@@ -107,9 +107,9 @@ def needs(extra: str = "") -> list[Need]:
 
 
 def clash() -> str | None:
-    """A sentence where the other project's `fastdiff` shares our folder, or has left it damaged.
+    """A sentence if the other project's `fastdiff` shares our folder, or has damaged it.
 
-    pip installs one over the other without a word, and removes the files of both with either.
+    pip installs one over the other without a warning, and uninstalling either removes shared files.
     """
     import fastdiff
 
@@ -124,10 +124,10 @@ def clash() -> str | None:
         return None
     if not others:
         what = (
-            "fastdiff/__init__.py is missing or not ours, as another project's fastdiff leaves it"
+            "fastdiff/__init__.py is missing or not ours, which another project's fastdiff causes"
         )
     elif ours:
-        what = f"{others[0]}, another project, lies in our folder"
+        what = f"{others[0]}, another project, is installed in our folder"
     else:
         what = f"{others[0]}, another project, has replaced our fastdiff/__init__.py"
     how = f"pip uninstall --yes fastdiff {DISTRIBUTION}, then install {DISTRIBUTION} again"

@@ -130,14 +130,14 @@ def test_recording_a_known_size_again_is_a_finding(demo, monkeypatch):
     made = iter(range(9))
     monkeypatch.setattr(recordings, "made", lambda: next(made))
     (found,) = doctor.of_pipeline(copy.deepcopy(demo), 64, 64)
-    assert found.what == "a third picture of the same size was recorded anew (1)"
+    assert found.what == "a third picture of the same size needed a new recording (1)"
 
 
 def test_unsupported_versions_are_findings(packages):
     packages(
         torch="2.9.0+cpu", diffusers="0.41.0", triton="3.5.1", peft="0.20", transformers="5.24.0"
     )
-    wrong = "torch 2.9.0+cpu is installed, and fastdiff takes >=2.11"
+    wrong = "torch 2.9.0+cpu is installed, but fastdiff needs >=2.11"
     assert wrong in whats(doctor.of_machine("cpu"))
     assert not any("triton" in one.what for one in doctor.of_machine("cpu"))
     (old,) = [one for one in doctor.of_machine("cuda") if "triton 3.5.1" in one.what]
@@ -213,7 +213,7 @@ def test_threads_are_compared_with_the_usable_cores(tmp_path, monkeypatch):
             monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             said[text, threads] = " ".join(whats(doctor._threads()))
     one_of_two = "torch computes on 1 of 2 cores"
-    many = "torch computes in {} threads, of which {} can run at once"
+    many = "torch computes in {} threads, but only {} can run at once"
     assert said == {
         ("max 100000", 1): one_of_two,
         ("max 100000", 2): "",
@@ -233,7 +233,7 @@ def test_a_gpu_that_torch_cannot_use_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "driver", lambda: "470.82")
     monkeypatch.setattr(torch.version, "cuda", None)
     (alone,) = doctor._unused_gpu()
-    assert "computes on CPUs alone" in alone.what
+    assert "computes on CPUs only" in alone.what
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     old = "The NVIDIA driver on your system is too old (found version 11040)."
     monkeypatch.setattr(doctor, "refusal", lambda device: old)

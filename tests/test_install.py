@@ -111,9 +111,9 @@ def test_another_package_in_our_folder_is_named(tmp_path):
     replaced = "fastdiff 0.3.0, another project, has replaced our fastdiff/__init__.py"
     assert said() == replaced + how
     pip(*install, ours)
-    assert said() == f"fastdiff 0.3.0, another project, lies in our folder{how}"
+    assert said() == f"fastdiff 0.3.0, another project, is installed in our folder{how}"
     pip("uninstall", "--yes", "fastdiff")
-    left = "fastdiff/__init__.py is missing or not ours, as another project's fastdiff leaves it"
+    left = "fastdiff/__init__.py is missing or not ours, which another project's fastdiff causes"
     assert said() == left + how
 
 

@@ -29,23 +29,23 @@ class Stats:
 
 
 class Batch:
-    """Draws requests with a compiled pipeline, in threads of its own.
+    """Draws requests with a compiled pipeline, in its own threads.
 
-    Until `close` the pipeline belongs to the batch: draw with it, edit its weights or adapters, and
-    move it only before and after. Every method may be called from any thread.
+    Until `close` the batch owns the pipeline: draw with it, edit its weights or adapters, and
+    move it only before or after. Every method may be called from any thread.
 
     Args:
         pipe: a pipeline after `fastdiff.compile`; its scheduler is the requests' default.
         capacity: how many pictures each worker draws at the same time.
-        workers: threads that draw, all with the same weights. They divide the threads that torch
-            computes with, `torch.get_num_threads()`, on a CPU: a small network's step leaves cores
-            waiting for each other, which a worker for each core does not. A picture alone then has
-            one worker's share of the cores. A batch-invariant pipeline draws the bits that it draws
-            alone with as many threads as a worker has.
+        workers: threads that draw, all with the same weights. On a CPU they divide torch's threads,
+            `torch.get_num_threads()`: in a small network's step cores wait for each other, and with
+            a worker for each core they do not. A picture that is drawn alone then uses one worker's
+            share of the cores. With a batch-invariant pipeline a picture has the same bits as when
+            it is drawn alone with as many threads as a worker has.
 
     Raises:
-        ValueError: the pipeline is not compiled, capacity or workers are not at least 1, or several
-            workers are given a pipeline on a GPU or with an engine's networks.
+        ValueError: the pipeline is not compiled, capacity or workers are below 1, or there are
+            several workers for a pipeline on a GPU or with an engine's networks.
     """
 
     worker = Worker
@@ -75,7 +75,7 @@ class Batch:
                 worker.beside_others(max(1, threads // workers))
             worker.start()
         if workers > 1:
-            torch.set_num_threads(threads)  # what threads that begin later compute with
+            torch.set_num_threads(threads)  # for threads that start later
         atexit.register(self.close, drain=False)
 
     def submit(self, request: Request) -> Ticket:
@@ -104,7 +104,7 @@ class Batch:
     def close(self, drain: bool = True) -> None:
         """Accept nothing more; return when every accepted request is done.
 
-        drain: whether they are drawn; else they are cancelled.
+        drain: whether to draw them; if not, they are cancelled.
         """
         with self._queue.changed:
             self._queue.closed = True
@@ -124,7 +124,7 @@ class Batch:
 
 
 def _check_divisible(pipe: Any, workers: int) -> None:
-    """UserError where several threads cannot draw with the pipeline, or gain nothing by it."""
+    """UserError if several threads cannot draw with the pipeline, or would gain nothing."""
     if pipe.device.type != "cpu":
         raise UserError(
             f"Batch got {workers} workers, which divide a CPU's cores, but the pipeline is on"

@@ -1,4 +1,4 @@
-"""What a batch is asked for, and what the caller holds meanwhile."""
+"""Requests for a batch, and the tickets that callers get for them."""
 
 import math
 import threading
@@ -25,16 +25,16 @@ class Request:
         prompt: what to draw.
         negative_prompt: what not to draw.
         num_inference_steps: steps, at least 1.
-        guidance_scale: None: what the pipeline takes by itself.
-        seed: of the generator (on the CPU) from which latents and noise are drawn, 0 to 2^64 - 1;
+        guidance_scale: None: the pipeline's default.
+        seed: of the generator (on the CPU) that latents and noise are drawn from, 0 to 2^64 - 1;
             None: another picture each time.
         height, width: in pixels, both or neither; None: the pipeline's own size.
         scheduler: a diffusers scheduler, of which a copy is used; None: the pipeline's.
         output_type: "pil", or "np" for float32 [H, W, 3] from 0 to 1.
         on_step: called after each step as on_step(step, steps, latents), in the batch's thread,
-            which waits for it: the steps done, all steps, and a copy of the latents [1, C, Y, X] in
-            the pipeline's dtype. What it raises ends this request. Steps are calls of the network,
-            of which some schedulers take more than `num_inference_steps`.
+            which waits for it: the number of steps done, the number of all steps, and a copy of the
+            latents [1, C, Y, X] in the pipeline's dtype. If it raises, this request ends. Steps are
+            calls of the network; some schedulers make more of them than `num_inference_steps`.
 
     Raises:
         ValueError: a value is not of its type or out of its range.
@@ -91,8 +91,8 @@ class Ticket:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.alone: str | None = None
-        """Why the picture was drawn alone, by the compiled pipeline; None while that is not known
-        and if it was drawn in the batch."""
+        """Why the picture was drawn alone, by the compiled pipeline; None if it was drawn in the
+        batch, or while that is not known yet."""
         self._future: Future[Any] = Future()
         self._cancelled = threading.Event()
 
@@ -104,7 +104,7 @@ class Ticket:
         Raises:
             TimeoutError: it is not drawn yet; the request goes on.
             Cancelled: the request was cancelled.
-            Exception: what drawing this picture raised.
+            Exception: the error that drawing this picture raised.
         """
         return self._future.result(timeout)
 

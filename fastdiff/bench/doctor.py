@@ -1,4 +1,4 @@
-"""What keeps a machine, and a pipeline on it, from being fast, and what to do about each of it."""
+"""What keeps a machine, and a pipeline on it, from being fast, and what to do about each cause."""
 
 import logging
 import math
@@ -19,9 +19,9 @@ from fastdiff.devices import refusal
 from fastdiff.errors import UserError
 
 STEPS = 2
-"""Of each picture that is drawn."""
+"""Denoising steps of each picture that is drawn."""
 REPORT = "report it with what fastdiff env prints"
-TAKEN = "docs/pipelines.md says what is computed, and what must be diffusers' own for that"
+TAKEN = "docs/pipelines.md lists what fastdiff computes, and under which conditions"
 SYSTEM = Path("/sys")
 
 
@@ -33,7 +33,7 @@ class Finding:
     do: str
     """What to do about it."""
     blocks: bool = False
-    """Whether no pipeline can be drawn before that is done."""
+    """Whether no pipeline can draw until it is fixed."""
 
     def __str__(self) -> str:
         return f"{self.what}; {self.do}"
@@ -50,7 +50,7 @@ def of_machine(device: str) -> list[Finding]:
     for extra in ("", "diffusers", *(() if device == "cpu" else ("gpu",))):
         for need in installed.needs(extra):
             if need.found and not need.fits:
-                what = f"{need.package} {need.found} is installed, and fastdiff takes {need.takes}"
+                what = f"{need.package} {need.found} is installed, but fastdiff needs {need.takes}"
                 found.append(Finding(what, f"pip install '{need.package}{need.takes}'"))
     on_device = _threads() if device == "cpu" else _triton()
     return [*found, *_native(device), *on_device, *_unused_gpu()]
@@ -63,7 +63,7 @@ def missing(extra: str) -> list[str]:
 
 
 def absent() -> dict[str, list[str]]:
-    """By extra that is not there, or in part: what it lacks."""
+    """The missing packages of each extra that is not, or not completely, installed."""
     lost = {
         extra: [str(need) for need in installed.needs(extra) if not need.fits]
         for extra in installed.BRINGS
@@ -80,20 +80,20 @@ def _native(device: str) -> Iterator[Finding]:
     """What keeps our C++ kernels from running, or from running on all cores."""
     kernels = native()
     note, on_cpu = kernels["note"], device == "cpu"
-    if note is not None and "; " not in note:  # "built, but does not load: …", which stops us all
+    if note is not None and "; " not in note:  # "built, but does not load: …": nothing can run
         again = f"pip install --force-reinstall --no-deps --no-cache-dir {installed.DISTRIBUTION}"
         yield Finding(f"fastdiff._C is {note}", again, blocks=True)
     elif note is not None and on_cpu:
         yield _split(note)
     elif on_cpu and "serial" in str(kernels["isa"]):
         yield Finding(
-            "our C++ kernels run on one core, for they find no OpenMP in this torch",
-            "install a torch of the package index or of pytorch.org, which export GOMP_parallel",
+            "our C++ kernels run on one core because this torch has no OpenMP that they can use",
+            "install torch from the package index or pytorch.org, which exports GOMP_parallel",
         )
 
 
 def _threads() -> Iterator[Finding]:
-    """Threads of torch, and so ours, that are not as many as there are cores."""
+    """A number of torch's threads, which our kernels use, that does not fit the cores."""
     threads, (cores, most) = torch.get_num_threads(), processors()
     if threads < cores:
         yield Finding(
@@ -102,14 +102,14 @@ def _threads() -> Iterator[Finding]:
         )
     if threads > most:
         yield Finding(
-            f"torch computes in {threads} threads, of which {most} can run at once",
+            f"torch computes in {threads} threads, but only {most} can run at once",
             f"set OMP_NUM_THREADS={most}",
         )
 
 
 def processors() -> tuple[int, int]:
-    """Cores, and processors with hyper-threads, that this process may use: those of its affinity,
-    as many as its control group pays for."""
+    """The cores, and the processors including hyper-threads, that this process may use: those of
+    its affinity, up to the limit of its control group."""
     mine = os.sched_getaffinity(0)
     cores = set()
     for one in mine:
@@ -118,7 +118,7 @@ def processors() -> tuple[int, int]:
     try:
         quota, period = (SYSTEM / "fs/cgroup/cpu.max").read_text().split()
         paid = math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):  # no group of its own, or one without a limit: "max"
+    except (OSError, ValueError):  # no control group, or one without a limit: "max"
         paid = len(mine)
     return min(len(cores), paid), min(len(mine), paid)
 
@@ -129,7 +129,7 @@ def _triton() -> Iterator[Finding]:
         yield Finding("our GPU kernels need triton, which is not installed", installed.pip("gpu"))
     elif not os.environ.get("CC") and not (shutil.which("gcc") or shutil.which("clang")):
         yield Finding(
-            "Triton launches no kernel without a C compiler, and finds none",
+            "Triton needs a C compiler to launch kernels, and there is none",
             "install gcc, or set CC",
         )
 
@@ -141,13 +141,13 @@ def _unused_gpu() -> Iterator[Finding]:
         return
     if torch.version.cuda is None:
         yield Finding(
-            f"torch {torch.__version__} computes on CPUs alone, beside an NVIDIA GPU",
-            "install the torch with CUDA that pytorch.org names for your driver",
+            f"there is an NVIDIA GPU, but torch {torch.__version__} computes on CPUs only",
+            "install the torch with CUDA that pytorch.org lists for your driver",
         )
     elif reason := refusal("cuda"):
         yield Finding(
             f"torch {torch.__version__} cannot use the NVIDIA GPU with driver {version}: {reason}",
-            "update the driver, or install a torch of an older CUDA",
+            "update the driver, or install a torch for an older CUDA",
         )
 
 
@@ -169,10 +169,10 @@ def of_pipeline(pipe: Any, height: int, width: int) -> list[Finding]:
         picture(pipe, height, width, STEPS, output_type="pt")
         again = recordings.made() - before
     found = {one.what: one for one in _slow_parts(pipe)}
-    for sentence in said:  # such as what a CUDA graph cannot hold
+    for sentence in said:  # such as why a CUDA graph could not be captured
         found.setdefault(sentence, Finding(sentence, REPORT))
     if again:
-        what = f"a third picture of the same size was recorded anew ({again})"
+        what = f"a third picture of the same size needed a new recording ({again})"
         found[what] = Finding(what, REPORT)
     return list(found.values())
 
@@ -190,7 +190,7 @@ def _slow_parts(pipe: Any) -> Iterator[Finding]:
         reasons = [slot.refused] if slot.refused else list(slot.eager)
         yield from (Finding(f"{name} runs eagerly: {reason}", TAKEN) for reason in reasons)
         for where in slot.promoted:
-            what = f"{name} computes in float32, for float16 overflowed in {where}"
+            what = f"{name} computes in float32 because float16 overflowed in {where}"
             yield Finding(what, "try --dtype bf16")
     if (loop := loop_of(pipe)) is not None:
         yield from (Finding(f"the loop is diffusers' own: {why}", TAKEN) for why in loop.own)
@@ -201,7 +201,7 @@ def _slow_parts(pipe: Any) -> Iterator[Finding]:
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """What fastdiff says within the block of what runs slower than it could."""
+    """The warnings that fastdiff logs within the block."""
     said: list[str] = []
 
     class Listener(logging.Handler):

@@ -30,12 +30,12 @@ PARTS = ("backend", "text encoders", "denoising", "VAE", "VAE × eager [95%]")
 
 
 LEGEND = (
-    "steps/s: with text encoding; images/s: with the VAE too; × eager: ratio of the steps/s, and"
-    " its 95% interval",
-    "prepare s: preparing and the first picture, less a later picture; PSNR, SSIM, max |Δ|: the"
-    " picture against eager's",
-    "step err / budget: how far one step is from float64, and how far it may be (twice eager's own"
-    " error and one rounding); a backend beyond it gets no speed",
+    "steps/s: includes text encoding; images/s: includes the VAE, too; × eager: ratio of steps/s to"
+    " eager's, and its 95% interval",
+    "prepare s: time to prepare, with what the first picture takes longer than a later one; PSNR,"
+    " SSIM, max |Δ|: the picture against eager's",
+    "step err / budget: the largest error of one step against float64, and the allowed error (twice"
+    " eager's own error plus one rounding); above it no speed is shown",
 )
 
 
@@ -70,7 +70,7 @@ def _show_parts(console: Any, result: Result) -> None:
         cells = (f"{part:.1f} ({part / image:.0%})" for part in parts)
         rows.append(tables.Row((row.backend, *cells, _ratio(row.decode_ratio_vs_eager))))
     if rows:
-        tables.show(console, "a picture's parts, ms and share", PARTS, rows)
+        tables.show(console, "the parts of a picture: ms and share of its time", PARTS, rows)
 
 
 def show_counts(result: counters.Result) -> None:
@@ -105,9 +105,9 @@ def show_counts(result: counters.Result) -> None:
     tables.show(console, result.case, head, rows, left=("per",))
     names = ("fastdiff", "torch", "diffusers", "transformers")
     for line in (
-        "step: the difference that one more step makes; image: all but the steps",
-        "launches: dispatched ops that compute or move data; MB: all bytes they read and write;"
-        " GFLOP: products and convolutions",
+        "step: what one more step adds; image: everything except the steps",
+        "launches: dispatched ops that compute or move data; MB: all bytes that they read and"
+        " write; GFLOP: products and convolutions",
         ", ".join(f"{name} {result.versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",
         result.command,
@@ -168,7 +168,7 @@ def _footer(result: Result) -> list[str]:
     names += [name for name in theirs if versions.get(name)]
     rounds = max(len(row.samples_ms) for row in result.rows)
     return [
-        f"{rounds} rounds, in each of which all backends draw a picture in random order",
+        f"{rounds} rounds; in each, every backend draws one picture, in random order",
         where,
         ", ".join(f"{name} {versions[name] or '–'}" for name in names)
         + f", commit {result.commit or '–'}",

@@ -1,4 +1,4 @@
-"""Where time can be saved: what every block of a pipeline takes, and what it must take at least.
+"""Where time can be saved: the time that every block of a pipeline takes, and its floor.
 
 A block's floor is the longer of two times: its FLOPs at the rate of the GPU's tensor cores, and its
 bytes at the bandwidth of the GPU's memory. It is computed, not measured. Bytes are all that the

@@ -15,10 +15,10 @@ SCHEMA = "fastdiff.roofline/1"
 HEAD = ("block", "per", "launches", "GFLOP", "MB", "floor ms", "bound by", "share", "measured ms")
 LEFT = ("per", "bound by")
 LEGEND = (
-    "floor ms: the least time a block can take on that GPU, by its FLOP/s or bytes/s, whichever is"
-    " longer; bound by: which of them; share: of the floors of a whole picture",
-    "MB: all that launches read and write; what a cache keeps from one to the next need not be"
-    " moved",
+    "floor ms: the least time that a block can take on this GPU, from its FLOP/s or bytes/s,"
+    " whichever takes longer; bound by: which of the two; share: of a whole picture's floor",
+    "MB: all bytes that the launches read and write; data that stays in a cache between launches"
+    " is not moved",
 )
 
 
@@ -93,7 +93,7 @@ def _footer(roofline: Roofline, measured: bool) -> list[str]:
         sources.append(f"reported: {gpu.reported_source}")
     return [
         f"floor of a step {roofline.step_ms:.3f} ms ({1e3 / roofline.step_ms:.0f} steps/s), of an"
-        f" image {roofline.image_ms:.1f} ms: arithmetic, not a measurement",
+        f" image {roofline.image_ms:.1f} ms: computed, not measured",
         *(f"assumed: {sentence}" for sentence in roofline.assumed),
         f"{tflops:g} TFLOP/s {'reported' if product_reported else 'specified'},"
         f" {gpu.bytes_per_s / 1e12:g} TB/s {'reported' if copy_reported else 'specified'}"

@@ -58,7 +58,7 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
         raise UserError(_nothing_fast(target, _eager_parts(target)))
     for module, _ in parts.values():
         if slot_of(module) is None and (lost := kept_slot(module)) is not None:
-            lost.end()  # another call was put in its place, and removed again
+            lost.end()  # another compiled call replaced it, and was removed again
     slots = [
         Slot(name, module, kind)
         for name, (module, kind) in parts.items()
@@ -93,8 +93,8 @@ def compile(target: T, options: Options | None = None, **keywords: Unpack[Keywor
 def restore(target: T) -> T:
     """Undo `compile`: calls run eagerly, and each parameter has contiguous memory of its own.
 
-    Modules that were replaced since, or that torch.compile has wrapped, are restored, too; what
-    torch.compile made of them stays. A model shared by several pipelines becomes eager in all of
+    Modules that were replaced since, or that torch.compile has wrapped, are restored, too; their
+    torch.compile wrapper stays. A model shared by several pipelines becomes eager in all of
     them. Restore before you move a pipeline for good: otherwise, the memory that the kernels'
     layout needs on the old device is freed only at the next call.
 
@@ -194,7 +194,7 @@ def _tactics(parts: dict[str, Any]) -> str | None:
     if not any(weight is not None and weight.device.type == graphs.DEVICE for weight in weights):
         return None
     if not any(slot.kind.tactics for slot in slots):
-        return "convolutions run by cuDNN's rule: Options.tactics is off"
+        return "convolutions use cuDNN's heuristic: Options.tactics is off"
     return tactics.described()
 
 

@@ -22,80 +22,80 @@ class Options:
     """Choices of `fastdiff.compile`. Every default is lossless: the picture stays the same.
 
     Attributes:
-        ignore: parts that stay as diffusers runs them, by the names in `fastdiff.report` or by the
-            component they belong to: ("vae",), ("vae.decoder",), or ("loop",) for diffusers' own
-            denoising loop around our networks.
+        ignore: parts that diffusers runs, by their names in `fastdiff.report` or by the
+            component that they belong to: ("vae",), ("vae.decoder",), or ("loop",) for diffusers'
+            own denoising loop around our networks.
             Gain: none in speed; a part that you patch yourself is left alone.
             Cost: these parts are as slow as before.
-        backend: what computes the network that the denoising loop repeats: "fastdiff" (our own
-            kernels), "ort" (ONNX Runtime), "openvino" (on a CPU only) or "tensorrt" (TensorRT, or
-            TensorRT for RTX).
-            Gain: where that library is faster than our kernels; `fastdiff bench` tells.
-            Cost: the weights lie in a file as well. After an edit of the weights, or with a LoRA,
-            that network runs eagerly. "ort" and "openvino" export it first, which takes minutes,
-            unless `engines` is given.
-        engines: the folder that `fastdiff export` made of this pipeline, for the other backends;
+        backend: what computes the denoising network: "fastdiff" (our own kernels), "ort" (ONNX
+            Runtime), "openvino" (on a CPU only) or "tensorrt" (TensorRT, or TensorRT for RTX).
+            Gain: speed if that library is faster than our kernels; `fastdiff bench` shows it.
+            Cost: the weights are stored in a file as well. After an edit of the weights, or with a
+            LoRA, that network runs eagerly. "ort" and "openvino" export it first, which takes
+            minutes, unless `engines` is given.
+        engines: the folder that `fastdiff export` made from this pipeline, for the other backends;
             "tensorrt" needs one.
             Gain: nothing is exported at every start.
-            Cost: the folder belongs to these weights; with others it is refused.
-        ort_graphs: whether ONNX Runtime keeps a CUDA graph for every shape; goes with "ort".
-            Gain: fewer launches, which counts where pictures are small.
+            Cost: the folder belongs to these weights; with other weights it is refused.
+        ort_graphs: whether ONNX Runtime keeps a CUDA graph for every shape; needs "ort".
+            Gain: fewer launches, which matters for small pictures.
             Cost: GPU memory for each shape that was drawn.
-        warm: the folder that `fastdiff warm` made: GPU kernels that need not be compiled here.
+        warm: the folder that `fastdiff warm` made, with GPU kernels that need not be compiled here.
             Gain: on a new machine the first picture does not wait for kernels to be compiled.
             Cost: the folder belongs to one version of fastdiff and Triton, and holds code that
-            runs: load only what you or people you trust made. What it lacks is compiled, and the
-            logger "fastdiff" says so.
-        tactics: whether cuDNN measures its ways to compute a convolution too small to fill a GPU,
-            when it first meets it. Off where torch is set to deterministic algorithms.
-            Gain: faster steps where pictures are small.
+            runs: load only folders that you or people you trust made. Kernels that are missing in
+            it are compiled, and the logger "fastdiff" says so.
+        tactics: whether cuDNN measures its algorithms for a convolution that is too small to fill a
+            GPU, when the convolution first runs. Off if torch is set to deterministic algorithms.
+            Gain: faster steps for small pictures.
             Cost: time once per process; the report says how much.
         vae_tiling: how an autoencoder decodes pictures that take much memory. "auto": in one
-            piece, and in strips only where a GPU runs out of memory. "exact": in strips whenever
+            piece, and in strips only if a GPU runs out of memory. "exact": in strips whenever
             one piece would take more than 1 GiB. Strips draw the same picture up to rounding;
-            diffusers' own `enable_tiling`, which does not, goes before both.
-            Gain of "exact": 1 GiB or a quarter of the memory, whichever is more.
+            diffusers' own `enable_tiling`, which changes the picture, overrides both.
+            Gain of "exact": decoding takes 1 GiB or a quarter of the memory, whichever is more.
             Cost of "exact": up to 30% more time to decode.
         text_cache: how many outputs of each text encoder (CLIP, T5) are kept for later calls with
-            the same tokens; 0: none. A picture with guidance asks each encoder twice. What is
-            kept belongs to the weights as they are: after an edit of them, with other adapters or
-            settings, and on another device the encoder runs anew. (A partial write through
+            the same tokens; 0: none. A picture with guidance calls each encoder twice. A kept
+            output is valid for the present weights only: after an edit of them, with other adapters
+            or settings, and on another device the encoder runs again. (A partial write through
             `.data` may go unnoticed.)
-            Gain: a prompt that comes again skips its text encoders, and where they are offloaded
-            (`enable_model_cpu_offload`) their weights stay where they are.
+            Gain: a repeated prompt skips its text encoders, and if they are offloaded
+            (`enable_model_cpu_offload`) their weights stay on the CPU.
             Cost: the outputs' memory, 0.5 MB for 77 tokens of SDXL's larger CLIP in float16,
-            4 MB for 512 of SD3's T5, all layers' if the pipeline asks for those; a look at the
-            weights for each call, and a copy of what is returned.
+            4 MB for 512 of SD3's T5, and all layers' outputs if the pipeline asks for them; a
+            check of the weights for each call, and a copy of what is returned.
         offload_hoisted: whether weights that a picture needs only before its first step wait in
-            host memory, pinned, between pictures: those that make the modulation of all steps
+            pinned host memory between pictures: those that compute the modulation of all steps
             (SD3, DiT), or the text's keys and values (PixArt). A picture copies them to the GPU a
             piece at a time. On a CPU nothing moves.
             Gain: GPU memory, a third of SD3.5's transformer (5.4 GB of SD3.5-large in half
             precision); the report says how much.
-            Cost: the copy, once a picture, and once a step where the report says that diffusers
+            Cost: the copy, once a picture, or once a step if the report says that diffusers
             runs the loop; as much host memory, rounded up to a power of two; the parameters are on
             the CPU, so restore before you call their layers yourself or torch.compile the network.
             Weights with LoRA adapters stay on the GPU.
         parallel: how the ranks of torch.distributed draw together; every rank makes the same calls.
-            "guidance": each of two ranks computes one half of guidance in every step, and both do
-            the same step. "data": each rank draws a part of a batch. Every rank ends with all
+            "guidance": each of two ranks computes one half of guidance in every step, and both run
+            the same scheduler step. "data": each rank draws a part of a batch. Every rank gets all
             pictures.
             Gain: two GPUs, or two processors, for one picture; N for a batch.
             Cost: each rank holds the whole pipeline, encodes the text and decodes all pictures.
             Layers before the first text, which both halves share on one rank, are computed on
-            both. What cannot be shared is drawn whole by each rank, and the report says why.
+            both ranks. Each rank draws alone what cannot be shared, and the report says why.
         batch_invariant: whether a picture has the same bits however many are drawn with it, in one
             call or by `fastdiff.batching`: the loop then always computes four pictures, some of
             which may be empty, and a call draws at most four.
-            Gain: a picture can be drawn again, bit by bit, whatever else was asked for beside it.
-            Cost: a picture alone takes the steps of four; on a CPU up to four times as long. Text
+            Gain: a picture can be drawn again, bit by bit, whatever is drawn beside it.
+            Cost: a single picture takes as long as four; on a CPU up to four times as long. Text
             encoders and the autoencoder compute the pictures of a call at once, and a library
             that computes them (torch's convolutions and products, transformers) may round
-            otherwise for another number of them; so may a library in the loop, of a picture in
-            another place. `fastdiff.batching` calls both for one picture at a time.
+            differently for another number of pictures; a library in the loop may also round
+            differently for another place in the batch. `fastdiff.batching` calls text encoders and
+            autoencoder for one picture at a time.
 
     Raises:
-        ValueError: a value is not one of those offered, or two contradict each other.
+        ValueError: a value is not one of those offered, or two values contradict each other.
     """
 
     ignore: tuple[str, ...] = ()
@@ -173,7 +173,7 @@ class Options:
 
 
 class Keywords(TypedDict, total=False):
-    """The fields of `Options`, for who reads `compile`'s types."""
+    """The fields of `Options`, as types for `compile`'s keywords."""
 
     ignore: tuple[str, ...]
     backend: str

@@ -31,7 +31,7 @@ def test_changed_rows_come_first_and_equal_rows_are_counted(capsys):
         "working tree (bcef219-dirty)",
         "AMD EPYC",
         "torch 2.13.0+cpu → 2.13.1+cpu",
-        "under 3.0% do not count",
+        "under 3.0% are ignored",
         "at most 5% of the reported changes are due to chance",
         comparison.command,
         "exit code 1: something got slower or larger",

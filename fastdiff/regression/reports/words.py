@@ -103,8 +103,8 @@ def rule(comparison: Comparison) -> str:
     """How verdicts are reached."""
     how = "in turns in one run" if comparison.paired else "in separate runs"
     return (
-        "ratio is new over base, less is better;"
-        f" changes under {comparison.floor:.1%} do not count;"
+        "ratio is new over base, lower is better;"
+        f" changes under {comparison.floor:.1%} are ignored;"
         f" at most {1 - comparison.confidence:.0%} of the reported changes are due to chance;"
         f" measured {how}"
     )
