@@ -1,4 +1,4 @@
-"""A server of the demo in a process of its own, and what a client of any server does."""
+"""A server of the demo in its own process, and what a client of any server does."""
 
 import http.client
 import json
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
 
 def ask(port: int, body: Any = None, *, path: str = DRAW, timeout: float = 300, **more) -> Answer:
-    """One request on a connection of its own. body: bytes, or what becomes JSON; None: GET."""
+    """One request on a new connection. body: bytes, or an object to send as JSON; None: GET."""
     method = more.get("method", "GET" if body is None else "POST")
     sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
@@ -73,7 +73,7 @@ def settled(port: int) -> dict[str, float]:
 
 @contextmanager
 def server(*options: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A server of the demo in a process of its own, and its port."""
+    """A server of the demo in its own process, and its port."""
     command = [sys.executable, "-m", "fastdiff", "serve", "--port", "0", *options]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder, "stderr.txt")

@@ -30,7 +30,7 @@ THINGS = ("heart", "car", "sunflower", "cat", "house", "fish", "apple", "moon", 
 
 
 def prompts(path: Path, rows: int) -> None:
-    """A file of so many rows, some with more than a prompt; prompts come again."""
+    """A file with this many rows, some with more than a prompt; some prompts repeat."""
     with path.open("w") as file:
         for n in range(rows):
             row = {"prompt": f"{COLOURS[n % 10]} {THINGS[n // 10 % 10]}", "id": n}
@@ -75,8 +75,8 @@ def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def strike(process: subprocess.Popen[bytes], folder: Path, until: int, inner: bool) -> str:
-    """Once so many pictures are there, kill the process; `inner`: one of its own that draws, after
-    which it goes on. Returns what was killed."""
+    """Kill the process once this many pictures exist; `inner`: instead kill one of its children
+    that draws, after which it goes on. Returns what was killed."""
     while process.poll() is None and len(pictures(folder)) < until:
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.1))

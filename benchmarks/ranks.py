@@ -2,7 +2,7 @@
 
 Two processes of half the threads each compute one half of guidance (`Options(parallel="guidance")`,
 gloo on a CPU, NCCL with two GPUs); one process has all threads, or one GPU. They draw in turn, in
-random order, and whoever does not draw waits without computing. The pictures are compared.
+random order, and the others wait without computing. The pictures are compared.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """fastdiff serve under bad requests, under load and under a signal: python -m benchmarks.serve
 
-Starts servers of the demo on this machine, asks them as clients would, and exits with 1 where one
-does not hold. `--seconds 60 --clients 20 --json FILE`. tests/serve/ runs it on a smaller scale.
+Starts servers of the demo on this machine, sends requests as clients would, and exits with 1 if
+a claim does not hold. `--seconds 60 --clients 20 --json FILE`. tests/serve/ runs it on a smaller
+scale.
 """
 
 import argparse
@@ -34,8 +35,8 @@ class Load:
     """Seconds since the start, bytes of the server."""
 
     def growth(self, after: float) -> float:
-        """By how much memory has grown from `after` seconds on, as a share: the median of the last
-        tenth of samples against that of the first."""
+        """The share by which memory has grown from `after` seconds on: the median of the last tenth
+        of samples against that of the first."""
         kept = [count for at, count in self.memory if at >= after]
         tenth = max(1, len(kept) // 10)
         return median(kept[-tenth:]) / median(kept[:tenth]) - 1
@@ -48,8 +49,8 @@ def memory_of(pid: int) -> int:
 
 
 def load(port: int, clients: int, seconds: float, pid: int) -> Load:
-    """Clients that ask one after another, each for other steps, sizes and numbers of pictures; one
-    in eight goes before it has an answer."""
+    """Clients that send one request after another, each with other steps, sizes and numbers of
+    pictures; one in eight disconnects before it has an answer."""
     answers: Counter[int] = Counter()
     times, begun, lock = [0.0], time.monotonic(), threading.Lock()
 

@@ -242,7 +242,7 @@ def tune(
     kernels: Sequence[Kernel], arch: int, device: torch.device, dry_run: bool, budget: Budget,
     log: Log, sieved: Sieved | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows for a table; keys for which there is no time keep the default."""
+    """Rows for a table; keys without a time keep the default."""
     groups: dict[tuple[str, str], list[Question]] = defaultdict(list)
     for question in questions(kernels, arch, dry_run):
         groups[question.at].append(question)

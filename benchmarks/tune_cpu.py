@@ -3,8 +3,8 @@
 Every call in a picture of the models in `benchmarks.cpu_calls` is timed in turn with each
 implementation, and as diffusers' own modules compute it ("eager": weights and pictures in torch's
 own layouts). Ours are timed as a tape runs them, without Python. The fastest of ours is chosen,
-unless it takes `FLOOR` more than the library and the difference is no noise. A tape can hold only
-our kernels: where there may be one, the library has to save enough to be worth ending it.
+unless it takes `FLOOR` more than the library and the difference is not noise. A tape can hold only
+our kernels: in a call that may be on a tape, the library has to save enough to be worth ending it.
 
     python -m benchmarks.tune --cpu [--isa avx2] [--ops conv2d,…] [--models "sd15 1,…"] [--out FILE]
     python -m benchmarks.tune --cpu --add --calls "conv2d float32.*, 3\\]$"
@@ -48,14 +48,14 @@ from fastdiff.written import check_writable, write_text
 
 FLOOR, SLOWER = 0.05, 0.05
 WORTH_MS = 0.5
-"""A step that is no tape takes a few milliseconds more."""
+"""A step without a tape takes a few milliseconds more."""
 NOISE_MS = 0.005
 """Below 0.1 ms, medians of two halves of the same samples differ by less (4.1 µs) in 19 of 20."""
 LEAST_S = 1e-3
 ROUNDS, SECONDS = (3, 9), 0.7
-"""The least and most rounds of a call; more than the least only within so many SECONDS."""
+"""The fewest and most rounds of a call; more than the fewest only within this many SECONDS."""
 LONG_S, LOST = 0.5, 5
-"""What takes so many seconds, and so many times as long as the fastest, has lost."""
+"""An implementation that takes this many seconds, and this many times the fastest's, has lost."""
 DTYPES = (torch.float32, torch.bfloat16)
 SAMPLES = Path("benchmarks/results/cpu-zen5-2core/choices")
 """The folder with the samples of the committed tables."""

@@ -34,8 +34,8 @@ class Attend {
   int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
   Block<T>& block(int64_t i) { return blocks_[i]; }
 
-  // Runs the first `count` blocks past all keys of sequence s of head `number`; mask(i): of block
-  // i.
+  // Runs the first `count` blocks past all keys of sequence s of head `number`; mask(i): the mask of
+  // block i.
   template <typename F>
   void meet(int s, int64_t number, const Head<T>& head, int64_t count, const F& mask) {
     Stretch<T>& stretch = stretches_[s];

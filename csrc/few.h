@@ -1,5 +1,5 @@
 // Convolutions from few channels and to few channels, without im2col. A picture of few channels is
-// copied with the zeros around it, so that all that a row of a window covers is side by side. For
+// copied with the zeros around it, so that each row of a window covers contiguous pixels. For
 // few output channels, whose columns would not fill a vector, a vector holds input channels.
 #pragma once
 #include "blocks.h"

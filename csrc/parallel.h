@@ -2,8 +2,8 @@
 //
 // A second pool on the same cores costs more than it gains: libgomp's idle workers spin for
 // milliseconds after each region, so two pools keep taking cores from each other. Measured on two
-// cores, ms for a step of the demo: one pool 7.1, no threads of ours 13.3, a pool of our own beside
-// torch's 20. So we link no OpenMP at all, and call the runtime that libtorch_cpu has loaded.
+// cores, ms for a step of the demo: one pool 7.1, without threads in our kernels 13.3, a second pool
+// beside torch's 20. So we link no OpenMP at all, and call the runtime that libtorch_cpu has loaded.
 #pragma once
 #include <cstdint>
 

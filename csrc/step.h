@@ -20,8 +20,8 @@ enum Column {
   kClipSample, kClipOutput, kLimit, kCeiling, kQuantile, kKeptOriginal, kKeptNoise, kHistory,
 };
 
-// Elements [at, at + n) of one copy of the network's output: what it says of the noise, or if
-// `variance`, of the variance. Uses `space` where they do not lie in a row.
+// Elements [at, at + n) of one copy of the network's output: those of the noise, or if `variance`,
+// of the variance. Uses `space` if they are not contiguous.
 template <typename T>
 static inline const T* part(const GuidedStep& p, int64_t copy, int64_t at, int64_t n, bool variance,
                             T* space) {

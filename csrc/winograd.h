@@ -182,7 +182,7 @@ static inline int64_t cuts_of(int64_t tiles, int64_t most, int64_t panels, int64
   return best;
 }
 
-// If every thread has tiles of its own, it transforms and multiplies these; otherwise the threads
+// If every thread has its own tiles, it transforms and multiplies these; otherwise the threads
 // share the transformed data.
 template <typename T, typename A, typename F>
 static void winograd(const Conv& p) {

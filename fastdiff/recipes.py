@@ -41,7 +41,7 @@ class Recipe:
     unexported: str = ""
     """Why they cannot, where that needs saying."""
     loop: str = "a few numbers per step"
-    """What the report says of the loop if diffusers runs it."""
+    """The report's text for a loop that diffusers runs."""
     community: str = ""
     """The `custom_pipeline` by which diffusers loads the class. "" for a class of diffusers."""
 
@@ -219,7 +219,7 @@ def autoencoder(pipe: Any) -> Any:
 
 def guides_with(takes: Mapping[str, Any]) -> str | None:
     """The argument of a pipeline's call that scales its guidance: the distilled one, unless most of
-    its networks know none; None if it takes none."""
+    its networks do not take it; None if the pipeline takes none."""
     told = takes.get("guidance_scale")
     if "true_cfg_scale" in takes and (told is None or told.default is None):
         return "true_cfg_scale"
@@ -227,7 +227,7 @@ def guides_with(takes: Mapping[str, Any]) -> str | None:
 
 
 def negates(takes: Mapping[str, Any]) -> bool:
-    """Whether a pipeline's call heeds a negative prompt without being told a second scale."""
+    """Whether a pipeline's call uses a negative prompt without a second scale being given."""
     true = takes.get("true_cfg_scale")
     return "negative_prompt" in takes and (true is None or true.default > 1)
 

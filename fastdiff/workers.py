@@ -37,7 +37,7 @@ def workers_of(
     count: int | None,
     gpus: float | None,
 ) -> Workers:
-    """The workers of a cluster, as the command line asks for them.
+    """The workers of a cluster, as given on the command line.
 
     Args:
         has: the cluster's GPUs and CPUs, by Ray's names.

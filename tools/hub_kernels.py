@@ -4,9 +4,8 @@ python tools/hub_kernels.py build/hub-kernels
 
 The folder holds `build/torch-cuda` (Triton) and `build/torch-cpu` (the same operators in plain
 torch), a README and the licence. `kernels.get_local_kernel(Path("build/hub-kernels"))` loads it.
-`hf upload OWNER/fastdiff-kernels build/hub-kernels --repo-type kernel` publishes it. Nothing of it
-is kept in git: every file is one of `fastdiff/kernels/`, with relative imports, as the library
-demands.
+`hf upload OWNER/fastdiff-kernels build/hub-kernels --repo-type kernel` publishes it. None of it is
+in git: every file is one of `fastdiff/kernels/`, with relative imports, as the library requires.
 """
 
 import ast
@@ -24,7 +23,7 @@ KERNELS = ROOT / "fastdiff/kernels"
 OPS = tuple(sorted(path.parent.name for path in KERNELS.glob("*/gpu.py")))
 """Every operator with a Triton kernel: its folder and its public function have one name."""
 NAME, VERSION, LOADER = "fastdiff-kernels", 1, "0.17.0"
-"""Of the repository; the version that its users ask for; the oldest library that loads it."""
+"""The repository's id; the version that its users request; the oldest library that loads it."""
 BACKENDS = ("cuda", "cpu")
 
 _IMPORT = re.compile(r"^( *)from fastdiff\.kernels(\S*) import", re.M)
@@ -32,7 +31,7 @@ _STRING = re.compile(r'"fastdiff\.kernels(\.[\w.]+)"')
 
 
 def needed() -> list[Path]:
-    """The files of `OPS` and all that they import, in order of their paths."""
+    """The files of `OPS` and everything that they import, in order of their paths."""
     todo = [KERNELS / op / "__init__.py" for op in OPS]
     found: set[Path] = set()
     while todo:

@@ -2,15 +2,15 @@
 
     python -m tools.mutants [--only NAME …] [--out FILE.md] [--json FILE.json]
 
-A row of mutants.toml is a fault that somebody may make on a tired evening: a file, a text that
-stands in it once, what stands there instead, and the tests of the fast suite that are to find it.
-First these tests run on the copy as it is: a test that fails anyway finds nothing. Exits 1 where a
-fault survives, 2 where none can be planted. A JSON file that is there keeps the rows of faults that
+A row of mutants.toml is a fault that a tired developer may make: a file, a text that occurs in it
+once, its replacement, and the tests of the fast suite that should find the fault.
+First these tests run on the unchanged copy: a test that fails anyway finds nothing. Exits with 1 if
+a fault survives, with 2 if none can be planted. An existing JSON file keeps the rows of faults that
 are not planted this time.
 
-The copy's C++ kernels are built anew after a fault in csrc/, for the least instruction set alone
-(`-DFASTDIFF_ONE_ISA=ON`): by CMake, with the pybind11 beside this Python. The tree itself is read
-and never written to, and the copy does not outlive this process, however it ends.
+After a fault in csrc/ the copy's C++ kernels are built again, for the lowest instruction set only
+(`-DFASTDIFF_ONE_ISA=ON`): with CMake and the pybind11 of this Python. The tree itself is only read
+and never written to, and the copy is removed when this process ends, in whatever way.
 """
 
 import argparse
@@ -48,7 +48,7 @@ while read -r group; do last=$group; done
 [ -z "$last" ] || kill -s KILL -- "-$last" 2>/dev/null
 rm -rf "$1"
 """
-"""Waits for the end of whoever writes process groups to it, ends the last of these groups, and
+"""Waits until the writer of process groups ends, then ends the last of these groups, and
 removes the copy."""
 SERVER = """
 import importlib, json, os, sys
@@ -90,7 +90,7 @@ class Mutant:
     k: str = ""
 
     def planted(self, text: str) -> str:
-        """The file's text with the fault; UserError unless the old text stands in it once."""
+        """The file's text with the fault; UserError unless the old text occurs in it once."""
         if (count := text.count(self.old)) != 1:
             raise UserError(
                 f"{self.name}: its old text stands {count} times in {self.file}, not once; write"
@@ -126,7 +126,7 @@ class Copy:
             if (root / name).is_file():  # git lists what was deleted, too
                 (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(root / name, self.tree / name)
-        # an environment of its own: an editable install would put its fastdiff before the copy
+        # a separate environment: an editable install would put its fastdiff before the copy
         venv.create(folder / "venv", symlinks=True)
         self.python = str(folder / "venv" / "bin" / "python")
         (site,) = (folder / "venv").glob("lib/*/site-packages")
@@ -186,7 +186,7 @@ class Copy:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # of imports alone
             text=True,
-            process_group=0,  # so that all that it starts can be ended
+            process_group=0,  # so that everything that it starts can be ended
         )
         assert self._keeper.stdin is not None
         self._keeper.stdin.write(f"{self._server.pid}\n")

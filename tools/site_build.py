@@ -61,7 +61,7 @@ def build(out: Path) -> list[str]:
 
 
 def assemble(work: Path) -> None:
-    """The site's source in `work`: mkdocs.yml and pages/, with all that is generated."""
+    """The site's source in `work`: mkdocs.yml and pages/, including all generated pages."""
     pages = work / "pages"
     shutil.copytree(DOCS, pages)
     generated = {
@@ -98,8 +98,8 @@ def menu(entries: Any, generated: list[str]) -> Any:
 
 
 def prepared(text: str, page: Path, pages: Path) -> str:
-    """A page as the site takes it: drawings stand in it and wear its colours, and files of the
-    repository that it links to become pages of their own."""
+    """A page as the site needs it: drawings are inlined with the page's colours, and files of the
+    repository that it links to become pages."""
 
     def linked(found: re.Match[str]) -> str:
         label, link = found.groups()
@@ -108,9 +108,9 @@ def prepared(text: str, page: Path, pages: Path) -> str:
             return found[0]
         source = (DOCS / page.parent / path).resolve()
         if not source.is_relative_to(DOCS) and source.is_dir():
-            return label[1:-1]  # a folder of the repository, which is no page
+            return label[1:-1]  # a folder of the repository, which is not a page
         if source.is_relative_to(DOCS) or not source.is_file():
-            return found[0]  # a page, or nothing: zensical tells
+            return found[0]  # a page; if there is none, zensical reports it
         name = shown(source, pages)
         up = "../" * len(page.parent.parts)
         return f"{label}({up}{name}{hash_}{anchor})"

@@ -79,7 +79,7 @@ def _called(module: ModuleType, name: str, names: list[str]) -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
-    """A Markdown table whose first columns, so many, hold words, and the others numbers."""
+    """A Markdown table whose first columns, this many, hold words, and the others numbers."""
     lines = [head, (*["---"] * words, *["---:"] * (len(head) - words)), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 

@@ -1,6 +1,6 @@
-"""Pages of all that is committed in benchmarks/results: a figure for each file, from its numbers.
+"""Pages of everything committed in benchmarks/results: a figure for each file, from its numbers.
 
-A file of a kind that is not known here ends the build: it would be missing.
+A file of an unknown kind ends the build, because it would be missing on the pages.
 """
 
 import json
@@ -81,7 +81,7 @@ def _index(folders: list[Path]) -> str:
 
 
 def page(folder: Path) -> str:
-    """All that is committed in one folder of results."""
+    """Everything that is committed in one folder of results."""
     parts = [f"# {folder.name}"]
     if folder.name in INTRODUCTION:
         parts.append(INTRODUCTION[folder.name])

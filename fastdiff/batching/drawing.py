@@ -40,7 +40,7 @@ class Drawing:
         self.plans: Plans | None = None
         """The loops of the network that predicts its steps."""
         self.noise: Tensor | None = None
-        """What the scheduler draws for the next step, as the network packs it."""
+        """The noise that the scheduler draws for the next step, as the network packs it."""
         self.places: Places | None = None
         """Where the batch has put the picture."""
         self.place = 0
@@ -160,7 +160,7 @@ class Drawing:
             self.ticket.request.on_step(done, steps, latents())
 
     def _after_step(self, pipe: Any, i: int, _: Any, told: dict[str, Any]) -> dict[str, Any]:
-        """The callback of a call that is drawn alone."""
+        """The callback of a picture that is drawn alone."""
         self._report(i + 1, pipe.num_timesteps, told["latents"].clone)
         self._pause()
         return {}

@@ -30,7 +30,7 @@ class Queue:
 
 
 class Worker:
-    """Draws up to `capacity` requests at the same time, in a thread of its own."""
+    """Draws up to `capacity` requests at the same time, in its own thread."""
 
     group = Group
 
@@ -49,7 +49,7 @@ class Worker:
         self.thread = threading.Thread(target=self._work, name="fastdiff batch", daemon=True)
 
     def beside_others(self, threads: int) -> None:
-        """Compute with so many threads; use tokenizers of its own, which keep the state of a call.
+        """Compute with this many threads; use separate tokenizers, which keep the state of a call.
         Before `start`."""
         self._threads = threads
         kept = {n: v for n, v in self.pipe.components.items() if not isinstance(v, nn.Module)}
@@ -70,7 +70,7 @@ class Worker:
             with torch.no_grad():
                 while self._admit():
                     self._round()
-        except BaseException as error:  # nobody may wait for ever for a thread that has ended
+        except BaseException as error:  # or callers would wait for ever
             with self.queue.changed:
                 self.queue.closed = True
                 for ticket in self._tickets():

@@ -16,7 +16,7 @@ from fastdiff.families import family
 from fastdiff.recipes import RECIPES, Recipe
 
 SIDE = 128
-"""The latents' side of networks that have none of their own, as of their pipelines."""
+"""The latents' side for networks whose config has none, as their pipelines set it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Blueprint:
     vae: nn.Module | None
     """None if the network draws pixels, or embeddings."""
     side: int
-    """The latents' side at the network's own size; 0 if they are no picture."""
+    """The latents' side at the network's own size; 0 if they are not a picture."""
     factor: int
     """Pixels per latent side."""
     upcasts: tuple[bool, ...]

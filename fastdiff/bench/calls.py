@@ -41,7 +41,7 @@ def latents_of(pipe: Any, height: int, width: int, seed: int) -> Tensor:
 
 
 def gives_latents(pipe: Any) -> bool:
-    """Whether it takes latents and gives them back, for its autoencoder to be timed apart."""
+    """Whether it takes and returns latents, so that its autoencoder can be timed separately."""
     own = getattr(pipe, "vae", None) is not None and "sample_size" in denoiser(pipe).config
     return own and "latents" in _takes(pipe)
 

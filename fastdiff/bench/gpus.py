@@ -85,7 +85,7 @@ GPUS = {gpu.name: gpu for gpu in _ALL}
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU called `name`; UserError, with all names, if there is none."""
+    """The GPU called `name`; UserError, which lists all names, if there is none."""
     if name.lower() not in GPUS:
         raise UserError(f"--gpu is {name!r}; choose one of {', '.join(GPUS)}")
     return GPUS[name.lower()]

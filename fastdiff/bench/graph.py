@@ -65,7 +65,7 @@ class _Recorder(Planning):
         self.launched.append((kernel, Tally(1, traffic, flops)))
 
     def convolution(self, args: tuple[Any, ...]) -> Tensor:
-        """torch adds the bias in a kernel of its own after cuDNN's."""
+        """torch adds the bias in a separate kernel after cuDNN's."""
         x, weight, bias, *more = args
         out = super().convolution((x, weight, None, *more))
         flops = int(FORMULAS[_aten.convolution](x, weight, None, *more, out_val=out))

@@ -104,7 +104,7 @@ def inputs_of(
 
 
 def sampler(runs: Sequence[Callable[[], object]], device: torch.device) -> Sample:
-    """A sampler of functions that do the same on tensors of their own, which it keeps alive.
+    """A sampler of functions that do the same on their own tensors, which it keeps alive.
 
     On a CPU only the first is called. On a GPU they form one graph.
 

@@ -79,8 +79,8 @@ def load_file(place: Path | str, config: str | None, dtype: torch.dtype) -> Any:
     """The pipeline in one .safetensors file, here or at an address of the hub, on the CPU.
 
     config: a folder or hub id whose configs and tokenizers it is read with; None: the hub id that
-    diffusers finds by the file's weights. Raises UserError where it holds no pipeline that draws
-    from a text, or lacks weights.
+    diffusers finds by the file's weights. Raises UserError if it holds no pipeline that draws
+    from text, or if weights are missing.
     """
     if isinstance(place, Path):
         check_whole(place)
@@ -122,8 +122,8 @@ def load_file(place: Path | str, config: str | None, dtype: torch.dtype) -> Any:
 def _read(saved: Saved, dtype: torch.dtype) -> Any:
     """Load the pipeline of a checked folder to the CPU, without output.
 
-    Raises UserError if a file lacks weights of a network: transformers would draw them at random,
-    and diffusers leave them without memory.
+    Raises UserError if a file misses weights of a network: transformers would draw them at random,
+    and diffusers would leave them without memory.
     """
     import diffusers
     import transformers

@@ -61,7 +61,7 @@ class AddedPreset:
     more: dict[str, Any] = field(default_factory=dict)
     """Further settings, the same at every scale."""
     told: int = 0
-    """Columns of what it is told, if that is projected to `text`."""
+    """Columns of its embedding, if that is projected to `text`."""
     pools: bool = False
     """Whether an attention with heads of 64 pools the text."""
     side: int = 64

@@ -35,7 +35,7 @@ class DiTPreset:
     pixart: bool = False
     """Whether it attends to a text of T5-XXL."""
     sized: bool = False
-    """Whether it is told the picture's size, as PixArt-α's largest is."""
+    """Whether it takes the picture's size, as the largest PixArt-α does."""
     base_scale: float = 1.0
 
     upcasts = (False,)
@@ -57,7 +57,7 @@ class DiTPreset:
             "cross_attention_dim": HEAD * heads,
             "caption_channels": T5_WIDTH,
             "interpolation_scale": 2,
-            # the pipeline tells the size of no other
+            # the pipeline passes the size to no other
             "use_additional_conditions": self.sized and side == self.side,
         }
 

@@ -53,7 +53,7 @@ class FluxPreset:
         }
 
     def autoencoder(self, scale: float) -> dict[str, Any] | None:
-        if self.second:  # of a class of its own
+        if self.second:  # another class
             return None
         return vae_config(scale, scaling_factor=0.3611) | {
             "latent_channels": CHANNELS,

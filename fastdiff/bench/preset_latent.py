@@ -79,7 +79,7 @@ class UpscalePreset(UNetPreset):
 
 @dataclass(frozen=True)
 class LatentPreset(UNetPreset):
-    """Latent diffusion, whose text encoder is a BERT of its own."""
+    """Latent diffusion, whose text encoder is its own BERT."""
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
         tokenizer = clip_tokenizer()

@@ -60,7 +60,7 @@ def build(name: str, scale: float, dtype: torch.dtype, device: str, seed: int = 
 
 def blueprint(name: str) -> tuple[torch.nn.Module, int]:
     """The denoising network of preset `name` without memory (on the meta device), and its latents'
-    side, 0 if they are no picture. UserError for an unknown name."""
+    side, 0 if they are not a picture. UserError for an unknown name."""
     preset = preset_named(name)
     cls, config = preset.network(preset.base_scale)
     side = config.get("sample_size", 0)

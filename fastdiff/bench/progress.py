@@ -95,7 +95,7 @@ def step_bar(iterable: None = None, total: int | None = None) -> Iterator[Any]:
 
 
 SECONDS = 30
-"""Between two lines of `pictures` where there is no terminal."""
+"""Seconds between two lines of `pictures` if there is no terminal."""
 
 
 @contextmanager

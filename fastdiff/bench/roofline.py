@@ -1,7 +1,7 @@
 """Where time can be saved: the time that every block of a pipeline takes, and its floor.
 
 A block's floor is the longer of two times: its FLOPs at the rate of the GPU's tensor cores, and its
-bytes at the bandwidth of the GPU's memory. It is computed, not measured. Bytes are all that the
+bytes at the bandwidth of the GPU's memory. It is computed, not measured. Bytes are everything that
 launches read and write. Data that stays in a cache between launches need not come from memory, so a
 memory-bound block can be faster than its floor.
 

@@ -78,7 +78,7 @@ def available() -> int | None:
         return None
     try:
         most, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no cgroup of its own, or no limit
+    except (OSError, ValueError):  # no cgroup, or no limit
         return free
     return min(free, max(0, most - used))
 

@@ -49,8 +49,8 @@ class Saved:
     pipeline: str
     networks: tuple[Network, ...]
     absent: tuple[str, ...] = ()
-    """Components that were saved as None; diffusers loads a folder without some of them only if it
-    is told so."""
+    """Components that were saved as None; for some of them diffusers loads a folder only if it is
+    told that they are None."""
 
     @property
     def variant(self) -> str | None:
@@ -121,8 +121,8 @@ def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
 
 
 def need_no_picture(place: Path | str, name: str, config: Mapping[str, Any]) -> None:
-    """UserError if a denoising network, by its config, reads more than latents, like the mask and
-    picture of an inpainting model."""
+    """UserError if the config of a denoising network says that it reads more than latents, such as
+    the mask and picture of an inpainting model."""
     takes = config.get("in_channels")
     gives = config.get("out_channels") or takes
     if takes is None or gives is None or not takes > gives:
@@ -220,7 +220,7 @@ def _variant(
 
 
 def check_whole(path: Path) -> None:
-    """UserError where a .safetensors file is damaged, or stands for one that was not fetched."""
+    """UserError if a .safetensors file is damaged, or is a pointer to a file not fetched."""
     from safetensors import SafetensorError, safe_open
 
     try:

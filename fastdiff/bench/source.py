@@ -61,8 +61,8 @@ class Source:
 
 
 def placed(pipeline: str | None) -> Path | str | None:
-    """Where a pipeline lies: a folder or file that is here, a hub id or an address as it is; None
-    for the demo. UserError for what is none of these, and for files that are no safetensors."""
+    """The place of a pipeline: an existing folder or file, or a hub id or address as given; None
+    for the demo. UserError for anything else, and for files that are not safetensors."""
     if pipeline is None or (pipeline == DEMO and not Path(DEMO).exists()):
         return None
     path = Path(pipeline)
@@ -90,7 +90,7 @@ def is_file(place: Path | str) -> bool:
 def opened(source: Source, dtype: Any, device: str) -> Any:
     """The pipeline: a preset on `device`, any other on the CPU.
 
-    Raises UserError where it cannot be opened, or takes not what else is asked for.
+    Raises UserError if it cannot be opened, or does not take the requested scheduler or LoRA.
     """
     source.check()
     if source.preset:

@@ -24,7 +24,7 @@ from scipy.stats.mstats import mjci
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 LEAST = 5
-"""The least process pairs, or rounds, for a verdict: with fewer, chance alone often agrees."""
+"""The fewest process pairs, or rounds, for a verdict: with fewer, chance alone often agrees."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fastdiff.kernels.dispatch import Kernel, kernel_of
 KINDS = ("attention", "conv", "linear", "norm", "pointwise", "copy", "step", "host read", "other")
 
 _aten = torch.ops.aten
-FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table lacks the CPU's attention
+FORMULAS: dict[Any, Any] = flop_registry | {  # torch's table has no entry for the CPU's attention
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _aten._scaled_dot_product_flash_attention
     ],

@@ -79,7 +79,7 @@ def _whole(pipe: Any, request: Request) -> Tensor:
 
 @contextmanager
 def _decoded(pipe: Any, device: torch.device) -> Iterator[list[float]]:
-    """The ms of each decoding that the pipeline itself asks of its autoencoder in this block."""
+    """The ms of each call that the pipeline makes of its autoencoder's decoder in this block."""
     vae, spent = autoencoder(pipe), list[float]()
     if vae is None:
         yield spent

@@ -100,8 +100,8 @@ def opened(
 
     Args:
         given: the rows of the file.
-        rows: the same with all that is drawn.
-        asked: what else decides what is drawn.
+        rows: the same rows with all values that are drawn with.
+        asked: everything else that decides what is drawn.
 
     Raises UserError if the folder holds something else, another job, or one that still runs.
     """

@@ -44,7 +44,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A row's picture, or why there is none."""
+    """A row's picture, or the error that prevented it."""
 
     row: Row
     picture: bytes | None
@@ -65,8 +65,8 @@ class Painter:
 
     @property
     def capacity(self) -> int:
-        """How many rows to draw at the same time where nobody says: a GPU takes less for several
-        than one after the other, a CPU does not."""
+        """How many rows to draw at the same time by default: several together are faster on a GPU,
+        but not on a CPU."""
         batched = loop_of(self.pipe) is not None and find_spec("greenlet") is not None
         return ON_A_GPU if batched and self.device.startswith("cuda") else 1
 
@@ -133,7 +133,7 @@ class Painter:
         return self.pipe.numpy_to_pil(drawn)[0]
 
     def attempt(self, row: Row) -> Drawn:
-        """Draw a row; what goes wrong with it is told, and ends nothing."""
+        """Draw a row; an error is returned, and ends nothing else."""
         return tried(row, lambda: self.draw(row))
 
 

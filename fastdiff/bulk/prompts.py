@@ -28,7 +28,7 @@ class Row:
     number: int
     """From 1 on."""
     line: int
-    """Where it stands in the file, from 1 on."""
+    """Its line in the file, from 1 on."""
     prompt: str
     seed: int
     steps: int | None = None
@@ -51,7 +51,7 @@ class Row:
 def read(path: Path, seed: int) -> list[Row]:
     """The rows of a .txt (a prompt in each line), .csv, .jsonl or .parquet file.
 
-    seed: of the job. A row without a seed of its own gets one that follows from this, its number
+    seed: of the job. A row without a seed gets one that is computed from this, its number
     and its prompt.
 
     Raises UserError for a file that cannot be read; the first row that is wrong is named by its
@@ -105,7 +105,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 if None in row:
                     raise bad(path, reader.line_num, "it has more values than there are columns")
-                # an empty cell is no value
+                # an empty cell means the default
                 yield reader.line_num, {name: value or None for name, value in row.items()}
         except csv.Error as error:
             raise bad(path, reader.line_num, f"it is not CSV: {error}") from error

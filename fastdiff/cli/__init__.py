@@ -63,7 +63,7 @@ def _refuse(sentence: str) -> NoReturn:
 
 def _missing(error: BaseException | None, arguments: Sequence[str]) -> str | None:
     """If a missing optional package caused the error: which one, and the extra that installs it."""
-    while error is not None:  # diffusers and transformers wrap it in errors of their own
+    while error is not None:  # diffusers and transformers wrap it in their own errors
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, ImportError):
             if f"{installed.DISTRIBUTION}[" in reason:

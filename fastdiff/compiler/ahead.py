@@ -1,7 +1,7 @@
 """Compile a pipeline's kernels before its first picture needs them.
 
 A picture of the pipeline's own size is planned on tensors without memory, which gives the kernels
-it launches. Those that Triton's cache lacks come from a folder of `fastdiff warm`, or are compiled
+it launches. Kernels that are missing in Triton's cache come from `fastdiff warm`, or are compiled
 on all cores in the background; the first call of a network waits for them. Correctness does not
 depend on this: Triton compiles a missing kernel at its first launch.
 """

@@ -43,7 +43,7 @@ def _with_offload(target: Any, parts: Taken, options: Options) -> Taken:
 
 
 def without_waiting(slots: Sequence[Slot], options: Options) -> str | None:
-    """Why `options.offload_hoisted` cannot be honoured, if no network of `slots` has weights that
+    """Why `options.offload_hoisted` cannot be used, if no network of `slots` has weights that
     only the start of a picture needs."""
     loans = [slot.loan for slot in slots if slot.kind.offload and slot.loan is not None]
     if not options.offload_hoisted or not loans or any(loan.hoisted for loan in loans):

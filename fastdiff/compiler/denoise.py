@@ -47,7 +47,7 @@ class Denoising:
         guided, reads = self.predictor.predictions.guided, self.table.variance
         channels = call.latents.shape[channel_axis(call.latents)]
         module: Any = self.predictor.slot.module
-        if call.latents.ndim == 3:  # tokens, of patches of so many channels
+        if call.latents.ndim == 3:  # tokens, of patches with this many channels
             channels //= module.config.patch_size**2
         for name in filter(None, (call.plan.network, call.plan.last)):
             slot = slot_of(getattr(pipe, name))

@@ -162,7 +162,7 @@ def export(pipe: Any, folder: Path, log: Callable[[str], object]) -> None:
 
 
 def exported_part(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What the ONNX folder says of the network `name`. UserError unless it is there in `dtype`."""
+    """The ONNX folder's entry for the network `name`. UserError unless it is there in `dtype`."""
     part, kind = exported.part(folder, name), str(dtype).removeprefix("torch.")
     if part["dtype"] != kind:
         raise UserError(

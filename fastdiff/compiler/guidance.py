@@ -1,4 +1,4 @@
-"""How a loop combines its network's predictions, as the pipeline says."""
+"""How a loop combines its network's predictions, according to the pipeline's settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class SkipLayers:
     layers: tuple[int, ...]
     steps: range
     told: Mapping[str, Tensor]
-    """What this prediction is told, [B, ...]: by field of the network's conditions."""
+    """This prediction's conditions, [B, ...], by field of the network's conditions."""
 
     def conditions(self, given: Any) -> Any:
         """Those of all three predictions; `given`: of the first two."""
@@ -106,8 +106,8 @@ def skip_layers_of(setting: Setting, local: Mapping[str, Any], plan: Plan) -> Sk
 
 
 def with_repeats(given: Any, count: int, pictures: int) -> Any:
-    """`given` conditions of `count` predictions for each picture, which say whether the last two
-    are told the same."""
+    """`given` conditions of `count` predictions for each picture; also says whether the last two
+    predictions have the same conditions."""
     whole = count * pictures
     told = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.shape[0] == whole]
     same = all(torch.equal(t[-pictures:], t[-2 * pictures : -pictures]) for t in told)

@@ -67,7 +67,7 @@ def conditions_of(
 
 
 def _both(name: str, first: Any, second: Any) -> Any:
-    """Both halves of what the network is told, tensors [B, …] or lists."""
+    """Both halves of the network's conditions, tensors [B, …] or lists."""
     if isinstance(first, list) and isinstance(second, list):
         return first + second
     require(first.shape == second.shape, f"{name} of another shape than the other half's")
@@ -75,7 +75,7 @@ def _both(name: str, first: Any, second: Any) -> Any:
 
 
 def _both_pictures(name: str, first: Any, second: Any) -> Any:
-    """Both halves of what IP-Adapters are told, lists of [B, N, …]; None without any."""
+    """Both halves of the IP-Adapters' embeddings, lists of [B, N, …]; None without any."""
     if first is None and second is None:
         return None
     require(None not in (first, second), f"{name} of one half only")

@@ -8,8 +8,8 @@ result into the latents.
 Most loops read `interrupt` at the top of every step. The plan runs at the first such read; from
 then on the property is True, so diffusers skips its own steps. Other loops open a progress bar
 around their steps, or over the timesteps; for them, the plan runs there and leaves no timesteps.
-Where one call has several loops, each has a plan, told by the timesteps that its bar runs over.
-Everything before and after the loop stays with diffusers. Where the plan does not apply (or a later
+If one call has several loops, each has a plan, identified by the timesteps of its progress bar.
+Everything before and after the loop stays with diffusers. If the plan does not apply (or a later
 diffusers no longer reads `interrupt`) diffusers' own loop runs, with our networks in it. If a
 callback does something that no plan can follow, `interrupt` is False again from the next step on. A
 loop entered by its progress bar cannot resume in mid-loop, so if it has a callback, diffusers runs

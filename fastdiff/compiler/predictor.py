@@ -1,4 +1,4 @@
-"""The network that predicts the steps of a loop: which it is, and what it is told."""
+"""The network that predicts the steps of a loop: which one it is, and its conditions."""
 
 from functools import partial
 from typing import Any
@@ -112,7 +112,7 @@ class Predictor:
         return entered("hoist", lambda: self.denoiser.network.hoist(*told))
 
     def told(self, at: int, given: Any) -> tuple[Any, Tensor, tuple[int, ...]]:
-        """What `Network.hoist` is told for steps like step `at`."""
+        """The arguments of `Network.hoist` for steps like step `at`."""
         network, latents = self.denoiser.network, self.call.latents
         skips, count = self.call.skips, self.predictions.count
         if skips is not None and at in skips.steps:

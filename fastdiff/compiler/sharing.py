@@ -120,7 +120,7 @@ class Share:
         )
 
     def told(self, conditions: T) -> T:
-        """What this rank's predictions are told, of the conditions of all of a step's."""
+        """This rank's share of the conditions of all predictions of a step."""
         if not self.halves:
             return conditions
         whole, rank = self.predictions * self.pictures, self.ranks.rank

@@ -182,7 +182,7 @@ class Slot:
         self.ended = True
         self.release()
         names = vars(self.module)
-        for name in (_CALL, _KEPT):  # keep a call that is not ours
+        for name in (_CALL, _KEPT):  # keep a call that other code put there
             if names.get(name) is self:
                 del names[name]
 
@@ -240,14 +240,14 @@ def slot_of(module: Any) -> Slot | None:
 
 
 def kept_slot(module: Any) -> Slot | None:
-    """The slot that was made for a module, even if another call has taken its place; None if there
+    """The slot that was made for a module, even if another call has replaced it; None if there
     is none, or it has ended."""
     slot = getattr(module, "__dict__", {}).get(_KEPT)
     return slot if isinstance(slot, Slot) and slot.module is module else None
 
 
 def waiting_notes(slot: Slot) -> list[str]:
-    """What the report says of weights that wait in host memory."""
+    """The report's text for weights that wait in host memory."""
     loan = slot.loan
     if loan is None or not slot.kind.offload:
         return []

@@ -48,7 +48,7 @@ class TextCache:
     """Calls that the encoder answered although the cache may hold them, by reason."""
     _kept: OrderedDict[Any, Any] = field(default_factory=OrderedDict, repr=False)
     _last: Any = field(default=None, repr=False)
-    """The last snapshot, and what tells whether it still holds."""
+    """The last snapshot, and a watch that says whether it is still valid."""
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class TextCache:
             self._kept.clear()
         self._last = None
         names = vars(self.module)
-        for name in (_CALL, _KEPT):  # keep a call that is not ours
+        for name in (_CALL, _KEPT):  # keep a call that other code put there
             if names.get(name) is self:
                 del names[name]
 
@@ -131,7 +131,7 @@ class TextCache:
             logger.warning("fastdiff: a call of %s goes past the text cache: %s", self.name, reason)
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """All that the encoder's answer depends on. Raises Unsupported if it is not known."""
+        """Everything that the encoder's output depends on. Unsupported if that is unknown."""
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if torch.is_grad_enabled() and any(
@@ -231,7 +231,7 @@ def _known(part: Any) -> bool:
 
 
 def _copied(output: Any) -> Any:
-    """`output` with tensors of its own. Raises Unsupported if it holds anything but tensors."""
+    """`output` with its own tensors. Raises Unsupported if it holds anything but tensors."""
     copies: dict[int, Tensor] = {}
 
     def copied(leaf: Any) -> Any:

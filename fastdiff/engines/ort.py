@@ -32,7 +32,7 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 class Session:
     """An ONNX file in ONNX Runtime: with the CUDA provider on a GPU, else on the CPU.
 
-    On a GPU its kernels run on a stream of its own; the host waits for torch's stream before each
+    On a GPU its kernels run on a separate stream; the host waits for torch's stream before each
     run, and for ONNX Runtime's after it.
 
     Args:
@@ -100,7 +100,7 @@ class Session:
         return Bound({n: made[n] for n in inputs}, {n: made[n] for n in outputs}, run)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """All outputs for CPU tensors of any shapes, in memory of their own."""
+        """All outputs for CPU tensors of any shapes, in new memory."""
         feed = {name: value.numpy() for name, value in inputs.items()}
         try:
             return tuple(torch.from_numpy(out) for out in self._session.run(None, feed))

@@ -14,8 +14,8 @@ from fastdiff.runtime.recordings import buffer
 class TrtEngine:
     """A plan as an `Engine`; see `trt.load` for what it refuses.
 
-    Each set of shapes has an execution context of its own, which a CUDA graph needs unchanged. All
-    contexts share their working memory, since callers take turns (`graphs.in_turn`).
+    Each set of shapes has its own execution context, which a CUDA graph needs unchanged. All
+    contexts share their working memory, because callers take turns (`graphs.in_turn`).
     """
 
     recordable = True

@@ -21,10 +21,10 @@ from fastdiff.export.parts import Part, draw, left_out
 
 OPSETS = range(18, 24)
 ORT_OPSET = 20
-"""From 21 on GroupNormalization is an op of its own, for which ONNX Runtime has no kernel and which
+"""From 21 on GroupNormalization is a separate op, for which ONNX Runtime has no kernel and which
 it splits up; at 20 it is an InstanceNormalization, which ONNX Runtime runs and fuses."""
 TRT_OPSET = 22
-"""As an op of its own, GroupNormalization becomes one normalization layer in TensorRT. 21 would be
+"""As a separate op, GroupNormalization becomes one normalization layer in TensorRT. 21 would be
 enough, except for bfloat16."""
 BF16_OPSET = 22
 """The first opset whose convolutions take bfloat16."""
@@ -79,8 +79,8 @@ def export(
 ) -> tuple[Written, ...]:
     """Write every part and the files beside them into the new folder `out`: all or nothing.
 
-    UserError if a network cannot be exported, nothing can be fused though it was asked for, or the
-    folder cannot be written.
+    UserError if a network cannot be exported, if fusing was requested but nothing can be fused,
+    or if the folder cannot be written.
     """
     with new_folder(out) as folder:
         written = tuple(write(part, folder, opset, log, ort_fused) for part in parts)

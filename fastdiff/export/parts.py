@@ -23,7 +23,7 @@ MODELS = {"Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM"
 
 
 class Text(nn.Module):
-    """input_ids [B, L], perhaps attention_mask [B, L] -> the encoder's outputs and, if `states`,
+    """input_ids [B, L], for some attention_mask [B, L] -> the encoder's outputs and, if `states`,
     every hidden state [B, L, D]."""
 
     def __init__(self, net: nn.Module, first: tuple[str, ...], states: bool) -> None:
@@ -77,7 +77,7 @@ def side_of(pipe: Any) -> int:
 
 
 def _masked(pipe: Any) -> bool:
-    """Whether the network is told which tokens count, as its text encoder is."""
+    """Whether the network takes the text encoder's attention mask."""
     recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
     return any("encoder_attention_mask" in plan.conditions for plan in recipe.plans)
 
@@ -92,7 +92,7 @@ def _texts(pipe: Any) -> dict[str, nn.Module]:
 
 
 def left_out(pipe: Any) -> tuple[str, ...]:
-    """Components with weights of their own that are not exported, such as a safety checker."""
+    """Components with weights that are not exported, such as a safety checker."""
     known = {*_texts(pipe), *exported(pipe, f"{type(pipe).__name__} cannot be exported").networks}
     return tuple(
         name
@@ -115,7 +115,7 @@ def _text(folder: str, net: nn.Module, dtype: torch.dtype, masked: bool = False)
         pool = (CLIPS[kind], ("batch_size", width))
         first = (pool, *first) if projected else (*first, pool)
         states = [(f"hidden_states.{i}", whole) for i in range(config.num_hidden_layers + 1)]
-    masked = masked or kind == UMT5  # AuraFlow's alone, which is told the padding
+    masked = masked or kind == UMT5  # only AuraFlow's, which takes the padding mask
     names = ("input_ids", "attention_mask") if masked else ("input_ids",)
     length = _length(net) or T5_TOKENS
     sizes = ((2, length - 1), (1, length), (3, 5), (2, length // 2))

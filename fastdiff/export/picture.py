@@ -159,7 +159,7 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
             options["class_labels"] = [0]
         elif getattr(denoiser(pipe).config, "num_class_embeds", None) is not None:
             options["class_labels"] = 0
-        # DDPM's pipelines return numpy whatever is asked for
+        # DDPM's pipelines always return numpy
         return torch.as_tensor(pipe(**options).images).double()
 
     pipe.set_progress_bar_config(disable=True)

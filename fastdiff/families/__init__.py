@@ -188,7 +188,7 @@ def named(model: Any) -> tuple[str, Family] | None:
 
 
 def settings(root: nn.Module) -> list[tuple[str, str, Any]]:
-    """The numbers and strings that define, besides its weights, what a component computes: all that
+    """The numbers and strings that, besides its weights, define what a component computes: all that
     the runtime reads, as (path, attribute, value).
 
     Empty for a component that fastdiff does not compute.

@@ -1,4 +1,4 @@
-"""DiT, a transformer that is told a class: diffusers' DiTTransformer2DModel."""
+"""DiT, a transformer conditioned on a class: diffusers' DiTTransformer2DModel."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ from fastdiff.runtime.planned import Run, without_memory
 TOKENS = 512
 """Tokens of a text."""
 PATCH = 2
-"""Each token is of so many rows and columns of the latents."""
+"""Rows and columns of the latents in each token."""
 PICTURES = "ip_adapter_image_embeds"
 
 
@@ -100,7 +100,7 @@ def channels(net: FluxTrunk) -> int:
 
 
 def _constant_channels(net: FluxTrunk) -> int:
-    """Those of FLUX.1 Fill and Control: a picture, and perhaps a mask."""
+    """The constant channels of FLUX.1 Fill and Control: a picture, and for Fill a mask."""
     return net.channels - channels(net)
 
 

@@ -34,10 +34,10 @@ class Part:
     """One ONNX file. `module` takes `inputs` by position and returns a tuple of `outputs`.
 
     example: the free sides at which it is traced. cases: those at which it is verified, beginning
-    with its own size and full text length. most: the largest height and width it takes. unit: what
-    it is told as a timestep of 1. packed: rows and columns of the latents that are one token of its
+    with its own size and full text length. most: the largest height and width it takes. unit: its
+    input for a timestep of 1. packed: rows and columns of the latents that are one token of its
     input, if it is packed. guided: whether published pipelines give it two texts for a picture.
-    told: makes what it takes, by name, of the arguments of the network's own call.
+    told: makes its inputs, by name, from the arguments of the network's own call.
     Free sides are latents of a denoising network or VAE decoder, pixels of a VAE encoder, tokens of
     a text encoder. A denoising network's first input is the latents, its second the timestep; the
     others have the names of its conditions.

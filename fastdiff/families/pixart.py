@@ -74,7 +74,7 @@ class _Out(nn.Module):
 
 class _Exported(nn.Module):
     """hidden_states [B, C, Y, X], timestep [] or [1], text [B, L, D], mask [B, L] of 0 and 1,
-    perhaps resolution [B, 2] and aspect_ratio [B, 1] -> out_sample."""
+    for some resolution [B, 2] and aspect_ratio [B, 1] -> out_sample."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

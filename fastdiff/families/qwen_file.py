@@ -20,7 +20,7 @@ from fastdiff.families.part import (
 from fastdiff.families.positions import TurnedOnce, Turns, attending
 
 PATCH = 2
-"""Each token is of so many rows and columns of the latents."""
+"""Rows and columns of the latents in each token."""
 TOKENS = 64
 """Tokens of a prompt of some forty words; diffusers takes up to 1024."""
 
@@ -86,7 +86,7 @@ class _Exported(nn.Module):
                 text,
                 timestep=timestep.reshape(-1).expand(many),
                 img_shapes=(txt_ids, img_ids),
-                # diffusers compares the mask's shape, by which torch's exporter takes it as fixed
+                # diffusers compares the mask's shape, which torch's exporter then takes as fixed
                 attention_kwargs={"attended": mask.bool().expand(many, -1)},
                 return_dict=False,
             )[0],
@@ -129,7 +129,7 @@ def part(
 
 
 def _told(given: dict[str, Any]) -> dict[str, Any]:
-    """With the positions of the picture's tokens, around 0, and of the text's, behind them; and a
+    """With the positions of the picture's tokens, around 0, and of the text's, after them; and a
     mask."""
     text = given["encoder_hidden_states"]
     mask = given.get("encoder_hidden_states_mask")

@@ -1,4 +1,4 @@
-"""U-Nets that are told something: diffusers' UNet2DConditionModel."""
+"""U-Nets with conditions: diffusers' UNet2DConditionModel."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -111,7 +111,7 @@ def compiler_of(arch: int) -> dict[str, str]:
 
 
 def hash_of(kernel: Any) -> str:
-    """The hash of a kernel's source and of all that it calls."""
+    """The hash of a kernel's source and of every function that it calls."""
     return str(kernel.cache_key)
 
 

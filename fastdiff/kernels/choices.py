@@ -1,9 +1,9 @@
-"""Chooses who computes an op on a CPU: one of our own kernels, or torch's library.
+"""Chooses the implementation of an op on a CPU: one of our own kernels, or torch's library.
 
 `tables/cpu_<isa>.json` is written by `python -m benchmarks.tune --cpu` and reviewed like code. For
 each size in the models it has the times of all implementations and the name of the fastest. Another
 size uses the choice of the nearest size in the table: the one with the least sum of |log2| of the
-sizes' ratios. An instruction set without a table of its own uses the measured one's choices, except
+sizes' ratios. An instruction set without a table uses the measured one's choices, except
 the library.
 """
 

@@ -183,7 +183,7 @@ def module_of(name: str) -> Any:
 
 
 def kernel_of(op: Any) -> Kernel | None:
-    """The kernel that a dispatched op calls; None if the op is none of ours."""
+    """The kernel that a dispatched op calls; None if the op is not one of ours."""
     return KERNELS[op.name().partition("::")[2]] if op.namespace == NAMESPACE else None
 
 

@@ -75,9 +75,9 @@ class Compiled:
     wants_mma: str
     """What `mma` should be; "" if there are no products, or in float32."""
     narrow: int
-    """How many loads and stores are narrower than `wants_load`. Those of weights, rows and masks
-    may be, so this number is only compared with the accepted table: it reveals activations whose
-    loads become narrow, which the widest load does not."""
+    """How many loads and stores are narrower than `wants_load`. Loads of weights, rows and masks
+    may be narrow, so this number is only compared with the accepted table: it reveals activations
+    whose loads become narrow, which the widest load does not show."""
     bound: str
     """"memory" or "compute": what limits the whole case on a GPU at its roofline."""
 

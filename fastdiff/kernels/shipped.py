@@ -128,7 +128,7 @@ def _collected(
 def read(folder: Path) -> Shipped:
     """A folder written by `fastdiff warm`, after every file's hash is checked.
 
-    Raises UserError if it is no such folder, has another schema, or is damaged.
+    Raises UserError if it is not such a folder, has another schema, or is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -179,7 +179,7 @@ def differences(shipped: Shipped, jobs: Iterable[Job], arch: int) -> list[str]:
 
 
 def install(shipped: Shipped, arch: int) -> None:
-    """Copy the folder's kernels for an architecture into Triton's cache, if it lacks them.
+    """Copy the folder's kernels for an architecture into Triton's cache, if it does not have them.
 
     Raises UserError if a file is damaged or the cache cannot be written.
     """

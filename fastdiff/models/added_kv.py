@@ -54,7 +54,7 @@ class AddedKV:
 
 
 def borrow_added_kv(module: Any, loan: Loan, text: CrossColumns) -> AddedKV:
-    """From an Attention with a projection of its own for the text (`added_kv_proj_dim`)."""
+    """From an Attention with a separate projection for the text (`added_kv_proj_dim`)."""
     attention, out = open_attention(
         module, loan, residual=False, processors=PROCESSORS, text_norm=True
     )

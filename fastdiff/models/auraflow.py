@@ -42,7 +42,7 @@ WIDEST = 128
 """Heads beyond this width spill registers in our joint kernel (7 KiB a thread at 256 on sm_80), so
 that a concatenation and the library's attention cost less."""
 KEPT = 16
-"""A text is cut to a multiple of so many tokens, so that few lengths need a recording."""
+"""A text is cut to a multiple of this many tokens, so that few lengths need a recording."""
 
 
 class Conditions(NamedTuple):
@@ -104,7 +104,7 @@ class AuraFlow:
     """A picture's and a text's part of each block."""
     single: tuple[Branch, ...]
     last: slice
-    """Where the last scale and shift stand in a row."""
+    """Which part of a row holds the last scale and shift."""
     proj_out: Weights
 
     @property

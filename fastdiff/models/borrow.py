@@ -161,7 +161,7 @@ class Loan(Reads):
         """Whether no parameter has moved and nothing that is watched has changed."""
         if self._looked_at or self._held:
             with self._moving, torch.inference_mode(self._mode), torch.no_grad():
-                if self._looked_at:  # somebody may hold any of them now
+                if self._looked_at:  # other code may hold any of them now
                     self._looked_at, self._held = False, [*self._lent.values()]
                     for lent in self._held:
                         lent.come_back()
@@ -178,7 +178,7 @@ class Loan(Reads):
             self._gate = Gate(self.modules, self._found, self._go_home)
 
     def _go_home(self, copied: bool = False) -> None:
-        """Move parameters to memory of their own before somebody reads them, or copies them with
+        """Move parameters to their own memory before other code reads them, or copies them with
         their modules."""
         with self._moving, torch.inference_mode(self._mode), torch.no_grad():
             self._looked_at = True
@@ -202,7 +202,7 @@ class Loan(Reads):
             self.epoch = next(EPOCHS)
 
     def end(self) -> None:
-        """Give every parameter memory of its own again, in its old layout."""
+        """Give every parameter its own memory again, in its old layout."""
         if self._gate is not None:
             self._gate.leave()
         with self._moving, torch.inference_mode(self._mode), torch.no_grad():

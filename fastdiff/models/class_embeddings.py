@@ -18,9 +18,9 @@ INDICES = (torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class Classes:
-    """What a U-Net makes of `class_labels`: rows of a table; embeddings of timesteps, such as that
-    of the noise in a picture to enlarge (DeepFloyd IF), or of vectors (Stable unCLIP); or they are
-    embeddings already (unCLIP)."""
+    """What a U-Net computes from `class_labels`: rows of a table; embeddings of timesteps, for
+    example of the noise in a picture to enlarge (DeepFloyd IF), or of vectors (Stable unCLIP); or
+    they are embeddings already (unCLIP)."""
 
     width: int
     """Columns of the time embedding."""

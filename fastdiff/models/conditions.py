@@ -1,5 +1,5 @@
-"""What a U-Net makes of its conditions before the loop: a text's or a picture's embedding as the
-tokens that it attends to, and as a part of the time embedding. On borrowed weights."""
+"""What a U-Net computes from its conditions before the loop: the embedding of a text or picture,
+as the tokens that it attends to and as a part of the time embedding. On borrowed weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

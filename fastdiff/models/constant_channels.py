@@ -19,7 +19,7 @@ class Constant(NamedTuple):
     """conv_in where some channels of its input are constant."""
 
     made: Tensor
-    """[n, Y, X, N] what it makes of the constant channels, with its bias; n = B or G·B."""
+    """[n, Y, X, N] its output for the constant channels, with its bias; n = B or G·B."""
     weight: Tensor
     """Its weight for the latents: [3, 3, C, N] if `by_input`, else [N, 3, 3, C]."""
     by_input: bool
@@ -31,11 +31,11 @@ class Constant(NamedTuple):
 
 
 def hoist_constant(conv_in: Weights, channels: Tensor | None) -> Constant | None:
-    """What conv_in makes of the constant channels [n, C', Y, X], the last of its input."""
+    """conv_in's output for the constant channels [n, C', Y, X], the last of its input."""
     if channels is None:
         return None
     weight = conv_in.weight
-    by_input = weight.stride(0) == 1  # kernels want each part packed in the order of the whole
+    by_input = weight.stride(0) == 1  # kernels need each part packed in the order of the whole
     own = weight.shape[1] - channels.shape[1]
     latents, others = (_packed(part, by_input) for part in weight.tensor_split((own,), 1))
     made = conv2d(channels_last(channels), _unpacked(others, by_input), conv_in.bias)

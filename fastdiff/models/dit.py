@@ -1,7 +1,7 @@
-"""DiT, the denoising transformer that is told a class, on borrowed weights.
+"""DiT, the denoising transformer that is conditioned on a class, on borrowed weights.
 
 A block's norms take vectors of the timestep and the class,
-which each block embeds by layers of its own; `hoist` computes those of all steps.
+which each block embeds with its own layers; `hoist` computes those of all steps.
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ class ControlConditions(NamedTuple):
     controlnet_cond: Tensor | None
     """[B, L, C] the control picture, packed as the latents."""
     controlnet_mode: Tensor | None
-    """[B, 1] what the control picture is, for a network of several kinds."""
+    """[B, 1] the kind of the control picture, for a network that takes several kinds."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FluxControl(FluxBlocks):
     outs: tuple[Weights, ...]
     """A linear layer for each block's result."""
     modes: Tensor | None
-    """[kinds, D] what stands before the text for each kind of control picture."""
+    """[kinds, D] the token before the text for each kind of control picture."""
 
     def check(self, latents: Tensor, given: ControlConditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.

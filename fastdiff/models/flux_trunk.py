@@ -35,7 +35,7 @@ class Constants(NamedTuple):
     turns: Turns
     """Of the text's tokens and then the picture's."""
     made: Tensor | None = None
-    """[G·B, L, D] what the embedding makes of the constant channels, with its bias."""
+    """[G·B, L, D] the embedding's output for the constant channels, with its bias."""
     tokens: Tensor | None = None
     """[G·B, L', D] the constant tokens, embedded."""
     controls: tuple[Tensor, ...] = ()

@@ -43,7 +43,7 @@ class Conditions(NamedTuple):
     last_skip_layers: Sequence[int] | None = None
     """Blocks that the last of three predictions leaves out (skip-layer guidance)."""
     repeats: bool | None = None
-    """Whether the last predictions are told the same as those before them."""
+    """Whether the last predictions have the same conditions as those before them."""
 
 
 class Rows(NamedTuple):

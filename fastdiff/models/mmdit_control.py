@@ -65,7 +65,7 @@ class MMDiTControl(JointTrunk):
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
 
         Args:
-            latents: [B, C, Y, X], or [B, L, D] for a network without patches of its own.
+            latents: [B, C, Y, X], or [B, L, D] for a network that does not cut patches itself.
             copies: G, the number of texts for each of the latents.
         """
         text, pooled, picture = conditions

@@ -55,7 +55,7 @@ class Reached(NamedTuple):
 
 _Key = tuple[frozenset[type], tuple[str, ...], frozenset[str]]
 _FOUND: dict[_Key, tuple[Reached, Any]] = {}
-"""Earlier results, each with a watch that tells whether it is still valid."""
+"""Earlier results, each with a watch that says whether it is still valid."""
 
 
 def reached(

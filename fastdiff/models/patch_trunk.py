@@ -1,4 +1,4 @@
-"""What transformers on patches share that are told nothing by their stream: DiT and PixArt."""
+"""What transformers on patches share whose conditions are not part of the stream: DiT, PixArt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 diffusers predicts for [unconditional, text, perturbed] at once, or without classifier-free guidance
 for [text, perturbed]. It marks the perturbed layers by their attention processors for the time of a
-call, so these are read anew before every picture.
+call, so these are read again before every picture.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ class Perturbed:
     layers: frozenset[int]
     """The numbers of the layers."""
     shared: bool
-    """Whether the last part is told the same as the part before it, so that both are equal up to
-    the first of the layers."""
+    """Whether the last part has the same conditions as the part before it, so that both are
+    equal up to the first of the layers."""
 
     def plain(self, batch: int) -> int:
         """The size of a batch of `batch` without its last part."""
@@ -58,7 +58,7 @@ def perturbed_of(
     told: Tensor | None,
     shared: bool | None = None,
 ) -> Perturbed | None:
-    """What the attention processors of `switches` ask for now; None if nothing.
+    """The perturbation that the attention processors of `switches` ask for now; None if none does.
 
     Args:
         parts: the number of parts by the perturbing processor's class.

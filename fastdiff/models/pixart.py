@@ -1,7 +1,7 @@
 """PixArt-α and -Σ, denoising transformers that attend to a text, on borrowed weights.
 
-A block's norms take vectors that are the sum of a table of its own and of what one layer makes of
-the timestep (and the picture's size), for all blocks alike.
+A block's norms take vectors that are the sum of the block's own table and of one layer's output
+for the timestep (and the picture's size), the same for all blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from fastdiff.models.weights import project
 
 SIZES = ("resolution", "aspect_ratio")
 KEPT = 16
-"""A text is cut to a multiple of so many tokens, so that few lengths need a recording."""
+"""A text is cut to a multiple of this many tokens, so that few lengths need a recording."""
 
 
 class Conditions(NamedTuple):
@@ -58,7 +58,7 @@ class TimeSize:
     time: Embedding
     size_sinusoid: Sinusoid | None
     sizes: tuple[Embedding, ...]
-    """Of `SIZES`; () if the network is not told them."""
+    """Of `SIZES`; () if the network does not take them."""
 
     def __call__(
         self, timesteps: Tensor, told: Mapping[str, Tensor | None], dtype: torch.dtype, count: int
@@ -153,10 +153,10 @@ class PixArt(PatchTrunk):
         return Hoisted(rows, Constants(position, *self._told(text, mask)))
 
     def _told(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The text's keys and values without the tokens that nobody attends to, and the mask."""
+        """The text's keys and values without tokens that are never attended to, and the mask."""
         bias = None
         if mask is not None:
-            # scores apart by 200 or more; who is told to attend to nothing attends to all alike
+            # scores apart by 200 or more; a query whose keys are all masked attends to all alike
             used = mask.float() > mask.float().amax(1, keepdim=True) - 0.02
             last = int(used.any(0).nonzero().max()) + 1
             kept = min(text.shape[1], -(-last // KEPT) * KEPT)

@@ -30,7 +30,7 @@ class Folded(NamedTuple):
     """[D, D] gate · the attention's last layer."""
     q_bias: Tensor
     text_bias: Tensor
-    """[D] each, with what the gate makes of the last layer's bias."""
+    """[D] each: the last layer's bias times the gate."""
 
 
 @dataclass(frozen=True)

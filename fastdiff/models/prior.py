@@ -1,7 +1,7 @@
 """UnCLIP's prior on borrowed weights: a causal transformer that predicts a CLIP image embedding.
 
 A picture's tokens are its text, the text's embedding, the time, the noisy image embedding and
-`prd`, at which the prediction is read. With a text mask each token sees only those before it. So
+`prd`, from which the prediction is read. With a text mask each token sees only those before it. So
 text and text embedding, all tokens but three, are the same in every step: their keys and values in
 all layers are computed once a picture.
 
@@ -34,7 +34,7 @@ _CLEAR = 5000.0
 
 
 class Conditions(NamedTuple):
-    """What the network is told besides latents and timesteps, as `forward` names it. G: 2 with
+    """The network's inputs besides latents and timesteps, as `forward` names them. G: 2 with
     guidance, unconditional first."""
 
     proj_embedding: Tensor | None
@@ -72,7 +72,7 @@ class Prior:
     prd: Tensor | None
     """[1, 1, D]; None: the prediction is read at the image embedding."""
     causal: Tensor
-    """[1, L, L] added to the scores: low where a token comes after the one that asks."""
+    """[1, L, L] added to the scores: low for a key that comes after the query."""
     norm_in: Norm | None
     blocks: tuple[Block, ...]
     norm_out: Norm

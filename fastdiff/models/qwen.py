@@ -37,12 +37,12 @@ from fastdiff.models.zimage_block import RMS, borrow_rms
 LIMIT = 65504.0
 """The largest number of float16, at which diffusers clips the streams in that dtype."""
 HIDDEN = -10000.0
-"""Added to the scores of a token that nobody attends to."""
+"""Added to the scores of a token that is never attended to."""
 
 
 class Conditions(NamedTuple):
     """The network's inputs besides latents and timesteps. With true guidance the network itself
-    makes one prediction of two, as the pipeline does."""
+    combines two predictions into one, as the pipeline does."""
 
     encoder_hidden_states: Tensor | None
     """[B, T, D'] text."""
@@ -188,8 +188,8 @@ def _guided(both: Tensor, scale: Tensor) -> Tensor:
 
 
 def _trimmed(told: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Texts [B, T, D'] with masks [B, T], one behind the other, without the tokens at the end that
-    nobody attends to; and the bias of their scores, if a token is left that is hidden."""
+    """Texts [B, T, D'] with masks [B, T], concatenated, without the tokens at the end that are
+    never attended to; and the bias of their scores, if a hidden token is left."""
     used = []
     for text, mask in told:
         all_of = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

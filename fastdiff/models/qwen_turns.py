@@ -1,4 +1,4 @@
-"""Where Qwen-Image's tokens stand, as tables of cosines and sines."""
+"""The positions of Qwen-Image's tokens, as tables of cosines and sines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Shapes = Sequence[Sequence[Shape] | Shape]
 
 @dataclass(frozen=True)
 class Places:
-    """Pictures stand around 0 on the axes of rows and columns, texts behind them on all."""
+    """Pictures are centred at 0 on the axes of rows and columns; texts follow them on all axes."""
 
     ahead: Tensor
     """[4096, K / 2] complex: diffusers' table of the positions 0, 1, …"""

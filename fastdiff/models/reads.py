@@ -69,8 +69,8 @@ class Reads:
         self._places: tuple[list[Any], list[Any]] = [], []
         """The dicts and names of the switches: they are looked up before every step."""
         self._watch: Any = None
-        """On everything that was read but what the switches hold: it must be made when that is
-        read, since it also notes what else there is."""
+        """Depends on everything that was read except what the switches hold: make it at reading
+        time, because it also notes what else exists."""
         self._switch_watches: dict[tuple[int, ...], Any] = {}
         """By the objects that the switches hold; a watch keeps these objects."""
         self._switched: tuple[int, ...] = ()
@@ -173,7 +173,7 @@ class Reads:
     def switch(self, module: Any, name: str, *known: str) -> Switch:
         """Read an object that may be exchanged for one of another `known` class.
 
-        Such an exchange leaves the loan valid, so whatever depends on the class asks the returned
+        Such an exchange leaves the loan valid, so code that depends on the class asks the returned
         Switch at every use.
         """
         found = Switch(vars(module), name, known)

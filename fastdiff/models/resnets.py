@@ -222,8 +222,8 @@ def borrow_resamplers(
 
 
 def _is_resnet(block: Reader, name: str, module: Any, rows: TimeColumns | None) -> bool:
-    """Whether a resampler is a resnet. A block with an attribute `name` tells by it whether its
-    forward passes the time embedding on."""
+    """Whether a resampler is a resnet. A block's attribute `name` says whether its forward
+    passes the time embedding on."""
     resnet, told = kind(module) == "ResnetBlock2D", getattr(block, name, None)
     require(told is None or resnet == (told == "resnet"), f"a resampler unlike its block's {name}")
     return resnet and rows is not None

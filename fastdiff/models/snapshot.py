@@ -1,4 +1,4 @@
-"""All that a module's own `forward` reads, as one value that compares and hashes."""
+"""Everything that a module's own `forward` reads, as one value that compares and hashes."""
 
 import operator
 import weakref
@@ -144,7 +144,7 @@ def _identical(row: Any, kept: tuple[Any, ...]) -> bool:
 
 def by_value(value: Any) -> Any:
     """An argument of a call as a value that compares and hashes: a tensor by its numbers, type and
-    device. Waits for the device. Raises Unsupported for objects that are no plain values."""
+    device. Waits for the device. Raises Unsupported for objects that are not plain values."""
     if type(value) is Tensor and value.layout == torch.strided and not value.is_meta:
         numbers = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
         return value.shape, value.dtype, value.device, numbers

@@ -1,8 +1,8 @@
 """Lent parameters in state dicts, pickles and copies.
 
 Savers treat parameters that share a storage as one and drop the rest, or refuse some strides. So a
-lent parameter has a storage of its own, cut out of the kernels' memory, if it is contiguous there.
-If it is not, it goes home before a state dict, a pickle or a copy is made: to memory of its own in
+lent parameter has its own storage, cut out of the kernels' memory, if it is contiguous there.
+If it is not, it goes home before a state dict, a pickle or a copy is made: to its own memory in
 its former layout. The next use moves it back, with everything written in the meantime. Until then
 those weights take their memory twice. To free the kernels' memory instead would cost a new
 recording at each use, and PEFT reads state dicts to swap adapters.
@@ -23,7 +23,7 @@ _KEY, _GETSTATE = "fastdiff", "__getstate__"
 
 
 def apart(view: Tensor) -> Tensor:
-    """The same memory with a storage of its own, if `view` is contiguous."""
+    """The same memory with its own storage, if `view` is contiguous."""
     if not view.is_contiguous() or view.device.type == "meta":
         return view
     start = view.storage_offset() * view.element_size()
@@ -40,7 +40,7 @@ class Home:
 
     @property
     def held(self) -> Tensor | None:
-        """The tensor, as long as somebody holds it."""
+        """The tensor, as long as other code holds it."""
         return self._tensor()
 
     def is_of(self, parameter: Tensor) -> bool:
@@ -77,12 +77,12 @@ class Lent:
         self._homes = [] if homes is None else homes
         self._homes[:] = [home for home in self._homes if home.is_of(parameter)]
         self.address = parameter.data_ptr()
-        """Where the loan put it; differs from its data_ptr once somebody else moves it."""
+        """Where the loan put it; differs from its data_ptr once other code moves it."""
         self.come_back()
         self.strays = parameter.stride() != self._stride
 
     def go_home(self, device: torch.device | None = None) -> None:
-        """Move it to memory in its former layout: the same memory, if somebody still holds that.
+        """Move it to memory in its former layout: the same memory, if other code still holds that.
 
         device: where the memory of one that waits must be; None: where it was.
         """
@@ -99,7 +99,7 @@ class Lent:
         self._at_home = True
 
     def come_back(self) -> None:
-        """Move it to the kernels' memory, unless somebody else has moved it from home."""
+        """Move it to the kernels' memory, unless other code has moved it from home."""
         if self._view is None or not self._at_home or self.parameter.data_ptr() != self.address:
             return
         self._move(apart(self._view))
@@ -136,7 +136,7 @@ def bring_home(root: nn.Module, lent: Collection[Lent]) -> None:
     device = next((one.parameter.device for one in lent if not one.waits), None)
     for one in waiting.values():
         one.go_home(device)
-        if device is not None and one.parameter.device != device:  # somebody else has moved it
+        if device is not None and one.parameter.device != device:  # other code has moved it
             one.parameter.data = one.parameter.detach().to(device)
     for module in root.modules() if waiting else ():
         if is_lora(module) and id(base_of(module).weight) in waiting:
@@ -183,7 +183,7 @@ class Gate:
         self._go_home(False)
 
     def _hand_out(self, module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
-        """Give a state dict tensors of its own, whose versions count only writes through it."""
+        """Give a state dict its own tensors, whose versions count only writes through it."""
         for name, parameter in module._parameters.items():
             given = state.get(prefix + name)
             lent = None if parameter is None else self._lent(parameter)

@@ -94,7 +94,7 @@ class Picture:
         self._last = None
 
     def keep(self, first: int, strip: Tensor) -> None:
-        """Keep the strip that begins at row `first`, in memory of its own."""
+        """Keep the strip that begins at row `first`, in its own memory."""
         whole = strip.untyped_storage().nbytes() == strip.nbytes
         self._kept[first // self.height] = strip if whole else strip.clone()
         self.room.left -= strip.nbytes

@@ -1,4 +1,4 @@
-"""Deferred sums: on a GPU, a bias or a residual then costs no launch of its own.
+"""Deferred sums: on a GPU, a bias or a residual then costs no additional launch.
 
 torch would add a convolution's bias and a residual in one kernel each, after cuDNN or cuBLAS has
 written its result and before a norm reads it again. A `Sum` keeps the terms apart until the norm's

@@ -24,7 +24,7 @@ class Switch:
         return self.held, self.name, self.now
 
     def check(self) -> Any:
-        """The object; Unsupported unless its class is known and rules over all that it has."""
+        """The object; Unsupported unless its class is known and everything it has is covered."""
         thing = self.now
         if kind(thing) not in self.known:
             raise Unsupported(f"the {self.name} {kind(thing)} in attention")

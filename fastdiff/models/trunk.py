@@ -66,8 +66,8 @@ class Conditions(NamedTuple):
     """[n, C', Y, X] channels of the network's input that are the same in every step, n = B or G·B.
     They follow the latents' own; in a single call the latents have all of them."""
     repeats: bool | None = None
-    """Whether the last predictions are told the same as those before them (perturbed-attention
-    guidance)."""
+    """Whether the last predictions have the same conditions as those before them
+    (perturbed-attention guidance)."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class Trunk:
             condition: added to conv_in's output, and of its shape.
             perturbed: what differs in the last part of the batch.
             inner: residuals of a T2I-Adapter.
-            constant: takes the place of conv_in if x lacks the constant channels.
-            distinct: after how many the rows repeat; 0: they do not.
+            constant: replaces conv_in if x lacks the constant channels.
+            distinct: after how many entries the rows repeat; 0: they do not.
 
         Returns:
             The middle's output, and the skips: every layer's output for the up half.

@@ -47,14 +47,14 @@ class Constants(NamedTuple):
     """[B, 1, 1, T] added to the scores of cross-attention; [B, T] float32 for attention to text and
     pixels at once."""
     constant: Constant | None = None
-    """What conv_in makes of the constant channels."""
+    """conv_in's output for the constant channels."""
     perturbed: Perturbed | None = None
 
 
 @dataclass(frozen=True)
 class UNet(Trunk):
     """The predicted noise or velocity for noisy latents, [B, C, Y, X] -> the same, or 2C channels
-    with what it says of the variance; any Y, X."""
+    with the predicted variance; any Y, X."""
 
     recordable: ClassVar[bool] = True
     own_steps: ClassVar[bool] = True
@@ -170,7 +170,7 @@ class UNet(Trunk):
 
         Args:
             x: [B, Y, X, C] noisy latents.
-            row: [n, …] of `Hoisted.rows`, n = 1, G·B, or B for pictures at steps of their own.
+            row: [n, …] of `Hoisted.rows`, n = 1, G·B, or B if each picture is at its own step.
             constants: with guidance, its text and IP-Adapters may have 2B or 3B entries, as may
                 `row` if these differ in it; everything before the first difference is computed
                 once.

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff.kernels.linear import linear
 
 PIECE = 128 << 20
-"""At most so many bytes of waiting weights are on the device at a time, but at least one row."""
+"""At most this many bytes of waiting weights are on the device at a time, but at least one row."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def project(x: Tensor, weights: Weights) -> Tensor:
     if not weights.waits or x.is_meta:
         return linear(x, weights.weight, weights.bias)
     made = [linear(x, *_brought(*piece, x.device)) for piece in _pieces(weights)]
-    if x.device.type == "cuda":  # whoever edits the parameters next must not overtake the copies
+    if x.device.type == "cuda":  # later edits of the parameters must not overtake the copies
         torch.cuda.current_stream(x.device).synchronize()
     return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 

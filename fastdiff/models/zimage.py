@@ -1,5 +1,5 @@
 """Z-Image's denoising transformer on borrowed weights: one sequence of a picture's tokens and its
-caption's, each refined by a few blocks of its own before.
+caption's, after each was refined by a few separate blocks.
 
 diffusers pads pictures and captions to a multiple of `MULTIPLE` tokens, which take part like all
 others. A caption's blocks depend on neither timestep nor latents: they run once an image.
@@ -211,7 +211,7 @@ class ZImage:
 
 
 def padded(tokens: int) -> int:
-    """To how many tokens diffusers pads so many."""
+    """The number of tokens that diffusers pads this many tokens to."""
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 

@@ -58,8 +58,8 @@ class Block:
     norms: tuple[RMS, RMS, RMS, RMS]
     """Before and after attention, then before and after the feed-forward layer."""
     vectors: slice | None
-    """Where scale and gate of attention and of the feed-forward layer stand in a row; None: without
-    any."""
+    """Which part of a row holds scale and gate of attention and of the feed-forward layer; None if
+    there are none."""
     qkv: Weights
     head_norms: tuple[RMS, RMS]
     """Of each head of queries and of keys."""

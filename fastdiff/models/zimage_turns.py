@@ -1,4 +1,4 @@
-"""Where Z-Image's tokens stand, as tables of cosines and sines."""
+"""The positions of Z-Image's tokens, as tables of cosines and sines."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,7 @@ class Axes:
         return self._table(torch.cat((ids, ids.new_zeros(missing, 3))), device)
 
     def caption(self, length: int, device: torch.device) -> Table:
-        """Of a caption's tokens, which stand on the first axis from 1 on."""
+        """Positions of a caption's tokens, on the first axis from 1 on."""
         ids = torch.zeros(length, 3, dtype=torch.long)
         ids[:, 0] = torch.arange(1, length + 1)
         return self._table(ids, device)

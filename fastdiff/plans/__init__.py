@@ -40,7 +40,7 @@ class Plan:
     step_arguments: tuple[str, ...] = ()
     """Variables that are arguments of `step` by their own names."""
     prev_timestep: bool = False
-    """Whether `step` is told the following timestep by that name, and None in the last step."""
+    """Whether `step` takes the following timestep by that name, and None in the last step."""
     told: Callable[[Any, Any], Any] = lambda timesteps, dtype: timesteps
     """(the scheduler's timesteps, the latents' dtype) -> the timesteps that the loop gives the
     network: some divide them, or round them to that dtype."""
@@ -63,20 +63,20 @@ class Plan:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the conditions that are the same in every call."""
     refused: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
-    """By variable, whether its value asks for what a plan does not do."""
+    """By variable, whether its value requires something that a plan cannot do."""
     beyond: bool = False
     """Whether guidance adds its scale times the difference to the prediction with the condition,
     not to the other."""
     absent: tuple[str, ...] = ()
-    """Variables that must be None: a plan does not do what they ask for."""
+    """Variables that must be None, because a plan cannot do what they require."""
     skips: Mapping[str, str] = field(default_factory=dict)
-    """What the third prediction of skip-layer guidance is told: by field, the variable. Empty if
+    """The conditions of skip-layer guidance's third prediction: by field, the variable. Empty if
     the pipeline has no such guidance."""
     noises: str = ""
     """The scheduler's method with which the loop noises the picture that it keeps outside of a
     mask. "" if it keeps none."""
     kept: str = ""
-    """The variable of a mask outside of which every step leaves its sample as it was. "" if there
+    """The variable of a mask outside of which every step leaves its sample unchanged. "" if there
     is none."""
     inverted: tuple[str, ...] = ()
     """Of a loop with `noises`: the variables of a mask that is 1 where the picture is kept, and of
@@ -116,12 +116,12 @@ class Plan:
     many_steps: bool = False
     """Whether a loop of a single step takes another of its results, so that no plan runs it."""
     drops_variance: bool = False
-    """Whether the loop drops what the network says of the variance."""
+    """Whether the loop drops the network's output for the variance."""
     variance: str = ""
-    """Of a loop that guides without what the network says of the variance, and takes that from the
-    half with the text: whether it is "kept" for the scheduler, or dropped unless the scheduler's
-    config says a learned `variance_type`, where it must say one ("asked") or may ("found"). "" for
-    other loops."""
+    """For a loop that leaves the network's output for the variance out of guidance, and takes it
+    from the half with the text: whether it is "kept" for the scheduler, or dropped unless the
+    scheduler's config has a learned `variance_type`, which it must name ("asked") or may not have
+    ("found"). "" for other loops."""
 
     @property
     def replaced(self) -> dict[str, str]:

@@ -23,8 +23,8 @@ from fastdiff.regression.documents import Pair, Side, Timed
 from fastdiff.tables import plural
 
 FLOOR, APART_FLOOR = 0.03, 0.10
-"""The share by which states may differ and still count as the same: if they took turns, and if each
-had a run of its own, since a machine's speed varies more between runs
+"""The share by which states may differ and still count as the same: if they took turns, and if
+they ran separately, because a machine's speed varies more between runs
 (`bench.stats.between_runs`)."""
 
 MORE_IS_BETTER = ("occupancy", "load", "store", "generation")
@@ -187,13 +187,13 @@ def _counts(pair: Pair, updates: list[str], machines: list[str], other_case: boo
 
 
 def _without_counters(pair: Pair) -> list[str]:
-    """Whether one of the two states has no counters, as it is older than them."""
+    """Whether one of the two states has no counters, because it is older than them."""
     silent = [name for name, side in (("BASE", pair.base), ("NEW", pair.new)) if not side.counts]
     return [f"{silent[0]} has no counters, so none are compared"] if len(silent) == 1 else []
 
 
 def _without_drawing(pair: Pair) -> list[str]:
-    """Whether only one of two counts drew pictures, so that the other lacks their rows."""
+    """Whether only one of two counts drew pictures, so that rows are missing in the other."""
     if None in (pair.base.drawn, pair.new.drawn) or pair.base.drawn == pair.new.drawn:
         return []
     has, lacks = ("BASE", "NEW") if pair.base.drawn else ("NEW", "BASE")

@@ -45,7 +45,7 @@ class Line:
     unit: str
     """`ms` for times; "launches", "bytes", "registers", … for counters."""
     base: float | None
-    """Median in `unit`, or the count; None if that state lacks it."""
+    """Median in `unit`, or the count; None if that state does not have it."""
     new: float | None
     verdict: Verdict
     note: str = ""

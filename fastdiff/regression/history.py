@@ -1,7 +1,7 @@
 """Speeds over the commits, from the result files in the repository.
 
-Only ratios to eager in the same run are used, and each machine has a folder and a series of its
-own: nothing absolute is compared across machines.
+Only ratios to eager in the same run are used, and each machine has its own folder and series:
+nothing absolute is compared across machines.
 """
 
 import json

@@ -21,8 +21,8 @@ from fastdiff.regression.comparison import within
 from fastdiff.regression.states import Place
 
 PAIR_S = 1.2
-"""Seconds of timing per process pair, besides the second or so to start it. A process has a random
-speed of its own, so timing one for longer does not help."""
+"""Seconds of timing per process pair, besides the second or so to start it. Processes differ in
+speed at random, so timing one for longer does not help."""
 GATES = ("times", "counters")
 LEAST_ROUNDS, MOST_ROUNDS = 3, 60
 

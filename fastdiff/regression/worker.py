@@ -1,4 +1,4 @@
-"""Runs in the interpreter of either state and times what it is told to: `python -P worker.py`.
+"""Runs in the interpreter of either state and times what it is asked to: `python -P worker.py`.
 
 This file is the driver's, not the state's. From the state it imports only what users import and
 what `bench` has had since its first release. It reads a line of JSON and answers with one:
@@ -235,7 +235,7 @@ def main() -> None:
 
 
 def _serve(suite: Any, answer: Any) -> None:
-    """Answer until told to stop, in a new process."""
+    """Answer requests in a new process until one says to stop."""
     answer(suite.start())
     gc.collect()
     gc.freeze()

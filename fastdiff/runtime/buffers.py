@@ -28,7 +28,7 @@ class Buffers(NamedTuple):
     table: Tensor
     """[capacity, columns] S."""
     step: Tensor
-    """[1] int64, or [B] if every picture is at a step of its own."""
+    """[1] int64, or [B] if each picture is at its own step."""
     noise: Tensor | None
     """[B, …] S, if the scheduler adds noise."""
     kept: tuple[Tensor, ...]
@@ -62,7 +62,7 @@ def buffers_of(
         depth: past steps that the scheduler uses.
         noisy: whether it draws noise.
         kept: the number of tensors in `Buffers.kept`.
-        thresholds: whether it clips each sample by a quantile of its own.
+        thresholds: whether it clips each sample by that sample's own quantile.
         steps: the number of step indices, 1 or B.
     """
     state = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -22,7 +22,7 @@ PLACES = 4
 
 @dataclass(frozen=True)
 class Fixed:
-    """`network` for `count` pictures at most, as the `Network` of a loop: the other places hold
+    """`network` for at most `count` pictures, as the `Network` of a loop: unused places hold
     copies of the last picture."""
 
     network: Network

@@ -145,7 +145,7 @@ def captured(function: Callable[[], T], stream: torch.cuda.Stream, handle: Any) 
                 raise
     except BaseException as error:
         _give_up(graph, stream, handle)
-        failed = failed or error  # the end of a failed capture raises an error of its own
+        failed = failed or error  # ending a failed capture raises another error
         if isinstance(failed, torch.OutOfMemoryError) or not isinstance(failed, RuntimeError):
             raise failed from None
         raise NotCaptured(described(failed)) from failed

@@ -1,4 +1,4 @@
-"""What a denoising loop is told of each step besides the conditions: guidance, and what to keep."""
+"""A loop's inputs for each step besides the conditions: guidance, and what a mask keeps."""
 
 from typing import NamedTuple
 
@@ -33,6 +33,6 @@ class Inpainting(NamedTuple):
     """[n, 2] the factors of original and noise after each step."""
 
     def pictures(self, latents: Tensor) -> tuple[Tensor, ...]:
-        """Mask, original and noise, as far as there are any, all of the shape of `latents`."""
+        """Mask, original and noise, those that are given, each in the shape of `latents`."""
         given = (self.mask, self.original, self.noise)
         return tuple(picture.expand_as(latents) for picture in given if picture is not None)

@@ -1,4 +1,4 @@
-"""What a denoising loop needs from a network, be it ours or an engine."""
+"""What a denoising loop needs from a network, whether ours or an engine."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ class Network(Protocol):
     `given` are the network's conditions, a named tuple with the argument names of diffusers'
     `forward`. G: predictions per latent, 2 with guidance (the unconditional one first), else 1.
 
-    If a network has a true attribute `own_steps`, each picture may be at a step of its own: its
+    If a network has a true attribute `own_steps`, each picture may be at a different step: its
     `predict` takes rows of [n·B, …], where `hoist` makes n of them for one picture.
     """
 

@@ -1,7 +1,7 @@
 """Ends this process when another rank has died, even while it waits for a GPU.
 
 A collective that was recorded in a CUDA graph has no timeout, and nothing in Python runs while the
-host waits for the graph. So a thread of its own listens, on CPU sockets.
+host waits for the graph. So another thread listens, on CPU sockets.
 """
 
 import atexit

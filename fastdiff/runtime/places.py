@@ -1,4 +1,4 @@
-"""A recorded step for pictures that are each at a step of their own: the places of a batch.
+"""A recorded step for pictures that are each at a different step: the places of a batch.
 
 Every place has rows of the scheduler's table, a ring of past steps, noise and the values that its
 network computed once. So pictures of other schedulers, guidance and numbers of steps share a
@@ -27,7 +27,7 @@ from fastdiff.runtime.recurrence import MAX_DEPTH
 from fastdiff.runtime.table import Table
 
 ROWS = 341 * MAX_DEPTH
-"""Rows of the table for each place; a picture of more steps has a recording of its own. A multiple
+"""Rows of the table for each place; a picture of more steps has a separate recording. A multiple
 of the depth: then a step's slot in the history is the same in all places."""
 EMPTY = -1
 
@@ -39,7 +39,7 @@ class Seat:
 
     hoisted: Hoisted
     own: tuple[bool, ...]
-    """Which of the constants each picture has of its own, as `of_each` says."""
+    """Which of the constants differ from picture to picture, as `of_each` returns it."""
     table: Tensor
     """[steps, columns] S."""
     x: Tensor
@@ -110,8 +110,8 @@ def of_each(
     hoisted: Hoisted,
     known: dict[Hashable, tuple[bool, ...] | None],
 ) -> tuple[bool, ...] | None:
-    """Which leaves of `hoisted.constants` each picture of a batch has of its own: those that are
-    twice as long when all conditions are given twice. None if that does not tell.
+    """Which leaves of `hoisted.constants` differ from picture to picture of a batch: those that
+    are twice as long when all conditions are doubled. None if that does not decide it.
 
     Args:
         given, timesteps: those of which `hoisted` was computed.

@@ -38,8 +38,8 @@ class Ranks:
         self._within = False
 
     def gathered(self, x: Tensor) -> Tensor:
-        """[n, …] of every rank -> [ranks · n, …] on each, in the order of the ranks. It may stand
-        in a recording."""
+        """[n, …] of every rank -> [ranks · n, …] on each, in the order of the ranks. It may be part
+        of a recording."""
         out = x.new_empty((self.count * x.shape[0], *x.shape[1:]))
         tape.between(partial(self._gather, x, out))
         return out
@@ -79,8 +79,8 @@ class Ranks:
                     )
 
     def begin(self) -> None:
-        """A loop begins that the ranks share. Until `end`, whoever leaves it is out of step with
-        the others, who wait for him.
+        """Begin a loop that the ranks share. A rank that leaves it before `end` is out of step with
+        the others, which wait for it.
 
         Raises Lost if that has happened.
         """

@@ -157,8 +157,8 @@ class Kept(Generic[T]):
 class Recorded:
     """`function(*trees) -> tensor`, recorded for every shape it is called with.
 
-    The first call with a shape is not recorded, as it may be the only one. Nor are calls that
-    cannot be recorded, and calls of a second thread in the meantime.
+    The first call with a shape is not recorded, because it may be the only one. Nor are calls that
+    cannot be recorded, or calls of a second thread in the meantime.
     """
 
     def __init__(self, function: Function, searches: bool = True) -> None:

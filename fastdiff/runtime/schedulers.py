@@ -2,12 +2,12 @@
 
 A scheduler's step is linear in the sample, in the network's outputs so far and in fresh noise. So
 it is run once on coordinate vectors: the first sample, the network's output at each step and each
-noise have an axis of their own. The result shows the exact combination; each step becomes
+noise have their own axis. The result shows the exact combination; each step becomes
 
     x[i+1] = a x[i] + sum over h of (b_h eps[i-h] + c_h x[i-h]) + d noise,   input[i] = s[i] x[i]
 
-A scheduler that clips or thresholds its estimate of the clean picture, or whose network says
-something of the variance, has a step of its own in `clipping`. Any other scheduler that is not
+A scheduler that clips or thresholds its estimate of the clean picture, or whose network predicts
+the variance, has a special step in `clipping`. Any other scheduler that is not
 linear leaves a residual and is refused, as is one that cannot be run this way. `trajectory` runs
 it, `recurrence` fits the coefficients.
 """

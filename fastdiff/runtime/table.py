@@ -43,7 +43,7 @@ class Table:
     noises: Tensor
     """[n] d."""
     learned: Tensor
-    """[n] k: the noise's factor is d exp(k y), where y is what the network says of the variance."""
+    """[n] k: the noise's factor is d exp(k y), where y is the network's output for the variance."""
     clips: Tensor
     """[n, 5] p, q, r, t and h of `clipping`; zeros for a step that clips nothing."""
     draws: tuple[bool, ...]
@@ -73,7 +73,7 @@ class Table:
 
     @property
     def thresholds(self) -> bool:
-        """Whether steps clip each sample by a quantile of its own."""
+        """Whether steps clip each sample by that sample's own quantile."""
         return bool(self.clips[:, -1].any())
 
     def rows(

@@ -35,7 +35,7 @@ class Tape:
     """A `Recording` on a CPU."""
 
     sections: Sequence[Any]
-    """Lists of kernel calls, and what stands `between` them; each has a `run`."""
+    """Lists of kernel calls, and the other calls `between` them; each has a `run`."""
     output: Tensor
     buffers: Sequence[Any]
     memory: list[NDArray[np.uint8]]
@@ -53,7 +53,7 @@ class Tape:
 
 @dataclass(frozen=True)
 class _Between:
-    """A call that is no kernel's."""
+    """A call that is not a kernel's."""
 
     run: Callable[[], object]
 
@@ -92,7 +92,7 @@ def between(call: Callable[[], object]) -> None:
 
 @contextmanager
 def _sections() -> Iterator[list[Any]]:
-    """Note the kernels that this thread calls in the block, and what stands between them."""
+    """Note the kernels that this thread calls in the block, and the calls between them."""
     sections = _Sections()
     sections.begin()
     token = _SECTIONS.set(sections)

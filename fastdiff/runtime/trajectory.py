@@ -68,7 +68,7 @@ def run(
         step_options: further arguments of its `step`, without a generator; some may be `PerStep`.
         known: [W, 3n, *PICTURE] float64: first, for each step, what is added to its sample (the
             initial sample at the first, then as a callback may change it), then the network's
-            outputs, then the noises. With 4n, the last are what the network says of the variance,
+            outputs, then the noises. With 4n, the last are the network's outputs for the variance,
             in channels beside the outputs.
         apart: give each step only what is added, without the result of the step before.
 
@@ -186,8 +186,8 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def _reason(error: Exception, scheduler: Any) -> str:
-    """The error in one clause; vmap's own messages explain how to change a program that is not
-    ours."""
+    """The error in one clause; vmap's own messages explain how to change a program, which is
+    not ours to change."""
     if isinstance(error, NotLinear):
         return str(error)
     text = (str(error).splitlines() or [""])[0].split(". ")[0]

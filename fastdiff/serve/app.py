@@ -40,7 +40,7 @@ def make(engine: Engine, name: str, limits: Limits, api_key: str | None = None) 
     """The server's ASGI application; its `state.jobs` are the accepted requests.
 
     name: of the model, as `/v1/models` lists it.
-    api_key: what `/v1/` asks for as a bearer token; None: nothing.
+    api_key: the bearer token that `/v1/` requires; None: no token.
     """
     app = FastAPI(title="fastdiff", docs_url=None, redoc_url=None)
     metrics = Metrics()
@@ -154,7 +154,7 @@ def _name(given: str | None) -> str:
 
 
 def _same(given: str, right: str) -> bool:
-    """Whether both are equal, in a time that says nothing of where they differ."""
+    """Whether both are equal, in a time that does not depend on where they differ."""
     one, other = (hashlib.sha256(text.encode()).digest() for text in (given, right))
     return hmac.compare_digest(one, other)
 

@@ -42,7 +42,7 @@ class Asked(BaseModel):
 
 
 def read(body: bytes) -> Asked:
-    """The request in a body of JSON; Refused with one sentence where it is none."""
+    """The request in a JSON body; Refused with one sentence if it is not a valid request."""
     try:
         return Asked.model_validate_json(body)
     except ValidationError as error:
@@ -50,7 +50,7 @@ def read(body: bytes) -> Asked:
 
 
 def drawings(asked: Asked, served: str, limits: Limits) -> list[Drawing]:
-    """The pictures that a request asks for, each with a seed of its own.
+    """The pictures that a request asks for, each with its own seed.
 
     served: the only model there is.
     """

@@ -1,4 +1,4 @@
-"""What the server asks of whoever draws, and what it is told meanwhile. Everything pickles."""
+"""What the server passes to an engine, and what the engine reports. Everything pickles."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
     done: int
     steps: int
-    """Calls of the network for the whole picture: with some schedulers more than were asked for."""
+    """Calls of the network for the whole picture: some schedulers need more than `steps`."""
     preview: bytes | None
     """A PNG of the latents after this step."""
 
@@ -46,7 +46,7 @@ Event = Accepted | Step | Picture
 
 
 class Engine(Protocol):
-    """Who draws: `painter.Painter` in this process, or `replicas.Replicas` on Ray."""
+    """Draws pictures: `painter.Painter` in this process, or `replicas.Replicas` on Ray."""
 
     places: int
     """Pictures that can be drawn at the same time."""

@@ -31,7 +31,7 @@ class Job:
         self.task: asyncio.Task[None] | None = None
 
     async def events(self) -> AsyncIterator[Happened]:
-        """All that happens until its pictures are drawn. Refused where they will not be."""
+        """All events until its pictures are drawn. Raises Refused if they cannot be drawn."""
         while (item := await self.happened.get()) is not None:
             if isinstance(item, Refused):
                 raise item
@@ -89,13 +89,13 @@ class Jobs:
         return job
 
     def cancel(self, name: str) -> None:
-        """Cancel a request. Refused if there is none of this name."""
+        """Cancel a request. Refused if there is no request of this name."""
         if name not in self._by_id:
             raise Refused(404, f"no request {name[:64]!r} is being drawn", "not_found")
         self._by_id[name].cancel()
 
     async def drain(self) -> None:
-        """Accept nothing more; return once all that was accepted is drawn."""
+        """Accept no more requests; return once all accepted ones are drawn."""
         self.draining = True
         await self._idle.wait()
 
@@ -137,7 +137,7 @@ class Jobs:
 
 
 def _refusal(error: BaseException) -> Refused:
-    """What the client is told of an error that drawing raised."""
+    """The client's message for an error that drawing raised."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, UserError):

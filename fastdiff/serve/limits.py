@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, and how many may wait.
+    """What a request may ask for, and how many pictures may wait.
 
     Attributes:
         queue: pictures that wait while `capacity` others are drawn; above it the answer is 429.

@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""The metrics that Prometheus reads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 class Metrics:
-    """The counts of one server, in a registry of its own."""
+    """The counts of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -38,7 +38,7 @@ class Metrics:
         ProcessCollector(registry=self._registry)
 
     def watch(self, name: str, meaning: str, value: Callable[[], float]) -> None:
-        """A gauge that is read whenever somebody asks."""
+        """A gauge whose value is computed when it is read."""
         gauge = Gauge(name, meaning, registry=self._registry, namespace="fastdiff")
         gauge.set_function(value)
 

@@ -5,7 +5,7 @@ from typing import Any
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 """OpenAI's `type` of an error, by status, where it is not what `_kind` says."""
 CLOSES = (401, 408, 413, 415)
-"""After these the rest of a body may come, which nobody reads: the connection ends."""
+"""After these statuses the rest of a body may arrive unread, so the connection is closed."""
 
 
 class Refused(Exception):
@@ -43,5 +43,5 @@ def _kind(status: int) -> str:
 
 
 def cancelled() -> Refused:
-    """That somebody who may has cancelled the request."""
+    """Says that a client with the right to do so has cancelled the request."""
     return Refused(410, "the request was cancelled", "cancelled")

@@ -31,7 +31,7 @@ LOG = logging.getLogger("fastdiff")
 
 
 class Replica:
-    """A painter in a process of its own. Ray Serve starts it, and another when it dies."""
+    """A painter in its own process. Ray Serve starts it, and starts another if it dies."""
 
     def __init__(self, opening: Opening) -> None:
         self._painter = opening.painter()
@@ -97,7 +97,7 @@ class Replicas:
         serve.start(proxy_location="Disabled")
         replica = serve.deployment(
             name="Replica",
-            # all that is accepted may come to one replica, whose batch takes it in turn
+            # one replica may get all accepted requests, which its batch draws in turn
             max_ongoing_requests=self.places + queue,
             autoscaling_config={
                 "min_replicas": 1,

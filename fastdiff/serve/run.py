@@ -1,4 +1,4 @@
-"""Listens, and ends when it is told to: first all that was accepted is drawn."""
+"""Listens until a signal arrives; then draws everything that was accepted, and ends."""
 
 import asyncio
 import json

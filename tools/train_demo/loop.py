@@ -125,7 +125,7 @@ def load_checkpoint(
     weights: dict[str, Tensor] = {}
     state: dict[int, dict[str, Any]] = {}
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
             kind, name = key.split(".", 1)
             if kind == "model":
                 weights[name] = file.get_tensor(key)

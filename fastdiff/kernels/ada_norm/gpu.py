@@ -4,7 +4,7 @@ A row is divided among `lanes` threads in chunks of one 16-byte vector per threa
 rows of one chunk form a tile [ROWS, CHUNK], and the tiles form a tuple. So 1536 halves are three
 chunks of 64 threads, and no size has to be a power of two. As each thread holds part of one row, a
 sum is an addition of tiles and one reduction: up to 32 lanes, a few shuffles without shared memory.
-Parameters are loaded by each row, in x's layout, and come from L1. In a layout of their own they
+Parameters are loaded by each row, in x's layout, and come from L1. In another layout they
 would pass through shared memory, and most loads would be narrower.
 """
 

@@ -84,7 +84,7 @@ def attention(
         mask: additive, broadcastable to [B, H, Lq, Lk], in q's dtype.
         scale: default 1 / sqrt(K).
         impl: "auto" (the CPU kernel, or the choice of `CUDA_CHOICES`), "cpu", "triton", "products",
-            "sdpa" or "reference". An implementation given by name runs or raises.
+            "sdpa" or "reference". If you name an implementation, it runs or raises.
 
     Returns:
         [B, Lq, H, K], contiguous, in q's dtype.

@@ -7,8 +7,8 @@ which takes longer than the picture.
 
 torch caches the plan per thread, by the convolution and its flags. `deterministic` is one of these
 flags; whether the plan was searched is not. So a plan chosen by the heuristic would prevent a later
-search for the same call. The search asks for deterministic plans, which are cached apart from those
-of eager convolutions, and which draw the same picture each time.
+search for the same call. The search asks for deterministic plans, which are cached separately from
+those of eager convolutions, and which draw the same picture each time.
 """
 
 import threading

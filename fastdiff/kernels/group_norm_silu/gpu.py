@@ -278,7 +278,7 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
         return (launch(_twice_kernel),), (out, total)
     values["statistics_ptr"] = a.x.new_empty((B, grid[0], 2, C + C2), dtype=torch.float32)
     first = launch(_statistics_kernel)
-    if a.summed:  # the sum has all that is added, and all channels
+    if a.summed:  # the sum has all terms and all channels
         values |= dict.fromkeys([*(f"{name}_ptr" for name in given), "x_ptr"], total)
         values |= {"flags": flags & SILU.value, "C": C + C2, "C2": 0, "beside_batch": 1}
         compiled["BORDER"] = False

@@ -35,9 +35,9 @@ MOST, ROOMY = 32768, (0, 80, 86, 89, 90)
 SLAB_TILE, INTERPRETED_SMS = 10240, 16
 SLAB_ROWS = 32  # least rows of a slab
 # A program reads its groups twice, in one launch, if there are 2 programs for 5 SMs: at 64 bytes a
-# clock these draw from L2 what it gives to all SMs together (5.5 TB/s on an H100). They wait longer
-# for loads, up to so many bytes of a slab less than a second launch takes. Computed, not measured.
-# Groups in two tiles would be kernels of their own: more to compile for few launches less
+# clock these already use L2's whole bandwidth (5.5 TB/s on an H100). Up to this many bytes of a
+# slab, they wait less for loads than a second launch takes. Computed, not measured.
+# Groups in two tiles would need separate kernels: more to compile for few launches less
 READERS, READ_TWICE = (2, 5), 128 * 1024
 # groups per segment for which the one-pass kernel and the slab kernels are compiled, unless there
 # are more; the one-pass kernel needs 30 more registers for 16
@@ -58,7 +58,7 @@ def _groups_of_a_program(W: int, G: int, size: int, least: int = SEGMENT) -> int
 @tunable("group_norm_silu")
 def pick(B: int, L: int, W: int, G: int, size: int, arch: int, plain: bool = True) -> LaunchConfig:
     """The launch for B samples of L pixels in G groups of W channels of `size` bytes. plain: they
-    are neither modulated nor given to GELU, and no program has channels of two pictures."""
+    have no modulation and no GELU, and no program has channels of two pictures."""
     rows = triton.next_power_of_2(L)
     on_chip = ONE_PASS | ({MOST: 8} if arch in ROOMY and size == 2 and plain else {})
     for least in (SEGMENT, SECTOR, VECTOR):

@@ -38,8 +38,8 @@ def guided_step(
 
     ε_1 is unconditional, ε_2 conditioned on the text, ε_3 perturbed (perturbed-attention and
     skip-layer guidance). Perturbed guidance of scale w without classifier-free guidance has the
-    outputs text and perturbed, and g = -w. y, if there is one, is what the network says of the
-    variance beside ε_2, or ε_1 if that is all.
+    outputs text and perturbed, and g = -w. y, if there is one, is the network's output for the
+    variance, from ε_2, or from ε_1 if that is the only output.
 
     With `limits` the clip is dynamic thresholding: a limit R, the h-quantile of |p x + q ε| over
     each sample, but at least r and at most t, and clip(p x + q ε, ±R) · r / R.

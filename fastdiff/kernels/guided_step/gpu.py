@@ -105,8 +105,8 @@ def _guided_step_kernel(
     COPIES: tl.constexpr, DEPTH: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Each program updates BLOCK of the E elements of one sample. EACH: whether every sample has a
-    step of its own. WIDE as in `placed`."""
+    """Each program updates BLOCK of the E elements of one sample. EACH: whether every sample is at
+    its own step. WIDE as in `placed`."""
     first = tl.program_id(1).to(tl.int64) * E
     all = tl.num_programs(1).to(tl.int64) * E  # elements of a whole batch
     copy = all if WIDE == 0 else 2 * all

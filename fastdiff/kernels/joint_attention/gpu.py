@@ -1,7 +1,7 @@
 """Triton implementation of `joint_attention`: flash attention over two separate sequences.
 
 The grid covers the tiles of the picture's queries, then those of the text's. Every program loops
-over the picture's keys and then the text's; each sequence ends with a masked block of its own. If
+over the picture's keys and then the text's; each sequence ends with a separate masked block. If
 the text needs no result it has no tiles; the kernel is the same, with the picture's queries in
 place of the text's. The longer loop comes first. Both loops are pipelined, and the pipeline is
 filled again between them.

@@ -109,7 +109,7 @@ CASES = (
     Case("sd3-last", B=2, L=256, T=333, H=2, K=64, silent=True),
     # UnCLIP's decoder: 77 tokens and 4 of the picture's embedding, masked
     Case("unclip-16", B=2, L=256, T=81, H=2, K=64, silent=True, masked=True),
-    # nasty: one text token, odd pictures, fewer keys than a block, widths that are no power of two
+    # difficult: one text token, odd pictures, fewer keys than a block, widths not powers of two
     Case("one-word", B=2, L=256, T=1, H=2, K=64),
     Case("odd", B=3, L=77, T=45, H=3, K=40),
     Case("small", B=2, L=9, T=5, H=2, K=64),

@@ -32,7 +32,7 @@ def linear(
         [..., N], contiguous, in x's dtype; sums are float32.
 
     Raises:
-        ValueError: `act` is none of these.
+        ValueError: `act` is not one of these.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"linear: act is {act!r}; it must be one of {', '.join(ACTIVATIONS)}")

@@ -68,7 +68,7 @@ class LaunchConfig:
 TILE = 2048
 """Elements per program: 16 per thread, two 16-byte accesses in half precision."""
 LINE = 64
-"""Channels: a line of L1 in half precision. More at once are no faster, and would be compiled for
+"""Channels: a line of L1 in half precision. More at once are not faster, and would be compiled for
 every width."""
 LEAST_PROGRAMS = 264
 """Two for each SM of an H100; with fewer programs, tiles are halved."""

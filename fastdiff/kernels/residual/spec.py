@@ -87,7 +87,7 @@ CASES = (
     Case("sd15-tokens", B=2, Y=1, X=1024, C=640, shift=False, tokens=True),
     # SD3.5-medium: between its two attentions, at 512²
     Case("sd35-tokens", B=2, Y=1, X=1024, C=1536, shift=False, tokens=True, gated=True),
-    # nasty: channels that do not fill a vector, an enlargement that is no power of two, one pixel
+    # difficult: channels that do not fill a vector, enlarging by no power of two, one pixel
     Case("odd", B=3, Y=9, X=5, C=37, enlarge=3),
     Case("odd-gated", B=3, Y=5, X=3, C=37, enlarge=2, gated=True),
     Case("no-bias", B=1, Y=7, X=3, C=40, shift=False),

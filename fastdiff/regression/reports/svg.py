@@ -67,7 +67,7 @@ def draw(
         "svg.hashsalt": f"{title} {width}"
     }  # otherwise two figures on a page would share ids
     with warnings.catch_warnings(), matplotlib.rc_context(STYLE | salt):
-        # the browser has fonts for glyphs that this one lacks
+        # the browser has fonts for glyphs that are missing in this one
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width / 96, height / 96))
         box = (left / width, bottom / height)
