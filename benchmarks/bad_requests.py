@@ -23,7 +23,7 @@ class Bad(NamedTuple):
     headers: dict[str, str] = JSON
 
 
-# Values that are wrong for a field of each type, and fields for which one is right after all.
+# Values that are wrong for a field of each type, and fields for which one of them is right.
 WRONG = (
     *(-1, 0, 1.5, 10**9, 2**64, 10**400, 1e300, True, "", "2", "../../etc/passwd", "\x00"),
     *("file:///etc/passwd", [], [1], {}, {"path": "/etc/passwd"}),
@@ -58,7 +58,7 @@ def right(field: str, value: Any) -> bool:
 
 
 def bad_requests() -> Iterator[Bad]:
-    """Every kind there is, once."""
+    """One bad request of every kind."""
     good = {"prompt": "a"}
     for value, field in itertools.product(WRONG, FIELDS):
         if not right(field, value):
@@ -87,7 +87,7 @@ def bad_requests() -> Iterator[Bad]:
 
 
 def refusal_of(port: int, bad: Bad) -> str:
-    """The sentence that a bad request gets. AssertionError unless it is one, with a 4xx."""
+    """The sentence that a bad request gets. AssertionError unless it is one, with a 4xx status."""
     answer = ask(port, bad.body, path=bad.path, method=bad.method, headers=bad.headers)
     assert 400 <= answer.status < 500, (bad, answer)
     assert SENTENCE.fullmatch(answer.sentence), (bad, answer)
@@ -95,7 +95,7 @@ def refusal_of(port: int, bad: Bad) -> str:
 
 
 def late(port: int, sent: bytes) -> Answer:
-    """What a client gets that sends `sent`, and then nothing."""
+    """The answer to a client that sends `sent`, and then nothing."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(sent)
         answer = http.client.HTTPResponse(connection)

@@ -1,13 +1,13 @@
-"""Requests that share a recorded step beside requests drawn otherwise, on the demo.
+"""Compares requests that share a recorded step with other ways to draw them, on the demo.
 
     python -m benchmarks.batching check --requests 200 --minutes 30 --json check.json
     python -m benchmarks.batching speed --rounds 7 --json speed.json
 
-`check` draws random requests (5 to 50 steps, guidance, scheduler, arrival) in a batch and holds the
-latents of each to float64, within the error budget of the same request drawn alone; what does not
-fit into the minutes is reported, and the exit is 1. `speed` times, in random order, one picture
-after the other, batches that wait for their slowest picture, a batch that is joined and left
-between steps, and one such batch for each core, with as many places in all.
+`check` draws random requests (5 to 50 steps, guidance, scheduler, arrival) in a batch and compares
+the latents of each with float64, within the error budget of the same request drawn alone. Requests
+that do not fit into the minutes are reported, and the exit code is 1. `speed` times, in random
+order, one picture after the other, batches that wait for their slowest picture, a batch that is
+joined and left between steps, and one such batch for each core, with as many places in all.
 """
 
 import argparse
@@ -95,10 +95,10 @@ def check(
     workers: int = 1,
     minutes: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Draw random requests in a batch; returns what was found of each that was compared within the
+    """Draw random requests in a batch; returns the result of each that was compared within the
     minutes, with `wrong`: why it is outside of its budget, if it is.
 
-    The budget is the house's, with the same request drawn alone in place of eager: the error
+    The error budget has the same request drawn alone in place of eager: the error
     against float64 may be twice that of the picture drawn alone, plus one rounding.
     """
     budget = Budget(minutes)
@@ -149,7 +149,7 @@ class Kept(Group):
 
 
 class Patient(Worker):
-    """Takes requests only when all those before are done, and hands none over before."""
+    """Takes requests only when all earlier ones are done, and hands none over before."""
 
     group = Kept
 

@@ -22,10 +22,10 @@ from fastdiff.models.borrow import Loan
 from fastdiff.runtime.planned import Run
 
 SCALES = {"sd15": (1.0, 0.5), "sdxl": (1.0, 0.2), "sd3": (1.0, 0.1), "sd35-medium": (1.0,)}
-"""Presets, and the scales of their widths to look at; other presets' sizes are close to these."""
+"""Presets, and the scales of their widths to measure; other presets' sizes are close to these."""
 ASKED = {"flux": (1.0,)}
-"""Those that are looked at only by name (`--models "flux 1"`): 4,096 tokens beside a text's 512, in
-heads of 128, of which a call takes seconds."""
+"""Presets that are measured only by name (`--models "flux 1"`): 4,096 tokens beside a text's 512,
+in heads of 128; one call takes seconds."""
 
 TAPED = 1.0
 """Models at a smaller scale may run as tapes. Activations of a full one's step take at least 111

@@ -1,7 +1,7 @@
 """Goals on a GPU, and the results of a `benchmarks.gpu` run for each.
 
 A kernel's goal is a title, the sizes it applies to, an aim, and a figure computed from a race's
-row; a pipeline's goal is in steps per second. The line of a size that was not reached says so.
+row; a pipeline's goal is in steps per second. A size that was not measured has a line that says so.
 """
 
 import json

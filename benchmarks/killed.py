@@ -1,4 +1,4 @@
-"""Kills `fastdiff generate --prompts` at random moments, and checks what is there at the end.
+"""Kills `fastdiff generate --prompts` at random moments, and checks its folder at the end.
 
     python -m benchmarks.killed --rows 2000 --kills 20
     python -m benchmarks.killed --rows 2000 --kills 20 --workers 2
@@ -7,8 +7,8 @@
 Every kill is a SIGKILL, after a random number of further pictures and a random part of a picture's
 time. It hits the process that asked, which is started again; with --ray every second one hits a
 process that draws, which Ray starts again. At the end: a picture for each row, all different, none
-drawn over, none half-written; a manifest with a line for each, in order, whose hashes hold; nothing
-else in the folder.
+drawn twice, none half-written; a manifest with a line for each, in order, with the right hashes;
+nothing else in the folder.
 """
 
 import argparse

@@ -109,7 +109,7 @@ def check_sizes(session: Session, sheet: Sheet) -> None:
 
 
 def check_cases(session: Session, sheet: Sheet) -> None:
-    """The specs' own cases, including nasty ones, in every dtype; in a dry run a few of them."""
+    """The specs' own cases, including difficult ones, in every dtype; in a dry run only a few."""
     few = slice(-2, None) if session.dry_run else slice(None)
     cases = [(k, case) for k in triton_kernels() for case in k.spec.cases[few]]
     verified(session, sheet, cases, (torch.float16, torch.bfloat16, torch.float32))

@@ -1,4 +1,4 @@
-"""Times one picture by two ranks beside one rank with the same cores: `python -m benchmarks.ranks`.
+"""Times one picture on two ranks, and on one with all their cores: `python -m benchmarks.ranks`.
 
 Two processes of half the threads each compute one half of guidance (`Options(parallel="guidance")`,
 gloo on a CPU, NCCL with two GPUs); one process has all threads, or one GPU. They draw in turn, in

@@ -80,7 +80,7 @@ def run(kind: str, base: states.Place, new: states.Place, settings: Settings, **
 
 
 def same(base: states.Place, new: states.Place, runs: int) -> Iterator[dict]:
-    """Every other run is beside a process that keeps a core busy."""
+    """In every second run another process keeps a core busy."""
     until = Until(pairs=PAIRS)
     for index in range(runs):
         kind = "same, one core burning" if index % 2 else "same"

@@ -63,7 +63,7 @@ def _file(name: str) -> Path | None:
 def relative(text: str, depth: int) -> str:
     """A module's text with imports relative to the package's top, `depth` folders above it.
 
-    Raises UserError where it imports another part of fastdiff, which no such package may.
+    Raises UserError if it imports another part of fastdiff, which no such package may.
     """
 
     def imports(found: re.Match[str]) -> str:
@@ -95,7 +95,7 @@ def package() -> dict[str, str]:
 
 
 def metadata(files: dict[str, str], backend: str) -> dict[str, object]:
-    """What the library reads before it imports a package. `id` becomes the package's name, and the
+    """The metadata that the library reads first. `id` becomes the package's name, and the
     namespace of its operators in torch, so that several versions can be loaded at once."""
     text = json.dumps(files, sort_keys=True).encode()
     return {

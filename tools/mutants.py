@@ -37,7 +37,7 @@ from fastdiff.written import write_text
 ROOT = Path(__file__).parent.parent
 TABLE = "tools/mutants.toml"
 FAST = "not slow and not product"
-"""pytest's -m of the suite that is to find all faults."""
+"""pytest's -m for the suite that should find all faults."""
 LIMIT_S = 3600
 """Seconds after which a run that does not end has found the fault."""
 SCHEMA = "fastdiff.mutants/1"
@@ -101,7 +101,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Found:
-    """What became of a fault. test: the first that failed; None where all passed."""
+    """The result for a fault. test: the first that failed; None if all passed."""
 
     mutant: str
     file: str
@@ -193,7 +193,7 @@ class Copy:
         self._keeper.stdin.flush()
 
     def build(self) -> None:
-        """The C++ kernels of what is in the tree, into its package; UserError where that fails."""
+        """Build the tree's C++ kernels into its package; UserError if that fails."""
         if not (self.tree / "CMakeLists.txt").exists():
             return
         code, pybind11 = self.run(sys.executable, "-m", "pybind11", "--cmakedir")
@@ -241,7 +241,7 @@ def copied(root: Path) -> Iterator[Copy]:
 
 
 def check(copy: Copy, mutants: Sequence[Mutant]) -> None:
-    """UserError unless the tests of all `mutants` pass as long as nothing is planted."""
+    """UserError unless the tests of all `mutants` pass without any fault."""
     for kept in (True, False):  # a -k would deselect tests of those that have none
         some = [mutant for mutant in mutants if bool(mutant.k) == kept]
         if some:
@@ -273,7 +273,7 @@ def plant(copy: Copy, mutant: Mutant, native: dict[Path, bytes]) -> Found:
 
 
 def _finder(mutant: Mutant, code: int | None, out: str) -> str | None:
-    """Which test failed; None where none did. UserError where pytest could not run them."""
+    """Which test failed; None if none did. UserError if pytest could not run them."""
     if code == 0:
         return None
     if code is None:
@@ -319,9 +319,9 @@ def _kept(path: Path | None) -> dict[str, Found]:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Exit code: 0 where all planted faults are found, 1 where one survives.
+    """Exit code: 0 if all planted faults are found, 1 if one survives.
 
-    UserError where a fault cannot be planted, or a test fails without one.
+    UserError if a fault cannot be planted, or a test fails without one.
     """
     parser = argparse.ArgumentParser(prog="python -m tools.mutants", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,9 +1,9 @@
 """The documentation site: `python -m tools.site_build` builds it into build/site, or exits 1.
 
-Pages are those of docs/ and what is generated from the tree: kernels, commands, measurements. They
-are put together in build/docs, zensical makes HTML of them, and all of its links are checked. What
-is wrong is printed, a line each: a link to nothing, a page that is in no menu, a drawing, script or
-font that the site does not bring along.
+The pages are those of docs/ and those generated from the tree: kernels, commands, measurements.
+They are collected in build/docs, zensical turns them into HTML, and all links are checked. Every
+fault is printed on a line: a link to nothing, a page that is in no menu, a drawing, script or font
+that the site does not contain.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def build(out: Path) -> list[str]:
-    """Make out/docs and out/site; what is wrong with them, a sentence each."""
+    """Make out/docs and out/site; return what is wrong with them, one sentence for each fault."""
     work, site = out / "docs", out / "site"
     for old in (work, site):
         shutil.rmtree(old, ignore_errors=True)
@@ -124,7 +124,7 @@ def prepared(text: str, page: Path, pages: Path) -> str:
 
 
 def shown(source: Path, pages: Path) -> str:
-    """Write a file of the repository as a page; its name. Pictures and data stay as they are."""
+    """Write a file of the repository as a page, return its name. Pictures and data stay files."""
     relative = source.relative_to(ROOT)
     name = "/".join(["files", *(part.lstrip(".") for part in relative.parts)])  # hidden ones too
     if source.suffix not in LEXERS:
@@ -147,7 +147,7 @@ def inline(drawing: Path, title: str) -> str:
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, and the names of its places."""
+    """A page's links, the files that it loads, and its anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Page(HTMLParser):
 
 
 def checked(site: Path) -> Iterator[str]:
-    """What is wrong with the links of a built site, a sentence each."""
+    """What is wrong with the links of a built site, one sentence for each fault."""
     found = {path: Page(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
     linked = set()
     for path, page in found.items():

@@ -10,7 +10,7 @@ KEPT = re.compile(rf"`[^`]*`|[{re.escape(MARKS)}]")
 
 
 class Plain(griffe.Extension):
-    """Escapes what Markdown takes for a link, emphasis or a tag, but in code."""
+    """Escapes what Markdown takes for a link, emphasis or a tag, except in code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:

@@ -1,4 +1,4 @@
-"""Figures that wear the colours of the page, each for a wide and for a narrow screen."""
+"""Figures in the colours of the page, each for a wide and for a narrow screen."""
 
 import statistics
 import textwrap
@@ -14,20 +14,20 @@ from fastdiff.regression.reports.plots import fitted
 WIDTHS = {"wide": 680, "narrow": 330}
 """Pixels: the text of a figure must not shrink with the screen."""
 ROW, FOOT, LINE = 40, 42, 15
-"""Pixels of a row, of the axis below them, and of a further line of what it says."""
+"""Pixels of a row, of the axis below the rows, and of each further line of its label."""
 LETTER = 8.2
 """Pixels of a digit."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a figure: what is drawn from `values`, between a name and a number."""
+    """A row of a figure: a name, a mark drawn from `values`, and a number."""
 
     name: str
     values: Sequence[float]
     label: str
     strong: bool = False
-    """Whether it is ours."""
+    """Whether it is one of our kernels."""
     ratio: float | None = None
 
 
@@ -120,5 +120,5 @@ def _lines(unit: str, width: int) -> list[str]:
 
 
 def _flat(text: str) -> str:
-    """On lines without indentation or gaps, which Markdown would read."""
+    """The SVG on lines without indentation or gaps, which Markdown would interpret."""
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())

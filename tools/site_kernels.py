@@ -21,7 +21,7 @@ UNITS = ("", "k", "M", "G", "T")
 
 
 def pages() -> dict[str, str]:
-    """Their texts by name, the list of all first."""
+    """The pages' texts by name, the list of all kernels first."""
     static = json.loads(STATIC.read_text("utf-8"))
     kernels = dict(sorted(all_kernels().items()))
     made = {"kernels/index.md": _index(kernels, static)}
@@ -41,13 +41,13 @@ def page(kernel: Kernel, static: dict[str, Any]) -> str:
             f"::: fastdiff.kernels.{spec.name}.{spec.name}\n"
             "    options:\n      heading_level: 3\n      show_root_toc_entry: false",
             "## Mathematics in plain torch",
-            "The reference that every implementation is held to, in float64:",
+            "The reference, in float64, that every implementation is compared with:",
             f"```python\n{source(spec)}\n```",
             "## Who computes it",
             "\n".join(_implementations(kernel)),
             "## Cases",
-            "What tests and `fastdiff inspect` run: sizes of models, then nasty ones. Bytes are the"
-            " least that must be read and written with elements of 2 bytes, FLOPs count a"
+            "What tests and `fastdiff inspect` run: sizes of models, then difficult ones. Bytes are"
+            " the fewest that must be read and written with elements of 2 bytes, FLOPs count a"
             " multiply-add as two.",
             table(CASE, map(_case(spec), spec.cases), words=2),
             "## What the compiler makes of it",
@@ -57,7 +57,7 @@ def page(kernel: Kernel, static: dict[str, Any]) -> str:
 
 
 def source(spec: KernelSpec) -> str:
-    """The formula's source, after that of what it calls in its own file."""
+    """The formula's source, after the functions of its file that it calls."""
     module = sys.modules[spec.formula.__module__]
     names: list[str] = []
     _called(module, spec.formula.__name__, names)
@@ -65,7 +65,7 @@ def source(spec: KernelSpec) -> str:
 
 
 def _called(module: ModuleType, name: str, names: list[str]) -> None:
-    """Add `name`, a function of `module`, to `names`, those that it calls before it."""
+    """Add `name`, a function of `module`, to `names`, after the functions that it calls."""
     function = getattr(module, name)
     for node in ast.walk(ast.parse(inspect.getsource(function))):
         other = getattr(module, node.id, None) if isinstance(node, ast.Name) else None
@@ -116,12 +116,12 @@ def _implementations(kernel: Kernel) -> Iterable[str]:
         own += ", or torch's library where a committed table says that it is faster"
     yield f"- **CPU**: {own}."
     if "triton" in kernel.implementations:
-        yield "- **NVIDIA GPU**: a Triton kernel of ours."
+        yield "- **NVIDIA GPU**: our Triton kernel."
     else:
         yield "- **NVIDIA GPU**: torch and NVIDIA's libraries; there is no Triton kernel."
     others = set(kernel.implementations) - {"reference", "cpu", "triton"}
     for other in sorted(others):
-        yield f"- **`{other}`**: built and tested, and run only where it is asked for by name."
+        yield f"- **`{other}`**: built and tested, but run only if it is requested by name."
     choices: Sequence[Any] = getattr(module, "CUDA_CHOICES", ())
     if choices:
         yield ""
@@ -144,9 +144,9 @@ def _static(spec: KernelSpec, static: dict[str, Any]) -> str:
     head += ("occupancy", "load", "store")
     return (
         f"Compiled by Triton {static['versions']['triton']} at commit {static['commit']}, without"
-        " a GPU: registers of a thread, bytes of shared memory of a block, the share of a"
-        " processor's warps that fit at once, and the bytes that the widest load and store move."
-        " CI fails where a kernel spills or one of them gets worse.\n\n"
+        " a GPU: registers per thread, bytes of shared memory per block, the share of a"
+        " multiprocessor's warps that fit at once, and the bytes that the widest load and store"
+        " move. CI fails if a kernel spills or one of these numbers gets worse.\n\n"
         + table(head, map(_compiled, rows))
     )
 
@@ -176,12 +176,12 @@ def _index(kernels: dict[str, Kernel], static: dict[str, Any]) -> str:
         [
             "# Kernels",
             f"{len(kernels)} fused operations. Each is a folder of `fastdiff/kernels/` with a"
-            " contract, `spec.py`, from which its tests, `fastdiff inspect` and its page follow.",
+            " contract, `spec.py`, from which its tests, `fastdiff inspect` and its page are made.",
             table(head, map(row, kernels.values()), words=3),
-            "**The error budget.** An implementation passes a case when its largest error against"
+            "**The error budget.** An implementation passes a case if its largest error against"
             " the same mathematics in float64 is at most twice that of plain torch in the kernel's"
             " own type, plus twice that type's epsilon times the largest value. Memory is filled"
-            " with NaN first, so that a read before a write shows.",
+            " with NaN first, so a read before a write is detected.",
             "**Sizes.** B pictures, Y rows, X columns, C channels, G groups; L tokens (Lq queries,"
             " Lk keys), H heads, K columns of a head; D and N columns of a matrix.",
             "[Add a kernel](../add-a-kernel.md)",

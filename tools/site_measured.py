@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 OURS = "_kernel"
 """How the names of our kernels end."""
-BLUE = "blue: kernels of ours"
+BLUE = "blue: our kernels"
 MOST = 16
 """Kernels of a figure; the file has them all."""
 VERDICTS = {
@@ -27,18 +27,18 @@ VERDICTS = {
     "same": svg.SAME,
 }
 INTRODUCTION = {
-    "graph": "What a GPU is asked for before sums waited for norms, counted on tensors without"
+    "graph": "The launches of a step before norms added deferred sums, counted on tensors without"
     " memory. The present counts are in `benchmarks/static`.",
     "mutants": "Faults that `python -m tools.mutants` plants in a copy of the tree, and the test of"
     " `make test` that finds each.",
-    "roofline": "What each block of a picture must take at least on an H200: arithmetic on counts,"
-    " not a measurement.",
+    "roofline": "The least time of each block of a picture on an H200, computed from counts, not"
+    " measured.",
     "static": "What Triton makes of every case of every kernel, compiled without a GPU.",
 }
 
 
 def pages() -> dict[str, str]:
-    """A page for each folder of results, by name, and one of all, first."""
+    """A page for each folder of results, by name, after a page that lists them."""
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
     made = {f"measured/{folder.name}.md": page(folder) for folder in folders}
     return {"measured/index.md": _index(folders)} | made
@@ -49,7 +49,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def figure(path: Path) -> str:
-    """The figure, and a table where one says more, of a committed file."""
+    """The figure of a committed file, and for some kinds a table."""
     document = json.loads(path.read_text("utf-8"))
     return _kind(path, document)(path.relative_to(RESULTS).as_posix(), document)
 
@@ -72,10 +72,10 @@ def _index(folders: list[Path]) -> str:
             "# Measured",
             "Every number on these pages is read from the files in `benchmarks/results` when the"
             " site is built, and each figure links to its file: machine, versions, commit, command"
-            " and all samples are there. A folder is a machine, or says what was counted.",
+            " and all samples are in it. Each folder is named after a machine or a kind of count.",
             table(("folder", "files", "of"), rows, words=3),
-            "Absolute times of two machines are not compared. A backend whose error is beyond twice"
-            " eager's own has no speed.",
+            "Absolute times of two machines are not compared. If a backend's error is more than"
+            " twice eager's own, no speed is shown.",
         ]
     )
 
@@ -95,7 +95,7 @@ def page(folder: Path) -> str:
 
 
 def _facts(document: dict[str, Any]) -> str:
-    """What was measured, where and of which state, as far as the file says so."""
+    """What was measured, on which machine and at which commit, as far as the file says so."""
     rows = document.get("rows") or [{}]
     facts = [document.get("case") or rows[0].get("case")] if "machine" in document else []
     machine, versions = document.get("machine", {}), document.get("versions", {})
@@ -170,8 +170,8 @@ def _roofline(name: str, document: dict[str, Any]) -> str:
         )
         for row in document["rows"]
     ]
-    title = f"{name}: floors of a picture of {steps} steps"
-    axis = f"ms of a picture of {steps} steps; blue: bound by arithmetic, grey: by memory"
+    title = f"{name}: floors of a picture with {steps} steps"
+    axis = f"ms of a picture with {steps} steps; blue: bound by arithmetic, grey: by memory"
     return bars(title, axis, drawn)
 
 
@@ -186,9 +186,9 @@ def _trust(name: str, document: dict[str, Any]) -> str:
             f"{count} {verdict}" for count, verdict in zip(counts, VERDICTS, strict=True) if count
         )
         drawn.append(Row(kind, counts, label))
-    title = f"{name}: verdicts of all rows by what was planted"
+    title = f"{name}: verdicts of all rows, by planted change"
     words = (
-        "What was planted, and what was said of every row of every run. [What it means](../ci.md)"
+        "The planted changes, and the verdict on every row of every run. [What it means](../ci.md)"
     )
     return words + "\n\n" + stacked(title, "verdicts", drawn, tuple(VERDICTS.values()))
 
@@ -204,8 +204,8 @@ def _choices(name: str, document: dict[str, Any]) -> str:
         Row(group, sorted(values), f"{len(values)} sizes, median {statistics.median(values):.2f}")
         for group, values in sorted(groups.items())
     ]
-    title = f"{name}: what is chosen against torch as diffusers calls it"
-    axis = "times as fast as torch as diffusers calls it; each dot is a size of a model"
+    title = f"{name}: the chosen implementation against torch as diffusers calls it"
+    axis = "speed relative to torch as diffusers calls it; each dot is a size of a model"
     return dots(title, axis, drawn, log=True, mark=1)
 
 
@@ -260,7 +260,7 @@ def _verify(name: str, document: dict[str, Any]) -> str:
         Row(kernel, shares, f"{len(shares)} outputs, at most {max(shares):.0%}")
         for kernel, shares in sorted(groups.items())
     ]
-    return dots(f"{name}: errors", "error / what the budget allows", drawn, mark=1)
+    return dots(f"{name}: errors", "error / allowed error", drawn, mark=1)
 
 
 def _run(name: str, document: dict[str, Any]) -> str:
@@ -273,7 +273,7 @@ def _mutants(name: str, document: dict[str, Any]) -> str:
     rows = document["rows"]
     found = sum(row["test"] is not None for row in rows)
     cells = [(row["mutant"], row["file"], row["test"] or "nothing", row["seconds"]) for row in rows]
-    told = f"{found} of the {len(rows)} faults that were planted are found."
+    told = f"{found} of the {len(rows)} planted faults are found."
     return told + "\n\n" + table(("fault", "in", "found by", "seconds"), cells, words=3)
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline's call is given for one picture, by the names of the arguments that it takes."""
+"""The arguments of a pipeline's call for one picture, by the names that it takes."""
 
 import inspect
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ the one that is timed."""
 
 @dataclass(frozen=True)
 class Request:
-    """What every backend draws. `latents` [1, C, H/f, W/f] or [1, D] float32: the same noise for
-    all."""
+    """The picture that every backend draws. `latents` [1, C, H/f, W/f] or [1, D] float32: the same
+    noise for all."""
 
     prompt: str
     steps: int
@@ -31,7 +31,7 @@ class Request:
 
 
 def latents_of(pipe: Any, height: int, width: int, seed: int) -> Tensor:
-    """Noise for a picture of that size in pixels, or for an embedding; empty where only the
+    """Noise for a picture of that size in pixels, or for an embedding; empty if only the
     pipeline itself knows its shape."""
     config, factor = denoiser(pipe).config, factor_of(pipe)
     shape: tuple[int, ...] = (1, int(config.get("embedding_dim") or 0))
@@ -47,7 +47,7 @@ def gives_latents(pipe: Any) -> bool:
 
 
 def arguments(pipe: Any, request: Request, output_type: str) -> dict[str, Any]:
-    """What its call is given; a text is embedded already where it has no text encoder."""
+    """The arguments of its call; a text is given as an embedding if it has no text encoder."""
     takes, config = _takes(pipe), denoiser(pipe).config
     dtype, device = denoiser(pipe).dtype, pipe.device
 
@@ -68,7 +68,7 @@ def arguments(pipe: Any, request: Request, output_type: str) -> dict[str, Any]:
         "use_resolution_binning": False,
         **(size_of(pipe, request.height, request.width)),
     }
-    if guides_with(takes) == "true_cfg_scale":  # which is used with a negative prompt alone
+    if guides_with(takes) == "true_cfg_scale":  # which needs a negative prompt
         del given["guidance_scale"]
         given |= {"true_cfg_scale": GUIDANCE_SCALE, "negative_prompt": " "}
     if "super_res_latents" in takes:
@@ -98,7 +98,7 @@ def arguments(pipe: Any, request: Request, output_type: str) -> dict[str, Any]:
 
 
 def whole(pipe: Any, request: Request) -> Tensor:
-    """What it gives where it decodes by itself: a picture [H, W, 3] float64 in [0, 1], or an
+    """The result of a pipeline that decodes by itself: a picture [H, W, 3] float64 in [0, 1], or an
     embedding [D]."""
     decodes = autoencoder(pipe) is not None or getattr(pipe, "vae", None) is not None
     kind = "np" if decodes or _draws(pipe) else "pt"

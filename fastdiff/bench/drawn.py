@@ -17,7 +17,7 @@ class Drawn:
     """Recordings (CUDA graphs, or tapes on a CPU) made by successive pictures of one pipeline."""
 
     first: int
-    """By two pictures of one size, since a decoder is recorded at its second call."""
+    """By two pictures of one size, because a decoder is recorded at its second call."""
     again: int
     """By a third picture of that size; should be none."""
     other_size: int

@@ -1,4 +1,4 @@
-"""Pipelines that enlarge a picture: the size of theirs follows from the one that they are given."""
+"""Pipelines that enlarge a picture: their picture's size follows from that of their input."""
 
 import inspect
 from typing import Any
@@ -16,7 +16,7 @@ def enlarges(pipe: Any) -> bool:
 
 
 def size_of(pipe: Any, height: int, width: int) -> dict[str, Any]:
-    """What its call is given for a picture of that size, in pixels."""
+    """The arguments of its call for a picture of that size, in pixels."""
     if not enlarges(pipe):
         return {"height": height, "width": width}
     factor, generator = pipe.vae_scale_factor, torch.Generator().manual_seed(0)
@@ -25,6 +25,6 @@ def size_of(pipe: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def channels_of(pipe: Any) -> int:
-    """The channels of its latents; a network may take a picture's beside them."""
+    """The channels of its latents; its network may also take an input picture's channels."""
     config = denoiser(pipe).config
     return int(config.out_channels if enlarges(pipe) else config.in_channels)

@@ -1,8 +1,8 @@
 """The kernels of a denoising step on an NVIDIA GPU, found without one.
 
-The networks run on tensors without memory (the meta device), for which our code decides as on a GPU
-(`kernels.where.on_gpu`). Our Triton kernels count as the launches of their plans, torch's ops as
-what its CUDA backend launches.
+The networks run on tensors without memory (the meta device), for which our code chooses the same
+kernels as on a GPU (`kernels.where.on_gpu`). Our Triton kernels count as the launches of their
+plans, torch's ops as the launches of its CUDA backend.
 """
 
 from collections import defaultdict

@@ -77,7 +77,7 @@ def driver() -> str | None:
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux gives it, else the architecture."""
+    """The processor's name as Linux reports it, else the architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

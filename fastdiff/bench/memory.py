@@ -28,7 +28,7 @@ import torch
 @dataclass(frozen=True)
 class Baseline:
     """The memory in use before a backend: bytes reserved on the GPU, addresses of CPU storages, and
-    bytes of the process that belong to no file (None if Linux does not tell)."""
+    bytes of the process that belong to no file (None if Linux does not report them)."""
 
     reserved: int
     storages: frozenset[int]
@@ -57,7 +57,7 @@ def engine_peak_bytes(
     pipe: Any, before: Baseline, draw: Callable[[], object], replaced: Sequence[Any]
 ) -> int | None:
     """Bytes at the peak of one warm `draw()` on a CPU, with engines in place of the modules
-    `replaced`; None if Linux does not tell."""
+    `replaced`; None if Linux does not report it."""
     gc.collect()
     free_heap()
     try:

@@ -32,9 +32,9 @@ FLOW = {
 }
 """Schedulers of networks that predict a flow."""
 DISPENSABLE = {"text_encoder_3"}
-"""What diffusers draws without: Stable Diffusion 3's T5."""
+"""What diffusers can draw without: Stable Diffusion 3's T5."""
 OWN = 1024
-"""Height and width, in pixels, where neither the pipeline nor its network has its own."""
+"""Height and width, in pixels, if neither the pipeline nor its network has its own."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +42,7 @@ def load(folder: Path, dtype: torch.dtype, device: str, variant: str | None = No
     """The diffusers pipeline saved in `folder`, its weights cast to `dtype`, on `device`. If
     another pipeline with the same components was saved, the one that draws from text.
 
-    Reads only local safetensors, those of `variant` where there are any. Raises UserError for
+    Reads only local safetensors, those of `variant` if there are any. Raises UserError for
     anything else.
     """
     saved = check_folder(folder, variant)
@@ -57,7 +57,7 @@ def load(folder: Path, dtype: torch.dtype, device: str, variant: str | None = No
 def on_disk(place: Path | str, variant: str | None) -> Path:
     """The folder `place`, or that of a hub id once its safetensors of `variant` are here.
 
-    Raises UserError where the hub does not have it, or cannot be reached and nothing is cached.
+    Raises UserError if the hub does not have it, or cannot be reached and nothing is cached.
     """
     if isinstance(place, Path):
         return place
@@ -109,7 +109,7 @@ def load_file(place: Path | str, config: str | None, dtype: torch.dtype) -> Any:
     except Exception as error:
         how = "" if config is None else f" with the configs of {config}"
         reason = first_line(error)
-        if "meta tensor" in reason:  # diffusers casts what it has no weights for
+        if "meta tensor" in reason:  # diffusers casts parts without weights
             reason = "it lacks weights that they ask for"
         raise UserError(f"{place} cannot be loaded{how}: {reason}") from error
     _need_weights(pipe, Path(place))
@@ -162,8 +162,8 @@ def _need_all(folder: Path, missing: Collection[str]) -> None:
 
 
 def schedulers(pipe: Any) -> dict[str, Any]:
-    """The scheduler classes, by name, that can take the place of a pipeline's own: they read the
-    same config, and what its network predicts means the same to them."""
+    """The scheduler classes, by name, that can replace a pipeline's own: they read the same config,
+    and interpret the network's prediction in the same way."""
     import diffusers
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
@@ -172,13 +172,13 @@ def schedulers(pipe: Any) -> dict[str, Any]:
     plans = recipe.plans if recipe is not None else ()
     names = plans[0].schedulers if plans and plans[0].schedulers else (own,)
     if names == (own,):
-        # EDM's networks predict something else than those that the list is of
+        # EDM's networks predict something that the other schedulers interpret differently
         noise = {one.name for one in KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
         for group in (noise | {"LCMScheduler", "TCDScheduler"}, FLOW):
             if own in group:
                 names = tuple(sorted(group))
     classes = {name: getattr(diffusers, name) for name in names}
-    # where a scheduler's own package is missing, diffusers has something else under its name
+    # if a package that a scheduler needs is missing, diffusers has a placeholder under its name
     return {n: c for n, c in classes.items() if issubclass(c, diffusers.SchedulerMixin)}
 
 

@@ -47,8 +47,8 @@ def drawn(pipe: Any, steps: int, seed: int) -> torch.Tensor:
 
 @contextmanager
 def noise_as(pipe: Any, dtype: torch.dtype) -> Iterator[None]:
-    """In this block, a pipeline that draws its noise itself draws it in `dtype`: float64 would be
-    other numbers of the same generator."""
+    """In this block, a pipeline that draws its noise itself draws it in `dtype`: in float64 the
+    same generator would give other numbers."""
     schedulers = [part for name, part in pipe.components.items() if name.endswith("scheduler")]
     modules = {inspect.getmodule(type(one)) for one in (pipe, *schedulers)}
     found: Any = [module for module in modules if hasattr(module, "randn_tensor")]

@@ -105,8 +105,8 @@ class AddedPreset:
 
 
 def _unclip(net: Any, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-    """Variations of a picture, whose embedding is given. What enlarges is tiny and leaves the size,
-    since the decoder's loop is what counts."""
+    """Variations of a picture, whose embedding is given. The parts that enlarge are tiny and keep
+    the size, because only the decoder's loop is measured."""
     config, tokenizer = net.config, clip_tokenizer()
     encoder = clip(Text(HEAD, 1, "gelu"), tokenizer, projection=True).to(device, dtype)
     sizes = {
@@ -160,7 +160,7 @@ def _kandinsky(net: Any, scale: float, dtype: torch.dtype, device: str, seed: in
 
 
 def _if(net: Any, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-    """The first stage without T5: it is given embeddings of its width."""
+    """The first stage without T5: its embeddings are arguments of the call."""
     absent = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
     return made(
         IFPipeline,

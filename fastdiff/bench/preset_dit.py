@@ -1,7 +1,7 @@
 """DiT-XL/2, PixArt-α-XL/2 and PixArt-Σ-XL/2 with their published sizes: 28 layers of 16 heads.
 
 Scaling keeps the layers and the heads' width of 72, and removes heads; the picture shrinks as well.
-PixArt's pipelines have no T5: they are given embeddings of its width.
+PixArt's pipelines have no T5: their embeddings are arguments of the call.
 """
 
 from dataclasses import dataclass

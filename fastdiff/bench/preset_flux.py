@@ -63,7 +63,7 @@ class FluxPreset:
         }
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
-        """Without text encoders: it is given embeddings of their widths."""
+        """Without text encoders: its embeddings are arguments of the call."""
         if (vae := self.autoencoder(scale)) is None:
             raise UserError("the preset flux2 can only be counted; use fastdiff graph")
         absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

@@ -62,7 +62,7 @@ class Result:
     command: str
     rows: tuple[Timed, ...]
     incomplete: bool = False
-    """Whether the run is still going, or was ended before its last round."""
+    """Whether the run is not finished, or was ended before its last round."""
 
 
 def to_json(result: Result) -> str:

@@ -21,8 +21,8 @@ PICTURES = {"image", "control_image"}
 LFS_POINTER = b"version https://git-lfs"
 SUFFIX = ".safetensors"
 
-# the files that a component's folder must hold, by how its name begins; other components are
-# networks
+# the files that a component's folder must hold, by the start of the component's name; other
+# components are networks
 _FILES: dict[str, tuple[str, ...]] = {
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("tokenizer_config.json",),
@@ -98,8 +98,8 @@ def check_folder(folder: Path, variant: str | None = None) -> Saved:
 
 
 def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
-    """The class to load a pipeline as, by its model_index.json; UserError for one that we do not
-    know, or that draws from a picture alone."""
+    """The class to load a pipeline as, by its model_index.json; UserError for an unknown one, or
+    one that draws from a picture alone."""
     name = str(index.get("_class_name"))
     if name not in RECIPES:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a command line names: a folder, a hub id, a single file, a preset or the demo."""
+"""The pipeline that a command line names: a folder, hub id, single file, preset or the demo."""
 
 import os
 import re
@@ -18,7 +18,7 @@ URL = re.compile(r"https://(huggingface\.co|hf\.co)/.+")
 
 @dataclass(frozen=True)
 class Source:
-    """What opens a pipeline. `pipeline`, or `preset` and `scale`, or neither: the demo."""
+    """How to open a pipeline: by `pipeline`, by `preset` and `scale`, or neither for the demo."""
 
     pipeline: str | None = None
     preset: str | None = None
@@ -31,7 +31,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """As a table's title begins."""
+        """The name that a table's title begins with."""
         if self.preset:
             return f"{self.preset} scale {self.scale:g}"
         place = placed(self.pipeline)
@@ -42,7 +42,7 @@ class Source:
         return place.stem if is_file(place) else Path(os.path.abspath(place)).name
 
     def check(self) -> None:
-        """UserError where two of them contradict each other, or name nothing that can be opened."""
+        """UserError if two of them contradict each other, or name nothing that can be opened."""
         if self.pipeline and self.preset:
             raise UserError(
                 f"got the pipeline {self.pipeline} and --preset {self.preset}; give one of them"
@@ -120,7 +120,7 @@ def _loaded(source: Source, dtype: Any) -> Any:
 
 
 def folder_of(pipeline: str | None, command: str) -> Path | None:
-    """The folder of a pipeline, which is downloaded where it is a hub id; None for the demo.
+    """The folder of a pipeline, downloaded if it is a hub id; None for the demo.
     UserError for a single file, which `command` cannot take."""
     place = placed(pipeline)
     if place is None:
@@ -136,13 +136,13 @@ def folder_of(pipeline: str | None, command: str) -> Path | None:
 
 
 def reschedule(pipe: Any, name: str) -> None:
-    """Give the pipeline another scheduler. UserError for one that does not go with its network."""
+    """Give the pipeline another scheduler. UserError if its network cannot use it."""
     pipe.scheduler = rescheduled(pipe, name)
 
 
 def rescheduled(pipe: Any, name: str) -> Any:
-    """A scheduler of this name, made from the config of the pipeline's. UserError for one that
-    does not go with its network."""
+    """A scheduler of this name, made from the config of the pipeline's. UserError if its network
+    cannot use it."""
     from fastdiff.bench import pipelines
 
     takes = pipelines.schedulers(pipe)
@@ -157,7 +157,7 @@ def rescheduled(pipe: Any, name: str) -> Any:
 
 
 def adapter(text: str) -> tuple[str, float]:
-    """Where an adapter lies and its weight, of "LORA" or "LORA=WEIGHT"."""
+    """The place of an adapter and its weight, from "LORA" or "LORA=WEIGHT"."""
     place, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         place, weight = text, "1"
@@ -198,7 +198,7 @@ def _adapt(pipe: Any, loras: tuple[str, ...]) -> None:
 
 
 def fused(source: Source, dtype: Any) -> Any:
-    """As `opened` on the CPU, with its adapters added to the weights: an export holds no others."""
+    """As `opened` on the CPU, with its adapters added to the weights, as an export needs."""
     pipe = opened(source, dtype, "cpu")
     if source.lora:
         taken = [name for name in pipe._lora_loadable_modules if getattr(pipe, name, None)]

@@ -2,8 +2,8 @@
 
 There are two ways to measure the ratio of times between two states of a project:
 
-- `across_processes`: pairs of processes, with interleaved rounds in each. A process has a speed of
-  its own (by its memory addresses: about 1% on two cores), so the unit is the pair, not the round;
+- `across_processes`: pairs of processes, with interleaved rounds in each. Processes differ in speed
+(because of their memory addresses: about 1% on two cores), so the unit is the pair, not the round;
 - `between_runs`: two runs at different times. If both also timed a yardstick in turn, the ratios to
   it are compared, which do not depend on the machine's speed at the time.
 

@@ -1,1 +1,1 @@
-"""Many pictures from a file of prompts, on one machine or by Ray; resumed after a kill."""
+"""Many pictures from a file of prompts, on one machine or with Ray; resumed after a kill."""

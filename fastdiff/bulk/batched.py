@@ -21,21 +21,21 @@ def attempts(
     workers: int = 1,
     if_joined: bool = False,
 ) -> Iterator[Drawn]:
-    """Draw the rows, each as soon as there is a place for it; in the order in which they are done.
-    Those for which memory ran out beside others are drawn one at a time at the end.
+    """Draw the rows, each as soon as there is a place for it, and yield them as they are done.
+    If memory runs out for rows beside others, they are drawn alone at the end.
 
     Args:
         capacity, workers: as of `Batch`.
-        if_joined: go on one at a time once a picture could not share its steps with others.
+        if_joined: continue with one row at a time if a picture could not share its steps.
 
-    Raises UserError where `Batch` does not draw with the pipeline.
+    Raises UserError if `Batch` cannot draw with the pipeline.
     """
     waiting, drawing = iter(rows), 0
     alone: list[Row] = []
     done: Done = SimpleQueue()
     with limited(painter.device), Batch(painter.pipe, capacity, workers) as batch:
         while True:
-            # one more than there are places: none is empty while a picture is written
+            # one more than there are places, so that none is empty while a picture is written
             for row in islice(waiting, capacity * workers + 1 - drawing):
                 batch.submit(_request(row)).add_done_callback(partial(_tell, done, row))
                 drawing += 1

@@ -1,6 +1,6 @@
-"""Draws rows by Ray Data: actors that each hold a compiled pipeline, on one machine or a cluster.
+"""Draws rows with Ray Data: actors that each hold a compiled pipeline, on a machine or a cluster.
 
-Pictures come back to the process that asked, which alone writes: no folder need be shared.
+Pictures come back to the process that asked, which alone writes: no shared folder is needed.
 """
 
 import json
@@ -19,22 +19,22 @@ from fastdiff.errors import UserError, first_line
 from fastdiff.workers import LOCAL, workers_of
 
 BLOCKS = 10_000
-"""The most pieces that the rows are cut into. What a piece has drawn comes back at its end, and is
-drawn again after a kill before that."""
+"""The most pieces that the rows are cut into. A piece's pictures come back when it ends; after a
+kill before that they are drawn again."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where to draw, and by how many actors."""
+    """Where to draw, and with how many actors."""
 
     address: str = LOCAL
     """"local", "auto" for the cluster of this machine, or "ray://HOST:PORT"."""
     capacity: int | None = None
-    """Rows that an actor draws at the same time; None: what suits its device."""
+    """Rows that an actor draws at the same time; None: the default of its device."""
     workers: int | None = None
-    """Actors; None: as many as the GPUs hold, or one for each CPU without GPUs."""
+    """Actors; None: as many as the GPUs hold, or without GPUs one for each CPU."""
     gpus: float | None = None
-    """Of each actor, 0.5 for half of one; None: 1 where there are any."""
+    """GPUs per actor, 0.5 for half of one; None: 1 if there are any."""
 
 
 class _Actor:
@@ -139,8 +139,8 @@ class Joined:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Turn what Ray gives up on into a UserError: a worker that cannot open the pipeline, a
-        cluster that is gone."""
+        """Turn an error with which Ray gives up into a UserError: a worker that cannot open the
+        pipeline, or a cluster that is gone."""
         try:
             yield
         except self._ray.exceptions.RayError as error:

@@ -33,13 +33,13 @@ ON_A_GPU = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """What opens a pipeline, on this machine or another."""
+    """The settings that open a pipeline, on this machine or another."""
 
     source: Source
     dtype: str | None = None
     device: str | None = None
     eager: bool = False
-    """Whether diffusers draws alone, without fastdiff."""
+    """Whether diffusers draws without fastdiff."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Painter:
         return ON_A_GPU if batched and self.device.startswith("cuda") else 1
 
     def complete(self, row: Row) -> Row:
-        """The row with the pipeline's own size and guidance where it says none; UserError for what
-        the pipeline does not take."""
+        """The row with the pipeline's own size and guidance for those that it leaves out; UserError
+        for values that the pipeline does not take."""
         pipe = self.pipe
         assert row.steps is not None
         check_steps(pipe, row.steps)
@@ -138,7 +138,7 @@ class Painter:
 
 
 def tried(row: Row, draw: Callable[[], Any]) -> Drawn:
-    """The picture of a row that `draw` returns, or what it raised."""
+    """The picture of a row that `draw` returns, or the error that it raised."""
     try:
         file = BytesIO()
         draw().save(file, "PNG")
@@ -159,11 +159,11 @@ def attempts(
     """Draw the rows, in any order.
 
     Args:
-        ranks: those that divide the rows among them; each yields all.
-        capacity: how many each of the `workers` draws at the same time; see `Batch`. None: what
-            suits the device.
+        ranks: the processes that divide the rows; each of them yields all rows.
+        capacity: how many each of the `workers` draws at the same time; see `Batch`. None: the
+            device's default.
 
-    Raises UserError where several cannot be drawn at the same time.
+    Raises UserError if several cannot be drawn at the same time.
     """
     if ranks is not None:
         for at in range(0, len(rows), ranks.count):

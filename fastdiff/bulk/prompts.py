@@ -14,7 +14,7 @@ from fastdiff import installed
 from fastdiff.errors import UserError, first_line
 
 OWN = ("prompt", "seed", "steps", "guidance", "negative", "size")
-"""The columns that say what to draw."""
+"""The columns that describe a picture."""
 TAKEN = ("row", "file", "width", "height", "bytes", "sha256", "error")
 """Names that the manifest needs for itself."""
 SEEDS = 2**63
@@ -23,7 +23,7 @@ SIZE = re.compile(r"([1-9]\d{0,5})\s*[x×]\s*([1-9]\d{0,5})")
 
 @dataclass(frozen=True)
 class Row:
-    """A picture to draw. What is None is the job's or the pipeline's own."""
+    """A picture to draw. None: the job's or the pipeline's default."""
 
     number: int
     """From 1 on."""

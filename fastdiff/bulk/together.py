@@ -15,10 +15,10 @@ def joined(setup: Setup, parallel: str | None, otherwise: str) -> tuple[Setup, R
 
     Args:
         parallel: --parallel.
-        otherwise: what it is where none is given.
+        otherwise: its default.
 
     Returns:
-        The setup on this rank's device, the ranks (None if there is but one process), and what
+        The setup on this rank's device, the ranks (None if there is only one process), and what
         they share.
     """
     if parallel not in (None, *PARALLELS):

@@ -1,4 +1,4 @@
-"""Inpainting: what a loop keeps of the picture that it was given."""
+"""Inpainting: the part of the given picture that a loop keeps."""
 
 import copy
 from collections.abc import Mapping

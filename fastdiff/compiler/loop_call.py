@@ -31,8 +31,8 @@ class Call:
     latents: Tensor
     """[B, …]"""
     held: Tensor
-    """What the loop's variable holds: the latents, perhaps once more for the other half of
-    guidance. The result is written into it."""
+    """The tensor in the loop's variable: the latents, for some loops repeated for the other half
+    of guidance. The result is written into it."""
     conditions: Any
     """The network's conditions, of its family's class."""
     plan: Plan

@@ -1,4 +1,4 @@
-"""What a loop gives its network besides latents and timesteps, and its guidance."""
+"""The conditions that a loop passes to its network, and the loop's guidance."""
 
 from collections.abc import Mapping
 from typing import Any

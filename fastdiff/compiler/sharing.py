@@ -107,7 +107,7 @@ class Share:
         return [min(i, self.pictures - 1) for i in at]
 
     def call(self, call: Call) -> Call:
-        """The loop with this rank's pictures alone."""
+        """The loop with only this rank's pictures."""
         if self.halves:
             return call
         kept = call.inpainting

@@ -1,4 +1,4 @@
-"""Keeps what text encoders gave for the last prompts: `Options(text_cache=n)`.
+"""Keeps the text encoders' outputs for the last prompts: `Options(text_cache=n)`.
 
 The cache sits where `nn.Module.compile()` puts a compiled call, as a `Slot` does, so the encoder
 keeps its identity, class and state_dict, and a deepcopy or pickle of it has no cache.
@@ -36,7 +36,7 @@ ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
 @dataclass
 class TextCache:
-    """Replaces `encoder(...)`: what the same call gave before, else the encoder's own call."""
+    """Replaces `encoder(...)`: returns the kept output of the same call, or calls the encoder."""
 
     name: str
     module: nn.Module

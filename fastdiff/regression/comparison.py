@@ -17,7 +17,7 @@ UNDECIDED = ("inconclusive", "incomparable")
 
 
 def within(row: str, part: str) -> bool:
-    """Whether a row's name is `part` or begins with it."""
+    """Whether a row's name is `part` or starts with it."""
     return row == part or row.startswith(f"{part} · ")
 
 
@@ -70,7 +70,7 @@ class Comparison:
     geomean: Ratio | None
     """Geometric mean of the time ratios; None if there are none."""
     floor: float
-    """Changes below this share do not count: 0.03."""
+    """Changes below this share are ignored: 0.03."""
     confidence: float
     """1 - the largest share of reported changes that are due to chance."""
     paired: bool

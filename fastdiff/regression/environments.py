@@ -17,7 +17,7 @@ from fastdiff.errors import UserError
 BENEATH = "beneath.pth"
 """The file that makes the packages installed here visible in an environment."""
 NAMES = {"fastdiff", "fastdiff-engine"}
-"""Of ours, to pip: a state from before we were renamed is the same package."""
+"""Our package's names to pip: a state from before we were renamed has the old one."""
 
 
 def install(name: str, source: Path, folder: Path) -> None:

@@ -4,7 +4,7 @@
 
 DDPM's, DDIM's and LCM's steps have this form with `clip_sample`, whatever the network predicts: the
 estimate is a weighted sum of sample and output, and the result is linear in the clipped estimate.
-With a variance of `learned_range` the network says y, where the variance lies between two values,
+With a variance of `learned_range` the network predicts y, the variance's place between two values,
 and the noise's factor is d0^((1 - y) / 2) d1^((1 + y) / 2). Dynamic thresholding clips at ±R, the
 h-quantile of the estimate's absolute value over the sample, at least r and at most t, and
 multiplies by r / R.
@@ -26,7 +26,7 @@ SMALL, LARGE = 2.0**-30, 2.0**17
 consistency model has a 25 000th of the sample."""
 POINTS = ((SMALL, 0), (0, SMALL), (LARGE, 0), (2 * LARGE, 0), (0, LARGE), (0, 2 * LARGE), (0, 0))
 """The (sample, output) pairs at which each step is evaluated; the last one has a noise of 1. If the
-network says something of the variance, one more has a noise and a y of 1."""
+network predicts the variance, one more has a noise and a y of 1."""
 NOTHING = 1e-10
 """A limit below this is rounding at the large points: the step does not clip."""
 

@@ -1,5 +1,5 @@
-"""A network that always computes as many pictures, so that each has the same bits however many are
-drawn with it."""
+"""A network that always computes the same number of pictures, so that each picture has the same
+bits however many are drawn with it."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field

@@ -15,12 +15,12 @@ class Guidance(NamedTuple):
     rescale: float = 0.0
     """guidance_rescale."""
     perturbed: float | Tensor = 0.0
-    """How far a third output is moved away from: a number, or [n] one for each step. Where it is 0
-    the third output is not read."""
+    """How far the result moves away from a third output: a number, or [n] one for each step. If it
+    is 0 the third output is not read."""
 
 
 class Inpainting(NamedTuple):
-    """The part of a picture that the steps leave as it was, noised for the next step."""
+    """The part of a picture that the steps do not change, noised for the next step."""
 
     mask: Tensor
     """[B or 1, C or 1, Y, X]: 1 where the picture is drawn, 0 where it is kept."""

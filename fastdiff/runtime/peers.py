@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 SECONDS = 1.0
-"""Between two signs of life."""
+"""Seconds between two messages that show that a rank is alive."""
 _watching: threading.Thread | None = None
 
 

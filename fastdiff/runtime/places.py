@@ -62,7 +62,7 @@ class Seat:
         return *map(kinds, leaves), str(tree), self.own, room, self.thresholds
 
     def shares(self, other: "Seat") -> bool:
-        """Whether both have the constants in common that a batch has once; both of one kind."""
+        """Whether both, of one kind, have the same constants where a batch shares them."""
         return all(
             torch.equal(ours, theirs)
             for ours, theirs in zip(self._common(), other._common(), strict=True)
@@ -182,7 +182,7 @@ class Places:
         self.share(like)
 
     def share(self, like: Seat) -> None:
-        """Let all pictures have the constants of `like` in common that are not a picture's own."""
+        """Let all pictures share those constants of `like` that are not a picture's own."""
         kept = tree_leaves(self._buffers.constants)
         for own, leaf, alone in zip(
             kept, tree_leaves(like.hoisted.constants), like.own, strict=True

@@ -67,7 +67,7 @@ def step(network: Network, given: Any, latents: Tensor) -> Run:
 
 def guided_steps(network: Network, given: Any, latents: Tensor, copies: int) -> list[Run]:
     """What follows the network in a step, for every scheduler: each depth, with noise and without;
-    with thresholds, as DeepFloyd IF has them, if the network says something of the variance.
+    with thresholds, as DeepFloyd IF has them, if the network predicts the variance.
 
     copies: predictions per latent, 2 with guidance; the other arguments as for `step`.
     """

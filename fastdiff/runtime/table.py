@@ -68,7 +68,7 @@ class Table:
 
     @property
     def variance(self) -> bool:
-        """Whether the network must say something of the variance."""
+        """Whether the network must predict the variance."""
         return bool(self.learned.any())
 
     @property

@@ -25,7 +25,7 @@ class PerStep(tuple[Any, ...]):
 
 
 def following(timesteps: Tensor) -> PerStep:
-    """The timestep after each of `timesteps` [n], None after the last: some loops tell `step`."""
+    """The timestep after each of `timesteps` [n], None after the last; some loops pass it on."""
     return PerStep((*timesteps.cpu()[1:], None))
 
 

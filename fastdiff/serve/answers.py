@@ -1,4 +1,4 @@
-"""Answers of a drawing request in the shape of OpenAI's images API: JSON, or server-sent events."""
+"""Answers to a drawing request in the form of OpenAI's images API: JSON or server-sent events."""
 
 import asyncio
 import base64
@@ -17,12 +17,12 @@ from fastdiff.serve.jobs import Happened, Job
 from fastdiff.serve.refused import Refused
 
 OUTCOME = "fastdiff.outcome"
-"""Key of an ASGI scope: the status that a request is counted by, where 200 was sent too early."""
+"""Key of an ASGI scope: the status to count a request by, if 200 was already sent."""
 GONE = 499
 
 
 async def as_json(job: Job, drawings: list[Drawing], request: Request, head: Any) -> Response:
-    """All pictures in one body. Refused where one cannot be drawn; they are then drawn no more."""
+    """All pictures in one body. Refused if one cannot be drawn; the others are then cancelled."""
     watch = asyncio.create_task(_gone(request.receive, job))
     pngs: dict[int, bytes] = {}
     try:
@@ -95,7 +95,7 @@ class Stream(Response):
 
 
 async def _gone(receive: Receive, job: Job) -> None:
-    """Cancel the job when its client goes."""
+    """Cancel the job when its client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
     job.cancel()

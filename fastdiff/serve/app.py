@@ -138,7 +138,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
         sentence = f"the body did not arrive in {limits.patience:g} s; send it at once"
         raise Refused(408, sentence) from None
     except ClientDisconnect:
-        raise Refused(GONE, "the client has gone") from None
+        raise Refused(GONE, "the client has disconnected") from None
     if came > limits.body:
         raise Refused(413, f"the body is too long; send at most {limits.body} bytes")
     return bytes(body)
@@ -149,7 +149,7 @@ def _name(given: str | None) -> str:
     if given is None:
         return secrets.token_hex(16)
     if not NAME.fullmatch(given):
-        raise Refused(400, "X-Request-Id may have 64 letters, digits, and . _ -; leave it out")
+        raise Refused(400, "X-Request-Id may have up to 64 letters, digits, and . _ -; change it")
     return given
 
 

@@ -16,20 +16,20 @@ SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 class Asked(BaseModel):
-    """The body of `POST /v1/images/generations`. null is as good as absent."""
+    """The body of `POST /v1/images/generations`. null means the same as an absent field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(None, description="The name that /v1/models lists.")
-    n: int | None = Field(None, ge=1, description="How many pictures, with seeds that follow.")
+    n: int | None = Field(None, ge=1, description="How many pictures; each seed is one higher.")
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.")
     response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json.")
     output_format: Literal["png"] | None = None
-    user: str | None = Field(None, description="Read by nobody.")
-    stream: bool | None = Field(None, description="Answer by server-sent events.")
+    user: str | None = Field(None, description="Ignored.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
-        None, ge=0, le=3, description="With stream: pictures to show on the way."
+        None, ge=0, le=3, description="With stream: pictures to show before the final one."
     )
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Default: a random one.")
     steps: int | None = Field(None, ge=1)
@@ -58,7 +58,7 @@ def drawings(asked: Asked, served: str, limits: Limits) -> list[Drawing]:
         sentence = f"model is {_shown(asked.model)}; this server has {_shown(served)} only"
         raise Refused(404, sentence, "model_not_found")
     if asked.response_format == "url":
-        raise Refused(400, "response_format is 'url'; this server keeps no pictures, ask b64_json")
+        raise Refused(400, "response_format is 'url', but this server keeps no files; use b64_json")
     texts = (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt or ""))
     for name, text in texts:
         if len(text) > limits.prompt:
@@ -71,10 +71,10 @@ def drawings(asked: Asked, served: str, limits: Limits) -> list[Drawing]:
     if asked.steps is not None:
         _at_most("steps", asked.steps, limits.steps)
     if asked.stream and n > 1:
-        raise Refused(400, f"n is {n}; with stream a request draws one picture")
+        raise Refused(400, f"n is {n}; with stream give 1")
     for name, value in (("partial_images", previews), ("progress", asked.progress)):
         if value and not asked.stream:
-            raise Refused(400, f"{name} is {value}; it goes with stream, which is not true")
+            raise Refused(400, f"{name} is {value}, which needs stream; set stream to true")
     width, height = _sides(asked.size)
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     return [

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture to draw. None: the pipeline's own."""
+    """One picture to draw. None: the pipeline's default."""
 
     prompt: str
     seed: int
@@ -17,9 +17,9 @@ class Drawing:
     height: int | None = None
     width: int | None = None
     scheduler: str | None = None
-    """The name of a class of diffusers."""
+    """The name of a scheduler class of diffusers."""
     previews: int = 0
-    """How many pictures to show on the way, evenly spaced."""
+    """How many pictures to show before the final one, evenly spaced."""
 
 
 class Accepted(NamedTuple):
@@ -55,11 +55,11 @@ class Engine(Protocol):
         """Accepted, then a Step after each step, then the Picture. Closing it cancels.
 
         Raises:
-            UserError: before Accepted, where the pipeline does not draw that.
-            Refused: where it cannot be drawn now.
+            UserError: before Accepted, if the pipeline cannot draw that.
+            Refused: if it cannot be drawn now.
         """
         ...
 
     def close(self) -> None:
-        """Draw nothing more; returns once nothing is drawn."""
+        """Draw no more pictures; returns once none is being drawn."""
         ...

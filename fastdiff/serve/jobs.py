@@ -67,16 +67,16 @@ class Jobs:
         )
 
     def start(self, name: str, drawings: list[Drawing]) -> Job:
-        """Begin to draw, under a name by which it can be cancelled. Refused where it cannot."""
+        """Begin to draw, under a name by which it can be cancelled. Refused if it cannot begin."""
         n = len(drawings)
         if self.draining:
             raise Refused(503, "the server is shutting down; try again", "draining", 1)
         if name in self._by_id:
-            raise Refused(409, f"X-Request-Id {name} is of a request that is being drawn")
+            raise Refused(409, f"a request with X-Request-Id {name} is being drawn; give another")
         if self._accepted + n > self._most:
             wait = math.ceil(n * self._mean_seconds / max(1, self._accepted))
             sentence = (
-                f"{self._accepted} pictures are drawn or wait, and {self._most} may;"
+                f"{self._accepted} of at most {self._most} pictures are being drawn or wait;"
                 f" try again in {wait} s"
             )
             raise Refused(429, sentence, "queue_full", wait)

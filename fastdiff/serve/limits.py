@@ -1,4 +1,4 @@
-"""How much a server takes."""
+"""Limits of what a server accepts."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class Limits:
     """What a request may ask for, and how many pictures may wait.
 
     Attributes:
-        queue: pictures that wait while `capacity` others are drawn; above it the answer is 429.
+        queue: pictures that wait while `capacity` others are drawn; beyond it the answer is 429.
         steps: denoising steps of a picture.
         pictures: `n` of a request.
         prompt: characters of a prompt, and of a negative one.

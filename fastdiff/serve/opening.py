@@ -1,4 +1,4 @@
-"""How a painter comes to its pipeline: here, or in a replica on another machine."""
+"""How a painter opens its pipeline: here, or in a replica on another machine."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opening:
-    """What opens and compiles a pipeline. It pickles.
+    """The settings that open and compile a pipeline. It pickles.
 
-    dtype, device: names as on the command line; None: what suits the machine that it is opened on.
+    dtype, device: names as on the command line; None: the default of the machine that opens it.
     The other fields are the painter's.
     """
 
@@ -27,7 +27,7 @@ class Opening:
     pixels: int | None
 
     def painter(self) -> "Painter":
-        """The painter. UserError where the pipeline cannot be opened or drawn with so."""
+        """The painter. UserError if the pipeline cannot be opened or used for drawing."""
         import fastdiff
         from fastdiff.bench.pipelines import check_device, check_dtype, check_steps
         from fastdiff.bench.source import opened, placed

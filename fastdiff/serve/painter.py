@@ -19,17 +19,16 @@ from fastdiff.serve.refused import cancelled
 
 
 class Painter:
-    """An `Engine` on one compiled pipeline, which is the painter's until `close`.
+    """An `Engine` on one compiled pipeline, which the painter owns until `close`.
 
     Args:
         pipe: a pipeline after `fastdiff.compile`.
         capacity, workers: as of `Batch`.
-        steps, guidance_scale: of a picture that does not say; None: the pipeline's own.
-        pixels: the most that a picture may have; None: half as many again as the pipeline's own
-            size.
+        steps, guidance_scale: of a picture that gives none; None: the pipeline's default.
+        pixels: the most that a picture may have; None: 1.5 times those of the pipeline's size.
 
     Raises:
-        ValueError: the pipeline does not draw from a text alone, or `Batch` not with it.
+        ValueError: the pipeline does not draw from text alone, or `Batch` cannot use it.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Painter:
         shown = drawing.previews
 
         def on_step(done: int, steps: int, latents: Tensor) -> None:
-            # the nearest step to each of `shown` places that divide the way evenly
+            # the nearest step to each of `shown` evenly spaced places
             due = done < steps and any(
                 round(i * steps / (shown + 1)) == done for i in range(1, shown + 1)
             )
@@ -83,7 +82,7 @@ class Painter:
         self._batch.close(drain=False)
 
     def _request(self, drawing: Drawing, on_step: Any) -> Request:
-        """The batch's request; UserError where the pipeline does not draw that."""
+        """The batch's request; UserError if the pipeline cannot draw it."""
         pipe, kind = self.pipe, type(self.pipe).__name__
         steps = self._steps if drawing.steps is None else drawing.steps
         scheduler = None
@@ -117,16 +116,16 @@ class Painter:
 
     @property
     def _decodes(self) -> bool:
-        """Whether the autoencoder decodes latents as they are, [1, C, Y, X]."""
+        """Whether the autoencoder decodes unchanged latents, [1, C, Y, X]."""
         vae = getattr(self.pipe, "vae", None)
         config = getattr(vae, "config", {})
         if vae is None or "latent_channels" not in config or "scaling_factor" not in config:
             return False
-        # SDXL's overflows in float16, and its pipeline makes it float32 for the last decode alone
+        # SDXL's overflows in float16, and its pipeline makes it float32 only for the last decode
         return not (vae.dtype == torch.float16 and config.get("force_upcast"))
 
     def _preview(self, latents: Tensor) -> bytes:
-        """A PNG of latents [1, C, Y, X], as noisy as they are."""
+        """A PNG of latents [1, C, Y, X], including their noise."""
         vae, config = self.pipe.vae, self.pipe.vae.config
         mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
         with torch.no_grad():

@@ -24,7 +24,7 @@ from fastdiff.workers import LOCAL, workers_of
 
 APPLICATION = "fastdiff"
 TRIES = 3
-"""Replicas that a picture is begun on, where each dies with it."""
+"""How many replicas may die with a picture before it is given up."""
 PATIENCE = 60.0
 """Seconds in which some replica must accept a picture."""
 LOG = logging.getLogger("fastdiff")
@@ -43,14 +43,14 @@ class Replica:
 
 
 class Replicas:
-    """An `Engine`: 1 to `workers` replicas, more as more is drawn.
+    """An `Engine`: 1 to `workers` replicas, whose number grows with the load.
 
     Args:
         opening: of each replica.
-        address: "local" for a cluster that this process starts, and ends with itself; "auto" for
-            the one that this machine belongs to, or its HOST:PORT.
-        workers: replicas at most; None: as many as there is room for.
-        gpus: of each replica, 0.5 for half of one; None: 1 where there are any.
+        address: "local" for a cluster that this process starts and ends; "auto" for the cluster
+            that this machine belongs to, or the HOST:PORT of another.
+        workers: the most replicas; None: as many as the cluster has room for.
+        gpus: GPUs per replica, 0.5 for half of one; None: 1 if there are any.
         queue: pictures that may wait.
 
     Raises:
@@ -130,7 +130,7 @@ class Replicas:
                 break
             finally:
                 answers.cancel()
-        raise Refused(503, "no replica draws now; try again", "no_replica", 10)
+        raise Refused(503, "no replica is running; try again", "no_replica", 10)
 
     def close(self) -> None:
         """See `Engine.close`."""

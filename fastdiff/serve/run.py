@@ -17,11 +17,11 @@ from fastdiff.serve.jobs import Jobs
 from fastdiff.serve.refused import Refused
 
 LAST_BYTES = 30
-"""Seconds in which clients must have read their answers when the server ends."""
+"""Seconds for clients to read their answers when the server ends."""
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, not yet listening; port 0: one that is free. UserError if the
+    """A socket bound to an address, not yet listening; port 0 picks a free one. UserError if the
     system refuses it."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -39,7 +39,7 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Where a browser finds it."""
+    """The address for a browser."""
     host, port, *_ = bound.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -54,7 +54,7 @@ def run(app: FastAPI, bound: socket.socket, patience: float) -> None:
 
 
 def configured(app: FastAPI, patience: float) -> uvicorn.Config:
-    """How uvicorn is to serve it."""
+    """uvicorn's settings."""
     return uvicorn.Config(
         app,
         http=lambda **given: Patient(patience, **given),  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def configured(app: FastAPI, patience: float) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which at the first signal only begins to end."""
+    """uvicorn's server, which at the first signal only begins to end."""
 
     def __init__(self, config: uvicorn.Config, jobs: Jobs) -> None:
         super().__init__(config)

@@ -144,7 +144,9 @@ def test_a_full_queue_refuses_requests_until_there_is_room():
         asked = {"prompt": "a"}
         running = [pool.submit(ask, port, asked) for _ in range(2)]
         until(lambda: len(engine.begun) == 2, *running)
-        with pytest.raises(openai.RateLimitError, match="2 pictures are drawn or wait") as caught:
+        with pytest.raises(
+            openai.RateLimitError, match="2 of at most 2 pictures are being drawn or wait"
+        ) as caught:
             client_of(port).images.generate(prompt="b")
         assert int(caught.value.response.headers["retry-after"]) >= 1
         metrics = clients.measured(port)

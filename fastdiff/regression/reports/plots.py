@@ -68,7 +68,7 @@ def ratios(comparison: Comparison, width: int) -> str:
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.yaxis.set_major_locator(NullLocator())
         _ratio_ticks(axes, far, inside // 110)
-        axes.set_xlabel("× base, less is better")
+        axes.set_xlabel("× base, lower is better")
 
     title = f"Ratios of new to base with their intervals, {len(lines)} rows"
     return svg.draw(width, 50 + each * len(lines), title, paint, (left, right, 4, 46))
