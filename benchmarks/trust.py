@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/regression"))
 
 CI = Settings("pipelines", "cpu", "float32", threads=1, backends=("fastdiff",))
-"""As in .ci/run."""
+"""The settings of .ci/run."""
 KERNEL = Settings("kernels", "cpu", "float32", threads=1, filter="conv2d · demo")
 PAIRS = 5
 PLANTS = {"loop": CI, "conv": KERNEL}

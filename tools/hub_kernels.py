@@ -73,7 +73,7 @@ def relative(text: str, depth: int) -> str:
     text = _IMPORT.sub(imports, text)
     text = _STRING.sub(r'__name__.partition(".")[0] + "\1"', text)
     if left := re.search(r"^ *(from|import) fastdiff.*", text, re.M):
-        raise UserError(f"a kernel imports what is no kernel: {left[0].strip()}")
+        raise UserError(f"a kernel imports a module that is not a kernel: {left[0].strip()}")
     return text
 
 

@@ -154,7 +154,7 @@ class Copy:
         return done.returncode, done.stdout
 
     def pytest(self, *arguments: str) -> tuple[int | None, str]:
-        """As `run`, of the fast suite's tests that `arguments` name; None: they do not end."""
+        """Like `run`, for the fast suite's tests in `arguments`; None if they do not end."""
         options = ["-q", "-rfE", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", FAST]
         said = self._folder / "said.txt"
         said.write_text("")

@@ -40,7 +40,7 @@ class Blueprint:
 
 
 def named(source: Source, command: str) -> Blueprint:
-    """Of a preset, folder, hub id or the demo. UserError for what `command` cannot take."""
+    """The networks of a preset, folder, hub id or demo. UserError if `command` cannot take it."""
     source.check()
     if source.preset:
         return of_preset(source.preset)

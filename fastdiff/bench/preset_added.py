@@ -55,7 +55,7 @@ class AddedPreset:
     heads: int
     """In the first block; the others have two, three and four times as many."""
     channels: int
-    """Of its latents, or of its picture."""
+    """Channels of its latents, or of its picture."""
     text: int
     """Columns of what the pixels attend to."""
     more: dict[str, Any] = field(default_factory=dict)

@@ -36,7 +36,7 @@ class AuraFlowPreset:
 
     side: int = 128
     blocks: tuple[int, int] = (4, 32)
-    """Of a picture beside a text, and of both together."""
+    """The numbers of blocks: a picture beside a text, and both as one sequence."""
     base_scale: float = 1.0
 
     upcasts = (False, True)

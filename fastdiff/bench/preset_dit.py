@@ -29,7 +29,7 @@ class DiTPreset:
     """An architecture at scale 1."""
 
     side: int
-    """Of its latents."""
+    """The latents' side."""
     pipe: Any = DiTPipeline
     """The class that draws with it."""
     pixart: bool = False

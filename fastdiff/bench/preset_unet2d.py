@@ -31,7 +31,7 @@ class UNet2DPreset:
     channels: tuple[int, ...]
     unit: int
     attention: tuple[bool, ...]
-    """Of each down block."""
+    """Whether each down block has attention."""
     layers: int
     config: Mapping[str, Any] = field(default_factory=dict)
     """What else differs from diffusers' defaults."""

@@ -74,7 +74,7 @@ class SkipLayers:
     """This prediction's conditions, [B, ...], by field of the network's conditions."""
 
     def conditions(self, given: Any) -> Any:
-        """Those of all three predictions; `given`: of the first two."""
+        """The conditions of all three predictions; `given`: those of the first two."""
         own = {name: torch.cat([getattr(given, name), value]) for name, value in self.told.items()}
         return given._replace(**own, last_skip_layers=self.layers)
 

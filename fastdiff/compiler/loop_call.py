@@ -37,7 +37,7 @@ class Call:
     """The network's conditions, of its family's class."""
     plan: Plan
     settings: Mapping[str, Any]
-    """Those of the pipeline's settings that are variables of its call, by the property's name."""
+    """The pipeline's settings that are variables of its call, by the property's name."""
     timesteps: Tensor
     step_options: Mapping[str, Any]
     """Further arguments of the scheduler's `step`, such as the generator."""

@@ -128,7 +128,7 @@ def check_variance(
         named = plan.variance == "kept" or said in ("learned", "learned_range")
         require(reads or not named, "the scheduler is given a variance and does not read it")
     else:
-        what = "the loop guides what the network says of the variance, or the scheduler ignores it"
+        what = "the loop guides the network's variance, or the scheduler ignores it"
         require(reads and not guided, what)
 
 

@@ -20,7 +20,7 @@ class Driver(Protocol):
     """Runs the steps of a pipeline's loops among those of others."""
 
     def run(self, denoising: Denoising) -> int:
-        """As `Denoising.run`."""
+        """Does what `Denoising.run` does."""
         ...
 
     def refuse(self, reason: str) -> None:

@@ -80,7 +80,7 @@ class Sharing:
                 return "there is no guidance" if few else "a step predicts three times"
             batched = [v for v in tree_leaves(told) if isinstance(v, Tensor) and v.ndim]
             halves = any(len(value) == whole for value in batched)
-            return None if halves else "both halves of guidance are told the same"
+            return None if halves else "both halves of guidance have the same conditions"
         if call.skips is not None:
             return "skip-layer guidance predicts three times in some steps"
         return "there is one picture" if pictures == 1 else None

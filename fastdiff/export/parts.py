@@ -54,7 +54,7 @@ def parts(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tupl
 
 
 def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> tuple[Part, ...]:
-    """Those of `parts` that are not text encoders, the denoising network first."""
+    """The parts of `parts` that are not text encoders, the denoising network first."""
     recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
     lengths = map(_length, _texts(pipe).values())
     tokens = [length for length in lengths if length is not None]

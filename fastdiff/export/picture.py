@@ -15,7 +15,7 @@ from fastdiff.export.parts import Part
 from fastdiff.recipes import denoiser
 
 STEPS, PROMPT, TOKENS = 4, "red heart", 60
-"""Of a picture; the tokens are of a text that is given as an embedding."""
+"""Settings of the picture; TOKENS is the length of a text that is given as an embedding."""
 
 Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """Runs a network of another runtime: CPU tensors by input name -> outputs in the part's order."""

@@ -90,12 +90,12 @@ def placed(given: Any, latents: Tensor) -> Any:
 
 
 def shape(net: FluxTrunk, side: int) -> tuple[int, ...]:
-    """Of a picture's latents."""
+    """The shape of a picture's latents."""
     return 1, (side // PATCH) ** 2, net.channels
 
 
 def channels(net: FluxTrunk) -> int:
-    """Those of its latents."""
+    """The channels of its latents."""
     return net.proj_out.weight.shape[0]
 
 
@@ -125,7 +125,7 @@ def part(
     _: int = 0,
     timestep: tuple[int, ...] = (),
 ) -> Part:
-    """Of FLUX.1's transformer or FLUX.2's, with constant channels or without."""
+    """The part of FLUX.1's transformer or FLUX.2's, with constant channels or without."""
     config: Any = net.config
     kind, free, axes = dtype_name(dtype), "batch_size", len(config.axes_dims_rope)
     pooled = config.get("pooled_projection_dim")

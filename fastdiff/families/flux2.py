@@ -47,7 +47,7 @@ def _call(
 def _scale(
     *_: Any, joint_attention_kwargs: Any = None, attention_kwargs: Any = None, **__: Any
 ) -> float:
-    """Of the network's argument, or of the pipeline's property."""
+    """The LoRA scale from the network's argument, or from the pipeline's property."""
     # diffusers ignores a scale that is passed by position
     return lora_scale(joint_attention_kwargs or attention_kwargs, "joint_attention_kwargs")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Turns = tuple[Tensor, Tensor]
 """Cosines and sines [S, K]; both columns of a pair have the same."""
 BITS = 12
-"""Of a coarse frequency: its product with a position below 4096 is exact in float32."""
+"""Bits of a coarse frequency: its product with a position below 4096 is exact in float32."""
 
 
 class Turned(nn.Module):

@@ -58,7 +58,7 @@ def _planned(qwen: Denoiser, sizes: Sizes) -> list[Run]:
 
 
 def _example(net: Qwen, texts: int, tokens: int) -> Conditions:
-    """Of true guidance if there are two texts."""
+    """Conditions with true guidance if there are two texts."""
     wide = net.context.weight.shape[1]
     text, *more = (empty(net.context.weight, 1, tokens, wide) for _ in range(texts))
     given = Conditions(text)

@@ -21,7 +21,7 @@ from fastdiff.kernels import choices
 from fastdiff.kernels.contract import KernelSpec
 
 NAMESPACE = __name__.partition(".")[0]
-"""Of the ops in torch, and the package that they lie in: "fastdiff", or a copy's own."""
+"""The namespace of our ops in torch, and our package: "fastdiff", or the name of a copy."""
 
 
 def _load_native() -> Any:

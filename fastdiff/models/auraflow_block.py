@@ -27,10 +27,10 @@ class Branch:
     qk: Weights
     v: Weights
     head_eps: float
-    """Of the LayerNorm of each head of queries and keys."""
+    """The eps of the LayerNorm of each head of queries and keys."""
     out: Weights
     eps: float
-    """Of the norm after attention."""
+    """The eps of the norm after attention."""
     up: Weights
     """Values, then gates."""
     down: Weights

@@ -31,7 +31,7 @@ class Classes:
 
     @property
     def columns(self) -> int | None:
-        """Those of the labels, if they are vectors."""
+        """The columns of the labels, if they are vectors."""
         if self.table is not None or self.sinusoid is not None:
             return None
         return self.width if self.embedding is None else self.embedding.first.weight.shape[1]

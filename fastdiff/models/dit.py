@@ -69,7 +69,7 @@ class Block:
     heads: int
     embedding: ClassEmbedding
     modulation: Weights
-    """Of the embedding: shift, scale and gate of the attention, then of the MLP."""
+    """From the embedding: shift, scale and gate of the attention, then of the MLP."""
     eps: float
     qkv: Weights
     out: Weights
@@ -92,7 +92,7 @@ class DiT(PatchTrunk):
     recordable: ClassVar[bool] = True
     blocks: tuple[Block, ...]
     modulation: Weights
-    """Of the first block's embedding: shift and scale of the last norm."""
+    """From the first block's embedding: shift and scale of the last norm."""
 
     def check(self, latents: Tensor, conditions: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
@@ -170,7 +170,7 @@ def _borrow_block(module: Any, loan: Loan, width: int) -> Block:
     """From a BasicTransformerBlock of the norms "ada_norm_zero"."""
     block = loan.open(module, "BasicTransformerBlock")
     require(block.norm_type == "ada_norm_zero", f"transformer norms of type {block.norm_type}")
-    require(block.attn2 is None, "cross-attention in a block that is told a class")
+    require(block.attn2 is None, "cross-attention in a block with a class embedding")
     require(block.pos_embed is None, "positional embeddings in a transformer block")
     require(block._chunk_size is None, "a feed-forward layer in chunks")
     require(not block.only_cross_attention, "cross-attention in place of self-attention")

@@ -21,7 +21,7 @@ class Sinusoid:
     cosine_first: bool
     shift: float
     scale: float = 1.0
-    """Of the angles."""
+    """The factor of the angles."""
 
     def __call__(self, timesteps: Tensor) -> Tensor:
         half = self.width // 2

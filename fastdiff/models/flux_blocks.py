@@ -114,7 +114,7 @@ def borrow_single_block(module: Any, loan: Loan, rows: Columns, width: int) -> S
 
 
 def borrow_norms(own: Reader, loan: Loan) -> HeadNorms:
-    """Of the attention of a block of one stream."""
+    """The head norms of the attention in a block of one stream."""
     norms = borrow_head_norms(own.norm_q, own.norm_k, loan)
     if norms is None:
         raise Unsupported("queries and keys that are not normalised")

@@ -33,7 +33,7 @@ class Constants(NamedTuple):
     text: Tensor
     """[G·B, T, D]"""
     turns: Turns
-    """Of the text's tokens and then the picture's."""
+    """Rotations of the text's tokens, then of the picture's."""
     made: Tensor | None = None
     """[G·B, L, D] the embedding's output for the constant channels, with its bias."""
     tokens: Tensor | None = None
@@ -117,7 +117,7 @@ class FluxBlocks:
     def constants(
         self, text: Tensor, turns: Turns, channels: Tensor | None, tokens: Tensor | None
     ) -> Constants:
-        """Those of a picture without a ControlNet; arguments as `check_trunk` takes them."""
+        """The constants of a picture without a ControlNet; arguments as for `check_trunk`."""
         with scope("text"):
             told = linear(text.contiguous(), self.context.weight, self.context.bias)
         weight, bias, count = self.embed.weight, self.embed.bias, len(text)

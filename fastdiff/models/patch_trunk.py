@@ -22,7 +22,7 @@ class PatchTrunk:
     patches: Patches
     positions: Positions
     eps: float
-    """Of the last norm."""
+    """The eps of the last norm."""
     proj_out: Weights
 
     @property

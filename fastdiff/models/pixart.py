@@ -58,7 +58,7 @@ class TimeSize:
     time: Embedding
     size_sinusoid: Sinusoid | None
     sizes: tuple[Embedding, ...]
-    """Of `SIZES`; () if the network does not take them."""
+    """Embeddings of `SIZES`; () if the network does not take them."""
 
     def __call__(
         self, timesteps: Tensor, told: Mapping[str, Tensor | None], dtype: torch.dtype, count: int
@@ -84,7 +84,7 @@ class PixArt(PatchTrunk):
     recordable: ClassVar[bool] = True
     embedding: TimeSize
     modulation: Weights
-    """Of the embedding, for all blocks."""
+    """The layer that reads the embedding, shared by all blocks."""
     blocks: tuple[Block, ...]
     folding: Folding
     table: Tensor

@@ -49,7 +49,7 @@ class Conditions(NamedTuple):
     encoder_hidden_states_mask: Tensor | None = None
     """[B, T]: not 0 for the tokens to attend to."""
     img_shapes: Shapes | None = None
-    """Of each picture: frames, rows and columns of its tokens."""
+    """For each picture: frames, rows and columns of its tokens."""
     negative: Tensor | None = None
     """[B, T2, D'] the other text of true guidance."""
     negative_mask: Tensor | None = None
@@ -64,7 +64,7 @@ class Constants(NamedTuple):
     text_bias: Tensor | None
     """[N, T'] float32, added to the scores of their keys."""
     turns: tuple[Turns, Turns]
-    """Of the picture's tokens and of the text's."""
+    """Rotations of the picture's tokens and of the text's."""
     scale: Tensor | None
     """[] float32: that of true guidance."""
 
@@ -209,7 +209,7 @@ def borrow_qwen(module: Any, loan: Loan) -> Qwen:
     """Borrow a QwenImageTransformer2DModel's weights; raises Unsupported for other structures."""
     net, rows = loan.open(module, "QwenImageTransformer2DModel"), Columns(loan)
     width = net.inner_dim
-    require(not net.zero_cond_t, "pictures beside the noisy one that are told another timestep")
+    require(not net.zero_cond_t, "reference pictures with another timestep")
     blocks = tuple(
         borrow_block(block, loan, rows, width) for block in loan.each(net.transformer_blocks)
     )

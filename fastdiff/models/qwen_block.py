@@ -14,7 +14,7 @@ PROCESSOR = "QwenDoubleStreamAttnProcessor2_0"
 def borrow_block(module: Any, loan: Loan, rows: Columns, width: int) -> JointBlock:
     """From a QwenImageTransformerBlock; `rows` assigns columns of the packed modulations."""
     block = loan.open(module, "QwenImageTransformerBlock")
-    require(not block.zero_cond_t, "a block that is told two timesteps")
+    require(not block.zero_cond_t, "a block with two timesteps")
     held = loan.open(block.attn, "Attention")
     processor = kind(held.processor)
     require(processor == PROCESSOR, f"the attention processor {processor}")

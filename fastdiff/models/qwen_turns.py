@@ -40,7 +40,7 @@ class Places:
         require(last <= len(self.ahead), f"{last} positions; there are {len(self.ahead)}")
 
     def __call__(self, shapes: Shapes, text: int, device: torch.device) -> tuple[Turns, Turns]:
-        """Of the pictures' tokens and of `text` tokens."""
+        """The rotations of the pictures' tokens, and those of `text` tokens."""
         pictures = _pictures(shapes)
         first = _first(pictures)
         own = torch.cat([self._picture(i, shape) for i, shape in enumerate(pictures)])
@@ -65,7 +65,7 @@ class Places:
 
 
 def _pictures(shapes: Shapes) -> list[Shape]:
-    """Those of the first of the latents."""
+    """The shapes of the first of the latents."""
     first: Any = shapes[0]
     return list(first) if isinstance(first, list) else [first]
 

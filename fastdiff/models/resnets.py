@@ -36,7 +36,7 @@ class Resnet:
     resample: str = ""
     """"down" halves the picture by pooling, "up" doubles it, both after the first activation."""
     scale: float = 1.0
-    """Of the result: 1 / output_scale_factor."""
+    """The factor of the result: 1 / output_scale_factor."""
 
     def __call__(self, x: Sum, rows: Tensor | None, beside: Tensor | None = None) -> Sum:
         """x with the channels of `beside`, a skip connection, appended. `beside` may have half as

@@ -20,7 +20,7 @@ class Turns(NamedTuple):
     """[L, K] float32."""
 
     def cut(self, at: int) -> tuple["Turns", "Turns"]:
-        """Those of the first `at` tokens, and those of the others."""
+        """The rotations of the first `at` tokens, and those of the others."""
         return Turns(self.cos[:at], self.sin[:at]), Turns(self.cos[at:], self.sin[at:])
 
 

@@ -57,10 +57,10 @@ class Block:
 
     heads: int
     number: int
-    """Of its self-attention among the network's; -1 if it has none."""
+    """The number of its self-attention in the network; -1 if it has none."""
     norm1: Norm
     qkv: Weights
-    """Only q where the first attention reads the text, too."""
+    """Only q if the first attention reads the text, too."""
     own: slice | None
     """The columns that the first attention reads of the text; None: it reads its own pixels."""
     out1: Weights

@@ -71,7 +71,7 @@ class UNet(Trunk):
 
     @property
     def out_channels(self) -> int:
-        """Of a prediction: twice those of the latents if the last ones are about the variance."""
+        """The channels of a prediction: twice the latents' if it includes the variance."""
         return self.conv_out.weight.shape[0]
 
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:

@@ -71,7 +71,7 @@ class ZImage:
     time_scale: float
     time: Embedding
     modulation: Weights
-    """Of all blocks, which read the same embedding."""
+    """The layers of all blocks, which read the same embedding."""
     caption_norm: RMS
     caption: Weights
     caption_pad: Tensor
@@ -82,7 +82,7 @@ class ZImage:
     refiner: tuple[Block, ...]
     blocks: tuple[Block, ...]
     last: Weights
-    """Of the last norm's scale."""
+    """The layer that computes the last norm's scale."""
     eps: float
     proj_out: Weights
 
@@ -235,7 +235,7 @@ def _closed(x: Pending) -> Tensor:
 def borrow_zimage(module: Any, loan: Loan) -> ZImage:
     """Borrow a ZImageTransformer2DModel's weights; raises Unsupported for other structures."""
     net, rows = loan.open(module, "ZImageTransformer2DModel"), Columns(loan)
-    require(net.siglip_embedder is None, "a Z-Image that is told pictures (SigLIP)")
+    require(net.siglip_embedder is None, "a Z-Image that takes reference pictures (SigLIP)")
     size, frames = net.all_patch_size, net.all_f_patch_size
     require(len(size) == 1 and tuple(frames) == (1,), f"patches of {size} over {frames} frames")
     embeds, finals, key = net.all_x_embedder, net.all_final_layer, f"{size[0]}-1"

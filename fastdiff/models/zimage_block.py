@@ -62,7 +62,7 @@ class Block:
     there are none."""
     qkv: Weights
     head_norms: tuple[RMS, RMS]
-    """Of each head of queries and of keys."""
+    """The norms of each head of queries and of keys."""
     out: Weights
     up: Weights
     """Values, then gates."""

@@ -28,7 +28,7 @@ class Axes:
     def picture(
         self, first: int, counts: tuple[int, int], missing: int, device: torch.device
     ) -> Table:
-        """Of rows · columns patches at `first` on the first axis, then of `missing` more at 0."""
+        """The table of rows · columns patches at `first` on the first axis, then `missing` at 0."""
         rows, columns = (torch.arange(count) for count in counts)
         down, right = torch.meshgrid(rows, columns, indexing="ij")
         ids = torch.stack((torch.full_like(down, first), down, right), -1).flatten(0, 1)

@@ -82,7 +82,7 @@ class Plan:
     """Of a loop with `noises`: the variables of a mask that is 1 where the picture is kept, and of
     that picture; the first entry of both is for all pictures. (): `mask` and `image_latents`."""
     packs: bool = False
-    """Of a loop with `noises`: whether it packs the noised picture into tokens in every step."""
+    """For a loop with `noises`: whether it packs the noised picture into tokens in every step."""
     instead: Mapping[str, str] = field(default_factory=dict)
     """By field of the conditions, the variable that holds it where the first one is None."""
     unconditional: Mapping[str, str] = field(default_factory=dict)

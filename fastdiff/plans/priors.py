@@ -13,7 +13,7 @@ def _settings(scale: str, guided: str = _GUIDED) -> Mapping[str, str]:
 
 
 def _prior(embedding: str, text: str, mask: str) -> Plan:
-    """Of a prior's loop, from the names of its conditions."""
+    """The plan of a prior's loop, from the names of its conditions."""
     conditions = {
         "proj_embedding": embedding,
         "encoder_hidden_states": text,
@@ -49,7 +49,7 @@ _UNCLIP_PRIOR = replace(
 
 
 def _decoder(text: str) -> Plan:
-    """Of the loop of UnCLIP's decoder; `text`: the variable of the text."""
+    """The plan of the loop of UnCLIP's decoder; `text`: the variable of the text."""
     conditions = {
         "encoder_hidden_states": text,
         "class_labels": "additive_clip_time_embeddings",

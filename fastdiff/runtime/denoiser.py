@@ -26,7 +26,7 @@ class Denoiser:
     )
 
     def shared(self, gather: Callable[[Tensor], Tensor]) -> Plans:
-        """Its loops where other processes make some of a step's predictions; see `Plans`."""
+        """Its loops if other processes make some of a step's predictions; see `Plans`."""
         if gather not in self._shared:
             self._shared[gather] = self.plans.gathering(gather)
         return self._shared[gather]

@@ -28,7 +28,7 @@ class Fixed:
     network: Network
     count: int
     known: dict[Hashable, Any] = field(default_factory=dict)
-    """As for `of_each`."""
+    """The argument `known` of `of_each`."""
 
     @property
     def recordable(self) -> bool:

@@ -18,7 +18,7 @@ TIMEOUT = timedelta(minutes=5)
 """How long a rank of `joined` waits for another one, which may still compile kernels."""
 
 GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Its name since torch 2.13, and before."""
+"""torch's all-gather, by its name since torch 2.13 or its earlier one."""
 
 
 class Lost(UserError):

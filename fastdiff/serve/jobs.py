@@ -19,7 +19,7 @@ class Happened(NamedTuple):
     """An event of one of a request's pictures."""
 
     place: int
-    """Of the picture among the request's."""
+    """The picture's number among the request's pictures."""
     event: Event
 
 
@@ -55,7 +55,7 @@ class Jobs:
         self._by_id: dict[str, Job] = {}
         self._accepted = self._drawing = 0
         self._mean_seconds = 1.0
-        """Of a picture from its arrival on, the last ones counting most."""
+        """Mean seconds of a picture from its arrival on, with more weight on the latest ones."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False

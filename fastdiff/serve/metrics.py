@@ -43,5 +43,5 @@ class Metrics:
         gauge.set_function(value)
 
     def text(self) -> bytes:
-        """As Prometheus reads it, in its text format 0.0.4."""
+        """The metrics in Prometheus's text format 0.0.4."""
         return generate_latest(self._registry)

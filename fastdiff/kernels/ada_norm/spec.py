@@ -140,7 +140,7 @@ CASES = (
     Case("sd35-text-first", B=2, L=78, D=2432, eps=1e-6, modulated=True),
     Case("sd35-text", B=2, L=333, D=2432, eps=1e-6, modulated=True, gated=True, residual=2),
     Case("flux-part", B=1, L=16, D=3072, eps=1e-6, modulated=True, gated=True, residual=1),
-    # nasty: halves that share a residual, odd and narrow rows, means far beyond the deviation
+    # difficult: halves that share a residual, odd and narrow rows, means far beyond the deviation
     Case("shared", B=4, L=80, D=640, affine=True, residual=2),
     Case("odd", B=3, L=77, D=1001, affine=True),
     Case("odd-everything", B=3, L=7, D=1001, affine=True, modulated=True, gated=True, residual=1),

@@ -88,7 +88,7 @@ CASES = (
     # the demo pipeline
     Case("demo-self", B=2, Lq=256, Lk=256, H=2, K=32),
     Case("demo-cross", B=2, Lq=256, Lk=24, H=2, K=32),
-    # nasty
+    # difficult
     Case("odd", B=3, Lq=45, Lk=77, H=5, K=40, mask=True),
     Case("odd-self", B=1, Lq=561, Lk=561, H=1, K=80),
     Case("one-key", B=2, Lq=17, Lk=1, H=3, K=64),

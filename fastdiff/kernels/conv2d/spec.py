@@ -115,7 +115,7 @@ CASES = (
     Case("sd15-8-shortcut", B=2, Y=8, X=8, C=640, N=320, kernel=1),
     Case("vae-out", B=1, Y=32, X=32, C=48, N=3),
     Case("vae-encoder-down", B=1, Y=17, X=24, C=32, N=48, stride=2, padding=(0, 1)),
-    # nasty: odd sizes, columns that do not fill a vector, an enlargement by other than two
+    # difficult: odd sizes, columns that do not fill a vector, an enlargement by other than two
     Case("odd", B=3, Y=9, X=5, C=33, N=37, residual=True),
     Case("odd-many", B=2, Y=13, X=11, C=131, N=70),
     Case("odd-down", B=1, Y=33, X=17, C=40, N=24, stride=2, bias=False),

@@ -53,7 +53,7 @@ CASES = (
     Case("sd15-8-part", B=2, L=64, D=1280, N=512),
     Case("demo-16", B=2, L=256, D=64, N=256, spread=3.0),
     Case("demo-8", B=2, L=64, D=96, N=384, spread=3.0),
-    # nasty
+    # difficult
     Case("eights", B=2, L=9, D=40, N=56, beside=24),
     Case("odd", B=1, L=5, D=31, N=41, bias=False),
     Case("odd-silu-first", B=1, L=5, D=31, N=41, act="silu_first", spread=3.0),

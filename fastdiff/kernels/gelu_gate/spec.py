@@ -23,7 +23,7 @@ class Arguments:
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     **{"gelu": F.gelu, "silu": F.silu, "silu_first": F.silu}
 }
-"""Of the gate."""
+"""The gate's activations."""
 
 
 def halves(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ CASES = (
     Case("sdxl-32-part", B=2, L=64, N=5120, bias=True),
     Case("demo-16", B=2, L=256, N=256, spread=3.0),
     Case("auraflow-part", B=2, L=16, N=8192, act="silu"),
-    # nasty
+    # difficult
     Case("wide-gates", B=1, L=64, N=256, spread=20.0),
     Case("small-gates", B=1, L=64, N=256, spread=1e-3),
     Case("columns", B=2, L=9, N=40, beside=16, bias=True),

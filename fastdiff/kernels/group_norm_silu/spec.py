@@ -139,7 +139,7 @@ CASES = (
     # the demo pipeline
     Case("demo-16-cat", B=2, Y=16, X=16, C=96, C2=64, G=32),
     Case("demo-vae", B=1, Y=64, X=64, C=32, G=16, eps=1e-6),
-    # nasty: neither channels nor groups a power of two, odd pictures, one pixel, one group
+    # difficult: neither channels nor groups a power of two, odd pictures, one pixel, one group
     Case("odd", B=3, Y=9, X=5, C=84, G=12, row=True, residual=True),
     Case("prime", B=1, Y=33, X=17, C=35, G=5, act="none"),
     Case("one-pixel", B=2, Y=1, X=1, C=90, G=3, residual=True),

@@ -47,7 +47,7 @@ CASES = (
     Case("vae-2048", Y=1, X=2048, C=128),
     # the demo pipeline
     Case("demo-vae", Y=16, X=64, C=32),
-    # nasty: channels that do not fill a vector, one pixel, a mean far from zero
+    # difficult: channels that do not fill a vector, one pixel, a mean far from zero
     Case("odd", Y=9, X=5, C=37),
     Case("plain", Y=7, X=3, C=40, silu=False),
     Case("one-pixel", Y=1, X=1, C=90),

@@ -8,7 +8,7 @@ from fastdiff.kernels.linear.spec import Arguments
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 3, "gelu_tanh": 4}
 """The C++ kernel's numbers of the activations, `Activation` in csrc."""
 GATED = {"gelu": 2, "silu": 5, "silu_first": 6}
-"""Those of gates, which halve the columns."""
+"""The activations of gates, which halve the columns."""
 
 
 def run(a: Arguments) -> Tensor:

@@ -56,7 +56,7 @@ CASES = (
     Case("vae-2048", Y=1, X=2048, C=128, slab=512),
     # the demo pipeline
     Case("demo-vae", Y=16, X=64, C=32, slab=2048),
-    # nasty: channels that do not fill a vector, a last slab of one pixel, one pixel, a far mean
+    # difficult: channels that do not fill a vector, a last slab of one pixel, one pixel, a far mean
     Case("odd", Y=9, X=5, C=37, slab=11),
     Case("one-pixel", Y=1, X=1, C=90, slab=7),
     Case("slabs-of-one", Y=3, X=2, C=8, slab=1),

@@ -104,7 +104,7 @@ CASES = (
     Case("sd35-large-text", B=2, L=333, H=38, K=64, affine=True),
     Case("sd35-medium-text", B=2, L=78, H=24, K=64, affine=True),
     Case("flux-512", B=1, L=1024, H=24, K=128, affine=True, rotary=True),
-    # nasty: odd numbers of heads and tokens, widths that are not powers of two, tiny values
+    # difficult: odd numbers of heads and tokens, widths that are not powers of two, tiny values
     Case("narrow-rotary", B=2, L=7, H=3, K=6, rotary=True, affine=True),
     Case("wide-rotary", B=2, L=19, H=5, K=72, rotary=True),
     Case("odd", B=3, L=5, H=3, K=37, affine=True),

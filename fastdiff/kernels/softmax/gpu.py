@@ -68,7 +68,7 @@ class LaunchConfig:
 MOST = 16384
 """Scores of a program: 32 for each thread of 16 warps."""
 EACH = 8
-"""Of a thread, in a short row: two 16-byte loads."""
+"""Scores per thread in a short row: two 16-byte loads."""
 
 
 @tunable("softmax")

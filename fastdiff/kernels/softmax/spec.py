@@ -42,7 +42,7 @@ CASES = (
     Case("ddpm-16", B=1, L=256, K=256, scale=512**-0.5),
     Case("vae-64-part", B=1, L=16, K=4096, scale=512**-0.5),
     Case("vae-128-part", B=1, L=4, K=16384, scale=512**-0.5),
-    # nasty: rows that do not fit on chip, odd ones, far from zero, one key, hidden keys
+    # difficult: rows that do not fit on chip, odd ones, far from zero, one key, hidden keys
     Case("long", B=1, L=3, K=70001),
     Case("odd", B=2, L=7, K=77, spread=8.0),
     Case("far", B=1, L=9, K=130, mean=1e4, spread=100.0, scale=0.1),
