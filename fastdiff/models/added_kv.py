@@ -24,7 +24,7 @@ class AddedKV:
     heads: int
     norm: Norm
     q: Weights
-    """Queries; with keys and values below them unless the picture attends to the text alone."""
+    """Queries; with keys and values below them unless the picture attends only to the text."""
     text: slice
     """This attention's columns (K, then V) in the projected text of all attentions."""
     own: bool

@@ -1,7 +1,7 @@
 """AuraFlow's denoising transformer on borrowed weights: a few blocks of a picture beside a text,
 then many of both as one sequence.
 
-All norms take vectors of the timestep alone. What a block attends to reaches its residual stream
+All norms take vectors that depend only on the timestep. What a block attends to reaches its stream
 only through its feed-forward layer.
 """
 

@@ -45,7 +45,7 @@ class Constants(NamedTuple):
     position: Tensor
     """[1, L, D]"""
     like: Tensor
-    """[G·B] whatever: how many predictions there are."""
+    """[G·B], values unused: its length is the number of predictions."""
 
 
 @dataclass(frozen=True)

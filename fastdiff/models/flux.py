@@ -41,7 +41,7 @@ class Conditions(NamedTuple):
     txt_ids: Tensor | None
     """[T, axes] positions of the text's tokens."""
     guidance: Tensor | None = None
-    """[B] the distilled guidance, if the network is told one."""
+    """[B] the distilled guidance, if the network takes one."""
     controlnet_block_samples: Sequence[Tensor] | None = None
     """[G·B, L, D] each: a ControlNet's residuals for the first blocks."""
     controlnet_single_block_samples: Sequence[Tensor] | None = None

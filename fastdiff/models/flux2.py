@@ -1,7 +1,7 @@
 """FLUX.2's denoising transformer on borrowed weights.
 
-All blocks of a kind are modulated by the same vectors, which depend on the timestep, and perhaps on
-a distilled guidance.
+All blocks of a kind are modulated by the same vectors, which depend on the timestep, and in some
+models on a distilled guidance.
 """
 
 from collections.abc import Sequence

@@ -33,7 +33,7 @@ class ControlConditions(NamedTuple):
     txt_ids: Tensor | None
     """[T, axes] positions of the text's tokens."""
     guidance: Tensor | None
-    """[B] the distilled guidance, if the network is told one."""
+    """[B] the distilled guidance, if the network takes one."""
     controlnet_cond: Tensor | None
     """[B, L, C] the control picture, packed as the latents."""
     controlnet_mode: Tensor | None

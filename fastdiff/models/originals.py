@@ -25,7 +25,7 @@ MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "forwa
 """The methods with which calls of modules and processors begin."""
 
 _KNOWN = {*PACKAGES, *sys.stdlib_module_names, "numpy", "scipy", "packaging", "typing_extensions"}
-"""These packages, and those that they call for other work than drawing the picture."""
+"""These packages, and those that they call for work other than drawing the picture."""
 _DRAWN = "randn_tensor"
 """Draws noise for fastdiff, too, so the functions that it calls need no check."""
 _KEPT = 64

@@ -37,8 +37,8 @@ class Perturbed:
         """How many of a batch of `batch` a network begins with.
 
         Args:
-            now: the pictures that it is given.
-            wanted: how many it begins with by the other things that it is told.
+            now: the number of its input pictures.
+            wanted: the number that its other inputs require.
         """
         if now == batch or not self.shared:
             return batch
@@ -62,7 +62,7 @@ def perturbed_of(
 
     Args:
         parts: the number of parts by the perturbing processor's class.
-        told: [batch, ...] what the network is told.
+        told: [batch, ...] the network's conditions.
         shared: see `Perturbed`.
 
     Raises:

@@ -52,7 +52,7 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeSize:
-    """The embedding of a timestep, and perhaps of the picture's size."""
+    """The embedding of a timestep, and for some networks of the picture's size."""
 
     sinusoid: Sinusoid
     time: Embedding

@@ -1,8 +1,8 @@
 """PixArt's blocks on borrowed weights, and a gate that is folded into the weights around it.
 
-After the self-attention a block computes x + gate · (W s + b), and reads that at once: no norm is
-there whose kernel could add it. If all pictures have the same gate, gate · W is what the product
-takes, and adds to x as it writes; gate · b is left to the biases of the layers that read x next. So
+After the self-attention a block computes x + gate · (W s + b), and reads that at once: there is no
+norm whose kernel could add it. If all pictures have the same gate, the product uses gate · W and
+adds to x as it writes; gate · b becomes part of the biases of the layers that read x next. So
 a step multiplies the W of all blocks in one launch, and none of them closes its stream.
 """
 
@@ -24,7 +24,7 @@ from fastdiff.models.transformer import CrossColumns
 
 
 class Folded(NamedTuple):
-    """A block's gate of the self-attention inside of the weights around it."""
+    """A block's gate of the self-attention, folded into the weights around it."""
 
     out: Tensor
     """[D, D] gate · the attention's last layer."""
@@ -38,11 +38,11 @@ class Folding:
     """The layers of all blocks that the gate is folded into, [blocks, D, D] each."""
 
     outs: Weights
-    """The self-attention's last."""
+    """The self-attention's last layer."""
     qs: Weights
     """The cross-attention's queries."""
     text_outs: Weights
-    """The cross-attention's last."""
+    """The cross-attention's last layer."""
 
     def applies(self, vectors: Tensor) -> bool:
         """Whether [..., n, …] vectors are folded: on a GPU, where a product that adds takes one

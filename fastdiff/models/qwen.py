@@ -179,8 +179,8 @@ class Qwen:
 
 
 def _guided(both: Tensor, scale: Tensor) -> Tensor:
-    """Guidance whose every token is as long as in the prediction with the text: [2·B, L, C] ->
-    [B, L, C]."""
+    """Guidance that rescales every token to its length in the prediction with the text:
+    [2·B, L, C] -> [B, L, C]."""
     first, second = both.float().chunk(2)
     far = torch.lerp(second, first, scale)
     norms = (torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in (first, far))

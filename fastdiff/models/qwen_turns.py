@@ -59,7 +59,7 @@ class Places:
         return torch.cat(spread, dim=-1).flatten(0, 2)
 
     def _around(self, count: int) -> Tensor:
-        """So many positions around 0; of an odd number, one more is below."""
+        """`count` positions around 0; if the number is odd, one more is below 0."""
         half = count // 2
         return torch.cat((self.behind[len(self.behind) - (count - half) :], self.ahead[:half]))
 

@@ -228,7 +228,7 @@ class Reads:
         return self._switch_watches[key]
 
     def unchanged(self) -> bool:
-        """Whether everything that was read until `seal` is what it was; a switch may hold another
+        """Whether everything that was read until `seal` is unchanged; a switch may hold another
         object of a known class."""
         source = self._adopted or self
         try:

@@ -90,7 +90,7 @@ def test_wrong_inputs_are_refused(shapes, what):
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"zero_cond_t": True}, "told another timestep"),
+        ({"zero_cond_t": True}, "with another timestep"),
         ({"use_additional_t_cond": True}, "an embedding beside the timestep's"),
         ({"use_layer3d_rope": True}, "a QwenEmbedLayer3DRope where"),
     ],

@@ -38,8 +38,8 @@ def ada_norm(
             residual b % (B / k). Contiguous.
         rms: RMSNorm instead of LayerNorm.
         limit: t beyond ±limit becomes ±limit, if there is a residual; 0: no limit.
-        later: [D], added to t where it is returned, not to what is normalised: the bias of a layer
-            whose product is then added to t in its memory.
+        later: [D], added to the returned t, but not to the t that is normalised: the bias of a
+            layer whose product is then added to t in its memory.
 
     Returns:
         y [B, L, D] and t of the same shape, both contiguous; t is empty ([0]) without a residual.

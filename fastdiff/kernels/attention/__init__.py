@@ -27,7 +27,7 @@ class Choice:
     multiple: int = 1
     """The row applies to heads whose width is a multiple of this."""
     half: bool = False
-    """The row applies to half precision alone."""
+    """The row applies to half precision only."""
 
 
 CUDA_CHOICES = (

@@ -16,7 +16,7 @@ def concat(first: Tensor, second: Tensor) -> Tensor:
 
     Returns:
         [B, Y, X, C + C2], contiguous: the same as `torch.cat`, which runs on a GPU. On a CPU it is
-        a kernel of ours, so that a recorded network consists only of our kernels.
+        our own kernel, so that a recorded network consists only of our kernels.
     """
     y: Tensor = _op(first, second)
     return y

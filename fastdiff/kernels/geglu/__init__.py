@@ -35,7 +35,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "gel
         [..., N], contiguous, in x's dtype; sums are float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together; `act` is neither of these.
+        ValueError: shapes or dtypes that do not fit together; `act` is not one of these.
 
     Shazeer, GLU Variants Improve Transformer (2020); Hendrycks & Gimpel, GELUs (2016).
     """

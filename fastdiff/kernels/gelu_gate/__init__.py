@@ -21,8 +21,8 @@ def gelu_gate(
         bias: [2N], contiguous, in h's dtype.
         act: "gelu": gelu(g) = g · Φ(g), exact (erf); "silu": g / (1 + exp(-g)); "silu_first": the
             same, and the gate is the first half.
-        impl: "auto" (by h's device), "cpu", "triton" or "reference". An implementation given by
-            name runs or raises.
+        impl: "auto" (by h's device), "cpu", "triton" or "reference". If you name an
+            implementation, it runs or raises.
 
     Returns:
         [..., N], contiguous, in h's dtype; on a GPU the arithmetic is float32.

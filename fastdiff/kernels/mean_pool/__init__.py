@@ -13,7 +13,7 @@ def mean_pool(x: Tensor) -> Tensor:
     """The mean of every 2×2 pixels of [B, Y, X, C], any float dtype: [B, Y // 2, X // 2, C].
 
     An odd last row or column is left out, as in `torch.nn.AvgPool2d(2)`, which runs on a GPU. On a
-    CPU it is a kernel of ours, so that a recorded network consists only of our kernels.
+    CPU it is our own kernel, so that a recorded network consists only of our kernels.
 
     Returns:
         Contiguous, in x's dtype; sums are float32.

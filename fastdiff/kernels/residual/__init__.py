@@ -27,7 +27,7 @@ def residual(
         shift: [C] in x's dtype: the convolution's bias.
         enlarge: at least 1; 2 in the upsampling of U-Nets and autoencoders.
         gate: [B, C] in x's dtype, one row per sample, of any batch stride; None: 1.
-        scale: of the whole sum (a resnet divides its own by its output_scale_factor).
+        scale: the factor of the whole sum (a resnet divides its sum by its output_scale_factor).
         limit: a result beyond ±limit becomes ±limit; 0: no limit.
 
     Returns:

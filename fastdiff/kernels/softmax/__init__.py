@@ -15,7 +15,7 @@ def softmax(scores: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
     Args:
         scores: [..., K], contiguous, float32 (float64 on a CPU).
         like: any tensor; only its dtype is read.
-        scale: before the exponential.
+        scale: the factor of the scores, before the exponential.
 
     Returns:
         [..., K], contiguous, in `like`'s dtype. It is rounded once; the arithmetic is float32.
