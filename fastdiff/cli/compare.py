@@ -135,7 +135,7 @@ def _settings(context: typer.Context) -> Any:
     shared = {"suite": suite, "device": device, "dtype": dtype, "threads": given["threads"]}
     if suite == "kernels":
         if lost := [name for name in OF_PIPELINES if was_given(context, name)]:
-            raise UserError(f"leave out --{lost[0]}, which kernels do not use: they have own cases")
+            raise UserError(f"leave out --{lost[0]}: kernels have cases of their own")
         return Settings(**shared, filter=given["filter_"])
     if given["filter_"]:
         raise UserError("--filter needs kernels; choose a pipeline by --preset or a folder")

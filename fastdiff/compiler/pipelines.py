@@ -90,13 +90,13 @@ def _theirs(pipe: Any) -> bool:
 
 
 def why_not_planned(pipe: Any) -> str:
-    """Why the loops of `pipe` are diffusers'."""
+    """Why diffusers runs the loops of `pipe`."""
     recipe = recipe_of(pipe) or Recipe()
     if all(slot_of(getattr(pipe, plan.network, None)) is None for plan in recipe.plans):
         return recipe.loop
     if not _theirs(pipe):
         return "its __call__ is not diffusers' own"
-    return "its network is compiled, but not this pipeline; compile it, and the loop is a plan"
+    return "its network is compiled, but this pipeline is not; compile it to put the loop on a plan"
 
 
 def release_loop(pipe: Any) -> None:

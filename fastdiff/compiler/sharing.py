@@ -66,12 +66,12 @@ class Sharing:
 
     def _obstacle(self, call: Call, predictions: int) -> str | None:
         if call.callback is not None:
-            return "a callback on one rank may change what the others do not see"
+            return "a callback may change one rank's latents, which the other ranks do not see"
         pictures, told = len(call.latents), call.conditions
         whole = predictions * pictures
         listed = [len(value) for value in told if isinstance(value, list | tuple)]
         if any(count == whole or 1 < count == pictures for count in listed):
-            return "the network may be told of each picture apart"
+            return "a condition of the network may be a list with an entry for each picture"
         if self.parallel == GUIDANCE:
             if call.skips is not None:
                 return "a step may predict three times"

@@ -69,12 +69,10 @@ def run(function: Callable[..., T], *args: object) -> T:
 def described() -> str:
     """The report's sentence on the search."""
     if not allowed():
-        return "convolutions run by cuDNN's rule: torch is set to deterministic, or without cuDNN"
+        return "convolutions use cuDNN's heuristic: torch is set to deterministic, or has no cuDNN"
     if not cudnn.SEARCHED:
-        return (
-            "small convolutions run by the plans that cuDNN finds fastest when it first meets them"
-        )
+        return "small convolutions use the plan that cuDNN measures as fastest when each first runs"
     return (
-        f"{len(cudnn.SEARCHED)} small convolutions run by the plan that cuDNN found fastest; the"
+        f"{len(cudnn.SEARCHED)} small convolutions use the plan that cuDNN found fastest; the"
         f" calls that searched took {_spent:.1f} s, once for this process"
     )

@@ -320,10 +320,16 @@ def test_options_that_need_or_exclude_others(tmp_path):
     prompts.write_text("sun")
     for arguments, message in {
         (): "give --prompt, once or several times, or --prompts with a file",
-        ("--prompt", "sun", "--ray", "local"): "--ray goes with --prompts",
-        ("--prompt", "sun", "--workers", 2): "--workers goes with --prompts",
+        ("--prompt", "sun", "--ray", "local"): "--ray needs --prompts",
+        ("--prompt", "sun", "--workers", 2): "--workers needs --prompts",
         ("--prompts", prompts, "--gpus-per-worker", 1): "--gpus-per-worker needs --ray",
-        ("--prompts", prompts, "--workers", 2, "--eager"): "--workers goes without --eager",
+        (
+            "--prompts",
+            prompts,
+            "--workers",
+            2,
+            "--eager",
+        ): "leave out --workers: --eager draws one picture",
         ("--prompts", prompts, "--parallel", "data"): "start them by torchrun",
         ("--prompts", prompts, "--parallel", "both"): "choose guidance or data",
     }.items():

@@ -316,7 +316,7 @@ def test_an_engine_of_other_weights_is_refused(small_demo, small_onnx):
 BAD = {
     "was not written by fastdiff export --onnx": lambda folder: (folder / "export.json").unlink(),
     "has no readable export.json": lambda folder: (folder / "export.json").write_text("{"),
-    "has schema fastdiff.export/0, this fastdiff reads": lambda folder: edit(
+    "has schema fastdiff.export/0, but this fastdiff reads": lambda folder: edit(
         folder, schema="fastdiff.export/0"
     ),
     "is damaged: it does not name its parts": lambda folder: edit(

@@ -56,7 +56,7 @@ def test_the_new_pipeline_uses_the_compiled_networks(pipe, from_picture):
     parts = rows(new)
     assert {parts[name].runs for name in ("unet", "vae.encoder")} == {"fastdiff"}
     assert parts["loop"].runs == "diffusers"
-    assert parts["loop"].why.startswith("its network is compiled, but not this pipeline")
+    assert parts["loop"].why.startswith("its network is compiled, but this pipeline is not")
     fastdiff.compile(new)
     close(draw(new, **from_picture), want)
     assert loop_of(new).planned == 1

@@ -106,12 +106,12 @@ def test_a_manifest_that_is_not_text(folder):
 @pytest.mark.parametrize("value", ["[]", "null", "7", '"fastdiff.engine/1"', "{}"])
 def test_a_manifest_without_a_schema(folder, value):
     (folder / "engine.json").write_text(value)
-    refused(folder, "engine.json has schema None, this fastdiff reads fastdiff.engine/1")
+    refused(folder, "engine.json has schema None, but this fastdiff reads fastdiff.engine/1")
 
 
 def test_another_schema(folder):
     (folder / "engine.json").write_text(json.dumps(document() | {"schema": "fastdiff.engine/2"}))
-    refused(folder, "has schema 'fastdiff.engine/2', this fastdiff reads fastdiff.engine/1")
+    refused(folder, "has schema 'fastdiff.engine/2', but this fastdiff reads fastdiff.engine/1")
 
 
 @pytest.mark.parametrize("key", sorted(document().keys() - {"schema"}))

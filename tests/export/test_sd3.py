@@ -264,4 +264,4 @@ def test_an_engine_for_a_picture_larger_than_the_positions_is_refused(tmp_path):
     asked = ("--target", "sm_89", "--static", "1x64x6160", "--dry-run")
     code, out, err = run("export", *PRESET, "--trt", "--out", tmp_path / "out", *asked)
     assert (code, out) == (2, "")
-    assert "1x64x6160: width 6160 is more than 6144, the most transformer takes" in err
+    assert "1x64x6160: width 6160 is more than 6144, the maximum of transformer" in err

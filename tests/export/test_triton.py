@@ -190,7 +190,7 @@ def test_a_damaged_or_incomplete_folder_is_refused(small_onnx, tmp_path):
     def of(part, what):
         return next(row for row in part["parts"] if row["file"].startswith("unet"))[what]
 
-    assert "has schema fastdiff.export/9, this fastdiff reads" in refused_after(
+    assert "has schema fastdiff.export/9, but this fastdiff reads" in refused_after(
         lambda d: d.update(schema="fastdiff.export/9")
     )
     assert "export.json is damaged" in refused_after(lambda d: d.pop("parts"))

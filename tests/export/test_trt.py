@@ -278,7 +278,7 @@ def test_a_bench_of_engines_without_a_gpu_says_why_it_cannot_run(built, monkeypa
 def test_loading_needs_the_gpu_it_was_built_for(built, monkeypatch):
     monkeypatch.setattr(trt, "here", lambda device: "sm_75")
     with pytest.raises(
-        UserError, match="was built for sm_89, this GPU is sm_75; .* --target sm_75"
+        UserError, match="was built for sm_89, but this GPU is sm_75; .* --target sm_75"
     ):
         trt.load(built.out / "sm_89/unet", torch.device("cuda"))
 
@@ -548,7 +548,7 @@ BAD = {
     "--static has '-1x64x64'": ("--static", "-1x64x64"),
     "count is 2, 1, 3; it must not decrease": ("--shapes", "2x64x64:1x64x64:3x64x64"),
     "width is 64, 64, 32; it must not decrease": ("--shapes", "1x64x64:1x64x64:1x64x32"),
-    "1x64x72: width 72 is not a multiple of 16, as unet needs; 16 suits every network": (
+    "1x64x72: width 72 is not a multiple of 16, which unet needs; 16 suits every network": (
         *("--static", "1x64x72", "--target", "sm_89"),
     ),
     "--compatible is 'x'; choose hardware or version": ("--compatible", "x"),

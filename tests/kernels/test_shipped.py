@@ -209,7 +209,7 @@ def test_a_manifest_that_names_a_file_outside_or_is_damaged_is_refused(small_ker
     with pytest.raises(UserError, match=r"is damaged \(ValueError: the file '../cubin'\)"):
         read(copy)
     (copy / MANIFEST).write_text(json.dumps({"schema": "fastdiff.warm/0"}))
-    with pytest.raises(UserError, match="has schema 'fastdiff.warm/0', this fastdiff reads"):
+    with pytest.raises(UserError, match="has schema 'fastdiff.warm/0', but this fastdiff reads"):
         read(copy)
     (copy / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="is not readable JSON"):

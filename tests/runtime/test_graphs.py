@@ -381,9 +381,7 @@ def test_pictures_are_drawn_by_graphs(gpu, pipe, demo):
     assert torch.equal(other, draw(pipe, "blue star", steps=5))
     assert torch.equal(first, draw(pipe))
     assert recordings.made() == before + 1
-    assert "small convolutions run by the plan that cuDNN found fastest" in str(
-        fastdiff.report(pipe)
-    )
+    assert "small convolutions use the plan that cuDNN found fastest" in str(fastdiff.report(pipe))
 
 
 def test_evicted_sizes_are_recorded_again(gpu, pipe, monkeypatch):
