@@ -133,7 +133,7 @@ NO_PLACE = {
     "device '3.5' cannot": {"device": 3.5},
     "dtype is 'fp16'; give torch.float32": {"dtype": "fp16"},
     "dtype torch.int8 is not supported on cpu": {"dtype": torch.int8},
-    "dtype torch.float8_e4m3fn cannot be": {"dtype": torch.float8_e4m3fn},
+    "dtype torch.float8_e4m3fn is not supported": {"dtype": torch.float8_e4m3fn},
 }
 
 

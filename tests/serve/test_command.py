@@ -22,10 +22,10 @@ BAD = {
     "--max-pictures is 9, but only 2 can be drawn or wait": (
         *("--max-pictures", "9", "--capacity", "1", "--queue", "1"),
     ),
-    "--max-pictures is 9, but only 8 may": (
+    "--max-pictures is 9, but only 8 can": (
         *("--max-pictures", "9", "--queue", "0", "--workers", "2"),
     ),
-    "--max-pictures is 5, but only 4 may": (
+    "--max-pictures is 5, but only 4 can": (
         *("--max-pictures", "5", "--queue", "0", "--ray", "local", "--workers", "1"),
     ),
     "--gpus-per-worker needs --ray": ("--gpus-per-worker", "0.5"),
