@@ -124,7 +124,8 @@ def roofline(
         if pipe.device.type == "cuda":
             name = torch.cuda.get_device_name(pipe.device)
             raise UserError(f"the rates of {name} are unknown; choose another GPU by its name")
-        kind, assumed = gpu_named(DEFAULT), (f"{DEFAULT}, as no GPU is here and none was named",)
+        kind = gpu_named(DEFAULT)
+        assumed = (f"{DEFAULT}, because no GPU is here and none was named",)
     if steps < 1:
         raise UserError(f"got {steps} steps; give at least 1")
     check_steps(pipe, steps)

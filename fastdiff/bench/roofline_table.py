@@ -93,7 +93,7 @@ def _footer(roofline: Roofline, measured: bool) -> list[str]:
         sources.append(f"reported: {gpu.reported_source}")
     return [
         f"floor of a step {roofline.step_ms:.3f} ms ({1e3 / roofline.step_ms:.0f} steps/s), of an"
-        f" image {roofline.image_ms:.1f} ms: computed, not measured",
+        f" image {roofline.image_ms:.1f} ms: computed from counts",
         *(f"assumed: {sentence}" for sentence in roofline.assumed),
         f"{tflops:g} TFLOP/s {'reported' if product_reported else 'specified'},"
         f" {gpu.bytes_per_s / 1e12:g} TB/s {'reported' if copy_reported else 'specified'}"

@@ -247,7 +247,7 @@ def test_rates_name_their_source_and_assumptions_are_listed(tmp_path, small_fold
     )
     assert code == 0, err
     out = " ".join(out.split())
-    assert "assumed: h200, as no GPU is here and none was named" in out
+    assert "assumed: h200, because no GPU is here and none was named" in out
     assert "assumed: bfloat16 because no --dtype was given" in out
     assert "790 TFLOP/s reported, 4.3 TB/s reported (reported: a large bfloat16 product" in out
     assert "measured" not in out.replace("no block was measured", "")
