@@ -42,14 +42,14 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 LONGEST = (
     "test_onnx.py",
-    "test_readme.py",
+    "test_contract.py",
     "test_engines.py",
     "test_site.py",
-    "test_contract.py",
     "test_sd3.py",
     "test_bench.py",
     "test_gates.py",
     "test_trt.py",
+    "test_readme.py",
     "test_shipped.py",
     "test_random_edits.py",
     "test_parity.py",
@@ -64,7 +64,8 @@ LONGEST = (
     "test_ahead.py",
 )
 """Files that take 15 seconds or more, the longest first: if one of them started last, all workers
-would wait for it. test_onnx.py makes exports that some of the others read."""
+would wait for it. test_onnx.py makes exports that some of the others read, so the second file is one
+that reads none."""
 POSITION = {name: position for position, name in enumerate(LONGEST)}
 
 
