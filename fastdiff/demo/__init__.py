@@ -17,11 +17,14 @@ from fastdiff.devices import refusal
 from fastdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionUpscalePipeline
 
 DEMO_FOLDER: Path = Path(__file__).parent / "pipeline"
 UNCONDITIONAL_FOLDER: Path = Path(__file__).parent / "unconditional"
 """A DDPMPipeline that draws pictures of 16×16 pixels from noise alone."""
+UPSCALER_FOLDER: Path = Path(__file__).parent / "upscaler"
+"""The U-Net of `load_upscaler`."""
+SCALING_FACTOR = 0.08333  # StableDiffusionUpscalePipeline accepts no other
 PROMPTS: tuple[str, ...] = ("red heart", "dog face", "purple car", "sunflower")
 
 
@@ -56,6 +59,45 @@ def load_demo(
             f" {installed.pip('diffusers')}"
         ) from error
     return cast("StableDiffusionPipeline", pipe.to(device))
+
+
+def load_upscaler(
+    dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> "StableDiffusionUpscalePipeline":
+    """A fresh pipeline that enlarges the demo's kind of pictures by four, from 16×16 to 64×64.
+
+    Its U-Net is trained for it; the other parts are the demo's. Raises as `load_demo` does.
+    """
+    demo: Any = load_demo(dtype, device)
+    with quiet():
+        from diffusers import UNet2DConditionModel
+
+        load: Any = UNet2DConditionModel.from_pretrained
+        unet: Any = load(UPSCALER_FOLDER, torch_dtype=dtype, local_files_only=True)
+    return upscaler(demo, unet.to(device))
+
+
+def upscaler(demo: Any, unet: Any) -> "StableDiffusionUpscalePipeline":
+    """The upscaling pipeline of `unet` and of `demo`'s other parts, which are not copied.
+
+    The class insists on its own scaling factor, so the autoencoder's decoder takes it in.
+    """
+    from diffusers import DDPMScheduler, StableDiffusionUpscalePipeline
+
+    demo.vae.register_to_config(scaling_factor=SCALING_FACTOR)
+    with torch.no_grad():
+        demo.vae.post_quant_conv.weight.mul_(SCALING_FACTOR)
+    build: Any = StableDiffusionUpscalePipeline
+    pipe: Any = build(
+        vae=demo.vae,
+        text_encoder=demo.text_encoder,
+        tokenizer=demo.tokenizer,
+        unet=unet,
+        low_res_scheduler=cast("Any", DDPMScheduler)(beta_schedule="scaled_linear"),
+        scheduler=demo.scheduler,
+        max_noise_level=unet.config.num_class_embeds - 1,
+    )
+    return cast("StableDiffusionUpscalePipeline", pipe)
 
 
 @contextmanager

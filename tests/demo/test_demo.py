@@ -1,17 +1,21 @@
 """The embedded pipelines follow their prompts, load without output and fit into the wheel."""
 
 import builtins
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
 from diffusers.utils import logging as diffusers_log
+from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_log
 
 import fastdiff
-from fastdiff.demo import DEMO_FOLDER, PROMPTS, UNCONDITIONAL_FOLDER
+from fastdiff.bench.pixels import noise_as
+from fastdiff.demo import DEMO_FOLDER, PROMPTS, UNCONDITIONAL_FOLDER, load_upscaler
+from fastdiff.kernels.contract import judge
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,8 @@ def _bare(name):
     return name.removeprefix("text_model.")
 
 
-def test_loads_in_silence_and_leaves_logging_as_it_was(capfd):
+@pytest.mark.parametrize("load", [fastdiff.load_demo, load_upscaler])
+def test_loads_in_silence_and_leaves_logging_as_it_was(load, capfd):
     def state():
         logs = (diffusers_log, transformers_log)
         return [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
@@ -84,7 +89,7 @@ def test_loads_in_silence_and_leaves_logging_as_it_was(capfd):
     diffusers_log.set_verbosity_info()
     before = state()
     try:
-        fastdiff.load_demo()
+        load()
         assert state() == before
     finally:
         diffusers_log.set_verbosity_warning()
@@ -97,7 +102,7 @@ def test_fits_in_the_wheel_and_holds_no_pickle():
         for path in DEMO_FOLDER.parent.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".py"
     ]
-    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert sum(path.stat().st_size for path in files) <= 13.5e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
 
 
@@ -111,6 +116,44 @@ def test_the_unconditional_pipeline_draws_on_white_and_in_colour():
     middle = pictures[:, 4:12, 4:12]
     assert np.mean(middle.max(-1) - middle.min(-1)) > 0.15  # grey would be 0
     assert middle.mean((1, 2)).std(0).mean() > 0.1  # the pictures differ
+
+
+@pytest.fixture(scope="module")
+def enlarged(drawn):
+    """What the demo drew, shrunk to 16×16; that enlarged eagerly, in float64 and by fastdiff."""
+    truth = np.stack([*drawn.values()]) / 255
+    small = truth.reshape(-1, 16, 4, 16, 4, 3).mean((2, 4))
+    image = torch.from_numpy(small).permute(0, 3, 1, 2).float()
+
+    def call(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(len(image))]
+        call = {"num_inference_steps": 2, "guidance_scale": 1.0, "noise_level": 0}
+        return pipe([*drawn], image, **call, generator=seeds, output_type="pt").images
+
+    pipe = load_upscaler()
+    eager, exact = call(pipe), load_upscaler().to(torch.float64)
+    with noise_as(exact, torch.float32):
+        exact = call(exact)
+    fast = call(fastdiff.compile(pipe))
+    told = {part.name: part.why for part in fastdiff.report(pipe).parts}
+    return SimpleNamespace(truth=truth, small=small, eager=eager, exact=exact, fast=fast, told=told)
+
+
+def test_the_upscaler_is_nearer_to_the_truth_than_bicubic_interpolation(enlarged):
+    levels = (255 * enlarged.small).round().astype(np.uint8)
+    bicubic = [Image.fromarray(p).resize((64, 64), Image.Resampling.BICUBIC) for p in levels]
+    far, near = (
+        np.sqrt(np.mean((np.stack([np.asarray(p) for p in pictures]) - enlarged.truth) ** 2))
+        for pictures in (np.stack(bicubic) / 255, enlarged.eager.permute(0, 2, 3, 1))
+    )
+    assert near < 0.8 * far
+
+
+def test_the_upscaler_draws_the_same_on_fastdiff(enlarged):
+    assert enlarged.told["loop"] == "1 loop"
+    verdict = judge("pictures", enlarged.fast, enlarged.eager, enlarged.exact)
+    assert verdict.passed, verdict
 
 
 def test_without_diffusers_the_error_names_the_extra(monkeypatch):

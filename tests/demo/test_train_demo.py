@@ -6,14 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
 from torch import nn
 from typer.testing import CliRunner
 
 import fastdiff
+from tools import upscaled
 from tools.train_demo import __main__ as main
-from tools.train_demo import data, loop, networks, unconditional
+from tools.train_demo import data, loop, networks, unconditional, upscale
 
 CHARACTERS = ("❤", "🔴", "🟥", "⭐", "🍎", "🎈", "🚗", "🌻")
 
@@ -291,3 +297,91 @@ def test_a_short_unconditional_run_learns_and_is_drawn_by_fastdiff(glyphs, tmp_p
     fastdiff.compile(pipe)
     assert np.abs(drawn() - eager).max() < 1e-4
     assert "loop       fastdiff  1 loop" in str(fastdiff.report(pipe))
+
+
+def kept_by(first, last):
+    """ᾱ of a thousand steps whose betas' roots are evenly spread."""
+    return torch.from_numpy(np.cumprod(1 - np.linspace(first**0.5, last**0.5, 1000) ** 2)).float()
+
+
+def test_the_upscaling_loss_is_of_the_velocity_beside_a_picture_with_its_level_of_noise(made):
+    """Who knows the picture can name the velocity; the small one has the noise that is said."""
+    generator, seen = torch.Generator().manual_seed(2), {}
+    small = torch.randint(256, (2, 3, 16, 16), generator=generator).to(torch.uint8)
+    latents, texts = (torch.randn(2, 4, n, 16, generator=generator) for n in (16, 5))
+    known = upscale.Pairs(small, latents[:1].expand(2, -1, -1, -1), texts, torch.zeros(5, 16))
+
+    def knows(x, t, text, class_labels):
+        seen.update(x=x, t=t, text=text, level=class_labels)
+        kept = kept_by(0.00085, 0.02)[t].view(-1, 1, 1, 1)
+        noise = (x[:, :4] - kept.sqrt() * latents[:1]) / (1 - kept).sqrt()
+        return SimpleNamespace(sample=kept.sqrt() * noise - (1 - kept).sqrt() * latents[:1])
+
+    pipe = SimpleNamespace(
+        unet=knows,
+        scheduler=made.scheduler,
+        low_res_scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
+        config=SimpleNamespace(max_noise_level=49),
+    )
+    assert upscale.loss(pipe, known, torch.Generator().manual_seed(1), batch=1000) < 1e-4
+    assert (torch.histc(seen["t"].float(), 10, 0, 1000) == 100).all()
+    assert seen["level"].unique().tolist() == list(range(50))
+    empty = (seen["text"] == 0).all(2).all(1)
+    assert 0.07 < empty.float().mean() < 0.13
+    # a text tells which of the two pictures stands beside the latents
+    which = torch.cdist(seen["text"].flatten(1), texts.flatten(0, 1).flatten(1)).argmin(1) // 4
+    kept = kept_by(0.0001, 0.02)[seen["level"]].view(-1, 1, 1, 1)
+    noise = (seen["x"][:, 4:] - kept.sqrt() * (small / 127.5 - 1)[which]) / (1 - kept).sqrt()
+    assert abs(noise[~empty].std() - 1) < 0.02
+    assert abs(noise[~empty].mean()) < 0.02
+
+
+def test_copies_are_moved_a_little_on_white_and_every_other_one_is_mirrored():
+    image = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    image[..., 30, 10] = 0
+    first, *others = upscale.copies(image, seed=0)
+    assert torch.equal(first, image[0])
+    assert len(others) == upscale.COPIES - 1
+    for index, other in enumerate(others):
+        assert (other != 255).sum() == 3
+        y, x = (int(at[0]) for at in (other[0] == 0).nonzero(as_tuple=True))
+        assert abs(y - 30) <= upscale.SHIFT
+        assert abs((x if index % 2 else 63 - x) - 10) <= upscale.SHIFT
+
+
+def test_a_short_upscaling_run_learns_and_writes_its_network(glyphs, tmp_path, monkeypatch):
+    some = {**glyphs, "🆗": glyphs["❤"]}  # a button, which is left out of training
+    monkeypatch.setattr(data, "find_font", lambda given: given)
+    monkeypatch.setattr(data, "read_glyphs", lambda font: some.items())
+    monkeypatch.setattr(data, "recolours", lambda known: ())
+    monkeypatch.setattr(loop, "minutes", lambda minutes: loop.steps(30))
+    monkeypatch.setattr(upscale, "COPIES", 2)
+    monkeypatch.setitem(upscale.CONFIG, "block_out_channels", (16, 32))
+    told = ["--upscale", "--out", str(tmp_path), "--batch", "8", "--device", "cpu"]
+    result = CliRunner().invoke(main.command, told)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "sheet.png").size == (1024, 576)
+    losses = [float(line.split("loss")[1].split()[0]) for line in result.output.splitlines()[1:-1]]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    assert unet.config.block_out_channels == [16, 32]
+    both = CliRunner().invoke(main.command, ["--unconditional", *told, "--resume"])
+    assert both.exit_code == 2
+    assert "choose one" in both.output
+
+
+def test_the_page_of_the_upscaler_is_drawn_and_measured(glyphs, tmp_path, monkeypatch, capsys):
+    some = {"🆗": glyphs["❤"], "🆒": glyphs["🚗"], "🍕": glyphs["🌻"]}  # a pizza is learnt from
+    monkeypatch.setattr(data, "find_font", lambda given: given)
+    monkeypatch.setattr(data, "read_glyphs", lambda font: some.items())
+    upscaled.main(tmp_path / "sheet.png", None)
+    assert Image.open(tmp_path / "sheet.png").size == (1024, 576)
+    count, bicubic, _ = capsys.readouterr().out.splitlines()
+    assert count == "2 pictures, mean"
+    truth = data.left_out(some.items()).images.permute(0, 2, 3, 1).numpy()
+    small = truth.reshape(2, 16, 4, 16, 4, 3).mean((2, 4)).round().astype(np.uint8)
+    large = [
+        np.asarray(Image.fromarray(s).resize((64, 64), Image.Resampling.BICUBIC)) for s in small
+    ]
+    errors = np.mean((np.stack(large) / 255 - truth / 255) ** 2, axis=(1, 2, 3))
+    assert f" {np.mean(-10 * np.log10(errors)):.2f} dB" in bicubic

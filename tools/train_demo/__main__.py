@@ -4,7 +4,8 @@ font.
 It is Algorithm 1 of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): pick pictures,
 timesteps and noise, and descend the square error of the prediction. The demo's U-Net sees latents
 and a text, and predicts the velocity. With ``--unconditional`` the algorithm is as printed: pixels,
-no text, and the noise is predicted. Drawing is Algorithm 2, which is what fastdiff makes fast.
+no text, and the noise is predicted; with ``--upscale`` the U-Net sees a small picture, too, and
+enlarges it by four. Drawing is Algorithm 2, which is what fastdiff makes fast.
 """
 
 import json
@@ -17,7 +18,9 @@ import typer
 from PIL import Image
 from torch import Tensor, nn
 
-from tools.train_demo import data, loop, networks, unconditional
+import fastdiff
+from fastdiff.demo import upscaler
+from tools.train_demo import data, loop, networks, unconditional, upscale
 
 AUTOENCODER_SHARE = 0.3  # of the minutes; the rest trains U-Net and text encoder
 TICKS_PER_SHEET = 10
@@ -80,6 +83,26 @@ def train_unet(
     return loop.train(phase, loop.minutes(minutes), out, seed, watch)
 
 
+def train_demo(
+    names: tuple[tuple[str, ...], ...],
+    images: Tensor,
+    batch: int,
+    minutes: float,
+    out: Path,
+    seed: int,
+) -> dict[str, tuple[loop.Row, ...]]:
+    """Both phases; saves the pipeline."""
+    made = networks.untrained(seed, images.device)
+    first = train_autoencoder(made, images, AUTOENCODER_SHARE * minutes, out, seed)
+    latents = networks.encode(made.vae, images)
+    captions = data.captions(names, made.tokenizer)
+    rest = (1 - AUTOENCODER_SHARE) * minutes
+    second = train_unet(made, latents, captions, batch, rest, out, seed)
+    networks.write_sheet(out / "sheet.png", networks.draw(made, SHEET), SHEET)
+    networks.write_folder(made, out / "pipeline")
+    return {"autoencoder": first, "unet": second}
+
+
 def train_unconditional(
     images: Tensor, batch: int, minutes: float, out: Path, seed: int
 ) -> tuple[loop.Row, ...]:
@@ -95,6 +118,32 @@ def train_unconditional(
     rows = unconditional.train(unet, small, loop.minutes(minutes), out, seed, batch, watch)
     unconditional.write_sheet(unet, out / "sheet.png")
     unconditional.write_folder(unet, out / "pipeline")
+    return rows
+
+
+def train_upscaler(
+    pictures: data.Pictures,
+    unseen: data.Pictures,
+    batch: int,
+    minutes: float,
+    out: Path,
+    seed: int,
+    device: str,
+) -> tuple[loop.Row, ...]:
+    """A U-Net that enlarges, with the demo's other networks as they are; saves it alone."""
+    demo = fastdiff.load_demo(device=device)
+    known = upscale.pairs(demo, pictures, seed)
+    pipe = upscaler(demo, upscale.untrained(seed, torch.device(device)))
+    pipe.set_progress_bar_config(disable=True)
+
+    def watch(rows: tuple[loop.Row, ...]) -> None:
+        print_row("upscale", rows[-1])
+        if len(rows) % TICKS_PER_SHEET == 0:
+            upscale.write_sheet(pipe, unseen, out / "sheet.png")
+
+    rows = upscale.train(pipe, known, loop.minutes(minutes), out, seed, batch, watch)
+    upscale.write_sheet(pipe, unseen, out / "sheet.png")
+    upscale.write_folder(pipe.unet, out / "pipeline")
     return rows
 
 
@@ -121,12 +170,19 @@ def main(
     without_text: Annotated[
         bool, typer.Option("--unconditional", help="a UNet2DModel that draws from noise alone")
     ] = False,
+    enlarging: Annotated[
+        bool, typer.Option("--upscale", help="a U-Net that enlarges by four, beside the demo")
+    ] = False,
 ) -> None:
     """Train the demo pipeline from the Noto Color Emoji font; the run can be killed and resumed."""
     if not resume and list(out.glob("*.safetensors")):
         raise typer.BadParameter(f"{out} holds checkpoints: add --resume or choose another --out")
+    if without_text and enlarging:
+        raise typer.BadParameter("got --unconditional and --upscale: choose one")
     try:
-        pictures = data.pictures(data.read_glyphs(data.find_font(font)))
+        glyphs = dict(data.read_glyphs(data.find_font(font)))
+        pictures = data.pictures(glyphs.items())
+        unseen = data.left_out(glyphs.items()) if enlarging else None
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     except ModuleNotFoundError as error:
@@ -137,21 +193,14 @@ def main(
     print(f"{len(pictures)} pictures, {device}, {torch.get_num_threads()} threads", flush=True)
 
     images = pictures.images.to(device)
+    rows: dict[str, tuple[loop.Row, ...]]
     if without_text:
-        curve = [asdict(row) for row in train_unconditional(images, batch, minutes, out, seed)]
-        (out / "curves.json").write_text(json.dumps({"unconditional": curve}, indent=1))
-        print(f"wrote {out / 'pipeline'} and {out / 'sheet.png'}")
-        return
-    made = networks.untrained(seed, torch.device(device))
-    first = train_autoencoder(made, images, AUTOENCODER_SHARE * minutes, out, seed)
-    latents = networks.encode(made.vae, images)
-    captions = data.captions(pictures.names, made.tokenizer)
-    rest = (1 - AUTOENCODER_SHARE) * minutes
-    second = train_unet(made, latents, captions, batch, rest, out, seed)
-
-    networks.write_sheet(out / "sheet.png", networks.draw(made, SHEET), SHEET)
-    networks.write_folder(made, out / "pipeline")
-    curves = {"autoencoder": [asdict(r) for r in first], "unet": [asdict(r) for r in second]}
+        rows = {"unconditional": train_unconditional(images, batch, minutes, out, seed)}
+    elif unseen:
+        rows = {"upscale": train_upscaler(pictures, unseen, batch, minutes, out, seed, device)}
+    else:
+        rows = train_demo(pictures.names, images, batch, minutes, out, seed)
+    curves = {phase: [asdict(row) for row in own] for phase, own in rows.items()}
     (out / "curves.json").write_text(json.dumps(curves, indent=1))
     print(f"wrote {out / 'pipeline'} and {out / 'sheet.png'}")
 

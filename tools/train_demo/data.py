@@ -4,7 +4,7 @@ import io
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,11 +228,30 @@ def recolours(glyphs: dict[str, Image.Image]) -> Iterator[tuple[str, Image.Image
 def pictures(glyphs: Iterable[tuple[str, Image.Image]]) -> Pictures:
     """Every selected glyph, and the recolours. ValueError if there are none."""
     known = dict(glyphs)
-    named = [(names_of(character), bitmap) for character, bitmap in known.items()]
-    rows = [(names, bitmap) for names, bitmap in named if names and kept(names[0])]
+    rows = [(names, bitmap) for names, bitmap in _named(known) if kept(names[0])]
     rows += [((caption,), bitmap) for caption, bitmap in recolours(known)]
     if not rows:
         raise ValueError(f"got {len(known)} glyphs and not one emoji with a name among them")
+    return _stacked(rows)
+
+
+def left_out(glyphs: Iterable[tuple[str, Image.Image]]) -> Pictures:
+    """Every glyph with a name that `pictures` leaves out, to test on what training never shows.
+
+    ValueError if there are none.
+    """
+    rows = [(names, bitmap) for names, bitmap in _named(dict(glyphs)) if not kept(names[0])]
+    if not rows:
+        raise ValueError("every glyph with a name is selected: none is left to test on")
+    return _stacked(rows)
+
+
+def _named(glyphs: dict[str, Image.Image]) -> Iterator[tuple[tuple[str, ...], Image.Image]]:
+    named = ((names_of(character), bitmap) for character, bitmap in glyphs.items())
+    return ((names, bitmap) for names, bitmap in named if names)
+
+
+def _stacked(rows: Sequence[tuple[tuple[str, ...], Image.Image]]) -> Pictures:
     stacked = np.stack([on_white(bitmap) for _, bitmap in rows])
     images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
     return Pictures(images, tuple(names for names, _ in rows))

@@ -173,10 +173,10 @@ def write_sheet(path: Path, pictures: Sequence[Image.Image], labels: Sequence[st
     pen = ImageDraw.Draw(sheet)
     for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         x, y = index % columns * width, index // columns * height
-        sheet.paste(picture.resize((width, width), Image.Resampling.BICUBIC), (x, y))
+        sheet.paste(picture.resize((width, width), Image.Resampling.NEAREST), (x, y))
         pen.text((x + 4, y + width), label[:20], "black")
     unfinished = path.with_suffix(".unfinished")
-    sheet.save(unfinished, "PNG")
+    sheet.save(unfinished, "PNG", optimize=True)
     os.replace(unfinished, path)
 
 
