@@ -10,15 +10,15 @@ There are two ways to measure the ratio of times between two states of a project
 All computations use logarithms: a factor and its inverse are equally far from 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, inf, log
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
-from scipy.stats import bootstrap, false_discovery_control
+from scipy.stats import bootstrap, false_discovery_control, gmean
 from scipy.stats.mstats import mjci
 
 CONFIDENCE = 0.95
@@ -82,15 +82,24 @@ def speedup(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> Ratio:
         got = f"{len(baseline_ms)} and {len(samples_ms)}"
         raise ValueError(f"expected two equally long lists of at least two samples, got {got}")
     ratios = np.asarray(baseline_ms, dtype=float) / np.asarray(samples_ms, dtype=float)
+    return _bootstrapped(ratios, np.median)
+
+
+def mean_ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    """The geometric mean of above[i] / below[i], all positive; its interval is speedup's."""
+    return _bootstrapped(np.asarray(above, dtype=float) / np.asarray(below, dtype=float), gmean)
+
+
+def _bootstrapped(ratios: NDArray[np.float64], of: Callable[..., Any]) -> Ratio:
     interval = bootstrap(
         (ratios,),
-        np.median,
+        of,
         confidence_level=CONFIDENCE,
         n_resamples=RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
+    return Ratio(float(of(ratios, axis=0)), float(interval.low), float(interval.high))
 
 
 def across_processes(base: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> Estimate:

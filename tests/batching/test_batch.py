@@ -10,7 +10,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 import fastdiff
-from benchmarks.batching import called, check, speed
+from benchmarks.batching.check import check
+from benchmarks.batching.parting import parting
+from benchmarks.batching.requests import called
+from benchmarks.batching.speed import speed
 from fastdiff.batching import Batch, Cancelled, Request
 from fastdiff.demo import PROMPTS
 
@@ -86,6 +89,28 @@ def test_random_requests_at_their_own_steps_are_within_the_budget():
     history, with and without guidance, and pictures that move to other places of the batch."""
     found = check(count=7, seed=5, capacity=3, least=3, most=6)
     assert [one["wrong"] for one in found] == [None] * 7
+
+
+def test_where_two_drawings_part_and_what_float64_makes_of_that(pipe):
+    """Without noise and history, a distance after the last step but one is carried by one step: of
+    float64, which `parting` finds, and of our own."""
+    kind = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    told = {"num_inference_steps": 3, "guidance_scale": 3.0, "seed": 5}
+    request = Request("dog face", scheduler=kind, **told)
+    steps = []
+    with Batch(pipe, capacity=1) as batch:
+        batch.submit(replace(request, on_step=lambda *told: steps.append(told[2]))).result(600)
+    exact = fastdiff.load_demo().to(torch.float64)
+    exact.scheduler = kind
+    assert parting(pipe, exact, request, steps) is None
+    other = [steps[0], steps[1] + 1e-3, steps[2] + 1e-2]
+    found = parting(pipe, exact, request, other)
+    assert (found.step, found.steps) == (2, 3)
+    assert found.distances == [pytest.approx(1e-3, rel=0.01), pytest.approx(1e-2, rel=0.01)]
+    ends = []
+    for apart in (0, 1e-3):
+        ends.append(called(pipe, request, lambda i, now, apart=apart: now + apart * (i == 1)))
+    assert found.exact == pytest.approx(float((ends[1] - ends[0]).abs().max()), rel=0.05)
 
 
 def test_a_batch_invariant_picture_has_the_same_bits_alone_and_in_any_place():

@@ -11,6 +11,7 @@ from fastdiff.bench.stats import (
     between_runs,
     judge,
     mean,
+    mean_ratio,
     speedup,
 )
 
@@ -103,6 +104,15 @@ def test_rounds_as_samples_would_give_intervals_that_are_too_narrow():
         lo, hi = rounds_alone(np.ravel(base), np.ravel(new)).interval(0.05)
         missed += not lo <= 0 <= hi
     assert missed / 200 > 0.25
+
+
+def test_a_geometric_mean_is_between_the_ends_that_students_t_gives_its_logarithm():
+    rng = np.random.default_rng(8)
+    below, logs = rng.uniform(1, 9, 200), rng.normal(0.2, 0.5, 200)
+    found = mean_ratio(below * np.exp(logs), below)
+    assert found.median == pytest.approx(np.exp(logs.mean()))
+    lo, hi = Estimate(logs.mean(), logs.std(ddof=1) / 200**0.5, 200).interval(0.05)
+    assert np.log([found.lo, found.hi]) == pytest.approx([lo, hi], abs=0.01)
 
 
 def test_a_bootstrap_of_six_units_is_too_narrow_and_students_t_is_not():

@@ -1,0 +1,1 @@
+"""Requests that share a recorded step, held to float64 and timed."""
