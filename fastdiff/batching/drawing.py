@@ -8,16 +8,16 @@ after the loop.
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from greenlet import greenlet
 from torch import Tensor
 
-from fastdiff.batching.requests import Ticket
+from fastdiff.batching.requests import OnStep, Ticket
 from fastdiff.compiler.denoise import Denoising
-from fastdiff.compiler.loop_state import loop_of
+from fastdiff.compiler.loop_state import Driver, loop_of
 from fastdiff.compiler.pipelines import take_loop
 from fastdiff.recipes import guides_with, recipe_of
 from fastdiff.runtime.loop import Plans
@@ -26,6 +26,26 @@ from fastdiff.runtime.places import Places, Seat, of_each, seat_of
 
 class _Alone(Exception):
     """The batch cannot run this request's steps; the message says why."""
+
+    def __init__(self, reason: str, driver: Driver | None = None) -> None:
+        """driver: runs the steps instead; None: only diffusers can."""
+        super().__init__(reason)
+        self.driver = driver
+
+
+class _Paused:
+    """The `Driver` of a loop that is drawn alone, on its plan, a step each time."""
+
+    def __init__(self, pause: OnStep) -> None:
+        self._pause = pause
+
+    def run(self, denoising: Denoising) -> int:
+        """Run the loop's steps. Returns their number."""
+        return denoising.run(self._pause)
+
+    def refuse(self, reason: str) -> None:
+        """The loop is not a plan."""
+        raise _Alone(reason)
 
 
 class Drawing:
@@ -56,18 +76,18 @@ class Drawing:
         return not self._greenlet.dead
 
     def _draw(self) -> None:
-        try:
+        driver: Driver | None = self
+        while not self.ticket.done():
             try:
-                picture = self._call()
-            except _Alone as reason:
-                self.ticket.alone = str(reason)
-                picture = self._call(driven=False)
-        except BaseException as error:
-            self.ticket.fail(error)
-        else:
-            self.ticket.finish(picture)
+                picture = self._call(driver)
+            except _Alone as alone:
+                self.ticket.alone, driver = str(alone), alone.driver
+            except BaseException as error:
+                self.ticket.fail(error)
+            else:
+                self.ticket.finish(picture)
 
-    def _call(self, driven: bool = True) -> Any:
+    def _call(self, driver: Driver | None) -> Any:
         self.ticket.check()
         request, pipe = self.ticket.request, copy.copy(self._pipe)
         chosen = pipe.scheduler if request.scheduler is None else request.scheduler
@@ -77,16 +97,15 @@ class Drawing:
         whole = loop_of(self._pipe)
         assert whole is not None
         # the batch sees to that itself
-        take_loop(pipe, recipe.networks if recipe else (), None, whole.invariant and not driven)
+        invariant = whole.invariant and driver is not self
+        take_loop(pipe, recipe.networks if recipe else (), None, invariant)
         loop = loop_of(pipe)
         assert loop is not None
-        loop.ran, loop.own = whole.ran, whole.own
+        loop.ran, loop.own, loop.driver = whole.ran, whole.own, driver
         told: dict[str, Any] = {}
         takes = inspect.signature(type(pipe).__call__).parameters
-        if driven:
-            loop.driver = self
-        elif "callback_on_step_end" in takes:
-            told["callback_on_step_end"] = self._after_step
+        if driver is None and "callback_on_step_end" in takes:
+            told["callback_on_step_end"] = self._callback
         for name in ("negative_prompt", "height", "width"):
             if (value := getattr(request, name)) is not None:
                 told[name] = value
@@ -106,13 +125,13 @@ class Drawing:
         """Have the batch run the loop's steps. Returns their number."""
         call, network = denoising.call, denoising.predictor.denoiser.network
         if reason := _obstacle(denoising):
-            raise _Alone(reason)
+            raise self._alone(reason)
         table, steps = denoising.table, len(call.timesteps)
         given, timesteps, sides = denoising.predictor.told(0, denoising.given)
         plans = self.plans = denoising.predictor.denoiser.plans
         own = of_each(network, given, timesteps, sides, denoising.hoisted, plans.own)
         if own is None:
-            raise _Alone("its conditions do not show which of them belong to each picture")
+            raise self._alone("its conditions do not show which of them belong to each picture")
         guidance = denoising.predictor.guidance()
         seat = seat_of(network, call.latents, table, guidance, denoising.hoisted, own)
         denoising.predictor.slot.fast += steps
@@ -135,7 +154,7 @@ class Drawing:
             self.seat = None
         if not result.isfinite().all():
             if network.dtype == torch.float16:
-                raise _Alone("float16 overflowed")
+                raise self._alone("float16 overflowed")
             raise ArithmeticError(
                 f"the latents are not finite after {steps} steps of"
                 f" {type(denoising.scheduler).__name__}"
@@ -145,8 +164,11 @@ class Drawing:
         return steps
 
     def refuse(self, reason: str) -> None:
-        """The loop is not a plan: draw alone."""
+        """The loop is not a plan: diffusers draws it."""
         raise _Alone(reason)
+
+    def _alone(self, reason: str) -> _Alone:
+        return _Alone(reason, _Paused(self._after_step))
 
     def _pause(self) -> None:
         """Return when it is this request's turn again; raises Cancelled if it was cancelled."""
@@ -155,14 +177,18 @@ class Drawing:
         parent.switch()
         self.ticket.check()
 
-    def _report(self, done: int, steps: int, latents: Any) -> None:
+    def _report(self, done: int, steps: int, latents: Callable[[], Tensor]) -> None:
         if self.ticket.request.on_step is not None:
             self.ticket.request.on_step(done, steps, latents())
 
-    def _after_step(self, pipe: Any, i: int, _: Any, told: dict[str, Any]) -> dict[str, Any]:
-        """The callback of a picture that is drawn alone."""
-        self._report(i + 1, pipe.num_timesteps, told["latents"].clone)
+    def _after_step(self, done: int, steps: int, latents: Tensor) -> None:
+        """Called after each step of a picture that is drawn alone."""
+        self._report(done, steps, lambda: latents)
         self._pause()
+
+    def _callback(self, pipe: Any, i: int, _: Any, told: dict[str, Any]) -> dict[str, Any]:
+        """The callback of a call whose loop is diffusers'."""
+        self._after_step(i + 1, pipe.num_timesteps, told["latents"].clone())
         return {}
 
 

@@ -87,7 +87,7 @@ def speedup(baseline_ms: Sequence[float], samples_ms: Sequence[float]) -> Ratio:
 
 def mean_ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
     """The geometric mean of above[i] / below[i], all positive; its interval is speedup's."""
-    return _bootstrapped(np.asarray(above, dtype=float) / np.asarray(below, dtype=float), gmean)
+    return _bootstrapped(np.divide(above, below), gmean)
 
 
 def _bootstrapped(ratios: NDArray[np.float64], of: Callable[..., Any]) -> Ratio:

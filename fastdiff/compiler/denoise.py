@@ -1,6 +1,8 @@
 """Runs the steps of a denoising loop as a plan: noise, callbacks, the progress bar, overflow."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,15 +73,20 @@ class Denoising:
         self.left: str | None = None
         """Why the remaining steps are left to diffusers, if they are."""
 
-    def run(self) -> int:
+    def run(self, pause: Callable[[int, int, Tensor], None] | None = None) -> int:
         """Run all steps, or those before the first that only diffusers can run; then `left` is why.
 
         For diffusers to continue from there, the call's latents are overwritten, as are those of
         its conditions that a callback replaced.
 
+        Args:
+            pause: called after each step with how many are done, how many there are and a copy of
+                the latents; meanwhile other loops may use the recording.
+
         Returns:
             How many steps diffusers must skip.
         """
+        self._pause = pause
         mark = self._run_from(None)
         while mark is not None:
             self.predictor.take(mark.at, self.given)
@@ -147,6 +154,9 @@ class Denoising:
             if call.callback is not None:
                 self._run_callback(call.callback, run, i)
             self._show(i)
+            if self._pause is not None:
+                now = run.latents(call.latents.dtype)
+                run.lend(partial(self._pause, run.at, len(call.timesteps), now))
         return None
 
     def hand_over(self, latents: Tensor) -> None:
@@ -194,12 +204,8 @@ class Denoising:
 
     def _run_callback(self, callback: Callback, run: Run, i: int) -> None:
         """Call the callback with the latents; apply its changes to them and to the pipeline."""
-        pipe, call, version, cls = (
-            self.pipe,
-            self.call,
-            self.predictor.slot.version,
-            type(self.pipe),
-        )
+        pipe, call, cls = self.pipe, self.call, type(self.pipe)
+        version = self.predictor.slot.version
         standing = Standing(self.scheduler)
         latents = run.latents(call.latents.dtype)
         returned = callback(pipe, i, call.timesteps[i], {"latents": latents})

@@ -9,8 +9,8 @@ after each step.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,25 +93,32 @@ class Plans:
 
         In the block, each advance is one timestep.
         """
-        device = latents.device
         kept = () if inpainting is None else inpainting.pictures(latents)
-        free = not observed() and self._lock.acquire(blocking=False)
-        try:
-            given = (
-                *inputs_of(self.network, latents, hoisted),
-                *(-(-len(table.timesteps) // _ROWS) * _ROWS, table.depth, any(table.draws)),
-                *(len(kept), table.thresholds),
-            )
-            make = partial(buffers_of, *given)
-            step = self._kept(kinds(given), make) if free else Step(make(), None)
-            graphs.fence(device)  # these buffers' last loop may have run on another stream
-            run = Run(self, step, table, tuple(latents.shape[2:]), inpainting)
+        given = (
+            *inputs_of(self.network, latents, hoisted),
+            *(-(-len(table.timesteps) // _ROWS) * _ROWS, table.depth, any(table.draws)),
+            *(len(kept), table.thresholds),
+        )
+        pictures = [self.network.pack(picture) for picture in kept]
+        factors = None if inpainting is None else inpainting.factors
+        run = Run(self, given, table, tuple(latents.shape[2:]), pictures, factors)
+        with run.using():
             run.condition(hoisted)
-            for own, picture in zip(step.buffers.kept, kept, strict=True):
-                own.copy_(self.network.pack(picture))
             run.guide(guidance)
             run.set_latents(latents)
             yield run
+
+    @contextmanager
+    def step(self, given: tuple[Any, ...]) -> Iterator[Step]:
+        """A step on buffers for `given`, the arguments of `buffers_of`, that nothing else uses in
+        the block. It is not recorded if another loop uses the recordings."""
+        device = given[0].device
+        free = not observed() and self._lock.acquire(blocking=False)
+        try:
+            make = partial(buffers_of, *given)
+            step = self._kept(kinds(given), make) if free else Step(make(), None)
+            graphs.fence(device)  # these buffers' last loop may have run on another stream
+            yield step
         finally:
             if free:
                 graphs.fence(device)
@@ -177,21 +184,51 @@ class Run:
     def __init__(
         self,
         plans: Plans,
-        step: Step,
+        given: tuple[Any, ...],
         table: Table,
         sides: tuple[int, ...],
-        kept: Inpainting | None,
+        kept: Sequence[Tensor],
+        factors: Tensor | None,
     ) -> None:
+        """given: the arguments of `buffers_of`. kept: what fills `Buffers.kept`."""
         self.network = plans.network
-        self._plans, self._step, self._table, self._sides = plans, step, table, sides
-        self._factors = None if kept is None else kept.factors
-        self._row = tree_leaves(step.buffers.row)
+        self._plans, self._given, self._table, self._sides = plans, given, table, sides
+        self._kept, self._factors = kept, factors
+        self._using = ExitStack()
         self.at = 0
         """The next timestep's index."""
 
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """In the block the run has a step's buffers."""
+        try:
+            self._take()
+            yield
+        finally:
+            self._using.close()
+
+    def _take(self) -> None:
+        self._step = self._using.enter_context(self._plans.step(self._given))
+        self._row = tree_leaves(self._step.buffers.row)
+        for own, packed in zip(self._step.buffers.kept, self._kept, strict=True):
+            own.copy_(packed)
+
+    def lend(self, wait: Callable[[], None]) -> None:
+        """Let other loops use the step while `wait` runs."""
+        before = self._step.buffers
+        state = [tensor.clone() for tensor in (before.x, before.sample, before.history)]
+        self._using.close()
+        wait()
+        self._take()
+        self.condition(self._hoisted)
+        self.guide(self._guidance)
+        buffers = self._step.buffers
+        for own, kept in zip((buffers.x, buffers.sample, buffers.history), state, strict=True):
+            own.copy_(kept)
+
     def condition(self, hoisted: Hoisted) -> None:
         """Change the conditions from the next step on; shapes must stay the same."""
-        self._rows = tree_leaves(hoisted.rows)
+        self._hoisted, self._rows = hoisted, tree_leaves(hoisted.rows)
         fill(tree_leaves(self._step.buffers.constants), tree_leaves(hoisted.constants))
 
     def takes(self, hoisted: Hoisted) -> bool:
@@ -208,7 +245,7 @@ class Run:
 
     def guide(self, guidance: Guidance) -> None:
         """Change the guidance from the next step on."""
-        rows = self._table.rows(guidance, self._factors)
+        self._guidance, rows = guidance, self._table.rows(guidance, self._factors)
         self._step.buffers.table[: len(rows)].copy_(rows)
 
     @property

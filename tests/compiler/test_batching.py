@@ -8,19 +8,26 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderKL,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FluxPipeline,
     PNDMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
+from small import AURAFLOW, noisy
 
 import fastdiff
 from fastdiff.batching import Batch, Cancelled, Request
 from fastdiff.compiler.loop_state import loop_of
+from fastdiff.runtime.recordings import made
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SCHEDULERS = {
@@ -29,6 +36,29 @@ SCHEDULERS = {
     "sd3": (None, FlowMatchHeunDiscreteScheduler(shift=3.0), UniPCMultistepScheduler(**FLOW)),
 }
 ALONE = "its steps are not a linear recurrence of depth 3"
+
+
+@pytest.fixture
+def alone(components_flux):
+    """Pipelines whose networks take one timestep for all pictures."""
+
+    def make(kind):
+        parts = components_flux(torch.float32)
+        if kind == "flux":
+            pipe = FluxPipeline(**parts)
+        else:
+            vae = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+            pipe = AuraFlowPipeline(
+                tokenizer=parts["tokenizer_2"],
+                text_encoder=parts["text_encoder_2"],
+                vae=noisy(AutoencoderKL(**vae)),
+                transformer=noisy(AuraFlowTransformer2DModel(**AURAFLOW)),
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+            )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
 
 
 @pytest.fixture
@@ -95,6 +125,34 @@ def test_each_request_is_drawn_as_diffusers_draws_it(pipeline, kind):
     assert stats.filled > stats.steps
     assert sum(loop.ran.values()) == sum(ticket.alone is None for ticket in tickets)
     assert loop.driver is None
+
+
+@pytest.mark.parametrize("kind", ["flux", "auraflow"])
+def test_requests_that_share_no_steps_use_the_plan_in_turn(alone, kind):
+    """Two at a time: each has the same bits as when it is drawn alone, although they share a
+    recording."""
+    pipe = fastdiff.compile(alone(kind))
+    call = {"num_inference_steps": 3, "guidance_scale": 3.5, "height": 16, "width": 12}
+    requests = [Request(p, seed=i, **call) for i, p in enumerate(("red heart", "dog face", "moon"))]
+    order, last = [], {}
+
+    def note(number):
+        return lambda step, steps, latents: (order.append(number), last.update({number: latents}))
+
+    with Batch(pipe, capacity=2) as batch:
+        tickets = [batch.submit(replace(one, on_step=note(i))) for i, one in enumerate(requests)]
+        for ticket in tickets:
+            assert ticket.result().size == (12, 16)
+            assert ticket.alone == "its network takes one timestep for all pictures"
+    assert order[:4] in ([0, 1, 0, 1], [0, 0, 1, 0])  # the second may start one step later
+    loop, kept = loop_of(pipe), made()
+    assert loop.planned == 3
+    assert not loop.own
+    for number, request in enumerate(requests):
+        generator = torch.Generator().manual_seed(request.seed)
+        want = pipe(request.prompt, generator=generator, output_type="latent", **call).images
+        assert torch.equal(last[number], want)
+    assert made() == kept
 
 
 def test_a_failed_request_does_not_end_the_others(pipeline):

@@ -14,6 +14,7 @@ from fastdiff.models.blocks import channels_first, channels_last
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.runtime.guidance import Guidance, Inpainting
 from fastdiff.runtime.loop import Plans
+from fastdiff.runtime.recordings import made
 from fastdiff.runtime.schedulers import probe
 
 SHAPE, STEPS = (2, 4, 3, 5), 4
@@ -75,11 +76,28 @@ def test_perturbed_guidance_with_inpainting(kind):
     plans = Plans(network)
     hoisted = Hoisted(rows=torch.zeros(STEPS, 1), constants=channels_last(pictures))
     guidance = Guidance(SCALE, perturbed=STRENGTHS)
-    with plans.start(latents, table, guidance, hoisted, inpainting) as run:
-        assert run._step.recording is not None
-        for _ in range(STEPS):
+    other = (-latents, table, Guidance(2.0), hoisted._replace(constants=-hoisted.constants))
+
+    def draw(between):
+        with plans.start(latents, table, guidance, hoisted, inpainting) as run:
+            for _ in range(STEPS):
+                assert run._step.recording is not None
+                run.advance()
+                between(run)
+            return run.latents(torch.float32)
+
+    def another():
+        """A loop with other conditions."""
+        with plans.start(*other, inpainting._replace(mask=inpainting.mask / 2)) as run:
+            assert run._step.recording is not None
             run.advance()
-        got = run.latents(torch.float32)
+
+    with pytest.raises(ZeroDivisionError):
+        draw(lambda run: run.lend(lambda: 1 / 0))
+    got = draw(lambda run: None)
+    before = made()
+    assert torch.equal(got, draw(lambda run: run.lend(another)))
+    assert made() == before  # both in one recording
     wanted = {}
     for dtype in (torch.float32, torch.float64):
         scheduler.set_timesteps(STEPS)
