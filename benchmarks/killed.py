@@ -84,7 +84,7 @@ def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 def too_late(process: subprocess.Popen[bytes], log: Path) -> bool:
     """Whether it ended since Ray did not start in time."""
-    return process.returncode == 1 and LATE in log.read_text()
+    return (process.returncode or 0) > 0 and LATE in log.read_text()
 
 
 def strike(process: subprocess.Popen[bytes], folder: Path, until: int, inner: bool) -> str:

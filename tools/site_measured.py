@@ -263,6 +263,22 @@ def _verify(name: str, document: dict[str, Any]) -> str:
     return dots(f"{name}: errors", "error / allowed error", drawn, mark=1)
 
 
+def _batching(name: str, document: dict[str, Any]) -> str:
+    groups: dict[str, list[float]] = {}
+    for row in document["compared"]:
+        groups.setdefault(row["scheduler"], []).append(row["errors"]["batch"] / row["allowed"])
+    drawn = [
+        Row(scheduler, shares, f"{len(shares)} requests, at most {max(shares):.2f}")
+        for scheduler, shares in sorted(groups.items())
+    ]
+    told = (
+        f"{len(document['compared'])} of {document['requests']} requests were compared."
+        " [What is allowed](../batching.md#measured)"
+    )
+    axis = "error / what the budget allows; each dot is a request"
+    return told + "\n\n" + dots(f"{name}: errors", axis, drawn, log=True, mark=1)
+
+
 def _run(name: str, document: dict[str, Any]) -> str:
     parts = [row for row in document["rows"] if "part" in row]
     drawn = [Row(row["part"], [row["seconds"]], f"{row['seconds']:.0f} s") for row in parts]
@@ -278,6 +294,7 @@ def _mutants(name: str, document: dict[str, Any]) -> str:
 
 
 KINDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "fastdiff.batching-check/1": _batching,
     "fastdiff.bench/1": _bench,
     "fastdiff.mutants/1": _mutants,
     "fastdiff.graph/1": _graph,

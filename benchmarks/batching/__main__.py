@@ -13,6 +13,7 @@ joined and left between steps, and one such batch for each core, with as many pl
 import argparse
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="with check: at most")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    facts = {"command": sys.argv, "threads": torch.get_num_threads()}
+    command = shlex.join(["python", "-m", "benchmarks.batching", *sys.argv[1:]])
+    facts = {"schema": f"fastdiff.batching-{given.what}/1", "command": command}
+    facts |= {"threads": torch.get_num_threads()}
     facts |= {"machine": machine(), "versions": versions(), "commit": commit()}
     found: dict[str, Any]
     if given.what == "check":
