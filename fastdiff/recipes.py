@@ -147,9 +147,9 @@ def _rows() -> dict[str, Recipe]:
         ),
         second: Recipe(FLUX2, plan=transformers.FLUX2, from_text=second),
         klein: Recipe(FLUX2, plan=transformers.FLUX2_KLEIN, from_text=klein),
-        "FluxControlNetPipeline": Recipe(flowing),
-        "FluxControlNetImg2ImgPipeline": Recipe(flowing),
-        "FluxControlNetInpaintPipeline": Recipe(flowing),
+        "FluxControlNetPipeline": Recipe(flowing, plan=transformers.FLUX_CONTROLNET),
+        "FluxControlNetImg2ImgPipeline": Recipe(flowing, plan=transformers.FLUX_CONTROLNET_PICTURE),
+        "FluxControlNetInpaintPipeline": Recipe(flowing, plan=transformers.FLUX_CONTROLNET_INPAINT),
         "StableDiffusionUpscalePipeline": Recipe(plan=unets.UPSCALE, upcasts=True),
         "LDMTextToImagePipeline": Recipe({"unet": "unet", "vqvae": "vae"}, plan=unets.LDM),
         "LDMSuperResolutionPipeline": Recipe(

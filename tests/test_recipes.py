@@ -9,6 +9,7 @@ import pytest
 
 from fastdiff.bench.presets import PRESETS
 from fastdiff.bench.saved import PICTURES
+from fastdiff.compiler.controls import LOCALS
 from fastdiff.families import family
 from fastdiff.recipes import RECIPES, Recipe
 
@@ -56,7 +57,8 @@ def test_a_row_names_components_of_its_class(name, recipe):
 @pytest.mark.parametrize(("name", "recipe"), PLANNED)
 def test_a_plan_names_variables_of_the_loop(name, recipe):
     call = inspect.unwrap(getattr(diffusers, name).__call__)
-    variables, source = set(call.__code__.co_varnames), inspect.getsource(call)
+    code, source = call.__code__, inspect.getsource(call)
+    variables = {*code.co_varnames, *code.co_cellvars}
     asks = {
         "self.interrupt": ("interrupt", False),
         "with self.progress_bar(total=": ("progress_bar", False),
@@ -72,7 +74,8 @@ def test_a_plan_names_variables_of_the_loop(name, recipe):
         assert {plan.network, plan.last or plan.network, plan.scheduler} <= components(name)
         assert {*plan.unconditional, *plan.repeated} <= set(plan.conditions)
         assert {*plan.unconditional.values(), *plan.constant_channels} <= variables
-        assert {plan.kept} - {""} <= variables
+        assert {plan.kept, plan.distilled, *(LOCALS if plan.controls else ())} - {""} <= variables
+        assert {plan.controls or plan.network} <= recipe.networks.keys()
         assert ("scale_model_input" in source) == bool(plan.scaled)
         if plan.scaled and plan.constant_channels:  # joined after or before
             joined = re.search(rf"torch.cat\(\[.*, {plan.constant_channels[0]}\b", source)

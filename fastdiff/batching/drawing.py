@@ -134,7 +134,7 @@ class Drawing:
             raise self._alone("its conditions do not show which of them belong to each picture")
         guidance = denoising.predictor.guidance()
         seat = seat_of(network, call.latents, table, guidance, denoising.hoisted, own)
-        denoising.predictor.slot.fast += steps
+        denoising.predictor.ran(steps)
 
         def latents() -> Tensor:
             assert self.places is not None

@@ -13,7 +13,7 @@ from fastdiff.compiler.inpainting import with_factors
 from fastdiff.compiler.loop_call import Call, Callback
 from fastdiff.compiler.loop_conditions import carried, check_scales, check_variance
 from fastdiff.compiler.predictor import Predictor
-from fastdiff.compiler.promotion import first_overflow, overflowed
+from fastdiff.compiler.promotion import overflowed
 from fastdiff.compiler.sharing import Sharing
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
@@ -118,10 +118,8 @@ class Denoising:
                 latents = run.latents(call.latents.dtype) if self.latents is None else self.latents
                 self.hand_over(latents)
                 return None
-            where = "the engine"
-            if not predictor.slot.kind.frozen:
-                where = first_overflow(predictor.slot.module, lambda: self._repeat(run, right))
-        predictor.slot.promote(where, predictor.scale())
+            where = predictor.first_overflow(lambda: self._repeat(run, right))
+        predictor.promote(where)
         return right
 
     @property
@@ -145,7 +143,7 @@ class Denoising:
                 if guarded:
                     self.noises[i] = noise
             run.advance(noise)
-            self.predictor.slot.fast += 1
+            self.predictor.ran()
             # previews look up their sigma in this state
             vars(self.scheduler).update(self.table.states[i])
             looked_at = call.callback is not None or run.at == last
@@ -205,7 +203,7 @@ class Denoising:
     def _run_callback(self, callback: Callback, run: Run, i: int) -> None:
         """Call the callback with the latents; apply its changes to them and to the pipeline."""
         pipe, call, cls = self.pipe, self.call, type(self.pipe)
-        version = self.predictor.slot.version
+        version = self.predictor.version
         standing = Standing(self.scheduler)
         latents = run.latents(call.latents.dtype)
         returned = callback(pipe, i, call.timesteps[i], {"latents": latents})
@@ -237,10 +235,8 @@ class Denoising:
             first, now = getattr(self.call.conditions, field), getattr(self.given, field)
             other = now is not first and now.shape != first.shape
             _unsupported_if(other, f"returned {name} of another shape")
-        name = self.call.plan.network
-        _unsupported_if(
-            slot_of(getattr(pipe, name)) is not self.predictor.slot, f"replaced the {name}"
-        )
+        name, other = self.call.plan.network, self.predictor.replaced()
+        _unsupported_if(other is not None, f"replaced the {other}")
         present = getattr(pipe, self.call.plan.scheduler)
         _unsupported_if(present is not self.scheduler, "replaced the scheduler")
         _unsupported_if(not standing.holds(), "changed the scheduler")
@@ -254,7 +250,7 @@ class Denoising:
         except Unsupported as reason:
             _unsupported_if(True, f"changed the {name} beyond what fastdiff computes ({reason})")
         _unsupported_if(denoiser.network is not run.network, f"replaced parts of the {name}")
-        anew = changed or self._uses_ip_adapters or self.predictor.slot.version != version
+        anew = changed or self._uses_ip_adapters or self.predictor.version != version
         end = self.predictor.end_of_part(run.at - 1)
         if anew and run.at < end:
             hoisted = self.predictor.hoist(run.at - 1, self.given)

@@ -9,6 +9,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from fastdiff.compiler.controls import LOCALS, PICTURE
 from fastdiff.compiler.guidance import ASKED, SkipLayers, predictions_of, skip_layers_of
 from fastdiff.compiler.inpainting import inpainting_of
 from fastdiff.compiler.loop_conditions import conditions_of, settings_of
@@ -92,7 +93,8 @@ def call_of(
     always = _LOCALS if asks else () if plan.iterates else ("timesteps",)
     others = (*plan.required, *plan.settings.values(), *plan.constant_channels)
     kept = (plan.kept,) if plan.kept else ()
-    wanted = (plan.latents, *always, *options, *others, *kept)
+    controls = LOCALS if plan.controls else ()
+    wanted = (plan.latents, *always, *options, *others, *kept, *controls)
     missing = [name for name in wanted if name not in local]
     if missing:
         raise Unsupported(f"this version of diffusers has no {missing[0]} in its loop")
@@ -147,6 +149,8 @@ def call_of(
     given = conditions_of(pipe, getattr(pipe, plan.network), plan, local, predictions)
     if callback is not None and any(isinstance(given[f], list) for f in plan.replaced.values()):
         raise Unsupported("a callback may replace a list of the network's conditions")
+    if callback is not None and plan.controls and isinstance(local[PICTURE], list):
+        raise Unsupported("a callback may replace a list of control pictures")
     steps = local["timesteps"] if timesteps is None else timesteps
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:
@@ -166,6 +170,7 @@ def call_of(
     )
     setting = partial(call.setting, pipe)
     handed = (*plan.constant_channels, *(("mask",) if plan.noises else ()))
+    handed += (PICTURE,) if plan.controls else ()
     return replace(
         call,
         skips=skip_layers_of(setting, local, plan),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.compiler.controls import controls_of, guidance_of
 from fastdiff.compiler.guidance import Predictions
 from fastdiff.models import Unsupported
 from fastdiff.models.blocks import require
@@ -63,6 +64,10 @@ def conditions_of(
         whole = len(latents) * (1 if plan.scaled == "input" else predictions.count)
         require(len(constant) == whole, f"constant channels of {len(constant)} for {whole} inputs")
         given["constant_channels"] = _shared(constant, guided, len(latents))
+    if plan.distilled:
+        given["guidance"] = guidance_of(network, local[plan.distilled], latents)
+    if plan.controls:
+        given["controls"] = controls_of(pipe, plan, local, guided)
     return given | carried(pipe, plan) | dict(plan.fixed)
 
 

@@ -1,5 +1,6 @@
 """The network that predicts the steps of a loop: which one it is, and its conditions."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,14 +8,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.compiler import guidance
+from fastdiff.compiler.controls import counting, counts_of, end_of_counting, slots_of
 from fastdiff.compiler.loop_call import Call
-from fastdiff.compiler.promotion import as_type
+from fastdiff.compiler.promotion import as_type, first_overflow
 from fastdiff.compiler.sharing import Share
-from fastdiff.compiler.slot import slot_of
+from fastdiff.compiler.slot import Slot, slot_of
 from fastdiff.errors import UserError
 from fastdiff.kernels.observe import entered
 from fastdiff.models import Unsupported
+from fastdiff.models.blocks import require
 from fastdiff.models.hoisted import Hoisted
+from fastdiff.runtime.controlled import controlled
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.fixed import PLACES, fixed
 from fastdiff.runtime.guidance import Guidance
@@ -34,7 +38,7 @@ class Predictor:
         self.pipe, self.call, self._setting = pipe, call, partial(call.setting, pipe)
         self.predictions = guidance.predictions_of(self._setting)
         self._share, self._invariant = share, invariant
-        for at in (len(call.timesteps) - 1, 0):
+        for at in reversed(self._parts()):
             self.take(at, call.conditions)
         if invariant:
             count, reason = len(call.latents), self.shared_steps()
@@ -59,7 +63,49 @@ class Predictor:
         if slot is None:
             raise Unsupported(f"the {name} is not compiled")
         self.slot = slot
+        self.controls = slots_of(self.pipe, self.call.plan, given)
+        self._counting = counting(given, at)
         self.denoiser = self.offer(given)
+
+    def replaced(self) -> str | None:
+        """The component whose networks are no longer those of the present step, if any."""
+        plan, name = self.call.plan, self.call.plan.network
+        if slot_of(getattr(self.pipe, name)) is not self.slot:
+            return name
+        try:
+            same = slots_of(self.pipe, plan, self.call.conditions) == self.controls
+        except Unsupported:
+            same = False
+        return None if same else plan.controls
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Those of the present network and of the loop's ControlNets, each once."""
+        return tuple({id(slot): slot for slot in (self.slot, *self.controls)}.values())
+
+    @property
+    def version(self) -> int:
+        """A number that grows with every change of the weights that autograd can see."""
+        return sum(slot.version for slot in self.slots)
+
+    def ran(self, steps: int = 1) -> None:
+        """Count steps of the present part."""
+        counted = {id(slot): slot for slot in (self.controls[i] for i in self._counting)}
+        for slot in (self.slot, *counted.values()):
+            slot.fast += steps
+
+    def first_overflow(self, repeat: Callable[[], Any]) -> str:
+        """Where float16 overflows in the steps that `repeat` runs."""
+        if self.slot.kind.frozen:
+            return "the engine"
+        nets = {slot.name: slot.module for slot in self.controls}
+        return first_overflow(self.slot.module, repeat, nets)
+
+    def promote(self, where: str) -> None:
+        """Use float32 copies of all networks of a step, since float16 overflowed in `where`."""
+        for slot in self.slots:
+            if slot.promotion is None:
+                slot.promote(where, self._scale(slot))
 
     @property
     def plans(self) -> Plans:
@@ -67,6 +113,13 @@ class Predictor:
         if self._share is not None and self._share.halves:
             return self.denoiser.shared(self._share.ranks.gathered)
         return self.denoiser.plans
+
+    def _parts(self) -> list[int]:
+        """The first steps of the loop's parts; see `end_of_part`."""
+        starts = [0]
+        while (end := self.end_of_part(starts[-1])) < len(self.call.timesteps):
+            starts.append(end)
+        return starts
 
     def _network_at(self, at: int) -> str:
         plan = self.call.plan
@@ -76,6 +129,7 @@ class Predictor:
         """The first step after `at` that another network predicts, or another number of times."""
         count = len(self.call.timesteps)
         end = guidance.end_of_part(self.call.skips, at, count)
+        end = min(end, end_of_counting(self.call.conditions, at, count))
         return min(end, count - 1) if self.call.plan.last and at + 1 < count else end
 
     def guidance(self) -> Guidance:
@@ -88,14 +142,16 @@ class Predictor:
         """Whether the pipeline now asks for more or fewer predictions."""
         return guidance.predictions_of(self._setting) != self.predictions
 
-    def scale(self) -> float:
-        """The factor by which the call scales LoRA adapters."""
+    def _scale(self, slot: Slot) -> float:
+        """The factor by which the call scales LoRA adapters of a network."""
         name = self.call.plan.attention_kwargs
-        return self.slot.kind.scale(**({name: self._setting(name, None)} if name else {}))
+        return slot.kind.scale(**({name: self._setting(name, None)} if name else {}))
 
     def offer(self, given: Any) -> Denoiser:
         """The network on the weights as they are now, checked with the conditions `given`."""
-        denoiser: Denoiser = self.slot.offer(self.call.latents, given, scale=self.scale())
+        denoiser = self._offered(self.slot, given)
+        if self._counting:
+            denoiser = self._controlled(denoiser, given)
         if self.slot.promotion is None:
             latents, skips = self.call.latents, self.call.skips
             denoiser.network.check(latents, given, self.predictions.count)
@@ -104,6 +160,18 @@ class Predictor:
         if self._invariant and len(self.call.latents) <= PLACES:
             return fixed(denoiser, len(self.call.latents))
         return denoiser
+
+    def _offered(self, slot: Slot, *given: Any) -> Denoiser:
+        denoiser: Denoiser = slot.offer(self.call.latents, *given, scale=self._scale(slot))
+        return denoiser
+
+    def _controlled(self, denoiser: Denoiser, given: Any) -> Denoiser:
+        """The network with those ControlNets that count in the present part."""
+        require(hasattr(denoiser.network, "controlled"), "an engine, which takes no residuals")
+        nets = [self._offered(slot).network for slot in self.controls]
+        self._nets = nets  # `Controlled` does not keep them
+        own = [nets[i] for i in self._counting]
+        return controlled(denoiser, own, self._counting, counts_of(nets))
 
     def hoist(self, at: int, given: Any) -> Hoisted:
         """Compute once what all steps like step `at` share; in the network's dtype if it was

@@ -1,6 +1,6 @@
 """When float16 overflows: find the layer, and compute that network in float32 from then on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,12 @@ def scaled_alike(module: nn.Module, other: nn.Module) -> None:
             shown.scale = read.scale
 
 
-def first_overflow(module: nn.Module, call: Callable[[], Any]) -> str:
-    """The name of the layer of `module` that gives the first non-finite output in `call()`."""
-    with _Watch(module) as watch:
+def first_overflow(
+    module: nn.Module, call: Callable[[], Any], others: Mapping[str, nn.Module] | None = None
+) -> str:
+    """The name of the layer of `module` that gives the first non-finite output in `call()`, or of
+    one of `others`, by name."""
+    with _Watch({"": module, **(others or {})}) as watch:
         call()
     return watch.where or "its input"
 
@@ -63,11 +66,12 @@ def first_overflow(module: nn.Module, call: Callable[[], Any]) -> str:
 class _Watch(TorchDispatchMode):
     """Checks the output of every kernel; the weights that a kernel reads identify its layer."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self._layers = {
             parameter.data_ptr(): name.rpartition(".")[0]
-            for name, parameter in module.named_parameters()
+            for own, module in modules.items()
+            for name, parameter in module.named_parameters(own)
         }
         self._last = ""
         self.where: str | None = None

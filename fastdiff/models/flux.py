@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdiff.kernels.observe import scope
-from fastdiff.models.blocks import Columns, require
+from fastdiff.models.blocks import Columns, repeated, require
 from fastdiff.models.borrow import Loan
 from fastdiff.models.checks import check_count, checked
 from fastdiff.models.embeddings import TimeText, borrow_time_text
@@ -20,7 +20,8 @@ from fastdiff.models.flux_blocks import (
     borrow_flux_block,
     borrow_single_block,
 )
-from fastdiff.models.flux_trunk import FluxTrunk
+from fastdiff.models.flux_control import Control
+from fastdiff.models.flux_trunk import Constants, FluxTrunk, joined
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.ip_adapter import IPAdapters, borrow_ip_adapters
 from fastdiff.models.joint import borrow_modulated
@@ -56,6 +57,8 @@ class Conditions(NamedTuple):
     predicted for them."""
     ip_adapter_image_embeds: Any = None
     """For each IP-Adapter [G·B, N, ...], for N pictures; from `joint_attention_kwargs`."""
+    controls: tuple[Control, ...] = ()
+    """What the ControlNets of the same step are told; `runtime.controlled` reads it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,6 @@ class Flux(FluxTrunk):
             rows = project(F.silu(self.time_text(times, pooled, guidance)), self.modulation)
         turns = self.rotary(torch.cat((given.txt_ids, given.img_ids)))
         made = self.constants(text, turns, given.constant_channels, given.constant_tokens)
-        controls, singles = self._controls(given, text.shape[1])
         images: tuple[Tensor, ...] = ()
         if self.ip_adapters is not None:
             # diffusers divides the tokens of all pictures evenly among the texts
@@ -124,25 +126,43 @@ class Flux(FluxTrunk):
             even = all(image.shape[0] * image.shape[1] % len(text) == 0 for image in images)
             require(even, f"ip_adapter_image_embeds whose tokens do not divide among {len(text)}")
             images = tuple(image.view(len(text), -1, image.shape[-1]) for image in images)
-        made = made._replace(controls=controls, single_controls=singles, images=images)
-        return Hoisted(rows, made)
-
-    def _controls(self, given: Conditions, text: int) -> tuple[tuple[Tensor, ...], ...]:
-        """The residuals of all blocks; `text`: its tokens."""
         first, others = given.controlnet_block_samples, given.controlnet_single_block_samples
-        made: tuple[Tensor, ...] = ()
-        if first is not None and given.controlnet_blocks_repeat:
-            made = tuple(first[i % len(first)] for i in range(len(self.blocks)))
-        elif first is not None:
-            made = _in_groups(first, len(self.blocks))
-        padded = [F.pad(control, (0, 0, text, 0)) for control in others or ()]
-        return made, _in_groups(padded, len(self.singles)) if padded else ()
+        controlled = self.controlled(
+            *(made, torch.zeros_like(made.text), first or (), others or ()),
+            given.controlnet_blocks_repeat,
+        )
+        return Hoisted(rows, controlled._replace(images=images))
+
+    def controlled(
+        self,
+        made: Constants,
+        blank: Tensor,
+        first: Sequence[Tensor],
+        others: Sequence[Tensor],
+        in_turn: bool,
+    ) -> Constants:
+        """Constants with a ControlNet's residuals.
+
+        Args:
+            blank: [G·B, T, D] zeros: what others than the first blocks add to the text.
+            first: [B or G·B, L, D] each, for the first blocks; or none.
+            others: likewise, for the others.
+            in_turn: whether the first blocks take theirs in turn, not in groups.
+        """
+        count = len(blank)
+        first = [repeated(control, count) for control in first]
+        padded = [joined(blank, repeated(control, count)) for control in others]
+        turns = tuple(first[i % len(first)] for i in range(len(self.blocks)) if in_turn and first)
+        return made._replace(
+            controls=turns or _in_groups(first, len(self.blocks)),
+            single_controls=_in_groups(padded, len(self.singles)),
+        )
 
 
 def _in_groups(controls: Sequence[Tensor], blocks: int) -> tuple[Tensor, ...]:
-    """One for each block: as many blocks in turn as possible share one."""
-    each = math.ceil(blocks / len(controls))
-    return tuple(controls[i // each] for i in range(blocks))
+    """One for each block, if there is any: as many blocks in a row as possible share one."""
+    each = math.ceil(blocks / len(controls)) if controls else 1
+    return tuple(controls[i // each] for i in range(blocks) if controls)
 
 
 def borrow_flux(module: Any, loan: Loan) -> Flux:

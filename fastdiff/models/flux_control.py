@@ -40,6 +40,22 @@ class ControlConditions(NamedTuple):
     """[B, 1] the kind of the control picture, for a network that takes several kinds."""
 
 
+class Control(NamedTuple):
+    """What a ControlNet in the step of a transformer is told, and how its residuals count."""
+
+    given: ControlConditions
+    """Without positions, which are the transformer's; without texts, if both are told the same."""
+    scales: tuple[float, ...]
+    """What its residuals are multiplied by in each step."""
+
+    def beside(self, conditions: Any) -> ControlConditions:
+        """Its conditions in the step of a transformer that is told `conditions`."""
+        names = "encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids"
+        shared = {name: getattr(conditions, name) for name in names}
+        own = {n: v for n, v in self.given._asdict().items() if n not in names or v is not None}
+        return ControlConditions(**shared | own)
+
+
 @dataclass(frozen=True)
 class FluxControl(FluxBlocks):
     """FluxControlNetModel."""
@@ -112,6 +128,15 @@ class FluxControl(FluxBlocks):
         What to add to the transformer's blocks, without any conditioning scale: of the first
         blocks, then of the others.
         """
+        return torch.stack(self.residuals(x, row, constants))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many residuals are for the transformer's first blocks, and for the others."""
+        return len(self.blocks), len(self.singles)
+
+    def residuals(self, x: Tensor, row: Tensor, constants: Constants) -> list[Tensor]:
+        """`predict`, with a tensor for each block."""
         found, tokens = list(self.streams(x, row, constants)), constants.text.shape[1]
         with scope("out"):
             made = []
@@ -120,7 +145,7 @@ class FluxControl(FluxBlocks):
                 if i >= len(self.blocks):
                     h = cut(h, tokens, tokens + x.shape[1])
                 made.append(linear(h, out.weight, out.bias))
-            return torch.stack(made)
+            return made
 
 
 def borrow_flux_control(module: Any, loan: Loan) -> FluxControl:

@@ -157,7 +157,7 @@ class FluxBlocks:
                     picture = picture.plus(constants.controls[i])
             yield picture
         with scope("join"):
-            whole = Stream(_joined(text.closed(), picture.closed()))
+            whole = Stream(joined(text.closed(), picture.closed()))
         for i, single in enumerate(self.singles):
             with scope(f"single {i}"):
                 whole = single(whole, row, constants.turns).limited(limit)
@@ -171,7 +171,7 @@ class FluxBlocks:
             if constants.made is not None:
                 return Stream(linear(x, weight[:, : x.shape[-1]]), total=constants.made)
             x = linear(x, weight, bias)
-            return Stream(x if constants.tokens is None else _joined(x, constants.tokens))
+            return Stream(x if constants.tokens is None else joined(x, constants.tokens))
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class FluxTrunk(FluxBlocks):
             return linear(h, self.proj_out.weight, self.proj_out.bias)
 
 
-def _joined(text: Tensor, picture: Tensor) -> Tensor:
+def joined(text: Tensor, picture: Tensor) -> Tensor:
     """[B, T, D] and [B, L, D] -> [B, T + L, D]."""
     joined: Tensor = concat(text.flatten(1), picture.flatten(1))
     return joined.view(len(text), -1, text.shape[-1])

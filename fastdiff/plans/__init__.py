@@ -101,6 +101,12 @@ class Plan:
     takes more channels than the latents have."""
     always: bool = False
     """Whether the loop puts them there for any network."""
+    controls: str = ""
+    """The component of ControlNets that the loop runs in every step before the network, told the
+    half with the text. "" if there is none."""
+    distilled: str = ""
+    """The variable of the distilled guidance of which the loop makes a tensor in every step, for
+    the networks that embed one. "" if it does not."""
     only_read: bool = False
     """Whether the loop ignores a callback that returns them, or its mask."""
     scaled: str = "latents"

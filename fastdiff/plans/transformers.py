@@ -113,6 +113,24 @@ FLUX_KONTEXT_INPAINT = replace(
     instead={"constant_tokens": "image_latents"},
     noises="scale_noise",
 )
+_CONTROLLED = replace(
+    _FLUX,
+    conditions={
+        **{name: held for name, held in _FLUX.conditions.items() if name != "guidance"},
+        "controlnet_blocks_repeat": "controlnet_blocks_repeat",
+    },
+    required=("prompt_embeds", "pooled_prompt_embeds", "latent_image_ids", "text_ids"),
+    controls="controlnet",
+    distilled="guidance_scale",
+    only_read=False,
+)
+FLUX_CONTROLNET_PICTURE = _CONTROLLED
+FLUX_CONTROLNET_INPAINT = replace(_CONTROLLED, noises="scale_noise")
+FLUX_CONTROLNET = replace(
+    _CONTROLLED,
+    conditions={**_CONTROLLED.conditions, "ip_adapter_image_embeds": "image_embeds"},
+    **{name: getattr(FLUX_PICTURE, name) for name in ("pictures", "settings", "unconditional")},
+)
 FLUX2 = replace(
     _FLUX,
     conditions={

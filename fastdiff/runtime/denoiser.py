@@ -1,6 +1,6 @@
 """A network as its slot keeps it: for single calls, and for whole denoising loops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ class Denoiser:
     plans: Plans
     once: Callable[..., Tensor]
     """Same arguments and result as `network.predict`."""
+    beside: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Denoisers of `runtime.controlled`, with this network."""
     _shared: dict[Callable[[Tensor], Tensor], Plans] = field(
         default_factory=dict, repr=False, compare=False
     )

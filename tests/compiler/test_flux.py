@@ -156,9 +156,9 @@ def test_controlnet(components_flux, hold, picture, shaken):
         **components_flux(), controlnet=shaken(FluxControlNetModel(**config, num_mode=2))
     )
     call = SIZE | {"width": 16, "control_image": picture()}
-    first = hold(pipe, "diffusers", STEP, **call, control_mode=1)
+    first = hold(pipe, "plan", STEP, **call, control_mode=1)
     assert ("controlnet", "fastdiff") in {(p.name, p.runs) for p in fastdiff.report(pipe).parts}
-    assert not np.allclose(first, hold(pipe, "diffusers", STEP, **call, control_mode=0))
+    assert not np.allclose(first, hold(pipe, "plan", STEP, **call, control_mode=0))
 
 
 # Callbacks

@@ -53,7 +53,8 @@ def doubled(tree):
 def by_diffusers(module, latents, times, given):
     names = given._asdict()
     channels, tokens = names.pop("constant_channels"), names.pop("constant_tokens")
-    del names["ip_adapter_image_embeds"]  # None here; tests of the pipelines give them
+    # None here; tests of the pipelines give them
+    del names["ip_adapter_image_embeds"], names["controls"]
     if channels is not None:
         latents = torch.cat([latents, channels], -1)
     whole = latents if tokens is None else torch.cat([latents, tokens], 1)
