@@ -38,6 +38,7 @@ class Kernels:
     target: Any
     """A weak reference to the pipeline or model."""
     slots: Sequence[Any]
+    """Weak references: of these, every one keeps this."""
     shipped: Shipped | None
     ahead: "Ahead | None" = None
     _beginning: Any = field(default_factory=threading.Lock, repr=False)
@@ -46,8 +47,9 @@ class Kernels:
         """Start compiling, if the networks are on an NVIDIA GPU and nothing has started yet."""
         with self._beginning:
             target = self.target()
-            taken = [(slot.kind, slot.network) for slot in self.slots if slot.network is not None]
-            arch = max((_arch(slot.module) for slot in self.slots), default=0)
+            slots = [slot for kept in self.slots if (slot := kept()) is not None]
+            taken = [(slot.kind, slot.network) for slot in slots if slot.network is not None]
+            arch = max((_arch(slot.module) for slot in slots), default=0)
             if self.ahead is None and arch and target is not None and _triton():
                 self.ahead = Ahead(partial(_plan, taken, target), arch, self.shipped)
 
@@ -72,7 +74,8 @@ def kernels(target: Any, slots: Sequence[Any], warm: str | Path | None) -> Kerne
     if warm is not None and find_spec("triton") is None:
         how = installed.pip("gpu")
         raise UserError(f"Options.warm is {warm}, but Triton is missing: {how}")
-    made = Kernels(weakref.ref(target), slots, None if warm is None else read(Path(warm)))
+    kept = [*map(weakref.ref, slots)]
+    made = Kernels(weakref.ref(target), kept, None if warm is None else read(Path(warm)))
     made.begin()
     return made
 

@@ -14,6 +14,7 @@ from fastdiff.compiler.loop_call import Call, Callback
 from fastdiff.compiler.loop_conditions import carried, check_scales, check_variance
 from fastdiff.compiler.predictor import Predictor
 from fastdiff.compiler.promotion import overflowed
+from fastdiff.compiler.returned import as_tensor, like, listed
 from fastdiff.compiler.sharing import Sharing
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
@@ -68,7 +69,7 @@ class Denoising:
         """Steps that the progress bar has counted."""
         self.latents: Tensor | None = None
         """The latents as the last callback left them."""
-        self.handed: dict[str, Tensor] = {}
+        self.handed: dict[str, list[Tensor]] = {}
         """What the last callback returned of `call.handed`."""
         self.left: str | None = None
         """Why the remaining steps are left to diffusers, if they are."""
@@ -90,7 +91,7 @@ class Denoising:
         mark = self._run_from(None)
         while mark is not None:
             self.predictor.take(mark.at, self.given)
-            self.hoisted = self.predictor.hoist(mark.at, self.given)
+            self.hoisted = self.predictor.hoist(mark.at, self.given, goes_on=True)
             mark = self._run_from(mark)
         return len(self.call.timesteps) if self.left is None else self.reached
 
@@ -164,8 +165,9 @@ class Denoising:
             latents = self._share.latents(latents)
         halves = len(call.held) // len(latents)
         call.held.data = latents if halves == 1 else torch.cat([latents] * halves)
-        for name, value in self.handed.items():
-            call.handed[name].data = value
+        for name, values in self.handed.items():
+            for own, value in zip(listed(call.handed[name]), values, strict=True):
+                own.data = value
         for field in call.plan.replaced.values():
             before, now = getattr(call.conditions, field), getattr(self.given, field)
             if before is not now:
@@ -207,13 +209,17 @@ class Denoising:
         standing = Standing(self.scheduler)
         latents = run.latents(call.latents.dtype)
         returned = callback(pipe, i, call.timesteps[i], {"latents": latents})
-        self.latents = _as_tensor("latents", returned.pop("latents", latents))
+        self.latents = as_tensor("latents", returned.pop("latents", latents))
         if type(pipe) is not cls:
             raise UserError(
                 f"callback_on_step_end made the pipeline a {type(pipe).__name__} while it draws;"
                 " do that between two pictures"
             )
-        self.handed = {n: _as_tensor(n, returned[n]) for n in call.handed if n in returned}
+        self.handed = {
+            name: like(name, returned[name], own)
+            for name, own in call.handed.items()
+            if name in returned
+        }
         if self.handed:
             self.left = f"after callback_on_step_end returned {' and '.join(self.handed)}"
         before, self.given = self.given, self._conditions_after(returned)
@@ -270,21 +276,12 @@ class Denoising:
         """The network's conditions after a callback has returned embeddings."""
         others = carried(self.pipe, self.call.plan)
         others |= {
-            field: _as_tensor(name, returned[name])
+            field: as_tensor(name, returned[name])
             for name, field in self.call.plan.replaced.items()
             if name in returned and getattr(self.given, field) is not None
         }
         same = all(getattr(self.given, field) is value for field, value in others.items())
         return self.given if same else self.given._replace(**others)
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    """`value`, if it is a tensor; the callback returned it as `name`."""
-    if not isinstance(value, Tensor):
-        raise UserError(
-            f"callback_on_step_end returned a {type(value).__name__} as {name}; return a tensor"
-        )
-    return value
 
 
 def _unsupported_if(condition: bool, what: str) -> None:

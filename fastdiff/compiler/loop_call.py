@@ -50,7 +50,7 @@ class Call:
     skips: SkipLayers | None = None
     inpainting: Inpainting | None = None
     """What the steps keep; its factors depend on the scheduler's table and are not set yet."""
-    handed: Mapping[str, Tensor] = field(default_factory=dict)
+    handed: Mapping[str, Tensor | list[Tensor]] = field(default_factory=dict)
     """Other variables that a callback may replace, which only diffusers' loop can follow."""
 
     def setting(self, pipe: Any, name: str, otherwise: Any) -> Any:
@@ -149,8 +149,6 @@ def call_of(
     given = conditions_of(pipe, getattr(pipe, plan.network), plan, local, predictions)
     if callback is not None and any(isinstance(given[f], list) for f in plan.replaced.values()):
         raise Unsupported("a callback may replace a list of the network's conditions")
-    if callback is not None and plan.controls and isinstance(local[PICTURE], list):
-        raise Unsupported("a callback may replace a list of control pictures")
     steps = local["timesteps"] if timesteps is None else timesteps
     told = {name: local[name] for name in plan.step_arguments}
     if plan.prev_timestep:

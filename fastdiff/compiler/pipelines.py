@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _contextlib
+from torch.utils._pytree import tree_leaves
 
 from fastdiff.compiler.denoise import Denoising
 from fastdiff.compiler.loop_call import call_of
@@ -252,7 +253,7 @@ def _run(
     loop = entered.loop
     try:
         call = call_of(pipe, plan, frame.f_locals, frame.f_globals, bar, timesteps)
-        told = (*call.conditions, *call.handed.values())
+        told = (*call.conditions, *tree_leaves([*call.handed.values()]))
         if call.callback is not None and _includes_any(told, entered.given):
             raise Unsupported("a callback may change the embeddings that were passed to the call")
         denoising = Denoising(pipe, call, loop.sharing, loop.invariant)

@@ -18,7 +18,7 @@ from fastdiff.kernels.observe import entered
 from fastdiff.models import Unsupported
 from fastdiff.models.blocks import require
 from fastdiff.models.hoisted import Hoisted
-from fastdiff.runtime.controlled import controlled
+from fastdiff.runtime.controlled import controlled, hoist
 from fastdiff.runtime.denoiser import Denoiser
 from fastdiff.runtime.fixed import PLACES, fixed
 from fastdiff.runtime.guidance import Guidance
@@ -38,6 +38,8 @@ class Predictor:
         self.pipe, self.call, self._setting = pipe, call, partial(call.setting, pipe)
         self.predictions = guidance.predictions_of(self._setting)
         self._share, self._invariant = share, invariant
+        self._before: tuple[Any, Hoisted] | None = None
+        """The network that hoisted last, and what."""
         for at in reversed(self._parts()):
             self.take(at, call.conditions)
         if invariant:
@@ -169,15 +171,27 @@ class Predictor:
         """The network with those ControlNets that count in the present part."""
         require(hasattr(denoiser.network, "controlled"), "an engine, which takes no residuals")
         nets = [self._offered(slot).network for slot in self.controls]
+        if any(slot.promotion is not None for slot in self.slots):
+            self.promote("another network of the same step")
+            denoiser = self._offered(self.slot, given)
+            nets = [self._offered(slot).network for slot in self.controls]
         self._nets = nets  # `Controlled` does not keep them
         own = [nets[i] for i in self._counting]
         return controlled(denoiser, own, self._counting, counts_of(nets))
 
-    def hoist(self, at: int, given: Any) -> Hoisted:
+    def hoist(self, at: int, given: Any, goes_on: bool = False) -> Hoisted:
         """Compute once what all steps like step `at` share; in the network's dtype if it was
-        promoted."""
-        told = self.told(at, given)
-        return entered("hoist", lambda: self.denoiser.network.hoist(*told))
+        promoted.
+
+        goes_on: whether nothing but the ControlNets that count has changed since the last time,
+        unless a callback has.
+        """
+        told, network = self.told(at, given), self.denoiser.network
+        same = goes_on and self.call.callback is None and self.call.plan.controls
+        before = self._before if same else None
+        made = entered("hoist", lambda: hoist(network, before, *told))
+        self._before = network, made
+        return made
 
     def told(self, at: int, given: Any) -> tuple[Any, Tensor, tuple[int, ...]]:
         """The arguments of `Network.hoist` for steps like step `at`."""

@@ -1,5 +1,7 @@
 """FLUX.1's ControlNets: diffusers' FluxControlNetModel, one or several."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetOutput
@@ -9,6 +11,7 @@ from fastdiff.families import Family, Kind, Sizes, Taken, empty
 from fastdiff.families.controlnet import each_of
 from fastdiff.families.flux import PATCH, TOKENS
 from fastdiff.families.unet import lora_scale
+from fastdiff.kernels.residual import residual
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.flux_control import ControlConditions, FluxControl, borrow_flux_control
 from fastdiff.runtime.denoiser import Denoiser, denoiser
@@ -61,9 +64,10 @@ def _scale(*_: Any, joint_attention_kwargs: Any = None, **__: Any) -> float:
 
 
 def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
-    """One step."""
+    """One step, without convolutions of the control picture, and the sum of its residuals with a
+    stream of the transformer."""
     network: Any = net.network
-    bare: FluxControl = without_memory(network)
+    bare: FluxControl = without_memory(replace(network, hint=None))
     weight, axes, count = bare.embed.weight, len(bare.rotary.axes), (sizes.side // PATCH) ** 2
     latents = empty(weight, 1, count, bare.channels)
     given = ControlConditions(
@@ -75,7 +79,8 @@ def _planned(net: Denoiser, sizes: Sizes) -> list[Run]:
         empty(weight, 1, count, bare.cond.weight.shape[1]),
         None if bare.modes is None else empty(weight, 1, 1).long(),
     )
-    return [call(bare, given, latents)]
+    stream = empty(weight, 1, count, len(weight))
+    return [call(bare, given, latents), partial(residual, stream, stream)]
 
 
 def _taken(name: str, component: Any) -> Taken:
@@ -84,4 +89,8 @@ def _taken(name: str, component: Any) -> Taken:
 
 
 CONTROL = Kind(_borrow, _call, _planned, scale=_scale)
-FAMILY = Family(models=("FluxControlNetModel",), taken=_taken)
+FAMILY = Family(
+    models=("FluxControlNetModel",),
+    taken=_taken,
+    left={"input_hint_block": "small convolutions of the control picture"},
+)

@@ -35,7 +35,8 @@ class ControlConditions(NamedTuple):
     guidance: Tensor | None
     """[B] the distilled guidance, if the network takes one."""
     controlnet_cond: Tensor | None
-    """[B, L, C] the control picture, packed as the latents."""
+    """[B, L, C] the control picture, packed as the latents; [B, 3, Y, X] pixels for a network with
+    convolutions of its own."""
     controlnet_mode: Tensor | None
     """[B, 1] the kind of the control picture, for a network that takes several kinds."""
 
@@ -65,6 +66,11 @@ class FluxControl(FluxBlocks):
     """The control picture's embedding."""
     outs: tuple[Weights, ...]
     """A linear layer for each block's result."""
+    hint: Any
+    """diffusers' convolutions of the control picture's pixels, which are called rather than
+    borrowed; None if it comes packed."""
+    patch: int
+    """The rows and columns that become a token, of what they make."""
     modes: Tensor | None
     """[kinds, D] the token before the text for each kind of control picture."""
 
@@ -78,12 +84,10 @@ class FluxControl(FluxBlocks):
         own, count = self.check_trunk(latents, given.encoder_hidden_states, copies)
         weight, wide = self.embed.weight, self.time_text.text.first.weight.shape[1]
         pooled = checked("pooled_projections", given.pooled_projections, weight, wide, 2)
-        cond = checked(
-            "controlnet_cond", given.controlnet_cond, weight, self.cond.weight.shape[1], 3
-        )
+        channels, dim = (self.cond.weight.shape[1], 3) if self.hint is None else (3, 4)
+        cond = checked("controlnet_cond", given.controlnet_cond, weight, channels, dim)
         for name, told in (("pooled_projections", pooled), ("controlnet_cond", cond)):
             check_count(name, told, latents, copies)
-        require(cond.shape[1] == own, f"controlnet_cond of {cond.shape[1]} tokens, not {own}")
         check_positions("img_ids", given.img_ids, weight, own, self.rotary)
         check_positions("txt_ids", given.txt_ids, weight, count, self.rotary)
         takes = self.time_text.guidance is not None
@@ -117,6 +121,9 @@ class FluxControl(FluxBlocks):
             kind = F.embedding(given.controlnet_mode, self.modes)
             made = made._replace(text=torch.cat((kind, made.text), dim=1))
         with scope("picture"):
+            cond = cond if self.hint is None else self._packed(self.hint(cond))
+            own = len(given.img_ids)
+            require(cond.shape[1] == own, f"controlnet_cond of {cond.shape[1]} tokens, not {own}")
             picture = linear(cond.contiguous(), self.cond.weight, self.cond.bias)
             if self.embed.bias is not None:
                 picture = picture + self.embed.bias
@@ -129,6 +136,14 @@ class FluxControl(FluxBlocks):
         blocks, then of the others.
         """
         return torch.stack(self.residuals(x, row, constants))
+
+    def _packed(self, picture: Tensor) -> Tensor:
+        """[B, C, Y, X] -> [B, L, C·patch²]"""
+        count, channels, y, x = picture.shape
+        side = self.patch
+        require(y % side == x % side == 0, f"a control picture of {y}×{x} in patches of {side}")
+        parts = picture.reshape(count, channels, y // side, side, x // side, side)
+        return parts.permute(0, 2, 4, 1, 3, 5).reshape(count, (y // side) * (x // side), -1)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -151,7 +166,7 @@ class FluxControl(FluxBlocks):
 def borrow_flux_control(module: Any, loan: Loan) -> FluxControl:
     """Borrow a FluxControlNetModel's weights; raises Unsupported for other structures."""
     net, rows = loan.open(module, "FluxControlNetModel"), Columns(loan)
-    require(net.input_hint_block is None, "convolutions of the control picture")
+    hint = net.input_hint_block
     width, layers = net.inner_dim, loan.each(net.transformer_blocks)
     alone = loan.each(net.single_transformer_blocks)
     blocks = tuple(borrow_flux_block(layer, loan, rows, width) for layer in layers)
@@ -169,6 +184,8 @@ def borrow_flux_control(module: Any, loan: Loan) -> FluxControl:
         time_text=borrow_time_text(net.time_text_embed, loan),
         cond=loan.linear(net.controlnet_x_embedder),
         outs=tuple(map(loan.linear, outs)),
+        hint=None if hint is None else loan.called(hint),
+        patch=loan.config(module).patch_size,
         modes=loan.table(net.controlnet_mode_embedder) if net.union else None,
     )
     loan.seal()

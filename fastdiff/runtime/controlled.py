@@ -69,7 +69,11 @@ class Controlled:
 
     def hoist(self, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
         """Compute everything that does not depend on the latents, for all networks."""
-        rows, constants = self.network.hoist(given, timesteps, sides)
+        return self.beside(self.network.hoist(given, timesteps, sides), given, timesteps, sides)
+
+    def beside(self, own: Hoisted, given: Any, timesteps: Tensor, sides: Sequence[int]) -> Hoisted:
+        """`hoist`, where the network's own part is there already."""
+        rows, constants = own
         told = [given.controls[place] for place in self.places]
         made = [
             net.hoist(control.beside(given), timesteps, sides)
@@ -126,6 +130,33 @@ def _sum(made: list[Tensor], more: list[Tensor]) -> list[Tensor]:
     if not made or not more:
         return made or more
     return [residual(*both) for both in zip(made, more, strict=True)]
+
+
+def hoist(
+    network: Any,
+    before: tuple[Any, Hoisted] | None,
+    given: Any,
+    timesteps: Tensor,
+    sides: Sequence[int],
+) -> Hoisted:
+    """`network.hoist`, but for what is there already.
+
+    before: a network that was told the same, and what it hoisted: of the network itself with other
+    ControlNets or none, or of any other.
+    """
+    if before is None or _bare(before[0]) is not _bare(network):
+        made: Hoisted = network.hoist(given, timesteps, sides)
+        return made
+    other, own = before
+    if isinstance(other, Controlled):
+        own = Hoisted(own.rows.own, own.constants.own)
+    if isinstance(network, Controlled):
+        return network.beside(own, given, timesteps, sides)
+    return own
+
+
+def _bare(network: Any) -> Any:
+    return network.network if isinstance(network, Controlled) else network
 
 
 def controlled(

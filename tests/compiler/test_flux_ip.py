@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers import (
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
+from small import FLUX
 
 import fastdiff
 from fastdiff.runtime.recordings import made
@@ -73,6 +79,14 @@ def test_two_adapters_beside_true_guidance(flux, hold):
     other = two | {"negative_ip_adapter_image_embeds": two["ip_adapter_image_embeds"]}
     second = hold(flux, "plan", STEP, prompt=["red", "blue"], **CALL, **true, **other)
     assert not np.allclose(first, second)
+
+
+def test_beside_a_controlnet(components_flux, hold, picture, shaken):
+    config = FLUX | {"num_layers": 1, "num_single_layers": 1}
+    net = shaken(FluxControlNetModel(**config))
+    pipe = load(FluxControlNetPipeline(**components_flux(), controlnet=net), 1)
+    call = CALL | {"width": 16, "control_image": picture(), "negative_prompt": "blue"}
+    hold(pipe, "plan", STEP, **call, **pictures(0), true_cfg_scale=3.0)
 
 
 def test_beside_a_picture_of_kontext(components_flux, hold):
