@@ -64,8 +64,8 @@ LONGEST = (
     "test_ahead.py",
 )
 """Files that take 15 seconds or more, the longest first: if one of them started last, all workers
-would wait for it. test_onnx.py makes exports that some of the others read, so the second file is one
-that reads none."""
+would wait for it. test_onnx.py makes exports that some of the others read, so the second file reads
+none."""
 POSITION = {name: position for position, name in enumerate(LONGEST)}
 
 

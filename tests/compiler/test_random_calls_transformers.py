@@ -1,4 +1,5 @@
-"""Random calls of AuraFlow, Z-Image and Qwen-Image, each against the eager pipeline."""
+"""Random calls of AuraFlow, Z-Image, Qwen-Image and FLUX with a ControlNet, each against the eager
+pipeline."""
 
 import random
 from unittest.mock import patch
@@ -7,7 +8,7 @@ import diffusers
 import pytest
 import torch
 from random_calls import adapt, add_adapters, callback_of, single_draws
-from small import AURAFLOW, QWEN, ZIMAGE, noisy
+from small import AURAFLOW, FLUX, QWEN, ZIMAGE, noisy
 
 import fastdiff
 from fastdiff.kernels.contract import judge
@@ -21,6 +22,7 @@ TARGETS = {
     "auraflow": ["to_q", "add_v_proj", "to_out.0", "linear_1", "norm1.linear", "context_embedder"],
     "zimage": ["to_q", "to_v", "to_out.0", "w1", "w2"],
     "qwen": ["to_q", "add_v_proj", "to_out.0", "img_mlp.net.2", "txt_in"],
+    "controlnet": ["to_q", "add_v_proj", "to_out.0", "proj_mlp", "x_embedder"],
 }
 
 
@@ -35,6 +37,14 @@ def make(kind):
     elif kind == "zimage":
         net = noisy(diffusers.ZImageTransformer2DModel(**ZIMAGE))
         pipe = diffusers.ZImagePipeline(scheduler, vae, None, None, net)
+    elif kind == "controlnet":
+        net = noisy(diffusers.FluxTransformer2DModel(**FLUX | {"guidance_embeds": True}))
+        control = noisy(diffusers.FluxControlNetModel(**FLUX | {"num_layers": 1}))
+        small = {"norm_num_groups": 4, "latent_channels": 4, "shift_factor": 0.1}
+        vae = diffusers.AutoencoderKL(block_out_channels=(8,), **small).eval()
+        encoders = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        given = {"transformer": net, "controlnet": control, "scheduler": scheduler}
+        pipe = diffusers.FluxControlNetPipeline(vae=vae, **given, **encoders)
     else:
         net = noisy(diffusers.QwenImageTransformer2DModel(**QWEN))
         small = {"base_dim": 8, "z_dim": 4, "dim_mult": [1], "num_res_blocks": 1}
@@ -58,12 +68,21 @@ def random_call(dice):
         "adapters": dice.choice([{}, {"one": 1.0}, {"two": 0.5}, {"one": 0.7, "two": -0.4}]),
         "scale": dice.choice([None, None, 0.5]),
         "callback": dice.choice([None, None, "looks", "changes"]),
+        "controls": (dice.choice([0.0, 0.4]), dice.choice([0.6, 1.0]), dice.choice([0.0, 0.3, 1])),
     }
 
 
 def texts(kind, call, noise):
     """Prompt embeddings in the form that this pipeline takes, of up to 40 tokens."""
     found = {}
+    if kind == "controlnet":
+        tokens, size = call["lengths"][0], call["size"]  # a latent is a pixel
+        for name in ("", "negative_"):
+            found[f"{name}prompt_embeds"] = noise(call["images"], tokens, 20)
+            found[f"{name}pooled_prompt_embeds"] = noise(call["images"], 32)
+        starts = ("control_guidance_start", "control_guidance_end", "controlnet_conditioning_scale")
+        found |= dict(zip(starts, call["controls"], strict=True))
+        return found | {"control_image": noise(1, 3, *size).tanh(), "guidance_scale": 3.5}
     for name, used in zip(("prompt", "negative_prompt"), call["lengths"], strict=True):
         text, mask = noise(1, 40, 20), torch.arange(40)[None] < used
         if kind == "zimage":
@@ -85,27 +104,28 @@ def draw(pipe, call):
     generator, dtype = torch.Generator().manual_seed(call["seed"]), pipe.transformer.dtype
     given = texts(kind, call, lambda *shape: torch.randn(shape, generator=generator).to(dtype))
     if call["scale"]:
-        name = "joint_attention_kwargs" if kind == "zimage" else "attention_kwargs"
+        joint = kind in ("zimage", "controlnet")
+        name = "joint_attention_kwargs" if joint else "attention_kwargs"
         given[name] = {"scale": call["scale"]}
-    given["true_cfg_scale" if kind == "qwen" else "guidance_scale"] = call["guidance_scale"]
+    true = kind in ("qwen", "controlnet")
+    given["true_cfg_scale" if true else "guidance_scale"] = call["guidance_scale"]
     with patch.object(torch, "randn", single_draws):
         return pipe(
             **given,
             **callback_of(call),
             height=call["size"][0] * pipe.vae_scale_factor,
             width=call["size"][1] * pipe.vae_scale_factor,
-            num_images_per_prompt=call["images"],
+            num_images_per_prompt=1 if kind == "controlnet" else call["images"],
             num_inference_steps=call["steps"],
             generator=generator,
             output_type="latent",
         ).images.double()
 
 
-@pytest.mark.parametrize("calls", [6, pytest.param(150, marks=pytest.mark.product)])
+@pytest.mark.parametrize("calls", [8, pytest.param(150, marks=pytest.mark.product)])
 def test_random_calls(calls):
     """Each is within the error budget and runs as a plan, unless it has a callback: then diffusers'
-    loop runs in AuraFlow and Z-Image; in Qwen-Image only if it may see a history or change a text.
-    """
+    loop runs; in Qwen-Image only if the callback may see a history or change a text."""
     seed = 20261129
     dice = random.Random(seed)
     pipes = {kind: (fastdiff.compile(make(kind)), make(kind)) for kind in TARGETS}

@@ -60,6 +60,8 @@ CASES = (
     Case("sdxl-32-part", B=2, L=64, N=5120, bias=True),
     Case("demo-16", B=2, L=256, N=256, spread=3.0),
     Case("auraflow-part", B=2, L=16, N=8192, act="silu"),
+    # FLUX.2's single-stream blocks, beside queries, keys and values
+    Case("flux2-part", B=1, L=16, N=18432, beside=18432, act="silu_first"),
     # difficult
     Case("wide-gates", B=1, L=64, N=256, spread=20.0),
     Case("small-gates", B=1, L=64, N=256, spread=1e-3),
