@@ -19,9 +19,14 @@ from exact import as_eager
 from small import FLUX
 
 import fastdiff
+from fastdiff.compiler.own_size import own_size
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
+from fastdiff.families.flux import DENOISED
+from fastdiff.models.flux_control import Control, ControlConditions
+from fastdiff.runtime.controlled import Controlled
+from fastdiff.runtime.planned import kernels_of, step, without_memory
 from fastdiff.runtime.recordings import made
 
 STEP = 5e-6
@@ -271,3 +276,19 @@ def test_a_controlnet_that_is_gone_is_not_kept(components_flux, net, hold, contr
     assert kept() is None
     hold(second, "plan", STEP, **call)
     assert made() == before
+
+
+def test_kernels_are_planned_ahead(components_flux, net):
+    """All that a step of both networks launches."""
+    half = torch.float16
+    pipe = FluxControlNetPipeline(**components_flux(half), controlnet=net(dtype=half))
+    fastdiff.compile(pipe)
+    sizes, slots = own_size(pipe), [slot_of(pipe.transformer), slot_of(pipe.controlnet)]
+    planned = [run for slot in slots for run in slot.kind.planned(slot.network, sizes)]
+    own, control = (without_memory(slot.network.network) for slot in slots)
+    given, latents = DENOISED.picture(own, sizes.side, 1)
+    told = ControlConditions(None, None, None, None, given.guidance, latents, None)
+    given = given._replace(controls=(Control(told, (1.0,)),))
+    both = Controlled(own, (weakref.ref(control),), (0,), control.counts)
+    found = kernels_of(planned, 90)
+    assert len(kernels_of([*planned, step(both, given, latents)], 90)) == len(found) > 0

@@ -19,6 +19,7 @@ from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.export import onnx, parity, shapes
 from fastdiff.export.parts import parts
+from fastdiff.families.flux import FAMILY
 
 VAE = {
     "block_out_channels": (8, 16),
@@ -123,6 +124,19 @@ def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, true
     loop = loop_of(other)
     assert (slot_of(other.transformer).fast, loop.planned) == (3, 1), loop.own
     assert fastdiff.report(other).parts[0].runs == backend
+
+
+def test_channels_beside_the_latents(tmp_path):
+    """FLUX.1's Fill and Control, whose networks predict fewer channels than they are given."""
+    config = FLUX | ONE | {"in_channels": 24, "out_channels": 16}
+    net = noisy(FluxTransformer2DModel(**config))
+    part = FAMILY.denoised.part("transformer", net, torch.float32)
+    onnx.write(part, tmp_path, onnx.ORT_OPSET, print)
+    session = parity.Session(tmp_path / part.file, torch.device("cpu"))
+    rows = parity.verify_part(part, session)
+    assert len(rows) == len(part.cases) * len(parity.TIMESTEPS)
+    assert all(row.passed for row in rows), rows
+    assert "guidance" not in [port.name for port in part.inputs]
 
 
 def test_an_engine_has_the_shapes_that_a_pipeline_uses(pipe):
