@@ -126,6 +126,7 @@ def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, true
     assert fastdiff.report(other).parts[0].runs == backend
 
 
+@pytest.mark.slow  # traces a network of its own
 def test_channels_beside_the_latents(tmp_path):
     """FLUX.1's Fill and Control, whose networks predict fewer channels than they are given."""
     config = FLUX | ONE | {"in_channels": 24, "out_channels": 16}
