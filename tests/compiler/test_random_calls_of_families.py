@@ -313,6 +313,8 @@ def test_random_calls(name, calls, families):
         # adapters are merged in float32
         adapted_in_float32 = call["adapters"] and hasattr(plan, "unet")
         assert off <= (1e-4 if adapted_in_float32 else 1e-8), f"{name}, call {at}: {call}: {off}"
-    whole = 3 if name == "unCLIP" else 1
-    assert loop_of(plan).planned >= whole * (calls - raised), loop_of(plan).own
+    whole, loop = 3 if name == "unCLIP" else 1, loop_of(plan)
+    # diffusers' loop runs if a scheduler ignores the variance that the network learned
+    ignored = loop.own["the scheduler is given a variance and does not read it"]
+    assert loop.planned + ignored >= whole * (calls - raised), loop.own
     assert raised <= calls / 2
