@@ -23,7 +23,7 @@ _TEXTS = "encoder_hidden_states", "pooled_projections"
 _SEVERAL = "FluxMultiControlNetModel"
 
 
-def guidance_of(network: Any, scale: Any, latents: Tensor) -> Tensor | None:
+def distilled_guidance(network: Any, scale: Any, latents: Tensor) -> Tensor | None:
     """[B] the distilled guidance that a loop tells a network of diffusers, if it embeds one."""
     if not network.config.guidance_embeds:
         return None
@@ -41,7 +41,7 @@ def controls_of(
     if not plan.controls:
         return ()
     nets, latents = _listed(getattr(pipe, plan.controls)), local[plan.latents]
-    guidance = guidance_of(nets[0], local["guidance_scale"], latents)
+    guidance = distilled_guidance(nets[0], local["guidance_scale"], latents)
     # without a half of its own, its text is the transformer's
     text, pooled = (local[plan.conditions[name]] if guided else None for name in _TEXTS)
     scales = _scales(local, len(local["timesteps"]))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.compiler.controls import controls_of, guidance_of
+from fastdiff.compiler.controls import controls_of, distilled_guidance
 from fastdiff.compiler.guidance import Predictions
 from fastdiff.models import Unsupported
 from fastdiff.models.blocks import require
@@ -65,7 +65,7 @@ def conditions_of(
         require(len(constant) == whole, f"constant channels of {len(constant)} for {whole} inputs")
         given["constant_channels"] = _shared(constant, guided, len(latents))
     if plan.distilled:
-        given["guidance"] = guidance_of(network, local[plan.distilled], latents)
+        given["guidance"] = distilled_guidance(network, local[plan.distilled], latents)
     if plan.controls:
         given["controls"] = controls_of(pipe, plan, local, guided)
     return given | carried(pipe, plan) | dict(plan.fixed)

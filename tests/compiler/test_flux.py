@@ -20,6 +20,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from flux_calls import SIZE, draw
 from small import FLUX
 
 import fastdiff
@@ -28,19 +29,11 @@ from fastdiff.runtime.recordings import made
 
 STEP = 5e-6
 """Relative error: diffusers computes the rotary embedding and the scheduler in float32."""
-SIZE = {"height": 16, "width": 12, "max_sequence_length": 9}
 
 
 @pytest.fixture
 def flux(components_flux):
     return FluxPipeline(**components_flux())
-
-
-def draw(pipe, **options):
-    pipe.set_progress_bar_config(disable=True)
-    given = {"prompt": "red heart", "num_inference_steps": 3, "output_type": "latent"}
-    given["generator"] = torch.Generator().manual_seed(5)
-    return pipe(**given | SIZE | options).images
 
 
 # Texts

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from exact import as_eager
+from flux_calls import SIZE, draw
 from small import FLUX
 
 import fastdiff
@@ -31,7 +32,6 @@ from fastdiff.runtime.recordings import made
 
 STEP = 5e-6
 """Relative error where heads are turned and the scheduler computes in float32."""
-SIZE = {"height": 16, "width": 12, "max_sequence_length": 9}
 TRUE = {"true_cfg_scale": 3.0, "negative_prompt": "blue"}
 
 
@@ -55,13 +55,6 @@ def control(picture):
 @pytest.fixture
 def flux(components_flux, net):
     return FluxControlNetPipeline(**components_flux(), controlnet=net())
-
-
-def draw(pipe, **options):
-    pipe.set_progress_bar_config(disable=True)
-    given = {"prompt": "red heart", "num_inference_steps": 3, "output_type": "latent"}
-    given["generator"] = torch.Generator().manual_seed(5)
-    return pipe(**given | SIZE | options).images
 
 
 def fast(pipe):

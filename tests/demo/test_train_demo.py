@@ -275,17 +275,23 @@ def test_the_unconditional_loss_is_algorithm_1():
     assert abs(blind - 1) < 0.02  # the noise's own variance
 
 
+def trained(*options):
+    """The losses that a run of the command prints, and its arguments."""
+    told = [*options, "--batch", "8", "--device", "cpu"]
+    result = CliRunner().invoke(main.command, told)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()[1:-1]
+    return [float(line.split("loss")[1].split()[0]) for line in lines], told
+
+
 def test_a_short_unconditional_run_learns_and_is_drawn_by_fastdiff(glyphs, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "find_font", lambda given: given)
     monkeypatch.setattr(data, "read_glyphs", lambda font: glyphs.items())
     monkeypatch.setattr(loop, "minutes", lambda minutes: loop.steps(15))
     monkeypatch.setattr(unconditional, "STEPS", 2)
     monkeypatch.setitem(unconditional.CONFIG, "block_out_channels", (16, 32))
-    told = ["--unconditional", "--out", str(tmp_path), "--batch", "8", "--device", "cpu"]
-    result = CliRunner().invoke(main.command, told)
-    assert result.exit_code == 0, result.output
+    losses, _ = trained("--unconditional", "--out", str(tmp_path))
     assert Image.open(tmp_path / "sheet.png").size == (1024, 288)
-    losses = [float(line.split("loss")[1].split()[0]) for line in result.output.splitlines()[1:-1]]
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
     pipe = DDPMPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
@@ -357,11 +363,8 @@ def test_a_short_upscaling_run_learns_and_writes_its_network(glyphs, tmp_path, m
     monkeypatch.setattr(loop, "minutes", lambda minutes: loop.steps(30))
     monkeypatch.setattr(upscale, "COPIES", 2)
     monkeypatch.setitem(upscale.CONFIG, "block_out_channels", (16, 32))
-    told = ["--upscale", "--out", str(tmp_path), "--batch", "8", "--device", "cpu"]
-    result = CliRunner().invoke(main.command, told)
-    assert result.exit_code == 0, result.output
+    losses, told = trained("--upscale", "--out", str(tmp_path))
     assert Image.open(tmp_path / "sheet.png").size == (1024, 576)
-    losses = [float(line.split("loss")[1].split()[0]) for line in result.output.splitlines()[1:-1]]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     assert unet.config.block_out_channels == [16, 32]

@@ -15,7 +15,6 @@ from typing import Annotated
 
 import torch
 import typer
-from PIL import Image
 from torch import Tensor, nn
 
 import fastdiff
@@ -40,12 +39,9 @@ def train_autoencoder(
         print_row("autoencoder", rows[-1])
         if len(rows) % TICKS_PER_SHEET == 0:
             some = images[:: len(images) // 8][:8]
-            pairs = torch.cat([some, networks.reconstruct(made.vae, some)[0]]).cpu()
-            arrays = pairs.permute(0, 2, 3, 1).numpy()
+            pairs = torch.cat([some, networks.reconstruct(made.vae, some)[0]])
             labels = ["picture"] * len(some) + ["reconstruction"] * len(some)
-            networks.write_sheet(
-                out / "autoencoder.png", [Image.fromarray(a) for a in arrays], labels
-            )
+            networks.write_sheet(out / "autoencoder.png", networks.as_images(pairs), labels)
 
     def loss(generator: torch.Generator) -> Tensor:
         return networks.autoencoder_loss(made.vae, images, generator, batch=16)

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,12 @@ def fold_statistics(vae: Any, latents: Tensor) -> None:
     decoder.weight *= deviation[None, :, None, None]
 
 
+def spread(batch: int, total: int, generator: torch.Generator) -> Tensor:
+    """Timesteps [batch] below `total`, stratified: one from each of `batch` equal ranges."""
+    place = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    return (place * total).long().clamp(max=total - 1)
+
+
 def diffusion_loss(
     networks: Networks,
     latents: Tensor,
@@ -126,11 +133,10 @@ def diffusion_loss(
     pick = torch.randint(len(latents), (batch,), generator=generator)
     caption = torch.randint(captions.shape[1], (batch,), generator=generator)
     emptied = torch.rand(batch, 1, generator=generator) < 0.1
-    place = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    t = spread(batch, total, generator).to(device)
     noise = torch.randn(batch, *latents.shape[1:], generator=generator).to(device)
     empty = networks.tokenizer("", padding="max_length", return_tensors="pt").input_ids
     ids = torch.where(emptied, empty, captions[pick, caption]).to(device)
-    t = (place * total).long().clamp(max=total - 1).to(device)
     x = latents[pick.to(device)]
     noisy, target = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
     with autocast(device):
@@ -165,6 +171,11 @@ def draw(networks: Networks, prompts: Sequence[str], seed: int = 0) -> list[Imag
     return pictures
 
 
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """uint8 [N, 3, Y, X] as Pillow's pictures."""
+    return [Image.fromarray(array) for array in pictures.permute(0, 2, 3, 1).cpu().numpy()]
+
+
 def write_sheet(path: Path, pictures: Sequence[Image.Image], labels: Sequence[str]) -> None:
     """Write the pictures at twice their size in rows of eight, each above its label, as a PNG."""
     width, height, columns = 128, 144, 8
@@ -182,15 +193,21 @@ def write_sheet(path: Path, pictures: Sequence[Image.Image], labels: Sequence[st
 
 def write_folder(networks: Networks, folder: Path) -> None:
     """Save float16 weights as a diffusers folder; replaces an existing one."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     halves = {
         name: deepcopy(getattr(networks, name)).half() for name in ("text_encoder", "vae", "unet")
     }
-    pipeline(Networks(networks.tokenizer, scheduler=networks.scheduler, **halves)).save_pretrained(
-        unfinished
-    )
-    # transformers 5 saves only tokenizer.json; older versions read vocab.json and merges.txt
-    shutil.copytree(DEMO_FOLDER / "tokenizer", unfinished / "tokenizer", dirs_exist_ok=True)
+    half = Networks(networks.tokenizer, scheduler=networks.scheduler, **halves)
+    with replacing(folder) as unfinished:
+        pipeline(half).save_pretrained(unfinished)
+        # transformers 5 saves only tokenizer.json; older versions read vocab.json and merges.txt
+        shutil.copytree(DEMO_FOLDER / "tokenizer", unfinished / "tokenizer", dirs_exist_ok=True)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A path to write a new folder to, which replaces `folder` after the block."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)

@@ -4,8 +4,6 @@ Ho et al. 2020 (https://arxiv.org/abs/2006.11239): `loss` is Algorithm 1, traini
 sampling, is what `DDPMPipeline` runs, and what fastdiff makes fast.
 """
 
-import os
-import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -52,9 +50,8 @@ def loss(unet: Any, images: Tensor, generator: torch.Generator, batch: int) -> T
     scheduler: Any = DDPMScheduler()
     device, total = images.device, scheduler.config.num_train_timesteps
     pick = torch.randint(len(images), (batch,), generator=generator)
-    place = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    t = networks.spread(batch, total, generator).to(device)
     noise = torch.randn(batch, *images.shape[1:], generator=generator).to(device)
-    t = (place * total).long().clamp(max=total - 1).to(device)
     noisy = scheduler.add_noise(networks.scaled(images[pick.to(device)]), noise, t)
     with networks.autocast(device):
         predicted = unet(noisy, t).sample
@@ -86,8 +83,5 @@ def write_sheet(unet: Any, path: Path, seed: int = 0) -> None:
 
 def write_folder(unet: Any, folder: Path) -> None:
     """Save float16 weights as a diffusers folder; replaces an existing one."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline(deepcopy(unet).half()).save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    with networks.replacing(folder) as unfinished:
+        pipeline(deepcopy(unet).half()).save_pretrained(unfinished)

@@ -5,8 +5,6 @@ much (its class) and what the picture shows (its text). Autoencoder, text encode
 the demo's and stay what they are.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -101,10 +99,9 @@ def loss(pipe: Any, known: Pairs, generator: torch.Generator, batch: int) -> Ten
     pick = torch.randint(len(known.small), (batch,), generator=generator)
     caption = torch.randint(known.texts.shape[1], (batch,), generator=generator)
     emptied = torch.rand(batch, 1, 1, generator=generator) < 0.1
-    place = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    t = networks.spread(batch, total, generator).to(device)
     level = torch.randint(pipe.config.max_noise_level + 1, (batch,), generator=generator).to(device)
     noise = torch.randn(batch, 7, *known.latents.shape[2:], generator=generator).to(device)
-    t = (place * total).long().clamp(max=total - 1).to(device)
     pick = pick.to(device)
     text = known.texts[pick % len(known.texts), caption.to(device)]
     text = torch.where(emptied.to(device), known.empty, text)
@@ -145,13 +142,9 @@ def enlarged(pipe: Any, small: Tensor, names: Sequence[str]) -> Tensor:
 
 def bicubic(small: Tensor) -> Tensor:
     """uint8 [N, 3, 16, 16] -> [N, 3, 64, 64], by Pillow."""
-    large = [np.asarray(p.resize((64, 64), Image.Resampling.BICUBIC)) for p in as_images(small)]
+    images = networks.as_images(small)
+    large = [np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2)
-
-
-def as_images(pictures: Tensor) -> list[Image.Image]:
-    """uint8 [N, 3, Y, X] as Pillow's pictures."""
-    return [Image.fromarray(array) for array in pictures.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def write_sheet(pipe: Any, pictures: data.Pictures, path: Path) -> None:
@@ -166,13 +159,10 @@ def write_sheet(pipe: Any, pictures: data.Pictures, path: Path) -> None:
         "true, 64x64": large,
     }
     labels = [label for label in rows for _ in some]
-    networks.write_sheet(path, as_images(torch.cat([*rows.values()])), labels)
+    networks.write_sheet(path, networks.as_images(torch.cat([*rows.values()])), labels)
 
 
 def write_folder(unet: Any, folder: Path) -> None:
     """Save float16 weights as a folder of diffusers; replaces an existing one."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    deepcopy(unet).half().save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    with networks.replacing(folder) as unfinished:
+        deepcopy(unet).half().save_pretrained(unfinished)
