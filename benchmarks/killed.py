@@ -27,9 +27,9 @@ from pathlib import Path
 from PIL import Image
 
 COLOURS = ("red", "yellow", "green", "blue", "purple", "black", "white", "orange", "pink", "brown")
+THINGS = ("heart", "car", "sunflower", "cat", "house", "fish", "apple", "moon", "tree", "hat")
 LATE = "timed out during startup"
 """Of Ray's own error."""
-THINGS = ("heart", "car", "sunflower", "cat", "house", "fish", "apple", "moon", "tree", "hat")
 
 
 def prompts(path: Path, rows: int) -> None:
