@@ -2,16 +2,16 @@
 pipeline."""
 
 import random
+from functools import partial
 from unittest.mock import patch
 
 import diffusers
 import pytest
 import torch
-from random_calls import adapt, add_adapters, callback_of, single_draws
+from random_calls import adapt, add_adapters, callback_of, exact_steps, judged, single_draws
 from small import AURAFLOW, FLUX, QWEN, ZIMAGE, noisy
 
 import fastdiff
-from fastdiff.kernels.contract import judge
 
 SCHEDULERS = {
     "Euler": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
@@ -99,6 +99,8 @@ def draw(pipe, call):
     """The latents of a call."""
     kind, (cls, options) = call["kind"], SCHEDULERS[call["scheduler"]]
     pipe.scheduler = cls(**options)
+    if pipe.transformer.dtype == torch.float64:
+        exact_steps(pipe.scheduler)
     adapt(pipe.transformer, call["adapters"])
     torch.manual_seed(call["seed"])  # its schedulers use the global generator
     generator, dtype = torch.Generator().manual_seed(call["seed"]), pipe.transformer.dtype
@@ -137,8 +139,9 @@ def test_random_calls(calls):
         unused = call["guidance_scale"] <= 1  # a callback may then change the call's own tensor
         left = kind != "qwen" or call["scheduler"] == "LCM" or unused
         shows += bool(call["callback"]) and left
-        got, single, truth = (draw(pipe, call) for pipe in (*pipes[kind], exact[kind]))
-        verdict = judge("latents", got.float(), single, truth)
+        plan, eager = pipes[kind]
+        got, truth = draw(plan, call), draw(exact[kind], call)
+        verdict = judged(got, partial(draw, eager, call), truth)
         if not verdict.passed:
             outside.append((at, call, verdict))
     assert not outside, f"seed {seed}: {len(outside)} of {calls}: {outside[0]}"
