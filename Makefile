@@ -17,7 +17,8 @@ GPU_PYTHON = $(if $(HAS_TORCH),$(PYTHON),$(BIN)/python)
 bench: .venv/ready
 	$(BIN)/fastdiff bench
 
-# products of cases by a pairwise cover (tests/covered.py); test-all runs all of each
+# products of cases by a pairwise cover (tests/covered.py); test-all, which .ci/run calls, runs all
+# of each, and the tests that take long
 test: .venv/ready
 	$(PYTEST) -m "not slow and not product"
 

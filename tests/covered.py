@@ -14,9 +14,9 @@ Put cheap combinations, and every boundary that has found a fault, in `always`. 
 out combinations that do not exist. Two axes have no smaller pairwise cover than their product:
 `together=1` then asks for every value of each axis at least once.
 
-`first_of_each` is for parameters of which many are alike, but which are not a product. A whole test
-that `make test` need not run, because a cheaper test, which a comment names, fails with it, is
-marked `@pytest.mark.product` directly.
+`first_of_each` is for parameters of which many are alike, but which are not a product. Some whole
+tests are marked `@pytest.mark.product` directly: because a cheaper test, which a comment names,
+fails with them, or because they take long and guard what few changes touch.
 """
 
 import itertools

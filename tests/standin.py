@@ -437,8 +437,9 @@ class Gpu:
     def _sweep(self) -> None:
         """Find the memory that was freed."""
         pooled = {id(pool.memory) for pool in self.pools.values()}
+        expired = torch.UntypedStorage._expired  # weak.expired() calls it by way of two functions
         for key, (weak, memory) in list(self.known.items()):
-            if weak.expired():
+            if expired(weak.cdata):
                 del self.known[key]
                 if id(memory) not in pooled:
                     self.free.append(memory)

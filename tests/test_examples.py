@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import torch
 from command import environment
 from PIL import Image
@@ -18,6 +19,8 @@ import fastdiff
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+# starts two processes; compiler/test_ranks.py divides a batch
+@pytest.mark.product
 def test_data_parallel_divides_the_prompts_between_two_processes(demo, tmp_path):
     """Two processes with accelerate, over gloo, draw what a single one draws."""
     with socket.socket() as free:

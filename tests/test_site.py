@@ -243,6 +243,8 @@ sys.exit(pytest.main([*options, "tests/kernels/test_triton.py"]))
 """
 
 
+# runs the kernels' tests in a copy of the project
+@pytest.mark.product
 def test_the_pages_kernel_passes_the_tests_of_all_kernels(added):
     paths = [str(added), *(path for path in sys.path if path.endswith("-packages"))]
     # -S skips site, so that an editable install does not come before the copy
@@ -300,7 +302,7 @@ def largest_of_each_kind(pages):
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param(largest_of_each_kind, id="largest of each kind"),
+        pytest.param(largest_of_each_kind, id="largest of each kind", marks=pytest.mark.product),
         pytest.param(list, id="all", marks=pytest.mark.product),
     ],
 )
@@ -313,6 +315,8 @@ def test_each_page_fits_a_phone(opened, built, chosen):
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390, name
 
 
+# each page is opened in the dark by the test above
+@pytest.mark.product
 @pytest.mark.browser
 @pytest.mark.parametrize(
     ("scheme", "width"), [("light", 1280), ("dark", 390)], ids=["light", "dark"]

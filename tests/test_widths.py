@@ -50,7 +50,7 @@ def shown(request, monkeypatch, tmp_path, small_folder):
     command = request.param
     if command == "bench":
         monkeypatch.setattr(bench_report, "show", each(bench_report.show))
-        names = ["eager", "channels_last", "fastdiff"]
+        names = ["eager", "fastdiff"]
         more = ("--backends", ",".join(names), "--rounds", "2")
         return names, bench_report.COLUMNS, out, ("bench", *short, *more, "--json", out)
     if command == "count":

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from command import run
+from covered import first_of_each
 from PIL import Image
 from small import AURAFLOW, DIT, FLUX, PIXART, QWEN, ZIMAGE, noisy
 
@@ -124,7 +125,7 @@ def timed(folder, *more):
     assert code == 0, (out, err)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", first_of_each(DRAWN, kind=lambda name: name in LOADED))
 def test_generate_and_bench_draw_as_diffusers_does(name, saved, tmp_path):
     folder, pipe = saved(DRAWN[name])
     if name in LOADED:

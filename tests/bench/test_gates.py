@@ -65,7 +65,7 @@ def test_eager_records_nothing_and_torch_compile_is_seen(small_demo):
     assert drawn(pipe, SIDE, SIDE, NOTHING).compilations >= 1
 
 
-@pytest.mark.parametrize("when", ["compile", "picture"])
+@pytest.mark.parametrize("when", ["picture", pytest.param("compile", marks=pytest.mark.product)])
 def test_memory_that_stays_allocated_is_counted(gated, healthy, monkeypatch, when):
     extra, kept = 4 << 20, []
     owner, name = (loop.Plans, "__init__") if when == "compile" else (loop.Run, "advance")

@@ -163,7 +163,7 @@ def test_an_ended_run_packs_what_its_parts_wrote(tmp_path, monkeypatch, number):
 
 
 # The same with the real parts, in half a minute.
-@pytest.mark.product
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ENDS)
 def test_an_ended_run_of_real_parts_leaves_what_it_found(tmp_path, number):
     run = make_gpu(tmp_path, "--only", "ceilings,cases", start_new_session=True)

@@ -31,6 +31,8 @@ def picture(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+# starts four processes; compiler/test_ranks.py has two ranks
+@pytest.mark.product
 def test_the_commands_of_the_parallel_page_draw_as_one_process_does(forked, tmp_path):
     """The pictures differ by at most one level of 8 bits; only the first rank writes and prints."""
     guided, divided = commands("parallel.md")

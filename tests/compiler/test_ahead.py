@@ -66,6 +66,8 @@ def test_the_first_call_waits_for_all_kernels_and_the_second_compile_finds_them(
     assert second == ["3 kernels: 3 in Triton's cache", "[]"]
 
 
+# a process that fails is a case of the same code as a plan that fails, below
+@pytest.mark.product
 def test_if_no_process_can_compile_the_picture_is_drawn_with_one_warning(python, tmp_path):
     code = 'sys.executable = shutil.which("false")' + PICTURE
     first, _ = (line.split("|") for line in python(code, tmp_path))

@@ -34,8 +34,8 @@ def eager(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("algorithm", "dtype"),
     [
-        ("winograd24", torch.float32),  # has the largest rounding errors
         # 5 s each; kernels/test_winograd.py and test_contract.py check each call of these
+        pytest.param("winograd24", torch.float32, marks=pytest.mark.product),
         pytest.param("direct", torch.float32, marks=pytest.mark.product),
         pytest.param("winograd22", torch.float32, marks=pytest.mark.product),
         pytest.param("direct", torch.bfloat16, marks=pytest.mark.product),

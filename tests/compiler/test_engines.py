@@ -126,11 +126,9 @@ ONE_LEVEL = {
 """A U-Net that never halves its picture takes half the time to export."""
 
 
-@pytest.mark.parametrize(
-    "backend",
-    # the same code exports for both, and the tests above read such a file with both
-    ["ort", pytest.param("openvino", marks=pytest.mark.product)],
-)
+# 9 s each; the tests above read files of a smaller U-Net with both
+@pytest.mark.product
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
 def test_compiling_sdxl_for_an_engine_exports_it(components, backend):
     parts = components(xl=True, dtype=torch.float32, unet=ONE_LEVEL)
     pipe = StableDiffusionXLPipeline(**parts)
@@ -140,6 +138,8 @@ def test_compiling_sdxl_for_an_engine_exports_it(components, backend):
     assert loop_of(pipe).planned == 2
 
 
+# makes an export; test_plan.py has an overflow without an engine
+@pytest.mark.product
 def test_after_an_overflow_in_float16_the_engine_runs_in_float32(components):
     pipe = StableDiffusionPipeline(**components(dtype=torch.float32), requires_safety_checker=False)
     with torch.no_grad():

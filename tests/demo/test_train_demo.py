@@ -121,6 +121,8 @@ def test_no_font_and_no_emoji_are_said_plainly(tmp_path):
         data.pictures([("a", Image.new("RGBA", (136, 128)))])
 
 
+# 8 s
+@pytest.mark.product
 def test_autoencoder_learns(glyphs, made, tmp_path):
     images = data.pictures(glyphs.items()).images[:8]
     _, before = networks.reconstruct(made.vae, images)
@@ -355,6 +357,8 @@ def test_copies_are_moved_a_little_on_white_and_every_other_one_is_mirrored():
         assert abs((x if index % 2 else 63 - x) - 10) <= upscale.SHIFT
 
 
+# 4 s
+@pytest.mark.product
 def test_a_short_upscaling_run_learns_and_writes_its_network(glyphs, tmp_path, monkeypatch):
     some = {**glyphs, "🆗": glyphs["❤"]}  # a button, which is left out of training
     monkeypatch.setattr(data, "find_font", lambda given: given)

@@ -22,6 +22,9 @@ from fastdiff.compiler.slot import slot_of
 from fastdiff.export import onnx, parity
 from fastdiff.export.parts import parts
 
+# test_flux.py exports a transformer and test_onnx.py a U-Net
+pytestmark = pytest.mark.product
+
 VAE = {
     "block_out_channels": (8, 16),
     "norm_num_groups": 4,

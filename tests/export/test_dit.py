@@ -26,6 +26,9 @@ from fastdiff.export import onnx, parity
 from fastdiff.export.parts import parts
 from fastdiff.families import family
 
+# test_flux.py exports a transformer and test_onnx.py a U-Net
+pytestmark = pytest.mark.product
+
 VAE = {
     "block_out_channels": (8, 16),
     "norm_num_groups": 4,

@@ -58,8 +58,7 @@ SCALE = 0.1
     params=[
         "small",
         pytest.param("demo", marks=pytest.mark.product),
-        pytest.param("sd15", marks=pytest.mark.product),
-        "sdxl",
+        pytest.param("sdxl", marks=pytest.mark.product),
     ],
 )
 def exported(request, export_onnx):

@@ -23,6 +23,9 @@ from fastdiff.export import onnx, parity, picture, shapes
 from fastdiff.export.parts import left_out, parts
 from fastdiff.families import family
 
+# test_flux.py exports a transformer and test_onnx.py a U-Net
+pytestmark = pytest.mark.product
+
 
 @pytest.fixture(scope="module")
 def pipe():

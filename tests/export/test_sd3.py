@@ -25,6 +25,9 @@ from fastdiff.export import parity, shapes
 from fastdiff.export.parts import parts
 from fastdiff.families.part import Patches
 
+# test_flux.py exports a transformer and test_onnx.py a U-Net
+pytestmark = pytest.mark.product
+
 NAME, SCALE = "sd35-medium-t5", 0.05
 PARTS = (
     *("text_encoder", "text_encoder_2", "text_encoder_3"),

@@ -84,6 +84,11 @@ def networks(half):
     return parts(half, torch.float16)
 
 
+whole = pytest.mark.product
+"""For tests that read `built`, whose exports and engines take half a minute; the others build the
+engine of one part."""
+
+
 @pytest.fixture(scope="session")
 def built(half_folder, tmp_path_factory):
     """The folder that the command line writes, and its JSON."""
@@ -108,6 +113,7 @@ def order(part, target="sm_89", **more):
     return trt.Order(target, shapes.profiles((part,), asked)[part.folder], **more)
 
 
+@whole
 def test_every_part_and_target_has_a_plan_and_a_manifest(built):
     files = {str(path.relative_to(built.out)) for path in built.out.rglob("*") if path.is_file()}
     engines = {
@@ -123,6 +129,7 @@ def test_every_part_and_target_has_a_plan_and_a_manifest(built):
     assert [path.name for path in built.out.parent.iterdir()] == ["out"]
 
 
+@whole
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("part", PROFILES)
 def test_a_manifest_says_what_the_plan_is(built, networks, part, target):
@@ -173,6 +180,7 @@ def network_sha256(module):
     return digest.hexdigest()
 
 
+@whole
 def test_the_onnx_hash_is_that_of_the_file_that_was_built(built, encoder):
     """Exporting again gives the same file."""
     content = (encoder.folder / "vae_encoder/model.onnx").read_bytes()
@@ -180,6 +188,7 @@ def test_the_onnx_hash_is_that_of_the_file_that_was_built(built, encoder):
     assert document["onnx_sha256"] == hashlib.sha256(content).hexdigest()
 
 
+@whole
 def test_the_command_prints_its_manifests(built):
     rows = built.document["engines"]
     assert [(row["part"], row["target"]) for row in rows] == [
@@ -190,6 +199,7 @@ def test_the_command_prints_its_manifests(built):
         assert json.loads(file.read_text()) == row
 
 
+@whole
 def test_dry_run_reports_the_same_and_writes_nothing(built, half_folder, tmp_path):
     out = ("--trt", "--out", tmp_path / "out")
     code, printed, _ = run_json(
@@ -203,6 +213,7 @@ def test_dry_run_reports_the_same_and_writes_nothing(built, half_folder, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@whole
 def test_inspect_shows_whole_engines(built):
     code, out, _ = run("inspect", built.out)
     assert code == 0
@@ -250,6 +261,7 @@ DAMAGE = {
 }
 
 
+@whole
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_an_error_of_one_sentence(built, tmp_path, monkeypatch, damage):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -260,12 +272,14 @@ def test_damage_is_an_error_of_one_sentence(built, tmp_path, monkeypatch, damage
     assert message.replace("bytes were", "bytes, but") in refused("inspect", tmp_path)
 
 
+@whole
 def test_loading_needs_a_gpu(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"unet needs an NVIDIA GPU \(sm_89\), and there is none"):
         trt.load(built.out / "sm_89/unet", torch.device("cuda"))
 
 
+@whole
 def test_a_bench_of_engines_without_a_gpu_says_why_it_cannot_run(built, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     short = ("--steps", "1", "--rounds", "2", "--engines", built.out)
@@ -275,6 +289,7 @@ def test_a_bench_of_engines_without_a_gpu_says_why_it_cannot_run(built, monkeypa
     assert re.search(why, err.splitlines()[-1])
 
 
+@whole
 def test_loading_needs_the_gpu_it_was_built_for(built, monkeypatch):
     monkeypatch.setattr(trt, "here", lambda device: "sm_75")
     with pytest.raises(
@@ -453,6 +468,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(encoder, half, premade, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@whole
 def test_a_full_disk_is_an_error_of_one_sentence(built, half_folder, tmp_path):
     """The text encoder's ONNX file fits, but not its plan."""
     plan = (built.out / "sm_89/text_encoder/model.plan").stat().st_size

@@ -13,6 +13,9 @@ from fastdiff.export import onnx, parity
 from fastdiff.export.parts import parts
 from fastdiff.families import family
 
+# test_flux.py exports a transformer and test_onnx.py a U-Net
+pytestmark = pytest.mark.product
+
 NET = {
     "sample_size": 8,
     "block_out_channels": (16, 32),

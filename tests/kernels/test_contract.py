@@ -112,7 +112,11 @@ def test_op_is_well_defined(kernel, case):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "case"), first_of_each(CHEAPEST_FIRST, kind=lambda kernel, case: kernel.spec.name)
+    ("kernel", "case"),
+    first_of_each(
+        [known for known in CHEAPEST_FIRST if small(known.values[0].spec, known.values[1])],
+        kind=lambda kernel, case: kernel.spec.name,
+    ),
 )
 def test_op_can_be_traced_with_symbolic_sizes(kernel, case):
     inputs = kernel.spec.inputs(case, torch.float32, torch.device("cpu"), torch.Generator())

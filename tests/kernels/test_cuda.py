@@ -135,6 +135,8 @@ def test_addresses_that_are_not_aligned_take_the_narrow_path(emulate):
     assert wide == [False, True]
 
 
+# compiles for every architecture, by an nvcc that few have
+@pytest.mark.product
 @needs_nvcc
 def test_code_is_as_committed():
     """No spills, no local memory, two blocks on an SM, loads of 16 bytes, clusters where the

@@ -27,8 +27,7 @@ MAIN_CASES = (
     "sd15-32-part",
     "sdxl-cfg-multistep",
 )
-ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.product) for arch in (80, 120))]
-"""CI runs `fastdiff inspect --models` for all of them."""
+ARCHS = (80, 90, 120)
 BLOCKS = {  # (op, case): blocks that an SM of an architecture is meant to hold, at least
     ("attention", "sd15-64-self"): {80: 3, 90: 2, 120: 3},
     ("attention", "sdxl-64-self"): {80: 2, 90: 2, 120: 2},
@@ -44,7 +43,8 @@ def rows_of(compiled):
     return cache(lambda arch: compiled([arch], cases=MAIN_CASES))
 
 
-@pytest.fixture(params=ARCHS)
+# compiling takes 15 s each, and CI runs `fastdiff inspect --models`
+@pytest.fixture(params=[pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS])
 def arch(request):
     return request.param
 
@@ -79,6 +79,7 @@ def test_the_gate_keeps_enough_bytes_in_flight(arch, rows_of):
     assert gate["occupancy"] * 48 * 2 >= 26  # 48 warps on sm_86, 89 and 120, 64 on the others
 
 
+@pytest.mark.slow
 def test_loads_of_40_wide_heads_are_pipelined(rows_of):
     """Without known alignment they are 2 bytes wide, too small for asynchronous copies."""
     row = next(row for row in rows_of(90) if row["case"] == "sd15-64-self")
@@ -86,6 +87,7 @@ def test_loads_of_40_wide_heads_are_pipelined(rows_of):
     assert row["shared"] >= row["num_stages"] * keys_and_values
 
 
+@pytest.mark.slow
 def test_full_size_cases_are_bound_by_compute_or_memory(rows_of):
     """The ridge is 295 FLOPs a byte. Self-attention of 4096 pixels does half as many FLOPs a byte
     as it has keys, 2048; cross-attention does as many as it has keys, 77."""

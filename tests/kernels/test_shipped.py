@@ -78,18 +78,19 @@ print(len(asked), *stub.compiled)
 """
 
 
+# 20 s, so the tests that read it belong to `make test-all`
 @pytest.fixture(scope="module")
 def small_kernels(warm, small_folder):
     return warm(small_folder)
 
 
 # the small pipeline has kernels of every kind; larger ones only have more sizes
+@pytest.mark.product
 @pytest.mark.parametrize(
     "preset",
     [
         None,
-        pytest.param("sd15", marks=pytest.mark.product),
-        pytest.param("sdxl", marks=pytest.mark.product),
+        "sdxl",
     ],
 )
 def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(
@@ -125,6 +126,7 @@ def changed(folder, tmp_path, **entries):
     return copy
 
 
+@pytest.mark.product
 def test_differences_are_named_and_only_equal_kernels_are_found(
     python, small_folder, small_kernels, tmp_path
 ):
@@ -143,6 +145,7 @@ def test_differences_are_named_and_only_equal_kernels_are_found(
     assert printed.startswith("it has kernels for sm_90, and this GPU is sm_89 0 ")
 
 
+@pytest.mark.product
 def test_another_version_of_triton_is_named(python, small_folder, small_kernels, tmp_path):
     compilers = json.loads((small_kernels / MANIFEST).read_text())["compilers"]
     here = compilers["90"]["Triton"]
@@ -151,6 +154,7 @@ def test_another_version_of_triton_is_named(python, small_folder, small_kernels,
     assert printed.startswith(f"Triton is 3.4.0 there and {here} here ")
 
 
+@pytest.mark.product
 def test_two_processes_install_at_once_into_a_filled_cache(
     python, small_folder, small_kernels, tmp_path
 ):
@@ -172,6 +176,7 @@ assert os.waitpid(child, 0)[1] == 0
     assert left == []
 
 
+@pytest.mark.product
 def test_a_cache_that_cannot_be_written_is_an_error(python, small_kernels, tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     code = """
@@ -184,6 +189,7 @@ except shipped.UserError as error:
     assert "cannot be made: Not a directory" in printed
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("suffix", [".cubin", ".json"])
 def test_a_damaged_file_is_refused(suffix, small_kernels, tmp_path):
     copy = changed(small_kernels, tmp_path)
@@ -202,6 +208,7 @@ def test_a_damaged_file_is_refused(suffix, small_kernels, tmp_path):
         read(copy)
 
 
+@pytest.mark.product
 def test_a_manifest_that_names_a_file_outside_or_is_damaged_is_refused(small_kernels, tmp_path):
     kernels = json.loads((small_kernels / MANIFEST).read_text())["kernels"]
     outside = kernels[0] | {"cubin": {"file": "../cubin", "sha256": ""}}

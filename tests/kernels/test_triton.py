@@ -1,6 +1,6 @@
 """Every Triton kernel, in Triton's interpreter, is inside the error budget in every case."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -23,9 +23,10 @@ def interpreted(name, case, dtype):
     return dtype != torch.bfloat16 or (not spec.products and spec.bytes(case, 2) < 4_000_000)
 
 
+@cache
 def launched(name, case, dtype):
     """What tells launches apart: kernels, absent arguments, and constants that are 0 or false."""
-    return dtype, *(
+    return tuple(
         (
             launch.kernel.__name__,
             frozenset(at for at, given in launch.arguments.items() if given is None),
@@ -45,9 +46,9 @@ def taken_in_turn(name, case, dtype):
     return seen[spec.cases.index(case) % len(seen)] is dtype
 
 
-# Real sizes only add programs to the same launches, and the interpreter is slow. Tests of the C++
-# kernels use all of them.
-CASES = first_of_each(
+# Real sizes only add programs to the same launches, and the interpreter is slow: beside the small
+# cases, the cheapest of each kind of launch runs in each dtype. Tests of the C++ kernels use all.
+ALL = first_of_each(
     covered(
         [
             pytest.param(name, case, id=f"{name}-{case.name}")
@@ -57,6 +58,11 @@ CASES = first_of_each(
         FLOATS,
         possible=interpreted,
     ),
+    kind=lambda name, case, dtype: (dtype, launched(name, case, dtype)),
+    always=lambda name, case, dtype: small(TRITON[name], case),
+)
+CASES = first_of_each(
+    [one for one in ALL if pytest.mark.product not in one.marks],
     kind=launched,
     always=taken_in_turn,
 )

@@ -154,8 +154,8 @@ def results(call):
 @torch.no_grad()
 @pytest.mark.parametrize("every", [pytest.param(True, id="all", marks=pytest.mark.product), False])
 def test_a_change_of_anything_read_is_noticed(compiled, every, request):
-    """Each attribute is set to other values. `make test` tries one value in each network, not the
-    same one in all."""
+    """Each attribute is set to other values. `make test` tries every third attribute of a network,
+    with one value; neither is the same in all networks."""
     at = [*NETS].index(request.node.callspec.params["compiled"])
     net, given, options = compiled
     seen = {}
@@ -166,7 +166,8 @@ def test_a_change_of_anything_read_is_noticed(compiled, every, request):
     assert len(seen) > 40
     before = results(lambda: net._call_impl(*given, **options))
     moved = 0
-    for (kind, name), (thing, value) in seen.items():
+    chosen = slice(None) if every else slice(at % 3, None, 3)
+    for (kind, name), (thing, value) in list(seen.items())[chosen]:
         there = hasattr(thing, name)
         values = others(value)
         for other in values if every else [values[at % len(values)]]:
@@ -190,7 +191,7 @@ def test_a_change_of_anything_read_is_noticed(compiled, every, request):
                 a.shape != b.shape or not torch.allclose(a, b, atol=1e-3)
                 for a, b in zip(wanted, before, strict=True)
             )
-    assert moved > (20 if every else 5)  # diffusers refuses many of the values
+    assert moved > (20 if every else 1)  # diffusers refuses many of the values
     fast = slot.fast
     net(*given, **options)
     assert slot.fast == fast + 1, slot.refused

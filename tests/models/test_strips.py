@@ -139,6 +139,8 @@ class Memory(Planning):
         self._now -= self._alive.pop(key)
 
 
+# counts at full size; the decoders above are small
+@pytest.mark.product
 def test_a_picture_of_2048_takes_less_than_a_quarter_of_the_memory_and_not_a_third_more_work():
     """SD1.5's decoder at its own widths in float16, as it runs on a GPU."""
     vae = autoencoder("full")

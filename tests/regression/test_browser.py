@@ -94,13 +94,13 @@ def opened(browser, pages):
         own = ("data:", address)
         tab.on("request", lambda request: request.url.startswith(own) or noise.append(request.url))
         tab.goto(address)
-        tab.wait_for_load_state("networkidle")
         assert noise == []
         return tab
 
     yield open_page
     for context in contexts:
         context.close()
+    assert noise == []  # nor later
 
 
 @pytest.mark.browser

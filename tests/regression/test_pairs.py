@@ -168,6 +168,8 @@ def real(settings, until=None, **gates):
     return race(place, place, settings, until or Until(pairs=1), lambda *line: None, **gates)
 
 
+# test_report_command.py times a kernel in two processes
+@pytest.mark.product
 def test_real_processes_time_real_kernels():
     settings = Settings("kernels", "cpu", "float32", threads=1, filter="ada_norm · demo")
     done = real(settings, Until(pairs=2))
@@ -210,6 +212,8 @@ def test_a_worker_that_exits_is_reported_with_its_last_line(monkeypatch, tmp_pat
         real(SETTINGS)
 
 
+# starts two processes; test_a_worker_that_exits_is_reported_with_its_last_line starts none of ours
+@pytest.mark.product
 def test_a_killed_worker_is_reported_and_does_not_hang(monkeypatch, tmp_path):
     """As when memory runs out or a C++ kernel crashes."""
     script = Path(pairs.__file__).with_name("worker.py").read_text()
