@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.bench.enlarged import channels_of, size_of
-from fastdiff.bench.pixels import factor_of
-from fastdiff.recipes import autoencoder, denoiser, guides_with
+from fastdiff.bench.pixels import decodes_with, factor_of
+from fastdiff.recipes import denoiser, guides_with
 
 GUIDANCE_SCALE = 4.0  # above 1, so that every step has a batch of two, as for most users
 CLASS, TOKENS, ENLARGING_STEPS = 207, 60, 2
@@ -85,23 +85,24 @@ def arguments(pipe: Any, request: Request, output_type: str) -> dict[str, Any]:
     elif any(getattr(pipe, name, None) is not None for name in ("text_encoder", "bert")):
         given["prompt"] = request.prompt
     else:
-        widths = ("caption_channels", "joint_attention_dim", "encoder_hid_dim")
+        widths = ("caption_channels", "joint_attention_dim", "encoder_hid_dim", "cap_feat_dim")
         width = next(config[name] for name in widths if config.get(name))
         pooled = config.get("pooled_projection_dim", 0)
         for seed, name in enumerate(("prompt", "negative_prompt"), 1):
             given[name] = None
-            given[f"{name}_embeds"] = noise(1, TOKENS, width, seed=seed)
+            text = noise(1, TOKENS, width, seed=seed)
+            given[f"{name}_embeds"] = [*text] if "cap_feat_dim" in config else text
             pool = name.replace("prompt", "pooled_prompt_embeds")
             given[pool] = noise(1, pooled, seed=seed + 2)
-            given[f"{name}_attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long).to(device)
+            mask = torch.ones(1, TOKENS, dtype=torch.long).to(device)
+            given |= {f"{name}_attention_mask": mask, f"{name}_embeds_mask": mask}
     return {name: value for name, value in given.items() if name in takes}
 
 
 def whole(pipe: Any, request: Request) -> Tensor:
     """The result of a pipeline that decodes by itself: a picture [H, W, 3] float64 in [0, 1], or an
     embedding [D]."""
-    decodes = autoencoder(pipe) is not None or getattr(pipe, "vae", None) is not None
-    kind = "np" if decodes or _draws(pipe) else "pt"
+    kind = "np" if decodes_with(pipe) is not None or _draws(pipe) else "pt"
     made = pipe(**arguments(pipe, request, kind), return_dict=False)[0]
     return torch.as_tensor(made[0]).double().cpu()
 

@@ -19,6 +19,12 @@ def draws_pixels(pipe: Any) -> bool:
     return set(pipe.components) == PARTS
 
 
+def decodes_with(pipe: Any) -> Any:
+    """The autoencoder of a pipeline, which fastdiff need not compute, or None."""
+    known = autoencoder(pipe)
+    return getattr(pipe, "vae", None) if known is None else known
+
+
 def factor_of(pipe: Any) -> int:
     """Pixels per side of a latent; 1 if the network draws pixels."""
     vae, told = autoencoder(pipe), getattr(pipe, "vae_scale_factor", None)
@@ -47,8 +53,8 @@ def drawn(pipe: Any, steps: int, seed: int) -> torch.Tensor:
 
 @contextmanager
 def noise_as(pipe: Any, dtype: torch.dtype) -> Iterator[None]:
-    """In this block, a pipeline that draws its noise itself draws it in `dtype`: in float64 the
-    same generator would give other numbers."""
+    """In this block, a pipeline that draws its noise itself in float64 draws it in `dtype`: in
+    float64 the same generator would give other numbers."""
     schedulers = [part for name, part in pipe.components.items() if name.endswith("scheduler")]
     modules = {inspect.getmodule(type(one)) for one in (pipe, *schedulers)}
     found: Any = [module for module in modules if hasattr(module, "randn_tensor")]
@@ -56,7 +62,8 @@ def noise_as(pipe: Any, dtype: torch.dtype) -> Iterator[None]:
 
     def draw(*args: Any, **options: Any) -> torch.Tensor:
         wanted = options.pop("dtype", None) or torch.get_default_dtype()
-        made: torch.Tensor = own[0](*args, **options, dtype=dtype)
+        drawn_in = dtype if wanted == torch.float64 else wanted
+        made: torch.Tensor = own[0](*args, **options, dtype=drawn_in)
         return made.to(wanted)
 
     patches = [patch.object(module, "randn_tensor", draw) for module in found]

@@ -34,7 +34,7 @@ class Preset(Protocol):
         """The class of the denoising network, and its config."""
 
     def autoencoder(self, scale: float) -> dict[str, Any] | None:
-        """The config of its AutoencoderKL; None if it has none."""
+        """The config of its autoencoder; None if it has none that fastdiff computes."""
 
     def pipeline(self, scale: float, dtype: torch.dtype, device: str, seed: int) -> Any:
         """The whole pipeline with random weights."""

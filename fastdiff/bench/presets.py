@@ -2,7 +2,7 @@
 Diffusion 1.5, 2.1 and XL, `preset_sd3` for 3 and 3.5, `preset_unet2d` for what draws without a
 text, `preset_latent` for latent diffusion and the upscaler, `preset_prior` for UnCLIP's prior,
 `preset_added` for UnCLIP, Kandinsky and DeepFloyd IF, `preset_dit` for DiT and PixArt,
-`preset_flux` for FLUX, `preset_aura` for AuraFlow; those of `preset_counted` are only counted."""
+`preset_flow` for FLUX, Z-Image and Qwen-Image, `preset_aura` for AuraFlow."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,9 +13,8 @@ from diffusers import AutoencoderKL
 
 from fastdiff.bench.preset_added import IF, KANDINSKY22, UNCLIP
 from fastdiff.bench.preset_aura import AURAFLOW
-from fastdiff.bench.preset_counted import QWEN_IMAGE, Z_IMAGE
 from fastdiff.bench.preset_dit import DIT_256, DIT_512, PIXART_ALPHA, PIXART_SIGMA
-from fastdiff.bench.preset_flux import FLUX, FLUX2
+from fastdiff.bench.preset_flow import FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE
 from fastdiff.bench.preset_latent import LDM, X4
 from fastdiff.bench.preset_parts import Preset, without_memory
 from fastdiff.bench.preset_prior import PRIOR
@@ -73,4 +72,5 @@ def autoencoder(preset: Preset, **changed: Any) -> Any:
     """A preset's autoencoder without memory, None if it has none; `changed`: changes to its
     config."""
     config = preset.autoencoder(preset.base_scale)
-    return None if config is None else without_memory(AutoencoderKL, config | changed)
+    cls = getattr(preset, "vae", AutoencoderKL)
+    return None if config is None else without_memory(cls, config | changed)

@@ -18,8 +18,7 @@ from fastdiff.bench.calls import (
     gives_latents,
     whole,
 )
-from fastdiff.bench.pixels import drawn, draws_pixels
-from fastdiff.recipes import autoencoder
+from fastdiff.bench.pixels import decodes_with, drawn, draws_pixels
 
 __all__ = ["GUIDANCE_SCALE", "Drawing", "Request", "clock", "draw", "interleave", "picture"]
 
@@ -80,7 +79,7 @@ def _whole(pipe: Any, request: Request) -> Tensor:
 @contextmanager
 def _decoded(pipe: Any, device: torch.device) -> Iterator[list[float]]:
     """The ms of each call that the pipeline makes of its autoencoder's decoder in this block."""
-    vae, spent = autoencoder(pipe), list[float]()
+    vae, spent = decodes_with(pipe), list[float]()
     if vae is None:
         yield spent
         return

@@ -1,15 +1,19 @@
-"""FLUX.1-dev and FLUX.2-dev: published sizes, and launches against diffusers' own."""
+"""FLUX, and what FLUX.2, Z-Image and Qwen-Image need besides: published sizes, launches against
+diffusers' own, parts that are no weights, noise."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
 from fastdiff.bench.gpus import gpu_named
 from fastdiff.bench.graph import launched, rows
-from fastdiff.bench.presets import blueprint, build
-from fastdiff.errors import UserError
+from fastdiff.bench.pixels import noise_as
+from fastdiff.bench.presets import PRESETS, blueprint, build
 
 STATIC = Path(__file__).parents[2] / "benchmarks/static"
 # parameters, launches of diffusers' own step, launches of ours
@@ -40,6 +44,32 @@ def test_launches(name):
     assert len(launched(lambda: net(latents, timestep=time, **given), 90)) == theirs
 
 
-def test_flux2_is_counted_but_not_built():
-    with pytest.raises(UserError, match="flux2 can only be counted; use fastdiff graph"):
-        build("flux2", 0.1, torch.float32, "cpu")
+def test_parts_without_memory_get_what_diffusers_gives_them():
+    """The running statistics of FLUX.2's autoencoder and Qwen-Image's positions are no weights."""
+    coder = build("flux2", 0.01, torch.float32, "cpu").vae
+    own = AutoencoderKLFlux2(**dict(coder.config)).bn.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in coder.bn.state_dict().items())
+    net = build("qwen-image", 0.01, torch.float32, "cpu").transformer
+    own = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
+    for name in ("pos_freqs", "neg_freqs"):
+        assert torch.equal(getattr(net.pos_embed, name), getattr(own, name))
+
+
+def test_autoencoders_have_the_published_sizes():
+    """Those of diffusers' default config."""
+    coders = {"flux2": AutoencoderKLFlux2, "qwen-image": AutoencoderKLQwenImage}
+    for name, cls in coders.items():
+        with torch.device("meta"):
+            own, scaled = cls(), cls(**PRESETS[name].coder(1.0))
+        shapes = [{key: w.shape for key, w in net.named_parameters()} for net in (own, scaled)]
+        assert shapes[0] == shapes[1]
+
+
+def test_z_images_noise_is_float32_for_a_network_of_any_dtype():
+    """Its pipeline asks for float32, so the float64 copy of a bfloat16 one draws float32, too."""
+    pipe, drawn = build("z-image", 0.01, torch.bfloat16, "cpu"), []
+    for noise in (nullcontext(), noise_as(pipe, torch.bfloat16)):
+        with noise:
+            given = {"generator": torch.Generator().manual_seed(3), "latents": None}
+            drawn.append(pipe.prepare_latents(1, 16, 64, 64, torch.float32, "cpu", **given))
+    assert torch.equal(*drawn)

@@ -7,12 +7,12 @@ from diffusers import AutoencoderKL
 import fastdiff
 from fastdiff.bench.calls import latents_of
 from fastdiff.bench.pipelines import check_size
+from fastdiff.bench.pixels import decodes_with
 from fastdiff.bench.presets import PRESETS, autoencoder, blueprint, build
 from fastdiff.bench.receipt import PICTURE_FLOOR
 from fastdiff.bench.timing import Request, draw
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.errors import UserError
-from fastdiff.recipes import autoencoder as autoencoder_of
 
 # Parameters of the published checkpoints' U-Nets; ldm's and x4's are counted from their sizes.
 PUBLISHED = {
@@ -86,6 +86,9 @@ LEAST = {
     "if": (8, 8, 3),
     "prior": (64,),
     "flux": (64, 64, 3),
+    "flux2": (64, 64, 3),
+    "z-image": (64, 64, 3),
+    "qwen-image": (64, 64, 3),
 }
 
 
@@ -102,7 +105,7 @@ def test_each_other_preset_draws_eagerly_and_compiled(name):
     assert drawing.image.shape == LEAST[name]
     assert torch.isfinite(drawing.image).all()
     assert 0.01 < drawing.image.std() < 5
-    assert (drawing.decode_ms > 0) == (autoencoder_of(pipe) is not None)
+    assert (drawing.decode_ms > 0) == (decodes_with(pipe) is not None)
     assert 2 * drawing.step_ms == pytest.approx(drawing.image_ms - drawing.decode_ms)
     fastdiff.compile(pipe)
     apart = draw(pipe, request).image - drawing.image
