@@ -4,6 +4,7 @@ Compile, plan, bench, export and the docs read this table; no other file names a
 add a pipeline whose networks fastdiff computes, add a row.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ PIXART: Mapping[str, str] = {"transformer": "pixart", "vae": "vae"}
 MMDIT: Mapping[str, str] = {"transformer": "mmdit", "vae": "vae"}
 FLUX: Mapping[str, str] = {"transformer": "flux", "vae": "vae"}
 FLUX2: Mapping[str, str] = {"transformer": "flux2", "vae": "vae"}
+PICTURES = {"image", "control_image"}
+"""Arguments of calls that begin with a picture."""
 LISTS = "it takes lists of captions of any lengths, and a file takes tensors of one length"
 
 
@@ -37,7 +40,8 @@ class Recipe:
     """Whether it decodes in float32 beside a float16 U-Net if the autoencoder's config sets
     `force_upcast`; other pipelines ignore that setting."""
     exported: bool = False
-    """Whether its networks can be exported, and the least time of its blocks computed."""
+    """Whether its networks can be exported and, unless its call needs a picture, the least time of
+    its blocks computed."""
     unexported: str = ""
     """Why they cannot, where that needs saying."""
     loop: str = "a few numbers per step"
@@ -137,8 +141,8 @@ def _rows() -> dict[str, Recipe]:
         flux: Recipe(FLUX, plan=transformers.FLUX, exported=True),
         "FluxImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_PICTURE, from_text=flux),
         "FluxInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_INPAINT, from_text=flux),
-        "FluxFillPipeline": Recipe(FLUX, plan=transformers.FLUX_FILL),
-        "FluxControlPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
+        "FluxFillPipeline": Recipe(FLUX, plan=transformers.FLUX_FILL, exported=True),
+        "FluxControlPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL, exported=True),
         "FluxControlImg2ImgPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL),
         "FluxControlInpaintPipeline": Recipe(FLUX, plan=transformers.FLUX_CONTROL_INPAINT),
         kontext: Recipe(FLUX, plan=transformers.FLUX_KONTEXT, from_text=kontext),
@@ -230,6 +234,13 @@ def negates(takes: Mapping[str, Any]) -> bool:
     """Whether a pipeline's call uses a negative prompt without a second scale being given."""
     true = takes.get("true_cfg_scale")
     return "negative_prompt" in takes and (true is None or true.default > 1)
+
+
+def needs_picture(cls: type) -> bool:
+    """Whether the call of a pipeline class begins with a picture, and cannot do without."""
+    recipe, call = recipe_of_class(cls), inspect.signature(cls.__call__)
+    without = recipe is not None and recipe.from_text == cls.__name__
+    return not without and not PICTURES.isdisjoint(call.parameters)
 
 
 def exported(pipe: Any, what: str) -> Recipe:

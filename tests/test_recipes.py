@@ -8,10 +8,9 @@ import diffusers
 import pytest
 
 from fastdiff.bench.presets import PRESETS
-from fastdiff.bench.saved import PICTURES
 from fastdiff.compiler.controls import LOCALS
 from fastdiff.families import family
-from fastdiff.recipes import RECIPES, Recipe
+from fastdiff.recipes import RECIPES, Recipe, needs_picture
 
 ROOT = Path(__file__).parent.parent
 NAMED = {name: recipe for name, recipe in RECIPES.items() if "." not in name}
@@ -50,8 +49,7 @@ def test_a_row_names_components_of_its_class(name, recipe):
         assert twin.from_text in ("", recipe.from_text)
         assert set(twin.networks) <= set(recipe.networks)
         if not twin.from_text:
-            takes = inspect.signature(getattr(diffusers, recipe.from_text).__call__).parameters
-            assert not PICTURES & takes.keys()
+            assert not needs_picture(getattr(diffusers, recipe.from_text))
 
 
 @pytest.mark.parametrize(("name", "recipe"), PLANNED)

@@ -38,14 +38,21 @@ OWN = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load(folder: Path, dtype: torch.dtype, device: str, variant: str | None = None) -> Any:
+def load(
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    variant: str | None = None,
+    to_export: bool = False,
+) -> Any:
     """The diffusers pipeline saved in `folder`, its weights cast to `dtype`, on `device`. If
-    another pipeline with the same components was saved, the one that draws from text.
+    another pipeline with the same components was saved, the one that draws from text. to_export:
+    see `check_folder`.
 
     Reads only local safetensors, those of `variant` if there are any. Raises UserError for
     anything else.
     """
-    saved = check_folder(folder, variant)
+    saved = check_folder(folder, variant, to_export)
     try:
         return _read(saved, dtype).to(device)
     except (ImportError, UserError):

@@ -27,7 +27,7 @@ from fastdiff.compiler.loop_state import loop_of
 from fastdiff.compiler.options import FASTDIFF
 from fastdiff.compiler.slot import slot_of
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser, exported
+from fastdiff.recipes import denoiser, exported, needs_picture
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT = "h200"
@@ -103,7 +103,8 @@ def roofline(
     and their sources.
 
     Args:
-        pipe: a pipeline whose row in `fastdiff.recipes` is exported; its dtype and device count.
+        pipe: a pipeline whose row in `fastdiff.recipes` is exported and whose call needs no
+            picture; its dtype and device count.
             float16 on a CPU is refused, since our kernels do not compute it there; bfloat16 takes
             the same on a GPU.
         gpu: a name in `fastdiff.bench.gpus.GPUS`; by default torch's first GPU, or without one
@@ -184,7 +185,10 @@ def _rows(
 
 
 def _check(pipe: Any) -> None:
-    exported(pipe, f"a {type(pipe).__name__} has no roofline")
+    what = f"a {type(pipe).__name__} has no roofline"
+    exported(pipe, what)
+    if needs_picture(type(pipe)):
+        raise UserError(f"{what}, since it draws from a picture; take the class that draws without")
     slot = slot_of(denoiser(pipe))
     if slot is not None and slot.kind.runner != FASTDIFF:
         raise UserError(f"the network runs on {slot.kind.runner}, not on fastdiff; restore it")

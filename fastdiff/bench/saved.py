@@ -1,23 +1,20 @@
 """A folder written by `save_pretrained`: all checks that need no weights."""
 
-import inspect
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import UserError
-from fastdiff.recipes import RECIPES
+from fastdiff.recipes import RECIPES, needs_picture
 
 LCM = "LatentConsistencyModelPipeline"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """By library: the prefix of its weights' names. A component may also come from a module of
 diffusers.pipelines, whose class is of either kind."""
-PICTURES = {"image", "control_image"}
-"""Arguments of calls that begin with a picture."""
 LFS_POINTER = b"version https://git-lfs"
 SUFFIX = ".safetensors"
 
@@ -58,10 +55,11 @@ class Saved:
         return next((net.variant for net in self.networks if net.variant), None)
 
 
-def check_folder(folder: Path, variant: str | None = None) -> Saved:
+def check_folder(folder: Path, variant: str | None = None, to_export: bool = False) -> Saved:
     """Raise UserError unless `folder` holds a complete pipeline that draws without a picture.
 
     variant: of the files to read; None: files without one, else the one that all networks have.
+    to_export: take one that draws from a picture, too, if it can be exported.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a pipeline saved with save_pretrained()")
@@ -69,7 +67,7 @@ def check_folder(folder: Path, variant: str | None = None) -> Saved:
     if not index_file.is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     index = _read_json(index_file)
-    pipeline = drawn_from_text(folder, index)
+    pipeline = drawn_from_text(folder, index, to_export)
     networks: dict[str, tuple[str, str]] = {}
     for component, origin in index.items():
         if isinstance(origin, list) and len(origin) == 2 and origin[0] is not None:
@@ -85,7 +83,11 @@ def check_folder(folder: Path, variant: str | None = None) -> Saved:
     for files in found.values():
         for file in files.get(variant) or files[None]:
             check_whole(file)
-    _need_text_alone(folder, pipeline, networks)
+    for missing in sorted(set(RECIPES[pipeline].networks) - set(networks)):
+        raise UserError(f"{folder} has no {missing}; save or copy the pipeline again")
+    cls = _class(pipeline)
+    if cls is None or not (to_export and needs_picture(cls)):
+        _need_text_alone(folder, pipeline)
     return Saved(
         folder,
         pipeline,
@@ -97,9 +99,9 @@ def check_folder(folder: Path, variant: str | None = None) -> Saved:
     )
 
 
-def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
+def drawn_from_text(place: Path | str, index: dict[str, Any], to_export: bool = False) -> str:
     """The class to load a pipeline as, by its model_index.json; UserError for an unknown one, or
-    one that draws from a picture alone."""
+    one that draws from a picture alone, unless it can be exported and `to_export` is set."""
     name = str(index.get("_class_name"))
     if name not in RECIPES:
         raise UserError(
@@ -110,12 +112,10 @@ def drawn_from_text(place: Path | str, index: dict[str, Any]) -> str:
         raise UserError(f"{place} holds a refiner, which draws from a picture, not from text")
     if RECIPES[name].from_text:
         return RECIPES[name].from_text
-    import diffusers
-
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
+    cls = _class(name)
+    if cls is None:
         raise UserError(f"{place} holds a {name}; load it in Python, and call fastdiff.compile")
-    if PICTURES & inspect.signature(cls.__call__).parameters.keys():  # type: ignore[attr-defined]
+    if needs_picture(cls) and not (to_export and RECIPES[name].exported):
         raise UserError(f"{place} holds a {name}, which draws from a picture; call it from Python")
     return name
 
@@ -134,13 +134,21 @@ def need_no_picture(place: Path | str, name: str, config: Mapping[str, Any]) -> 
         )
 
 
-def _need_text_alone(folder: Path, pipeline: str, networks: Collection[str]) -> None:
-    """UserError if a network that fastdiff computes is missing, or draws from more than a text."""
-    recipe = RECIPES[pipeline]
-    for missing in sorted(set(recipe.networks) - set(networks)):
-        raise UserError(f"{folder} has no {missing}; save or copy the pipeline again")
-    config = _read_json(folder / recipe.denoiser / "config.json")
-    need_no_picture(folder, recipe.denoiser, config)
+def _class(name: str) -> type | None:
+    """The pipeline class of diffusers called `name`; None if it has none."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    if isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline):
+        return cls
+    return None
+
+
+def _need_text_alone(folder: Path, pipeline: str) -> None:
+    """UserError if the network that denoises draws from more than a text."""
+    denoiser = RECIPES[pipeline].denoiser
+    config = _read_json(folder / denoiser / "config.json")
+    need_no_picture(folder, denoiser, config)
     if pipeline == LCM and config.get("time_cond_proj_dim") is None:
         raise UserError(
             f"{folder}: its U-Net has no time_cond_proj_dim, which a {LCM} needs; save it as a"

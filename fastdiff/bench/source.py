@@ -87,8 +87,9 @@ def is_file(place: Path | str) -> bool:
     return str(place).endswith(SUFFIX) and not (isinstance(place, Path) and place.is_dir())
 
 
-def opened(source: Source, dtype: Any, device: str) -> Any:
-    """The pipeline: a preset on `device`, any other on the CPU.
+def opened(source: Source, dtype: Any, device: str, to_export: bool = False) -> Any:
+    """The pipeline: a preset on `device`, any other on the CPU. to_export: also of a folder that
+    draws from a picture, if it can be exported.
 
     Raises UserError if it cannot be opened, or does not take the requested scheduler or LoRA.
     """
@@ -98,7 +99,7 @@ def opened(source: Source, dtype: Any, device: str) -> Any:
 
         pipe: Any = build(source.preset, source.scale, dtype, device)
     else:
-        pipe = _loaded(source, dtype)
+        pipe = _loaded(source, dtype, to_export)
     if source.scheduler:
         reschedule(pipe, source.scheduler)
     if source.lora:
@@ -106,7 +107,7 @@ def opened(source: Source, dtype: Any, device: str) -> Any:
     return pipe
 
 
-def _loaded(source: Source, dtype: Any) -> Any:
+def _loaded(source: Source, dtype: Any, to_export: bool) -> Any:
     from fastdiff.bench import pipelines
 
     place = placed(source.pipeline)
@@ -116,7 +117,8 @@ def _loaded(source: Source, dtype: Any) -> Any:
         return load_demo(dtype, "cpu")
     if is_file(place):
         return pipelines.load_file(place, source.config, dtype)
-    return pipelines.load(pipelines.on_disk(place, source.variant), dtype, "cpu", source.variant)
+    folder = pipelines.on_disk(place, source.variant)
+    return pipelines.load(folder, dtype, "cpu", source.variant, to_export)
 
 
 def folder_of(pipeline: str | None, command: str) -> Path | None:
@@ -199,7 +201,7 @@ def _adapt(pipe: Any, loras: tuple[str, ...]) -> None:
 
 def fused(source: Source, dtype: Any) -> Any:
     """As `opened` on the CPU, with its adapters added to the weights, as an export needs."""
-    pipe = opened(source, dtype, "cpu")
+    pipe = opened(source, dtype, "cpu", to_export=True)
     if source.lora:
         taken = [name for name in pipe._lora_loadable_modules if getattr(pipe, name, None)]
         pipe.fuse_lora(components=taken)

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.engines.bound import Engine
-from fastdiff.export.parts import Part
-from fastdiff.recipes import denoiser
+from fastdiff.export.parts import Part, side_of
+from fastdiff.recipes import PICTURES, denoiser, needs_picture
 
 STEPS, PROMPT, TOKENS = 4, "red heart", 60
 """Settings of the picture; TOKENS is the length of a text that is given as an embedding."""
@@ -135,6 +135,18 @@ def _embedded(pipe: Any) -> dict[str, Any]:
     }
 
 
+def _pictures(pipe: Any, takes: Collection[str]) -> dict[str, Tensor]:
+    """What the call draws from: a picture of the pipeline's own size in [0, 1], and a mask of its
+    right half; {} if it can do without."""
+    if not needs_picture(type(pipe)):
+        return {}
+    side = side_of(pipe) * pipe.vae_scale_factor
+    picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(side) >= side // 2).float().expand(1, 1, side, side)
+    given = dict.fromkeys(PICTURES, picture) | {"mask_image": mask}
+    return {name: tensor for name, tensor in given.items() if name in takes}
+
+
 def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
     """The PSNR in dB of the picture drawn by `runs` against torch's, for pixels from 0 to 1.
 
@@ -153,6 +165,7 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
         if "use_resolution_binning" in takes:  # the file has one size
             options["use_resolution_binning"] = False
         options |= _size(pipe, parts) if "height" in takes else {}
+        options |= _pictures(pipe, takes)
         if "prompt" in takes:
             options |= _embedded(pipe) or {"prompt": PROMPT}
         elif "class_labels" in takes and takes["class_labels"].default is inspect.Parameter.empty:

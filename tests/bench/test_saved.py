@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff.bench.pipelines import load
 from fastdiff.bench.presets import build
-from fastdiff.bench.saved import PICTURES, check_folder
+from fastdiff.bench.saved import check_folder
 from fastdiff.demo import DEMO_FOLDER
 from fastdiff.errors import UserError
-from fastdiff.recipes import RECIPES
+from fastdiff.recipes import PICTURES, RECIPES
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

@@ -6,9 +6,12 @@ import copy
 import onnxruntime
 import pytest
 import torch
+from command import run, run_json
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
+    FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -17,9 +20,9 @@ from small import FLUX, noisy
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
+from fastdiff.errors import UserError
 from fastdiff.export import onnx, parity, shapes
 from fastdiff.export.parts import parts
-from fastdiff.families.flux import FAMILY
 
 VAE = {
     "block_out_channels": (8, 16),
@@ -34,16 +37,21 @@ VAE = {
 ONE = {"num_layers": 1, "num_single_layers": 1}
 
 
-@pytest.fixture(scope="module")
-def pipe():
+def flux(cls, **config):
     """With an input for distilled guidance, as FLUX.1-dev has; without text encoders."""
-    transformer = noisy(FluxTransformer2DModel(**FLUX | ONE | {"guidance_embeds": True}))
+    net = noisy(FluxTransformer2DModel(**FLUX | ONE | {"guidance_embeds": True} | config))
     absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    made = FluxPipeline(scheduler, noisy(AutoencoderKL(**VAE)), transformer=transformer, **absent)
+    vae = noisy(AutoencoderKL(**VAE))
+    made = cls(scheduler=scheduler, vae=vae, transformer=net, **absent)
     made.default_sample_size = 12
     made.set_progress_bar_config(disable=True)
     return made
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return flux(FluxPipeline)
 
 
 def transformer(pipe):
@@ -126,18 +134,57 @@ def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, true
     assert fastdiff.report(other).parts[0].runs == backend
 
 
-@pytest.mark.slow  # traces a network of its own
-def test_channels_beside_the_latents(tmp_path):
-    """FLUX.1's Fill and Control, whose networks predict fewer channels than they are given."""
-    config = FLUX | ONE | {"in_channels": 24, "out_channels": 16}
-    net = noisy(FluxTransformer2DModel(**config))
-    part = FAMILY.denoised.part("transformer", net, torch.float32)
-    onnx.write(part, tmp_path, onnx.ORT_OPSET, print)
-    session = parity.Session(tmp_path / part.file, torch.device("cpu"))
-    rows = parity.verify_part(part, session)
-    assert len(rows) == len(part.cases) * len(parity.TIMESTEPS)
-    assert all(row.passed for row in rows), rows
-    assert "guidance" not in [port.name for port in part.inputs]
+SIZE = {"height": 24, "width": 24}
+PICTURE = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(4))
+FROM_PICTURES = {
+    FluxFillPipeline: (48, {"image": PICTURE, "mask_image": PICTURE[:, :1].round()}),
+    FluxControlPipeline: (32, {"control_image": PICTURE}),
+}
+"""By class, the channels that its network takes, the latents' 16 among them, and what it draws
+from."""
+
+
+@pytest.mark.parametrize(
+    "cls", [FluxFillPipeline, pytest.param(FluxControlPipeline, marks=pytest.mark.slow)]
+)
+def test_pipelines_that_draw_from_pictures(cls, tmp_path):
+    """Fill's and Control's networks predict fewer channels than they are given. An engine has them
+    as one input, so it runs in diffusers' loop, which joins them in every step."""
+    channels, given = FROM_PICTURES[cls]
+    pipe, out = flux(cls, in_channels=channels, out_channels=16), tmp_path / "files"
+    pipe.save_pretrained(tmp_path / "pipe")
+    code, document, _ = run_json("export", tmp_path / "pipe", "--onnx", "--out", out, "--dry-run")
+    assert (code, document["left_out"]) == (0, [])
+    inputs = document["parts"][0]["inputs"]
+    assert inputs["hidden_states"] == ["float32", "batch_size", "packed_height_width", channels]
+    onnx.export(pipe, transformer(pipe), out, onnx.ORT_OPSET, print)
+    found = parity.verify(pipe, transformer(pipe), out, print)
+    assert found.passed, parity.to_markdown(found)
+    assert found.psnr_db > 90
+
+    def drawn(one):
+        noise = torch.Generator().manual_seed(3)
+        more = {"num_inference_steps": 3, "generator": noise, "output_type": "pt"}
+        return one(**SIZE, **given, **words, **more).images
+
+    words = text(1, 9)
+    eager = drawn(pipe)
+    fastdiff.compile(pipe, backend="ort", engines=out)
+    got = drawn(pipe)
+    assert not torch.equal(got, eager)
+    assert float((got - eager).abs().max()) < 2e-5
+    assert slot_of(pipe.transformer).fast == 3
+    assert any("constant_channels" in why for why in loop_of(pipe).own), loop_of(pipe)
+
+
+def test_other_commands_refuse_pipelines_that_draw_from_pictures(tmp_path):
+    pipe = flux(FluxFillPipeline, in_channels=48, out_channels=16)
+    pipe.save_pretrained(tmp_path / "pipe")
+    code, _, err = run("bench", tmp_path / "pipe")
+    assert code == 2
+    assert "holds a FluxFillPipeline, which draws from a picture; call it from Python" in err
+    with pytest.raises(UserError, match="no roofline, since it draws from a picture"):
+        fastdiff.roofline(pipe)
 
 
 def test_an_engine_has_the_shapes_that_a_pipeline_uses(pipe):
