@@ -21,7 +21,6 @@ FLUX: Mapping[str, str] = {"transformer": "flux", "vae": "vae"}
 FLUX2: Mapping[str, str] = {"transformer": "flux2", "vae": "vae"}
 PICTURES = {"image", "control_image"}
 """Arguments of calls that begin with a picture."""
-LISTS = "it takes lists of captions of any lengths, and a file takes tensors of one length"
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,6 @@ class Recipe:
     exported: bool = False
     """Whether its networks can be exported and, unless its call needs a picture, the least time of
     its blocks computed."""
-    unexported: str = ""
-    """Why they cannot, where that needs saying."""
     loop: str = "a few numbers per step"
     """The report's text for a loop that diffusers runs."""
     community: str = ""
@@ -134,7 +131,7 @@ def _rows() -> dict[str, Recipe]:
             exported=True,
         ),
         "ZImagePipeline": Recipe(
-            {"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE, unexported=LISTS
+            {"transformer": "zimage", "vae": "vae"}, plan=transformers.ZIMAGE, exported=True
         ),
         "QwenImagePipeline": Recipe({"transformer": "qwen"}, plan=transformers.QWEN, exported=True),
         "StableDiffusion3ControlNetInpaintingPipeline": Recipe(joint),
@@ -149,8 +146,8 @@ def _rows() -> dict[str, Recipe]:
         "FluxKontextInpaintPipeline": Recipe(
             FLUX, plan=transformers.FLUX_KONTEXT_INPAINT, from_text=kontext
         ),
-        second: Recipe(FLUX2, plan=transformers.FLUX2, from_text=second),
-        klein: Recipe(FLUX2, plan=transformers.FLUX2_KLEIN, from_text=klein),
+        second: Recipe(FLUX2, plan=transformers.FLUX2, from_text=second, exported=True),
+        klein: Recipe(FLUX2, plan=transformers.FLUX2_KLEIN, from_text=klein, exported=True),
         "FluxControlNetPipeline": Recipe(flowing, plan=transformers.FLUX_CONTROLNET),
         "FluxControlNetImg2ImgPipeline": Recipe(flowing, plan=transformers.FLUX_CONTROLNET_PICTURE),
         "FluxControlNetInpaintPipeline": Recipe(flowing, plan=transformers.FLUX_CONTROLNET_INPAINT),
@@ -249,8 +246,7 @@ def exported(pipe: Any, what: str) -> Recipe:
     recipe = recipe_of(pipe)
     if recipe is None or not recipe.exported:
         supported = ", ".join(name for name, one in RECIPES.items() if one.exported)
-        why = f", since {recipe.unexported}" if recipe is not None and recipe.unexported else ""
-        raise UserError(f"{what}{why}; supported are {supported}")
+        raise UserError(f"{what}; supported are {supported}")
     return recipe
 
 

@@ -62,7 +62,8 @@ class Replaced:
         self, engine: Engine, inputs: Ports, outputs: Ports, network_sha256: str
     ) -> "Source":
         multiple, most = self.denoised.multiple(self.module), self.denoised.most(self.module)
-        network = EngineNetwork(engine, inputs, outputs, multiple, most)
+        told, float32 = partial(self.denoised.for_file, self.module), self.denoised.float32
+        network = EngineNetwork(engine, inputs, outputs, multiple, most, told, float32)
         return Source(network, network_sha256, self.rehearsed)
 
 

@@ -1,8 +1,8 @@
 """A network in another runtime's file, with the interface of our own networks."""
 
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ Ports = dict[str, list[Any]]
 """The inputs or outputs of a file: dtype and sides of each; named sides are free."""
 
 
+class Constants(NamedTuple):
+    conditions: tuple[Tensor, ...]
+    """In the file's order."""
+    negated: bool = False
+    """Whether the loop takes the prediction's negative."""
+
+
 class EngineNetwork:
     """Inputs and outputs as `fastdiff export` names them, channels first: the latents, the
     timestep, then conditions by name. The engine recomputes in every step what our own network
@@ -27,13 +34,22 @@ class EngineNetwork:
         inputs, outputs: the file's.
         multiple: must divide the latents' height and width.
         most: the largest height and width; None: unlimited.
+        for_file, float32: see `Denoised`; the former of conditions alone.
     """
 
     def __init__(
-        self, engine: Engine, inputs: Ports, outputs: Ports, multiple: int, most: int | None = None
+        self,
+        engine: Engine,
+        inputs: Ports,
+        outputs: Ports,
+        multiple: int,
+        most: int | None = None,
+        for_file: Callable[[Any], Any] = lambda given: given,
+        float32: bool = False,
     ) -> None:
         self.engine, self._inputs = engine, inputs
-        self._multiple, self._most = multiple, most
+        self.multiple, self._most = multiple, most
+        self._for_file, self._float32 = for_file, float32
         self._latents, self._timestep, *self._conditions = inputs
         ((self._output, (_, *made)),) = outputs.items()
         self._axis = 1 if len(made) == 4 else len(made) - 1  # as `channel_axis` of the latents
@@ -55,8 +71,10 @@ class EngineNetwork:
 
     def check(self, latents: Tensor, given: Any, copies: int = 1) -> None:
         """Raise Unsupported unless the engine takes exactly these tensors."""
+        if self._float32 and latents.dtype == torch.float32:
+            latents = latents.to(self.dtype)
         tensors = {self._latents: latents}
-        told = _told(given)
+        told = _told(self._for_file(given))
         for name in told:
             if name not in self._conditions:
                 raise Unsupported(f"it was given {name}, which is not an input of the engine")
@@ -69,10 +87,10 @@ class EngineNetwork:
         if not all(tensor.numel() for tensor in tensors.values()):
             raise Unsupported("it was given an empty tensor")
         sides = list(latents.shape[2:]) if latents.ndim == 4 else []  # packed ones have none
-        if any(side % self._multiple for side in sides):
+        if any(side % self.multiple for side in sides):
             raise Unsupported(
                 f"{self._latents} has the sides {sides}; the engine takes"
-                f" multiples of {self._multiple}"
+                f" multiples of {self.multiple}"
             )
         if self._most is not None and max(sides) > self._most:
             raise Unsupported(
@@ -107,12 +125,11 @@ class EngineNetwork:
         first = timesteps[:, :1]
         if timesteps.shape[1] > 1 and not bool((timesteps == first).all()):  # SD3 repeats one
             raise Unsupported("the pictures have different timesteps")
-        told = _told(given)
-        constants = tuple(told[name] for name in self._conditions)
-        pairs = zip(self._conditions, constants, strict=True)
-        return Hoisted(
-            first.float(), tuple(self._for(len(constants[0]), name, one) for name, one in pairs)
-        )
+        told = _told(self._for_file(given))
+        own = tuple(told[name] for name in self._conditions)
+        pairs = zip(self._conditions, own, strict=True)
+        spread = tuple(self._for(len(own[0]), name, one) for name, one in pairs)
+        return Hoisted(first.float(), Constants(spread, getattr(given, "negated", False)))
 
     def _for(self, texts: int, name: str, tensor: Tensor) -> Tensor:
         """A condition that is given once for all halves of guidance, once for each."""
@@ -125,23 +142,25 @@ class EngineNetwork:
         the variance."""
         return latents.permute(0, 2, 3, 1).contiguous() if self._last else latents
 
-    def predict(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
+    def predict(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
         """Latents [B, …] as `pack` gives them -> [G·B, …]; `row`: [1]; constants for G·B
         pictures."""
         x = x.permute(0, 3, 1, 2) if self._last else x
-        batch, texts = x.shape[0], _texts(x, constants)
-        bound = self._bind(x, constants)
+        conditions = constants.conditions
+        batch, texts = x.shape[0], _texts(x, conditions)
+        bound = self._bind(x, conditions)
         with self._lock:  # threads share the engine's memory
             given = bound.inputs
             given[self._latents].unflatten(0, (texts // batch, batch)).copy_(x)
             given[self._timestep].copy_(row.reshape(given[self._timestep].shape))
-            for name, tensor in zip(self._conditions, constants, strict=True):
+            for name, tensor in zip(self._conditions, conditions, strict=True):
                 given[name].copy_(tensor)
             bound.run()
-            made = bound.outputs[self._output].clone()  # the next run overwrites it
+            out = bound.outputs[self._output]  # which the next run overwrites
+            made = -out if constants.negated else out.clone()
         return made.permute(0, 2, 3, 1).contiguous() if self._last else made
 
-    def predict_in_turn(self, x: Tensor, row: Tensor, constants: tuple[Tensor, ...]) -> Tensor:
+    def predict_in_turn(self, x: Tensor, row: Tensor, constants: Constants) -> Tensor:
         """`predict` for single calls, which do not run within a plan's turn."""
         with graphs.in_turn(self.engine.device):
             return self.predict(x, row, constants)
@@ -150,17 +169,17 @@ class EngineNetwork:
         """Undo `pack`."""
         return (x.permute(0, 3, 1, 2) if self._last else x).contiguous()
 
-    def _bind(self, x: Tensor, constants: tuple[Tensor, ...]) -> Bound:
+    def _bind(self, x: Tensor, conditions: tuple[Tensor, ...]) -> Bound:
         # a plan gives each picture once, a call repeats it for guidance; the engine gets the same
-        texts, sides = _texts(x, constants), list(x.shape[1:])
-        key = (x.shape[1:], *(tensor.shape for tensor in constants))
+        texts, sides = _texts(x, conditions), list(x.shape[1:])
+        key = (x.shape[1:], *(tensor.shape for tensor in conditions))
         if key not in self._bound:
             timestep = list(self._inputs[self._timestep][1:])
             inputs: dict[str, Sequence[int]] = {
                 self._latents: (texts, *x.shape[1:]),
                 self._timestep: timestep,
             }
-            inputs |= {n: t.shape for n, t in zip(self._conditions, constants, strict=True)}
+            inputs |= {n: t.shape for n, t in zip(self._conditions, conditions, strict=True)}
             sides[self._axis - 1] = self._channels
             outputs = {self._output: (texts, *sides)}
             self._bound[key] = self.engine.bind(inputs, outputs)
@@ -178,9 +197,9 @@ def _told(given: Any) -> dict[str, Tensor]:
     return told
 
 
-def _texts(x: Tensor, constants: tuple[Tensor, ...]) -> int:
+def _texts(x: Tensor, conditions: tuple[Tensor, ...]) -> int:
     """The pictures of a run: one for each text, or for each latent if there are no conditions."""
-    return len(constants[0] if constants else x)
+    return len(conditions[0] if conditions else x)
 
 
 def _dtype(port: list[Any]) -> torch.dtype:

@@ -105,15 +105,16 @@ def verify(
 @torch.no_grad()
 def verify_part(part: Part, run: Run) -> list[Row]:
     """A row for each output at each of the part's cases, and at each timestep if it has one."""
-    exact_module = copy.deepcopy(part.module).double()
-    channels_last: Any = copy.deepcopy(part.module)
+    module = part.own or part.module
+    exact_module = copy.deepcopy(module).double()
+    channels_last: Any = copy.deepcopy(module)
     channels_last.to(memory_format=torch.channels_last)
     rows = []
     for case, drawn in cases(part):
         given = drawn.values()
         exact = exact_module(*(v.double() if v.is_floating_point() else v for v in given))
         with _one_thread():
-            eager, other = part.module(*given), channels_last(*given)
+            eager, other = module(*given), channels_last(*given)
         for port, *outputs in zip(part.outputs, run(drawn), eager, other, exact, strict=True):
             rows.append(_row(part.folder, port.name, case, *outputs))
     return rows

@@ -18,8 +18,14 @@ CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_
 T5, UMT5, T5_TOKENS = "T5EncoderModel", "UMT5EncoderModel", 256
 """The classes, which take any length, and the length that pipelines use."""
 
-MODELS = {"Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM"}
+MODELS = {
+    *("Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM"),
+    "Mistral3ForConditionalGeneration",
+}
 """Text encoders that are left out: language models, of which a pipeline reads a hidden state."""
+
+PIXELS = 1024
+"""Height and width of the pictures of a pipeline that has no attribute for it."""
 
 
 class Text(nn.Module):
@@ -71,8 +77,10 @@ def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> t
 
 
 def side_of(pipe: Any) -> int:
-    """The side of its latents: the network's own, or the pipeline's if the network has none."""
-    side: int = denoiser(pipe).config.get("sample_size") or pipe.default_sample_size
+    """The side of its latents: the network's own, the pipeline's if the network has none, or that
+    of a picture of 1024² pixels."""
+    own = denoiser(pipe).config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+    side: int = own or PIXELS // pipe.vae_scale_factor
     return side
 
 

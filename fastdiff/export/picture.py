@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fastdiff.engines.bound import Engine
 from fastdiff.export.parts import Part, side_of
+from fastdiff.families.part import PACKED
 from fastdiff.recipes import PICTURES, denoiser, needs_picture
 
 STEPS, PROMPT, TOKENS = 4, "red heart", 60
 """Settings of the picture; TOKENS is the length of a text that is given as an embedding."""
+NEGATIVE = "negative_prompt_embeds"
 
 Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """Runs a network of another runtime: CPU tensors by input name -> outputs in the part's order."""
@@ -82,7 +84,8 @@ def _denoised(part: Part, run: Run) -> Callable[..., tuple[Tensor, ...]]:
         given["timestep"] = first.reshape(timestep.at({}))
         dtypes = {port.name: getattr(torch, port.dtype) for port in part.inputs}
         inputs = {name: given[name].to(dtype).contiguous() for name, dtype in dtypes.items()}
-        return _sample(run(inputs))
+        (sample,) = run(inputs)
+        return _sample((part.returned(sample),))
 
     return forward
 
@@ -113,26 +116,39 @@ def _text(part: Part, run: Run) -> Callable[..., Any]:
 
 
 def _size(pipe: Any, parts: tuple[Part, ...]) -> dict[str, int]:
-    """Height and width in pixels of the first case of its network; {} if a file has one size, or
-    its latents come packed."""
-    found = [part.cases[0] for part in parts if any(p.name == "timestep" for p in part.inputs)]
+    """Height and width in pixels of the first case of its network; {} if a file has one size."""
+    found = [part for part in parts if any(p.name == "timestep" for p in part.inputs)]
     factor = getattr(pipe, "vae_scale_factor", 0)
-    own = found[0] if found and factor else {}
+    if not (found and factor):
+        return {}
+    own = found[0].cases[0]
+    if found[0].packed:
+        side = math.isqrt(own[PACKED]) * found[0].packed
+        own = {"height": side, "width": side}
     return {side: factor * own[side] for side in ("height", "width") if side in own}
 
 
-def _embedded(pipe: Any) -> dict[str, Any]:
-    """A text of a pipeline without text encoders; {} if it has one, or takes no embeddings."""
+def _embedded(pipe: Any, takes: Collection[str]) -> dict[str, Any]:
+    """Texts of a pipeline without text encoders; {} if it has one, or takes no embeddings.
+
+    takes: the names of its arguments. A second text is for guidance that is not distilled.
+    """
     config = denoiser(pipe).config
     wide, pooled = config.get("joint_attention_dim"), config.get("pooled_projection_dim")
-    if pipe.text_encoder is not None or not wide:
+    listed = config.get("cap_feat_dim")  # Z-Image takes a list, of captions of any lengths
+    if pipe.text_encoder is not None or not (wide or listed):
         return {}
-    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (1, TOKENS, wide)}
-    shapes |= {"pooled_prompt_embeds": (1, pooled)} if pooled else {}
     generator, dtype = torch.Generator().manual_seed(1), denoiser(pipe).dtype
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
-    }
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    if listed:
+        return {"prompt_embeds": [noise(TOKENS, listed)], NEGATIVE: [noise(TOKENS // 3, listed)]}
+    given = {"prompt_embeds": noise(1, TOKENS, wide)}
+    given |= {"pooled_prompt_embeds": noise(1, pooled)} if pooled else {}
+    guided = NEGATIVE in takes and "true_cfg_scale" not in takes and not pooled
+    return given | ({NEGATIVE: noise(1, TOKENS, wide)} if guided else {})
 
 
 def _pictures(pipe: Any, takes: Collection[str]) -> dict[str, Tensor]:
@@ -167,7 +183,7 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
         options |= _size(pipe, parts) if "height" in takes else {}
         options |= _pictures(pipe, takes)
         if "prompt" in takes:
-            options |= _embedded(pipe) or {"prompt": PROMPT}
+            options |= _embedded(pipe, takes) or {"prompt": PROMPT}
         elif "class_labels" in takes and takes["class_labels"].default is inspect.Parameter.empty:
             options["class_labels"] = [0]
         elif getattr(denoiser(pipe).config, "num_class_embeds", None) is not None:

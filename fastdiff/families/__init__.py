@@ -102,6 +102,11 @@ class Denoised:
     """(conditions, latents) -> the conditions with the positions of the latents' tokens."""
     guided: bool = True
     """Whether published pipelines use classifier-free guidance."""
+    for_file: Callable[[Any, Any], Any] = lambda module, given: given
+    """(module, conditions) -> a named tuple with the tensors that a file takes; raises
+    Unsupported."""
+    float32: bool = False
+    """Whether loops keep latents in float32 for a network of any dtype."""
 
     def picture(
         self, network: Any, side: int, texts: int, tokens: int | None = None

@@ -14,6 +14,7 @@ from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.flux import Conditions, Flux, borrow_flux
 from fastdiff.models.flux_trunk import FluxTrunk
+from fastdiff.models.rotary import first
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
 
@@ -22,6 +23,7 @@ TOKENS = 512
 PATCH = 2
 """Rows and columns of the latents in each token."""
 PICTURES = "ip_adapter_image_embeds"
+IDS = ("img_ids", "txt_ids")
 
 
 def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
@@ -129,12 +131,13 @@ def part(
     config: Any = net.config
     kind, free, axes = dtype_name(dtype), "batch_size", len(config.axes_dims_rope)
     pooled = config.get("pooled_projection_dim")
+    places = kind if pooled else "float32"  # of FLUX.2, which counts the tokens of a text
     text = (free, "sequence_length", config.joint_attention_dim)
     told = [
         Port("encoder_hidden_states", kind, text),
         *([Port("pooled_projections", kind, (free, pooled))] if pooled else []),
-        Port("img_ids", kind, (PACKED, axes)),
-        Port("txt_ids", kind, ("sequence_length", axes)),
+        Port("img_ids", places, (PACKED, axes)),
+        Port("txt_ids", places, ("sequence_length", axes)),
         *([Port("guidance", "float32", (free,))] if config.guidance_embeds else []),
     ]
     wide = config.out_channels or config.in_channels
@@ -154,6 +157,7 @@ def part(
         cases=tuple(cases),
         unit=0.001,
         packed=PATCH,
+        told=lambda given: given | {name: first(given[name]) for name in IDS},
         guided=False,
     )
 

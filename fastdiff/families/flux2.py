@@ -6,11 +6,12 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from torch import Tensor, nn
 
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.flux import TOKENS, channels, exported, multiple, part, placed, shape
+from fastdiff.families.flux import IDS, TOKENS, channels, exported, multiple, part, placed, shape
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.flux2 import Conditions, Flux2, borrow_flux2
+from fastdiff.models.rotary import first
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
 
@@ -63,6 +64,12 @@ def _example(net: Flux2, texts: int, tokens: int) -> Conditions:
     return Conditions(text, None, empty(weight, tokens, axes), told)
 
 
+def _for_file(net: Any, given: Conditions) -> Conditions:
+    """With positions of any dtype, for one or several pictures, as the file takes them."""
+    ids = {name: first(getattr(given, name)) for name in IDS}
+    return given._replace(**{name: one.float() for name, one in ids.items() if one is not None})
+
+
 def _taken(name: str, net: Any) -> Taken:
     return {name: (net, FLUX2)}
 
@@ -72,6 +79,7 @@ DENOISED = Denoised(
     shape=shape,
     placed=placed,
     guided=False,
+    for_file=_for_file,
 )
 FLUX2 = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(models=("Flux2Transformer2DModel",), taken=_taken, denoised=DENOISED)

@@ -37,7 +37,9 @@ class Part:
     with its own size and full text length. most: the largest height and width it takes. unit: its
     input for a timestep of 1. packed: rows and columns of the latents that are one token of its
     input, if it is packed. guided: whether published pipelines give it two texts for a picture.
-    told: makes its inputs, by name, from the arguments of the network's own call.
+    own: computes the same by the network's own call, if `module` does not call it; the file is
+    compared with this. told: makes its inputs, by name, from the arguments of the network's own
+    call. returned: makes what that call returns of the file's prediction.
     Free sides are latents of a denoising network or VAE decoder, pixels of a VAE encoder, tokens of
     a text encoder. A denoising network's first input is the latents, its second the timestep; the
     others have the names of its conditions.
@@ -56,7 +58,9 @@ class Part:
     unit: float = 1.0
     packed: int = 0
     guided: bool = True
+    own: nn.Module | None = None
     told: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    returned: Callable[[Tensor], Any] = lambda sample: sample
 
     @property
     def net(self) -> Any:  # diffusers' or transformers' own

@@ -132,9 +132,9 @@ class _Encoding(nn.Module):
 
 
 def _parts(net: nn.Module, dtype: torch.dtype, side: int, upcasts: bool) -> tuple[Part, Part]:
-    kind = type(net).__name__
-    if kind != "AutoencoderKL":
-        raise UserError(f"vae is a {kind}; supported is AutoencoderKL")
+    kind, supported = type(net).__name__, ("AutoencoderKL", "AutoencoderKLFlux2")
+    if kind not in supported:
+        raise UserError(f"vae is a {kind}; supported are {' and '.join(supported)}")
     config: Any = net.config
     source = net
     if upcasts and dtype is torch.float16 and config.force_upcast:

@@ -8,20 +8,15 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part
 from fastdiff.families.unet import lora_scale
+from fastdiff.families.zimage_file import TOKENS, for_file, most, part
 from fastdiff.models import Loan
 from fastdiff.models.blocks import require
 from fastdiff.models.checks import refuse
 from fastdiff.models.zimage import Conditions, ZImage, borrow_zimage, padded
-from fastdiff.recipes import LISTS
 from fastdiff.runtime.denoiser import Denoiser, denoiser
 from fastdiff.runtime.planned import Run, without_memory
-
-TOKENS = 64
-"""Tokens of a prompt of some forty words; diffusers takes up to 512."""
 
 
 def _borrow(module: nn.Module, loan: Loan, searches: bool = True) -> Denoiser:
@@ -53,7 +48,7 @@ def _call(
     )
     lora_scale(joint_attention_kwargs, "joint_attention_kwargs")
     network: Any = zimage.network
-    size = network.patches.size
+    size = network.multiple
     require((patch_size, f_patch_size) == (size, 1), f"patches of {patch_size}, {f_patch_size}")
     plain = all(isinstance(one, Tensor) and one.ndim == 4 and one.shape[1] == 1 for one in x)
     require(plain, "its latents are not pictures [C, 1, Y, X]")
@@ -93,12 +88,8 @@ def _channels(net: ZImage) -> int:
     return net.patches.channels
 
 
-def _part(folder: str, net: nn.Module, *_: object) -> Part:
-    raise UserError(f"{folder} is a {type(net).__name__}: {LISTS}")
-
-
 def _exported(network: ZImage) -> None:
-    """No Z-Image is exported; `_part` says so."""
+    """A file holds all of a Z-Image."""
 
 
 def _multiple(net: Any) -> int:
@@ -111,6 +102,10 @@ def _taken(name: str, net: Any) -> Taken:
     return {name: (net, ZIMAGE)}
 
 
-DENOISED = Denoised(Conditions, _example, _channels, _part, _exported, _multiple, TOKENS)
+DENOISED = Denoised(
+    *(Conditions, _example, _channels, part, _exported, _multiple, TOKENS, most),
+    for_file=for_file,
+    float32=True,
+)
 ZIMAGE = Kind(_borrow, _call, _planned, scale=_scale)
 FAMILY = Family(models=("ZImageTransformer2DModel",), taken=_taken, denoised=DENOISED)

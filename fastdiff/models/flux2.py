@@ -32,7 +32,7 @@ from fastdiff.models.flux_trunk import FluxTrunk
 from fastdiff.models.hoisted import Hoisted
 from fastdiff.models.joint import MLP, JointBlock, Modulated, borrow_modulated
 from fastdiff.models.joint_attention import HeadNorms
-from fastdiff.models.rotary import Turns, borrow_rotary, check_positions
+from fastdiff.models.rotary import Turns, borrow_rotary, check_positions, first
 from fastdiff.models.stream import Stream
 from fastdiff.models.weights import project
 
@@ -135,11 +135,6 @@ class Flux2(FluxTrunk):
         turns = [self.rotary(part) for part in ids if part is not None]
         whole = Turns(*(torch.cat(tables) for tables in zip(*turns, strict=True)))
         return Hoisted(rows, self.constants(text, whole, None, given.constant_tokens))
-
-
-def first(ids: Tensor | None) -> Tensor | None:
-    """The positions [L, axes] of the first picture, which diffusers takes for all."""
-    return ids[0] if ids is not None and ids.ndim == 3 and len(ids) else ids
 
 
 def borrow_flux2(module: Any, loan: Loan) -> Flux2:

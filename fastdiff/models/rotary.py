@@ -48,6 +48,11 @@ class Rotary:
         return Turns(*(table.repeat_interleave(2, dim=1).float() for table in both))
 
 
+def first(ids: Tensor | None) -> Tensor | None:
+    """The positions [L, axes] of the first picture, which diffusers takes for all."""
+    return ids[0] if ids is not None and ids.ndim == 3 and len(ids) else ids
+
+
 def check_positions(
     name: str, positions: Tensor | None, weight: Tensor, tokens: int, rotary: Rotary
 ) -> None:

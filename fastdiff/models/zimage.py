@@ -90,6 +90,11 @@ class ZImage:
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 
+    @property
+    def multiple(self) -> int:
+        """The number that divides the latents' height and width."""
+        return self.patches.size
+
     def check(self, latents: Tensor, given: Conditions, copies: int = 1) -> None:
         """Raise Unsupported if diffusers itself would refuse a tensor, or convert it.
 

@@ -51,18 +51,12 @@ class Axes:
 def borrow_axes(module: Any, loan: Loan, head: int) -> Axes:
     """From diffusers' RopeEmbedder, for heads of `head` columns."""
     rope = loan.open(module, "RopeEmbedder")
-    theta, widths, lengths, tables = rope.theta, rope.axes_dims, rope.axes_lens, rope.freqs_cis
+    theta, widths, lengths = rope.theta, rope.axes_dims, rope.axes_lens
     known = all(isinstance(each, list | tuple) and len(each) == 3 for each in (widths, lengths))
     require(known and sum(widths) == head, f"positions that turn {widths} columns of {head}")
-    if tables is None:  # until its first call
-        tables = [_turned(theta, *axis) for axis in zip(widths, lengths, strict=True)]
+    if module.freqs_cis is None:  # as its first call does, which must change nothing
+        module.freqs_cis = module.precompute_freqs_cis(widths, lengths, theta=theta)
+    tables = rope.freqs_cis
     right = [(n, width // 2) for n, width in zip(lengths, widths, strict=True)]
     require([tuple(table.shape) for table in tables] == right, "positions of other axes")
     return Axes(tuple(tables))
-
-
-def _turned(theta: float, width: int, length: int) -> Tensor:
-    """[length, width / 2] complex; angles are rounded to float32 first, as in diffusers."""
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies).float()
-    return torch.polar(torch.ones_like(angles), angles)

@@ -6,15 +6,12 @@ import copy
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
 )
-from small import QWEN, ZIMAGE, noisy
+from small import QWEN, noisy
 
 import fastdiff
 from fastdiff.engines.ort import Session
@@ -86,13 +83,3 @@ def test_the_error_says_why_a_network_is_not_exported(pipe):
         fastdiff.compile(copy.deepcopy(pipe), backend="ort")
     with pytest.raises(UserError, match="transformer has no VAE beside it"):
         shapes.profiles(parts(pipe, torch.float32), shapes.parse(None, "1x64x64"))
-
-
-def test_z_image_says_why_it_is_not_exported():
-    net = ZImageTransformer2DModel(**ZIMAGE)
-    why = "it takes lists of captions of any lengths, and a file takes tensors of one length"
-    with pytest.raises(UserError, match=f"transformer is a ZImageTransformer2DModel: {why}"):
-        family("zimage").denoised.part("transformer", net, torch.float32)
-    vae, scheduler = AutoencoderKL(), FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(UserError, match=f"ZImagePipeline cannot be exported, since {why}; supp"):
-        parts(ZImagePipeline(scheduler, vae, None, None, net), torch.float32)
