@@ -105,7 +105,7 @@ def verify(
 @torch.no_grad()
 def verify_part(part: Part, run: Run) -> list[Row]:
     """A row for each output at each of the part's cases, and at each timestep if it has one."""
-    module = part.own or part.module
+    module = part.module if part.own is None else part.own
     exact_module = copy.deepcopy(module).double()
     channels_last: Any = copy.deepcopy(module)
     channels_last.to(memory_format=torch.channels_last)

@@ -209,10 +209,11 @@ def for_file(net: Any, given: Conditions) -> Captions:
     """A loop's captions as its file takes them. Unsupported for more tokens than it has positions
     for."""
     captions = given.cap_feats
-    require(bool(captions), "cap_feats is missing")
+    require(captions is not None and len(captions) > 0, "cap_feats is missing")
     assert captions is not None
     kinds = {(one.ndim, one.shape[-1:], one.dtype, one.device) for one in captions}
     require(len(kinds) == 1 and captions[0].ndim == 2, "captions that are no [T, D] of one dtype")
+    require(min(map(len, captions)) > 0, "a caption without tokens")
     longest, last = max(padded(len(one)) for one in captions), net.axes_lens[0] - 2
     require(longest <= last, f"a caption of {longest} tokens; there are positions for {last}")
     return _joined(captions)
@@ -239,8 +240,9 @@ def _joined(captions: Sequence[Tensor]) -> Captions:
     longest = max(padded(len(one)) for one in captions)
     text = captions[0].new_zeros(len(captions), longest, captions[0].shape[1])
     mask = text.new_zeros(text.shape[:2], dtype=torch.int64)
-    for row, told, one in zip(text, mask, captions, strict=True):
-        row[: len(one)], told[: len(one)] = one, 1
+    for i, one in enumerate(captions):
+        text[i, : len(one)] = one
+        mask[i, : len(one)] = 1
     return Captions(text, mask)
 
 

@@ -153,6 +153,7 @@ def test_the_error_says_why_a_network_is_not_exported(config, why):
     [
         ([], "cap_feats is missing"),
         ([(5, WIDE), (5, 8)], "captions that are no"),
+        ([(5, WIDE), (0, WIDE)], "a caption without tokens"),
         ([(70, WIDE)], "a caption of 96 tokens; there are positions for 94"),
     ],
 )
