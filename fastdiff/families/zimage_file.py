@@ -57,8 +57,8 @@ class _Attending:
         layers = (attn.to_q, attn.to_k, attn.to_v)
         q, k, v = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in layers)
         q, k = _turned(attn.norm_q(q), freqs_cis), _turned(attn.norm_k(k), freqs_cis)
-        heads = (part.transpose(1, 2) for part in (q, k, v))
-        seen = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        seen = F.scaled_dot_product_attention(q, k, v, attention_mask)
         made: Tensor = attn.to_out[0](seen.transpose(1, 2).flatten(2))
         return made
 

@@ -104,19 +104,24 @@ def drawn(pipe, lengths=(40, 5), **options):
 
 
 @pytest.mark.parametrize(
-    ("options", "planned"),
-    [({}, 1), ({"guidance_scale": 0.0}, 1), ({"callback_on_step_end": lambda *_: {}}, 0)],
-    ids=["guided", "unguided", "in diffusers' loop"],
+    ("backend", "planned", "options"),
+    [
+        ("ort", 1, {}),
+        ("ort", 1, {"guidance_scale": 0.0}),
+        ("ort", 0, {"callback_on_step_end": lambda *_: {}}),
+        ("openvino", 1, {}),
+    ],
+    ids=["guided", "unguided", "in diffusers' loop", "openvino"],
 )
-def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, options, planned):
+def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, planned, options):
     eager, other = drawn(pipe, **options), copy.deepcopy(pipe)
-    fastdiff.compile(other, backend="ort", engines=out)
+    fastdiff.compile(other, backend=backend, engines=out)
     got = drawn(other, **options)
     assert not torch.equal(got, eager)
     torch.testing.assert_close(got, eager, atol=2e-5, rtol=1e-5)
     loop, slot = loop_of(other), slot_of(other.transformer)
     assert (slot.fast, dict(slot.eager), loop.planned) == (3, {}, planned), loop.own
-    assert fastdiff.report(other).parts[0].runs == "ort"
+    assert fastdiff.report(other).parts[0].runs == backend
 
 
 @pytest.mark.slow  # traces a network of its own
