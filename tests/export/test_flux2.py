@@ -23,6 +23,9 @@ from fastdiff.engines.ort import Session
 from fastdiff.export import onnx, parity, picture
 from fastdiff.export.parts import left_out, parts
 
+# test_flux.py exports a transformer and test_onnx.py a U-Net
+pytestmark = pytest.mark.product
+
 VAE = {
     "block_out_channels": (8, 16),
     "norm_num_groups": 4,

@@ -24,6 +24,9 @@ from fastdiff.families.zimage import DENOISED
 from fastdiff.models import Unsupported
 from fastdiff.models.zimage import Conditions
 
+# test_flux.py exports a transformer and test_onnx.py a U-Net
+pytestmark = pytest.mark.product
+
 VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
 WIDE = ZIMAGE["cap_feat_dim"]
 
