@@ -5,9 +5,6 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from fastdiff.kernels.contract import judge
 
 
 def add_adapters(net, targets):
@@ -37,20 +34,6 @@ def exact_steps(scheduler):
             return step(*args, **kwargs)
 
     scheduler.step = exact
-
-
-def judged(got, eager, truth):
-    """The verdict on latents, by the larger error of two drawings with eager(): with torch's fused
-    attention, and with its plain one.
-
-    One drawing is a poor yardstick where a loop amplifies rounding: three of 150 calls (Z-Image's,
-    with LCM) are outside the budget of the first, by up to a fifth, and within that of the second.
-    """
-    verdict = judge("latents", got.float(), eager(), truth)
-    if verdict.passed:
-        return verdict
-    with sdpa_kernel(SDPBackend.MATH):
-        return judge("latents", got.float(), eager(), truth)
 
 
 def adapt(net, adapters):
