@@ -19,6 +19,7 @@ from command import run_json
 from filelock import FileLock
 
 from fastdiff.export import onnx as exporter
+from fastdiff.export.parts import Part, parts
 
 
 def once(
@@ -129,6 +130,13 @@ def premade_onnx(small_onnx, monkeypatch):
     """For tests of what follows torch's export: it is replaced by reading the networks of
     `small_demo` from `small_onnx`."""
     monkeypatch.setattr(exporter, "to_program", read_from(small_onnx))
+
+
+def transformer(pipe: Any) -> tuple[Part, ...]:
+    """The part of a pipeline's transformer, for an export of it alone: the other parts are exported
+    as SD's and SD3's are."""
+    found = parts(pipe, pipe.transformer.dtype)
+    return tuple(part for part in found if part.folder == "transformer")
 
 
 def read_from(folder):

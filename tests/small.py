@@ -219,6 +219,13 @@ FLUX2 = {
     "axes_dims_rope": (4, 4, 4, 4),
 }
 """FLUX.2's architecture."""
+SMALL_VAE = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+"""An autoencoder of two levels."""
 
 
 def inputs_for(unet, shape, dtype=torch.float32):

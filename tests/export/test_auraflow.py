@@ -11,7 +11,7 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
 )
-from small import AURAFLOW, noisy
+from small import AURAFLOW, SMALL_VAE, noisy
 from transformers import UMT5Config, UMT5EncoderModel
 
 import fastdiff
@@ -25,13 +25,6 @@ from fastdiff.export.parts import parts
 # test_flux.py exports a transformer and test_onnx.py a U-Net
 pytestmark = pytest.mark.product
 
-VAE = {
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-}
-
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -42,7 +35,7 @@ def pipe():
     made = AuraFlowPipeline(
         tokenizer,
         noisy(UMT5EncoderModel(UMT5Config(**text))),
-        noisy(AutoencoderKL(**VAE)),
+        noisy(AutoencoderKL(**SMALL_VAE)),
         noisy(AuraFlowTransformer2DModel(**AURAFLOW | few)),
         FlowMatchEulerDiscreteScheduler(shift=1.73),
     )

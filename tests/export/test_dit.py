@@ -12,7 +12,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
 )
-from small import DIT, PIXART, noisy
+from exports import transformer
+from small import DIT, PIXART, SMALL_VAE, noisy
 from transformers import T5Config, T5EncoderModel
 
 import fastdiff
@@ -29,13 +30,7 @@ from fastdiff.families import family
 # test_flux.py exports a transformer and test_onnx.py a U-Net
 pytestmark = pytest.mark.product
 
-VAE = {
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "sample_size": 16,
-}
+VAE = SMALL_VAE | {"sample_size": 16}
 
 
 def dit():
@@ -63,11 +58,6 @@ def pixart():
 
 
 PIPES = {"dit": dit, "pixart": pixart}
-
-
-def transformer(pipe):
-    """The part to export; the others are exported as SD's and SD3's are."""
-    return tuple(part for part in parts(pipe, torch.float32) if part.folder == "transformer")
 
 
 @pytest.fixture(scope="module", params=PIPES)

@@ -15,7 +15,8 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from small import FLUX, noisy
+from exports import transformer
+from small import FLUX, SMALL_VAE, noisy
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
@@ -24,11 +25,7 @@ from fastdiff.errors import UserError
 from fastdiff.export import onnx, parity, shapes
 from fastdiff.export.parts import parts
 
-VAE = {
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
+VAE = SMALL_VAE | {
     "latent_channels": 4,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
@@ -52,11 +49,6 @@ def flux(cls, **config):
 @pytest.fixture(scope="module")
 def pipe():
     return flux(FluxPipeline)
-
-
-def transformer(pipe):
-    """The part to export; the others are exported as SD's and SD3's are."""
-    return tuple(part for part in parts(pipe, torch.float32) if part.folder == "transformer")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
-from small import FLUX2, noisy
+from exports import transformer
+from small import FLUX2, SMALL_VAE, noisy
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
@@ -26,13 +27,7 @@ from fastdiff.export.parts import left_out, parts
 # test_flux.py exports a transformer and test_onnx.py a U-Net
 pytestmark = pytest.mark.product
 
-VAE = {
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "latent_channels": 4,
-}
+VAE = SMALL_VAE | {"latent_channels": 4}
 ONE = {"num_layers": 1, "num_single_layers": 1}
 WIDE = FLUX2["joint_attention_dim"]
 
@@ -50,10 +45,6 @@ def pipeline(cls=Flux2Pipeline):
 @pytest.fixture(scope="module")
 def pipe():
     return pipeline()
-
-
-def transformer(pipe):
-    return tuple(part for part in parts(pipe, torch.float32) if part.folder == "transformer")
 
 
 @pytest.fixture(scope="module")

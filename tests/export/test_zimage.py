@@ -11,6 +11,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from exports import transformer
 from small import ZIMAGE, noisy
 
 import fastdiff
@@ -19,7 +20,7 @@ from fastdiff.compiler.slot import slot_of
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
 from fastdiff.export import onnx, parity, picture
-from fastdiff.export.parts import left_out, parts
+from fastdiff.export.parts import left_out
 from fastdiff.families.zimage import DENOISED
 from fastdiff.models import Unsupported
 from fastdiff.models.zimage import Conditions
@@ -45,25 +46,20 @@ def pipe():
     return pipeline()
 
 
-def written(pipe):
-    """The part to export; the autoencoder's are exported as SD's are."""
-    return tuple(part for part in parts(pipe, pipe.dtype) if part.folder == "transformer")
-
-
 @pytest.fixture(scope="module")
 def out(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zimage") / "files"
-    onnx.export(pipe, written(pipe), folder, onnx.ORT_OPSET, print)
+    onnx.export(pipe, transformer(pipe), folder, onnx.ORT_OPSET, print)
     return folder
 
 
 def test_the_file_computes_what_diffusers_does_and_draws_the_same(pipe, out):
     """The picture has a prompt of 60 tokens and a negative prompt of 20: padded, of 64 and 32."""
-    found = parity.verify(pipe, written(pipe), out, print)
+    found = parity.verify(pipe, transformer(pipe), out, print)
     assert found.passed, parity.to_markdown(found)
     assert found.psnr_db > 90
     assert left_out(pipe) == ()
-    (part,) = written(pipe)
+    (part,) = transformer(pipe)
     assert [port.name for port in part.inputs] == [
         *("hidden_states", "timestep", "cap_feats", "cap_attention_mask"),
     ]
@@ -74,7 +70,7 @@ def test_the_file_computes_what_diffusers_does_and_draws_the_same(pipe, out):
 )
 def test_lists_of_captions_are_those_of_diffusers(pipe, out, sides, lengths):
     """Pictures and captions that are padded or not, and captions that are padded to two lengths."""
-    (part,) = written(pipe)
+    (part,) = transformer(pipe)
     run = Session(out / part.file, torch.device("cpu"))
     pictures = list(torch.randn(len(lengths), ZIMAGE["in_channels"], 1, *sides))
     captions = [torch.randn(length, WIDE) for length in lengths]
@@ -130,7 +126,7 @@ def test_the_plan_draws_the_same_pictures_with_the_file(pipe, out, backend, plan
 @pytest.mark.slow  # traces a network of its own
 def test_latents_stay_float32_beside_a_file_in_float16(tmp_path):
     pipe = pipeline(torch.float16)
-    onnx.export(pipe, written(pipe), tmp_path / "files", onnx.ORT_OPSET, print)
+    onnx.export(pipe, transformer(pipe), tmp_path / "files", onnx.ORT_OPSET, print)
     eager, truth = drawn(pipe), drawn(copy.deepcopy(pipe).to(torch.float32))
     fastdiff.compile(pipe, backend="ort", engines=tmp_path / "files")
     got = drawn(pipe)

@@ -191,7 +191,7 @@ def test_a_change_of_anything_read_is_noticed(compiled, every, request):
                 a.shape != b.shape or not torch.allclose(a, b, atol=1e-3)
                 for a, b in zip(wanted, before, strict=True)
             )
-    assert moved > (20 if every else 1)  # diffusers refuses many of the values
+    assert moved > (20 if every else 0)  # diffusers refuses many of the values
     fast = slot.fast
     net(*given, **options)
     assert slot.fast == fast + 1, slot.refused
