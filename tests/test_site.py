@@ -298,12 +298,14 @@ def largest_of_each_kind(pages):
     return found.values()
 
 
+# a browser opens each page
+@pytest.mark.product
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param(largest_of_each_kind, id="largest of each kind", marks=pytest.mark.product),
-        pytest.param(list, id="all", marks=pytest.mark.product),
+        pytest.param(largest_of_each_kind, id="largest of each kind"),
+        pytest.param(list, id="all"),
     ],
 )
 def test_each_page_fits_a_phone(opened, built, chosen):
@@ -315,7 +317,7 @@ def test_each_page_fits_a_phone(opened, built, chosen):
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390, name
 
 
-# each page is opened in the dark by the test above
+# 8 s
 @pytest.mark.product
 @pytest.mark.browser
 @pytest.mark.parametrize(

@@ -31,15 +31,16 @@ def eager(dtype: torch.dtype) -> torch.Tensor:
     return drawn(load_demo(dtype))
 
 
+# 5 s each; kernels/test_winograd.py and test_contract.py check each call of these
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("algorithm", "dtype"),
     [
-        # 5 s each; kernels/test_winograd.py and test_contract.py check each call of these
-        pytest.param("winograd24", torch.float32, marks=pytest.mark.product),
-        pytest.param("direct", torch.float32, marks=pytest.mark.product),
-        pytest.param("winograd22", torch.float32, marks=pytest.mark.product),
-        pytest.param("direct", torch.bfloat16, marks=pytest.mark.product),
-        pytest.param("winograd22", torch.bfloat16, marks=pytest.mark.product),
+        ("winograd24", torch.float32),
+        ("direct", torch.float32),
+        ("winograd22", torch.float32),
+        ("direct", torch.bfloat16),
+        ("winograd22", torch.bfloat16),
     ],
 )
 def test_pictures_are_as_exact_as_eager_ones(algorithm, dtype, monkeypatch):

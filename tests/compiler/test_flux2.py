@@ -14,20 +14,14 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from peft import LoraConfig
-from small import FLUX2, noisy
+from small import FLUX2, SMALL_VAE, noisy
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
 
 STEP = 5e-6
 """Relative error: diffusers computes the rotary embedding and the scheduler in float32."""
-VAE = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-}
+VAE = SMALL_VAE | {"latent_channels": 4}
 
 
 def pipeline(cls, **more):

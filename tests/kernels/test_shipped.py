@@ -86,13 +86,7 @@ def small_kernels(warm, small_folder):
 
 # the small pipeline has kernels of every kind; larger ones only have more sizes
 @pytest.mark.product
-@pytest.mark.parametrize(
-    "preset",
-    [
-        None,
-        "sdxl",
-    ],
-)
+@pytest.mark.parametrize("preset", [None, "sdxl"])
 def test_a_fresh_process_compiles_none_of_a_pipelines_kernels(
     preset, tmp_path, python, warm, small_folder, small_kernels
 ):
