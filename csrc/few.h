@@ -7,6 +7,7 @@
 #include "flash.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "stream.h"
 
 namespace FASTDIFF_ISA {
 
@@ -305,10 +306,11 @@ class ToFew {
   const Epilogue<T> finish_;
 };
 
-// Direct products, in the order of memory that suits the numbers of channels.
+// Direct products, in the order of memory that suits the numbers of channels and rows.
 template <typename T>
 static void direct(const Conv& p) {
-  if (ToFew<T>::takes(p)) each_rows(p, ToFew<T>(p));
+  if (Streamed<T>::takes(p)) Streamed<T>(p).run();
+  else if (ToFew<T>::takes(p)) each_rows(p, ToFew<T>(p));
   else if (FromFew<T>::takes(p)) each_rows(p, FromFew<T>(p));
   else conv<T>(p);
 }

@@ -123,10 +123,9 @@ static inline void pack(const T* const* b, int64_t ld_b, int64_t b_row, int64_t 
 }
 
 // B in place: V vectors of columns, `ld` elements from one row to the next. The processor does not
-// predict rows that are far apart, so what comes kAhead rows later is prefetched.
-template <int V, typename T>
+// predict rows that are far apart, so what comes `distance` rows later is prefetched, unless 0.
+template <int V, typename T, int64_t distance = 32>
 struct Columns {
-  static constexpr int64_t kAhead = 32;
   const T* at[V];
   int64_t ld;
 
@@ -139,7 +138,8 @@ struct Columns {
     return load(at[v] + k * ld);
   }
   __attribute__((always_inline)) void ahead(int64_t k, int v) const {
-    if (v * W * sizeof(T) % 64 == 0) __builtin_prefetch(at[v] + (k + kAhead) * ld, 0, 3);
+    if (distance > 0 && v * W * sizeof(T) % 64 == 0)
+      __builtin_prefetch(at[v] + (k + distance) * ld, 0, 3);
   }
 #if defined(__AVX512BF16__)
   vu pair(int64_t k, int v) const {

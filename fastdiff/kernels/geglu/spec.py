@@ -58,6 +58,7 @@ CASES = (
     Case("odd", B=1, L=5, D=31, N=41, bias=False),
     Case("odd-silu-first", B=1, L=5, D=31, N=41, act="silu_first", spread=3.0),
     Case("odd-silu", B=2, L=5, D=31, N=41, bias=False, act="silu", spread=3.0),
+    Case("few-rows", B=2, L=2, D=510, N=520),  # a weight of more than 1 MiB in bfloat16, too
     Case("one", B=1, L=1, D=1, N=1),
 )
 

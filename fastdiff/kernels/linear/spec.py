@@ -87,6 +87,9 @@ CASES = (
     Case("odd-long", B=1, L=130, D=391, N=70),  # more products and rows than one pass takes
     Case("columns", B=2, L=24, D=40, N=48, beside=32, bias=False),
     Case("guided", B=4, L=9, D=33, N=37, residual=True, parts=2),
+    # weights of more than 1 MiB in bfloat16, too
+    Case("few-rows", B=2, L=3, D=393, N=1390, residual=True),
+    Case("few-rows-one", B=1, L=1, D=513, N=1040, act="gelu", bias=False),
     Case("one-row", B=1, L=1, D=1, N=1),
     Case("unpacked", B=1, L=16, D=32, N=64, packed=False),
 )
