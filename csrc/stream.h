@@ -44,10 +44,12 @@ class Streamed {
     fastdiff::parallel_for(slices * parts, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t part = i % parts;
-        multiply_slice(slices_[i / parts], sums_ + i / parts * columns_ * kMaxRows,
-                       panels * part / parts, panels * (part + 1) / parts);
+        const int64_t begin = panels * part / parts, end = panels * (part + 1) / parts;
+        multiply_slice(slices_[i / parts], sums_ + i / parts * columns_ * kMaxRows, begin, end);
+        for (int64_t j = begin; slices == 1 && j < end; ++j) add_slices(j);
       }
     });
+    if (slices == 1) return;
     fastdiff::parallel_for(panels, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) add_slices(i);
     });
