@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdiff.bench.enlarged import channels_of, size_of
 from fastdiff.bench.pixels import decodes_with, factor_of
+from fastdiff.families.texts import embedded
 from fastdiff.recipes import denoiser, guides_with
 
 GUIDANCE_SCALE = 4.0  # above 1, so that every step has a batch of two, as for most users
@@ -82,20 +83,8 @@ def arguments(pipe: Any, request: Request, output_type: str) -> dict[str, Any]:
             given[name] = noise(1, config.encoder_hid_dim, seed=seed)
     elif "class_labels" in takes:
         given["class_labels"] = [CLASS]
-    elif any(getattr(pipe, name, None) is not None for name in ("text_encoder", "bert")):
-        given["prompt"] = request.prompt
     else:
-        widths = ("caption_channels", "joint_attention_dim", "encoder_hid_dim", "cap_feat_dim")
-        width = next(config[name] for name in widths if config.get(name))
-        pooled = config.get("pooled_projection_dim", 0)
-        for seed, name in enumerate(("prompt", "negative_prompt"), 1):
-            given[name] = None
-            text = noise(1, TOKENS, width, seed=seed)
-            given[f"{name}_embeds"] = [*text] if "cap_feat_dim" in config else text
-            pool = name.replace("prompt", "pooled_prompt_embeds")
-            given[pool] = noise(1, pooled, seed=seed + 2)
-            mask = torch.ones(1, TOKENS, dtype=torch.long).to(device)
-            given |= {f"{name}_attention_mask": mask, f"{name}_embeds_mask": mask}
+        given |= embedded(pipe, takes, TOKENS) or {"prompt": request.prompt}
     return {name: value for name, value in given.items() if name in takes}
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from fastdiff.engines.bound import Engine
 from fastdiff.export.parts import Part, side_of
 from fastdiff.families.part import PACKED
+from fastdiff.families.texts import embedded
 from fastdiff.recipes import PICTURES, denoiser, needs_picture
 
-STEPS, PROMPT, TOKENS = 4, "red heart", 60
-"""Settings of the picture; TOKENS is the length of a text that is given as an embedding."""
-NEGATIVE = "negative_prompt_embeds"
+STEPS, PROMPT, TOKENS, NEGATIVE = 4, "red heart", 60, 20
+"""Settings of the picture; the last two are the lengths of texts that are given as embeddings."""
 
 Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """Runs a network of another runtime: CPU tensors by input name -> outputs in the part's order."""
@@ -128,29 +128,6 @@ def _size(pipe: Any, parts: tuple[Part, ...]) -> dict[str, int]:
     return {side: factor * own[side] for side in ("height", "width") if side in own}
 
 
-def _embedded(pipe: Any, takes: Collection[str]) -> dict[str, Any]:
-    """Texts of a pipeline without text encoders; {} if it has one, or takes no embeddings.
-
-    takes: the names of its arguments. A second text is for guidance that is not distilled.
-    """
-    config = denoiser(pipe).config
-    wide, pooled = config.get("joint_attention_dim"), config.get("pooled_projection_dim")
-    listed = config.get("cap_feat_dim")  # Z-Image takes a list, of captions of any lengths
-    if pipe.text_encoder is not None or not (wide or listed):
-        return {}
-    generator, dtype = torch.Generator().manual_seed(1), denoiser(pipe).dtype
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    if listed:
-        return {"prompt_embeds": [noise(TOKENS, listed)], NEGATIVE: [noise(TOKENS // 3, listed)]}
-    given = {"prompt_embeds": noise(1, TOKENS, wide)}
-    given |= {"pooled_prompt_embeds": noise(1, pooled)} if pooled else {}
-    guided = NEGATIVE in takes and "true_cfg_scale" not in takes and not pooled
-    return given | ({NEGATIVE: noise(1, TOKENS, wide)} if guided else {})
-
-
 def _pictures(pipe: Any, takes: Collection[str]) -> dict[str, Tensor]:
     """What the call draws from: a picture of the pipeline's own size in [0, 1], and a mask of its
     right half; {} if it can do without."""
@@ -183,7 +160,7 @@ def psnr(pipe: Any, parts: tuple[Part, ...], runs: Mapping[str, Run]) -> float:
         options |= _size(pipe, parts) if "height" in takes else {}
         options |= _pictures(pipe, takes)
         if "prompt" in takes:
-            options |= _embedded(pipe, takes) or {"prompt": PROMPT}
+            options |= embedded(pipe, takes, TOKENS, NEGATIVE) or {"prompt": PROMPT}
         elif "class_labels" in takes and takes["class_labels"].default is inspect.Parameter.empty:
             options["class_labels"] = [0]
         elif getattr(denoiser(pipe).config, "num_class_embeds", None) is not None:
