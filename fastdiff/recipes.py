@@ -21,6 +21,8 @@ FLUX: Mapping[str, str] = {"transformer": "flux", "vae": "vae"}
 FLUX2: Mapping[str, str] = {"transformer": "flux2", "vae": "vae"}
 PICTURES = {"image", "control_image"}
 """Arguments of calls that begin with a picture."""
+PIXELS = 1024
+"""Height and width of the pictures of a pipeline that tells no size of its own."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,21 @@ def autoencoder(pipe: Any) -> Any:
     recipe = recipe_of(pipe) or Recipe()
     names = [name for name, family in recipe.networks.items() if family == "vae"]
     return getattr(pipe, names[0], None) if names else None
+
+
+def factor_of(pipe: Any) -> int:
+    """Pixels per side of a latent; 1 if the network draws pixels."""
+    vae, told = autoencoder(pipe), getattr(pipe, "vae_scale_factor", None)
+    if told is not None or vae is None:
+        return int(told or 1)
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def side_of(pipe: Any) -> int:
+    """The side of the latents of a picture of its own size: the pipeline's, its network's, or that
+    of `PIXELS`."""
+    own = getattr(pipe, "default_sample_size", None) or denoiser(pipe).config.get("sample_size")
+    return int(own or PIXELS // factor_of(pipe))
 
 
 def guides_with(takes: Mapping[str, Any]) -> str | None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.bench.enlarged import channels_of, size_of
-from fastdiff.bench.pixels import decodes_with, factor_of
+from fastdiff.bench.pixels import decodes_with
 from fastdiff.families.texts import embedded
-from fastdiff.recipes import denoiser, guides_with
+from fastdiff.recipes import denoiser, factor_of, guides_with
 
 GUIDANCE_SCALE = 4.0  # above 1, so that every step has a batch of two, as for most users
 CLASS, TOKENS, ENLARGING_STEPS = 207, 60, 2

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fastdiff.bench.enlarged import enlarges
-from fastdiff.bench.pixels import factor_of
 from fastdiff.bench.saved import (
     Saved,
     check_folder,
@@ -23,7 +22,7 @@ from fastdiff.bench.saved import (
 from fastdiff.devices import refusal
 from fastdiff.errors import UserError, first_line
 from fastdiff.families import family
-from fastdiff.recipes import denoiser, recipe_of
+from fastdiff.recipes import denoiser, factor_of, recipe_of, side_of
 
 FLOW = {
     "FlowMatchEulerDiscreteScheduler",
@@ -33,8 +32,6 @@ FLOW = {
 """Schedulers of networks that predict a flow."""
 DISPENSABLE = {"text_encoder_3"}
 """What diffusers can draw without: Stable Diffusion 3's T5."""
-OWN = 1024
-"""Height and width, in pixels, if neither the pipeline nor its network has its own."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -204,8 +201,7 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, i
                 raise UserError(f"--{name} is {side}; this pipeline draws {own}×{own} pixels only")
         return own, own
     patch = _patch(pipe)
-    latents = getattr(pipe, "default_sample_size", None) or config.get("sample_size")
-    own, multiple = latents * factor if latents else OWN, max(8, factor) * patch
+    own, multiple = side_of(pipe) * factor, max(8, factor) * patch
     most = (config.get("pos_embed_max_size") or math.inf) * factor * patch
     height, width = (own if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):

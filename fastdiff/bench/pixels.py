@@ -25,14 +25,6 @@ def decodes_with(pipe: Any) -> Any:
     return getattr(pipe, "vae", None) if known is None else known
 
 
-def factor_of(pipe: Any) -> int:
-    """Pixels per side of a latent; 1 if the network draws pixels."""
-    vae, told = autoencoder(pipe), getattr(pipe, "vae_scale_factor", None)
-    if told is not None or vae is None:
-        return int(told or 1)
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def drawn(pipe: Any, steps: int, seed: int) -> torch.Tensor:
     """One picture, [H, W, 3] float64 in [0, 1]; with a class embedding, of class 0."""
     if denoiser(pipe).dtype == torch.bfloat16:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.bench.pixels import factor_of
 from fastdiff.errors import UserError
-from fastdiff.recipes import denoiser
+from fastdiff.recipes import denoiser, factor_of
 
 TOLD = (
     *("can't allocate memory", "not enough memory", "out of memory"),

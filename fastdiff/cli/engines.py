@@ -47,7 +47,8 @@ def write_engines(
     from fastdiff.export import shapes
     from fastdiff.export import trt as builder
     from fastdiff.export.folder import check_new
-    from fastdiff.export.parts import left_out, side_of
+    from fastdiff.export.parts import left_out
+    from fastdiff.recipes import side_of
     from fastdiff.written import afterwards, check_writable
 
     wanted = shapes.parse(asked.shapes, asked.static)

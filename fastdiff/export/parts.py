@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from fastdiff.errors import UserError
 from fastdiff.families import family
 from fastdiff.families.part import Part, Port, draw, dtype_name
-from fastdiff.recipes import denoiser, exported
+from fastdiff.recipes import exported, side_of
 
-__all__ = ["Part", "Port", "draw", "left_out", "networks", "parts", "side_of"]
+__all__ = ["Part", "Port", "draw", "left_out", "networks", "parts"]
 
 TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_embeds"}
@@ -23,9 +23,6 @@ MODELS = {
     "Mistral3ForConditionalGeneration",
 }
 """Text encoders that are left out: language models, of which a pipeline reads a hidden state."""
-
-PIXELS = 1024
-"""Height and width of the pictures of a pipeline that has no attribute for it."""
 
 
 class Text(nn.Module):
@@ -74,14 +71,6 @@ def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> t
         elif of.parts is not None:
             found += of.parts(module, dtype, side, recipe.upcasts)
     return tuple(found)
-
-
-def side_of(pipe: Any) -> int:
-    """The side of its latents: the network's own, the pipeline's if the network has none, or that
-    of a picture of 1024² pixels."""
-    own = denoiser(pipe).config.get("sample_size") or getattr(pipe, "default_sample_size", None)
-    side: int = own or PIXELS // pipe.vae_scale_factor
-    return side
 
 
 def _masked(pipe: Any) -> bool:

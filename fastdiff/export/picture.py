@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.engines.bound import Engine
-from fastdiff.export.parts import Part, side_of
+from fastdiff.export.parts import Part
 from fastdiff.families.part import PACKED
 from fastdiff.families.texts import embedded
-from fastdiff.recipes import PICTURES, denoiser, needs_picture
+from fastdiff.recipes import PICTURES, denoiser, needs_picture, side_of
 
 STEPS, PROMPT, TOKENS, NEGATIVE = 4, "red heart", 60, 20
 """Settings of the picture; the last two are the lengths of texts that are given as embeddings."""
