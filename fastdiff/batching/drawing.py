@@ -64,6 +64,8 @@ class Drawing:
         self.places: Places | None = None
         """Where the batch has put the picture."""
         self.place = 0
+        self._texts: list[Any] = []
+        """What the pipeline's encodings of the prompts returned, in their order."""
         self._greenlet = greenlet(self._draw)
 
     def resume(self, error: BaseException | None = None) -> bool:
@@ -92,6 +94,8 @@ class Drawing:
         request, pipe = self.ticket.request, copy.copy(self._pipe)
         chosen = pipe.scheduler if request.scheduler is None else request.scheduler
         vars(pipe).update({**self._own, "scheduler": copy.deepcopy(chosen)})
+        if hasattr(pipe, "encode_prompt"):
+            vars(pipe)["encode_prompt"] = self._encoding(pipe.encode_prompt)
         pipe.set_progress_bar_config(disable=True)
         recipe = recipe_of(pipe)
         whole = loop_of(self._pipe)
@@ -121,17 +125,31 @@ class Drawing:
             **told,
         ).images[0]
 
+    def _encoding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """`encode_prompt` for one call of the pipeline: a second call, which begins anew because
+        the batch cannot run its steps, finds what the first one encoded."""
+        kept = iter([*self._texts])
+
+        def encode_once(*args: Any, **kwargs: Any) -> Any:
+            for texts in kept:
+                return texts
+            self._texts.append(encode(*args, **kwargs))
+            return self._texts[-1]
+
+        return encode_once
+
     def run(self, denoising: Denoising) -> int:
         """Have the batch run the loop's steps. Returns their number."""
         call, network = denoising.call, denoising.predictor.denoiser.network
         if reason := _obstacle(denoising):
-            raise self._alone(reason)
+            return self._run_alone(denoising, reason)
         table, steps = denoising.table, len(call.timesteps)
         given, timesteps, sides = denoising.predictor.told(0, denoising.given)
         plans = self.plans = denoising.predictor.denoiser.plans
         own = of_each(network, given, timesteps, sides, denoising.hoisted, plans.own)
         if own is None:
-            raise self._alone("its conditions do not show which of them belong to each picture")
+            why = "its conditions do not show which of them belong to each picture"
+            return self._run_alone(denoising, why)
         guidance = denoising.predictor.guidance()
         seat = seat_of(network, call.latents, table, guidance, denoising.hoisted, own)
         denoising.predictor.ran(steps)
@@ -169,6 +187,18 @@ class Drawing:
 
     def _alone(self, reason: str) -> _Alone:
         return _Alone(reason, _Paused(self._after_step))
+
+    def _run_alone(self, denoising: Denoising, reason: str) -> int:
+        """Run this loop's steps, and those of the call's later loops, on their own plans. Returns
+        the number of steps."""
+        alone, whole, loop = self._alone(reason), loop_of(self._pipe), loop_of(denoising.pipe)
+        assert whole is not None
+        assert loop is not None
+        assert alone.driver is not None
+        if whole.invariant:  # this loop was prepared for the batch, which sees to that itself
+            raise alone
+        self.ticket.alone, loop.driver = reason, alone.driver
+        return alone.driver.run(denoising)
 
     def _pause(self) -> None:
         """Return when it is this request's turn again; raises Cancelled if it was cancelled."""

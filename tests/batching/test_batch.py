@@ -7,7 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPAGPipeline,
+)
 
 import fastdiff
 from benchmarks.batching.check import check
@@ -172,6 +177,35 @@ def test_workers_draw_side_by_side_the_bits_of_one_alone(pipe):
             assert torch.equal(got[-1], called(pipe, request))
     finally:
         torch.set_num_threads(threads)
+
+
+class Own(DDIMScheduler):
+    """A user's scheduler, with which diffusers runs the loop."""
+
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "alone"), [(DDIMScheduler, "perturbs the network"), (Own, "Own")]
+)
+def test_a_request_drawn_alone_is_encoded_once(scheduler, alone):
+    """On its own plan, and in diffusers' loop: the picture is the pipeline's own."""
+    parts = fastdiff.load_demo().components
+    pipe = fastdiff.compile(StableDiffusionPAGPipeline(**parts, pag_applied_layers="mid"))
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    request = Request("dog face", num_inference_steps=3, seed=5, guidance_scale=3.0)
+    encoded, seen = [], []
+    pipe.text_encoder.register_forward_hook(lambda *call: encoded.append(call[1]))
+    want = called(pipe, request)
+    own = len(encoded)
+    with Batch(pipe) as batch:
+        ticket = batch.submit(replace(request, on_step=lambda *told: seen.append(told)))
+        ticket.result(600)
+    assert alone in ticket.alone
+    assert len(encoded) == 2 * own
+    assert [told[:2] for told in seen] == [(1, 3), (2, 3), (3, 3)]
+    torch.testing.assert_close(seen[-1][2], want)
 
 
 def seeds(count):
