@@ -1,10 +1,12 @@
 """How the workers of a Ray cluster share what it has."""
 
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, first_line
 
 LOCAL = "local"
 """The address of a cluster that this process starts, and ends with itself."""
@@ -28,6 +30,30 @@ class Workers:
     def needs(self) -> dict[str, Any]:
         """What Ray must have free to start one: its `num_gpus` or `num_cpus`."""
         return {"num_gpus": self.gpus} if self.gpus else {"num_cpus": self.cpus}
+
+
+def join(ray: Any, address: str) -> None:
+    """Join the cluster at `address`, or start one for `LOCAL`; `ray`: the package.
+
+    Raises UserError if none answers there, or if a local one does not start in the half minute that
+    Ray gives its processes.
+    """
+    given = {"include_dashboard": False} if address == LOCAL else {}
+    start = time.monotonic()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **given)
+    except Exception as error:  # of the network, of the address, of Ray's processes
+        if address == LOCAL:
+            seconds = time.monotonic() - start
+            raise UserError(
+                f"--ray {LOCAL}: Ray did not start within {seconds:.0f} s ({first_line(error)});"
+                " run the command again when the machine is less busy, or start Ray by itself (ray"
+                " start --head) and give auto"
+            ) from error
+        raise UserError(
+            f"--ray {address}: no Ray answers there ({first_line(error)}); give {LOCAL}, auto, or"
+            " the address of one that runs"
+        ) from error
 
 
 def workers_of(

@@ -1,9 +1,12 @@
-"""How many CPUs and GPUs each worker of a Ray cluster gets."""
+"""How a Ray cluster is joined, and how many CPUs and GPUs each of its workers gets."""
+
+from types import SimpleNamespace
 
 import pytest
 
+from fastdiff import workers
 from fastdiff.errors import UserError
-from fastdiff.workers import Workers, workers_of
+from fastdiff.workers import Workers, join, workers_of
 
 EIGHT, TWO = {"CPU": 8.0}, {"CPU": 32.0, "GPU": 2.0}
 SHARES = [
@@ -36,3 +39,31 @@ def test_resources_of_each_worker(asked, want, needs):
 def test_requests_beyond_the_cluster_are_refused(message):
     with pytest.raises(UserError, match=message):
         workers_of(*REFUSED[message])
+
+
+@pytest.mark.parametrize(
+    ("address", "raised", "told"),
+    [
+        (
+            "local",
+            Exception("The current node timed out during startup. This could\nhappen"),
+            r"--ray local: Ray did not start within 31 s \(The current node timed out during"
+            r" startup. This could\); run the command again when the machine is less busy, or",
+        ),
+        (
+            "auto",
+            ConnectionError("Could not find any running Ray instance."),
+            r"--ray auto: no Ray answers there \(Could not .* instance.\); give local, auto, or",
+        ),
+    ],
+)
+def test_a_ray_that_does_not_start_or_answer_is_told_apart(monkeypatch, address, raised, told):
+    now = [100.0]
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def init(address, **_):
+        now[0] += 31.2
+        raise raised
+
+    with pytest.raises(UserError, match=told):
+        join(SimpleNamespace(init=init), address)

@@ -16,7 +16,7 @@ from fastdiff import installed
 from fastdiff.bulk.painter import ON_A_GPU, Drawn, Painter, Setup, attempts
 from fastdiff.bulk.prompts import Row
 from fastdiff.errors import UserError, first_line
-from fastdiff.workers import LOCAL, workers_of
+from fastdiff.workers import LOCAL, join, workers_of
 
 BLOCKS = 10_000
 """The most pieces that the rows are cut into. A piece's pictures come back when it ends; after a
@@ -59,7 +59,7 @@ class _Actor:
 def joined(cluster: Cluster, setup: Setup) -> Iterator["Joined"]:
     """Start or join the cluster, and leave it after the block.
 
-    Raises UserError if ray is missing, nothing answers at the address, or it has too few GPUs.
+    Raises UserError if ray is missing, as `join` does, or if the cluster has too few GPUs.
     """
     # Ray reads these when it is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -70,17 +70,8 @@ def joined(cluster: Cluster, setup: Setup) -> Iterator["Joined"]:
         import ray.data
     except ImportError as error:
         raise UserError(f"--ray needs ray ({first_line(error)}); {installed.pip('ray')}") from error
-    given: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if cluster.address == LOCAL:
-        given["include_dashboard"] = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        ray.init(address=cluster.address, **given)
-    except Exception as error:  # of the network, of the address
-        raise UserError(
-            f"--ray {cluster.address}: no Ray answers there ({first_line(error)}); give {LOCAL},"
-            " auto, or the address of one that runs"
-        ) from error
+    join(ray, cluster.address)
     try:
         yield Joined(ray, cluster, setup)
     finally:

@@ -20,7 +20,7 @@ from fastdiff.errors import UserError, first_line
 from fastdiff.serve.drawing import Drawing, Event
 from fastdiff.serve.opening import Opening
 from fastdiff.serve.refused import Refused
-from fastdiff.workers import LOCAL, workers_of
+from fastdiff.workers import LOCAL, join, workers_of
 
 APPLICATION = "fastdiff"
 TRIES = 3
@@ -54,7 +54,7 @@ class Replicas:
         queue: pictures that may wait.
 
     Raises:
-        UserError: no Ray answers, it has no room, or the replicas do not start.
+        UserError: no Ray answers or starts, it has no room, or the replicas do not start.
     """
 
     def __init__(
@@ -66,14 +66,7 @@ class Replicas:
         queue: int = 0,
     ) -> None:
         opening.source.check()
-        given: Any = {"include_dashboard": False} if address == LOCAL else {}
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **given)
-        except Exception as error:  # of the network, of the address
-            raise UserError(
-                f"--ray {address}: no Ray answers there ({first_line(error)}); give {LOCAL}, auto,"
-                " or HOST:PORT of one that runs"
-            ) from error
+        join(ray, address)
         try:
             self._handle: Any = self._started(opening, address, workers, gpus, queue)
         except (RuntimeError, RayError) as error:
