@@ -24,10 +24,12 @@ def configured(target: Any, parts: Taken, options: Options) -> Taken:
 
 def _with_offload(target: Any, parts: Taken, options: Options) -> Taken:
     """`parts` with networks whose weights wait in host memory, if `options` choose that: those that
-    the target's plans repeat."""
-    asked = options.offload_hoisted
-    planned = {plan.network for plan in (recipe_of(target) or Recipe()).plans} & parts.keys()
-    if asked and (not planned or LOOP in options.ignore):
+    the target's plans repeat, and their ControlNets."""
+    asked, plans = options.offload_hoisted, (recipe_of(target) or Recipe()).plans
+    repeated = {plan.network for plan in plans} & parts.keys()
+    beside = {plan.controls for plan in plans if plan.controls}
+    planned = repeated | {name for name in parts if name.partition(".")[0] in beside}
+    if asked and (not repeated or LOOP in options.ignore):
         raise UserError(
             "Options.offload_hoisted needs a pipeline whose loop runs as a plan; the loop of"
             f" {type(target).__name__} would copy the weights in every step"

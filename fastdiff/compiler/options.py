@@ -67,8 +67,8 @@ class Options:
             check of the weights for each call, and a copy of what is returned.
         offload_hoisted: whether weights that a picture needs only before its first step wait in
             pinned host memory between pictures: those that compute the modulation of all steps
-            (SD3, DiT), or the text's keys and values (PixArt). A picture copies them to the GPU a
-            piece at a time. On a CPU nothing moves.
+            (SD3, FLUX, DiT), or the text's keys and values (PixArt); of FLUX.1's ControlNets, too.
+            A picture copies them to the GPU a piece at a time. On a CPU nothing moves.
             Gain: GPU memory, a third of SD3.5's transformer (5.4 GB of SD3.5-large in half
             precision); the report says how much.
             Cost: the copy, once a picture, or once a step if the report says that diffusers

@@ -14,13 +14,17 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxMultiControlNetModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
+from flux_calls import draw
 from peft import LoraConfig
-from small import DIT, PIXART, noisy
+from small import DIT, FLUX, PIXART, noisy
 
 import fastdiff
 from fastdiff.compiler.pipelines import loop_of
@@ -157,6 +161,32 @@ def test_waiting_weights_are_in_host_memory_and_pictures_are_the_same(sample, me
     fastdiff.restore(pipe)
     assert not any(memory.holds(net.get_parameter(name)) for name in names)
     assert torch.equal(drawn(pipe, given), eager)
+
+
+def test_the_weights_of_controlnets_wait_too(components_flux, picture, memory):
+    """Of each of two, in the plan of their transformer."""
+    own = FLUX | {"num_layers": 1, "num_single_layers": 1}
+    nets = [noisy(FluxControlNetModel(**own), seed) for seed in (1, 2)]
+    pipe = FluxControlNetPipeline(
+        **components_flux(torch.float32, guidance_embeds=False),
+        controlnet=FluxMultiControlNetModel(nets),
+    )
+    images = [picture(seed)[..., :12].float() for seed in (1, 2)]
+    call = {"control_image": images, "controlnet_conditioning_scale": [0.6, 1.2]}
+    plain = draw(fastdiff.compile(pipe), **call)
+    fastdiff.restore(pipe)
+    fastdiff.compile(pipe, offload_hoisted=True)
+    waiting = [memory.bytes_of(net) for net in (pipe.transformer, *nets)]
+    assert waiting[1] == waiting[2] > nets[0].inner_dim ** 2 * 4 * (2 * 6 + 3)
+    torch.testing.assert_close(draw(pipe, **call), plain, rtol=0, atol=0)
+    first = len(memory.copies)
+    draw(pipe, **call, num_inference_steps=5)
+    assert len(memory.copies) == 2 * first  # once a picture
+    assert loop_of(pipe).planned == 2
+    assert str(fastdiff.report(pipe)).count("GB of its weights wait in host memory") == 3
+    assert [memory.bytes_of(net) for net in (pipe.transformer, *nets)] == waiting
+    fastdiff.restore(pipe)
+    assert [memory.bytes_of(net) for net in (pipe.transformer, *nets)] == [0, 0, 0]
 
 
 def test_edits_copies_and_adapters_work_as_without_the_option(sd3, memory, tmp_path):
