@@ -38,7 +38,7 @@ OPTIONAL = {
     ),
     "diffusers": (
         *("families/*.py", "compiler/loop_call.py", "compiler/denoise.py"),
-        *("demo/*.py", "bench/preset*.py", "bench/pipelines.py", "regression/worker.py"),
+        *("demo/*.py", "bench/preset*.py", "bench/pipelines.py", "regression/suite_*.py"),
         *("bench/blueprints.py", "bench/saved.py"),
     ),
     "transformers": ("demo/*.py", "bench/preset*.py", "bench/pipelines.py"),

@@ -216,11 +216,13 @@ def test_a_worker_that_exits_is_reported_with_its_last_line(monkeypatch, tmp_pat
 @pytest.mark.product
 def test_a_killed_worker_is_reported_and_does_not_hang(monkeypatch, tmp_path):
     """As when memory runs out or a C++ kernel crashes."""
-    script = Path(pairs.__file__).with_name("worker.py").read_text()
-    fault = "import signal\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
+    own = Path(pairs.__file__)
+    fault = "import os, signal\n        os.kill(os.getpid(), signal.SIGSEGV)\n"
     old = "        return {list(self.cases)[group]: self.runners[group]()}\n"
-    assert old in script
-    (tmp_path / "worker.py").write_text(script.replace(old, f"        {fault}"))
+    for name in ("worker.py", "suite_kernels.py"):
+        script = own.with_name(name).read_text()
+        assert (old in script) == name.startswith("suite")
+        (tmp_path / name).write_text(script.replace(old, f"        {fault}"))
     monkeypatch.setattr(pairs, "__file__", str(tmp_path / "pairs.py"))
     settings = Settings("kernels", "cpu", "float32", threads=1, filter="ada_norm · demo")
     with pytest.raises(UserError, match="its process was ended by signal 11"):
