@@ -7,11 +7,11 @@ from fastdiff.kernels.concat import concat
 from fastdiff.kernels.contract import judge, verify
 from fastdiff.kernels.dispatch import NATIVE, implementation
 from fastdiff.kernels.group_norm_silu import group_norm_silu
-from fastdiff.kernels.group_norm_silu.gpu import candidates, pick
+from fastdiff.kernels.group_norm_silu.gpu import candidates, pick, run
 from fastdiff.kernels.group_norm_silu.launches import LaunchConfig
 from fastdiff.kernels.group_norm_silu.spec import SPEC
 from fastdiff.kernels.occupancy import SMS
-from fastdiff.kernels.tuned import forced
+from fastdiff.kernels.tuned import forced, recorded
 
 # (L, C) of every norm of a U-Net: SD1.5 at 512², SDXL at 1024², 32 groups
 UNETS = [
@@ -64,6 +64,22 @@ def test_candidates_begin_with_the_rule_and_cover_whole_groups():
         assert found[0] == pick(*shape)
         assert len(set(found)) == len(found)
         assert all(32 % config.groups == 0 and config.slabs <= L for config in found)
+
+
+def test_only_a_program_with_channels_of_two_pictures_keeps_a_smaller_tile():
+    """SD1.5's concatenations at 16²: one group of 1280 + 1280 channels never has both pictures, two
+    of 1280 + 640 do. A launch asks for its configuration once, so a tuner sees what runs."""
+    for first, second, slabs in ((1280, 1280, 0), (1280, 640, 4), (1920, 0, 0)):
+        x, beside = (
+            torch.empty(2, 16, 16, C, dtype=torch.float16, device="meta") for C in (first, second)
+        )
+        line = torch.empty(first + second, dtype=torch.float16, device="meta")
+        with recorded() as picks:
+            more = {"beside": beside} if second else {}
+            launches, _ = run.plan(90, x, line, line, 32, 1e-5, "silu", **more)
+        (one,) = picks
+        assert one.config.slabs == slabs
+        assert {launch.num_warps for launch in launches} == {one.config.num_warps}
 
 
 def test_a_skip_connection_of_half_the_batch_with_a_row_on_a_cpu():

@@ -241,15 +241,14 @@ def plan(arch: int, a: Arguments) -> tuple[tuple[Launch, ...], tuple[Tensor, Ten
         if tensor is not None:  # of rows, each must be contiguous
             expects(f"group_norm_silu: {name}", tensor, a.x, tensor.shape)
     plain = a.act != "gelu" and a.scale_shift is None
-    config = pick(B, L, W, a.groups, size, arch, plain)
-    if plain and C2 > 0 and C % (config.groups * W) != 0:  # channels of two pictures in a program
-        config = pick(B, L, W, a.groups, size, arch, False)
+    border = C if C2 > 0 else 0
+    config = pick(B, L, W, a.groups, size, arch, plain, border)
     segment = config.groups * W
     row_stride, scale_stride = (0 if t is None else t.stride(0) for t in (a.row, a.scale_shift))
     align = math.gcd(16 // size, segment, C, C2, row_stride)
     compiled: dict[str, Any] = {"ALIGN": align, "SEGMENT": segment, "ROWS": config.rows}
     compiled["P0"], compiled["P1"] = power_parts(segment, 16 // size)
-    compiled |= {"BORDER": C2 > 0 and C % segment != 0, "SUMMED": a.summed, "GELU": a.act == "gelu"}
+    compiled |= {"BORDER": border % segment != 0, "SUMMED": a.summed, "GELU": a.act == "gelu"}
     compiled["GROUPS"] = max(GROUPS[not config.slabs], triton.next_power_of_2(config.groups))
     out = a.x.new_empty((B, Y, X, C + C2))
     total = a.x.new_empty(out.shape if a.summed else 0)

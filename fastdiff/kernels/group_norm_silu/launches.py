@@ -56,14 +56,18 @@ def _groups_of_a_program(W: int, G: int, size: int, least: int = SEGMENT) -> int
 
 
 @tunable("group_norm_silu")
-def pick(B: int, L: int, W: int, G: int, size: int, arch: int, plain: bool = True) -> LaunchConfig:
+def pick(
+    B: int, L: int, W: int, G: int, size: int, arch: int, plain: bool = True, border: int = 0
+) -> LaunchConfig:
     """The launch for B samples of L pixels in G groups of W channels of `size` bytes. plain: they
-    have no modulation and no GELU, and no program has channels of two pictures."""
+    have no modulation and no GELU. border: the channel with which a second picture begins, or 0."""
     rows = triton.next_power_of_2(L)
-    on_chip = ONE_PASS | ({MOST: 8} if arch in ROOMY and size == 2 and plain else {})
     for least in (SEGMENT, SECTOR, VECTOR):
         groups = _groups_of_a_program(W, G, size, least)
         width = sum(power_parts(groups * W, 16 // size))
+        one_picture = border % (groups * W) == 0
+        roomy = arch in ROOMY and size == 2 and plain and one_picture
+        on_chip = ONE_PASS | ({MOST: 8} if roomy else {})
         for most, num_warps in on_chip.items():
             if rows * width <= most:
                 return LaunchConfig(groups, rows, 0, num_warps)
@@ -105,11 +109,11 @@ def _in_slabs(B: int, L: int, W: int, G: int, size: int, arch: int) -> LaunchCon
 
 
 def candidates(
-    B: int, L: int, W: int, G: int, size: int, arch: int, plain: bool = True
+    B: int, L: int, W: int, G: int, size: int, arch: int, plain: bool = True, border: int = 0
 ) -> tuple[LaunchConfig, ...]:
     """Launches for a tuner to try, the default first; some spill or do not fit an architecture."""
     slabs = _in_slabs(B, L, W, G, size, arch)
-    found = [pick(B, L, W, G, size, arch, plain), slabs, replace(slabs, slabs=1)]
+    found = [pick(B, L, W, G, size, arch, plain, border), slabs, replace(slabs, slabs=1)]
     width, rows = sum(power_parts(slabs.groups * W, 16 // size)), triton.next_power_of_2(L)
     if rows * width <= 2 * max(ONE_PASS):
         found += [LaunchConfig(slabs.groups, rows, 0, num_warps) for num_warps in (4, 8, 16)]
