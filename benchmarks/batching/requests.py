@@ -41,9 +41,12 @@ def requests(
 
 
 def called(
-    pipe: Any, request: Request, after: Callable[[int, Tensor], Tensor] | None = None
+    pipe: Any,
+    request: Request,
+    after: Callable[[int, Tensor], Tensor] | None = None,
+    output_type: str = "latent",
 ) -> Any:
-    """The pipeline's own call for a request: latents [1, C, Y, X].
+    """The pipeline's own call for a request: latents [1, C, Y, X], or what `output_type` says.
 
     after: called after each step with its number, from 0, and the latents; returns those with
         which the next one goes on.
@@ -62,7 +65,7 @@ def called(
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             generator=torch.Generator().manual_seed(request.seed),
-            output_type="latent",
+            output_type=output_type,
             callback_on_step_end=None if after is None else told,
         ).images
     finally:

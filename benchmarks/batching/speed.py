@@ -1,6 +1,5 @@
 """Times requests drawn in several ways: one after the other, in batches that wait, continuously."""
 
-import copy
 import itertools
 import random
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 import fastdiff
-from benchmarks.batching.requests import CAPACITY, requests
+from benchmarks.batching.requests import CAPACITY, called, requests
 from fastdiff.batching import Batch, Request, Ticket
 from fastdiff.batching.groups import Group
 from fastdiff.batching.worker import Worker
@@ -72,15 +71,7 @@ def in_turn(pipe: Any, asked: list[tuple[Request, float]]) -> list[float]:
     for request, wait in asked:
         due += wait
         time.sleep(max(0.0, start + due - time.perf_counter()))
-        before, pipe.scheduler = pipe.scheduler, copy.deepcopy(request.scheduler)
-        pipe(
-            request.prompt,
-            negative_prompt=request.negative_prompt,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(request.seed),
-        )
-        pipe.scheduler = before
+        called(pipe, request, output_type="pil")
         taken.append(time.perf_counter() - start - due)
     return taken
 
