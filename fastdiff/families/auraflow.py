@@ -8,7 +8,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import Part, Port, dtype_name, exportable, patch_size, sides
+from fastdiff.families.part import Exported, Part, Port, dtype_name, patch_size, sides
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.auraflow import AuraFlow, Conditions, borrow_auraflow
@@ -55,21 +55,6 @@ def _channels(net: AuraFlow) -> int:
     return net.patches.channels
 
 
-class _Exported(nn.Module):
-    """hidden_states [B, C, Y, X], timestep [] or [1], text [B, L, D] -> out_sample."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = exportable(net)
-
-    def forward(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
-    ) -> tuple[Tensor, ...]:
-        net: Any = self.net
-        timesteps = timestep.reshape(-1).expand(hidden_states.shape[0])
-        return (net(hidden_states, encoder_hidden_states, timesteps, return_dict=False)[0],)
-
-
 def _part(
     folder: str, net: nn.Module, dtype: torch.dtype, _: int = 0, timestep: tuple[int, ...] = ()
 ) -> Part:
@@ -86,7 +71,7 @@ def _part(
     return Part(
         folder=folder,
         source=net,
-        module=_Exported(net).eval(),
+        module=Exported(net, ["encoder_hidden_states"]).eval(),
         dtype=dtype,
         inputs=(
             Port("hidden_states", kind, (free, config.in_channels, "height", "width")),

@@ -7,7 +7,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken
-from fastdiff.families.part import Part, Port, exportable, latents_of, patch_size
+from fastdiff.families.part import Exported, Part, Port, latents_of, patch_size
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
 from fastdiff.models.dit import Conditions, DiT, borrow_dit
@@ -48,21 +48,6 @@ def _channels(net: DiT) -> int:
     return net.patches.channels
 
 
-class _Exported(nn.Module):
-    """hidden_states [B, C, Y, X], timestep [] or [1], class_labels [B] -> out_sample."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = exportable(net)
-
-    def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
-    ) -> tuple[Tensor, ...]:
-        net: Any = self.net
-        timesteps = timestep.reshape(-1).expand(hidden_states.shape[0])
-        return (net(hidden_states, timesteps, class_labels, return_dict=False)[0],)
-
-
 def _part(
     folder: str, net: nn.Module, dtype: torch.dtype, _: int = 0, timestep: tuple[int, ...] = ()
 ) -> Part:
@@ -70,7 +55,7 @@ def _part(
     return Part(
         folder=folder,
         source=net,
-        module=_Exported(net).eval(),
+        module=Exported(net, ["class_labels"]).eval(),
         dtype=dtype,
         inputs=(
             latents,

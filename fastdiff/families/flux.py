@@ -8,7 +8,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
-from fastdiff.families.part import PACKED, Part, Port, dtype_name, exportable, packed_cases
+from fastdiff.families.part import PACKED, Exported, Part, Port, dtype_name, packed_cases
 from fastdiff.families.unet import lora_scale
 from fastdiff.models import Loan, Unsupported
 from fastdiff.models.checks import refuse
@@ -106,20 +106,6 @@ def _constant_channels(net: FluxTrunk) -> int:
     return net.channels - channels(net)
 
 
-class _Exported(nn.Module):
-    """hidden_states [B, L, C], timestep [] or [1], then `names` -> out_sample [B, L, C']."""
-
-    def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.net, self.names = exportable(net), tuple(names)
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
-        net: Any = self.net
-        given = dict(zip(self.names, told, strict=True))
-        given["timestep"] = timestep.reshape(-1).expand(hidden_states.shape[0])
-        return (net(hidden_states, **given, return_dict=False)[0],)
-
-
 def part(
     folder: str,
     net: nn.Module,
@@ -145,7 +131,7 @@ def part(
     return Part(
         folder=folder,
         source=net,
-        module=_Exported(net, [port.name for port in told]).eval(),
+        module=Exported(net, [port.name for port in told]).eval(),
         dtype=dtype,
         inputs=(
             Port("hidden_states", kind, (free, PACKED, config.in_channels)),

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from fastdiff.errors import UserError
 from fastdiff.families import Denoised, Family, Kind, Sizes, Taken, empty
 from fastdiff.families.part import (
+    Exported,
     Part,
     Port,
     dtype_name,
-    exportable,
     patch_size,
     sides,
     unsupported,
@@ -99,33 +99,6 @@ def _unexported(network: MMDiT) -> None:
         raise Unsupported("perturbed attention, which an engine does not support")
 
 
-class _Exported(nn.Module):
-    """hidden_states [B, C, Y, X], timestep [] or [1], text [B, L, D], pooled text [B, D'] ->
-    out_sample."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = exportable(net)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-    ) -> tuple[Tensor, ...]:
-        net: Any = self.net
-        return (
-            net(
-                hidden_states,
-                encoder_hidden_states,
-                pooled_projections,
-                timestep.reshape(-1).expand(hidden_states.shape[0]),
-                return_dict=False,
-            )[0],
-        )
-
-
 def _part(
     folder: str,
     net: nn.Module,
@@ -148,7 +121,7 @@ def _part(
     return Part(
         folder=folder,
         source=net,
-        module=_Exported(net).eval(),
+        module=Exported(net, ["encoder_hidden_states", "pooled_projections"]).eval(),
         dtype=dtype,
         inputs=(
             Port("hidden_states", kind, (*free, config.in_channels, *picture)),

@@ -172,6 +172,21 @@ def _exportable_child(
     return exportable(module, table) if within else module
 
 
+class Exported(nn.Module):
+    """hidden_states [B, …], timestep [] or [1], then `names` -> out_sample [B, …]: a transformer
+    that is called by the names of its conditions."""
+
+    def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.net, self.names = exportable(net), tuple(names)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
+        net: Any = self.net
+        given = dict(zip(self.names, told, strict=True))
+        given["timestep"] = timestep.reshape(-1).expand(hidden_states.shape[0])
+        return (net(hidden_states, **given, return_dict=False)[0],)
+
+
 def draw(port: Port, sizes: dict[str, int], config: Any, generator: torch.Generator) -> Tensor:
     """A random input of `port` at the free sides `sizes`, at the scale that pipelines use."""
     shape = port.at(sizes)
