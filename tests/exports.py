@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from command import run_json
 from filelock import FileLock
 
@@ -130,6 +131,20 @@ def premade_onnx(small_onnx, monkeypatch):
     """For tests of what follows torch's export: it is replaced by reading the networks of
     `small_demo` from `small_onnx`."""
     monkeypatch.setattr(exporter, "to_program", read_from(small_onnx))
+
+
+def written(pipe: Any) -> tuple[Part, ...]:
+    """The parts of a pipeline for an export without its autoencoder, which is exported as SD's
+    is."""
+    return tuple(part for part in parts(pipe, torch.float32) if "vae" not in part.folder)
+
+
+@pytest.fixture(scope="module")
+def out(pipe, tmp_path_factory):
+    """The folder with the files of what is `written` of a module's own `pipe`."""
+    folder = tmp_path_factory.mktemp("out") / "files"
+    exporter.export(pipe, written(pipe), folder, exporter.ORT_OPSET, print)
+    return folder
 
 
 def transformer(pipe: Any) -> tuple[Part, ...]:

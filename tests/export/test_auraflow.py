@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
 )
+from exports import written
 from small import AURAFLOW, SMALL_VAE, noisy
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -19,8 +20,7 @@ from fastdiff.bench.preset_parts import clip_tokenizer
 from fastdiff.bench.preset_sd3 import t5_tokenizer
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
-from fastdiff.export import onnx, parity
-from fastdiff.export.parts import parts
+from fastdiff.export import parity
 
 # test_flux.py exports a transformer and test_onnx.py a U-Net
 pytestmark = pytest.mark.product
@@ -41,18 +41,6 @@ def pipe():
     )
     made.set_progress_bar_config(disable=True)
     return made
-
-
-def written(pipe):
-    """The parts to export: all but the autoencoder's, which are exported as SD's are."""
-    return tuple(part for part in parts(pipe, torch.float32) if "vae" not in part.folder)
-
-
-@pytest.fixture(scope="module")
-def out(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("auraflow") / "files"
-    onnx.export(pipe, written(pipe), folder, onnx.ORT_OPSET, print)
-    return folder
 
 
 def test_the_files_compute_what_torch_does_and_draw_the_same(pipe, out):

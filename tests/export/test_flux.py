@@ -51,13 +51,6 @@ def pipe():
     return flux(FluxPipeline)
 
 
-@pytest.fixture(scope="module")
-def out(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flux") / "files"
-    onnx.export(pipe, transformer(pipe), folder, onnx.ORT_OPSET, print)
-    return folder
-
-
 def text(batch, tokens):
     return {
         "prompt_embeds": torch.randn(batch, tokens, FLUX["joint_attention_dim"]),

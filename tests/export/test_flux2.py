@@ -47,13 +47,6 @@ def pipe():
     return pipeline()
 
 
-@pytest.fixture(scope="module")
-def out(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flux2") / "files"
-    onnx.export(pipe, transformer(pipe), folder, onnx.ORT_OPSET, print)
-    return folder
-
-
 def test_the_file_computes_what_torch_does_and_draws_the_same(pipe, out):
     found = parity.verify(pipe, transformer(pipe), out, print)
     assert found.passed, parity.to_markdown(found)

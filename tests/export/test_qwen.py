@@ -11,13 +11,14 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from exports import transformer
 from small import QWEN, noisy
 
 import fastdiff
 from fastdiff.engines.ort import Session
 from fastdiff.errors import UserError
-from fastdiff.export import onnx, parity, picture, shapes
-from fastdiff.export.parts import left_out, parts
+from fastdiff.export import parity, picture, shapes
+from fastdiff.export.parts import left_out
 from fastdiff.families import family
 
 # test_flux.py exports a transformer and test_onnx.py a U-Net
@@ -37,15 +38,8 @@ def pipe():
     return made
 
 
-@pytest.fixture(scope="module")
-def out(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen") / "files"
-    onnx.export(pipe, parts(pipe, torch.float32), folder, onnx.ORT_OPSET, print)
-    return folder
-
-
 def test_the_file_computes_what_torch_does_and_draws_the_same(pipe, out):
-    found = parity.verify(pipe, parts(pipe, torch.float32), out, print)
+    found = parity.verify(pipe, transformer(pipe), out, print)
     assert found.passed, parity.to_markdown(found)
     assert found.psnr_db > 90
     assert left_out(pipe) == ("vae",)
@@ -54,7 +48,7 @@ def test_the_file_computes_what_torch_does_and_draws_the_same(pipe, out):
 @pytest.mark.parametrize(("rows", "columns", "batch"), [(1, 1, 2), (3, 50, 1), (9, 2, 2)])
 def test_rotary_embeddings_are_those_of_diffusers_at_any_size(pipe, out, rows, columns, batch):
     """With odd numbers of rows and columns, and with masked tokens of the text."""
-    (part,) = parts(pipe, torch.float32)
+    (part,) = transformer(pipe)
     run = Session(out / part.file, torch.device("cpu"))
     inputs = {
         "hidden_states": torch.randn(batch, rows * columns, QWEN["in_channels"]),
@@ -82,4 +76,4 @@ def test_the_error_says_why_a_network_is_not_exported(pipe):
     with pytest.raises(UserError, match="cannot run on ort: its true guidance joins two predict"):
         fastdiff.compile(copy.deepcopy(pipe), backend="ort")
     with pytest.raises(UserError, match="transformer has no VAE beside it"):
-        shapes.profiles(parts(pipe, torch.float32), shapes.parse(None, "1x64x64"))
+        shapes.profiles(transformer(pipe), shapes.parse(None, "1x64x64"))

@@ -46,13 +46,6 @@ def pipe():
     return pipeline()
 
 
-@pytest.fixture(scope="module")
-def out(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zimage") / "files"
-    onnx.export(pipe, transformer(pipe), folder, onnx.ORT_OPSET, print)
-    return folder
-
-
 def test_the_file_computes_what_diffusers_does_and_draws_the_same(pipe, out):
     """The picture has a prompt of 60 tokens and a negative prompt of 20: padded, of 64 and 32."""
     found = parity.verify(pipe, transformer(pipe), out, print)
