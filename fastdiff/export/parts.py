@@ -18,6 +18,8 @@ CLIPS = {"CLIPTextModel": "pooler_output", "CLIPTextModelWithProjection": "text_
 T5, UMT5, T5_TOKENS = "T5EncoderModel", "UMT5EncoderModel", 256
 """The classes, which take any length, and the length that pipelines use."""
 
+GUIDANCE = "guidance"
+"""The input for a distilled guidance."""
 MODELS = {
     *("Qwen2_5_VLForConditionalGeneration", "Qwen3Model", "Qwen3ForCausalLM"),
     "Mistral3ForConditionalGeneration",
@@ -67,10 +69,22 @@ def networks(pipe: Any, dtype: torch.dtype, timestep: tuple[int, ...] = ()) -> t
         module, of = getattr(pipe, name), family(own)
         if of.denoised is not None:
             found.append(of.denoised.part(name, module, dtype, (tokens or [77])[-1], timestep))
+            _check_guidance(pipe, found[-1])
             side = side_of(pipe)
         elif of.parts is not None:
             found += of.parts(module, dtype, side, recipe.upcasts)
     return tuple(found)
+
+
+def _check_guidance(pipe: Any, part: Part) -> None:
+    """UserError if the file takes a distilled guidance that the pipeline does not give."""
+    recipe = exported(pipe, f"{type(pipe).__name__} cannot be exported")
+    given = any(GUIDANCE in plan.conditions for plan in recipe.plans)
+    if not given and any(port.name == GUIDANCE for port in part.inputs):
+        raise UserError(
+            f"a {type(pipe).__name__} gives its {part.folder} no {GUIDANCE}, which a file of this"
+            " one would take; export one whose config has no guidance_embeds"
+        )
 
 
 def _masked(pipe: Any) -> bool:

@@ -21,6 +21,7 @@ import fastdiff
 from fastdiff.compiler.pipelines import loop_of
 from fastdiff.compiler.slot import slot_of
 from fastdiff.engines.ort import Session
+from fastdiff.errors import UserError
 from fastdiff.export import onnx, parity, picture
 from fastdiff.export.parts import left_out, parts
 
@@ -32,8 +33,9 @@ ONE = {"num_layers": 1, "num_single_layers": 1}
 WIDE = FLUX2["joint_attention_dim"]
 
 
-def pipeline(cls=Flux2Pipeline):
-    config = FLUX2 | ONE | {"guidance_embeds": cls is Flux2Pipeline}
+def pipeline(cls=Flux2Pipeline, guidance=None):
+    config = FLUX2 | ONE
+    config |= {"guidance_embeds": cls is Flux2Pipeline if guidance is None else guidance}
     transformer = noisy(Flux2Transformer2DModel(**config))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     made = cls(scheduler, noisy(AutoencoderKLFlux2(**VAE)), None, None, transformer)
@@ -118,6 +120,14 @@ def test_with_a_reference_picture_diffusers_loop_calls_the_file(pipe, out):
     colours = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     loop = check(pipe, out, planned=0, image=PIL.Image.fromarray(colours))
     assert any("constant_tokens, which is not an input of the engine" in why for why in loop.own)
+
+
+def test_klein_with_a_network_that_embeds_a_guidance_is_refused():
+    """diffusers draws without it, but an input of a file cannot be left out."""
+    pipe = pipeline(Flux2KleinPipeline, guidance=True)
+    assert drawn(pipe).isfinite().all()
+    with pytest.raises(UserError, match="a Flux2KleinPipeline gives its transformer no guidance"):
+        parts(pipe, torch.float32)
 
 
 @pytest.mark.slow  # traces a network and an autoencoder of its own
