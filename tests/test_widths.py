@@ -227,8 +227,10 @@ main(sys.argv[2:])
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """Programs in copies of a process that has imported only torch and the command line."""
-    with copied("import torch, fastdiff.cli", tmp_path_factory.mktemp("begun")) as run:
+    """Programs in copies of a process that has imported the command line and what it needs of
+    packages that are none of those."""
+    needed = "torch, fastdiff.cli, numpy, rich.table, scipy.stats, skimage.metrics, sympy, typer"
+    with copied(f"import {needed}", tmp_path_factory.mktemp("begun")) as run:
         yield run
 
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
 
 import fastdiff
-from fastdiff.bench.presets import build
 
 
 @pytest.fixture
@@ -75,9 +74,10 @@ def test_offloading_hooks_run_eagerly_until_they_are_gone(pipe, change):
         assert the_unet(pipe).runs == "fastdiff"
 
 
-def test_a_vae_that_is_upcast_for_every_picture():
+def test_a_vae_that_is_upcast_for_every_picture(components):
     """SDXL's VAE overflows in float16: diffusers casts it to float32 for each decode."""
-    pipe = build("sdxl", 0.13, torch.float16, "cpu")
+    parts = components(xl=True, dtype=torch.float16)
+    pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     pipe.vae.register_to_config(force_upcast=True)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "height": 64, "width": 64}
