@@ -7,6 +7,7 @@ import os
 import warnings
 
 import copying
+import hooked
 import pytest
 import stacks
 import torch
@@ -54,6 +55,7 @@ LONGEST = (
     "test_parity.py",
     "test_triton.py",
     "test_states.py",
+    "test_widths.py",
     "test_reads.py",
     "test_originals.py",
     "test_random_calls.py",
@@ -77,6 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from visiting the million imported objects again."""
+    hooked.hasten()
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # not before: pytest's own collections come last

@@ -210,7 +210,9 @@ soonest, and the others with two networks; all networks share the code."""
         [pytest.param(transform, id=name) for name, transform in EAGER.items()],
         together=1,
         always=lambda network, transform: (
-            network == "decoder" if transform in SLOW else network in NETWORKS[:2]
+            network == "decoder"
+            if transform in SLOW
+            else network in NETWORKS[:2] or transform is jvp
         ),
     ),
     indirect=["networks"],
