@@ -429,9 +429,11 @@ class Gpu:
         self._remember(tensor, stream, former)
 
     def make_room(self, need: int) -> None:
-        if self.reserved() + need > self.capacity and self.capturing is None:
+        held = self.reserved()
+        if held + need > self.capacity and self.capturing is None:
             self.empty_cache()
-        if self.reserved() + need > self.capacity:
+            held = self.reserved()
+        if held + need > self.capacity:
             raise torch.OutOfMemoryError("CUDA out of memory. The stand-in is full")
 
     def _sweep(self) -> None:
