@@ -112,7 +112,8 @@ GpusPerWorker = Annotated[
 PRESETS = (
     "sd15, sd21, sdxl, tiny, ldm, x4, ddpm-cifar, ddpm-256, consistency-64, dit-256, dit-512,"
     " pixart-alpha, pixart-sigma, flux, flux2, auraflow, z-image, qwen-image, prior, unclip,"
-    " kandinsky22, if, sd3, sd35-medium, sd35-large, or one of the last three followed by -t5 to add T5"
+    " kandinsky22, if, sd3, sd35-medium, sd35-large, or one of the last three with -t5 to add"
+    " T5"
 )
 Preset = Annotated[
     str | None,

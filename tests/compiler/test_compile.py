@@ -95,7 +95,9 @@ def test_pipelines_that_start_from_a_picture(pipeline, pipe):
     assert not any("eagerly" in part.why for part in fastdiff.report(other).parts)
 
 
-@pytest.mark.parametrize("preset", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize(
+    "preset", ["sd15", pytest.param("sd21", marks=pytest.mark.product), "sdxl"]
+)
 def test_published_architectures(preset):
     """Whole pictures with the published block structures, scaled down, with random weights."""
     pipe = build(preset, 0.13, torch.float32, "cpu")

@@ -124,8 +124,8 @@ def resident_bytes():
 @pytest.mark.parametrize(
     ("xl", "calls"),
     [
-        pytest.param(False, 40, id="sd"),
-        pytest.param(True, 20, id="sdxl"),
+        pytest.param(False, 24, id="sd"),
+        pytest.param(True, 10, id="sdxl"),
         pytest.param(False, 120, id="sd, more", marks=pytest.mark.product),
         pytest.param(True, 60, id="sdxl, more", marks=pytest.mark.product),
     ],
@@ -283,7 +283,7 @@ def draw_sd3(pipe, call):
     return latents_of(pipe, call, generator, given)
 
 
-@pytest.mark.parametrize("calls", [30, pytest.param(100, marks=pytest.mark.product)])
+@pytest.mark.parametrize("calls", [20, pytest.param(100, marks=pytest.mark.product)])
 def test_random_calls_of_sd3(calls):
     """Each is within the error budget, and runs as a plan, unless a callback may see a scheduler's
     history or change the call's own embeddings."""

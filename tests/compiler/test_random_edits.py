@@ -9,7 +9,7 @@ from edits import KINDS, TABLE
 from edits.sequences import alone, drawn_at_random, first_fault
 
 NUMBERS = range(120)
-FAST = 40
+FAST = 25
 """The number that `make test` runs; `make test-all` runs all."""
 
 

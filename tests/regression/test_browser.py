@@ -110,6 +110,7 @@ def opened(browser, pages):
         ["report", "hostile", "history", "nothing"],
         ["light", "dark"],
         [1280, 981, 761, 420, 320],
+        together=1,
     ),
 )
 def test_pages_are_readable(opened, name, scheme, width):
