@@ -16,8 +16,7 @@ class Streamed {
  public:
   static bool takes(const Conv& p) {
     const int64_t rows = p.batch * p.height * p.width;
-    return p.kernel == 1 && p.pad == 0 && p.batch * p.out_height * p.out_width == rows &&
-           p.up_height == p.height && p.up_width == p.width && rows <= kMinRows &&
+    return in_order(p) && rows <= kMinRows &&
            p.channels * p.n * static_cast<int64_t>(sizeof(T)) >= kLeast;
   }
 
@@ -77,7 +76,7 @@ class Streamed {
       for (int64_t i = begin; i < end; ++i)
         by_vectors(panels_[i].vectors, [&](auto v) {
           const Panel<T>& panel = panels_[i];
-          // Beyond the slice begins the next one, which is this thread's, too.
+          // What lies beyond the slice is the next one's beginning.
           for (int64_t row = slice.b_row + k + kDepth; row < slice.b_row + k + 2 * kDepth; ++row)
             for (int j = 0; j < v; ++j) __builtin_prefetch(panel.b[j] + row * panel.ld_b, 0, 2);
           float* to = sums + begins_[i] * kMaxRows;

@@ -46,6 +46,12 @@ static std::vector<int64_t> nearest(int64_t from, int64_t to) {
   return source;
 }
 
+// Whether the rows of A are the picture's pixels, one after another.
+static bool in_order(const Conv& p) {
+  return p.kernel == 1 && p.pad == 0 && p.up_height == p.height && p.up_width == p.width &&
+         p.out_height * p.out_width == p.height * p.width;
+}
+
 // Copies up to a vector of a row; memory after it in `to` may be overwritten.
 template <typename A, typename T>
 static inline void copy_vector(A* to, const T* from, int n, const T* end) {
@@ -93,7 +99,7 @@ class Window {
     tall_ = tall;
     tiles_ = (last - first + tall - 1) / tall;
     const int64_t area = p_.out_height * p_.out_width;
-    if (p_.kernel == 1 && p_.pad == 0 && plain_ && area == p_.height * p_.width) {  // in order
+    if (in_order(p_)) {
       for (int64_t r = 0; r < tiles_ * tall; ++r)
         pixels_[r] = first + r < last ? Pixel{0, 0, 0, x_ + (first + r) * p_.channels}
                                       : Pixel{kOutside, 0, 0, nullptr};
